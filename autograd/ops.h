@@ -1,0 +1,40 @@
+// Differentiable ops over Var: thin wrappers that pair a backend op with its backward.
+// Shapes are those of engine/backend.h. Every function allocates its output.
+#pragma once
+
+#include "autograd/tape.h"
+
+namespace bbb::autograd {
+
+using engine::AttentionSpec;
+
+// y = alpha x w^T (+ residual). x (..., K), w (N, K), residual (..., N) or undefined, alpha real
+// (1) or undefined. dx = alpha dy w; dw = dy^T x: the gradient with respect to alpha w, which is
+// what a master behind a quantizer with scale alpha wants; d_residual = dy.
+Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual);
+// x (..., D), w real (D).
+Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
+Var swiglu(Tape& tape, const Var& gate, const Var& up);
+// x (B, T, H, d); rotates x's own buffer: x must not be used again.
+Var rope(Tape& tape, const Var& x, const Tensor& inv_freq, const Tensor& start);
+// q (B, T, H, d), k and v (B, T, K, d).
+Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSpec& spec);
+Var add(Tape& tape, const Var& a, const Var& b);
+// Same elements, other shape.
+Var reshape(Tape& tape, const Var& x, engine::Shape shape);
+// ids I32 (B, T) -> (B, T, D); the table is a constant.
+Var embed(Tape& tape, const Tensor& ids, const Tensor& table);
+// mean((x - y)^2), real (1); y a constant.
+Var mse(Tape& tape, const Var& x, const Tensor& y);
+
+enum class LossKind { CrossEntropy, Kl };
+
+// The loss of a language model's head over all rows, without ever holding all logits: rows are
+// taken `chunk_rows` at a time, and the head's input gradient is made in the same pass. h (M, D);
+// head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D), for Kl, else
+// undefined. Returns the sum over rows of the loss times `scale`, real (1). Where given, row_loss
+// F32 (M) receives the unscaled losses.
+Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
+              const Tensor& teacher_h, double scale, int64_t chunk_rows, const Tensor& row_loss);
+
+}  // namespace bbb::autograd

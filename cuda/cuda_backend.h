@@ -1,0 +1,138 @@
+// CudaBackend: one GPU, one stream, bf16 activations, FP32 everywhere that accumulates.
+//
+// Memory comes from a caching pool (cuda/memory.cpp): a freed block is reused by later allocations
+// of the same stream order and given back to the driver only when an allocation fails. While a step
+// is recorded, allocations come from a pool of the Replay's own, so that its addresses stay valid.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+
+#include "engine/backend.h"
+#include "quant/launch.h"
+
+#define BBB_CUBLAS(call)                                                                    \
+  ::bbb::quant::check_status((call), CUBLAS_STATUS_SUCCESS, cublasLtGetStatusString, #call, \
+                             __FILE__, __LINE__)
+
+namespace bbb::cuda {
+
+using bf16 = __nv_bfloat16;
+using engine::AdamWSpec;
+using engine::AttentionSpec;
+using engine::DeviceType;
+using engine::DType;
+using engine::GridSpec;
+using engine::PackedWeight;
+using engine::Replay;
+using engine::Rotation;
+using engine::Rounding;
+using engine::Schedule;
+using engine::Shape;
+using engine::Tensor;
+using engine::Write;
+using quant::launch;
+using quant::LaunchShape;
+
+class MemoryPool;   // cuda/memory.h
+class GemmPlanner;  // cuda/gemm.h
+
+class CudaBackend final : public engine::Backend {
+ public:
+  explicit CudaBackend(int device);
+  ~CudaBackend() override;
+
+  DeviceType device() const override { return DeviceType::Cuda; }
+  DType act() const override { return DType::BF16; }
+  DType real() const override { return DType::F32; }
+  std::string device_name() const override;
+  int64_t memory_total_bytes() const override;
+  int64_t memory_available_bytes() const override;
+  int64_t memory_peak_bytes() const override;
+  void reset_memory_peak() override;
+  void synchronize() override;
+  std::unique_ptr<Replay> record(std::function<void()> step) override;
+
+  cudaStream_t stream() const { return stream_; }
+  const cudaDeviceProp& properties() const { return properties_; }
+
+ private:
+  // Scratch for the length of one op: freed in stream order when the Tensor dies.
+  Tensor scratch(int64_t bytes) { return do_empty({bytes}, DType::U8); }
+
+  Tensor do_empty(Shape shape, DType dtype) override;
+  void do_upload(const Tensor& dst, const void* src) override;
+  void do_download(void* dst, const Tensor& src) override;
+  void do_copy(const Tensor& dst, const Tensor& src) override;
+  void do_cast(const Tensor& dst, const Tensor& src) override;
+  void do_zero(const Tensor& dst) override;
+  void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) override;
+  void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
+                      const Tensor& cursor) override;
+  void do_advance(const Tensor& cursor) override;
+  void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) override;
+  void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
+                  const Tensor& addend) override;
+  void do_gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
+                  Write mode) override;
+  void do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) override;
+  void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
+                   double eps) override;
+  void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
+                            const Tensor& inv_rms, const Tensor& w, Write dx_mode,
+                            Write dw_mode) override;
+  void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) override;
+  void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
+                          const Tensor& gate, const Tensor& up) override;
+  void do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
+               Rotation direction) override;
+  void do_add(const Tensor& out, const Tensor& a, const Tensor& b) override;
+  void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const AttentionSpec& spec) override;
+  void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                             const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& o, const Tensor& lse,
+                             const AttentionSpec& spec) override;
+  void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                    const Tensor& start) override;
+  void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                           const Tensor& v_cache, const Tensor& start,
+                           const AttentionSpec& spec) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) override;
+  void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                        const Tensor& targets, double scale) override;
+  void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                        const Tensor& teacher, const Tensor& targets, double scale) override;
+  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
+  void do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) override;
+  void do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                     const Tensor& s, const GridSpec& spec, Rounding rounding) override;
+  void do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
+                       const Tensor& s, const GridSpec& spec) override;
+  void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
+                         const Tensor& s, const GridSpec& spec) override;
+  void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
+                      const Tensor& z, const Tensor& sigma, const GridSpec& spec) override;
+  void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
+                               const Tensor& z, const GridSpec& spec, Write mode) override;
+  void do_unpack(const Tensor& wq, const PackedWeight& w) override;
+  void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
+                      const Tensor& addend) override;
+  void do_sum_squares(const Tensor& out, const Tensor& x) override;
+  void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
+                       const Schedule& schedule) override;
+  void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+                const Tensor& control, const AdamWSpec& spec) override;
+  cudaDeviceProp properties_{};
+  cudaStream_t stream_ = nullptr;
+  std::shared_ptr<MemoryPool> pool_;  // the current one: the Replay's own while recording
+  std::unique_ptr<GemmPlanner> gemm_;
+};
+
+inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
+
+}  // namespace bbb::cuda

@@ -1,0 +1,34 @@
+// Files written so that a crash or a full disk leaves the old state: temporary name, sync, rename.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace bbb::data {
+
+std::string read_file(const std::string& path);  // whole file; throws, naming it
+// Writes text or bytes under a temporary name in the same directory, syncs it, renames it to
+// `path`, and syncs the directory. Throws, naming path and cause; then nothing is left behind.
+void write_file_atomic(const std::string& path, const std::string& content);
+
+// A directory built under a temporary name beside `path` and renamed into place by commit().
+// Destroyed without commit(): the temporary directory is removed. Throws at construction where
+// `path` exists and is a non-empty directory, or the parent is missing or read-only.
+class AtomicDirectory {
+ public:
+  explicit AtomicDirectory(std::string path);
+  ~AtomicDirectory();
+  AtomicDirectory(const AtomicDirectory&) = delete;
+  AtomicDirectory& operator=(const AtomicDirectory&) = delete;
+  const std::string& temporary() const { return temporary_; }
+  void commit();
+
+ private:
+  std::string path_;
+  std::string temporary_;
+  bool committed_ = false;
+};
+
+uint64_t checksum64(const void* data, int64_t bytes);  // FNV-1a, for run records, not for security
+
+}  // namespace bbb::data

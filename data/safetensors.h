@@ -1,0 +1,91 @@
+// safetensors: an 8-byte little-endian header length, a JSON header, then raw tensor bytes.
+//
+// Reading maps the file; nothing is copied until asked for. Every header is checked before use:
+// lengths, overlaps, gaps, shapes against byte counts, dtypes. Errors name the file and the tensor.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/tensor.h"
+
+namespace bbb::data {
+
+enum class FileDType : uint8_t { F64, F32, F16, BF16, F8_E4M3, I64, I32, I16, I8, U8, Bool };
+int64_t size_bytes(FileDType dtype);
+const char* name_of(FileDType dtype);
+
+// A read-only mapping of a whole file. Throws where it cannot be opened, is a directory, or is
+// empty.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const uint8_t* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  const uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+struct SafeTensor {
+  FileDType dtype;
+  engine::Shape shape;
+  const uint8_t* data;  // into the mapping
+  int64_t bytes;
+  int64_t numel() const { return engine::numel_of(shape); }
+};
+
+// The header's tensors, checked. `bytes` is the whole file; `path` only names it in errors.
+// Throws Error on anything malformed; never reads outside [data, data + bytes).
+std::map<std::string, SafeTensor> parse_safetensors(const uint8_t* data, int64_t bytes,
+                                                    const std::string& path);
+
+// One file, or a directory with model.safetensors or model.safetensors.index.json and its shards.
+class SafeTensors {
+ public:
+  explicit SafeTensors(const std::string& path);
+  bool contains(const std::string& name) const { return tensors_.count(name) > 0; }
+  const SafeTensor& at(const std::string& name) const;  // throws, naming the tensor and the file
+  const std::map<std::string, SafeTensor>& tensors() const { return tensors_; }
+  int64_t file_bytes() const;  // of all shards
+
+ private:
+  std::string path_;
+  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::map<std::string, SafeTensor> tensors_;
+};
+
+// F64, F32, F16, BF16 to float; throws, naming `name`, for other dtypes.
+void to_float(float* out, const SafeTensor& tensor, const std::string& name);
+
+// Writes one file: header first, then tensors as they are added in the declared order. The file is
+// made under a temporary name beside `path`, synced, and renamed by finish(); a writer destroyed
+// without finish() removes it. Throws, naming path and cause, on any I/O error (a full disk).
+class SafeTensorsWriter {
+ public:
+  struct Entry {
+    std::string name;
+    FileDType dtype;
+    engine::Shape shape;
+  };
+  SafeTensorsWriter(std::string path, std::vector<Entry> entries,
+                    std::map<std::string, std::string> metadata = {});
+  ~SafeTensorsWriter();
+  void add(const std::string& name, const void* data, int64_t bytes);  // entries in order
+  void finish();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace bbb::data

@@ -1,0 +1,37 @@
+// Text files to token windows.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "data/tokenizer.h"
+
+namespace bbb::data {
+
+// A .jsonl file's "text" fields in order, or a whole .txt (anything else) as one document. Throws,
+// naming file and line, on malformed JSON, a missing "text", or no text at all.
+std::vector<std::string> read_documents(const std::string& path);
+
+// For training: each document's ids, then `doc_end`. With the tokenizer's add_bos, BOS before each
+// document.
+std::vector<int32_t> training_tokens(const Tokenizer& tokenizer,
+                                     const std::vector<std::string>& documents, int32_t doc_end);
+
+// For perplexity: documents joined by exactly two newlines, tokenized once, one BOS first if the
+// tokenizer adds it.
+std::vector<int32_t> evaluation_tokens(const Tokenizer& tokenizer,
+                                       const std::vector<std::string>& documents);
+
+// Non-overlapping windows of seq_len, the tail dropped: (N, seq_len), row-major. Throws if fewer
+// than one.
+struct Windows {
+  std::vector<int32_t> ids;
+  int64_t count = 0;
+  int64_t seq_len = 0;
+};
+Windows make_windows(const std::vector<int32_t>& tokens, int64_t seq_len,
+                     const std::string& source);
+
+}  // namespace bbb::data

@@ -1,0 +1,312 @@
+// Backend: every operation that bbb computes, about forty fused ops.
+//
+// A public method checks shapes, dtypes and device once (engine/backend.cpp); a private
+// pure-virtual do_* computes. There is no fallback: an op that a backend lacks does not compile.
+// Outputs come first and are allocated by the caller; nothing is hidden in an op but its scratch
+// memory.
+//
+// Dtypes: act() is the dtype of activations and of the weights that enter a GEMM; real() is that of
+// masters, gradients of parameters, norm weights, losses and scales.
+//     CpuBackend<float>   act F32   real F32        the reference
+//     CpuBackend<double>  act F64   real F64        gradient checks
+//     CudaBackend         act BF16  real F32
+// "act" and "real" below name these; F32, I32, U8 are themselves everywhere.
+//
+// Dimension letters: B batch, T time, D model, F hidden, H heads, K kv-heads, d head dim, V
+// vocabulary, G group, N output features, M rows (tokens).
+//
+// Write::Overwrite ignores what the output held; Write::Add accumulates into it. Every op runs in
+// stream order on its backend and is deterministic: the same inputs give the same bytes.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "engine/tensor.h"
+#include "quant/spec.h"
+
+namespace bbb::engine {
+
+using quant::GridSpec;
+using quant::Rounding;
+
+enum class Write { Overwrite, Add };
+enum class Rotation { Forward, Inverse };
+
+// A step recorded once and run many times.
+class Replay {
+ public:
+  virtual ~Replay() = default;
+  virtual void run() = 0;
+};
+
+struct AttentionSpec {
+  int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
+};
+
+// A quantized linear as the file holds it (format.md): W = S * e * (q - z), (N, K).
+struct PackedWeight {
+  Tensor qweight;       // U8 (N, K * bits / 8)
+  Tensor scales;        // U8 (N, K / G), E4M3 bytes
+  Tensor zeros;         // U8 (N, ceil(K / G * bits / 8))
+  Tensor master_scale;  // F32 (1): S
+  GridSpec spec;
+  int64_t n = 0;
+  int64_t k = 0;
+};
+
+// The state of the optimizer's schedule, on the device, so that a step never waits for the host.
+// A real (kControlSize) tensor; step_control writes it, adamw and advance read it.
+enum ControlSlot : int {
+  kStep = 0,      // steps begun, counting skipped ones; step_control adds 1
+  kApplied = 1,   // steps applied: Adam's t in the bias correction
+  kLr = 2,        // learning rate of this step
+  kScale = 3,     // factor on the gradient: clip; 0 with kSkip set
+  kSkip = 4,      // 1 if this step's loss or gradient norm is not finite
+  kSkipped = 5,   // steps skipped so far
+  kGradNorm = 6,  // global gradient norm before clipping
+  kLoss = 7,      // the loss of this step
+  kControlSize = 8,
+};
+
+struct Schedule {
+  double peak_lr = 1e-3;
+  double final_ratio = 0.05;  // the cosine ends at peak_lr * final_ratio
+  int64_t warmup_steps = 0;   // linear from peak / warmup to peak
+  int64_t total_steps = 1;
+  double clip_norm = 1.0;  // 0: no clipping
+};
+
+struct AdamWSpec {
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double epsilon = 1e-8;
+  double weight_decay = 0.0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual DeviceType device() const = 0;
+  virtual DType act() const = 0;
+  virtual DType real() const = 0;
+  virtual std::string device_name() const = 0;         // "NVIDIA H200" or the CPU's own name
+  virtual int64_t memory_total_bytes() const = 0;      // of the device
+  virtual int64_t memory_available_bytes() const = 0;  // what a run may still allocate
+  virtual int64_t memory_peak_bytes() const = 0;       // most ever held by tensors
+  virtual void reset_memory_peak() = 0;
+
+  // --- memory -----------------------------------------------------------------------------------
+  Tensor empty(Shape shape,
+               DType dtype);  // uninitialized; throws, naming the bytes, if out of memory
+  Tensor zeros(Shape shape, DType dtype);
+  void upload(const Tensor& dst,
+              const void* src);  // dst.bytes() from host memory; returns when src may be reused
+  void download(void* dst, const Tensor& src);  // waits for the stream, then src.bytes() to host
+  void copy(const Tensor& dst, const Tensor& src);  // same dtype and numel
+  void cast(const Tensor& dst,
+            const Tensor& src);  // among act, real, F32, BF16 (round to nearest even); same numel
+  void zero(const Tensor& dst);
+  virtual void synchronize() = 0;
+  // Records `step` and returns it ready to run(); recording does not execute it. Tensors that
+  // `step` allocates belong to the Replay. On the CPU run() simply calls `step`.
+  virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
+
+  // --- embedding, rows --------------------------------------------------------------------------
+  // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
+  void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
+  // out[i] = src[order[cursor * count + i]] for i < count = out.dim(0); rows of equal bytes, same
+  // dtype. order I32 (n); cursor I32 (1) on the device, (cursor + 1) * count <= n.
+  void gather_rows(const Tensor& out, const Tensor& src, const Tensor& order, const Tensor& cursor);
+  // cursor += 1, I32 (1).
+  void advance(const Tensor& cursor);
+  // log[cursor] = control, real (n, kControlSize) and (kControlSize).
+  void log_control(const Tensor& log, const Tensor& control, const Tensor& cursor);
+
+  // --- matrix products --------------------------------------------------------------------------
+  // FP32 accumulation (F64 on the F64 reference). alpha: real (1) on the device, undefined means 1.
+  // y = alpha * x w^T (+ addend).   y act or F32 (M, N); x act (M, K); w act (N, K); addend:
+  // undefined or act (M, N).
+  void gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
+               const Tensor& addend);
+  // dx (+)= alpha * dy w.           dx act (M, K); dy act (M, N); w act (N, K).
+  void gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
+               Write mode);
+  // dw (+)= dy^T x.                 dw real (N, K); dy act (M, N); x act (M, K).
+  void gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode);
+
+  // --- norms, activations, positions ------------------------------------------------------------
+  // r = 1 / sqrt(mean(x^2) + eps); y = x r w.   y, x act (M, D); inv_rms real (M); w real (D).
+  void rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
+                double eps);
+  // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act; dw real (D), undefined:
+  // not wanted.
+  void rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
+                         const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode);
+  // h = silu(gate) * up.   all act, same shape.
+  void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
+  void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
+                       const Tensor& up);
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i],
+  // times scale. x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined
+  // (0).
+  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
+  // out = a + b.   act, same shape; out may be a or b.
+  void add(const Tensor& out, const Tensor& a, const Tensor& b);
+
+  // --- attention --------------------------------------------------------------------------------
+  // Causal, grouped queries (H a multiple of K), scale 1/sqrt(d), never a T x T matrix in memory.
+  // o act (B, T, H, d); lse F32 (B, H, T): log sum exp of the scaled scores; q act (B, T, H, d); k,
+  // v act (B, T, K, d).
+  void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+                 const Tensor& v, const AttentionSpec& spec);
+  // All three gradients, overwritten. Deterministic.
+  void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
+                          const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                          const Tensor& lse, const AttentionSpec& spec);
+  // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
+  // the device.
+  void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                 const Tensor& start);
+  // Query t stands at position start + t and sees keys 0 .. start + t of the cache. o, q act (B, T,
+  // H, d).
+  void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                        const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
+
+  // --- losses -----------------------------------------------------------------------------------
+  // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x, y act; dx act or undefined.
+  void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y);
+  // loss[m] = log sum exp(logits[m]) - logits[m, target]; dlogits = scale * (softmax - onehot).
+  // loss F32 (M); dlogits act (M, V) or undefined; logits act or F32 (M, V); targets I32 (M), -1:
+  // loss 0, gradient 0.
+  void cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                     const Tensor& targets, double scale);
+  // loss[m] = sum_v p (log p - log q), p = softmax(teacher), q = softmax(logits); dlogits = scale *
+  // (q - p). Rows with targets[m] < 0 give loss 0 and gradient 0.
+  void kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                     const Tensor& teacher, const Tensor& targets, double scale);
+  // out (+)= scale * sum(x).   out real (1); x F32 or real, any shape; fixed order.
+  void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
+
+  // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
+  // S = 2^ceil(log2(max over groups of s_raw / 448)), 1 where the maximum is 0. S real (1); w real
+  // (N, K), K % G == 0.
+  void master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec);
+  // wq = (q - z) e; W^ = S wq.   wq act (N, K); e U8 E4M3 bytes (N, K/G); z U8 (N, K/G) one a byte.
+  // Rounding::Identity leaves q unrounded and unclipped (gradient checks): wq = w / S.
+  void fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                  const Tensor& s, const GridSpec& spec, Rounding rounding);
+  // dw, the gradient with respect to W^, becomes that with respect to w: 0 where round(w/s) + z
+  // left [0, 2^b - 1].
+  void ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
+                    const Tensor& s, const GridSpec& spec);
+  // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
+  void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
+                      const Tensor& s, const GridSpec& spec);
+  // Learned scales: S from the largest sigma; e = E4M3(sigma / S); wq = (codes - z) e. sigma real
+  // (N, K/G).
+  void scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
+                   const Tensor& z, const Tensor& sigma, const GridSpec& spec);
+  // dsigma (+)= sum over the group of dw (codes - z), straight through E4M3. dw real (N, K).
+  void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
+                            const Tensor& z, const GridSpec& spec, Write mode);
+
+  // --- packed inference -------------------------------------------------------------------------
+  // wq = (q - z) e, the GEMM's operand for a whole layer (S goes into the GEMM's alpha). wq act (N,
+  // K).
+  void unpack(const Tensor& wq, const PackedWeight& w);
+  // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).
+  // y act or F32 (M, N); x act (M, K); addend undefined or act (M, N).
+  void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend);
+  static constexpr int64_t kMaxPackedRows = 8;
+
+  // --- optimizer --------------------------------------------------------------------------------
+  // out = sum(x^2). out real (1); x real; fixed order.
+  void sum_squares(const Tensor& out, const Tensor& x);
+  // Reads loss and squared gradient norm, both real (1), and writes the slots of `control`: the
+  // learning rate of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) *
+  // (1 + cos(pi t / total)) / 2); the gradient factor is min(1, clip / norm).
+  void step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
+                    const Schedule& schedule);
+  // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; nothing changes where kSkip is
+  // set. w, m, v, g real, same numel; control as step_control left it.
+  void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+             const Tensor& control, const AdamWSpec& spec);
+
+ private:
+  virtual Tensor do_empty(Shape shape, DType dtype) = 0;
+  virtual void do_upload(const Tensor& dst, const void* src) = 0;
+  virtual void do_download(void* dst, const Tensor& src) = 0;
+  virtual void do_copy(const Tensor& dst, const Tensor& src) = 0;
+  virtual void do_cast(const Tensor& dst, const Tensor& src) = 0;
+  virtual void do_zero(const Tensor& dst) = 0;
+  virtual void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) = 0;
+  virtual void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
+                              const Tensor& cursor) = 0;
+  virtual void do_advance(const Tensor& cursor) = 0;
+  virtual void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) = 0;
+  virtual void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
+                          const Tensor& addend) = 0;
+  virtual void do_gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
+                          Write mode) = 0;
+  virtual void do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) = 0;
+  virtual void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
+                           double eps) = 0;
+  virtual void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
+                                    const Tensor& x, const Tensor& inv_rms, const Tensor& w,
+                                    Write dx_mode, Write dw_mode) = 0;
+  virtual void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) = 0;
+  virtual void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
+                                  const Tensor& gate, const Tensor& up) = 0;
+  virtual void do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
+                       Rotation direction) = 0;
+  virtual void do_add(const Tensor& out, const Tensor& a, const Tensor& b) = 0;
+  virtual void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+                            const Tensor& v, const AttentionSpec& spec) = 0;
+  virtual void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                                     const Tensor& dout, const Tensor& q, const Tensor& k,
+                                     const Tensor& v, const Tensor& o, const Tensor& lse,
+                                     const AttentionSpec& spec) = 0;
+  virtual void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                            const Tensor& v, const Tensor& start) = 0;
+  virtual void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                                   const Tensor& v_cache, const Tensor& start,
+                                   const AttentionSpec& spec) = 0;
+  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) = 0;
+  virtual void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                                const Tensor& targets, double scale) = 0;
+  virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                                const Tensor& teacher, const Tensor& targets, double scale) = 0;
+  virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) = 0;
+  virtual void do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) = 0;
+  virtual void do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                             const Tensor& s, const GridSpec& spec, Rounding rounding) = 0;
+  virtual void do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
+                               const Tensor& s, const GridSpec& spec) = 0;
+  virtual void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
+                                 const Tensor& z, const Tensor& s, const GridSpec& spec) = 0;
+  virtual void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
+                              const Tensor& codes, const Tensor& z, const Tensor& sigma,
+                              const GridSpec& spec) = 0;
+  virtual void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
+                                       const Tensor& z, const GridSpec& spec, Write mode) = 0;
+  virtual void do_unpack(const Tensor& wq, const PackedWeight& w) = 0;
+  virtual void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
+                              const Tensor& addend) = 0;
+  virtual void do_sum_squares(const Tensor& out, const Tensor& x) = 0;
+  virtual void do_step_control(const Tensor& control, const Tensor& loss,
+                               const Tensor& norm_squared, const Schedule& schedule) = 0;
+  virtual void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+                        const Tensor& control, const AdamWSpec& spec) = 0;
+};
+
+// `threads` 0: all cores.
+std::unique_ptr<Backend> make_cpu_backend(int threads);
+std::unique_ptr<Backend> make_cpu_f64_backend(int threads);
+// Throws where the build has no CUDA, or the machine no GPU; device counts from 0.
+std::unique_ptr<Backend> make_cuda_backend(int device);
+bool cuda_available();  // built with CUDA and a usable GPU is present
+
+}  // namespace bbb::engine

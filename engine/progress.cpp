@@ -1,0 +1,46 @@
+#include "engine/progress.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+
+namespace bbb::engine {
+
+using Clock = std::chrono::steady_clock;
+
+Progress::Progress(std::string label, int64_t total)
+    : label_(std::move(label)),
+      total_(std::max<int64_t>(total, 1)),
+      start_(Clock::now()),
+      last_(start_),
+      terminal_(isatty(STDERR_FILENO) != 0) {}
+
+Progress::~Progress() {
+  if (terminal_ && last_tenth_ >= 0) std::fputc('\n', stderr);
+}
+
+void Progress::set(int64_t done, const std::string& note) {
+  done_ = done;
+  const auto now = Clock::now();
+  const int tenth = static_cast<int>(10 * std::min(done_, total_) / total_);
+  const bool due = terminal_ ? std::chrono::duration<double>(now - last_).count() >= 0.1 : false;
+  if (!due && tenth == last_tenth_) return;
+  last_tenth_ = tenth;
+  last_ = now;
+  const double elapsed = std::chrono::duration<double>(now - start_).count();
+  const double eta = done_ > 0
+                         ? elapsed * static_cast<double>(std::max<int64_t>(total_ - done_, 0)) /
+                               static_cast<double>(done_)
+                         : 0;
+  const int filled = static_cast<int>(24 * std::min(done_, total_) / total_);
+  char bar[25];
+  for (int i = 0; i < 24; ++i) bar[i] = i < filled ? '#' : '.';
+  bar[24] = 0;
+  std::fprintf(stderr, "%s%s [%s] %lld/%lld  %.1f s, ETA %.0f s  %s%s", terminal_ ? "\r" : "",
+               label_.c_str(), bar, static_cast<long long>(done_), static_cast<long long>(total_),
+               elapsed, eta, note.c_str(), terminal_ ? "\033[K" : "\n");
+  std::fflush(stderr);
+}
+
+}  // namespace bbb::engine

@@ -1,0 +1,71 @@
+// Checkpoint: any model that bbb reads, under Hugging Face names, row-major, as a Llama wants it.
+//
+//   a directory with config.json and safetensors        full precision, or exported
+//   (quantization_config) a .gguf file of the llama architecture               dequantized;
+//   permuted Q and K put back
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/gguf.h"
+#include "data/safetensors.h"
+#include "models/config.h"
+#include "quant/spec.h"
+
+namespace bbb::models {
+
+enum class CheckpointKind { HuggingFace, Gguf, Packed };
+
+// One linear of an exported directory, pointing into the mapped file.
+struct PackedTensors {
+  const data::SafeTensor* qweight;
+  const data::SafeTensor* scales;
+  const data::SafeTensor* zeros;
+  const data::SafeTensor* master_scale;
+  quant::GridSpec spec;
+  int64_t n;
+  int64_t k;
+};
+
+struct TensorInfo {
+  std::string name;
+  std::string dtype;
+  engine::Shape shape;
+  int64_t bytes;
+};
+
+class Checkpoint {
+ public:
+  virtual ~Checkpoint() = default;
+  virtual CheckpointKind kind() const = 0;
+  const LlamaConfig& config() const { return config_; }
+  const std::string& path() const { return path_; }
+  // Every tensor in the file, for `bbb inspect`; no weights are read.
+  virtual std::vector<TensorInfo> list() const = 0;
+  virtual bool contains(const std::string& name) const = 0;
+  // A full-precision tensor by Hugging Face name, of exactly this shape; throws, naming it,
+  // otherwise.
+  virtual std::vector<float> load(const std::string& name, const engine::Shape& shape) const = 0;
+  // Packed only: the linear's tensors, checked against format.md and these sizes.
+  virtual PackedTensors packed(const std::string& linear, int64_t n, int64_t k) const;
+  virtual bool is_packed(const std::string&) const { return false; }
+  // 8 x bytes over elements, of the linears that are (or would be) quantized.
+  virtual double bits_per_weight() const = 0;
+  // Hugging Face files to carry into an export: config.json, generation_config.json (name,
+  // content).
+  virtual std::string config_json() const = 0;  // the source's own keys, or made from GGUF metadata
+  virtual std::string generation_config_json() const { return ""; }
+
+ protected:
+  LlamaConfig config_;
+  std::string path_;
+};
+
+// Throws, saying what is wrong, if `path` is none of the kinds, or any tensor is missing, misshapen
+// or (packed) one too many.
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path);
+
+}  // namespace bbb::models

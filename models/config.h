@@ -1,0 +1,65 @@
+// LlamaConfig: the sizes and constants of a Llama-family model, read from config.json or GGUF
+// metadata.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "data/gguf.h"
+
+namespace bbb::models {
+
+// Llama-3's frequency scaling (rope_type "llama3").
+struct Llama3RopeScaling {
+  double factor = 8;
+  double low_freq_factor = 1;
+  double high_freq_factor = 4;
+  int64_t original_max_position = 8192;
+};
+
+struct LlamaConfig {
+  std::string model_type = "llama";  // or "mistral"
+  int64_t vocab = 0;
+  int64_t d_model = 0;
+  int64_t hidden = 0;
+  int64_t layers = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_position = 0;
+  int64_t sliding_window = 0;  // 0: none
+  double rms_eps = 1e-5;
+  double rope_theta = 1e4;
+  std::optional<Llama3RopeScaling> rope_scaling;
+  std::vector<float>
+      rope_factors;  // GGUF's rope_freqs.weight: divides each frequency; empty if none
+  bool tied_head = false;
+  std::optional<int64_t> bos_id, eos_id;
+
+  int64_t linear_parameters() const;  // of all quantized linears
+};
+
+// Throw, naming the key, on a missing, mistyped or absurd value, an architecture other than Llama,
+// Mistral (and SmolLM2, which is Llama), biases, or a rope scaling other than llama3.
+LlamaConfig config_from_json(const std::string& json, const std::string& where);
+LlamaConfig config_from_gguf(const data::Gguf& gguf);
+// smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b; throws UsageError, listing them, otherwise.
+LlamaConfig synthetic_config(const std::string& name);
+// A Hugging Face config.json for this model, without quantization_config.
+std::string config_to_json(const LlamaConfig& config);
+
+// Frequencies of the head_dim / 2 pairs: theta^(-2i/d), scaled as the config says (F64, then F32).
+std::vector<float> rope_inv_freq(const LlamaConfig& config);
+
+// The seven linears of a block, in the order in which they are applied.
+struct LinearShape {
+  const char* name;  // "self_attn.q_proj"
+  int64_t n;
+  int64_t k;
+};
+std::vector<LinearShape> block_linears(const LlamaConfig& config);
+std::string layer_name(int64_t layer, const std::string& suffix);  // "model.layers.3.mlp.up_proj"
+
+}  // namespace bbb::models

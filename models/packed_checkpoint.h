@@ -1,0 +1,30 @@
+// The exported directory (format.md): writing it, and reading every layer back before it counts.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "data/tokenizer.h"
+#include "models/checkpoint.h"
+#include "models/quant_linear.h"
+
+namespace bbb::models {
+
+struct ExportLayer {
+  std::vector<float> input_norm, post_norm;  // (D)
+  std::vector<QuantizedState> linears;       // in the order of block_linears()
+};
+
+enum class ExportFormat { Packed, HuggingFace };
+
+// Writes `directory` from the source's embedding, final norm, head and tokenizer and from the
+// layers that `layer(i)` gives. Every linear is read back and compared, code by code, with what was
+// given, before the directory is renamed into place. bbb_json: the content of bbb.json. Returns
+// true bits per weight, from the file.
+double export_model(const std::string& directory, const Checkpoint& source,
+                    const data::Tokenizer& tokenizer, GridSpec spec, ExportFormat format,
+                    const std::function<ExportLayer(int64_t)>& layer, const std::string& bbb_json,
+                    const std::function<void(int64_t done)>& progress);
+
+}  // namespace bbb::models

@@ -1,0 +1,86 @@
+// QuantLinear: y = x W^T (+ residual), W (N, K), in one explicit state.
+//
+//   Float      an act weight, no gradient: the teacher, or a full-precision model
+//   FakeQuant  an FP32 master behind the quantizer; bits 16 means no quantizer
+//   Scales     frozen codes and zero points behind learned group scales sigma
+//   Packed     the exported bytes; never expanded beyond one shared layer buffer
+//
+// Training: prepare() once per optimizer step turns the parameter into wq, e, z, S; any number of
+// forward and backward passes leave dW^ in the parameter's gradient (FakeQuant) or in a scratch
+// (Scales); finish_backward() turns that into the parameter's own gradient.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "autograd/ops.h"
+#include "autograd/parameter.h"
+
+namespace bbb::models {
+
+using autograd::Parameter;
+using autograd::Tape;
+using autograd::Var;
+using engine::Backend;
+using engine::GridSpec;
+using engine::PackedWeight;
+using engine::Rounding;
+using engine::Tensor;
+using engine::Write;
+
+enum class LinearState { Float, FakeQuant, Scales, Packed };
+
+// What training holds for a layer and an export must reproduce, on the host.
+struct QuantizedState {
+  std::vector<uint8_t> codes;   // (N, K), one a byte
+  std::vector<uint8_t> scales;  // (N, K/G), E4M3
+  std::vector<uint8_t> zeros;   // (N, K/G), one a byte
+  float master_scale = 1;
+  GridSpec spec;
+};
+
+class QuantLinear {
+ public:
+  QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
+
+  void set_float(Tensor weight);  // act (N, K)
+  void set_fake_quant(Parameter& master, GridSpec spec, Rounding rounding = Rounding::Nearest);
+  void set_bits(int bits);  // FakeQuant: the next stage's width
+  // From the current FakeQuant codes and scales: sigma is the parameter, (N, K/G), initialised
+  // here.
+  void set_scales(Parameter& sigma);
+  // `buffer`: act, at least N K elements, shared by all layers; used for products of many rows.
+  void set_packed(PackedWeight weight, Tensor buffer);
+
+  void prepare();
+  void finish_backward();
+  // Masters to the middle of their bins: master = S e (q - z). FakeQuant only, after prepare().
+  void snap();
+  Var forward(Tape& tape, const Var& x, const Var& residual);
+  // FakeQuant or Scales, after prepare().
+  QuantizedState quantized_state() const;
+
+  LinearState state() const { return state_; }
+  const std::string& name() const { return name_; }
+  int64_t n() const { return n_; }
+  int64_t k() const { return k_; }
+  const GridSpec& spec() const { return spec_; }
+  Parameter* parameter() const { return parameter_; }
+
+ private:
+  Backend& backend_;
+  std::string name_;
+  int64_t n_, k_;
+  LinearState state_ = LinearState::Float;
+  GridSpec spec_;
+  Rounding rounding_ = Rounding::Nearest;
+  Parameter* parameter_ = nullptr;
+  Tensor weight_;  // act: the GEMM's operand (Float: W; else wq)
+  Tensor master_scale_, e_, z_, codes_;
+  Tensor dweight_;             // Scales: dW^
+  bool grad_written_ = false;  // since the last finish_backward()
+  PackedWeight packed_;
+  Tensor buffer_;
+};
+
+}  // namespace bbb::models

@@ -1,0 +1,59 @@
+// The one way to start a kernel, and the one template behind the CUDA library check macros.
+//
+// launch() skips an empty grid, raises the kernel's shared-memory limit when it asks for more than
+// 48 KiB, checks the launch, and waits for the kernel when BBB_SYNC_LAUNCHES is set in the
+// environment, so that a fault is reported by the launch that caused it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "quant/check.h"
+
+namespace bbb::quant {
+
+// Throws with the failing call, its place and the library's own words for `status`.
+template <typename Status, typename Describe>
+void check_status(Status status, Status success, Describe describe, const char* call,
+                  const char* file, int line) {
+  if (status != success)
+    throw Error(cat(describe(status), " in ", call, " (", file, ":", line, ")"));
+}
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  int64_t smem_bytes = 0;
+};
+
+inline bool sync_launches() {
+  static const bool on = std::getenv("BBB_SYNC_LAUNCHES") != nullptr;
+  return on;
+}
+
+}  // namespace bbb::quant
+
+#define BBB_CUDA(call) \
+  ::bbb::quant::check_status((call), cudaSuccess, cudaGetErrorString, #call, __FILE__, __LINE__)
+
+#ifdef __CUDACC__
+namespace bbb::quant {
+
+template <typename... Params, typename... Args>
+void launch(cudaStream_t stream, const LaunchShape& shape, void (*kernel)(Params...),
+            Args&&... args) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  if (shape.smem_bytes > 48 * 1024)
+    BBB_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shape.smem_bytes)));
+  kernel<<<shape.grid, shape.block, static_cast<size_t>(shape.smem_bytes), stream>>>(
+      static_cast<Params>(args)...);
+  BBB_CUDA(cudaGetLastError());
+  if (sync_launches()) BBB_CUDA(cudaStreamSynchronize(stream));
+}
+
+}  // namespace bbb::quant
+#endif

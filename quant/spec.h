@@ -1,0 +1,16 @@
+// GridSpec: which quantization grid, and how to round on it.
+#pragma once
+
+namespace bbb::quant {
+
+struct GridSpec {
+  int bits = 2;    // 2, 3, 4 or 8
+  int group = 32;  // input features that share a scale and a zero point: 32, 64 or 128
+};
+
+enum class Rounding {
+  Nearest,   // round(x) = floor(x + 1/2)
+  Identity,  // no rounding: for gradient checks, which must not difference through a step
+};
+
+}  // namespace bbb::quant
