@@ -1,0 +1,131 @@
+// CpuBackend: the reference, and the product without a GPU. Plain loops over a pool of threads;
+// matrix products through OpenBLAS.
+//
+//     CpuBackend<float>   act F32, real F32
+//     CpuBackend<double>  act F64, real F64: gradient checks
+//
+// OpenBLAS runs single-threaded: a product is cut into strips of its output and the pool's threads
+// call BLAS on one strip each, so that its threads and ours never compete for the cores.
+//
+// The members stand in one file per op family; each file ends with the explicit instantiations of
+// its members (BBB_CPU_INSTANTIATE).
+#pragma once
+
+#include <memory>
+#include <string>
+#include <type_traits>
+
+#include "engine/backend.h"
+#include "engine/cpu/memory.h"
+#include "engine/cpu/thread_pool.h"
+
+namespace bbb::engine {
+
+template <typename T>
+class CpuBackend final : public Backend {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+
+ public:
+  static constexpr DType kDType = std::is_same_v<T, float> ? DType::F32 : DType::F64;
+
+  explicit CpuBackend(int threads);  // 0: all cores
+
+  DeviceType device() const override { return DeviceType::Cpu; }
+  DType act() const override { return kDType; }
+  DType real() const override { return kDType; }
+  std::string device_name() const override;
+  int64_t memory_total_bytes() const override;
+  int64_t memory_available_bytes() const override;
+  int64_t memory_peak_bytes() const override;
+  void reset_memory_peak() override;
+  void synchronize() override {}
+  std::unique_ptr<Replay> record(std::function<void()> step) override;
+
+ private:
+  // Calls fn(begin, end) on ranges of `grain` of [0, n), spread over the threads.
+  template <typename Fn>
+  void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
+    if (n <= grain) {
+      if (n > 0) fn(int64_t{0}, n);
+    } else {
+      pool_.parallel_for(n, grain, fn);
+    }
+  }
+
+  Tensor do_empty(Shape shape, DType dtype) override;
+  void do_upload(const Tensor& dst, const void* src) override;
+  void do_download(void* dst, const Tensor& src) override;
+  void do_copy(const Tensor& dst, const Tensor& src) override;
+  void do_cast(const Tensor& dst, const Tensor& src) override;
+  void do_zero(const Tensor& dst) override;
+  void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) override;
+  void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
+                      const Tensor& cursor) override;
+  void do_advance(const Tensor& cursor) override;
+  void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) override;
+  void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
+                  const Tensor& addend) override;
+  void do_gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
+                  Write mode) override;
+  void do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) override;
+  void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
+                   double eps) override;
+  void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
+                            const Tensor& inv_rms, const Tensor& w, Write dx_mode,
+                            Write dw_mode) override;
+  void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) override;
+  void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
+                          const Tensor& gate, const Tensor& up) override;
+  void do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
+               Rotation direction) override;
+  void do_add(const Tensor& out, const Tensor& a, const Tensor& b) override;
+  void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const AttentionSpec& spec) override;
+  void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                             const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& o, const Tensor& lse,
+                             const AttentionSpec& spec) override;
+  void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                    const Tensor& start) override;
+  void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                           const Tensor& v_cache, const Tensor& start,
+                           const AttentionSpec& spec) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) override;
+  void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                        const Tensor& targets, double scale) override;
+  void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                        const Tensor& teacher, const Tensor& targets, double scale) override;
+  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
+  void do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) override;
+  void do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                     const Tensor& s, const GridSpec& spec, Rounding rounding) override;
+  void do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
+                       const Tensor& s, const GridSpec& spec) override;
+  void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
+                         const Tensor& s, const GridSpec& spec) override;
+  void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
+                      const Tensor& z, const Tensor& sigma, const GridSpec& spec) override;
+  void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
+                               const Tensor& z, const GridSpec& spec, Write mode) override;
+  void do_unpack(const Tensor& wq, const PackedWeight& w) override;
+  void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
+                      const Tensor& addend) override;
+  void do_sum_squares(const Tensor& out, const Tensor& x) override;
+  void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
+                       const Schedule& schedule) override;
+  void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+                const Tensor& control, const AdamWSpec& spec) override;
+
+  ThreadPool pool_;
+  std::shared_ptr<HostMemory> memory_;  // every tensor's storage holds it too
+};
+
+// Elements that one range of an elementwise loop covers: some ten microseconds of work.
+inline constexpr int64_t kElementGrain = 16384;
+
+}  // namespace bbb::engine
+
+// The parameter types of a member that returns void, once for both backends.
+#define BBB_CPU_INSTANTIATE(member, ...)                \
+  template void CpuBackend<float>::member(__VA_ARGS__); \
+  template void CpuBackend<double>::member(__VA_ARGS__)

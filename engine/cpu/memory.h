@@ -1,0 +1,48 @@
+// HostMemory: 64-byte aligned blocks, kept for reuse when freed.
+//
+// A training step allocates the same sizes again and again; a block that goes back to the system is
+// a page fault for every 4 KiB the next time. Freed blocks wait in a list per size, at most
+// kCacheShare of the machine's memory in all.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "engine/tensor.h"
+
+namespace bbb::engine {
+
+class HostMemory : public std::enable_shared_from_this<HostMemory> {
+ public:
+  HostMemory() = default;
+  ~HostMemory();
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+
+  // Throws Error, naming the bytes, when the machine has no such block to give.
+  std::shared_ptr<Storage> allocate(int64_t bytes);
+
+  int64_t peak_bytes() const;
+  void reset_peak();
+  int64_t cached_bytes() const;
+
+  static int64_t total_bytes();      // of the machine
+  static int64_t available_bytes();  // /proc/meminfo: MemAvailable
+
+ private:
+  static constexpr double kCacheShare = 0.25;
+
+  void release(void* block, int64_t block_bytes);
+  void drop_cache();
+
+  mutable std::mutex mutex_;
+  std::map<int64_t, std::vector<void*>> free_;  // block size -> blocks
+  int64_t held_bytes_ = 0;
+  int64_t peak_bytes_ = 0;
+  int64_t cached_bytes_ = 0;
+};
+
+}  // namespace bbb::engine
