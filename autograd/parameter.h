@@ -42,6 +42,7 @@ class ParameterSet {
  private:
   Backend& backend_;
   std::vector<std::unique_ptr<Parameter>> parameters_;
+  std::vector<Shape> shapes_;
   Tensor masters_, grads_, m_, v_;
 };
 

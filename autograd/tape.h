@@ -10,6 +10,7 @@
 #pragma once
 
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -21,24 +22,26 @@ using engine::Backend;
 using engine::Tensor;
 using engine::Write;
 
-// A value and, while training, its gradient. Copying a Var copies the handle.
+// A value and, while training, its gradient. Copying a Var copies the handles; the gradient is
+// shared by all copies, so a leaf used twice accumulates whatever the order of its uses.
 class Var {
  public:
   Var() = default;
   // A constant: no gradient.
-  explicit Var(Tensor value);
+  explicit Var(Tensor value) : value_(std::move(value)) {}
   // A leaf whose gradient goes to `grad` (same number of elements, any gradient dtype); `mode` says
   // whether the first write overwrites it.
   static Var leaf(Tensor value, Tensor grad, Write mode);
   // A leaf that wants a gradient, allocated when first written.
   static Var input(Tensor value);
 
-  bool defined() const { return node_ != nullptr; }
-  const Tensor& value() const { return node_->value; }
-  bool requires_grad() const { return node_ && node_->requires_grad; }
-  bool has_grad() const { return node_ && node_->written; }
+  bool defined() const { return value_.defined() || gradient_ != nullptr; }
+  const Tensor& value() const { return value_; }
+  bool requires_grad() const { return gradient_ != nullptr; }
+  bool has_grad() const { return gradient_ && gradient_->written; }
   const Tensor& grad() const;  // throws if nothing was written
-  void clear_value() { node_->value = Tensor(); }
+  // The handle a closure keeps of a value that its backward does not read: the gradient alone.
+  Var gradient_only() const;
 
   struct Slot {
     Tensor grad;
@@ -49,14 +52,16 @@ class Var {
   void drop_grad() const;                               // frees an intermediate gradient
 
  private:
-  struct Node {
-    Tensor value;
-    Tensor grad;
-    bool requires_grad = false;
+  struct Gradient {
+    engine::Shape shape;
+    engine::DType dtype;
+    Tensor buffer;
+    bool owned_by_leaf = false;  // the buffer outlives the pass and must be written, not replaced
     bool written = false;
     Write first = Write::Overwrite;
   };
-  std::shared_ptr<Node> node_;
+  Tensor value_;
+  std::shared_ptr<Gradient> gradient_;
   friend class Tape;
 };
 
@@ -74,9 +79,10 @@ class Tape {
   // Keeps `closure` for backward(). Call it only where output.requires_grad().
   void record(std::function<void()> closure);
 
-  // Runs the closures backwards from `root`, whose gradient is `seed`. The tape is empty
-  // afterwards.
-  void backward(const Var& root, Tensor seed);
+  // Runs the closures backwards from `root`, whose gradient is `seed`; the buffer is consumed. A
+  // loss (mse, head_loss) is a root of gradient 1 and takes no seed: its factor is an argument of
+  // the loss. The tape is empty afterwards.
+  void backward(const Var& root, Tensor seed = Tensor());
 
  private:
   Backend& backend_;

@@ -1,0 +1,29 @@
+// AdamW over a ParameterSet: three passes over flat buffers, nothing waits for the host.
+#include <utility>
+
+#include "autograd/parameter.h"
+
+namespace bbb::autograd {
+
+AdamW::AdamW(ParameterSet& parameters, engine::AdamWSpec spec, engine::Schedule schedule)
+    : parameters_(parameters),
+      spec_(spec),
+      schedule_(std::move(schedule)),
+      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())),
+      norm_squared_(parameters.backend().empty({1}, parameters.backend().real())) {}
+
+void AdamW::restart(engine::Schedule schedule) {
+  schedule_ = std::move(schedule);
+  parameters_.reset_moments();
+  parameters_.backend().zero(control_);
+}
+
+void AdamW::step(const Tensor& loss) {
+  Backend& backend = parameters_.backend();
+  backend.sum_squares(norm_squared_, parameters_.grads());
+  backend.step_control(control_, loss, norm_squared_, schedule_);
+  backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),
+                control_, spec_);
+}
+
+}  // namespace bbb::autograd
