@@ -1,0 +1,74 @@
+// TrainConfig: everything that decides what a training run computes, and its defaults.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/tensor.h"
+#include "models/config.h"
+
+namespace bbb::train {
+
+// One step of a schedule: widths of weights and activations. activation_bits is 16.
+struct Stage {
+  int weight_bits = 2;
+  int activation_bits = 16;
+};
+
+// What stage t is fed: the stream of its own blocks, that of the stage before, or both in turn.
+enum class InputStream { Same, Higher, Mix };
+enum class EndToEndLoss { Kl, CrossEntropy };
+enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
+enum class Snap { Auto, On, Off };         // masters to the middle of their bins first
+
+struct TrainConfig {
+  std::string model;
+  std::string data;
+  std::string out;
+
+  std::vector<Stage> stages;  // empty: no block phase, end to end from round to nearest
+  int bits = 0;               // of the result; 0: the last stage's, or 2
+  int group = 32;
+
+  int64_t samples = 1024;
+  int64_t seq_len = 2048;
+  int64_t val_samples = 64;
+  int64_t epochs = 2;
+  int64_t batch = 8;
+  std::vector<double> lr;  // per stage; one value serves all; empty: by width and stage
+  InputStream input_stream = InputStream::Same;
+  uint64_t seed = 0;
+
+  int64_t e2e_steps = 0;  // 0: no end-to-end phase
+  int64_t e2e_batch = 16;
+  int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: 8 on a GPU, else 1
+  EndToEndLoss e2e_loss = EndToEndLoss::Kl;
+  EndToEndTrain e2e_train = EndToEndTrain::All;
+  double e2e_lr = 0;  // 0: by width and start
+  Snap e2e_snap = Snap::Auto;
+  int64_t save_every = 100;  // end-to-end steps between saved states
+
+  std::optional<int32_t> doc_end;  // instead of the vocabulary's own end of document
+  int threads = 0;                 // 0: all cores
+};
+
+// "w8a16,w4a16,w2a16". Throws UsageError on anything else.
+std::vector<Stage> parse_stages(const std::string& text);
+std::string to_string(const std::vector<Stage>& stages);
+// "same", "higher", "mix"; "kl", "ce"; "scales", "all"; "auto", "on", "off". UsageError otherwise.
+InputStream parse_input_stream(const std::string& text);
+EndToEndLoss parse_e2e_loss(const std::string& text);
+EndToEndTrain parse_e2e_train(const std::string& text);
+Snap parse_snap(const std::string& text);
+
+// All fields but `out`, which is where the JSON lies, as indented text; and back.
+std::string to_json(const TrainConfig& config);
+TrainConfig config_from_json(const std::string& json, const std::string& where);
+
+// Fills every default and throws UsageError, naming the option, where a value is impossible.
+TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
+                    engine::DeviceType device);
+
+}  // namespace bbb::train

@@ -1,0 +1,57 @@
+// Training to 2 bits and exporting the result: what the `bbb` command calls.
+//
+// A run lives in one directory:
+//   run.json                      resolved configuration, checksums, program version, device
+//   log.jsonl                     one line a step
+//   blocks/block_000.safetensors  a finished block: the masters of every stage
+//   e2e/state.safetensors         the newest state of the end-to-end phase, while it runs
+//   e2e/final.safetensors         its result
+// Every file appears by a rename, so a run killed at any moment goes on from what is there and ends
+// with the same bytes.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "data/text.h"
+#include "data/tokenizer.h"
+#include "engine/backend.h"
+#include "models/checkpoint.h"
+#include "models/packed_checkpoint.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+using engine::Backend;
+using engine::GridSpec;
+using models::Checkpoint;
+
+// Called between units of work; what they throw ends the run there, as a kill would.
+struct Observer {
+  bool quiet = false;
+  std::function<void(int64_t block)> after_block;
+  std::function<void(int64_t step)> after_e2e_step;
+};
+
+// Creates or resumes the run in config.out. A finished run is left as it is. Throws where the
+// directory holds something else, or a run with another configuration, model or data.
+void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+           TrainConfig config);
+
+// The same on token windows: the first `samples` train, the last `val_samples` validate.
+void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                   TrainConfig config, const Observer& observer);
+
+// Exports a finished run; the model and its tokenizer are those named in run.json. Returns the true
+// bits per weight.
+double export_run(Backend& backend, const std::string& run_directory,
+                  const std::string& out_directory, models::ExportFormat format);
+double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+                  const std::string& run_directory, const std::string& out_directory,
+                  models::ExportFormat format);
+
+// Round to nearest, without training.
+double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+                  GridSpec spec, const std::string& out_directory, models::ExportFormat format);
+
+}  // namespace bbb::train
