@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The command line's promises on bad input: one line on stderr, the right exit code, nothing left
+# behind. Needs build/bbb and the demo model.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bbb=$PWD/build/bbb
+model=$PWD/demo/SmolLM2-135M-Instruct.Q4_1.gguf
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+bad=0
+
+# expect CODE PATTERN COMMAND...: exit code, exactly one line on stderr, which matches the pattern.
+expect() {
+  local code=$1 pattern=$2 got=0
+  shift 2
+  "$@" >"$work/out" 2>"$work/err" || got=$?
+  grep -v '^ppl \[' "$work/err" >"$work/lines" || true
+  if [ "$got" != "$code" ] || [ "$(wc -l <"$work/lines")" != 1 ] || ! grep -qiE "$pattern" "$work/lines"; then
+    echo "FAILED: $* -> exit code $got, expected $code and one line like /$pattern/; stderr:"
+    cat "$work/err"
+    bad=1
+  fi
+}
+
+echo "some text to read" >"$work/short.txt"
+: >"$work/empty.txt"
+echo '{"text": 3}' >"$work/bad.jsonl"
+mkdir -p "$work/nokey"
+echo '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}' >"$work/nokey/config.json"
+head -c 100000 "$model" >"$work/cut.gguf"
+head -c 50 "$model" >"$work/cut2.gguf"
+
+expect 2 'no command' "$bbb"
+expect 2 'unknown command' "$bbb" fly
+expect 2 'wings' "$bbb" ppl --wings
+expect 2 'missing' "$bbb" ppl --text x
+expect 2 'seq-len' "$bbb" ppl --model "$model" --text "$work/short.txt" --seq-len many
+expect 2 'device' "$bbb" ppl --model "$model" --text "$work/short.txt" --device tpu
+expect 2 'unexpected' "$bbb" inspect --model "$model" stray
+expect 2 'stages' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --stages w5x
+expect 2 'smollm2-135m' "$bbb" decode --synthetic gpt-9 --device cpu
+expect 2 'prompt' "$bbb" decode --model "$model"
+expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
+expect 1 'nowhere' "$bbb" ppl --model "$model" --text "$work/nowhere"
+expect 1 'key|hidden_size' "$bbb" inspect --model "$work/nokey"
+expect 1 'cut.gguf' "$bbb" inspect --model "$work/cut.gguf"
+expect 1 'cut2.gguf' "$bbb" inspect --model "$work/cut2.gguf"
+expect 1 'empty' "$bbb" ppl --model "$model" --text "$work/empty.txt" --device cpu
+expect 1 'window|token' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cpu
+expect 1 'text|line 1' "$bbb" ppl --model "$model" --text "$work/bad.jsonl" --device cpu
+expect 1 'window|token' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu
+expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  expect 1 'GPU|CUDA' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cuda
+fi
+if [ -e "$work/run/run.json" ] || [ -e "$work/x" ]; then
+  echo "FAILED: a refused command left files behind"
+  bad=1
+fi
+
+# A full disk, where we may mount one; a read-only output, where we are not root.
+if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/null; then
+  expect 1 'small' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
+  if [ -n "$(ls -A "$work/small")" ]; then
+    echo "FAILED: a full disk left $(ls -A "$work/small") behind"
+    bad=1
+  fi
+  umount "$work/small"
+else
+  echo "SKIPPED: no right to mount a small disk"
+fi
+expect 1 'output|write' bash -c "'$bbb' inspect --model '$model' >/dev/full"
+
+[ "$bad" = 0 ] && echo "command line: every refusal as promised"
+exit "$bad"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Builds everything and runs every test: on the CPU, on a GPU where there is one, and the parsers
+# under mutation. Ends with "N passed, N failed, N skipped".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/build.sh bbb bbb_tests bbb_fuzz
+scripts/fetch_demo.sh
+
+passed=0 failed=0 skipped=0
+# Adds up one run of the test binary from its JUnit report.
+run_tests() {
+  local device=$1 report=build/tests_$1.xml code=0
+  BBB_DEVICE=$device build/bbb_tests -r junit -o "$report" || code=$?
+  if [ "$code" = 77 ]; then
+    echo "tests on $device: skipped, the device is absent"
+    skipped=$((skipped + 1))
+    return
+  fi
+  if [ ! -s "$report" ]; then
+    echo "tests on $device: no report, exit code $code"
+    failed=$((failed + 1))
+    return
+  fi
+  local counts
+  counts=$(python3 - "$report" <<'PY'
+import sys, xml.etree.ElementTree as xml
+cases = {}
+for case in xml.parse(sys.argv[1]).iter("testcase"):
+    name = case.get("classname"), case.get("name").split("/")[0]
+    bad = case.find("failure") is not None or case.find("error") is not None
+    out = "".join(case.itertext())
+    cases.setdefault(name, [False, ""])
+    cases[name][0] |= bad
+for suite in xml.parse(sys.argv[1]).iter("testsuite"):
+    text = "".join((suite.findtext("system-out") or "", suite.findtext("system-err") or ""))
+    skips = text.count("SKIPPED:")
+failed = sum(bad for bad, _ in cases.values())
+print(len(cases) - failed - skips, failed, skips)
+for (_, name), (bad, _) in cases.items():
+    if bad: print("FAILED:", name, file=sys.stderr)
+PY
+)
+  read -r p f s <<<"$counts"
+  # A crash leaves a report without a failed case; the exit code still says so.
+  if [ "$code" != 0 ] && [ "$f" = 0 ]; then f=1; fi
+  echo "tests on $device: $p passed, $f failed, $s skipped"
+  passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+}
+run_tests cpu
+run_tests cuda
+
+if build/bbb_fuzz 100000 1; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+if scripts/cli_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]

@@ -1,0 +1,163 @@
+#include "tools/cli.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <new>
+
+namespace bbb::tools {
+
+CommandLine::CommandLine(const std::string& command, const std::string& summary)
+    : options_("bbb " + command, summary) {}
+
+cxxopts::OptionAdder CommandLine::options(const std::string& group) {
+  return options_.add_options(group);
+}
+
+bool CommandLine::parse(const Arguments& arguments) {
+  options_.add_options("Every command")                                                      //
+      ("device", "auto, cpu or cuda", cxxopts::value<std::string>()->default_value("auto"))  //
+      ("threads", "CPU threads; 0: all cores", cxxopts::value<std::string>()->default_value("0"))(
+          "h,help", "print this help");
+  std::vector<const char*> argv{"bbb"};
+  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
+  try {
+    result_ = options_.parse(static_cast<int>(argv.size()), argv.data());
+  } catch (const cxxopts::exceptions::exception& e) {
+    throw UsageError(e.what());
+  }
+  if (has("help")) {
+    std::fputs(options_.help().c_str(), stdout);
+    return false;
+  }
+  if (!result_.unmatched().empty())
+    throw UsageError(cat("unexpected argument '", result_.unmatched().front(), "'"));
+  choice("device", {"auto", "cpu", "cuda"});
+  threads();
+  return true;
+}
+
+std::string CommandLine::text(const std::string& name) const {
+  return has(name) || result_[name].has_default() ? result_[name].as<std::string>() : "";
+}
+
+int64_t CommandLine::integer(const std::string& name, int64_t minimum, int64_t maximum) const {
+  const std::string value = text(name);
+  int64_t number = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+  if (error != std::errc() || end != value.data() + value.size() || number < minimum ||
+      number > maximum)
+    throw UsageError(maximum == INT64_MAX ? cat("--", name, " takes a whole number of at least ",
+                                                minimum, ", not '", value, "'")
+                                          : cat("--", name, " takes a whole number from ", minimum,
+                                                " to ", maximum, ", not '", value, "'"));
+  return number;
+}
+
+double CommandLine::real(const std::string& name, double minimum, double maximum) const {
+  const std::string value = text(name);
+  double number = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+  if (error != std::errc() || end != value.data() + value.size() || !std::isfinite(number) ||
+      number < minimum || number > maximum)
+    throw UsageError(
+        cat("--", name, " takes a number from ", minimum, " to ", maximum, ", not '", value, "'"));
+  return number;
+}
+
+size_t CommandLine::choice(const std::string& name, const std::vector<std::string>& choices) const {
+  const std::string value = text(name);
+  std::string list;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (choices[i] == value) return i;
+    list += (i == 0 ? "" : i + 1 == choices.size() ? " or " : ", ") + choices[i];
+  }
+  throw UsageError(cat("--", name, " takes ", list, ", not '", value, "'"));
+}
+
+std::string CommandLine::required(const std::string& name) const {
+  if (!has(name)) throw UsageError(cat("--", name, " is missing"));
+  return text(name);
+}
+
+int CommandLine::threads() const { return static_cast<int>(integer("threads", 0, 4096)); }
+
+std::unique_ptr<engine::Backend> CommandLine::make_backend() const {
+  const size_t device = choice("device", {"auto", "cpu", "cuda"});
+  if (device == 2 || (device == 0 && engine::cuda_available())) return engine::make_cuda_backend(0);
+  return engine::make_cpu_backend(threads());
+}
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts{""};
+  for (char c : text) {
+    if (c == separator)
+      parts.emplace_back();
+    else
+      parts.back() += c;
+  }
+  return parts;
+}
+
+namespace {
+
+struct Command {
+  const char* name;
+  const char* summary;
+  int (*run)(const Arguments&);
+};
+
+constexpr Command kCommands[] = {
+    {"train", "train a checkpoint down to 2-bit weights", train_command},
+    {"export", "write a trained run, or a rounded model, as a packed directory", export_command},
+    {"ppl", "perplexity of any checkpoint on a text", ppl_command},
+    {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
+    {"decode", "generate text, and measure how fast", decode_command},
+};
+
+std::string usage() {
+  std::string out = "usage: bbb COMMAND [options]      bbb COMMAND --help\n\n";
+  for (const Command& command : kCommands)
+    out += fmt::format("  {:<9}{}\n", command.name, command.summary);
+  return out + "\n  --version, --help\n";
+}
+
+int dispatch(int argc, char** argv) {
+  if (argc < 2) throw UsageError("no command given; bbb --help lists them");
+  const std::string name = argv[1];
+  if (name == "--help" || name == "-h") {
+    std::fputs(usage().c_str(), stdout);
+    return 0;
+  }
+  if (name == "--version") {
+    std::puts("bbb " BBB_VERSION);
+    return 0;
+  }
+  for (const Command& command : kCommands)
+    if (name == command.name) return command.run(Arguments(argv + 2, argv + argc));
+  throw UsageError(cat("unknown command '", name, "'; bbb --help lists them"));
+}
+
+}  // namespace
+
+int run(int argc, char** argv) {
+  try {
+    const int code = dispatch(argc, argv);
+    // A full disk under a redirected stdout is an error like any other.
+    if (std::fflush(stdout) != 0) throw Error("cannot write to standard output");
+    return code;
+  } catch (const UsageError& e) {
+    std::fprintf(stderr, "bbb: %s\n", e.what());
+    return 2;
+  } catch (const std::bad_alloc&) {
+    std::fputs("bbb: out of memory on the host\n", stderr);
+    return 1;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "bbb: %s\n", e.what());
+    return 1;
+  }
+}
+
+}  // namespace bbb::tools

@@ -1,0 +1,58 @@
+// What every bbb command shares: options, the choice of backend, and the rules for errors.
+#pragma once
+
+#include <cxxopts.hpp>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/backend.h"
+
+namespace bbb::tools {
+
+// The arguments after the command's name.
+using Arguments = std::vector<std::string>;
+
+// One command's options: those given, then --device, --threads, --help. Prints the help and returns
+// nothing where it was asked for; throws UsageError on an unknown flag, a bad value, or a stray
+// word.
+class CommandLine {
+ public:
+  CommandLine(const std::string& command, const std::string& summary);
+  cxxopts::OptionAdder options(const std::string& group = "");
+  // False: --help was printed.
+  bool parse(const Arguments& arguments);
+
+  bool has(const std::string& name) const { return result_.count(name) > 0; }
+  std::string text(const std::string& name) const;
+  int64_t integer(const std::string& name, int64_t minimum, int64_t maximum = INT64_MAX) const;
+  double real(const std::string& name, double minimum, double maximum) const;
+  // The value, which must be one of `choices`; its index.
+  size_t choice(const std::string& name, const std::vector<std::string>& choices) const;
+  // Throws UsageError, naming the option, unless it was given.
+  std::string required(const std::string& name) const;
+
+  // The backend of --device: auto takes a GPU where there is one. Throws where cuda was asked for
+  // and there is none.
+  std::unique_ptr<engine::Backend> make_backend() const;
+  int threads() const;
+
+ private:
+  cxxopts::Options options_;
+  cxxopts::ParseResult result_;
+};
+
+// "a,b,,c" -> {"a", "b", "", "c"}.
+std::vector<std::string> split(const std::string& text, char separator);
+
+int train_command(const Arguments& arguments);
+int export_command(const Arguments& arguments);
+int ppl_command(const Arguments& arguments);
+int inspect_command(const Arguments& arguments);
+int decode_command(const Arguments& arguments);
+
+// The whole program behind main(): dispatches, and turns every error into one line on stderr and an
+// exit code: 2 for usage, 1 for the rest.
+int run(int argc, char** argv);
+
+}  // namespace bbb::tools

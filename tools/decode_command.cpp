@@ -1,0 +1,309 @@
+// bbb decode: a prompt in, streamed text out, then what it cost.
+//
+// The prompt runs through the model once (prefill) and fills the key-value cache; after that one
+// recorded step makes a token: embed, blocks, head, logits, position + 1. The host only samples.
+// Bytes a token: every weight of the blocks and the head as stored, plus the keys and values so
+// far. The device's bandwidth is measured here, by a large copy, not taken from a data sheet.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "data/files.h"
+#include "data/tokenizer.h"
+#include "models/llama.h"
+#include "tools/cli.h"
+#include "tools/sampler.h"
+
+namespace bbb::tools {
+
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using engine::Backend;
+using engine::DType;
+using engine::Tensor;
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Bytes read and written a second by a copy far larger than any cache: the median of nine.
+double measure_bandwidth(Backend& backend) {
+  const bool gpu = backend.device() == engine::DeviceType::Cuda;
+  const int64_t bytes =
+      std::min<int64_t>(gpu ? 1 << 30 : 1 << 28, backend.memory_available_bytes() / 8);
+  const Tensor from = backend.zeros({bytes}, DType::U8), to = backend.zeros({bytes}, DType::U8);
+  const int repeats = gpu ? 20 : 1;
+  std::vector<double> times;
+  for (int i = 0; i < 9; ++i) {
+    backend.synchronize();
+    const auto start = Clock::now();
+    for (int r = 0; r < repeats; ++r) backend.copy(to, from);
+    backend.synchronize();
+    times.push_back(seconds_since(start) / repeats);
+  }
+  std::nth_element(times.begin(), times.begin() + 4, times.end());
+  return 2.0 * static_cast<double>(bytes) / times[4];
+}
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size()) / 2,
+                   values.end());
+  return values[values.size() / 2];
+}
+
+// The longest prefix of `bytes` that ends on a UTF-8 character's end; the rest waits for more
+// bytes.
+size_t complete_utf8(const std::string& bytes) {
+  size_t end = bytes.size();
+  for (size_t back = 1; back <= std::min<size_t>(3, end); ++back) {
+    const unsigned char c = static_cast<unsigned char>(bytes[end - back]);
+    if ((c & 0xC0) == 0x80) continue;  // a continuation byte: look further left for its lead
+    const size_t need = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC0 ? 2 : 1;
+    return need > back ? end - back : end;
+  }
+  return end;
+}
+
+// Streams pieces to stdout, whole characters at a time.
+class TextStream {
+ public:
+  void put(const std::string& piece) {
+    text_ += piece;
+    pending_ += piece;
+    const size_t n = complete_utf8(pending_);
+    std::fwrite(pending_.data(), 1, n, stdout);
+    std::fflush(stdout);
+    pending_.erase(0, n);
+  }
+  void finish() {
+    std::fwrite(pending_.data(), 1, pending_.size(), stdout);
+    pending_.clear();
+    std::fputc('\n', stdout);
+  }
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string text_, pending_;
+};
+
+// One model with its cache: prefill once, then one recorded step a token.
+class Generator {
+ public:
+  Generator(Backend& backend, models::Llama& model, int64_t capacity_tokens)
+      : backend_(backend),
+        model_(model),
+        kv_(backend, model.config(), capacity_tokens),
+        token_(backend.zeros({1, 1}, DType::I32)),
+        logits_(backend.zeros({1, model.config().vocab}, backend.real())),
+        host_logits_(static_cast<size_t>(model.config().vocab)) {
+    step_ = backend.record([this] {
+      Tape tape(backend_, TapeMode::Inference);
+      const Var h = model_.forward(tape, token_, &kv_, models::Recompute::None);
+      backend_.copy(logits_, model_.logits(h.value().view({1, model_.config().d_model})));
+      backend_.advance(kv_.start);
+    });
+  }
+
+  // Runs the prompt and returns the logits after its last token.
+  const std::vector<float>& prefill(const std::vector<int32_t>& prompt) {
+    const int64_t n = static_cast<int64_t>(prompt.size());
+    const Tensor ids = backend_.empty({1, n}, DType::I32);
+    backend_.upload(ids, prompt.data());
+    Tape tape(backend_, TapeMode::Inference);
+    const Var h = model_.forward(tape, ids, &kv_, models::Recompute::None);
+    const Tensor last = h.value().view({n, model_.config().d_model}).rows(n - 1, 1);
+    backend_.copy(logits_, model_.logits(last));
+    set_position(n);
+    return fetch();
+  }
+  void set_position(int64_t position) {
+    const int32_t start = static_cast<int32_t>(position);
+    backend_.upload(kv_.start, &start);
+  }
+  const std::vector<float>& next(int32_t token) {
+    backend_.upload(token_, &token);
+    step_->run();
+    return fetch();
+  }
+
+ private:
+  const std::vector<float>& fetch() {
+    backend_.download(host_logits_.data(), logits_);
+    return host_logits_;
+  }
+
+  Backend& backend_;
+  models::Llama& model_;
+  models::KvCache kv_;
+  Tensor token_, logits_;
+  std::vector<float> host_logits_;
+  std::unique_ptr<engine::Replay> step_;
+};
+
+// Bytes that one token reads: the blocks' weights as stored, norms, and the head.
+int64_t weight_bytes(models::Llama& model, Backend& backend) {
+  const models::LlamaConfig& c = model.config();
+  int64_t bytes = c.vocab * c.d_model * engine::size_bytes(backend.act());
+  for (auto& block : model.blocks()) {
+    bytes += 2 * c.d_model * engine::size_bytes(backend.real());
+    for (models::QuantLinear* linear : block->linears()) bytes += linear->weight_bytes();
+  }
+  return bytes;
+}
+
+int64_t kv_bytes_per_token(const models::LlamaConfig& c, Backend& backend) {
+  return 2 * c.layers * c.kv_heads * c.head_dim * engine::size_bytes(backend.act());
+}
+
+struct Report {
+  int64_t prompt_tokens = 0, generated = 0;
+  double prefill_s = 0;
+  std::vector<double> step_s;
+  double bytes_per_token = 0;
+  std::string text, stopped = "max-tokens";
+};
+
+void print_report(const Report& r, Backend& backend, const CommandLine& line) {
+  const double step = median(r.step_s);
+  const double bandwidth = measure_bandwidth(backend);
+  const double rate = step > 0 ? r.bytes_per_token / step : 0;
+  if (r.prompt_tokens > 0)
+    fmt::print(stderr, "prefill {} tokens in {:.2f} ms ({:.0f} tokens/s)\n", r.prompt_tokens,
+               1e3 * r.prefill_s, static_cast<double>(r.prompt_tokens) / r.prefill_s);
+  if (step > 0)
+    fmt::print(stderr,
+               "decode {} tokens, median {:.3f} ms a token, {:.1f} tokens/s, {:.1f} GB/s of {:.0f} "
+               "measured by copying ({:.1f} %) on {}\n",
+               r.step_s.size(), 1e3 * step, 1 / step, rate / 1e9, bandwidth / 1e9,
+               100 * rate / bandwidth, backend.device_name());
+  if (!line.has("json")) return;
+  const nlohmann::ordered_json json = {{"text", r.text},
+                                       {"stopped", r.stopped},
+                                       {"prompt_tokens", r.prompt_tokens},
+                                       {"generated_tokens", r.generated},
+                                       {"prefill_ms", 1e3 * r.prefill_s},
+                                       {"decode_ms_per_token", 1e3 * step},
+                                       {"tokens_per_s", step > 0 ? 1 / step : 0},
+                                       {"gb_per_s", rate / 1e9},
+                                       {"device_gb_per_s", bandwidth / 1e9},
+                                       {"bandwidth_fraction", rate / bandwidth},
+                                       {"device", backend.device_name()}};
+  data::write_file_atomic(
+      line.text("json"), json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
+  const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
+  const int64_t context = line.integer("context", 1, config.max_position);
+  const auto model = models::Llama::synthetic(backend, config, engine::GridSpec{},
+                                              static_cast<uint64_t>(line.integer("seed", 0)));
+  Generator generator(backend, *model, context + max_tokens);
+  generator.set_position(context);
+  Report report;
+  for (int64_t i = 0; i < max_tokens; ++i) {
+    const auto start = Clock::now();
+    generator.next(static_cast<int32_t>(i % config.vocab));
+    report.step_s.push_back(seconds_since(start));
+  }
+  report.generated = max_tokens;
+  report.bytes_per_token =
+      static_cast<double>(weight_bytes(*model, backend) +
+                          kv_bytes_per_token(config, backend) * (context + max_tokens / 2));
+  return report;
+}
+
+Report decode_model(const CommandLine& line, Backend& backend, int64_t max_tokens) {
+  const std::string path = line.required("model");
+  if (line.has("prompt") == line.has("chat"))
+    throw UsageError("give one of --prompt, --chat and --synthetic");
+  const bool chat = line.has("chat");
+  SamplerSpec sampling;
+  sampling.temperature = line.real("temperature", 0, 100);
+  sampling.top_p = line.real("top-p", 0, 1);
+  sampling.seed = static_cast<uint64_t>(line.integer("seed", 0));
+
+  const auto source = models::open_checkpoint(path);
+  const auto tokenizer = data::load_tokenizer(path);
+  std::vector<int32_t> prompt =
+      chat ? tokenizer->encode(data::render_chat(*tokenizer, line.text("chat")),
+                               data::SpecialText::Parse)
+           : tokenizer->encode(line.text("prompt"), data::SpecialText::AsText);
+  const auto bos = tokenizer->bos();
+  if (tokenizer->add_bos() && bos && (prompt.empty() || prompt.front() != *bos))
+    prompt.insert(prompt.begin(), *bos);
+  BBB_CHECK(!prompt.empty(), "the prompt is empty and this model has no BOS token to start from");
+
+  models::Llama model(backend, *source, models::HeadRounding::None);
+  model.load_blocks(*source);
+  const int64_t n = static_cast<int64_t>(prompt.size());
+  Generator generator(backend, model, n + max_tokens);
+  Report report;
+  report.prompt_tokens = n;
+  auto start = Clock::now();
+  const std::vector<float>* logits = &generator.prefill(prompt);
+  report.prefill_s = seconds_since(start);
+
+  const std::vector<int32_t> stops = tokenizer->end_of_turn();
+  Sampler sampler(sampling);
+  TextStream out;
+  std::vector<int32_t> generated;
+  std::string shown;
+  while (report.generated < max_tokens) {
+    const int32_t token = sampler.next(*logits);
+    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+      report.stopped = "end-of-turn";
+      break;
+    }
+    ++report.generated;
+    out.put(tokenizer->piece(token, false));
+    if (report.generated == max_tokens) break;
+    start = Clock::now();
+    logits = &generator.next(token);
+    report.step_s.push_back(seconds_since(start));
+  }
+  out.finish();
+  report.text = out.text();
+  report.bytes_per_token =
+      static_cast<double>(weight_bytes(model, backend) +
+                          kv_bytes_per_token(model.config(), backend) * (n + report.generated / 2));
+  return report;
+}
+
+}  // namespace
+
+int decode_command(const Arguments& arguments) {
+  CommandLine line("decode", "Generate text from any checkpoint, or time a synthetic one");
+  line.options()                                                           //
+      ("model", "directory or .gguf file", cxxopts::value<std::string>())  //
+      ("prompt", "text to continue", cxxopts::value<std::string>())        //
+      ("chat", "a user's message, through the model's chat template",
+       cxxopts::value<std::string>())                                                        //
+      ("max-tokens", "at most so many", cxxopts::value<std::string>()->default_value("64"))  //
+      ("temperature", "0: always the most likely token",
+       cxxopts::value<std::string>()->default_value("0"))                               //
+      ("top-p", "nucleus sampling", cxxopts::value<std::string>()->default_value("1"))  //
+      ("seed", "of the sampler", cxxopts::value<std::string>()->default_value("0"))     //
+      ("json", "write text and timings to this file", cxxopts::value<std::string>())    //
+      ("synthetic", "random 2-bit weights: smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b",
+       cxxopts::value<std::string>())  //
+      ("context", "with --synthetic: tokens already in the cache",
+       cxxopts::value<std::string>()->default_value("1024"));
+  if (!line.parse(arguments)) return 0;
+  const int64_t max_tokens = line.integer("max-tokens", 1, 1 << 20);
+  if (line.has("synthetic") && (line.has("model") || line.has("prompt") || line.has("chat")))
+    throw UsageError("--synthetic takes no --model, --prompt or --chat");
+  const auto backend = line.make_backend();
+  const Report report = line.has("synthetic") ? decode_synthetic(line, *backend, max_tokens)
+                                              : decode_model(line, *backend, max_tokens);
+  print_report(report, *backend, line);
+  return 0;
+}
+
+}  // namespace bbb::tools

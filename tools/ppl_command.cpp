@@ -1,0 +1,64 @@
+// bbb ppl: perplexity of any checkpoint, by the protocol that the literature shares: one token
+// stream, non-overlapping windows, the tail dropped, exp of the mean over windows.
+#include <fmt/format.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+
+#include "data/files.h"
+#include "data/text.h"
+#include "engine/progress.h"
+#include "models/llama.h"
+#include "tools/cli.h"
+
+namespace bbb::tools {
+
+int ppl_command(const Arguments& arguments) {
+  CommandLine line("ppl", "Perplexity of a checkpoint (Hugging Face, GGUF or exported) on a text");
+  line.options()                                                                            //
+      ("model", "directory or .gguf file", cxxopts::value<std::string>())                   //
+      ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
+      ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
+      ("max-windows", "stop after so many; 0: all",
+       cxxopts::value<std::string>()->default_value("0"))  //
+      ("json", "write the result to this file too", cxxopts::value<std::string>());
+  if (!line.parse(arguments)) return 0;
+  const std::string model_path = line.required("model"), text_path = line.required("text");
+  const int64_t seq_len = line.integer("seq-len", 2), limit = line.integer("max-windows", 0);
+
+  const auto source = models::open_checkpoint(model_path);
+  const auto tokenizer = data::load_tokenizer(model_path);
+  const std::vector<int32_t> tokens =
+      data::evaluation_tokens(*tokenizer, data::read_documents(text_path));
+  const data::Windows windows = data::make_windows(tokens, seq_len, text_path);
+  const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
+
+  const auto backend = line.make_backend();
+  models::Llama model(*backend, *source, models::HeadRounding::None);
+  model.load_blocks(*source);
+  const auto start = std::chrono::steady_clock::now();
+  models::Perplexity result;
+  {
+    engine::Progress progress("ppl", count);
+    result = models::perplexity(model, windows.ids, count, seq_len,
+                                [&](int64_t done) { progress.set(done); });
+  }
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  fmt::print(
+      "perplexity {:.3f}  nll {:.5f} +- {:.5f}  {} windows of {}  {:.4f} bits per weight  "
+      "{:.0f} tokens/s on {}\n",
+      result.perplexity, result.nll, result.nll_stderr, result.windows, seq_len,
+      source->bits_per_weight(), static_cast<double>(result.windows * seq_len) / seconds,
+      backend->device_name());
+  if (line.has("json")) {
+    const nlohmann::ordered_json json = {
+        {"perplexity", result.perplexity}, {"nll", result.nll},
+        {"nll_stderr", result.nll_stderr}, {"windows", result.windows},
+        {"tokens", result.tokens},         {"bits_per_weight", source->bits_per_weight()}};
+    data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
+  }
+  return 0;
+}
+
+}  // namespace bbb::tools
