@@ -50,7 +50,7 @@ struct PackedWeight {
   Tensor qweight;       // U8 (N, K * bits / 8)
   Tensor scales;        // U8 (N, K / G), E4M3 bytes
   Tensor zeros;         // U8 (N, ceil(K / G * bits / 8))
-  Tensor master_scale;  // F32 (1): S
+  Tensor master_scale;  // real (1): S
   GridSpec spec;
   int64_t n = 0;
   int64_t k = 0;
@@ -127,7 +127,7 @@ class Backend {
 
   // --- matrix products --------------------------------------------------------------------------
   // FP32 accumulation (F64 on the F64 reference). alpha: real (1) on the device, undefined means 1.
-  // y = alpha * x w^T (+ addend).   y act or F32 (M, N); x act (M, K); w act (N, K); addend:
+  // y = alpha * x w^T (+ addend).   y act or real (M, N); x act (M, K); w act (N, K); addend:
   // undefined or act (M, N).
   void gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
                const Tensor& addend);
@@ -158,8 +158,8 @@ class Backend {
 
   // --- attention --------------------------------------------------------------------------------
   // Causal, grouped queries (H a multiple of K), scale 1/sqrt(d), never a T x T matrix in memory.
-  // o act (B, T, H, d); lse F32 (B, H, T): log sum exp of the scaled scores; q act (B, T, H, d); k,
-  // v act (B, T, K, d).
+  // o act (B, T, H, d); lse real (B, H, T): log sum exp of the scaled scores; q act (B, T, H, d);
+  // k, v act (B, T, K, d).
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
   // All three gradients, overwritten. Deterministic.
@@ -179,7 +179,7 @@ class Backend {
   // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x, y act; dx act or undefined.
   void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y);
   // loss[m] = log sum exp(logits[m]) - logits[m, target]; dlogits = scale * (softmax - onehot).
-  // loss F32 (M); dlogits act (M, V) or undefined; logits act or F32 (M, V); targets I32 (M), -1:
+  // loss real (M); dlogits act (M, V) or undefined; logits act or real (M, V); targets I32 (M), -1:
   // loss 0, gradient 0.
   void cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& targets, double scale);
@@ -187,7 +187,7 @@ class Backend {
   // (q - p). Rows with targets[m] < 0 give loss 0 and gradient 0.
   void kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& teacher, const Tensor& targets, double scale);
-  // out (+)= scale * sum(x).   out real (1); x F32 or real, any shape; fixed order.
+  // out (+)= scale * sum(x).   out real (1); x real, any shape; fixed order.
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
   // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
@@ -218,7 +218,7 @@ class Backend {
   // K).
   void unpack(const Tensor& wq, const PackedWeight& w);
   // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).
-  // y act or F32 (M, N); x act (M, K); addend undefined or act (M, N).
+  // y act or real (M, N); x act (M, K); addend undefined or act (M, N).
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend);
   static constexpr int64_t kMaxPackedRows = 8;
 

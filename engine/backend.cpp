@@ -1,0 +1,553 @@
+// The public face of every op: shapes, dtypes and device are checked here, once, and nowhere below.
+//
+// A violation throws one line that names the op, the tensor, what it had to be and what it is. The
+// happy path only compares integers: decoding runs every op of the model for every token.
+#include "engine/backend.h"
+
+#include <initializer_list>
+
+namespace bbb::engine {
+namespace {
+
+using Dims = std::initializer_list<int64_t>;
+
+bool has_shape(const Tensor& t, Dims dims) {
+  if (static_cast<size_t>(t.rank()) != dims.size()) return false;
+  int i = 0;
+  for (const int64_t d : dims)
+    if (t.shape()[static_cast<size_t>(i++)] != d) return false;
+  return true;
+}
+
+std::string describe(const Tensor& t) {
+  return t.defined() ? cat(name_of(t.dtype()), " ", to_string(t.shape())) : "undefined";
+}
+
+// The checks of one op.
+class Op {
+ public:
+  Op(const Backend& backend, const char* name) : backend_(backend), name_(name) {}
+
+  // Defined and on this backend's device.
+  void here(const char* what, const Tensor& t) const {
+    BBB_CHECK(t.defined(), name_, ": ", what, " is undefined");
+    BBB_CHECK(t.device() == backend_.device(), name_, ": ", what, " ", describe(t),
+              " is on the other device");
+  }
+
+  void is(const char* what, const Tensor& t, DType dtype, Dims dims) const {
+    here(what, t);
+    BBB_CHECK(t.dtype() == dtype && has_shape(t, dims), name_, ": ", what, " must be ",
+              name_of(dtype), " ", to_string(Shape(dims)), ", got ", describe(t));
+  }
+
+  void is_or_undefined(const char* what, const Tensor& t, DType dtype, Dims dims) const {
+    if (t.defined()) is(what, t, dtype, dims);
+  }
+
+  // Activations, or real where the op also writes or reads full precision.
+  void is_act_or_real(const char* what, const Tensor& t, Dims dims) const {
+    here(what, t);
+    BBB_CHECK((t.dtype() == backend_.act() || t.dtype() == backend_.real()) && has_shape(t, dims),
+              name_, ": ", what, " must be ", name_of(backend_.act()), " or ",
+              name_of(backend_.real()), " ", to_string(Shape(dims)), ", got ", describe(t));
+  }
+
+  void like(const char* what, const Tensor& t, DType dtype, const Shape& shape) const {
+    here(what, t);
+    BBB_CHECK(t.dtype() == dtype && t.shape() == shape, name_, ": ", what, " must be ",
+              name_of(dtype), " ", to_string(shape), ", got ", describe(t));
+  }
+
+  void rank(const char* what, const Tensor& t, int rank) const {
+    here(what, t);
+    BBB_CHECK(t.rank() == rank, name_, ": ", what, " must have ", rank, " dimensions, got ",
+              describe(t));
+  }
+
+  void dtype(const char* what, const Tensor& t, DType dtype) const {
+    here(what, t);
+    BBB_CHECK(t.dtype() == dtype, name_, ": ", what, " must be ", name_of(dtype), ", got ",
+              describe(t));
+  }
+
+  void same_numel(const char* what, const Tensor& t, const Tensor& other) const {
+    BBB_CHECK(t.numel() == other.numel(), name_, ": ", what, " has ", to_string(t.shape()),
+              ", which is not as many elements as ", to_string(other.shape()));
+  }
+
+  // A grid that fits rows of K features.
+  void grid(const GridSpec& spec, int64_t k) const {
+    BBB_CHECK(spec.bits == 2 || spec.bits == 3 || spec.bits == 4 || spec.bits == 8, name_,
+              ": bits must be 2, 3, 4 or 8, got ", spec.bits);
+    BBB_CHECK(spec.group == 32 || spec.group == 64 || spec.group == 128, name_,
+              ": group must be 32, 64 or 128, got ", spec.group);
+    BBB_CHECK(k % spec.group == 0, name_, ": ", k, " features are not whole groups of ",
+              spec.group);
+  }
+
+  // q (B, T, H, d) against k and v (B, S, K, d).
+  void heads(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) const {
+    const DType act = backend_.act();
+    rank("q", q, 4);
+    rank("k", k, 4);
+    dtype("q", q, act);
+    BBB_CHECK(k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0, name_, ": ", q.dim(2),
+              " query heads are not a multiple of ", k.dim(2), " kv-heads");
+    is("k", k, act, {q.dim(0), k.dim(1), k.dim(2), q.dim(3)});
+    like("v", v, act, k.shape());
+    BBB_CHECK(spec.window >= 0, name_, ": window must not be negative, got ", spec.window);
+  }
+
+  void packed(const PackedWeight& w) const {
+    grid(w.spec, w.k);
+    const int64_t groups = w.k / w.spec.group, bits = w.spec.bits;
+    is("qweight", w.qweight, DType::U8, {w.n, w.k * bits / 8});
+    is("scales", w.scales, DType::U8, {w.n, groups});
+    is("zeros", w.zeros, DType::U8, {w.n, (groups * bits + 7) / 8});
+    is("master_scale", w.master_scale, backend_.real(), {1});
+  }
+
+ private:
+  const Backend& backend_;
+  const char* name_;
+};
+
+}  // namespace
+
+// --- memory
+// ---------------------------------------------------------------------------------------
+
+Tensor Backend::empty(Shape shape, DType dtype) { return do_empty(std::move(shape), dtype); }
+
+Tensor Backend::zeros(Shape shape, DType dtype) {
+  Tensor t = do_empty(std::move(shape), dtype);
+  do_zero(t);
+  return t;
+}
+
+void Backend::upload(const Tensor& dst, const void* src) {
+  const Op op(*this, "upload");
+  op.here("dst", dst);
+  BBB_CHECK(src != nullptr || dst.numel() == 0, "upload: src is null");
+  do_upload(dst, src);
+}
+
+void Backend::download(void* dst, const Tensor& src) {
+  const Op op(*this, "download");
+  op.here("src", src);
+  BBB_CHECK(dst != nullptr || src.numel() == 0, "download: dst is null");
+  do_download(dst, src);
+}
+
+void Backend::copy(const Tensor& dst, const Tensor& src) {
+  const Op op(*this, "copy");
+  op.here("dst", dst);
+  op.dtype("src", src, dst.dtype());
+  op.same_numel("src", src, dst);
+  do_copy(dst, src);
+}
+
+void Backend::cast(const Tensor& dst, const Tensor& src) {
+  const Op op(*this, "cast");
+  const auto castable = [this](DType t) {
+    return t == act() || t == real() || t == DType::F32 || t == DType::BF16;
+  };
+  op.here("dst", dst);
+  op.here("src", src);
+  BBB_CHECK(castable(dst.dtype()) && castable(src.dtype()), "cast: no cast from ", describe(src),
+            " to ", describe(dst));
+  op.same_numel("src", src, dst);
+  do_cast(dst, src);
+}
+
+void Backend::zero(const Tensor& dst) {
+  const Op op(*this, "zero");
+  op.here("dst", dst);
+  do_zero(dst);
+}
+
+// --- embedding, rows
+// ------------------------------------------------------------------------------
+
+void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
+  const Op op(*this, "embed");
+  op.rank("out", out, 2);
+  op.rank("table", table, 2);
+  op.is("ids", ids, DType::I32, {out.dim(0)});
+  op.is("table", table, act(), {table.dim(0), out.dim(1)});
+  op.dtype("out", out, act());
+  do_embed(out, ids, table);
+}
+
+void Backend::gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
+                          const Tensor& cursor) {
+  const Op op(*this, "gather_rows");
+  op.here("out", out);
+  op.dtype("src", src, out.dtype());
+  op.rank("order", order, 1);
+  op.dtype("order", order, DType::I32);
+  op.is("cursor", cursor, DType::I32, {1});
+  BBB_CHECK(out.rank() > 0 && src.rank() > 0 && out.dim(0) > 0 && src.dim(0) > 0 &&
+                out.numel() / out.dim(0) == src.numel() / src.dim(0),
+            "gather_rows: rows of out ", describe(out), " and src ", describe(src), " differ");
+  do_gather_rows(out, src, order, cursor);
+}
+
+void Backend::advance(const Tensor& cursor) {
+  const Op op(*this, "advance");
+  op.is("cursor", cursor, DType::I32, {1});
+  do_advance(cursor);
+}
+
+void Backend::log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) {
+  const Op op(*this, "log_control");
+  op.rank("log", log, 2);
+  op.is("log", log, real(), {log.dim(0), kControlSize});
+  op.is("control", control, real(), {kControlSize});
+  op.is("cursor", cursor, DType::I32, {1});
+  do_log_control(log, control, cursor);
+}
+
+// --- matrix products
+// ------------------------------------------------------------------------------
+
+void Backend::gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
+                      const Tensor& addend) {
+  const Op op(*this, "gemm_nt");
+  op.rank("x", x, 2);
+  op.rank("w", w, 2);
+  op.dtype("x", x, act());
+  op.is("w", w, act(), {w.dim(0), x.dim(1)});
+  op.is_act_or_real("y", y, {x.dim(0), w.dim(0)});
+  op.is_or_undefined("alpha", alpha, real(), {1});
+  op.is_or_undefined("addend", addend, act(), {x.dim(0), w.dim(0)});
+  do_gemm_nt(y, x, w, alpha, addend);
+}
+
+void Backend::gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
+                      Write mode) {
+  const Op op(*this, "gemm_nn");
+  op.rank("dy", dy, 2);
+  op.rank("w", w, 2);
+  op.dtype("dy", dy, act());
+  op.is("w", w, act(), {dy.dim(1), w.dim(1)});
+  op.is("dx", dx, act(), {dy.dim(0), w.dim(1)});
+  op.is_or_undefined("alpha", alpha, real(), {1});
+  do_gemm_nn(dx, dy, w, alpha, mode);
+}
+
+void Backend::gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) {
+  const Op op(*this, "gemm_tn");
+  op.rank("dy", dy, 2);
+  op.rank("x", x, 2);
+  op.dtype("dy", dy, act());
+  op.is("x", x, act(), {dy.dim(0), x.dim(1)});
+  op.is("dw", dw, real(), {dy.dim(1), x.dim(1)});
+  do_gemm_tn(dw, dy, x, mode);
+}
+
+// --- norms, activations, positions
+// ----------------------------------------------------------------
+
+void Backend::rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
+                       double eps) {
+  const Op op(*this, "rms_norm");
+  op.rank("x", x, 2);
+  op.dtype("x", x, act());
+  op.is("y", y, act(), {x.dim(0), x.dim(1)});
+  op.is("inv_rms", inv_rms, real(), {x.dim(0)});
+  op.is("w", w, real(), {x.dim(1)});
+  do_rms_norm(y, inv_rms, x, w, eps);
+}
+
+void Backend::rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
+                                const Tensor& x, const Tensor& inv_rms, const Tensor& w,
+                                Write dx_mode, Write dw_mode) {
+  const Op op(*this, "rms_norm_backward");
+  op.rank("x", x, 2);
+  op.dtype("x", x, act());
+  op.is("dx", dx, act(), {x.dim(0), x.dim(1)});
+  op.is_or_undefined("dw", dw, real(), {x.dim(1)});
+  op.is("dy", dy, act(), {x.dim(0), x.dim(1)});
+  op.is("inv_rms", inv_rms, real(), {x.dim(0)});
+  op.is("w", w, real(), {x.dim(1)});
+  do_rms_norm_backward(dx, dw, dy, x, inv_rms, w, dx_mode, dw_mode);
+}
+
+void Backend::swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) {
+  const Op op(*this, "swiglu");
+  op.dtype("gate", gate, act());
+  op.like("up", up, act(), gate.shape());
+  op.like("h", h, act(), gate.shape());
+  do_swiglu(h, gate, up);
+}
+
+void Backend::swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
+                              const Tensor& gate, const Tensor& up) {
+  const Op op(*this, "swiglu_backward");
+  op.dtype("gate", gate, act());
+  op.like("up", up, act(), gate.shape());
+  op.like("dh", dh, act(), gate.shape());
+  op.like("dgate", dgate, act(), gate.shape());
+  op.like("dup", dup, act(), gate.shape());
+  do_swiglu_backward(dgate, dup, dh, gate, up);
+}
+
+void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
+                   Rotation direction) {
+  const Op op(*this, "rope");
+  op.rank("x", x, 4);
+  op.dtype("x", x, act());
+  BBB_CHECK(x.dim(3) % 2 == 0, "rope: x ", to_string(x.shape()), " has an odd head dimension");
+  op.is("inv_freq", inv_freq, DType::F32, {x.dim(3) / 2});
+  op.is_or_undefined("start", start, DType::I32, {1});
+  do_rope(x, inv_freq, start, direction);
+}
+
+void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const Op op(*this, "add");
+  op.dtype("a", a, act());
+  op.like("b", b, act(), a.shape());
+  op.like("out", out, act(), a.shape());
+  do_add(out, a, b);
+}
+
+// --- attention
+// ------------------------------------------------------------------------------------
+
+void Backend::attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const AttentionSpec& spec) {
+  const Op op(*this, "attention");
+  op.heads(q, k, v, spec);
+  op.is("k", k, act(), {q.dim(0), q.dim(1), k.dim(2), q.dim(3)});
+  op.like("o", o, act(), q.shape());
+  op.is("lse", lse, real(), {q.dim(0), q.dim(2), q.dim(1)});
+  do_attention(o, lse, q, k, v, spec);
+}
+
+void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                                 const Tensor& dout, const Tensor& q, const Tensor& k,
+                                 const Tensor& v, const Tensor& o, const Tensor& lse,
+                                 const AttentionSpec& spec) {
+  const Op op(*this, "attention_backward");
+  op.heads(q, k, v, spec);
+  op.is("k", k, act(), {q.dim(0), q.dim(1), k.dim(2), q.dim(3)});
+  op.like("dq", dq, act(), q.shape());
+  op.like("dk", dk, act(), k.shape());
+  op.like("dv", dv, act(), k.shape());
+  op.like("dout", dout, act(), q.shape());
+  op.like("o", o, act(), q.shape());
+  op.is("lse", lse, real(), {q.dim(0), q.dim(2), q.dim(1)});
+  do_attention_backward(dq, dk, dv, dout, q, k, v, o, lse, spec);
+}
+
+void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                        const Tensor& v, const Tensor& start) {
+  const Op op(*this, "append_kv");
+  op.rank("k", k, 4);
+  op.dtype("k", k, act());
+  op.like("v", v, act(), k.shape());
+  op.rank("k_cache", k_cache, 4);
+  op.is("k_cache", k_cache, act(), {k.dim(0), k_cache.dim(1), k.dim(2), k.dim(3)});
+  op.like("v_cache", v_cache, act(), k_cache.shape());
+  op.is("start", start, DType::I32, {1});
+  do_append_kv(k_cache, v_cache, k, v, start);
+}
+
+void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                               const Tensor& v_cache, const Tensor& start,
+                               const AttentionSpec& spec) {
+  const Op op(*this, "attention_cached");
+  op.heads(q, k_cache, v_cache, spec);
+  op.like("o", o, act(), q.shape());
+  op.is("start", start, DType::I32, {1});
+  do_attention_cached(o, q, k_cache, v_cache, start, spec);
+}
+
+// --- losses
+// ---------------------------------------------------------------------------------------
+
+void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) {
+  const Op op(*this, "mse");
+  op.dtype("x", x, act());
+  op.like("y", y, act(), x.shape());
+  if (dx.defined()) op.like("dx", dx, act(), x.shape());
+  op.is("loss", loss, real(), {1});
+  BBB_CHECK(x.numel() > 0, "mse: x ", to_string(x.shape()), " is empty");
+  do_mse(loss, dx, x, y);
+}
+
+void Backend::cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                            const Tensor& targets, double scale) {
+  const Op op(*this, "cross_entropy");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0), v = logits.dim(1);
+  op.is_act_or_real("logits", logits, {m, v});
+  op.is("loss", loss, real(), {m});
+  op.is_or_undefined("dlogits", dlogits, act(), {m, v});
+  op.is("targets", targets, DType::I32, {m});
+  do_cross_entropy(loss, dlogits, logits, targets, scale);
+}
+
+void Backend::kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                            const Tensor& teacher, const Tensor& targets, double scale) {
+  const Op op(*this, "kl_divergence");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0), v = logits.dim(1);
+  op.is_act_or_real("logits", logits, {m, v});
+  op.like("teacher", teacher, logits.dtype(), logits.shape());
+  op.is("loss", loss, real(), {m});
+  op.is_or_undefined("dlogits", dlogits, act(), {m, v});
+  op.is("targets", targets, DType::I32, {m});
+  do_kl_divergence(loss, dlogits, logits, teacher, targets, scale);
+}
+
+void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
+  const Op op(*this, "sum");
+  op.is("out", out, real(), {1});
+  op.dtype("x", x, real());
+  do_sum(out, x, scale, mode);
+}
+
+// --- quantizer
+// ------------------------------------------------------------------------------------
+
+void Backend::master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
+  const Op op(*this, "master_scale");
+  op.rank("w", w, 2);
+  op.grid(spec, w.dim(1));
+  op.dtype("w", w, real());
+  op.is("s", s, real(), {1});
+  do_master_scale(s, w, spec);
+}
+
+void Backend::fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                         const Tensor& s, const GridSpec& spec, Rounding rounding) {
+  const Op op(*this, "fake_quant");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.dtype("w", w, real());
+  op.is("wq", wq, act(), {n, k});
+  op.is("e", e, DType::U8, {n, k / spec.group});
+  op.is("z", z, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_fake_quant(wq, e, z, w, s, spec, rounding);
+}
+
+void Backend::ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
+                           const Tensor& s, const GridSpec& spec) {
+  const Op op(*this, "ste_backward");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.dtype("w", w, real());
+  op.is("dw", dw, real(), {n, k});
+  op.is("e", e, DType::U8, {n, k / spec.group});
+  op.is("z", z, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_ste_backward(dw, w, e, z, s, spec);
+}
+
+void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
+                             const Tensor& s, const GridSpec& spec) {
+  const Op op(*this, "quantize_codes");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.dtype("w", w, real());
+  op.is("codes", codes, DType::U8, {n, k});
+  op.is("e", e, DType::U8, {n, k / spec.group});
+  op.is("z", z, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_quantize_codes(codes, w, e, z, s, spec);
+}
+
+void Backend::scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
+                          const Tensor& z, const Tensor& sigma, const GridSpec& spec) {
+  const Op op(*this, "scale_codes");
+  op.rank("codes", codes, 2);
+  const int64_t n = codes.dim(0), k = codes.dim(1);
+  op.grid(spec, k);
+  op.dtype("codes", codes, DType::U8);
+  op.is("wq", wq, act(), {n, k});
+  op.is("e", e, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  op.is("z", z, DType::U8, {n, k / spec.group});
+  op.is("sigma", sigma, real(), {n, k / spec.group});
+  do_scale_codes(wq, e, s, codes, z, sigma, spec);
+}
+
+void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
+                                   const Tensor& z, const GridSpec& spec, Write mode) {
+  const Op op(*this, "scale_codes_backward");
+  op.rank("codes", codes, 2);
+  const int64_t n = codes.dim(0), k = codes.dim(1);
+  op.grid(spec, k);
+  op.dtype("codes", codes, DType::U8);
+  op.is("dsigma", dsigma, real(), {n, k / spec.group});
+  op.is("dw", dw, real(), {n, k});
+  op.is("z", z, DType::U8, {n, k / spec.group});
+  do_scale_codes_backward(dsigma, dw, codes, z, spec, mode);
+}
+
+// --- packed inference
+// -----------------------------------------------------------------------------
+
+void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
+  const Op op(*this, "unpack");
+  op.packed(w);
+  op.is("wq", wq, act(), {w.n, w.k});
+  do_unpack(wq, w);
+}
+
+void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
+                          const Tensor& addend) {
+  const Op op(*this, "packed_gemv");
+  op.packed(w);
+  op.rank("x", x, 2);
+  op.is("x", x, act(), {x.dim(0), w.k});
+  BBB_CHECK(x.dim(0) <= kMaxPackedRows, "packed_gemv: x ", to_string(x.shape()), " has more than ",
+            kMaxPackedRows, " rows");
+  op.is_act_or_real("y", y, {x.dim(0), w.n});
+  op.is_or_undefined("addend", addend, act(), {x.dim(0), w.n});
+  do_packed_gemv(y, x, w, addend);
+}
+
+// --- optimizer
+// ------------------------------------------------------------------------------------
+
+void Backend::sum_squares(const Tensor& out, const Tensor& x) {
+  const Op op(*this, "sum_squares");
+  op.is("out", out, real(), {1});
+  op.dtype("x", x, real());
+  do_sum_squares(out, x);
+}
+
+void Backend::step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
+                           const Schedule& schedule) {
+  const Op op(*this, "step_control");
+  op.is("control", control, real(), {kControlSize});
+  op.is("loss", loss, real(), {1});
+  op.is("norm_squared", norm_squared, real(), {1});
+  BBB_CHECK(schedule.total_steps > 0, "step_control: total_steps must be positive, got ",
+            schedule.total_steps);
+  do_step_control(control, loss, norm_squared, schedule);
+}
+
+void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+                    const Tensor& control, const AdamWSpec& spec) {
+  const Op op(*this, "adamw");
+  op.dtype("w", w, real());
+  op.dtype("m", m, real());
+  op.dtype("v", v, real());
+  op.dtype("g", g, real());
+  op.same_numel("m", m, w);
+  op.same_numel("v", v, w);
+  op.same_numel("g", g, w);
+  op.is("control", control, real(), {kControlSize});
+  do_adamw(w, m, v, g, control, spec);
+}
+
+}  // namespace bbb::engine
