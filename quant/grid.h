@@ -1,0 +1,133 @@
+// The group quantizer, min-max and asymmetric: the one definition behind training, export, the
+// packed kernels and the CPU reference.
+//
+// For one group x[0..G), b bits, L = 2^b - 1, master scale S (a power of two):
+//     mn = min(min x, 0)    mx = max(max x, 0)    s_raw = (mx - mn) / L
+//     e  = max(E4M3(s_raw / S), 2^-9)             to nearest for b <= 4, up for b = 8
+//     s  = S e      z = clamp(round(-mn / s), 0, L)
+//     q  = clamp(round(x / s) + z, 0, L)          x^ = S (q - z) e
+//     round(x) = floor(x + 1/2)
+// A NaN or infinity anywhere makes S NaN, every e NaN and every x^ NaN, so that a loss shows it.
+//
+// Every function is IEEE arithmetic in `Real` (float, or double for gradient checks), compiled
+// without contraction: host and device give the same bits.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "quant/e4m3.h"
+#include "quant/hd.h"
+#include "quant/spec.h"
+
+namespace bbb::quant {
+
+BBB_HD constexpr int max_code(int bits) { return (1 << bits) - 1; }
+
+BBB_HD ScaleRounding scale_rounding(int bits) {
+  return bits <= 4 ? ScaleRounding::NearestEven : ScaleRounding::Up;
+}
+
+template <typename Real>
+BBB_HD Real round_half_up(Real x) {
+  return std::floor(x + Real(0.5));
+}
+
+// To [0, hi]; NaN to 0, so that the conversion to an integer is defined.
+template <typename Real>
+BBB_HD Real clamp_code(Real x, Real hi) {
+  return x > Real(0) ? (x < hi ? x : hi) : Real(0);
+}
+
+// The larger; NaN if either is.
+template <typename Real>
+BBB_HD Real max_or_nan(Real a, Real b) {
+  return a > b || a != a ? a : b;
+}
+
+// The range of a group, widened to hold 0. A NaN, once included, stays.
+template <typename Real>
+struct Range {
+  Real mn = 0;
+  Real mx = 0;
+
+  BBB_HD void include(Real x) {
+    mn = x < mn || x != x ? x : mn;
+    mx = x > mx || x != x ? x : mx;
+  }
+  BBB_HD void include(const Range& other) {
+    include(other.mn);
+    include(other.mx);
+  }
+  BBB_HD Real width() const { return mx - mn; }
+};
+
+template <typename Real>
+BBB_HD Real raw_scale(Real width, int bits) {
+  return width / Real(max_code(bits));
+}
+
+// S = 2^ceil(log2(largest / 448)): the smallest power of two with 448 S >= largest. 1 for 0; NaN
+// for NaN and infinity. Not below 2^-126, so that S and every S e are exact in FP32.
+template <typename Real>
+BBB_HD Real master_scale_of(Real largest) {
+  const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(largest));
+  int exponent = static_cast<int>(bits >> 52) - 1023;  // `largest` is not negative
+  if (exponent == 1024) return std::bit_cast<float>(0x7FC00000u);
+  if (bits == 0) return Real(1);
+  // 448 = 1.75 * 2^8
+  exponent -= (bits & 0x000FFFFFFFFFFFFFull) > 0x000C000000000000ull ? 7 : 8;
+  if (exponent < -126) exponent = -126;
+  return static_cast<Real>(std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23));
+}
+
+// E4M3(scale / S), at least 2^-9.
+template <typename Real>
+BBB_HD uint8_t encode_scale(Real scale, Real master_scale, int bits) {
+  const uint8_t e = e4m3_encode(scale / master_scale, scale_rounding(bits));
+  return e == 0 || (e > 0x7F && e != 0xFF) ? kE4m3SmallestCode : e & 0x7F;
+}
+
+template <typename Real>
+BBB_HD Real step_of(uint8_t e, Real master_scale) {
+  return master_scale * Real(e4m3_decode(e));
+}
+
+// What a group stores.
+struct GroupParams {
+  uint8_t e;
+  uint8_t z;
+};
+
+template <typename Real>
+BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int bits) {
+  const uint8_t e = encode_scale(raw_scale(range.width(), bits), master_scale, bits);
+  const Real z = round_half_up(-range.mn / step_of(e, master_scale));
+  return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(bits))))};
+}
+
+// round(x / s) + z, before the clamp: the straight-through gradient is 0 outside [0, 2^b - 1].
+template <typename Real>
+BBB_HD Real unclamped_code(Real x, Real step, uint8_t z) {
+  return round_half_up(x / step) + Real(z);
+}
+
+template <typename Real>
+BBB_HD bool is_clipped(Real x, Real step, uint8_t z, int bits) {
+  const Real q = unclamped_code(x, step, z);
+  return q < Real(0) || q > Real(max_code(bits));
+}
+
+template <typename Real>
+BBB_HD Real code_of(Real x, Real step, uint8_t z, int bits) {
+  return clamp_code(unclamped_code(x, step, z), Real(max_code(bits)));
+}
+
+// (q - z) e, the operand of the product: x^ / S. Exact in bf16 for b <= 4.
+template <typename Real>
+BBB_HD Real level_of(Real q, uint8_t z, Real e) {
+  return (q - Real(z)) * e;
+}
+
+}  // namespace bbb::quant

@@ -1,0 +1,164 @@
+#include "quant/host.h"
+
+#include <vector>
+
+#include "quant/pack.h"
+
+namespace bbb::quant::host {
+
+template <typename Real>
+static Range<Real> range_of(const Real* x, int group) {
+  Range<Real> range;
+  for (int i = 0; i < group; ++i) range.include(x[i]);
+  return range;
+}
+
+template <typename Real>
+Real largest_raw_scale(const Real* w, Rows rows, int64_t k, GridSpec spec) {
+  Real widest = 0;
+  for (int64_t i = rows.begin * k; i < rows.end * k; i += spec.group)
+    widest = max_or_nan(widest, range_of(w + i, spec.group).width());
+  return raw_scale(widest, spec.bits);  // division is monotone: the largest of the quotients
+}
+
+template <typename Real>
+Real largest(const Real* x, int64_t count) {
+  Real result = 0;
+  for (int64_t i = 0; i < count; ++i) result = max_or_nan(result, x[i]);
+  return result;
+}
+
+template <typename Real>
+void fake_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, Rows rows, int64_t k,
+                Real master_scale, GridSpec spec, Rounding rounding) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real* x = w + g * group;
+    Real* out = wq + g * group;
+    const GroupParams p = group_params(range_of(x, group), master_scale, spec.bits);
+    e[g] = p.e;
+    z[g] = p.z;
+    if (rounding == Rounding::Identity) {
+      for (int i = 0; i < group; ++i) out[i] = x[i] / master_scale;
+      continue;
+    }
+    const Real step = step_of(p.e, master_scale), scale = Real(e4m3_decode(p.e));
+    for (int i = 0; i < group; ++i)
+      out[i] = level_of(code_of(x[i], step, p.z, spec.bits), p.z, scale);
+  }
+}
+
+template <typename Real>
+void ste_backward(Real* dw, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows, int64_t k,
+                  Real master_scale, GridSpec spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real step = step_of(e[g], master_scale);
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      if (is_clipped(w[i], step, z[g], spec.bits)) dw[i] = 0;
+  }
+}
+
+template <typename Real>
+void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
+                    int64_t k, Real master_scale, GridSpec spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real step = step_of(e[g], master_scale);
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      codes[i] = static_cast<uint8_t>(code_of(w[i], step, z[g], spec.bits));
+  }
+}
+
+template <typename Real>
+void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, const Real* sigma,
+                 Rows rows, int64_t k, Real master_scale, GridSpec spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    e[g] = encode_scale(sigma[g], master_scale, spec.bits);
+    const Real scale = Real(e4m3_decode(e[g]));
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      wq[i] = level_of(Real(codes[i]), z[g], scale);
+  }
+}
+
+template <typename Real>
+void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
+                          Rows rows, int64_t k, GridSpec spec, bool accumulate) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    Real sum = 0;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      sum += dw[i] * (Real(codes[i]) - Real(z[g]));
+    dsigma[g] = accumulate ? dsigma[g] + sum : sum;
+  }
+}
+
+// One row of (q - z) e.
+template <typename Real>
+static void unpack_row(Real* out, const PackedRows& w, int64_t row) {
+  const int bits = w.spec.bits, group = w.spec.group;
+  const int64_t groups = w.k / group;
+  const uint8_t* stream = w.qweight + row * code_row_bytes(w.k, bits);
+  const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, bits);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Real scale = Real(e4m3_decode(w.scales[row * groups + g]));
+    const uint8_t z = packed_code(zeros, g, bits);
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      out[i] = level_of(Real(packed_code(stream, i, bits)), z, scale);
+  }
+}
+
+template <typename Real>
+void unpack(Real* wq, const PackedRows& w, Rows rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) unpack_row(wq + row * w.k, w, row);
+}
+
+template <typename Real, typename Out>
+void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
+                 int64_t m_total, int64_t n_total) {
+  constexpr int64_t kLanes = 32;  // independent sums: they vectorise, and round less than one
+  std::vector<Real> weight(static_cast<size_t>(w.k));
+  for (int64_t n = rows.begin; n < rows.end; ++n) {
+    unpack_row(weight.data(), w, n);
+    for (int64_t m = 0; m < m_total; ++m) {
+      Real lanes[kLanes] = {};
+      for (int64_t i = 0; i < w.k; i += kLanes)  // K is a multiple of the group, at least 32
+        for (int64_t j = 0; j < kLanes; ++j)
+          lanes[j] += weight[static_cast<size_t>(i + j)] * x[m * w.k + i + j];
+      Real sum = 0;
+      for (const Real lane : lanes) sum += lane;
+      Real result = Real(w.master_scale) * sum;
+      if (addend != nullptr) result += addend[m * n_total + n];
+      y[m * n_total + n] = static_cast<Out>(result);
+    }
+  }
+}
+
+#define BBB_INSTANTIATE(Real)                                                                     \
+  template Real largest_raw_scale(const Real*, Rows, int64_t, GridSpec);                          \
+  template Real largest(const Real*, int64_t);                                                    \
+  template void fake_quant(Real*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, GridSpec, \
+                           Rounding);                                                             \
+  template void ste_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,   \
+                             Real, GridSpec);                                                     \
+  template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
+                               int64_t, Real, GridSpec);                                          \
+  template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \
+                            int64_t, Real, GridSpec);                                             \
+  template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,    \
+                                     int64_t, GridSpec, bool);                                    \
+  template void unpack(Real*, const PackedRows&, Rows)
+
+BBB_INSTANTIATE(float);
+BBB_INSTANTIATE(double);
+#undef BBB_INSTANTIATE
+
+template void packed_gemv(float*, const float*, const PackedRows&, const float*, Rows, int64_t,
+                          int64_t);
+template void packed_gemv(double*, const double*, const PackedRows&, const double*, Rows, int64_t,
+                          int64_t);
+template void packed_gemv(float*, const double*, const PackedRows&, const double*, Rows, int64_t,
+                          int64_t);
+
+}  // namespace bbb::quant::host

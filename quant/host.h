@@ -1,0 +1,62 @@
+// The quantizer's ops on host memory, on rows [begin, end) of a matrix, for float and double: the
+// loops behind CpuBackend, and what the CUDA kernels are compared with.
+//
+// w, wq, dw (N, K); e, z, sigma (N, K/G); codes (N, K), one a byte; pointers are to row 0.
+#pragma once
+
+#include <cstdint>
+
+#include "quant/grid.h"
+#include "quant/spec.h"
+
+namespace bbb::quant::host {
+
+struct Rows {
+  int64_t begin, end;
+};
+
+// The largest s_raw over the rows' groups, NaN if any element is not a number. The parts of a
+// matrix are joined by max_or_nan, and master_scale_of makes S of the whole.
+template <typename Real>
+Real largest_raw_scale(const Real* w, Rows rows, int64_t k, GridSpec spec);
+// The largest of count values, at least 0; NaN if any is.
+template <typename Real>
+Real largest(const Real* x, int64_t count);
+
+template <typename Real>
+void fake_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, Rows rows, int64_t k,
+                Real master_scale, GridSpec spec, Rounding rounding);
+template <typename Real>
+void ste_backward(Real* dw, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows, int64_t k,
+                  Real master_scale, GridSpec spec);
+template <typename Real>
+void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
+                    int64_t k, Real master_scale, GridSpec spec);
+template <typename Real>
+void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, const Real* sigma,
+                 Rows rows, int64_t k, Real master_scale, GridSpec spec);
+// dsigma = or += sum over the group of dw (codes - z).
+template <typename Real>
+void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
+                          Rows rows, int64_t k, GridSpec spec, bool accumulate);
+
+// A packed matrix (format.md) on the host.
+struct PackedRows {
+  const uint8_t* qweight;
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  float master_scale;
+  int64_t k;
+  GridSpec spec;
+};
+
+// wq = (q - z) e of the rows.
+template <typename Real>
+void unpack(Real* wq, const PackedRows& w, Rows rows);
+// y[m, n] = S * sum_k x[m, k] wq[n, k] (+ addend[m, n]) for output features n in `rows`.
+// y, addend (M, N) with N = n_total; x (M, K); addend may be null.
+template <typename Real, typename Out>
+void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
+                 int64_t m_total, int64_t n_total);
+
+}  // namespace bbb::quant::host
