@@ -1,0 +1,451 @@
+#include "data/gguf.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "data/files.h"
+#include "data/half.h"
+
+namespace bbb::data {
+namespace {
+
+// A type: blocks of `elements` weights in `bytes` bytes; `expand` turns `blocks` of them to floats.
+struct TypeRow {
+  uint32_t type;
+  const char* name;
+  int64_t elements;
+  int64_t bytes;
+  void (*expand)(float* out, const uint8_t* p, int64_t blocks);
+};
+
+float half_at(const uint8_t* p) { return half_to_float(load_as<uint16_t>(p)); }
+
+void expand_f32(float* out, const uint8_t* p) { *out = load_as<float>(p); }
+void expand_f16(float* out, const uint8_t* p) { *out = half_at(p); }
+void expand_bf16(float* out, const uint8_t* p) { *out = bf16_to_float(load_as<uint16_t>(p)); }
+
+// {d half, 32 int8}
+void expand_q8_0(float* out, const uint8_t* p) {
+  const float d = half_at(p);
+  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(static_cast<int8_t>(p[2 + i]));
+}
+
+// Thirty-two codes: byte j holds code j in its low and code j + 16 in its high nibble; `high` gives
+// each code's fifth bit.
+template <typename Value>
+void expand_nibbles(float* out, const uint8_t* nibbles, uint32_t high, Value value) {
+  for (int j = 0; j < 16; ++j) {
+    out[j] = value(static_cast<int>((nibbles[j] & 0xf) | ((high >> j) & 1) << 4));
+    out[j + 16] = value(static_cast<int>((nibbles[j] >> 4) | ((high >> (j + 16)) & 1) << 4));
+  }
+}
+
+// {d half, nibbles[16]}: d (q - 8)
+void expand_q4_0(float* out, const uint8_t* p) {
+  const float d = half_at(p);
+  expand_nibbles(out, p + 2, 0, [=](int q) { return d * static_cast<float>(q - 8); });
+}
+
+// {d half, m half, nibbles[16]}: d q + m
+void expand_q4_1(float* out, const uint8_t* p) {
+  const float d = half_at(p), m = half_at(p + 2);
+  expand_nibbles(out, p + 4, 0, [=](int q) { return d * static_cast<float>(q) + m; });
+}
+
+// {d half, high bits[4], nibbles[16]}: d (q - 16)
+void expand_q5_0(float* out, const uint8_t* p) {
+  const float d = half_at(p);
+  expand_nibbles(out, p + 6, load_as<uint32_t>(p + 2),
+                 [=](int q) { return d * static_cast<float>(q - 16); });
+}
+
+// {d half, m half, high bits[4], nibbles[16]}: d q + m
+void expand_q5_1(float* out, const uint8_t* p) {
+  const float d = half_at(p), m = half_at(p + 2);
+  expand_nibbles(out, p + 8, load_as<uint32_t>(p + 4),
+                 [=](int q) { return d * static_cast<float>(q) + m; });
+}
+
+// Q4_K and Q5_K: eight groups of 32 with 6-bit scales and minima in 12 bytes. Groups 0-3: the low
+// six bits of byte g (scale) and g + 4 (minimum); groups 4-7: four bits each in byte g + 4, the top
+// two in the top of bytes g - 4 and g.
+void k_scale_min(const uint8_t* packed, int g, int* scale, int* minimum) {
+  if (g < 4) {
+    *scale = packed[g] & 63;
+    *minimum = packed[g + 4] & 63;
+  } else {
+    *scale = (packed[g + 4] & 0xf) | (packed[g - 4] >> 6) << 4;
+    *minimum = (packed[g + 4] >> 4) | (packed[g] >> 6) << 4;
+  }
+}
+
+// Two neighbouring groups share 32 bytes, one a nibble; bit g of high[i] is code i's fifth bit in
+// group g. Value: d scale q - dmin minimum.
+void expand_k_groups(float* out, const uint8_t* p, const uint8_t* high, const uint8_t* nibbles) {
+  const float d = half_at(p), dmin = half_at(p + 2);
+  for (int g = 0; g < 8; ++g) {
+    int scale, minimum;
+    k_scale_min(p + 4, g, &scale, &minimum);
+    const float s = d * static_cast<float>(scale), m = dmin * static_cast<float>(minimum);
+    for (int i = 0; i < 32; ++i) {
+      const int low = (nibbles[g / 2 * 32 + i] >> (g % 2 * 4)) & 0xf;
+      const int fifth = high ? (high[i] >> g) & 1 : 0;
+      out[g * 32 + i] = s * static_cast<float>(low | fifth << 4) - m;
+    }
+  }
+}
+
+// {d half, dmin half, scales[12], nibbles[128]}
+void expand_q4_k(float* out, const uint8_t* p) { expand_k_groups(out, p, nullptr, p + 16); }
+
+// {d half, dmin half, scales[12], high bits[32], nibbles[128]}
+void expand_q5_k(float* out, const uint8_t* p) { expand_k_groups(out, p, p + 16, p + 48); }
+
+// {low nibbles[128], high pairs[64], int8 scales[16], d half}: d scale (q - 32), a scale for
+// sixteen. Each half of 128 codes: quarter r of 32 takes nibbles from bytes 32 (r mod 2) + i, low
+// for r < 2, and bits 2r of high byte i.
+void expand_q6_k(float* out, const uint8_t* p) {
+  const float d = half_at(p + 208);
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t *low = p + 64 * half, *high = p + 128 + 32 * half;
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < 32; ++i) {
+        const int nibble = (low[32 * (r % 2) + i] >> (r / 2 * 4)) & 0xf;
+        const int q = (nibble | ((high[i] >> (2 * r)) & 3) << 4) - 32;
+        const int at = 128 * half + 32 * r + i;
+        const float scale = static_cast<float>(static_cast<int8_t>(p[192 + at / 16]));
+        out[at] = d * scale * static_cast<float>(q);
+      }
+    }
+  }
+}
+
+template <void (*kExpand)(float*, const uint8_t*), int kElements, int kBytes>
+constexpr TypeRow type_row(uint32_t type, const char* name) {
+  return {type, name, kElements, kBytes, [](float* out, const uint8_t* p, int64_t blocks) {
+            for (int64_t b = 0; b < blocks; ++b) kExpand(out + b * kElements, p + b * kBytes);
+          }};
+}
+
+constexpr TypeRow kTypes[] = {
+    type_row<expand_f32, 1, 4>(0, "F32"),        type_row<expand_f16, 1, 2>(1, "F16"),
+    type_row<expand_q4_0, 32, 18>(2, "Q4_0"),    type_row<expand_q4_1, 32, 20>(3, "Q4_1"),
+    type_row<expand_q5_0, 32, 22>(6, "Q5_0"),    type_row<expand_q5_1, 32, 24>(7, "Q5_1"),
+    type_row<expand_q8_0, 32, 34>(8, "Q8_0"),    type_row<expand_q4_k, 256, 144>(12, "Q4_K"),
+    type_row<expand_q5_k, 256, 176>(13, "Q5_K"), type_row<expand_q6_k, 256, 210>(14, "Q6_K"),
+    type_row<expand_bf16, 1, 2>(30, "BF16")};
+
+const TypeRow& row_of(uint32_t type, const std::string& what) {
+  for (const TypeRow& row : kTypes)
+    if (row.type == type) return row;
+  throw Error(cat(what, ": unsupported ggml type number ", type));
+}
+
+// A cursor over the file; every read is checked against what is left.
+class Reader {
+ public:
+  Reader(const uint8_t* data, int64_t bytes, const std::string& path)
+      : data_(data), bytes_(bytes), path_(path) {}
+
+  uint64_t left() const { return static_cast<uint64_t>(bytes_ - cursor_); }
+  int64_t cursor() const { return cursor_; }
+  const std::string& path() const { return path_; }
+
+  template <typename T>
+  T take(const char* what) {
+    BBB_CHECK(left() >= sizeof(T), path_, ": truncated at ", what, ", byte ", cursor_);
+    const T value = load_as<T>(data_ + cursor_);
+    cursor_ += static_cast<int64_t>(sizeof(T));
+    return value;
+  }
+
+  std::string take_string(const char* what) {
+    const uint64_t length = take<uint64_t>(what);
+    BBB_CHECK(length <= left(), path_, ": ", what, " of ", length, " bytes at byte ", cursor_,
+              " runs past the file's end");
+    std::string text(reinterpret_cast<const char*>(data_ + cursor_), length);
+    cursor_ += static_cast<int64_t>(length);
+    return text;
+  }
+
+  // A count of things of at least `least_bytes` each: what is left of the file bounds it, so that
+  // nothing is ever allocated from a lie.
+  uint64_t take_count(const char* what, uint64_t least_bytes) {
+    const uint64_t count = take<uint64_t>(what);
+    check_count(count, what, least_bytes);
+    return count;
+  }
+  void check_count(uint64_t count, const char* what, uint64_t least_bytes) const {
+    BBB_CHECK(count <= left() / least_bytes, path_, ": ", what, " of ", count,
+              " is more than the file can hold");
+  }
+
+ private:
+  const uint8_t* data_;
+  int64_t bytes_;
+  const std::string& path_;
+  int64_t cursor_ = 0;
+};
+
+enum ValueType : uint32_t {
+  kU8,
+  kI8,
+  kU16,
+  kI16,
+  kU32,
+  kI32,
+  kF32,
+  kBool,
+  kString,
+  kArray,
+  kU64,
+  kI64,
+  kF64
+};
+
+int64_t take_integer(Reader& in, uint32_t type, const std::string& key) {
+  switch (type) {
+    case kU8:
+      return in.take<uint8_t>("a value");
+    case kI8:
+      return in.take<int8_t>("a value");
+    case kU16:
+      return in.take<uint16_t>("a value");
+    case kI16:
+      return in.take<int16_t>("a value");
+    case kU32:
+      return in.take<uint32_t>("a value");
+    case kI32:
+      return in.take<int32_t>("a value");
+    case kI64:
+      return in.take<int64_t>("a value");
+    default: {
+      const uint64_t value = in.take<uint64_t>("a value");
+      BBB_CHECK(value <= INT64_MAX, in.path(), ": '", printable(key), "' holds ", value,
+                ", which is too large");
+      return static_cast<int64_t>(value);
+    }
+  }
+}
+
+double take_real(Reader& in, uint32_t type) {
+  return type == kF32 ? in.take<float>("a value") : in.take<double>("a value");
+}
+
+bool take_bool(Reader& in, const std::string& key) {
+  const uint8_t value = in.take<uint8_t>("a value");
+  BBB_CHECK(value <= 1, in.path(), ": '", printable(key), "' holds ", int{value},
+            " where a boolean belongs");
+  return value == 1;
+}
+
+template <typename Take>
+auto take_elements(uint64_t count, Take take) {
+  std::vector<decltype(take())> out;
+  out.reserve(count);
+  for (uint64_t i = 0; i < count; ++i) out.push_back(take());
+  return out;
+}
+
+GgufArray take_array(Reader& in, const std::string& key) {
+  const uint32_t type = in.take<uint32_t>("an array's type");
+  constexpr uint64_t kLeast[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
+  BBB_CHECK(type != kArray, in.path(), ": '", printable(key), "' is an array of arrays");
+  BBB_CHECK(type <= kF64, in.path(), ": '", printable(key), "' has unknown value type ", type);
+  const uint64_t count = in.take_count("array length", kLeast[type]);
+  switch (type) {
+    case kString:
+      return take_elements(count, [&] { return in.take_string("a string"); });
+    case kBool:
+      return take_elements(count, [&] { return take_bool(in, key); });
+    case kF32:
+    case kF64:
+      return take_elements(count, [&] { return take_real(in, type); });
+    default:
+      return take_elements(count, [&] { return take_integer(in, type, key); });
+  }
+}
+
+GgufValue take_value(Reader& in, const std::string& key) {
+  const uint32_t type = in.take<uint32_t>("a value's type");
+  BBB_CHECK(type <= kF64, in.path(), ": '", printable(key), "' has unknown value type ", type);
+  switch (type) {
+    case kString:
+      return in.take_string("a string");
+    case kArray:
+      return take_array(in, key);
+    case kBool:
+      return take_bool(in, key);
+    case kF32:
+    case kF64:
+      return take_real(in, type);
+    default:
+      return take_integer(in, type, key);
+  }
+}
+
+struct Placed {
+  std::string name;
+  uint64_t offset;
+  GgufTensor tensor;
+};
+
+Placed take_tensor(Reader& in, uint64_t alignment) {
+  Placed placed;
+  placed.name = in.take_string("a tensor's name");
+  const std::string what = cat(in.path(), ": tensor '", printable(placed.name), "'");
+  const uint32_t rank = in.take<uint32_t>("a tensor's rank");
+  BBB_CHECK(rank >= 1 && rank <= 4, what, " has ", rank, " dimensions, not 1 to 4");
+  GgufTensor& t = placed.tensor;
+  t.shape.resize(rank);
+  int64_t numel = 1;
+  for (uint32_t i = 0; i < rank; ++i) {
+    const uint64_t dim = in.take<uint64_t>("a tensor's dimensions");
+    BBB_CHECK(dim >= 1 && dim <= INT64_MAX / 16 &&
+                  !__builtin_mul_overflow(numel, static_cast<int64_t>(dim), &numel) &&
+                  numel <= INT64_MAX / 16,
+              what, " has a dimension of ", dim, ": empty, or too many elements");
+    t.shape[rank - 1 - i] = static_cast<int64_t>(dim);
+  }
+  t.type = in.take<uint32_t>("a tensor's type");
+  const TypeRow& row = row_of(t.type, what);
+  BBB_CHECK(t.shape.back() % row.elements == 0, what, " has rows of ", t.shape.back(),
+            ", not a multiple of ", row.name, "'s ", row.elements);
+  t.bytes = numel / row.elements * row.bytes;
+  placed.offset = in.take<uint64_t>("a tensor's offset");
+  BBB_CHECK(placed.offset % alignment == 0, what, " at offset ", placed.offset,
+            " is not aligned to ", alignment);
+  return placed;
+}
+
+uint64_t padded(uint64_t n, uint64_t alignment) {
+  return (n + alignment - 1) / alignment * alignment;
+}
+
+template <typename T>
+const T& typed(const Gguf& gguf, const std::string& key, const char* type) {
+  const auto found = gguf.metadata().find(key);
+  BBB_CHECK(found != gguf.metadata().end(), gguf.path(), ": metadata '", key, "' is missing");
+  const T* value = std::get_if<T>(&found->second);
+  BBB_CHECK(value, gguf.path(), ": metadata '", key, "' is not ", type);
+  return *value;
+}
+
+template <typename T>
+const std::vector<T>& typed_array(const Gguf& gguf, const std::string& key, const char* type) {
+  const auto* value = std::get_if<std::vector<T>>(&typed<GgufArray>(gguf, key, "an array"));
+  BBB_CHECK(value, gguf.path(), ": metadata '", key, "' is not an array of ", type);
+  return *value;
+}
+
+}  // namespace
+
+GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path) {
+  Reader in(data, bytes, path);
+  BBB_CHECK(bytes >= 4 && std::memcmp(data, "GGUF", 4) == 0, path, ": not a GGUF file");
+  in.take<uint32_t>("the magic");
+  GgufContents out;
+  out.version = in.take<uint32_t>("the version");
+  BBB_CHECK((out.version & 0xffff) != 0 || out.version == 0, path,
+            ": a big-endian GGUF file; only little-endian is read");
+  BBB_CHECK(out.version == 2 || out.version == 3, path, ": GGUF version ", out.version,
+            "; only 2 and 3 are read");
+  constexpr uint64_t kLeastTensor = 8 + 4 + 8 + 4 + 8, kLeastPair = 8 + 4 + 1;
+  const uint64_t tensor_count = in.take_count("tensor count", kLeastTensor);
+  const uint64_t pair_count = in.take_count("metadata count", kLeastPair);
+  for (uint64_t i = 0; i < pair_count; ++i) {
+    const std::string key = in.take_string("a metadata key");
+    BBB_CHECK(out.metadata.emplace(key, take_value(in, key)).second, path, ": metadata '",
+              printable(key), "' is given twice");
+  }
+
+  uint64_t alignment = 32;
+  if (const auto found = out.metadata.find("general.alignment"); found != out.metadata.end()) {
+    const int64_t* value = std::get_if<int64_t>(&found->second);
+    BBB_CHECK(value && *value >= 1 && *value <= (1 << 30) && (*value & (*value - 1)) == 0, path,
+              ": general.alignment is not a power of two");
+    alignment = static_cast<uint64_t>(*value);
+  }
+
+  in.check_count(tensor_count, "tensor count", kLeastTensor);
+  std::vector<Placed> placed;
+  for (uint64_t i = 0; i < tensor_count; ++i) placed.push_back(take_tensor(in, alignment));
+
+  // Tensors tile the data, each padded to the alignment; the last one's padding may be absent.
+  const uint64_t start = padded(static_cast<uint64_t>(in.cursor()), alignment);
+  const uint64_t size = static_cast<uint64_t>(bytes);
+  const uint64_t data_bytes = start <= size ? size - start : 0;
+  std::sort(placed.begin(), placed.end(),
+            [](const Placed& a, const Placed& b) { return a.offset < b.offset; });
+  uint64_t cursor = 0;
+  for (Placed& p : placed) {
+    const std::string what = cat(path, ": tensor '", printable(p.name), "'");
+    BBB_CHECK(p.offset >= cursor, what, " at offset ", p.offset, " overlaps the one before it");
+    BBB_CHECK(p.offset == cursor, what, ": a gap of ", p.offset - cursor, " bytes before it");
+    const uint64_t tensor_bytes = static_cast<uint64_t>(p.tensor.bytes);
+    BBB_CHECK(p.offset <= data_bytes && tensor_bytes <= data_bytes - p.offset, what, " needs ",
+              tensor_bytes, " bytes at offset ", p.offset, "; the file holds ", data_bytes,
+              " bytes of data: truncated?");
+    p.tensor.data = data + start + p.offset;
+    cursor = padded(p.offset + tensor_bytes, alignment);
+    BBB_CHECK(out.tensors.emplace(p.name, p.tensor).second, what, " is given twice");
+  }
+  BBB_CHECK(data_bytes <= cursor, path, ": ", data_bytes - cursor,
+            " bytes at the end belong to no tensor");
+  return out;
+}
+
+const char* gguf_type_name(uint32_t type) { return row_of(type, "GGUF").name; }
+
+int64_t gguf_type_bytes(uint32_t type, int64_t numel) {
+  const TypeRow& row = row_of(type, "GGUF");
+  BBB_CHECK(numel >= 0 && numel % row.elements == 0, numel, " elements are not whole blocks of ",
+            row.name);
+  return numel / row.elements * row.bytes;
+}
+
+void gguf_dequantize(float* out, const GgufTensor& tensor, const std::string& name) {
+  const TypeRow& row = row_of(tensor.type, cat("tensor '", printable(name), "'"));
+  row.expand(out, tensor.data, tensor.numel() / row.elements);
+}
+
+Gguf::Gguf(const std::string& path)
+    : file_(path), contents_(parse_gguf(file_.data(), file_.bytes(), path)) {}
+
+int64_t Gguf::integer(const std::string& key) const {
+  return typed<int64_t>(*this, key, "an integer");
+}
+
+double Gguf::real(const std::string& key) const {
+  const auto found = metadata().find(key);
+  if (found != metadata().end())
+    if (const int64_t* value = std::get_if<int64_t>(&found->second))
+      return static_cast<double>(*value);
+  return typed<double>(*this, key, "a number");
+}
+
+bool Gguf::boolean(const std::string& key) const { return typed<bool>(*this, key, "a boolean"); }
+
+const std::string& Gguf::string(const std::string& key) const {
+  return typed<std::string>(*this, key, "a string");
+}
+
+const std::vector<std::string>& Gguf::strings(const std::string& key) const {
+  return typed_array<std::string>(*this, key, "strings");
+}
+
+const std::vector<int64_t>& Gguf::integers(const std::string& key) const {
+  return typed_array<int64_t>(*this, key, "integers");
+}
+
+const std::vector<double>& Gguf::reals(const std::string& key) const {
+  return typed_array<double>(*this, key, "reals");
+}
+
+const GgufTensor& Gguf::tensor(const std::string& name) const {
+  const auto found = tensors().find(name);
+  BBB_CHECK(found != tensors().end(), path(), ": tensor '", printable(name), "' is missing");
+  return found->second;
+}
+
+}  // namespace bbb::data
