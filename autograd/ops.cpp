@@ -68,10 +68,10 @@ Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps) {
   tape.record([&backend, x, w, inv_rms, out = out.gradient_only()] {
     if (!out.has_grad()) return;
     // dx is always computed; where nobody wants it, into a buffer that is dropped.
-    const Var::Slot dx = x.requires_grad()
-                             ? x.grad_slot(backend)
-                             : Var::Slot{backend.empty(x.value().shape(), backend.act()),
-                                         Write::Overwrite};
+    const Var::Slot dx =
+        x.requires_grad()
+            ? x.grad_slot(backend)
+            : Var::Slot{backend.empty(x.value().shape(), backend.act()), Write::Overwrite};
     const Var::Slot dw =
         w.requires_grad() ? w.grad_slot(backend) : Var::Slot{Tensor(), Write::Overwrite};
     backend.rms_norm_backward(matrix(dx.grad), dw.grad, matrix(out.grad()), matrix(x.value()),
@@ -156,10 +156,9 @@ Var add(Tape& tape, const Var& a, const Var& b) {
 Var reshape(Tape& tape, const Var& x, Shape shape) {
   Var out = tape.output(x.value().view(std::move(shape)), {x});
   if (!out.requires_grad()) return out;
-  tape.record(
-      [&backend = tape.backend(), x = x.gradient_only(), out = out.gradient_only()] {
-        if (out.has_grad()) x.give_grad(backend, out.grad());
-      });
+  tape.record([&backend = tape.backend(), x = x.gradient_only(), out = out.gradient_only()] {
+    if (out.has_grad()) x.give_grad(backend, out.grad());
+  });
   return out;
 }
 

@@ -2,6 +2,7 @@
 // prefill and decode run these functions.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,8 +15,13 @@ namespace bbb::models {
 using autograd::ParameterSet;
 
 // Keys and values of one sequence for every layer, and the position at which the next token stands.
+// forward() writes behind `start` and leaves it alone: the caller moves it on (set_start, or the
+// backend's advance inside a recorded step).
 struct KvCache {
   KvCache(Backend& backend, const LlamaConfig& config, int64_t capacity_tokens);
+  void set_start(int64_t position);
+
+  Backend& backend;
   std::vector<Tensor> k, v;  // per layer, act (1, capacity, K, d)
   Tensor start;              // I32 (1) on the device
   int64_t capacity;
@@ -25,12 +31,26 @@ struct KvCache {
 struct NormWeight {
   Tensor value;                    // real (D)
   Parameter* parameter = nullptr;  // then value is its master
-  Var var() const;                 // a leaf into the parameter's gradient, or a constant
-  bool grad_written = false;
+
+  void set_constant(Tensor weight);
+  void set_parameter(Parameter& trained);
+  const Var& var() const { return leaf; }  // a leaf into the parameter's gradient, or a constant
+  void finish_backward(Backend& backend);  // zeroes the gradient if no pass wrote it
+
+  Var leaf;  // one handle for all uses since finish_backward()
 };
+
+// Everything that training changes in a block, on the host: what a finished block saves.
+struct BlockMasters {
+  std::vector<std::vector<float>> linears;  // in the order of block_linears()
+  std::vector<float> input_norm, post_norm;
+};
+
+enum class TrainNorms { No, Yes };
 
 class LlamaBlock {
  public:
+  // `config` must outlive the block.
   LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t layer, Tensor inv_freq);
 
   // x act (B, T, D) -> (B, T, D). kv: keys and values are appended at kv->start and attended to.
@@ -38,15 +58,28 @@ class LlamaBlock {
 
   // Full-precision weights (rounded to act) from a checkpoint.
   void load_float(const Checkpoint& source);
+  // Exported linears; one that the export left alone is loaded as Float. `buffer` is shared.
   void load_packed(const Checkpoint& source, Tensor buffer);
+
   // Makes every linear FakeQuant and the norms trainable, as parameters of `set` (not yet
   // allocated).
   void declare_parameters(ParameterSet& set);
-  void bind_parameters(ParameterSet& set, GridSpec spec);  // after set.allocate(), same order
-  void load_masters(const Checkpoint& source);             // full precision into the parameters
+  // After set.allocate().
+  void bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding = Rounding::Nearest);
+  void load_masters(const Checkpoint& source);  // full precision into the parameters
+  // Group scales over the codes that the FakeQuant state holds (after prepare()), and the norms, as
+  // parameters of another set; the old set may go once scales are bound.
+  void declare_scales(ParameterSet& set, TrainNorms norms);
+  void bind_scales(ParameterSet& set);  // after set.allocate() and prepare()
+  // What the parameters hold now, masters or scales, and back.
+  BlockMasters masters();
+  void set_masters(const BlockMasters& saved);
+
   void set_bits(int bits);
   void prepare();
   void finish_backward();
+  void snap();
+  std::vector<QuantizedState> quantized_state();
 
   std::vector<QuantLinear*> linears();  // in the order of block_linears()
   NormWeight& input_norm() { return input_norm_; }
@@ -54,26 +87,33 @@ class LlamaBlock {
   int64_t layer() const { return layer_; }
 
  private:
+  void load_norms(const Checkpoint& source);
+  std::vector<float> load_linear(const Checkpoint& source, const QuantLinear& linear) const;
+  std::vector<float> load_norm(const Checkpoint& source, const char* suffix) const;
+  Var attend(Tape& tape, const Var& x, KvCache* kv);
+
   Backend& backend_;
   const LlamaConfig& config_;
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
-  std::vector<Parameter*> declared_;
+  std::vector<Parameter*> declared_;  // the linears', then the norms', until they are bound
 };
 
 enum class Recompute { None, Block };
-enum class HeadRounding {
-  None,
-  BFloat16
-};  // embedding, head and norms as trained and exported: bf16 values
+// BFloat16 rounds embedding and head once, so that training, export and every later reader see the
+// same values (format.md); norms stay F32 throughout. On a device of bf16 activations both are bf16
+// either way.
+enum class HeadRounding { None, BFloat16 };
 
 class Llama {
  public:
   // Embedding, final norm, head and blocks without weights in the blocks.
   Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding);
-  // Packed random weights of these sizes; `seed` fixes them.
+  Llama(const Llama&) = delete;
+  Llama& operator=(const Llama&) = delete;
+  // Packed random weights of these sizes; `seed` fixes them. Device memory is that of a real model.
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
                                           GridSpec spec, uint64_t seed);
 
@@ -84,6 +124,7 @@ class Llama {
   // h act (M, D) -> F32 (M, V).
   Tensor logits(const Tensor& h) const;
 
+  Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }
   std::vector<std::unique_ptr<LlamaBlock>>& blocks() { return blocks_; }
   const Tensor& embedding() const { return embedding_; }  // act (V, D)
@@ -93,12 +134,16 @@ class Llama {
 
  private:
   Llama(Backend& backend, LlamaConfig config);
+  Tensor packed_buffer() const;  // act, of the largest linear's size
   Backend& backend_;
   LlamaConfig config_;
   Tensor embedding_, head_, inv_freq_;
   NormWeight norm_;
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
 };
+
+// Rows of the head that are computed at once, so that logits stay within a fixed budget.
+int64_t head_chunk_rows(const Backend& backend, int64_t vocab);
 
 // method.md section 5 over windows (count, seq_len): each window's mean NLL over its seq_len - 1
 // shifted tokens; perplexity = exp(mean over windows).

@@ -7,11 +7,14 @@
 //
 // Training: prepare() once per optimizer step turns the parameter into wq, e, z, S; any number of
 // forward and backward passes leave dW^ in the parameter's gradient (FakeQuant) or in a scratch
-// (Scales); finish_backward() turns that into the parameter's own gradient.
+// (Scales); finish_backward() turns that into the parameter's own gradient, or zeroes it where no
+// pass used the parameter. The buffers that prepare() fills are allocated once, so that a recorded
+// step keeps its addresses.
 #pragma once
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "autograd/ops.h"
 #include "autograd/parameter.h"
@@ -28,6 +31,8 @@ using engine::Rounding;
 using engine::Tensor;
 using engine::Write;
 
+constexpr int kNoQuantizer = 16;  // bits of a FakeQuant linear that trains in full precision
+
 enum class LinearState { Float, FakeQuant, Scales, Packed };
 
 // What training holds for a layer and an export must reproduce, on the host.
@@ -37,7 +42,16 @@ struct QuantizedState {
   std::vector<uint8_t> zeros;   // (N, K/G), one a byte
   float master_scale = 1;
   GridSpec spec;
+
+  // S e (q - z), (N, K) row-major: exact in float.
+  std::vector<float> dequantize() const;
 };
+
+// Host values to a new tensor of a real dtype (round to nearest even), and back.
+Tensor upload_as(Backend& backend, const std::vector<float>& values, engine::Shape shape,
+                 engine::DType dtype);
+void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values);
+std::vector<float> download_floats(Backend& backend, const Tensor& tensor);
 
 class QuantLinear {
  public:
@@ -46,8 +60,8 @@ class QuantLinear {
   void set_float(Tensor weight);  // act (N, K)
   void set_fake_quant(Parameter& master, GridSpec spec, Rounding rounding = Rounding::Nearest);
   void set_bits(int bits);  // FakeQuant: the next stage's width
-  // From the current FakeQuant codes and scales: sigma is the parameter, (N, K/G), initialised
-  // here.
+  // From the current FakeQuant codes and scales (after prepare()): sigma is the parameter, (N,
+  // K/G), initialised here.
   void set_scales(Parameter& sigma);
   // `buffer`: act, at least N K elements, shared by all layers; used for products of many rows.
   void set_packed(PackedWeight weight, Tensor buffer);
@@ -57,7 +71,7 @@ class QuantLinear {
   // Masters to the middle of their bins: master = S e (q - z). FakeQuant only, after prepare().
   void snap();
   Var forward(Tape& tape, const Var& x, const Var& residual);
-  // FakeQuant or Scales, after prepare().
+  // FakeQuant (fewer than 16 bits) or Scales, after prepare() with no step in between.
   QuantizedState quantized_state() const;
 
   LinearState state() const { return state_; }
@@ -66,8 +80,14 @@ class QuantLinear {
   int64_t k() const { return k_; }
   const GridSpec& spec() const { return spec_; }
   Parameter* parameter() const { return parameter_; }
+  const PackedWeight& packed() const { return packed_; }
 
  private:
+  bool quantizes() const { return state_ == LinearState::Scales || spec_.bits < kNoQuantizer; }
+  Var forward_packed(Tape& tape, const Var& x, const Var& residual);
+  Tensor current_codes() const;  // U8 (N, K)
+  void fresh_leaf();             // the weight's Var, whose gradient nothing has written yet
+
   Backend& backend_;
   std::string name_;
   int64_t n_, k_;
@@ -77,8 +97,8 @@ class QuantLinear {
   Parameter* parameter_ = nullptr;
   Tensor weight_;  // act: the GEMM's operand (Float: W; else wq)
   Tensor master_scale_, e_, z_, codes_;
-  Tensor dweight_;             // Scales: dW^
-  bool grad_written_ = false;  // since the last finish_backward()
+  Tensor dweight_;  // dW^: the parameter's gradient (FakeQuant) or a scratch (Scales)
+  Var leaf_;        // weight_ and dweight_: one handle for all uses since finish_backward()
   PackedWeight packed_;
   Tensor buffer_;
 };

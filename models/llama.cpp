@@ -1,0 +1,376 @@
+// A block:   a = x + o_proj(attention(rope(q_proj h), rope(k_proj h), v_proj h)),  h = norm(x)
+//            y = a + down_proj(silu(gate_proj g) * up_proj g),                     g = norm(a)
+// Both residual sums are addends of the GEMMs. The model: embed, blocks, norm; logits = h head^T.
+#include "models/llama.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "engine/rng.h"
+
+namespace bbb::models {
+
+using engine::DType;
+using engine::Shape;
+
+namespace {
+
+constexpr const char* kInputNorm = "input_layernorm.weight";
+constexpr const char* kPostNorm = "post_attention_layernorm.weight";
+
+QuantLinear make_linear(Backend& backend, const LlamaConfig& config, int64_t layer, size_t index) {
+  const LinearShape shape = block_linears(config)[index];
+  return QuantLinear(backend, layer_name(layer, shape.name), shape.n, shape.k);
+}
+
+Tensor upload_bytes(Backend& backend, const Shape& shape, DType dtype, const void* data) {
+  Tensor out = backend.empty(shape, dtype);
+  backend.upload(out, data);
+  return out;
+}
+
+}  // namespace
+
+void NormWeight::set_constant(Tensor weight) {
+  value = std::move(weight);
+  parameter = nullptr;
+  leaf = Var(value);
+}
+
+void NormWeight::set_parameter(Parameter& trained) {
+  value = trained.master;
+  parameter = &trained;
+  leaf = Var::leaf(value, trained.grad, Write::Overwrite);
+}
+
+void NormWeight::finish_backward(Backend& backend) {
+  if (!parameter) return;
+  if (leaf.has_grad())
+    set_parameter(*parameter);
+  else
+    backend.zero(parameter->grad);
+}
+
+LlamaBlock::LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t layer, Tensor inv_freq)
+    : backend_(backend),
+      config_(config),
+      layer_(layer),
+      inv_freq_(std::move(inv_freq)),
+      q_(make_linear(backend, config, layer, 0)),
+      k_(make_linear(backend, config, layer, 1)),
+      v_(make_linear(backend, config, layer, 2)),
+      o_(make_linear(backend, config, layer, 3)),
+      gate_(make_linear(backend, config, layer, 4)),
+      up_(make_linear(backend, config, layer, 5)),
+      down_(make_linear(backend, config, layer, 6)) {}
+
+std::vector<QuantLinear*> LlamaBlock::linears() {
+  return {&q_, &k_, &v_, &o_, &gate_, &up_, &down_};
+}
+
+Var LlamaBlock::attend(Tape& tape, const Var& x, KvCache* kv) {
+  const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
+  const Tensor start = kv ? kv->start : Tensor();
+  const engine::AttentionSpec spec{config_.sliding_window};
+
+  Var h = rms_norm(tape, x, input_norm_.var(), config_.rms_eps);
+  const auto heads = [&](QuantLinear& linear, int64_t count) {
+    return reshape(tape, linear.forward(tape, h, Var()), {b, t, count, d});
+  };
+  const Var q = rope(tape, heads(q_, config_.heads), inv_freq_, start);
+  const Var k = rope(tape, heads(k_, config_.kv_heads), inv_freq_, start);
+  const Var v = heads(v_, config_.kv_heads);
+  h = Var();
+
+  Var out;
+  if (kv) {
+    BBB_ASSERT(!tape.recording());
+    const size_t layer = static_cast<size_t>(layer_);
+    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), start);
+    out = Var(backend_.empty(q.value().shape(), backend_.act()));
+    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], start, spec);
+  } else {
+    out = attention(tape, q, k, v, spec);
+  }
+  return o_.forward(tape, reshape(tape, out, {b, t, config_.heads * d}), x);
+}
+
+Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv) {
+  const Var attended = attend(tape, x, kv);
+  Var g = rms_norm(tape, attended, post_norm_.var(), config_.rms_eps);
+  const Var h = swiglu(tape, gate_.forward(tape, g, Var()), up_.forward(tape, g, Var()));
+  g = Var();
+  return down_.forward(tape, h, attended);
+}
+
+// --- weights
+// --------------------------------------------------------------------------------------
+
+std::vector<float> LlamaBlock::load_linear(const Checkpoint& source,
+                                           const QuantLinear& linear) const {
+  return source.load(linear.name() + ".weight", {linear.n(), linear.k()});
+}
+
+std::vector<float> LlamaBlock::load_norm(const Checkpoint& source, const char* suffix) const {
+  return source.load(layer_name(layer_, suffix), {config_.d_model});
+}
+
+void LlamaBlock::load_norms(const Checkpoint& source) {
+  const DType real = backend_.real();
+  const Shape shape{config_.d_model};
+  input_norm_.set_constant(upload_as(backend_, load_norm(source, kInputNorm), shape, real));
+  post_norm_.set_constant(upload_as(backend_, load_norm(source, kPostNorm), shape, real));
+}
+
+void LlamaBlock::load_float(const Checkpoint& source) {
+  load_norms(source);
+  for (QuantLinear* linear : linears())
+    linear->set_float(upload_as(backend_, load_linear(source, *linear), {linear->n(), linear->k()},
+                                backend_.act()));
+}
+
+void LlamaBlock::load_packed(const Checkpoint& source, Tensor buffer) {
+  load_norms(source);
+  for (QuantLinear* linear : linears()) {
+    if (!source.is_packed(linear->name())) {
+      linear->set_float(upload_as(backend_, load_linear(source, *linear),
+                                  {linear->n(), linear->k()}, backend_.act()));
+      continue;
+    }
+    const PackedTensors file = source.packed(linear->name(), linear->n(), linear->k());
+    const auto upload = [&](const data::SafeTensor& tensor, DType dtype) {
+      return upload_bytes(backend_, tensor.shape, dtype, tensor.data);
+    };
+    linear->set_packed({upload(*file.qweight, DType::U8), upload(*file.scales, DType::U8),
+                        upload(*file.zeros, DType::U8), upload(*file.master_scale, DType::F32),
+                        file.spec, file.n, file.k},
+                       buffer);
+  }
+}
+
+// --- training
+// -------------------------------------------------------------------------------------
+
+void LlamaBlock::declare_parameters(ParameterSet& set) {
+  declared_.clear();
+  for (QuantLinear* linear : linears())
+    declared_.push_back(&set.add(linear->name() + ".weight", {linear->n(), linear->k()}));
+  for (const char* norm : {kInputNorm, kPostNorm})
+    declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
+}
+
+void LlamaBlock::bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(set.masters().defined() && declared_.size() == all.size() + 2);
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_fake_quant(*declared_[i], spec, rounding);
+  input_norm_.set_parameter(*declared_[all.size()]);
+  post_norm_.set_parameter(*declared_[all.size() + 1]);
+  declared_.clear();
+}
+
+void LlamaBlock::load_masters(const Checkpoint& source) {
+  for (QuantLinear* linear : linears())
+    upload_into(backend_, linear->parameter()->master, load_linear(source, *linear));
+  upload_into(backend_, input_norm_.value, load_norm(source, kInputNorm));
+  upload_into(backend_, post_norm_.value, load_norm(source, kPostNorm));
+}
+
+void LlamaBlock::declare_scales(ParameterSet& set, TrainNorms norms) {
+  declared_.clear();
+  for (QuantLinear* linear : linears())
+    declared_.push_back(
+        &set.add(linear->name() + ".sigma", {linear->n(), linear->k() / linear->spec().group}));
+  if (norms == TrainNorms::Yes)
+    for (const char* norm : {kInputNorm, kPostNorm})
+      declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
+}
+
+void LlamaBlock::bind_scales(ParameterSet& set) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(set.masters().defined() && declared_.size() >= all.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_scales(*declared_[i]);
+  NormWeight* const norms[] = {&input_norm_, &post_norm_};
+  for (size_t i = 0; i < 2; ++i) {
+    // The old value lives in the set of the masters, which may go: both kinds take a copy.
+    const bool trained = declared_.size() > all.size();
+    Tensor value = trained ? declared_[all.size() + i]->master
+                           : backend_.empty({config_.d_model}, backend_.real());
+    backend_.copy(value, norms[i]->value);
+    if (trained)
+      norms[i]->set_parameter(*declared_[all.size() + i]);
+    else
+      norms[i]->set_constant(value);
+  }
+  declared_.clear();
+}
+
+BlockMasters LlamaBlock::masters() {
+  BlockMasters saved;
+  for (QuantLinear* linear : linears())
+    saved.linears.push_back(download_floats(backend_, linear->parameter()->master));
+  saved.input_norm = download_floats(backend_, input_norm_.value);
+  saved.post_norm = download_floats(backend_, post_norm_.value);
+  return saved;
+}
+
+void LlamaBlock::set_masters(const BlockMasters& saved) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(saved.linears.size() == all.size());
+  for (size_t i = 0; i < all.size(); ++i)
+    upload_into(backend_, all[i]->parameter()->master, saved.linears[i]);
+  upload_into(backend_, input_norm_.value, saved.input_norm);
+  upload_into(backend_, post_norm_.value, saved.post_norm);
+}
+
+void LlamaBlock::set_bits(int bits) {
+  for (QuantLinear* linear : linears()) linear->set_bits(bits);
+}
+
+void LlamaBlock::prepare() {
+  for (QuantLinear* linear : linears()) linear->prepare();
+}
+
+void LlamaBlock::finish_backward() {
+  for (QuantLinear* linear : linears()) linear->finish_backward();
+  input_norm_.finish_backward(backend_);
+  post_norm_.finish_backward(backend_);
+}
+
+void LlamaBlock::snap() {
+  for (QuantLinear* linear : linears()) linear->snap();
+}
+
+std::vector<QuantizedState> LlamaBlock::quantized_state() {
+  std::vector<QuantizedState> states;
+  for (QuantLinear* linear : linears()) states.push_back(linear->quantized_state());
+  return states;
+}
+
+// --- the model
+// ------------------------------------------------------------------------------------
+
+Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(std::move(config)) {
+  inv_freq_ = upload_as(backend_, rope_inv_freq(config_), {config_.head_dim / 2}, DType::F32);
+  for (int64_t layer = 0; layer < config_.layers; ++layer)
+    blocks_.push_back(std::make_unique<LlamaBlock>(backend_, config_, layer, inv_freq_));
+}
+
+Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
+    : Llama(backend, source.config()) {
+  const Shape shape{config_.vocab, config_.d_model};
+  const auto load_table = [&](const char* name) {
+    Tensor table = upload_as(backend_, source.load(name, shape), shape, backend_.act());
+    if (rounding == HeadRounding::BFloat16 && backend_.act() != DType::BF16) {
+      Tensor rounded = backend_.empty(shape, DType::BF16);
+      backend_.cast(rounded, table);
+      backend_.cast(table, rounded);
+    }
+    return table;
+  };
+  embedding_ = load_table("model.embed_tokens.weight");
+  head_ = config_.tied_head ? embedding_ : load_table("lm_head.weight");
+  norm_.set_constant(upload_as(backend_, source.load("model.norm.weight", {config_.d_model}),
+                               {config_.d_model}, backend_.real()));
+}
+
+Tensor Llama::packed_buffer() const {
+  int64_t largest = 0;
+  for (const LinearShape& linear : block_linears(config_))
+    largest = std::max(largest, linear.n * linear.k);
+  return backend_.empty({largest}, backend_.act());
+}
+
+void Llama::load_blocks(const Checkpoint& source) {
+  const bool packed = source.kind() == CheckpointKind::Packed;
+  const Tensor buffer = packed ? packed_buffer() : Tensor();
+  for (auto& block : blocks_) {
+    if (packed)
+      block->load_packed(source, buffer);
+    else
+      block->load_float(source);
+  }
+}
+
+std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config, GridSpec spec,
+                                        uint64_t seed) {
+  std::unique_ptr<Llama> model(new Llama(backend, config));
+  engine::Rng rng(seed);
+
+  // Tables: one random tile of rows, repeated.
+  const auto table = [&] {
+    const int64_t tile_rows = std::min<int64_t>(config.vocab, 256);
+    std::vector<float> values(static_cast<size_t>(tile_rows * config.d_model));
+    for (float& value : values) value = static_cast<float>(0.02 * rng.normal());
+    const Tensor tile = upload_as(backend, values, {tile_rows, config.d_model}, backend.act());
+    Tensor out = backend.empty({config.vocab, config.d_model}, backend.act());
+    for (int64_t row = 0; row < config.vocab; row += tile_rows) {
+      const int64_t rows = std::min(tile_rows, config.vocab - row);
+      backend.copy(out.rows(row, rows), tile.rows(0, rows));
+    }
+    return out;
+  };
+  model->embedding_ = table();
+  model->head_ = config.tied_head ? model->embedding_ : table();
+  const auto ones = [&] {
+    const std::vector<float> values(static_cast<size_t>(config.d_model), 1.0f);
+    return upload_as(backend, values, {config.d_model}, backend.real());
+  };
+  model->norm_.set_constant(ones());
+
+  // Linears: uniform codes and zero points, e in [1/2, 2), S of the order of 1 / sqrt(K). All
+  // layers read one random stream, each from an offset of its own.
+  const std::vector<LinearShape> shapes = block_linears(config);
+  constexpr int64_t kLayerOffset = 64;
+  int64_t stream_bytes = 0;
+  for (const LinearShape& shape : shapes)
+    stream_bytes = std::max(stream_bytes, shape.n * shape.k * spec.bits / 8);
+  stream_bytes += kLayerOffset * config.layers;
+  std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
+  for (uint64_t& word : words) word = rng.next();
+  const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
+
+  const Tensor buffer = model->packed_buffer();
+  for (auto& block : model->blocks_) {
+    const uint8_t* bytes = stream + kLayerOffset * block->layer();
+    for (QuantLinear* linear : block->linears()) {
+      const int64_t n = linear->n(), k = linear->k(), groups = k / spec.group;
+      std::vector<uint8_t> scales(static_cast<size_t>(n * groups));
+      for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0x30 + bytes[i] % 16;
+      const float master_scale =
+          static_cast<float>(std::exp2(std::round(-0.5 * std::log2(static_cast<double>(k)))));
+      linear->set_packed(
+          {upload_bytes(backend, {n, k * spec.bits / 8}, DType::U8, bytes),
+           upload_bytes(backend, {n, groups}, DType::U8, scales.data()),
+           upload_bytes(backend, {n, (groups * spec.bits + 7) / 8}, DType::U8, bytes),
+           upload_bytes(backend, {1}, DType::F32, &master_scale), spec, n, k},
+          buffer);
+    }
+    block->input_norm().set_constant(ones());
+    block->post_norm().set_constant(ones());
+  }
+  return model;
+}
+
+Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
+  Var x = embed(tape, ids, embedding_);
+  for (auto& block : blocks_) {
+    if (recompute == Recompute::Block && tape.recording()) {
+      const auto forward = [&block = *block](Tape& inner, const Var& input) {
+        return block.forward(inner, input, nullptr);
+      };
+      x = checkpoint(tape, forward, x);
+    } else {
+      x = block->forward(tape, x, kv);
+    }
+  }
+  return rms_norm(tape, x, norm_.var(), config_.rms_eps);
+}
+
+Tensor Llama::logits(const Tensor& h) const {
+  Tensor out = backend_.empty({h.dim(0), config_.vocab}, DType::F32);
+  backend_.gemm_nt(out, h, head_, Tensor(), Tensor());
+  return out;
+}
+
+}  // namespace bbb::models

@@ -1,0 +1,69 @@
+// Perplexity of windows: per-token losses on the device, every sum in F64 on the host.
+#include <algorithm>
+#include <cmath>
+
+#include "models/llama.h"
+
+namespace bbb::models {
+
+using engine::DType;
+
+int64_t head_chunk_rows(const Backend& backend, int64_t vocab) {
+  const int64_t budget_bytes =
+      backend.device() == engine::DeviceType::Cuda ? int64_t{512} << 20 : int64_t{64} << 20;
+  return std::max<int64_t>(1, budget_bytes / (vocab * static_cast<int64_t>(sizeof(float))));
+}
+
+Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
+                      const std::function<void(int64_t done)>& progress) {
+  BBB_ASSERT(static_cast<int64_t>(ids.size()) == count * seq_len);
+  BBB_CHECK(count > 0 && seq_len > 1, "perplexity needs a window of two tokens or more");
+  Backend& backend = model.backend();
+  const int64_t vocab = model.config().vocab, width = model.config().d_model;
+  for (int32_t id : ids)
+    BBB_CHECK(id >= 0 && id < vocab, "token ", id, " is not in the model's vocabulary of ", vocab);
+
+  // Several windows at once keep a GPU busy; on a CPU they would only take memory.
+  const int64_t batch_limit = backend.device() == engine::DeviceType::Cuda ? 8 : 1;
+  std::vector<double> window_nll;
+  for (int64_t begin = 0; begin < count; begin += batch_limit) {
+    const int64_t batch = std::min(batch_limit, count - begin), rows = batch * seq_len;
+    const int32_t* window = ids.data() + begin * seq_len;
+    // Position t predicts token t + 1; the last of a window predicts nothing.
+    std::vector<int32_t> next(window + 1, window + rows);
+    next.push_back(-1);
+    for (int64_t w = 0; w < batch; ++w) next[static_cast<size_t>((w + 1) * seq_len - 1)] = -1;
+
+    Tensor tokens = backend.empty({batch, seq_len}, DType::I32);
+    Tensor targets = backend.empty({rows}, DType::I32);
+    Tensor losses = backend.empty({rows}, DType::F32);
+    backend.upload(tokens, window);
+    backend.upload(targets, next.data());
+    Tape tape(backend, autograd::TapeMode::Inference);
+    const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
+    head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
+              model.head(), targets, Tensor(), 1.0, head_chunk_rows(backend, vocab), losses);
+
+    std::vector<float> host(static_cast<size_t>(rows));
+    backend.download(host.data(), losses);
+    for (int64_t w = 0; w < batch; ++w) {
+      double sum = 0;
+      for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
+      window_nll.push_back(sum / static_cast<double>(seq_len - 1));
+    }
+    if (progress) progress(begin + batch);
+  }
+
+  Perplexity result;
+  result.windows = count;
+  result.tokens = count * (seq_len - 1);
+  const double n = static_cast<double>(count);
+  for (double nll : window_nll) result.nll += nll / n;
+  result.perplexity = std::exp(result.nll);
+  double squares = 0;
+  for (double nll : window_nll) squares += (nll - result.nll) * (nll - result.nll);
+  if (count > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);
+  return result;
+}
+
+}  // namespace bbb::models

@@ -1,0 +1,191 @@
+#include "models/quant_linear.h"
+
+#include <utility>
+
+#include "quant/e4m3.h"
+
+namespace bbb::models {
+
+using autograd::linear;
+using engine::DType;
+using engine::Shape;
+
+Tensor upload_as(Backend& backend, const std::vector<float>& values, Shape shape, DType dtype) {
+  Tensor out = backend.empty(std::move(shape), dtype);
+  upload_into(backend, out, values);
+  return out;
+}
+
+void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values) {
+  BBB_ASSERT(dst.numel() == static_cast<int64_t>(values.size()));
+  if (dst.dtype() == DType::F32) {
+    backend.upload(dst, values.data());
+    return;
+  }
+  Tensor staged = backend.empty(dst.shape(), DType::F32);
+  backend.upload(staged, values.data());
+  backend.cast(dst, staged);
+}
+
+std::vector<float> download_floats(Backend& backend, const Tensor& tensor) {
+  Tensor staged = tensor;
+  if (tensor.dtype() != DType::F32) {
+    staged = backend.empty(tensor.shape(), DType::F32);
+    backend.cast(staged, tensor);
+  }
+  std::vector<float> values(static_cast<size_t>(tensor.numel()));
+  backend.download(values.data(), staged);
+  return values;
+}
+
+std::vector<float> QuantizedState::dequantize() const {
+  std::vector<float> weight(codes.size());
+  const size_t group = static_cast<size_t>(spec.group);
+  for (size_t g = 0; g < scales.size(); ++g) {
+    const float s = master_scale * quant::e4m3_decode(scales[g]);
+    for (size_t i = g * group; i < (g + 1) * group; ++i)
+      weight[i] = s * static_cast<float>(static_cast<int>(codes[i]) - static_cast<int>(zeros[g]));
+  }
+  return weight;
+}
+
+QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k)
+    : backend_(backend), name_(std::move(name)), n_(n), k_(k) {}
+
+void QuantLinear::set_float(Tensor weight) {
+  BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
+  state_ = LinearState::Float;
+  parameter_ = nullptr;
+  weight_ = std::move(weight);
+  leaf_ = Var(weight_);
+  master_scale_ = e_ = z_ = codes_ = dweight_ = buffer_ = Tensor();
+  packed_ = PackedWeight();
+}
+
+void QuantLinear::set_fake_quant(Parameter& master, GridSpec spec, Rounding rounding) {
+  BBB_ASSERT(master.master.shape() == (Shape{n_, k_}));
+  BBB_CHECK(k_ % spec.group == 0, name_, ": ", k_, " input features are no multiple of the group ",
+            spec.group);
+  state_ = LinearState::FakeQuant;
+  spec_ = spec;
+  rounding_ = rounding;
+  parameter_ = &master;
+  weight_ = backend_.empty({n_, k_}, backend_.act());
+  master_scale_ = backend_.empty({1}, backend_.real());
+  e_ = backend_.empty({n_, k_ / spec.group}, DType::U8);
+  z_ = backend_.empty({n_, k_ / spec.group}, DType::U8);
+  codes_ = buffer_ = Tensor();
+  packed_ = PackedWeight();
+  dweight_ = master.grad;
+  fresh_leaf();
+}
+
+void QuantLinear::set_bits(int bits) {
+  BBB_ASSERT(state_ == LinearState::FakeQuant);
+  spec_.bits = bits;
+}
+
+void QuantLinear::set_scales(Parameter& sigma) {
+  BBB_ASSERT(sigma.master.shape() == (Shape{n_, k_ / spec_.group}));
+  const QuantizedState current = quantized_state();
+  std::vector<float> initial(current.scales.size());
+  for (size_t g = 0; g < initial.size(); ++g)
+    initial[g] = current.master_scale * quant::e4m3_decode(current.scales[g]);
+  upload_into(backend_, sigma.master, initial);
+
+  codes_ = current_codes();
+  state_ = LinearState::Scales;
+  parameter_ = &sigma;
+  dweight_ = backend_.empty({n_, k_}, backend_.real());
+  fresh_leaf();
+}
+
+void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
+  BBB_ASSERT(weight.n == n_ && weight.k == k_ && buffer.numel() >= n_ * k_);
+  state_ = LinearState::Packed;
+  spec_ = weight.spec;
+  parameter_ = nullptr;
+  weight_ = e_ = z_ = codes_ = dweight_ = Tensor();
+  leaf_ = Var();
+  master_scale_ = backend_.empty({1}, backend_.real());
+  backend_.cast(master_scale_, weight.master_scale);
+  packed_ = std::move(weight);
+  buffer_ = std::move(buffer);
+}
+
+void QuantLinear::fresh_leaf() { leaf_ = Var::leaf(weight_, dweight_, Write::Overwrite); }
+
+void QuantLinear::prepare() {
+  if (state_ == LinearState::Scales) {
+    backend_.scale_codes(weight_, e_, master_scale_, codes_, z_, parameter_->master, spec_);
+  } else if (state_ == LinearState::FakeQuant && quantizes()) {
+    backend_.master_scale(master_scale_, parameter_->master, spec_);
+    backend_.fake_quant(weight_, e_, z_, parameter_->master, master_scale_, spec_, rounding_);
+  } else if (state_ == LinearState::FakeQuant) {
+    backend_.cast(weight_, parameter_->master);
+  }
+}
+
+void QuantLinear::finish_backward() {
+  if (!parameter_) return;
+  if (!leaf_.has_grad()) {
+    backend_.zero(parameter_->grad);
+    return;
+  }
+  if (state_ == LinearState::Scales)
+    backend_.scale_codes_backward(parameter_->grad, dweight_, codes_, z_, spec_, Write::Overwrite);
+  else if (quantizes() && rounding_ == Rounding::Nearest)  // Identity clips nothing
+    backend_.ste_backward(parameter_->grad, parameter_->master, e_, z_, master_scale_, spec_);
+  fresh_leaf();
+}
+
+Tensor QuantLinear::current_codes() const {
+  if (state_ == LinearState::Scales) return codes_;
+  BBB_ASSERT(state_ == LinearState::FakeQuant && quantizes());
+  Tensor codes = backend_.empty({n_, k_}, DType::U8);
+  backend_.quantize_codes(codes, parameter_->master, e_, z_, master_scale_, spec_);
+  return codes;
+}
+
+QuantizedState QuantLinear::quantized_state() const {
+  const Tensor codes = current_codes();
+  QuantizedState state;
+  state.spec = spec_;
+  state.codes.resize(static_cast<size_t>(codes.numel()));
+  state.scales.resize(static_cast<size_t>(e_.numel()));
+  state.zeros.resize(static_cast<size_t>(z_.numel()));
+  backend_.download(state.codes.data(), codes);
+  backend_.download(state.scales.data(), e_);
+  backend_.download(state.zeros.data(), z_);
+  state.master_scale = download_floats(backend_, master_scale_)[0];
+  return state;
+}
+
+void QuantLinear::snap() {
+  BBB_ASSERT(state_ == LinearState::FakeQuant);
+  upload_into(backend_, parameter_->master, quantized_state().dequantize());
+}
+
+Var QuantLinear::forward(Tape& tape, const Var& x, const Var& residual) {
+  if (state_ == LinearState::Packed) return forward_packed(tape, x, residual);
+  BBB_ASSERT(leaf_.defined());
+  return linear(tape, x, leaf_, parameter_ && quantizes() ? master_scale_ : Tensor(), residual);
+}
+
+Var QuantLinear::forward_packed(Tape& tape, const Var& x, const Var& residual) {
+  BBB_ASSERT(!tape.recording());
+  const int64_t m = x.value().numel() / k_;
+  if (m > Backend::kMaxPackedRows) {
+    const Tensor weight = buffer_.slice(0, n_ * k_).view({n_, k_});
+    backend_.unpack(weight, packed_);
+    return linear(tape, x, Var(weight), master_scale_, residual);
+  }
+  Shape shape = x.value().shape();
+  shape.back() = n_;
+  Tensor y = backend_.empty(shape, backend_.act());
+  backend_.packed_gemv(y.view({m, n_}), x.value().view({m, k_}), packed_,
+                       residual.defined() ? residual.value().view({m, n_}) : Tensor());
+  return Var(y);
+}
+
+}  // namespace bbb::models
