@@ -196,7 +196,7 @@ Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const
   Tensor teacher = teacher_h.defined() ? backend.empty({chunk, v}, backend.real()) : Tensor();
   Tensor dlogits = backward ? backend.empty({chunk, v}, backend.act()) : Tensor();
   Tensor dh = backward ? backend.empty(h.value().shape(), backend.act()) : Tensor();
-  Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, DType::F32);
+  Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, backend.real());
 
   for (int64_t begin = 0; begin < m; begin += chunk) {
     const int64_t rows = std::min(chunk, m - begin);

@@ -33,7 +33,7 @@ enum class LossKind { CrossEntropy, Kl };
 // taken `chunk_rows` at a time, and the head's input gradient is made in the same pass. h (M, D);
 // head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D), for Kl, else
 // undefined. Returns the sum over rows of the loss times `scale`, real (1). Where given, row_loss
-// F32 (M) receives the unscaled losses.
+// real (M) receives the unscaled losses.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
               const Tensor& teacher_h, double scale, int64_t chunk_rows, const Tensor& row_loss);
 

@@ -368,7 +368,7 @@ Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompu
 }
 
 Tensor Llama::logits(const Tensor& h) const {
-  Tensor out = backend_.empty({h.dim(0), config_.vocab}, DType::F32);
+  Tensor out = backend_.empty({h.dim(0), config_.vocab}, backend_.real());
   backend_.gemm_nt(out, h, head_, Tensor(), Tensor());
   return out;
 }

@@ -121,7 +121,7 @@ class Llama {
 
   // ids I32 (B, T) -> hidden states after the final norm, act (B, T, D).
   Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);
-  // h act (M, D) -> F32 (M, V).
+  // h act (M, D) -> real (M, V).
   Tensor logits(const Tensor& h) const;
 
   Backend& backend() const { return backend_; }

@@ -36,7 +36,7 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
 
     Tensor tokens = backend.empty({batch, seq_len}, DType::I32);
     Tensor targets = backend.empty({rows}, DType::I32);
-    Tensor losses = backend.empty({rows}, DType::F32);
+    Tensor losses = backend.empty({rows}, backend.real());
     backend.upload(tokens, window);
     backend.upload(targets, next.data());
     Tape tape(backend, autograd::TapeMode::Inference);
@@ -44,8 +44,7 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
               model.head(), targets, Tensor(), 1.0, head_chunk_rows(backend, vocab), losses);
 
-    std::vector<float> host(static_cast<size_t>(rows));
-    backend.download(host.data(), losses);
+    const std::vector<float> host = download_floats(backend, losses);
     for (int64_t w = 0; w < batch; ++w) {
       double sum = 0;
       for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
