@@ -18,13 +18,17 @@ struct ExportLayer {
 
 enum class ExportFormat { Packed, HuggingFace };
 
+constexpr int64_t kMaxShardBytes = 5'000'000'000;
+
 // Writes `directory` from the source's embedding, final norm, head and tokenizer and from the
-// layers that `layer(i)` gives. Every linear is read back and compared, code by code, with what was
-// given, before the directory is renamed into place. bbb_json: the content of bbb.json. Returns
-// true bits per weight, from the file.
+// layers that `layer(i)` gives. It is asked for each layer twice: every linear is read back and
+// compared with a second answer, code by code, before the directory is renamed into place. Any
+// error, also one that `layer` throws, leaves nothing behind. bbb_json: the content of bbb.json.
+// progress: layers written. Returns true bits per weight, from the file.
 double export_model(const std::string& directory, const Checkpoint& source,
                     const data::Tokenizer& tokenizer, GridSpec spec, ExportFormat format,
                     const std::function<ExportLayer(int64_t)>& layer, const std::string& bbb_json,
-                    const std::function<void(int64_t done)>& progress);
+                    const std::function<void(int64_t done)>& progress,
+                    int64_t max_shard_bytes = kMaxShardBytes);
 
 }  // namespace bbb::models
