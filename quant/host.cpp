@@ -114,8 +114,8 @@ void unpack(Real* wq, const PackedRows& w, Rows rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) unpack_row(wq + row * w.k, w, row);
 }
 
-template <typename Real, typename Out>
-void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
+template <typename Real>
+void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
                  int64_t m_total, int64_t n_total) {
   constexpr int64_t kLanes = 32;  // independent sums: they vectorise, and round less than one
   std::vector<Real> weight(static_cast<size_t>(w.k));
@@ -130,7 +130,7 @@ void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend,
       for (const Real lane : lanes) sum += lane;
       Real result = Real(w.master_scale) * sum;
       if (addend != nullptr) result += addend[m * n_total + n];
-      y[m * n_total + n] = static_cast<Out>(result);
+      y[m * n_total + n] = result;
     }
   }
 }
@@ -148,17 +148,12 @@ void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend,
                             int64_t, Real, GridSpec);                                             \
   template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,    \
                                      int64_t, GridSpec, bool);                                    \
-  template void unpack(Real*, const PackedRows&, Rows)
+  template void unpack(Real*, const PackedRows&, Rows);                                           \
+  template void packed_gemv(Real*, const Real*, const PackedRows&, const Real*, Rows, int64_t,    \
+                            int64_t)
 
 BBB_INSTANTIATE(float);
 BBB_INSTANTIATE(double);
 #undef BBB_INSTANTIATE
-
-template void packed_gemv(float*, const float*, const PackedRows&, const float*, Rows, int64_t,
-                          int64_t);
-template void packed_gemv(double*, const double*, const PackedRows&, const double*, Rows, int64_t,
-                          int64_t);
-template void packed_gemv(float*, const double*, const PackedRows&, const double*, Rows, int64_t,
-                          int64_t);
 
 }  // namespace bbb::quant::host

@@ -55,8 +55,8 @@ template <typename Real>
 void unpack(Real* wq, const PackedRows& w, Rows rows);
 // y[m, n] = S * sum_k x[m, k] wq[n, k] (+ addend[m, n]) for output features n in `rows`.
 // y, addend (M, N) with N = n_total; x (M, K); addend may be null.
-template <typename Real, typename Out>
-void packed_gemv(Out* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
+template <typename Real>
+void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
                  int64_t m_total, int64_t n_total);
 
 }  // namespace bbb::quant::host
