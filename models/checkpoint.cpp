@@ -1,0 +1,391 @@
+#include "models/checkpoint.h"
+
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "data/files.h"
+#include "data/half.h"
+#include "data/json.h"
+#include "quant/check.h"
+
+namespace bbb::models {
+namespace {
+
+namespace fs = std::filesystem;
+using data::FileDType;
+using data::printable;
+using data::SafeTensor;
+using engine::Shape;
+using nlohmann::json;
+
+constexpr const char* kEmbedding = "model.embed_tokens.weight";
+constexpr const char* kFinalNorm = "model.norm.weight";
+constexpr const char* kHead = "lm_head.weight";
+
+struct Expected {
+  std::string name;
+  Shape shape;
+};
+
+struct Linear {
+  std::string name;  // without ".weight"
+  int64_t n;
+  int64_t k;
+};
+
+std::vector<Linear> all_linears(const LlamaConfig& config) {
+  std::vector<Linear> out;
+  for (int64_t layer = 0; layer < config.layers; ++layer)
+    for (const LinearShape& l : block_linears(config))
+      out.push_back({layer_name(layer, l.name), l.n, l.k});
+  return out;
+}
+
+std::vector<Expected> expected_norms(const LlamaConfig& config) {
+  std::vector<Expected> out;
+  for (int64_t layer = 0; layer < config.layers; ++layer)
+    for (const char* norm : {"input_layernorm.weight", "post_attention_layernorm.weight"})
+      out.push_back({layer_name(layer, norm), {config.d_model}});
+  out.push_back({kFinalNorm, {config.d_model}});
+  return out;
+}
+
+// Embedding and, where it has weights of its own, the head.
+std::vector<Expected> expected_tables(const LlamaConfig& config) {
+  std::vector<Expected> out = {{kEmbedding, {config.vocab, config.d_model}}};
+  if (!config.tied_head) out.push_back({kHead, {config.vocab, config.d_model}});
+  return out;
+}
+
+// Every full-precision tensor of a model.
+std::vector<Expected> expected_all(const LlamaConfig& config) {
+  std::vector<Expected> out = expected_tables(config);
+  for (Expected& e : expected_norms(config)) out.push_back(std::move(e));
+  for (const Linear& l : all_linears(config)) out.push_back({l.name + ".weight", {l.n, l.k}});
+  return out;
+}
+
+bool is_float(FileDType d) {
+  return d == FileDType::F64 || d == FileDType::F32 || d == FileDType::F16 || d == FileDType::BF16;
+}
+
+std::string join(const std::string& directory, const char* name) {
+  return (fs::path(directory) / name).string();
+}
+
+void check_shape(const Shape& found, const Shape& wanted, const std::string& name,
+                 const std::string& path) {
+  BBB_CHECK(found == wanted, path, ": tensor '", printable(name), "' has shape ",
+            engine::to_string(found), ", the model needs ", engine::to_string(wanted));
+}
+
+// What the two kinds of directory share.
+class DirectoryCheckpoint : public Checkpoint {
+ public:
+  DirectoryCheckpoint(const std::string& path, std::string config_text)
+      : tensors_(path), config_text_(std::move(config_text)) {
+    path_ = path;
+    config_ = config_from_json(config_text_, join(path, "config.json"));
+  }
+
+  std::vector<TensorInfo> list() const override {
+    std::vector<TensorInfo> out;
+    for (const auto& [name, t] : tensors_.tensors())
+      out.push_back({name, name_of(t.dtype), t.shape, t.bytes});
+    return out;
+  }
+  bool contains(const std::string& name) const override { return tensors_.contains(name); }
+
+  std::vector<float> load(const std::string& name, const Shape& shape) const override {
+    const SafeTensor& t = tensors_.at(name);
+    check_shape(t.shape, shape, name, path_);
+    std::vector<float> out(static_cast<size_t>(t.numel()));
+    data::to_float(out.data(), t, name);
+    return out;
+  }
+
+  std::string config_json() const override { return config_text_; }
+  std::string generation_config_json() const override {
+    const std::string file = join(path_, "generation_config.json");
+    std::error_code error;
+    return fs::exists(file, error) ? data::read_file(file) : "";
+  }
+
+ protected:
+  const SafeTensor& check_float(const std::string& name, const Shape& shape) const {
+    const SafeTensor& t = tensors_.at(name);
+    check_shape(t.shape, shape, name, path_);
+    BBB_CHECK(is_float(t.dtype), path_, ": tensor '", printable(name), "' is ", name_of(t.dtype),
+              ", not a floating-point weight");
+    return t;
+  }
+  const SafeTensor& check_exact(const std::string& name, const Shape& shape,
+                                FileDType dtype) const {
+    const SafeTensor& t = tensors_.at(name);
+    check_shape(t.shape, shape, name, path_);
+    BBB_CHECK(t.dtype == dtype, path_, ": tensor '", printable(name), "' is ", name_of(t.dtype),
+              ", not ", name_of(dtype));
+    return t;
+  }
+
+  data::SafeTensors tensors_;
+  std::string config_text_;
+};
+
+class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
+ public:
+  HuggingFaceCheckpoint(const std::string& path, std::string config_text)
+      : DirectoryCheckpoint(path, std::move(config_text)) {
+    std::set<std::string> known;
+    for (const Expected& e : expected_all(config_)) {
+      check_float(e.name, e.shape);
+      known.insert(e.name);
+    }
+    for (const auto& [name, t] : tensors_.tensors()) {
+      // A tied head may be written out; old checkpoints keep the rope's table.
+      const bool ignored = name == kHead || name.ends_with(".rotary_emb.inv_freq");
+      BBB_CHECK(known.count(name) || ignored, path_, ": tensor '", printable(name),
+                "' is no part of a ", config_.model_type, " model");
+    }
+  }
+
+  CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
+
+  double bits_per_weight() const override {
+    int64_t bytes = 0;
+    for (const Linear& l : all_linears(config_)) bytes += tensors_.at(l.name + ".weight").bytes;
+    return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
+  }
+};
+
+class PackedCheckpoint final : public DirectoryCheckpoint {
+ public:
+  PackedCheckpoint(const std::string& path, std::string config_text, const json& quantization)
+      : DirectoryCheckpoint(path, std::move(config_text)) {
+    read_quantization(quantization);
+    std::set<std::string> known;
+    for (const Expected& e : expected_norms(config_)) {
+      check_exact(e.name, e.shape, FileDType::F32);
+      known.insert(e.name);
+    }
+    for (const Expected& e : expected_tables(config_)) {
+      check_exact(e.name, e.shape, FileDType::BF16);
+      known.insert(e.name);
+    }
+    for (const Linear& l : all_linears(config_)) {
+      if (!is_packed(l.name)) {
+        linear_bytes_ += check_float(l.name + ".weight", {l.n, l.k}).bytes;
+        known.insert(l.name + ".weight");
+        continue;
+      }
+      const PackedTensors p = packed(l.name, l.n, l.k);
+      for (const SafeTensor* t : {p.qweight, p.scales, p.zeros, p.master_scale})
+        linear_bytes_ += t->bytes;
+      for (const char* suffix : {".qweight", ".scales", ".zeros", ".master_scale"})
+        known.insert(l.name + suffix);
+    }
+    for (const auto& [name, t] : tensors_.tensors()) {
+      BBB_CHECK(!name.ends_with(".split_channels") && !name.ends_with(".outlier_channels"), path_,
+                ": tensor '", printable(name), "': split and outlier channels are not supported");
+      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name), "' is one too many");
+    }
+  }
+
+  CheckpointKind kind() const override { return CheckpointKind::Packed; }
+  bool is_packed(const std::string& linear) const override {
+    return tensors_.contains(linear + ".qweight") || !unconverted_.count(linear);
+  }
+
+  // Row bytes: K' b / 8 codes and ceil(K' / G b / 8) zero points, K' being K in whole groups.
+  PackedTensors packed(const std::string& linear, int64_t n, int64_t k) const override {
+    const int64_t groups = (k + spec_.group - 1) / spec_.group;
+    PackedTensors p = {};
+    p.qweight = &check_exact(linear + ".qweight", {n, groups * spec_.group * spec_.bits / 8},
+                             FileDType::U8);
+    p.scales = &check_exact(linear + ".scales", {n, groups}, FileDType::F8_E4M3);
+    p.zeros = &check_exact(linear + ".zeros", {n, (groups * spec_.bits + 7) / 8}, FileDType::U8);
+    p.master_scale = &check_exact(linear + ".master_scale", {1}, FileDType::F32);
+    const float s = data::load_as<float>(p.master_scale->data);
+    int exponent;
+    BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", linear,
+              ".master_scale' holds ", s, ", not a power of two");
+    p.spec = spec_;
+    p.n = n;
+    p.k = k;
+    return p;
+  }
+
+  double bits_per_weight() const override {
+    return 8.0 * static_cast<double>(linear_bytes_) /
+           static_cast<double>(config_.linear_parameters());
+  }
+
+ private:
+  // Each key must hold what this reader does; one that it does not know may change the meaning.
+  void read_quantization(const json& q) {
+    const std::string where = join(path_, "config.json") + ": quantization_config";
+    const auto choose = [&](const char* key, std::initializer_list<json> allowed, bool required) {
+      const auto found = q.find(key);
+      BBB_CHECK(found != q.end() || !required, where, ": '", key, "' is missing");
+      if (found == q.end()) return *allowed.begin();
+      for (const json& value : allowed)
+        if (*found == value) return value;
+      std::string text = found->dump(-1, ' ', true);
+      throw Error(cat(where, ": unsupported ", key, " ", printable(text)));
+    };
+    choose("quant_method", {"bbb"}, true);
+    choose("format_version", {1}, true);
+    choose("scale_dtype", {"float8_e4m3fn"}, true);
+    choose("symmetric", {false}, false);
+    choose("nested", {false}, false);
+    choose("activation_bits", {16}, false);
+    choose("overrides", {json::object(), nullptr}, false);
+    choose("rotate", {nullptr}, false);
+    spec_.bits = choose("bits", {2, 3, 4, 8}, true).get<int>();
+    spec_.group = choose("group_size", {32, 64, 128}, true).get<int>();
+
+    std::set<std::string> convertible = {"lm_head", "model.embed_tokens"};
+    for (const Linear& l : all_linears(config_)) convertible.insert(l.name);
+    if (const auto skipped = q.find("modules_to_not_convert"); skipped != q.end()) {
+      BBB_CHECK(skipped->is_array(), where, ": modules_to_not_convert is not an array");
+      for (const json& name : *skipped) {
+        BBB_CHECK(name.is_string() && convertible.count(name.get<std::string>()), where,
+                  ": modules_to_not_convert holds ", printable(name.dump(-1, ' ', true)),
+                  ", which the model does not have");
+        unconverted_.insert(name.get<std::string>());
+      }
+    }
+    static const std::set<std::string> kKnown = {
+        "quant_method",          "format_version", "scale_dtype", "symmetric", "nested",
+        "activation_bits",       "overrides",      "rotate",      "bits",      "group_size",
+        "modules_to_not_convert"};
+    for (const auto& [key, value] : q.items())
+      BBB_CHECK(kKnown.count(key), where, ": unknown key '", printable(key), "'");
+  }
+
+  quant::GridSpec spec_;
+  std::set<std::string> unconverted_;
+  int64_t linear_bytes_ = 0;
+};
+
+// The GGUF name of a Hugging Face tensor; "" if it has none.
+std::string gguf_name(const std::string& name) {
+  if (name == kEmbedding) return "token_embd.weight";
+  if (name == kFinalNorm) return "output_norm.weight";
+  if (name == kHead) return "output.weight";
+  static const std::map<std::string, std::string> kInBlock = {
+      {"input_layernorm.weight", "attn_norm.weight"},
+      {"post_attention_layernorm.weight", "ffn_norm.weight"},
+      {"self_attn.q_proj.weight", "attn_q.weight"},
+      {"self_attn.k_proj.weight", "attn_k.weight"},
+      {"self_attn.v_proj.weight", "attn_v.weight"},
+      {"self_attn.o_proj.weight", "attn_output.weight"},
+      {"mlp.gate_proj.weight", "ffn_gate.weight"},
+      {"mlp.up_proj.weight", "ffn_up.weight"},
+      {"mlp.down_proj.weight", "ffn_down.weight"}};
+  const std::string prefix = "model.layers.";
+  const size_t dot = name.find('.', prefix.size());
+  if (!name.starts_with(prefix) || dot == std::string::npos) return "";
+  const auto found = kInBlock.find(name.substr(dot + 1));
+  if (found == kInBlock.end()) return "";
+  return cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".", found->second);
+}
+
+class GgufCheckpoint final : public Checkpoint {
+ public:
+  explicit GgufCheckpoint(const std::string& path) : gguf_(path) {
+    path_ = path;
+    config_ = config_from_gguf(gguf_);
+    std::set<std::string> known = {"rope_freqs.weight"};
+    for (const Expected& e : expected_all(config_)) {
+      const std::string name = gguf_name(e.name);
+      check_shape(gguf_.tensor(name).shape, e.shape, name, path_);
+      known.insert(name);
+    }
+    for (const auto& [name, t] : gguf_.tensors())
+      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name),
+                "' is no part of a llama model");
+  }
+
+  CheckpointKind kind() const override { return CheckpointKind::Gguf; }
+
+  std::vector<TensorInfo> list() const override {
+    std::vector<TensorInfo> out;
+    for (const auto& [name, t] : gguf_.tensors())
+      out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes});
+    return out;
+  }
+  bool contains(const std::string& name) const override {
+    return gguf_.tensors().count(gguf_name(name)) > 0;
+  }
+
+  std::vector<float> load(const std::string& name, const Shape& shape) const override {
+    const std::string stored = gguf_name(name);
+    BBB_CHECK(!stored.empty(), path_, ": tensor '", printable(name), "' is missing");
+    const data::GgufTensor& t = gguf_.tensor(stored);
+    check_shape(t.shape, shape, stored, path_);
+    std::vector<float> out(static_cast<size_t>(t.numel()));
+    if (name.ends_with(".q_proj.weight") || name.ends_with(".k_proj.weight"))
+      load_unpermuted(out.data(), t, stored);
+    else
+      data::gguf_dequantize(out.data(), t, stored);
+    return out;
+  }
+
+  double bits_per_weight() const override {
+    int64_t bytes = 0;
+    for (const Linear& l : all_linears(config_))
+      bytes += gguf_.tensor(gguf_name(l.name + ".weight")).bytes;
+    return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
+  }
+  std::string config_json() const override { return config_to_json(config_); }
+
+ private:
+  // llama.cpp rotates neighbours (2j, 2j + 1) of a head where Hugging Face rotates (j, j + d/2),
+  // and stores the rows of Q and K so ordered: stored row 2j + p is row p d/2 + j.
+  void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
+    const int64_t rows = t.shape[0], k = t.shape[1], d = config_.head_dim;
+    const int64_t row_bytes = t.bytes / rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t head = row / d, p = row % d / (d / 2), j = row % (d / 2);
+      const int64_t stored = head * d + 2 * j + p;
+      const data::GgufTensor one = {t.type, {1, k}, t.data + stored * row_bytes, row_bytes};
+      data::gguf_dequantize(out + row * k, one, name);
+    }
+  }
+
+  data::Gguf gguf_;
+};
+
+std::unique_ptr<Checkpoint> open_directory(const std::string& path) {
+  const std::string config_path = join(path, "config.json");
+  std::error_code error;
+  BBB_CHECK(fs::exists(config_path, error), path, ": no config.json: not a model directory");
+  std::string text = data::read_file(config_path);
+  const json config = data::parse_json(text, config_path);
+  BBB_CHECK(config.is_object(), config_path, ": not a JSON object");
+  const auto quantization = config.find("quantization_config");
+  if (quantization == config.end() || quantization->is_null())
+    return std::make_unique<HuggingFaceCheckpoint>(path, std::move(text));
+  BBB_CHECK(quantization->is_object(), config_path, ": 'quantization_config' is not an object");
+  return std::make_unique<PackedCheckpoint>(path, std::move(text), *quantization);
+}
+
+}  // namespace
+
+PackedTensors Checkpoint::packed(const std::string& linear, int64_t, int64_t) const {
+  throw Error(cat(path_, ": '", printable(linear), "' is not packed"));
+}
+
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
+  std::error_code error;
+  BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
+  if (fs::is_directory(path, error)) return open_directory(path);
+  BBB_CHECK(!path.ends_with(".safetensors"), path,
+            ": a model is a directory with config.json, or a .gguf file");
+  return std::make_unique<GgufCheckpoint>(path);
+}
+
+}  // namespace bbb::models

@@ -1,0 +1,405 @@
+#include "models/config.h"
+
+#include <charconv>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "data/files.h"
+#include "data/json.h"
+#include "quant/check.h"
+
+namespace bbb::models {
+namespace {
+
+using data::printable;
+using nlohmann::json;
+
+// An object of config.json; null counts as absent, as it does for Hugging Face.
+class Object {
+ public:
+  Object(const json& value, std::string where) : value_(value), where_(std::move(where)) {
+    BBB_CHECK(value.is_object(), where_, ": not a JSON object");
+  }
+
+  const std::string& where() const { return where_; }
+
+  const json* find(const char* key) const {
+    const auto found = value_.find(key);
+    return found == value_.end() || found->is_null() ? nullptr : &*found;
+  }
+  const json& need(const char* key) const {
+    const json* found = find(key);
+    BBB_CHECK(found, where_, ": '", key, "' is missing");
+    return *found;
+  }
+  Object object(const char* key) const { return Object(need(key), cat(where_, ": '", key, "'")); }
+
+  int64_t integer(const char* key, int64_t least, int64_t most) const {
+    const json& v = need(key);
+    BBB_CHECK(v.is_number_integer(), where_, ": '", key, "' is not an integer");
+    const bool fits = !v.is_number_unsigned() || v.get<uint64_t>() <= INT64_MAX;
+    BBB_CHECK(fits && v.get<int64_t>() >= least && v.get<int64_t>() <= most, where_, ": '", key,
+              "' is ", v.dump(), ", outside ", least, " to ", most);
+    return v.get<int64_t>();
+  }
+  double positive(const char* key) const {
+    const json& v = need(key);
+    BBB_CHECK(v.is_number(), where_, ": '", key, "' is not a number");
+    BBB_CHECK(std::isfinite(v.get<double>()) && v.get<double>() > 0, where_, ": '", key,
+              "' is not positive");
+    return v.get<double>();
+  }
+  bool boolean(const char* key, bool fallback) const {
+    const json* v = find(key);
+    BBB_CHECK(!v || v->is_boolean(), where_, ": '", key, "' is not true or false");
+    return v ? v->get<bool>() : fallback;
+  }
+  const std::string& string(const char* key) const {
+    const json& v = need(key);
+    BBB_CHECK(v.is_string(), where_, ": '", key, "' is not a string");
+    return v.get_ref<const std::string&>();
+  }
+  // A token id, or the first of several (Llama-3 lists its ends of turn).
+  std::optional<int64_t> token(const char* key) const {
+    const json* v = find(key);
+    if (v && v->is_array() && !v->empty()) v = &v->front();
+    if (!v) return std::nullopt;
+    BBB_CHECK(v->is_number_integer(), where_, ": '", key, "' is not a token id");
+    const int64_t id = v->get<int64_t>();
+    return id < 0 ? std::nullopt : std::optional(id);  // -1: none
+  }
+
+ private:
+  const json& value_;
+  std::string where_;
+};
+
+// Bounds that no model comes near and no product of sizes overflows.
+constexpr int64_t kMostVocab = 1 << 24, kMostWidth = 1 << 20, kMostLayers = 1000,
+                  kMostHeads = 1 << 12, kMostPosition = int64_t{1} << 32;
+
+// What must hold whichever file the sizes came from.
+void check_sizes(const LlamaConfig& c, const std::string& where) {
+  const auto in_range = [&](const char* what, int64_t value, int64_t most) {
+    BBB_CHECK(value >= 1 && value <= most, where, ": ", what, " is ", value, ", outside 1 to ",
+              most);
+  };
+  in_range("the vocabulary's size", c.vocab, kMostVocab);
+  in_range("the hidden size", c.d_model, kMostWidth);
+  in_range("the intermediate size", c.hidden, kMostWidth);
+  in_range("the number of layers", c.layers, kMostLayers);
+  in_range("the number of heads", c.heads, kMostHeads);
+  in_range("the number of key-value heads", c.kv_heads, c.heads);
+  in_range("head_dim", c.head_dim, kMostHeads);
+  in_range("the number of positions", c.max_position, kMostPosition);
+  BBB_CHECK(c.heads % c.kv_heads == 0, where, ": ", c.heads, " heads are not a multiple of ",
+            c.kv_heads, " key-value heads");
+  BBB_CHECK(c.head_dim % 2 == 0, where, ": head_dim ", c.head_dim, " is odd");
+  BBB_CHECK(c.sliding_window >= 0, where, ": sliding_window is negative");
+  BBB_CHECK(std::isfinite(c.rms_eps) && c.rms_eps > 0 && c.rms_eps < 1, where,
+            ": rms_norm_eps is outside 0 to 1");
+  BBB_CHECK(std::isfinite(c.rope_theta) && c.rope_theta >= 1, where, ": rope_theta is below 1");
+  BBB_CHECK(c.rope_factors.empty() || static_cast<int64_t>(c.rope_factors.size()) == c.head_dim / 2,
+            where, ": ", c.rope_factors.size(), " rope factors for head_dim ", c.head_dim);
+  for (const float f : c.rope_factors)
+    BBB_CHECK(std::isfinite(f) && f > 0, where, ": a rope factor is not positive");
+  for (const auto& id : {c.bos_id, c.eos_id})
+    BBB_CHECK(!id || *id < c.vocab, where, ": token id ", *id, " is outside the vocabulary of ",
+              c.vocab);
+}
+
+int64_t derived_head_dim(const LlamaConfig& c, const std::string& where) {
+  BBB_CHECK(c.heads > 0 && c.d_model % c.heads == 0, where, ": hidden size ", c.d_model,
+            " is not a multiple of ", c.heads, " heads, and head_dim is missing");
+  return c.d_model / c.heads;
+}
+
+// rope_scaling, or rope_parameters of newer transformers, which holds rope_theta too.
+std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope) {
+  const char* key = rope.find("rope_type") ? "rope_type" : "type";
+  if (!rope.find(key)) {
+    BBB_CHECK(!rope.find("factor"), rope.where(), ": 'rope_type' is missing");
+    return std::nullopt;
+  }
+  const std::string& type = rope.string(key);
+  if (type == "default") return std::nullopt;
+  BBB_CHECK(type == "llama3", rope.where(), ": unsupported rope scaling '", printable(type), "'");
+  Llama3RopeScaling s;
+  s.factor = rope.positive("factor");
+  s.low_freq_factor = rope.positive("low_freq_factor");
+  s.high_freq_factor = rope.positive("high_freq_factor");
+  s.original_max_position = rope.integer("original_max_position_embeddings", 1, kMostPosition);
+  BBB_CHECK(s.high_freq_factor > s.low_freq_factor, rope.where(),
+            ": high_freq_factor is not above low_freq_factor");
+  return s;
+}
+
+// What a pair's frequency is divided by: 1 where its wavelength is short, `factor` where it is
+// long, in between interpolated. Source: Meta's Llama 3.1 reference model, apply_scaling().
+double llama3_divisor(const Llama3RopeScaling& s, double frequency) {
+  const double turns =
+      static_cast<double>(s.original_max_position) * frequency / (2 * std::numbers::pi);
+  if (turns > s.high_freq_factor) return 1;
+  if (turns < s.low_freq_factor) return s.factor;
+  const double smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
+  return 1 / ((1 - smooth) / s.factor + smooth);
+}
+
+double rope_frequency(const LlamaConfig& c, int64_t pair) {
+  return std::pow(c.rope_theta, -2.0 * static_cast<double>(pair) / static_cast<double>(c.head_dim));
+}
+
+// A GGUF keeps only the divisors; those of the released Llama 3.1 and 3.2 become their scaling.
+std::optional<Llama3RopeScaling> known_scaling(const LlamaConfig& c) {
+  for (const double factor : {8.0, 32.0}) {
+    const Llama3RopeScaling scaling{factor, 1, 4, 8192};
+    bool same = true;
+    for (size_t i = 0; i < c.rope_factors.size(); ++i) {
+      const double divisor = llama3_divisor(scaling, rope_frequency(c, static_cast<int64_t>(i)));
+      same = same && std::abs(c.rope_factors[i] / divisor - 1) < 1e-4;
+    }
+    if (same) return scaling;
+  }
+  return std::nullopt;
+}
+
+// The shortest decimal of a value that was an FP32 one: 1e-05, not 9.999999747378752e-06.
+double shortest(double value) {
+  char text[32];
+  const auto [end, error] = std::to_chars(text, text + sizeof text, static_cast<float>(value));
+  BBB_ASSERT(error == std::errc());
+  double out = value;
+  std::from_chars(text, end, out);
+  return out;
+}
+
+}  // namespace
+
+int64_t LlamaConfig::linear_parameters() const {
+  int64_t per_layer = 0;
+  for (const LinearShape& l : block_linears(*this)) per_layer += l.n * l.k;
+  return layers * per_layer;
+}
+
+LlamaConfig config_from_json(const std::string& text, const std::string& where) {
+  const json parsed = data::parse_json(text, where);
+  const Object in(parsed, where);
+  LlamaConfig c;
+  c.model_type = in.string("model_type");
+  BBB_CHECK(c.model_type == "llama" || c.model_type == "mistral", where,
+            ": unsupported model_type '", printable(c.model_type), "'; llama and mistral are read");
+  if (const json* names = in.find("architectures")) {
+    BBB_CHECK(names->is_array() && names->size() == 1 && names->front().is_string(), where,
+              ": 'architectures' is not one name");
+    const std::string& name = names->front().get_ref<const std::string&>();
+    BBB_CHECK(name == "LlamaForCausalLM" || name == "MistralForCausalLM", where,
+              ": unsupported architecture '", printable(name), "'");
+  }
+  c.vocab = in.integer("vocab_size", 1, kMostVocab);
+  c.d_model = in.integer("hidden_size", 1, kMostWidth);
+  c.hidden = in.integer("intermediate_size", 1, kMostWidth);
+  c.layers = in.integer("num_hidden_layers", 1, kMostLayers);
+  c.heads = in.integer("num_attention_heads", 1, kMostHeads);
+  c.kv_heads =
+      in.find("num_key_value_heads") ? in.integer("num_key_value_heads", 1, kMostHeads) : c.heads;
+  c.head_dim =
+      in.find("head_dim") ? in.integer("head_dim", 1, kMostHeads) : derived_head_dim(c, where);
+  c.max_position = in.integer("max_position_embeddings", 1, kMostPosition);
+  c.rms_eps = in.positive("rms_norm_eps");
+  c.tied_head = in.boolean("tie_word_embeddings", false);
+  c.bos_id = in.token("bos_token_id");
+  c.eos_id = in.token("eos_token_id");
+  // Llama ignores a window; Mistral without the key has transformers' default, with null none.
+  if (c.model_type == "mistral")
+    c.sliding_window = !parsed.contains("sliding_window") ? 4096
+                       : in.find("sliding_window") ? in.integer("sliding_window", 1, kMostPosition)
+                                                   : 0;
+
+  for (const char* key : {"attention_bias", "mlp_bias"})
+    BBB_CHECK(!in.boolean(key, false), where, ": '", key, "' is true; biases are not supported");
+  if (in.find("hidden_act"))
+    BBB_CHECK(in.string("hidden_act") == "silu", where, ": unsupported hidden_act '",
+              printable(in.string("hidden_act")), "'");
+  if (in.find("partial_rotary_factor"))
+    BBB_CHECK(in.positive("partial_rotary_factor") == 1, where,
+              ": a partial_rotary_factor other than 1 is not supported");
+
+  if (in.find("rope_theta")) c.rope_theta = in.positive("rope_theta");
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    if (!in.find(key)) continue;
+    const Object rope = in.object(key);
+    if (rope.find("rope_theta")) c.rope_theta = rope.positive("rope_theta");
+    if (const auto scaling = read_rope_scaling(rope)) c.rope_scaling = scaling;
+  }
+  if (const json* factors = in.find("rope_factors")) {
+    BBB_CHECK(factors->is_array(), where, ": 'rope_factors' is not an array");
+    for (const json& f : *factors) {
+      BBB_CHECK(f.is_number(), where, ": 'rope_factors' holds something other than numbers");
+      c.rope_factors.push_back(f.get<float>());
+    }
+    BBB_CHECK(!c.rope_scaling, where, ": both rope_factors and a rope scaling are given");
+  }
+  check_sizes(c, where);
+  return c;
+}
+
+LlamaConfig config_from_gguf(const data::Gguf& gguf) {
+  const std::string& where = gguf.path();
+  const std::string& architecture = gguf.string("general.architecture");
+  BBB_CHECK(architecture == "llama", where, ": unsupported architecture '", printable(architecture),
+            "'; llama is read");
+  const auto optional = [&](const char* key, int64_t fallback) {
+    return gguf.has(key) ? gguf.integer(key) : fallback;
+  };
+  const auto token = [&](const char* key) -> std::optional<int64_t> {
+    return gguf.has(key) ? std::optional(gguf.integer(key)) : std::nullopt;
+  };
+  BBB_CHECK(optional("llama.expert_count", 0) == 0, where,
+            ": a mixture of experts (llama.expert_count) is not supported");
+  LlamaConfig c;
+  c.layers = gguf.integer("llama.block_count");
+  c.max_position = gguf.integer("llama.context_length");
+  c.d_model = gguf.integer("llama.embedding_length");
+  c.hidden = gguf.integer("llama.feed_forward_length");
+  c.heads = gguf.integer("llama.attention.head_count");
+  c.kv_heads = optional("llama.attention.head_count_kv", c.heads);
+  c.head_dim = gguf.has("llama.attention.key_length") ? gguf.integer("llama.attention.key_length")
+                                                      : derived_head_dim(c, where);
+  for (const char* key : {"llama.attention.value_length", "llama.rope.dimension_count"})
+    BBB_CHECK(optional(key, c.head_dim) == c.head_dim, where, ": ", key, " is ", gguf.integer(key),
+              ", head_dim is ", c.head_dim);
+  c.rms_eps = shortest(gguf.real("llama.attention.layer_norm_rms_epsilon"));
+  if (gguf.has("llama.rope.freq_base")) c.rope_theta = shortest(gguf.real("llama.rope.freq_base"));
+  c.sliding_window = optional("llama.attention.sliding_window", 0);
+  if (c.sliding_window > 0) c.model_type = "mistral";
+  if (gguf.has("llama.rope.scaling.type"))
+    BBB_CHECK(gguf.string("llama.rope.scaling.type") == "none", where,
+              ": unsupported rope scaling '", printable(gguf.string("llama.rope.scaling.type")),
+              "'");
+  if (gguf.has("llama.rope.scale_linear"))
+    BBB_CHECK(gguf.real("llama.rope.scale_linear") == 1, where,
+              ": linear rope scaling is not supported");
+
+  const data::GgufTensor& embedding = gguf.tensor("token_embd.weight");
+  c.vocab = embedding.shape.front();
+  BBB_CHECK(optional("llama.vocab_size", c.vocab) == c.vocab, where, ": llama.vocab_size is ",
+            gguf.integer("llama.vocab_size"), ", token_embd.weight has ", c.vocab, " rows");
+  c.tied_head = gguf.tensors().count("output.weight") == 0;
+  c.bos_id = token("tokenizer.ggml.bos_token_id");
+  c.eos_id = token("tokenizer.ggml.eos_token_id");
+  if (gguf.tensors().count("rope_freqs.weight")) {
+    const data::GgufTensor& factors = gguf.tensor("rope_freqs.weight");
+    BBB_CHECK(factors.shape == engine::Shape{c.head_dim / 2}, where,
+              ": tensor 'rope_freqs.weight' has shape ", engine::to_string(factors.shape),
+              ", head_dim is ", c.head_dim);
+    c.rope_factors.resize(static_cast<size_t>(factors.numel()));
+    data::gguf_dequantize(c.rope_factors.data(), factors, "rope_freqs.weight");
+  }
+  check_sizes(c, where);
+  if (!c.rope_factors.empty() && (c.rope_scaling = known_scaling(c))) c.rope_factors.clear();
+  return c;
+}
+
+LlamaConfig synthetic_config(const std::string& name) {
+  LlamaConfig c;
+  const auto sizes = [&](int64_t vocab, int64_t d_model, int64_t hidden, int64_t layers,
+                         int64_t heads, int64_t kv_heads, int64_t max_position, double theta) {
+    c.vocab = vocab;
+    c.d_model = d_model;
+    c.hidden = hidden;
+    c.layers = layers;
+    c.heads = heads;
+    c.kv_heads = kv_heads;
+    c.head_dim = d_model / heads;
+    c.max_position = max_position;
+    c.rope_theta = theta;
+  };
+  if (name == "smollm2-135m") {
+    sizes(49152, 576, 1536, 30, 9, 3, 8192, 1e5);
+    c.tied_head = true;
+    c.bos_id = 1;
+    c.eos_id = 2;
+  } else if (name == "llama-3.2-1b") {
+    sizes(128256, 2048, 8192, 16, 32, 8, 131072, 5e5);
+    c.rope_scaling = Llama3RopeScaling{32, 1, 4, 8192};
+    c.tied_head = true;
+    c.bos_id = 128000;
+    c.eos_id = 128001;
+  } else if (name == "llama-3-8b") {
+    sizes(128256, 4096, 14336, 32, 32, 8, 8192, 5e5);
+    c.bos_id = 128000;
+    c.eos_id = 128001;
+  } else if (name == "llama-2-7b") {
+    sizes(32000, 4096, 11008, 32, 32, 32, 4096, 1e4);
+    c.bos_id = 1;
+    c.eos_id = 2;
+  } else {
+    throw UsageError(cat("no synthetic model '", printable(name),
+                         "'; there are smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b"));
+  }
+  return c;
+}
+
+std::string config_to_json(const LlamaConfig& c) {
+  const bool mistral = c.model_type == "mistral";
+  nlohmann::ordered_json out;
+  out["architectures"] = {mistral ? "MistralForCausalLM" : "LlamaForCausalLM"};
+  out["model_type"] = c.model_type;
+  out["vocab_size"] = c.vocab;
+  out["hidden_size"] = c.d_model;
+  out["intermediate_size"] = c.hidden;
+  out["num_hidden_layers"] = c.layers;
+  out["num_attention_heads"] = c.heads;
+  out["num_key_value_heads"] = c.kv_heads;
+  out["head_dim"] = c.head_dim;
+  out["hidden_act"] = "silu";
+  out["max_position_embeddings"] = c.max_position;
+  out["rms_norm_eps"] = c.rms_eps;
+  out["rope_theta"] = c.rope_theta;
+  out["rope_scaling"] = nullptr;
+  if (const auto& s = c.rope_scaling)
+    out["rope_scaling"] = {{"rope_type", "llama3"},
+                           {"factor", s->factor},
+                           {"low_freq_factor", s->low_freq_factor},
+                           {"high_freq_factor", s->high_freq_factor},
+                           {"original_max_position_embeddings", s->original_max_position}};
+  if (!c.rope_factors.empty()) out["rope_factors"] = c.rope_factors;
+  if (mistral) {
+    out["sliding_window"] = nullptr;
+    if (c.sliding_window > 0) out["sliding_window"] = c.sliding_window;
+  } else {
+    out["attention_bias"] = false;
+    out["mlp_bias"] = false;
+  }
+  out["tie_word_embeddings"] = c.tied_head;
+  if (c.bos_id) out["bos_token_id"] = *c.bos_id;
+  if (c.eos_id) out["eos_token_id"] = *c.eos_id;
+  out["torch_dtype"] = "bfloat16";
+  return out.dump(2) + "\n";
+}
+
+std::vector<float> rope_inv_freq(const LlamaConfig& c) {
+  std::vector<float> out;
+  for (int64_t i = 0; i < c.head_dim / 2; ++i) {
+    double frequency = rope_frequency(c, i);
+    if (c.rope_scaling) frequency /= llama3_divisor(*c.rope_scaling, frequency);
+    if (!c.rope_factors.empty()) frequency /= c.rope_factors[static_cast<size_t>(i)];
+    out.push_back(static_cast<float>(frequency));
+  }
+  return out;
+}
+
+std::vector<LinearShape> block_linears(const LlamaConfig& c) {
+  const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  return {{"self_attn.q_proj", q, c.d_model},     {"self_attn.k_proj", kv, c.d_model},
+          {"self_attn.v_proj", kv, c.d_model},    {"self_attn.o_proj", c.d_model, q},
+          {"mlp.gate_proj", c.hidden, c.d_model}, {"mlp.up_proj", c.hidden, c.d_model},
+          {"mlp.down_proj", c.d_model, c.hidden}};
+}
+
+std::string layer_name(int64_t layer, const std::string& suffix) {
+  return cat("model.layers.", layer, ".", suffix);
+}
+
+}  // namespace bbb::models
