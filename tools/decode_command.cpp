@@ -147,13 +147,21 @@ class Generator {
   std::unique_ptr<engine::Replay> step_;
 };
 
+// Bytes of a linear's weight as stored: codes, scales and zero points, or act elements.
+int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
+  if (linear.state() != models::LinearState::Packed)
+    return linear.n() * linear.k() * engine::size_bytes(backend.act());
+  const int64_t bits = linear.spec().bits, groups = linear.k() / linear.spec().group;
+  return linear.n() * (linear.k() * bits / 8 + groups + (groups * bits + 7) / 8) + 4;
+}
+
 // Bytes that one token reads: the blocks' weights as stored, norms, and the head.
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
   int64_t bytes = c.vocab * c.d_model * engine::size_bytes(backend.act());
   for (auto& block : model.blocks()) {
     bytes += 2 * c.d_model * engine::size_bytes(backend.real());
-    for (models::QuantLinear* linear : block->linears()) bytes += linear->weight_bytes();
+    for (models::QuantLinear* linear : block->linears()) bytes += linear_bytes(*linear, backend);
   }
   return bytes;
 }
