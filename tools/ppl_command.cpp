@@ -30,8 +30,9 @@ int ppl_command(const Arguments& arguments) {
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));
-  const data::Windows windows = data::make_windows(tokens, seq_len, text_path);
+  data::Windows windows = data::make_windows(tokens, seq_len, text_path);
   const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
+  windows.ids.resize(static_cast<size_t>(count * seq_len));
 
   const auto backend = line.make_backend();
   models::Llama model(*backend, *source, models::HeadRounding::None);
