@@ -1,0 +1,24 @@
+// Block-wise progressive training: every block learns, stage by stage, to give what its
+// full-precision original gives, on the inputs that its quantized predecessors produce.
+//
+//   y = block_fp(stream_0);  for each stage t: minimise mean (block_t(x) - y)^2
+//
+// x is stream_t (same), stream_{t-1} (higher) or both in turn (mix). Streams are act (N, T, D):
+// stream_0 in full precision and one a stage; in `same`, y takes stream_0's place.
+//
+// One LlamaBlock serves all blocks, its weights loaded anew: its tensors keep their addresses, so
+// that a stage's step is recorded once and replayed for every block, without a host round trip.
+#pragma once
+
+#include "engine/backend.h"
+#include "train/run_directory.h"
+#include "train/train.h"
+
+namespace bbb::train {
+
+// Trains the blocks that `run` lacks. Finished ones are not touched; the streams behind them are
+// computed again by the code that computed them first.
+void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                  const TrainConfig& config, const RunDirectory& run, const Observer& observer);
+
+}  // namespace bbb::train

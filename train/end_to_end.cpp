@@ -1,0 +1,428 @@
+#include "train/end_to_end.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <optional>
+
+#include "autograd/ops.h"
+#include "engine/progress.h"
+#include "engine/rng.h"
+
+namespace bbb::train {
+namespace {
+
+using autograd::AdamW;
+using autograd::LossKind;
+using autograd::Parameter;
+using autograd::ParameterSet;
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using data::FileDType;
+using data::SafeTensorsWriter;
+using engine::DType;
+using engine::Schedule;
+using engine::Tensor;
+using engine::Write;
+using models::BlockMasters;
+using models::Llama;
+using models::LlamaBlock;
+using models::LlamaConfig;
+using models::QuantizedState;
+using models::QuantLinear;
+
+constexpr int64_t kStepsPerReading = 20;  // the log comes back from the device this often
+constexpr uint64_t kOrderSeed = 0;        // block training's sub-seeds start at 1
+
+int64_t bytes_of(const std::vector<uint8_t>& values) { return static_cast<int64_t>(values.size()); }
+
+class EndToEnd {
+ public:
+  EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+           const TrainConfig& config, const RunDirectory& run, const Observer& observer)
+      : backend_(backend),
+        config_(config),
+        run_(run),
+        observer_(observer),
+        model_(source.config()),
+        student_(backend, source, models::HeadRounding::BFloat16),
+        parameters_(backend) {
+    if (config.e2e_loss == EndToEndLoss::Kl) {
+      teacher_.emplace(backend, source, models::HeadRounding::BFloat16);
+      teacher_->load_blocks(source);
+    }
+    if (config.e2e_train == EndToEndTrain::All)
+      bind_masters(source);
+    else
+      bind_scales(source);
+
+    Schedule schedule;
+    schedule.peak_lr = config.e2e_lr;
+    schedule.warmup_steps = std::llround(0.03 * static_cast<double>(config.e2e_steps));
+    schedule.total_steps = config.e2e_steps;
+    optimizer_.emplace(parameters_, engine::AdamWSpec{}, schedule);
+    log_ = backend.empty({config.e2e_steps, engine::kControlSize}, backend.real());
+    loss_ = backend.empty({1}, backend.real());
+    upload_windows(windows);
+  }
+
+  void run() {
+    int64_t step = 0;
+    if (std::filesystem::exists(run_.state_file()))
+      step = load_state();
+    else if (config_.e2e_snap == Snap::On)
+      snap();
+    upload_cursors(step);
+    run_.keep_log([&](const Json& line) {
+      return line.value("phase", "") != "e2e" || line.value("step", int64_t{0}) < step;
+    });
+    prepare();  // every buffer exists before the step is recorded
+    const auto replay = backend_.record([this] { this->step(); });
+
+    std::optional<engine::Progress> progress;
+    if (!observer_.quiet) progress.emplace("end to end", config_.e2e_steps);
+    int64_t logged = step;
+    auto since = std::chrono::steady_clock::now();
+    while (step < config_.e2e_steps) {
+      replay->run();
+      ++step;
+      const bool last = step == config_.e2e_steps, save = step % config_.save_every == 0 && !last;
+      if (last || save || step % kStepsPerReading == 0) {
+        backend_.synchronize();
+        const auto now = std::chrono::steady_clock::now();
+        log_steps(logged, step, std::chrono::duration<double>(now - since).count());
+        logged = step;
+        if (save) save_state(step);
+        since = std::chrono::steady_clock::now();
+      }
+      if (progress) progress->set(step, cat("loss ", last_loss_));
+      if (observer_.after_e2e_step) observer_.after_e2e_step(step);
+    }
+    BBB_CHECK(skipped_ < config_.e2e_steps,
+              "end to end: every step was skipped, its loss or gradient was not finite");
+    write_final();
+    std::filesystem::remove(run_.state_file());
+  }
+
+ private:
+  engine::GridSpec spec() const { return {config_.bits, config_.group}; }
+
+  // All: the blocks' linears, through the quantizer, and norms.
+  void bind_masters(const Checkpoint& source) {
+    for (auto& block : student_.blocks()) block->declare_parameters(parameters_);
+    parameters_.allocate();
+    for (auto& block : student_.blocks()) {
+      block->bind_parameters(parameters_, spec());
+      block->set_masters(block_result(run_, config_, source, block->layer()));
+    }
+  }
+
+  // Scales: sigma over frozen codes. A block's masters live only until its codes are taken.
+  void bind_scales(const Checkpoint& source) {
+    std::vector<Parameter*> sigmas;
+    for (auto& block : student_.blocks())
+      for (QuantLinear* linear : block->linears())
+        sigmas.push_back(&parameters_.add(linear->name() + ".sigma",
+                                          {linear->n(), linear->k() / config_.group}));
+    parameters_.allocate();
+    size_t next = 0;
+    for (auto& block : student_.blocks()) {
+      ParameterSet masters(backend_);
+      block->declare_parameters(masters);
+      masters.allocate();
+      block->bind_parameters(masters, spec());
+      block->set_masters(block_result(run_, config_, source, block->layer()));
+      block->prepare();
+      for (QuantLinear* linear : block->linears()) linear->set_scales(*sigmas[next++]);
+      for (models::NormWeight* norm : {&block->input_norm(), &block->post_norm()}) {
+        const Tensor value = backend_.empty(norm->value.shape(), backend_.real());
+        backend_.copy(value, norm->value);
+        norm->set_constant(value);
+      }
+    }
+  }
+
+  void snap() {
+    for (auto& block : student_.blocks()) {
+      block->prepare();
+      block->snap();
+    }
+  }
+
+  void prepare() {
+    for (auto& block : student_.blocks()) block->prepare();
+  }
+
+  // Windows, their shifted targets (-1 behind the last token) and the order of all steps.
+  void upload_windows(const data::Windows& windows) {
+    const int64_t seq = config_.seq_len;
+    const std::vector<int32_t> ids(windows.ids.begin(),
+                                   windows.ids.begin() + config_.samples * seq);
+    std::vector<int32_t> targets(ids.begin() + 1, ids.end());
+    targets.push_back(-1);
+    for (size_t i = static_cast<size_t>(seq) - 1; i < targets.size(); i += static_cast<size_t>(seq))
+      targets[i] = -1;
+    ids_ = backend_.empty({config_.samples, seq}, DType::I32);
+    targets_ = backend_.empty({config_.samples, seq}, DType::I32);
+    backend_.upload(ids_, ids.data());
+    backend_.upload(targets_, targets.data());
+
+    const int64_t steps_per_epoch = config_.samples / config_.e2e_batch;
+    std::vector<int32_t> order;
+    for (int64_t step = 0; step < config_.e2e_steps; step += steps_per_epoch) {
+      engine::Rng rng(
+          sub_seed(config_.seed, kOrderSeed, static_cast<uint64_t>(step / steps_per_epoch)));
+      const std::vector<int32_t> permutation = rng.permutation(config_.samples);
+      const int64_t steps = std::min(steps_per_epoch, config_.e2e_steps - step);
+      order.insert(order.end(), permutation.begin(),
+                   permutation.begin() + steps * config_.e2e_batch);
+    }
+    order_ = backend_.empty({static_cast<int64_t>(order.size())}, DType::I32);
+    backend_.upload(order_, order.data());
+    cursor_ = backend_.empty({1}, DType::I32);
+    step_cursor_ = backend_.empty({1}, DType::I32);
+  }
+
+  void upload_cursors(int64_t step) {
+    const int32_t micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
+    const int32_t whole = static_cast<int32_t>(step);
+    backend_.upload(cursor_, &micro);
+    backend_.upload(step_cursor_, &whole);
+  }
+
+  // Recorded: one optimizer step.
+  void step() {
+    prepare();
+    for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
+      accumulate(done == 0 ? Write::Overwrite : Write::Add);
+    for (auto& block : student_.blocks()) block->finish_backward();
+    optimizer_->step(loss_);
+    backend_.log_control(log_, optimizer_->control(), step_cursor_);
+    backend_.advance(step_cursor_);
+  }
+
+  void accumulate(Write mode) {
+    const int64_t rows = config_.e2e_micro_batch, seq = config_.seq_len, tokens = rows * seq;
+    const Tensor ids = backend_.empty({rows, seq}, DType::I32);
+    const Tensor targets = backend_.empty({rows, seq}, DType::I32);
+    backend_.gather_rows(ids, ids_, order_, cursor_);
+    backend_.gather_rows(targets, targets_, order_, cursor_);
+    backend_.advance(cursor_);
+
+    Tensor teacher_h;
+    if (teacher_) {
+      Tape inference(backend_, TapeMode::Inference);
+      teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
+                      .value()
+                      .view({tokens, model_.d_model});
+    }
+    Tape tape(backend_, TapeMode::Training);
+    const Var h =
+        autograd::reshape(tape, student_.forward(tape, ids, nullptr, models::Recompute::Block),
+                          {tokens, model_.d_model});
+    const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
+    const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
+    const Var loss =
+        autograd::head_loss(tape, kind, h, student_.head(), targets.view({tokens}), teacher_h,
+                            scale, models::head_chunk_rows(backend_, model_.vocab), Tensor());
+    tape.backward(loss);
+    backend_.sum(loss_, loss.value(), 1.0, mode);
+  }
+
+  void log_steps(int64_t begin, int64_t end, double seconds) {
+    const std::vector<float> slots =
+        models::download_floats(backend_, log_.rows(begin, end - begin));
+    const double tokens =
+        static_cast<double>((end - begin) * config_.e2e_batch * config_.seq_len) / seconds;
+    std::vector<Json> lines;
+    for (int64_t i = begin; i < end; ++i) {
+      const float* control = &slots[static_cast<size_t>((i - begin) * engine::kControlSize)];
+      Json line;
+      line["phase"] = "e2e";
+      line["step"] = i;
+      line["loss"] = control[engine::kLoss];
+      line["lr"] = control[engine::kLr];
+      line["grad_norm"] = control[engine::kGradNorm];
+      line["skipped"] = control[engine::kSkip] != 0;
+      line["tokens_per_s"] = std::llround(tokens);
+      line["memory_bytes"] = backend_.memory_peak_bytes();
+      lines.push_back(std::move(line));
+      last_loss_ = control[engine::kLoss];
+      skipped_ = std::llround(control[engine::kSkipped]);
+    }
+    run_.append_log(lines);
+  }
+
+  // --- files ------------------------------------------------------------------------------------
+
+  std::vector<std::pair<std::string, Tensor>> state() const {
+    return {{"masters", parameters_.masters()},
+            {"m", parameters_.m()},
+            {"v", parameters_.v()},
+            {"control", optimizer_->control()}};
+  }
+
+  FileDType real_file_dtype() const {
+    return backend_.real() == DType::F64 ? FileDType::F64 : FileDType::F32;
+  }
+
+  void save_state(int64_t step) const {
+    std::vector<SafeTensorsWriter::Entry> entries{{"step", FileDType::I64, {1}}};
+    for (const auto& [name, tensor] : state())
+      entries.push_back({name, real_file_dtype(), tensor.shape()});
+    SafeTensorsWriter writer(run_.state_file(), entries);
+    writer.add("step", &step, sizeof step);
+    std::vector<uint8_t> host;
+    for (const auto& [name, tensor] : state()) {
+      host.resize(static_cast<size_t>(tensor.bytes()));
+      backend_.download(host.data(), tensor);
+      writer.add(name, host.data(), bytes_of(host));
+    }
+    writer.finish();
+  }
+
+  int64_t load_state() const {
+    const data::SafeTensors file(run_.state_file());
+    for (const auto& [name, tensor] : state()) {
+      const data::SafeTensor& saved = file.at(name);
+      BBB_CHECK(saved.dtype == real_file_dtype() && saved.shape == tensor.shape(),
+                run_.state_file(), ": ", name, " is of another model");
+      backend_.upload(tensor, saved.data);
+    }
+    const data::SafeTensor& saved = file.at("step");
+    int64_t step = 0;
+    BBB_CHECK(saved.dtype == FileDType::I64 && saved.bytes == sizeof step, run_.state_file(),
+              ": step is malformed");
+    std::memcpy(&step, saved.data, sizeof step);
+    BBB_CHECK(step > 0 && step < config_.e2e_steps, run_.state_file(), ": step ", step, " of ",
+              config_.e2e_steps);
+    return step;
+  }
+
+  void write_final() {
+    prepare();
+    const bool all = config_.e2e_train == EndToEndTrain::All;
+    std::vector<SafeTensorsWriter::Entry> entries;
+    for (int64_t layer = 0; layer < model_.layers; ++layer) {
+      if (all)
+        declare_masters(entries, layer_prefix(layer), model_);
+      else
+        declare_quantized(entries, layer);
+    }
+    SafeTensorsWriter writer(run_.final_file(), entries);
+    for (auto& block : student_.blocks()) {
+      if (all)
+        add_masters(writer, layer_prefix(block->layer()), model_, block->masters());
+      else
+        add_quantized(writer, *block);
+    }
+    writer.finish();
+  }
+
+  void declare_quantized(std::vector<SafeTensorsWriter::Entry>& entries, int64_t layer) const {
+    for (const models::LinearShape& linear : models::block_linears(model_)) {
+      const std::string name = models::layer_name(layer, linear.name);
+      const int64_t groups = linear.k / config_.group;
+      entries.push_back({name + ".codes", FileDType::U8, {linear.n, linear.k}});
+      entries.push_back({name + ".scales", FileDType::F8_E4M3, {linear.n, groups}});
+      entries.push_back({name + ".zeros", FileDType::U8, {linear.n, groups}});
+      entries.push_back({name + ".master_scale", FileDType::F32, {1}});
+    }
+  }
+
+  void add_quantized(SafeTensorsWriter& writer, LlamaBlock& block) const {
+    for (const QuantLinear* linear : block.linears()) {
+      const QuantizedState state = linear->quantized_state();
+      writer.add(linear->name() + ".codes", state.codes.data(), bytes_of(state.codes));
+      writer.add(linear->name() + ".scales", state.scales.data(), bytes_of(state.scales));
+      writer.add(linear->name() + ".zeros", state.zeros.data(), bytes_of(state.zeros));
+      writer.add(linear->name() + ".master_scale", &state.master_scale, sizeof(float));
+    }
+  }
+
+  Backend& backend_;
+  const TrainConfig& config_;
+  const RunDirectory& run_;
+  const Observer& observer_;
+  const LlamaConfig& model_;
+
+  Llama student_;
+  std::optional<Llama> teacher_;
+  ParameterSet parameters_;
+  std::optional<AdamW> optimizer_;
+  Tensor ids_, targets_;  // I32 (samples, T)
+  Tensor order_;          // I32: windows of all steps
+  Tensor cursor_;         // I32 (1): the micro-batch
+  Tensor step_cursor_;    // I32 (1): the optimizer step
+  Tensor log_;            // real (steps, kControlSize)
+  Tensor loss_;           // real (1): of the whole step
+  float last_loss_ = 0;
+  int64_t skipped_ = 0;
+};
+
+int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
+  const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
+  const int64_t parameters = model.layers * block_parameters(model);
+  const int64_t tokens = config.e2e_micro_batch * config.seq_len;
+  const bool kl = config.e2e_loss == EndToEndLoss::Kl;
+  // All: masters, gradients, two moments. Scales: dW^, codes, and those four once a group.
+  const int64_t trained = config.e2e_train == EndToEndTrain::All
+                              ? parameters * 4 * real
+                              : parameters * (real + 1) + parameters / config.group * 4 * real;
+  const int64_t operands = parameters * act * (kl ? 2 : 1);
+  const int64_t tables = 4 * model.vocab * model.d_model * act;
+  const int64_t inputs_of_blocks = model.layers * tokens * model.d_model * act;
+  const int64_t head =
+      models::head_chunk_rows(backend, model.vocab) * model.vocab * (2 * real + act);
+  return trained + operands + tables + inputs_of_blocks + head +
+         2 * block_activation_bytes(backend, model, tokens);
+}
+
+}  // namespace
+
+void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                      const TrainConfig& config, const RunDirectory& run,
+                      const Observer& observer) {
+  check_memory(backend, memory_bytes(backend, source.config(), config),
+               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               config.e2e_train == EndToEndTrain::All
+                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
+                   : "lower --seq-len or --e2e-batch");
+  EndToEnd(backend, source, windows, config, run, observer).run();
+}
+
+BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,
+                          const Checkpoint& source, int64_t layer) {
+  if (config.stages.empty()) return float_masters(source, layer);
+  return read_masters(data::SafeTensors(run.block_file(layer)),
+                      stage_prefix(config.stages.size() - 1), source.config());
+}
+
+std::vector<QuantizedState> read_quantized(const data::SafeTensors& file, int64_t layer,
+                                           const LlamaConfig& model, engine::GridSpec spec) {
+  std::vector<QuantizedState> states;
+  for (const models::LinearShape& linear : models::block_linears(model)) {
+    const std::string name = models::layer_name(layer, linear.name);
+    const auto read = [&](const char* suffix, const engine::Shape& shape, int64_t element_bytes) {
+      const data::SafeTensor& tensor = file.at(name + suffix);
+      BBB_CHECK(tensor.shape == shape && tensor.bytes == tensor.numel() * element_bytes, name,
+                suffix, ": shape ", engine::to_string(tensor.shape), ", but the model wants ",
+                engine::to_string(shape));
+      return std::vector<uint8_t>(tensor.data, tensor.data + tensor.bytes);
+    };
+    QuantizedState state;
+    state.spec = spec;
+    state.codes = read(".codes", {linear.n, linear.k}, 1);
+    state.scales = read(".scales", {linear.n, linear.k / spec.group}, 1);
+    state.zeros = read(".zeros", {linear.n, linear.k / spec.group}, 1);
+    std::memcpy(&state.master_scale, read(".master_scale", {1}, sizeof(float)).data(),
+                sizeof(float));
+    states.push_back(std::move(state));
+  }
+  return states;
+}
+
+}  // namespace bbb::train

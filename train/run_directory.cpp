@@ -1,0 +1,238 @@
+// Files of a run: identity, log, blocks; and what both phases share.
+#include "train/run_directory.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+#include "data/files.h"
+
+namespace bbb::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+// Where a run may go on although these differ: they do not decide what is computed.
+bool decides(const std::string& key) {
+  return key != "model" && key != "data" && key != "save_every";
+}
+
+void make_directory(const std::string& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  BBB_CHECK(!error, path, ": cannot be created: ", error.message());
+}
+
+constexpr const char* kInputNorm = "input_layernorm.weight";
+constexpr const char* kPostNorm = "post_attention_layernorm.weight";
+
+std::string weight_name(const models::LinearShape& linear) { return cat(linear.name, ".weight"); }
+
+}  // namespace
+
+std::string RunIdentity::to_json() const {
+  Json j;
+  j["program"] = "bbb " BBB_VERSION;
+  j["device"] = device;
+  j["device_name"] = device_name;
+  j["model_checksum"] = model_checksum;
+  j["data_checksum"] = data_checksum;
+  j["config"] = Json::parse(train::to_json(config));
+  return j.dump(2) + "\n";
+}
+
+RunIdentity RunIdentity::from_json(const std::string& json, const std::string& where) {
+  try {
+    const Json j = Json::parse(json);
+    RunIdentity identity;
+    j.at("device").get_to(identity.device);
+    j.at("device_name").get_to(identity.device_name);
+    j.at("model_checksum").get_to(identity.model_checksum);
+    j.at("data_checksum").get_to(identity.data_checksum);
+    identity.config = config_from_json(j.at("config").dump(), where);
+    return identity;
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(cat(where, ": not the record of a run: ", error.what()));
+  }
+}
+
+std::string model_checksum(const models::Checkpoint& source) {
+  std::string digest;
+  for (const models::TensorInfo& tensor : source.list())
+    digest += cat(tensor.name, tensor.dtype, engine::to_string(tensor.shape), ";");
+  // Whole weights of three blocks: another model of the same shape differs somewhere in them.
+  const models::LlamaConfig& config = source.config();
+  for (int64_t layer : {int64_t{0}, config.layers / 2, config.layers - 1}) {
+    const models::BlockMasters masters = float_masters(source, layer);
+    for (const std::vector<float>& w : masters.linears)
+      digest += hex(data::checksum64(w.data(), static_cast<int64_t>(w.size() * sizeof(float))));
+    digest +=
+        hex(data::checksum64(masters.input_norm.data(),
+                             static_cast<int64_t>(masters.input_norm.size() * sizeof(float))));
+  }
+  return hex(data::checksum64(digest.data(), static_cast<int64_t>(digest.size())));
+}
+
+std::string data_checksum(const data::Windows& windows) {
+  return hex(data::checksum64(windows.ids.data(),
+                              static_cast<int64_t>(windows.ids.size() * sizeof(int32_t))));
+}
+
+void RunDirectory::create_or_resume(const RunIdentity& identity) {
+  if (!fs::exists(run_file())) {
+    std::error_code error;
+    BBB_CHECK(!fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_, error)), path_,
+              ": exists, but holds no training run; name another --out");
+    make_directory(path_ + "/blocks");
+    make_directory(path_ + "/e2e");
+    data::write_file_atomic(run_file(), identity.to_json());
+    return;
+  }
+  const Json there = Json::parse(data::read_file(run_file()), nullptr, false);
+  BBB_CHECK(there.is_object() && there.contains("config"), run_file(), ": not the record of a run");
+  const Json here = Json::parse(identity.to_json());
+  for (const char* key : {"device", "model_checksum", "data_checksum"})
+    BBB_CHECK(there.value(key, "") == here[key], path_, ": holds a run with another ", key, ": ",
+              there.value(key, "none"), ", here ", here[key].get<std::string>(),
+              "; name another --out");
+  for (const auto& [key, value] : here["config"].items()) {
+    if (!decides(key)) continue;
+    const Json other = there["config"].value(key, Json());
+    BBB_CHECK(other == value, path_, ": holds a run with another configuration: ", key, " is ",
+              other.dump(), " there and ", value.dump(), " here; name another --out");
+  }
+  for (const auto& [key, value] : there["config"].items())
+    BBB_CHECK(here["config"].contains(key), path_,
+              ": holds a run with another configuration: ", key, " is ", value.dump(),
+              " there and not set here; name another --out");
+}
+
+RunIdentity RunDirectory::identity() const {
+  BBB_CHECK(fs::exists(run_file()), path_, ": no training run (it has no run.json)");
+  return RunIdentity::from_json(data::read_file(run_file()), run_file());
+}
+
+std::string RunDirectory::block_file(int64_t block) const {
+  char name[32];
+  std::snprintf(name, sizeof name, "/blocks/block_%03lld.safetensors",
+                static_cast<long long>(block));
+  return path_ + name;
+}
+
+int64_t RunDirectory::finished_blocks(int64_t layers) const {
+  int64_t block = 0;
+  while (block < layers && fs::exists(block_file(block))) ++block;
+  return block;
+}
+
+bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
+  return config.e2e_steps > 0 ? fs::exists(final_file()) : finished_blocks(layers) == layers;
+}
+
+void RunDirectory::append_log(const std::vector<Json>& lines) const {
+  std::ofstream out(log_file(), std::ios::app | std::ios::binary);
+  for (const Json& line : lines) out << line.dump() << '\n';
+  out.flush();
+  BBB_CHECK(out.good(), log_file(), ": cannot be written: ", std::strerror(errno));
+}
+
+void RunDirectory::keep_log(const std::function<bool(const Json& line)>& keep) const {
+  if (!fs::exists(log_file())) return;
+  std::ifstream in(log_file(), std::ios::binary);
+  std::string kept, text;
+  while (std::getline(in, text)) {
+    const Json line = Json::parse(text, nullptr, false);  // the last one may be cut short
+    if (line.is_object() && keep(line)) kept += text + "\n";
+  }
+  data::write_file_atomic(log_file(), kept);
+}
+
+void declare_masters(std::vector<data::SafeTensorsWriter::Entry>& entries,
+                     const std::string& prefix, const models::LlamaConfig& config) {
+  for (const models::LinearShape& linear : models::block_linears(config))
+    entries.push_back({prefix + weight_name(linear), data::FileDType::F32, {linear.n, linear.k}});
+  for (const char* norm : {kInputNorm, kPostNorm})
+    entries.push_back({prefix + norm, data::FileDType::F32, {config.d_model}});
+}
+
+void add_masters(data::SafeTensorsWriter& writer, const std::string& prefix,
+                 const models::LlamaConfig& config, const models::BlockMasters& masters) {
+  const auto add = [&](const std::string& name, const std::vector<float>& values) {
+    writer.add(prefix + name, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+  };
+  const std::vector<models::LinearShape> linears = models::block_linears(config);
+  for (size_t i = 0; i < linears.size(); ++i) add(weight_name(linears[i]), masters.linears[i]);
+  add(kInputNorm, masters.input_norm);
+  add(kPostNorm, masters.post_norm);
+}
+
+models::BlockMasters read_masters(const data::SafeTensors& file, const std::string& prefix,
+                                  const models::LlamaConfig& config) {
+  const auto read = [&](const std::string& name, const engine::Shape& shape) {
+    const data::SafeTensor& tensor = file.at(prefix + name);
+    BBB_CHECK(tensor.shape == shape, prefix, name, ": shape ", engine::to_string(tensor.shape),
+              ", but the model wants ", engine::to_string(shape));
+    std::vector<float> values(static_cast<size_t>(tensor.numel()));
+    data::to_float(values.data(), tensor, prefix + name);
+    return values;
+  };
+  models::BlockMasters masters;
+  for (const models::LinearShape& linear : models::block_linears(config))
+    masters.linears.push_back(read(weight_name(linear), {linear.n, linear.k}));
+  masters.input_norm = read(kInputNorm, {config.d_model});
+  masters.post_norm = read(kPostNorm, {config.d_model});
+  return masters;
+}
+
+models::BlockMasters float_masters(const models::Checkpoint& source, int64_t layer) {
+  const models::LlamaConfig& config = source.config();
+  models::BlockMasters masters;
+  for (const models::LinearShape& linear : models::block_linears(config))
+    masters.linears.push_back(
+        source.load(layer_prefix(layer) + weight_name(linear), {linear.n, linear.k}));
+  masters.input_norm = source.load(layer_prefix(layer) + kInputNorm, {config.d_model});
+  masters.post_norm = source.load(layer_prefix(layer) + kPostNorm, {config.d_model});
+  return masters;
+}
+
+std::string stage_prefix(size_t stage) { return cat("stages.", stage, "."); }
+std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); }
+
+uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
+  const uint64_t words[] = {seed, a, b};
+  return data::checksum64(words, sizeof words);
+}
+
+void check_memory(engine::Backend& backend, int64_t bytes, const std::string& what,
+                  const std::string& advice) {
+  const int64_t available = backend.memory_available_bytes();
+  BBB_CHECK(bytes <= available, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
+            backend.device_name(), " has ", available >> 20, " MiB left: ", advice);
+}
+
+int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,
+                               int64_t tokens) {
+  // Kept by the forward pass: both norms' inputs and outputs, q, k, v, the attention's output,
+  // gate, up and their product. The backward pass holds at most as much again.
+  const int64_t kept = 6 * config.d_model + 2 * config.heads * config.head_dim +
+                       2 * config.kv_heads * config.head_dim + 3 * config.hidden;
+  return 2 * kept * tokens * engine::size_bytes(backend.act());
+}
+
+int64_t block_parameters(const models::LlamaConfig& config) {
+  int64_t total = 2 * config.d_model;
+  for (const models::LinearShape& linear : models::block_linears(config))
+    total += linear.n * linear.k;
+  return total;
+}
+
+}  // namespace bbb::train

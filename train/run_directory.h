@@ -1,0 +1,88 @@
+// RunDirectory: the files of one training run, and the rules by which a killed run goes on.
+//
+// Results appear by rename only, so whatever exists is whole. log.jsonl alone is appended to; a
+// resumed run first cuts it back to the work whose results exist.
+#pragma once
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "data/safetensors.h"
+#include "data/text.h"
+#include "models/checkpoint.h"
+#include "models/llama.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+using Json = nlohmann::ordered_json;
+
+// What a run computes and from what. Two runs with equal identities give equal bytes on equal
+// devices.
+struct RunIdentity {
+  TrainConfig config;  // resolved
+  std::string device;  // "cpu float32"
+  std::string device_name;
+  std::string model_checksum;
+  std::string data_checksum;
+
+  std::string to_json() const;
+  static RunIdentity from_json(const std::string& json, const std::string& where);
+};
+
+// Of sizes, names and a sample of the weights; of all token ids.
+std::string model_checksum(const models::Checkpoint& source);
+std::string data_checksum(const data::Windows& windows);
+
+class RunDirectory {
+ public:
+  explicit RunDirectory(std::string path) : path_(std::move(path)) {}
+
+  // Creates the directory, or accepts one that holds a run of this identity. Throws, saying what
+  // differs, otherwise.
+  void create_or_resume(const RunIdentity& identity);
+  RunIdentity identity() const;  // of an existing run
+
+  const std::string& path() const { return path_; }
+  std::string run_file() const { return path_ + "/run.json"; }
+  std::string log_file() const { return path_ + "/log.jsonl"; }
+  std::string block_file(int64_t block) const;
+  std::string state_file() const { return path_ + "/e2e/state.safetensors"; }
+  std::string final_file() const { return path_ + "/e2e/final.safetensors"; }
+  int64_t finished_blocks(int64_t layers) const;  // the first one missing
+  bool finished(const TrainConfig& config, int64_t layers) const;
+
+  void append_log(const std::vector<Json>& lines) const;
+  void keep_log(const std::function<bool(const Json& line)>& keep) const;
+
+ private:
+  std::string path_;
+};
+
+// The seven masters and two norms of a block as file entries "<prefix>self_attn.q_proj.weight" ...
+void declare_masters(std::vector<data::SafeTensorsWriter::Entry>& entries,
+                     const std::string& prefix, const models::LlamaConfig& config);
+void add_masters(data::SafeTensorsWriter& writer, const std::string& prefix,
+                 const models::LlamaConfig& config, const models::BlockMasters& masters);
+models::BlockMasters read_masters(const data::SafeTensors& file, const std::string& prefix,
+                                  const models::LlamaConfig& config);
+// The same from the full-precision model.
+models::BlockMasters float_masters(const models::Checkpoint& source, int64_t layer);
+
+std::string stage_prefix(size_t stage);  // of a block file's entries
+std::string layer_prefix(int64_t layer);
+
+// Independent random streams from one seed.
+uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
+
+// Throws, saying what to change, where `bytes` exceed what the device has left.
+void check_memory(engine::Backend& backend, int64_t bytes, const std::string& what,
+                  const std::string& advice);
+// Activations and their gradients of one block's training step, for `tokens` tokens.
+int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,
+                               int64_t tokens);
+int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
+
+}  // namespace bbb::train

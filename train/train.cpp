@@ -1,0 +1,146 @@
+#include "train/train.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <optional>
+
+#include "data/files.h"
+#include "engine/progress.h"
+#include "train/block_phase.h"
+#include "train/end_to_end.h"
+#include "train/run_directory.h"
+
+namespace bbb::train {
+
+using models::ExportLayer;
+
+void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+           TrainConfig config) {
+  config = resolve(config, source.config(), backend.device());
+  const int32_t doc_end = config.doc_end ? *config.doc_end : tokenizer.document_end();
+  if (doc_end < 0 || doc_end >= source.config().vocab)
+    throw UsageError(
+        cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
+  const std::vector<int32_t> tokens =
+      data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
+  train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
+                Observer());
+}
+
+void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                   TrainConfig config, const Observer& observer) {
+  const models::LlamaConfig& model = source.config();
+  BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
+            ": is quantized already; training starts from full precision");
+  config = resolve(config, model, backend.device());
+  const int64_t wanted = config.samples + (config.stages.empty() ? 0 : config.val_samples);
+  BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
+            windows.count, " windows of ", windows.seq_len,
+            " tokens, but --samples and --val-samples ask for ", wanted);
+  for (int32_t id : windows.ids)
+    BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
+              " is not in the model's vocabulary of ", model.vocab);
+
+  const RunIdentity identity{config, backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
+                             backend.device_name(), model_checksum(source), data_checksum(windows)};
+  if (!observer.quiet) std::printf("%s", identity.to_json().c_str());
+  RunDirectory run(config.out);
+  run.create_or_resume(identity);
+  if (run.finished(config, model.layers)) {
+    if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
+    return;
+  }
+  if (!config.stages.empty()) train_blocks(backend, source, windows, config, run, observer);
+  if (config.e2e_steps > 0) {
+    if (config.e2e_snap == Snap::On && !observer.quiet)
+      std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
+    train_end_to_end(backend, source, windows, config, run, observer);
+  }
+}
+
+namespace {
+
+// Masters to what the file holds, through the code that training runs.
+class Quantizer {
+ public:
+  Quantizer(Backend& backend, const models::LlamaConfig& model, GridSpec spec)
+      : parameters_(backend), block_(backend, model, 0, engine::Tensor()) {
+    block_.declare_parameters(parameters_);
+    parameters_.allocate();
+    block_.bind_parameters(parameters_, spec);
+  }
+
+  ExportLayer operator()(const models::BlockMasters& masters) {
+    block_.set_masters(masters);
+    block_.prepare();
+    return {masters.input_norm, masters.post_norm, block_.quantized_state()};
+  }
+
+ private:
+  autograd::ParameterSet parameters_;
+  models::LlamaBlock block_;
+};
+
+}  // namespace
+
+double export_run(Backend& backend, const std::string& run_directory,
+                  const std::string& out_directory, models::ExportFormat format) {
+  const std::string model = RunDirectory(run_directory).identity().config.model;
+  return export_run(backend, *models::open_checkpoint(model), *data::load_tokenizer(model),
+                    run_directory, out_directory, format);
+}
+
+double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+                  const std::string& run_directory, const std::string& out_directory,
+                  models::ExportFormat format) {
+  const RunDirectory run(run_directory);
+  const RunIdentity identity = run.identity();
+  const TrainConfig& config = identity.config;
+  const models::LlamaConfig& model = source.config();
+  BBB_CHECK(run.finished(config, model.layers), run_directory,
+            ": the run is not finished; the same `bbb train` command goes on with it");
+  BBB_CHECK(model_checksum(source) == identity.model_checksum, source.path(),
+            ": is not the model that ", run_directory, " was trained from");
+
+  const GridSpec spec{config.bits, config.group};
+  Quantizer quantizer(backend, model, spec);
+  std::optional<data::SafeTensors> final;
+  if (config.e2e_steps > 0) final.emplace(run.final_file());
+  const auto layer = [&](int64_t i) -> ExportLayer {
+    if (!final) return quantizer(block_result(run, config, source, i));
+    if (config.e2e_train == EndToEndTrain::All)
+      return quantizer(read_masters(*final, layer_prefix(i), model));
+    // Norms stay as the blocks left them.
+    const models::BlockMasters start = block_result(run, config, source, i);
+    return {start.input_norm, start.post_norm, read_quantized(*final, i, model, spec)};
+  };
+  engine::Progress progress("export", model.layers);
+  return models::export_model(out_directory, source, tokenizer, spec, format, layer,
+                              data::read_file(run.run_file()),
+                              [&](int64_t done) { progress.set(done); });
+}
+
+double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+                  GridSpec spec, const std::string& out_directory, models::ExportFormat format) {
+  BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
+            ": is quantized already; rounding starts from full precision");
+  const models::LlamaConfig& model = source.config();
+  for (const models::LinearShape& linear : models::block_linears(model))
+    BBB_CHECK(linear.k % spec.group == 0, "--group-size ", spec.group, " does not divide the ",
+              linear.k, " input features of ", linear.name);
+  Json record;
+  record["program"] = "bbb " BBB_VERSION;
+  record["method"] = "round to nearest";
+  record["bits"] = spec.bits;
+  record["group_size"] = spec.group;
+  record["model"] = source.path();
+  record["model_checksum"] = model_checksum(source);
+  Quantizer quantizer(backend, model, spec);
+  engine::Progress progress("export", model.layers);
+  return models::export_model(
+      out_directory, source, tokenizer, spec, format,
+      [&](int64_t i) { return quantizer(float_masters(source, i)); }, record.dump(2) + "\n",
+      [&](int64_t done) { progress.set(done); });
+}
+
+}  // namespace bbb::train
