@@ -35,8 +35,10 @@ using engine::Schedule;
 using engine::Shape;
 using engine::Tensor;
 using engine::Write;
-using quant::launch;
 using quant::LaunchShape;
+#ifdef __CUDACC__
+using quant::launch;
+#endif
 
 class MemoryPool;   // cuda/memory.h
 class GemmPlanner;  // cuda/gemm.h

@@ -1,0 +1,209 @@
+// CudaBackend's life: choosing the GPU, memory, transfers, and recording a step as a CUDA graph.
+#ifdef BBB_HAS_CUDA
+#include "cuda/cuda_backend.h"
+
+#include <utility>
+
+#include "cuda/gemm.h"
+#include "cuda/memory.h"
+
+namespace bbb::cuda {
+namespace {
+
+constexpr int kOldestMajor = 8;  // bf16 tensor cores and cp.async: sm_80
+
+int gpu_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  BBB_CUDA(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// While it lives the stream records instead of executing, and allocations come from `own`.
+class Capture {
+ public:
+  Capture(cudaStream_t stream, std::shared_ptr<MemoryPool>& current,
+          std::shared_ptr<MemoryPool> own)
+      : stream_(stream), current_(current), outer_(current) {
+    // Relaxed: the pool calls cudaMalloc and libraries load kernels while the stream records.
+    BBB_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+    current_ = std::move(own);
+  }
+  ~Capture() {
+    current_ = outer_;
+    if (ended_) return;
+    cudaGraph_t abandoned = nullptr;
+    cudaStreamEndCapture(stream_, &abandoned);
+    if (abandoned != nullptr) cudaGraphDestroy(abandoned);
+    cudaGetLastError();  // the step's own exception tells what went wrong
+  }
+  Capture(const Capture&) = delete;
+  Capture& operator=(const Capture&) = delete;
+
+  cudaGraph_t end() {
+    ended_ = true;
+    cudaGraph_t graph = nullptr;
+    BBB_CUDA(cudaStreamEndCapture(stream_, &graph));
+    return graph;
+  }
+
+ private:
+  cudaStream_t stream_;
+  std::shared_ptr<MemoryPool>& current_;
+  std::shared_ptr<MemoryPool> outer_;
+  bool ended_ = false;
+};
+
+class GraphReplay final : public Replay {
+ public:
+  // `step` is kept for the tensors that it holds; `pool` for those that it allocated.
+  GraphReplay(cudaStream_t stream, cudaGraph_t graph, std::function<void()> step,
+              std::shared_ptr<MemoryPool> pool)
+      : stream_(stream), step_(std::move(step)), pool_(std::move(pool)) {
+    const cudaError_t status = cudaGraphInstantiate(&executable_, graph, 0);
+    cudaGraphDestroy(graph);
+    BBB_CUDA(status);
+  }
+  ~GraphReplay() override {
+    cudaDeviceSynchronize();  // the last run may still be using the pool
+    cudaGraphExecDestroy(executable_);
+    cudaGetLastError();
+  }
+  void run() override { BBB_CUDA(cudaGraphLaunch(executable_, stream_)); }
+
+ private:
+  cudaStream_t stream_;
+  std::function<void()> step_;
+  std::shared_ptr<MemoryPool> pool_;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
+// Under BBB_SYNC_LAUNCHES every launch is waited for, which a recording stream cannot do.
+class DirectReplay final : public Replay {
+ public:
+  explicit DirectReplay(std::function<void()> step) : step_(std::move(step)) {}
+  void run() override { step_(); }
+
+ private:
+  std::function<void()> step_;
+};
+
+}  // namespace
+
+CudaBackend::CudaBackend(int device) {
+  const int count = gpu_count();
+  BBB_CHECK(count > 0, "no usable NVIDIA GPU: the CUDA driver finds none (try --device cpu)");
+  BBB_CHECK(device >= 0 && device < count, "there is no GPU ", device, ": this machine has ",
+            count);
+  BBB_CUDA(cudaGetDeviceProperties(&properties_, device));
+  BBB_CHECK(properties_.major >= kOldestMajor, "GPU ", device, " (", properties_.name, ", sm_",
+            properties_.major, properties_.minor, ") is too old: bbb needs sm_80 or newer");
+  BBB_CUDA(cudaSetDevice(device));
+  BBB_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);
+  gemm_ = std::make_unique<GemmPlanner>(stream_);
+}
+
+CudaBackend::~CudaBackend() {
+  cudaStreamSynchronize(stream_);
+  gemm_.reset();
+  cudaStreamDestroy(stream_);
+}
+
+std::string CudaBackend::device_name() const { return properties_.name; }
+
+int64_t CudaBackend::memory_total_bytes() const {
+  return static_cast<int64_t>(properties_.totalGlobalMem);
+}
+
+int64_t CudaBackend::memory_available_bytes() const {
+  size_t free = 0, total = 0;
+  BBB_CUDA(cudaMemGetInfo(&free, &total));
+  return static_cast<int64_t>(free) + pool_->cached_bytes();
+}
+
+int64_t CudaBackend::memory_peak_bytes() const {
+  const std::lock_guard lock(pool_->usage()->mutex);
+  return pool_->usage()->peak_bytes;
+}
+
+void CudaBackend::reset_memory_peak() {
+  const std::lock_guard lock(pool_->usage()->mutex);
+  pool_->usage()->peak_bytes = pool_->usage()->held_bytes;
+}
+
+void CudaBackend::synchronize() { BBB_CUDA(cudaStreamSynchronize(stream_)); }
+
+std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
+  BBB_CHECK(!is_capturing(stream_), "a step is being recorded already");
+  if (quant::sync_launches()) return std::make_unique<DirectReplay>(std::move(step));
+  // Nothing can be given back to the driver while the stream records: do it now.
+  synchronize();
+  pool_->release_cached();
+  const auto own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
+  cudaGraph_t graph = nullptr;
+  {
+    Capture capture(stream_, pool_, own);
+    step();
+    graph = capture.end();
+  }
+  return std::make_unique<GraphReplay>(stream_, graph, std::move(step), own);
+}
+
+Tensor CudaBackend::do_empty(Shape shape, DType dtype) {
+  const int64_t numel = engine::numel_of(shape);
+  return Tensor(pool_->allocate(numel * engine::size_bytes(dtype)), 0, std::move(shape), dtype,
+                DeviceType::Cuda);
+}
+
+void CudaBackend::do_upload(const Tensor& dst, const void* src) {
+  BBB_CHECK(!is_capturing(stream_), "host memory cannot be read in a recorded step");
+  BBB_CUDA(cudaMemcpyAsync(dst.raw(), src, static_cast<size_t>(dst.bytes()), cudaMemcpyHostToDevice,
+                           stream_));
+  synchronize();
+}
+
+void CudaBackend::do_download(void* dst, const Tensor& src) {
+  BBB_CHECK(!is_capturing(stream_), "host memory cannot be written in a recorded step");
+  BBB_CUDA(cudaMemcpyAsync(dst, src.raw(), static_cast<size_t>(src.bytes()), cudaMemcpyDeviceToHost,
+                           stream_));
+  synchronize();
+}
+
+void CudaBackend::do_copy(const Tensor& dst, const Tensor& src) {
+  BBB_CUDA(cudaMemcpyAsync(dst.raw(), src.raw(), static_cast<size_t>(dst.bytes()),
+                           cudaMemcpyDeviceToDevice, stream_));
+}
+
+void CudaBackend::do_zero(const Tensor& dst) {
+  BBB_CUDA(cudaMemsetAsync(dst.raw(), 0, static_cast<size_t>(dst.bytes()), stream_));
+}
+
+}  // namespace bbb::cuda
+
+namespace bbb::engine {
+
+std::unique_ptr<Backend> make_cuda_backend(int device) {
+  return std::make_unique<cuda::CudaBackend>(device);
+}
+
+bool cuda_available() {
+  for (int device = 0; device < cuda::gpu_count(); ++device) {
+    int major = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        major >= cuda::kOldestMajor)
+      return true;
+  }
+  return false;
+}
+
+}  // namespace bbb::engine
+#endif

@@ -1,0 +1,14 @@
+// What a build without nvcc has in place of the CUDA backend.
+#ifndef BBB_HAS_CUDA
+#include "engine/backend.h"
+
+namespace bbb::engine {
+
+std::unique_ptr<Backend> make_cuda_backend(int) {
+  throw Error("this bbb was built without CUDA: use --device cpu, or build where nvcc is found");
+}
+
+bool cuda_available() { return false; }
+
+}  // namespace bbb::engine
+#endif

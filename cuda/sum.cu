@@ -1,0 +1,81 @@
+// out (+)= scale * sum(x); out = sum(x^2).   x F32, any shape; out F32 (1).
+//
+// The two stages of reduce.h, FP32 sums; x is read once. With no x^2 or partial finite in FP32 the
+// result is Inf or NaN, which step_control takes as the sign to skip the step.
+#include "cuda/cuda_backend.h"
+#include "cuda/reduce.h"
+#include "cuda/vector.h"
+
+namespace bbb::cuda {
+namespace {
+
+constexpr int kWide = 4;
+constexpr int kFinishThreads = 1024;
+
+struct Identity {
+  __device__ float operator()(float x) const { return x; }
+};
+struct Square {
+  __device__ float operator()(float x) const { return x * x; }
+};
+
+// One partial a block.
+template <int kWidth, typename Map>
+__global__ void sum_kernel(float* __restrict__ partials, const float* __restrict__ x, int64_t n,
+                           Map map) {
+  __shared__ float shared[32];
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x * kWidth;
+  float sum = 0.0f;
+  for (int64_t i = first_element<kWidth>(); i < n; i += stride) {
+    float v[kWidth];
+    load(v, x + i, n - i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum += map(v[j]);
+  }
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// One block; thread t adds partials t, t + 1024, ...
+__global__ void finish_sum_kernel(float* __restrict__ out, const float* __restrict__ partials,
+                                  int64_t count, float scale, bool add) {
+  __shared__ float shared[32];
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
+  sum = block_sum(sum, shared) * scale;
+  if (threadIdx.x == 0) out[0] = add ? out[0] + sum : sum;
+}
+
+template <typename Map>
+int64_t partial_sums(cudaStream_t stream, const Tensor& partials, const Tensor& x, Map map) {
+  const int64_t n = x.numel();
+  const bool wide = aligned(x);
+  const int64_t count = partials_for(n, wide ? kWide : 1);
+  launch(stream, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
+         wide ? sum_kernel<kWide, Map> : sum_kernel<1, Map>, static_cast<float*>(partials.raw()),
+         x.data<float>(), n, map);
+  return count;
+}
+
+}  // namespace
+
+void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t count, double scale,
+                Write mode) {
+  launch(stream, {dim3(1), dim3(kFinishThreads)}, finish_sum_kernel, out, partials, count, scale,
+         mode == Write::Add);
+}
+
+void CudaBackend::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
+  const Tensor partials = scratch(kPartials * int64_t{sizeof(float)});
+  const int64_t count = partial_sums(stream_, partials, x, Identity{});
+  finish_sum(stream_, out.data<float>(), static_cast<float*>(partials.raw()), count, scale, mode);
+}
+
+void CudaBackend::do_sum_squares(const Tensor& out, const Tensor& x) {
+  const Tensor partials = scratch(kPartials * int64_t{sizeof(float)});
+  const int64_t count = partial_sums(stream_, partials, x, Square{});
+  finish_sum(stream_, out.data<float>(), static_cast<float*>(partials.raw()), count, 1.0,
+             Write::Overwrite);
+}
+
+}  // namespace bbb::cuda
