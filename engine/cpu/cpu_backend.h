@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "engine/backend.h"
 #include "engine/cpu/memory.h"
@@ -51,6 +52,21 @@ class CpuBackend final : public Backend {
       pool_.parallel_for(n, grain, fn);
     }
   }
+
+  // Sum of part(begin, end) over ranges of kSumGrain, added in their order.
+  template <typename Fn>
+  double ordered_sum(int64_t n, const Fn& part) {
+    std::vector<double> parts(static_cast<size_t>((n + kSumGrain - 1) / kSumGrain));
+    parallel_for(n, kSumGrain, [&](int64_t begin, int64_t end) {
+      parts[static_cast<size_t>(begin / kSumGrain)] = part(begin, end);
+    });
+    double total = 0;
+    for (const double p : parts) total += p;
+    return total;
+  }
+
+  int threads() const { return pool_.threads(); }
+  static T* data(const Tensor& t) { return t.data<T>(); }
 
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_upload(const Tensor& dst, const void* src) override;
@@ -115,6 +131,8 @@ class CpuBackend final : public Backend {
                        const Schedule& schedule) override;
   void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
                 const Tensor& control, const AdamWSpec& spec) override;
+
+  static constexpr int64_t kSumGrain = 32768;
 
   ThreadPool pool_;
   std::shared_ptr<HostMemory> memory_;  // every tensor's storage holds it too

@@ -1,0 +1,70 @@
+// The optimizer step: step_control decides the step's learning rate, gradient factor and whether it
+// counts; adamw applies it. With g' = kScale g and t = kApplied (Loshchilov & Hutter, 2019):
+//
+//     m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
+//     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "engine/cpu/cpu_backend.h"
+
+namespace bbb::engine {
+
+template <typename T>
+void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss,
+                                    const Tensor& norm_squared, const Schedule& schedule) {
+  T* slot = data(control);
+  const auto t = static_cast<double>(slot[kStep]);
+  const auto total = static_cast<double>(schedule.total_steps);
+  const double warmup = schedule.warmup_steps > 0
+                            ? std::min(1.0, (t + 1) / static_cast<double>(schedule.warmup_steps))
+                            : 1.0;
+  const double cosine = (1 + std::cos(std::numbers::pi * std::min(t, total) / total)) / 2;
+  const double decay = schedule.final_ratio + (1 - schedule.final_ratio) * cosine;
+  const auto squared = static_cast<double>(*data(norm_squared));
+  const double norm = std::sqrt(squared);
+  const bool skip = !std::isfinite(*data(loss)) || !std::isfinite(norm);
+  const bool clips = schedule.clip_norm > 0 && norm > schedule.clip_norm;
+
+  slot[kStep] += 1;
+  slot[skip ? kSkipped : kApplied] += 1;
+  slot[kLr] = static_cast<T>(schedule.peak_lr * warmup * decay);
+  slot[kScale] = static_cast<T>(skip ? 0.0 : clips ? schedule.clip_norm / norm : 1.0);
+  slot[kSkip] = skip ? T{1} : T{0};
+  slot[kGradNorm] = static_cast<T>(norm);
+  slot[kLoss] = *data(loss);
+}
+
+template <typename T>
+void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
+                             const Tensor& control, const AdamWSpec& spec) {
+  const T* slot = data(control);
+  if (slot[kSkip] != 0) return;
+  const auto t = static_cast<double>(slot[kApplied]);
+  const T scale = slot[kScale], lr = slot[kLr];
+  const T b1 = static_cast<T>(spec.beta1), b2 = static_cast<T>(spec.beta2);
+  const T rest1 = static_cast<T>(1 - spec.beta1), rest2 = static_cast<T>(1 - spec.beta2);
+  const T unbias1 = static_cast<T>(1 / (1 - std::pow(spec.beta1, t)));
+  const T unbias2 = static_cast<T>(1 / (1 - std::pow(spec.beta2, t)));
+  const T eps = static_cast<T>(spec.epsilon), decay = static_cast<T>(spec.weight_decay);
+  T *weight = data(w), *first = data(m), *second = data(v);
+  const T* gradient = data(g);
+  parallel_for(w.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T grad = scale * gradient[i];
+      const T mean = b1 * first[i] + rest1 * grad;
+      const T square = b2 * second[i] + rest2 * (grad * grad);
+      const T old = weight[i];
+      first[i] = mean;
+      second[i] = square;
+      weight[i] = old - lr * (mean * unbias1 / (std::sqrt(square * unbias2) + eps) + decay * old);
+    }
+  });
+}
+
+BBB_CPU_INSTANTIATE(do_step_control, const Tensor&, const Tensor&, const Tensor&, const Schedule&);
+BBB_CPU_INSTANTIATE(do_adamw, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, const AdamWSpec&);
+
+}  // namespace bbb::engine

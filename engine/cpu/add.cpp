@@ -1,0 +1,17 @@
+// out = a + b, elementwise; out may be a or b.
+#include "engine/cpu/cpu_backend.h"
+
+namespace bbb::engine {
+
+template <typename T>
+void CpuBackend<T>::do_add(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const T *x = data(a), *y = data(b);
+  T* to = data(out);
+  parallel_for(out.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = x[i] + y[i];
+  });
+}
+
+BBB_CPU_INSTANTIATE(do_add, const Tensor&, const Tensor&, const Tensor&);
+
+}  // namespace bbb::engine

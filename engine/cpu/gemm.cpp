@@ -1,0 +1,112 @@
+// Matrix products: OpenBLAS on strips of the output.
+//
+//     gemm_nt  y (M, N)  = alpha x (M, K) w (N, K)^T (+ addend)
+//     gemm_nn  dx (M, K) (+)= alpha dy (M, N) w (N, K)
+//     gemm_tn  dw (N, K) (+)= dy (M, N)^T x (M, K)
+//
+// The longer side of the output is cut into strips, each a BLAS call of one thread. One row of
+// output (decoding) is a matrix-vector product, bound by reading w once.
+#include <algorithm>
+
+#include "engine/cpu/blas.h"
+#include "engine/cpu/cpu_backend.h"
+
+namespace bbb::engine {
+namespace {
+
+constexpr int64_t kStripAlign = 32;       // a multiple of every BLAS kernel's tile
+constexpr int64_t kStripFlops = 1 << 21;  // a strip with less work is not worth a wake-up
+constexpr int64_t kStripsPerThread = 2;   // so that a thread that falls behind costs little
+
+// Length of a strip of `length` rows or columns, when one of them costs `flops`.
+int64_t strip_length(int64_t length, int64_t flops, int threads) {
+  const int64_t pieces = threads * kStripsPerThread;
+  const int64_t even = (length + pieces - 1) / pieces;
+  const int64_t worthwhile = kStripFlops / std::max<int64_t>(1, flops);
+  const int64_t strip = std::max(even, worthwhile);
+  return (strip + kStripAlign - 1) / kStripAlign * kStripAlign;
+}
+
+template <typename T>
+T alpha_of(const Tensor& alpha) {
+  return alpha.defined() ? *alpha.data<T>() : T{1};
+}
+
+}  // namespace
+
+template <typename T>
+void CpuBackend<T>::do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w,
+                               const Tensor& alpha, const Tensor& addend) {
+  const int64_t m = x.dim(0), n = w.dim(0), k = x.dim(1);
+  const T scale = alpha_of<T>(alpha), beta = addend.defined() ? T{1} : T{0};
+  if (addend.defined()) do_copy(y, addend);
+  if (k == 0 && !addend.defined()) do_zero(y);
+  if (m == 0 || n == 0 || k == 0) return;
+  T* out = data(y);
+  const T *a = data(x), *b = data(w);
+  if (m == 1) {
+    parallel_for(n, strip_length(n, 2 * k, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemv(end - begin, k, scale, b + begin * k, a, beta, out + begin);
+    });
+  } else if (m > n) {
+    parallel_for(m, strip_length(m, 2 * n * k, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasNoTrans, CblasTrans, end - begin, n, k, scale, a + begin * k, k, b, k, beta,
+                out + begin * n, n);
+    });
+  } else {
+    parallel_for(n, strip_length(n, 2 * m * k, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasNoTrans, CblasTrans, m, end - begin, k, scale, a, k, b + begin * k, k, beta,
+                out + begin, n);
+    });
+  }
+}
+
+template <typename T>
+void CpuBackend<T>::do_gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w,
+                               const Tensor& alpha, Write mode) {
+  const int64_t m = dy.dim(0), n = dy.dim(1), k = w.dim(1);
+  const T scale = alpha_of<T>(alpha), beta = mode == Write::Add ? T{1} : T{0};
+  if (n == 0 && mode == Write::Overwrite) do_zero(dx);
+  if (m == 0 || n == 0 || k == 0) return;
+  T* out = data(dx);
+  const T *a = data(dy), *b = data(w);
+  if (m > k) {
+    parallel_for(m, strip_length(m, 2 * n * k, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasNoTrans, CblasNoTrans, end - begin, k, n, scale, a + begin * n, n, b, k, beta,
+                out + begin * k, k);
+    });
+  } else {
+    parallel_for(k, strip_length(k, 2 * m * n, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasNoTrans, CblasNoTrans, m, end - begin, n, scale, a, n, b + begin, k, beta,
+                out + begin, k);
+    });
+  }
+}
+
+template <typename T>
+void CpuBackend<T>::do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) {
+  const int64_t m = dy.dim(0), n = dy.dim(1), k = x.dim(1);
+  const T beta = mode == Write::Add ? T{1} : T{0};
+  if (m == 0 && mode == Write::Overwrite) do_zero(dw);
+  if (m == 0 || n == 0 || k == 0) return;
+  T* out = data(dw);
+  const T *a = data(dy), *b = data(x);
+  if (n > k) {
+    parallel_for(n, strip_length(n, 2 * m * k, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasTrans, CblasNoTrans, end - begin, k, m, T{1}, a + begin, n, b, k, beta,
+                out + begin * k, k);
+    });
+  } else {
+    parallel_for(k, strip_length(k, 2 * m * n, threads()), [&](int64_t begin, int64_t end) {
+      blas_gemm(CblasTrans, CblasNoTrans, n, end - begin, m, T{1}, a, n, b + begin, k, beta,
+                out + begin, k);
+    });
+  }
+}
+
+BBB_CPU_INSTANTIATE(do_gemm_nt, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&);
+BBB_CPU_INSTANTIATE(do_gemm_nn, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Write);
+BBB_CPU_INSTANTIATE(do_gemm_tn, const Tensor&, const Tensor&, const Tensor&, Write);
+
+}  // namespace bbb::engine

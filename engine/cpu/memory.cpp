@@ -1,0 +1,106 @@
+#include "engine/cpu/memory.h"
+
+#include <sys/sysinfo.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <fstream>
+
+namespace bbb::engine {
+namespace {
+
+// A request at least this large is refused when the machine has less available: the system itself
+// would promise it and kill the process later.
+constexpr int64_t kCheckedBytes = int64_t{64} << 20;
+
+// Rounded up to 64 bytes, and to an eighth of a power of two above 512: few sizes, little waste.
+int64_t block_size(int64_t bytes) {
+  const auto size = static_cast<uint64_t>(std::max<int64_t>(bytes, 1));
+  const uint64_t step = std::max<uint64_t>(64, std::bit_floor(size) / 8);
+  return static_cast<int64_t>((size + step - 1) / step * step);
+}
+
+}  // namespace
+
+HostMemory::~HostMemory() { drop_cache(); }
+
+std::shared_ptr<Storage> HostMemory::allocate(int64_t bytes) {
+  const int64_t size = block_size(bytes);
+  void* block = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto it = free_.find(size);
+    if (it != free_.end() && !it->second.empty()) {
+      block = it->second.back();
+      it->second.pop_back();
+      cached_bytes_ -= size;
+    } else {
+      if (size >= kCheckedBytes && size > available_bytes()) drop_cache();
+      if (size < kCheckedBytes || size <= available_bytes())
+        block = std::aligned_alloc(64, static_cast<size_t>(size));
+      if (block == nullptr) {
+        drop_cache();
+        throw Error(cat("out of memory: a tensor of ", bytes, " bytes, with ", available_bytes(),
+                        " bytes available"));
+      }
+    }
+    held_bytes_ += size;
+    peak_bytes_ = std::max(peak_bytes_, held_bytes_);
+  }
+  return std::make_shared<Storage>(
+      block, bytes, [self = shared_from_this(), block, size] { self->release(block, size); });
+}
+
+void HostMemory::release(void* block, int64_t block_bytes) {
+  static const auto cap = static_cast<int64_t>(kCacheShare * static_cast<double>(total_bytes()));
+  const std::lock_guard lock(mutex_);
+  held_bytes_ -= block_bytes;
+  if (cached_bytes_ + block_bytes > cap) {
+    std::free(block);
+    return;
+  }
+  free_[block_bytes].push_back(block);
+  cached_bytes_ += block_bytes;
+}
+
+void HostMemory::drop_cache() {
+  for (auto& [size, blocks] : free_)
+    for (void* block : blocks) std::free(block);
+  free_.clear();
+  cached_bytes_ = 0;
+}
+
+int64_t HostMemory::peak_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return peak_bytes_;
+}
+
+void HostMemory::reset_peak() {
+  const std::lock_guard lock(mutex_);
+  peak_bytes_ = held_bytes_;
+}
+
+int64_t HostMemory::cached_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return cached_bytes_;
+}
+
+int64_t HostMemory::total_bytes() {
+  struct sysinfo info {};
+  if (sysinfo(&info) != 0) return 0;
+  return static_cast<int64_t>(info.totalram) * static_cast<int64_t>(info.mem_unit);
+}
+
+int64_t HostMemory::available_bytes() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key, unit;
+  int64_t kib = 0;
+  while (meminfo >> key >> kib) {
+    if (key == "MemAvailable:") return kib * 1024;
+    std::getline(meminfo, unit);
+  }
+  return total_bytes();
+}
+
+}  // namespace bbb::engine

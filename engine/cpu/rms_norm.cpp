@@ -1,0 +1,75 @@
+// r = 1 / sqrt(mean(x^2) + eps); y = x r w. Shapes (M, D), w (D).
+//
+//     dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r
+//
+// A row is one task. dw is summed over blocks of rows and then over the blocks, in order, whatever
+// the number of threads.
+#include <algorithm>
+#include <cmath>
+
+#include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/vector_math.h"
+
+namespace bbb::engine {
+namespace {
+constexpr int64_t kMaxBlocks = 32;
+}
+
+template <typename T>
+void CpuBackend<T>::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x,
+                                const Tensor& w, double eps) {
+  const int64_t rows = x.dim(0), d = x.dim(1);
+  const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, d));
+  const T* weight = data(w);
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T* in = data(x) + m * d;
+      T* out = data(y) + m * d;
+      const T mean = lane_sum<T>(d, [=](int64_t i) { return in[i] * in[i]; }) / static_cast<T>(d);
+      const T r = T{1} / std::sqrt(mean + static_cast<T>(eps));
+      data(inv_rms)[m] = r;
+      for (int64_t i = 0; i < d; ++i) out[i] = in[i] * r * weight[i];
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
+                                         const Tensor& x, const Tensor& inv_rms, const Tensor& w,
+                                         Write dx_mode, Write dw_mode) {
+  const int64_t rows = x.dim(0), d = x.dim(1);
+  const int64_t block = std::max<int64_t>(16, (rows + kMaxBlocks - 1) / kMaxBlocks);
+  const int64_t blocks = (rows + block - 1) / block;
+  const T* weight = data(w);
+  Tensor parts = dw.defined() ? do_empty({blocks, d}, kDType) : Tensor();
+  parallel_for(rows, block, [&](int64_t begin, int64_t end) {
+    T* part = dw.defined() ? data(parts) + begin / block * d : nullptr;
+    if (part != nullptr) std::fill_n(part, d, T{0});
+    for (int64_t m = begin; m < end; ++m) {
+      const T *g = data(dy) + m * d, *in = data(x) + m * d;
+      T* out = data(dx) + m * d;
+      const T r = data(inv_rms)[m];
+      const T dot = lane_sum<T>(d, [=](int64_t i) { return g[i] * weight[i] * in[i]; });
+      const T pull = r * r * dot / static_cast<T>(d);
+      if (dx_mode == Write::Add) {
+        for (int64_t i = 0; i < d; ++i) out[i] += r * (g[i] * weight[i] - in[i] * pull);
+      } else {
+        for (int64_t i = 0; i < d; ++i) out[i] = r * (g[i] * weight[i] - in[i] * pull);
+      }
+      if (part != nullptr)
+        for (int64_t i = 0; i < d; ++i) part[i] += g[i] * in[i] * r;
+    }
+  });
+  if (!dw.defined()) return;
+  T* total = data(dw);
+  if (dw_mode == Write::Overwrite) std::fill_n(total, d, T{0});
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < d; ++i) total[i] += data(parts)[b * d + i];
+}
+
+BBB_CPU_INSTANTIATE(do_rms_norm, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    double);
+BBB_CPU_INSTANTIATE(do_rms_norm_backward, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, const Tensor&, const Tensor&, Write, Write);
+
+}  // namespace bbb::engine

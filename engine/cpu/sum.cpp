@@ -1,0 +1,33 @@
+// sum: out (+)= scale * sum(x). sum_squares: out = sum(x^2). Added in double, in a fixed order.
+#include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/vector_math.h"
+
+namespace bbb::engine {
+
+template <typename T>
+void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
+  const T* in = data(x);
+  const double total = scale * ordered_sum(x.numel(), [=](int64_t begin, int64_t end) {
+                         return lane_sum<double>(end - begin, [=](int64_t i) {
+                           return static_cast<double>(in[begin + i]);
+                         });
+                       });
+  T& to = *data(out);
+  to = static_cast<T>(mode == Write::Add ? static_cast<double>(to) + total : total);
+}
+
+template <typename T>
+void CpuBackend<T>::do_sum_squares(const Tensor& out, const Tensor& x) {
+  const T* in = data(x);
+  *data(out) = static_cast<T>(ordered_sum(x.numel(), [=](int64_t begin, int64_t end) {
+    return lane_sum<double>(end - begin, [=](int64_t i) {
+      const auto value = static_cast<double>(in[begin + i]);
+      return value * value;
+    });
+  }));
+}
+
+BBB_CPU_INSTANTIATE(do_sum, const Tensor&, const Tensor&, double, Write);
+BBB_CPU_INSTANTIATE(do_sum_squares, const Tensor&, const Tensor&);
+
+}  // namespace bbb::engine

@@ -1,0 +1,40 @@
+// h = silu(gate) up, with silu(x) = x s and s = 1 / (1 + e^-x). Elementwise, any shape.
+//
+//     dup = dh silu(gate);  dgate = dh up s (1 + gate (1 - s))
+#include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/vector_math.h"
+
+namespace bbb::engine {
+
+template <typename T>
+void CpuBackend<T>::do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) {
+  const T *g = data(gate), *u = data(up);
+  T* out = data(h);
+  parallel_for(h.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T s = T{1} / (T{1} + vector_exp(-g[i]));
+      out[i] = g[i] * s * u[i];
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
+                                       const Tensor& gate, const Tensor& up) {
+  const T *d = data(dh), *g = data(gate), *u = data(up);
+  T *dg = data(dgate), *du = data(dup);
+  parallel_for(dh.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T grad = d[i], x = g[i], s = T{1} / (T{1} + vector_exp(-x));
+      const T upward = u[i];
+      du[i] = grad * x * s;
+      dg[i] = grad * upward * s * (T{1} + x * (T{1} - s));
+    }
+  });
+}
+
+BBB_CPU_INSTANTIATE(do_swiglu, const Tensor&, const Tensor&, const Tensor&);
+BBB_CPU_INSTANTIATE(do_swiglu_backward, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&);
+
+}  // namespace bbb::engine
