@@ -1,0 +1,289 @@
+// Attention against a cache of keys and values, and appending to it.
+//
+// Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 on the device, so that a captured
+// graph serves every position: nothing on the host depends on it.
+// Several queries (prefill): the forward kernel with its queries at start. One query (decode): the
+// cache is cut into splits of 128 keys, as many as Tmax holds; blocks outside the visible keys
+// return at once. A block takes one split for up to 16 query heads of one kv head, which are the
+// rows of its mma fragments; each of its 4 warps takes 32 keys, all of whose loads it issues before
+// it waits. Blocks leave (max, sum, unnormalized o) in F32; a second kernel combines the splits in
+// a fixed order.
+// Bytes: the visible keys and values once.
+#include "cuda/attention.h"
+#include "cuda/cuda_backend.h"
+#include "cuda/mma.h"
+
+namespace bbb::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kWarpKeys = 32;
+constexpr int kSplitKeys = kWarps * kWarpKeys;
+constexpr int kQueryRows = 16;     // query heads of a block
+constexpr int kCombineGroups = 8;  // of splits, merged side by side
+
+struct DecodeArgs {
+  float* partial_o;      // (B, H, splits, d)
+  float2* partial_stat;  // (B, H, splits): maximum of the raw scores, sum
+  const bf16 *q, *k, *v;
+  const int* start;
+  int t_max, heads, kv_heads, splits, window;
+};
+
+template <int D>
+constexpr int64_t kDecodeSmemBytes = 2 * kSplitKeys* D * 2 + kWarps* kQueryRows * sizeof(float2);
+
+// grid (splits, K * ceil(H / K / 16), B)
+template <int D>
+__global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const DecodeArgs args) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int g = lane / 4;
+  const int pair = lane % 4 * 2;
+  const int split = blockIdx.x;
+  const int length = min(*args.start + 1, args.t_max);
+  const int first_key = max(0, length - args.window);
+  if (split * kSplitKeys >= length || (split + 1) * kSplitKeys <= first_key) return;
+
+  const int b = blockIdx.z;
+  const int group = args.heads / args.kv_heads;
+  const int row_blocks = (group + kQueryRows - 1) / kQueryRows;
+  const int kv_head = blockIdx.y / row_blocks;
+  const int row0 = blockIdx.y % row_blocks * kQueryRows;
+  const int rows = min(kQueryRows, group - row0);
+  const int64_t head0 = int64_t{b} * args.heads + kv_head * group + row0;
+  const int64_t kv_stride = int64_t{args.kv_heads} * D;
+  const int64_t kv_offset = int64_t{b} * args.t_max * kv_stride + kv_head * D;
+
+  unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
+  unsigned char* warp_smem = smem + warp * kWarpKeys * D * 2;
+  const SmemTile<D> k_tile{shared_address(warp_smem)};
+  const SmemTile<D> v_tile{k_tile.base + kSplitKeys * D * 2};
+  const int key0 = split * kSplitKeys + warp * kWarpKeys;
+  load_tile_async<D, kWarpKeys, 32>(k_tile, args.k + kv_offset, kv_stride, key0, length, lane);
+  cp_async_commit();
+  load_tile_async<D, kWarpKeys, 32>(v_tile, args.v + kv_offset, kv_stride, key0, length, lane);
+  cp_async_commit();
+
+  // Query fragments straight from memory: rows g and g + 8, columns 2t and 2t + 8 of each 16.
+  uint32_t queries[D / 16][4];
+#pragma unroll
+  for (int kk = 0; kk < D / 16; ++kk)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i % 2 * 8;
+      const int column = kk * 16 + pair + i / 2 * 8;
+      queries[kk][i] =
+          row < rows ? *reinterpret_cast<const uint32_t*>(args.q + (head0 + row) * D + column) : 0u;
+    }
+
+  cp_async_wait<1>();
+  __syncwarp();
+  float s[kWarpKeys / 8][4] = {};
+#pragma unroll
+  for (int kk = 0; kk < D / 16; ++kk)
+#pragma unroll
+    for (int n = 0; n < kWarpKeys / 16; ++n) {
+      uint32_t keys[4];
+      load_b(keys, k_tile, n * 16, kk * 16, lane);
+      mma_bf16(s[2 * n], queries[kk], keys[0], keys[1]);
+      mma_bf16(s[2 * n + 1], queries[kk], keys[2], keys[3]);
+    }
+
+  const float scale_log2 = rsqrtf(static_cast<float>(D)) * kLog2E;
+  float row_max[2], row_sum[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kWarpKeys / 8; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        const int key = key0 + n * 8 + pair + i % 2;
+        if (key < first_key || key >= length) s[n][i] = -INFINITY;
+        maximum = fmaxf(maximum, s[n][i]);
+      }
+    maximum = quad_max(maximum);
+    const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kWarpKeys / 8; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = exp2_approx(s[n][i] * scale_log2 - base);
+        sum += s[n][i];
+      }
+    row_max[half] = maximum;
+    row_sum[half] = quad_sum(sum);
+  }
+
+  cp_async_wait<0>();
+  __syncwarp();
+  float acc[D / 8][4] = {};
+#pragma unroll
+  for (int kk = 0; kk < kWarpKeys / 16; ++kk) {
+    uint32_t p[4];
+    pack_a(p, s[2 * kk], s[2 * kk + 1]);
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t values[4];
+      load_b_rows(values, v_tile, kk * 16, n * 16, lane);
+      mma_bf16(acc[2 * n], p, values[0], values[1]);
+      mma_bf16(acc[2 * n + 1], p, values[2], values[3]);
+    }
+  }
+
+  // The warps' results meet in shared memory: 16 x D floats lie where the warp's keys were.
+  static_assert(kQueryRows * sizeof(float) == kWarpKeys * sizeof(bf16));
+  float* warp_o = reinterpret_cast<float*>(warp_smem);
+  float2* stats = reinterpret_cast<float2*>(smem + 2 * kSplitKeys * D * 2);  // (warp, row)
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      *reinterpret_cast<float2*>(warp_o + row * D + n * 8 + pair) =
+          make_float2(acc[n][2 * half], acc[n][2 * half + 1]);
+    if (pair == 0) stats[warp * kQueryRows + row] = make_float2(row_max[half], row_sum[half]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * D; i += 32 * kWarps) {
+    const int row = i / D;
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, stats[w * kQueryRows + row].x);
+    float sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 stat = stats[w * kQueryRows + row];
+      const float weight = exp2_approx((stat.x - maximum) * scale_log2);
+      sum += weight * stat.y;
+      value += weight * reinterpret_cast<const float*>(smem)[w * kQueryRows * D + i];
+    }
+    const int64_t at = (head0 + row) * args.splits + split;
+    args.partial_o[at * D + i % D] = value;
+    if (i % D == 0) args.partial_stat[at] = make_float2(maximum, sum);
+  }
+}
+
+// o = sum over splits of weight * o / sum over splits of weight * sum.   block (D, kCombineGroups)
+template <int D>
+__global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs args) {
+  float* group_o = reinterpret_cast<float*>(dynamic_smem());                     // (groups, D)
+  float2* group_stat = reinterpret_cast<float2*>(group_o + kCombineGroups * D);  // (groups)
+  const int64_t head = blockIdx.x;                                               // (b, h)
+  const int column = threadIdx.x;
+  const int group = threadIdx.y;
+  const int length = min(*args.start + 1, args.t_max);
+  const int first = max(0, length - args.window) / kSplitKeys;
+  const int end = (length - 1) / kSplitKeys + 1;
+  const float scale_log2 = rsqrtf(static_cast<float>(D)) * kLog2E;
+
+  float maximum = -INFINITY, sum = 0.0f, value = 0.0f;
+#pragma unroll 4
+  for (int split = first + group; split < end; split += kCombineGroups) {
+    const int64_t at = head * args.splits + split;
+    const float2 stat = args.partial_stat[at];
+    const float part = args.partial_o[at * D + column];
+    const float larger = fmaxf(maximum, stat.x);
+    const float old_weight = exp2_approx((maximum - larger) * scale_log2);
+    const float weight = exp2_approx((stat.x - larger) * scale_log2);
+    sum = sum * old_weight + stat.y * weight;
+    value = value * old_weight + part * weight;
+    maximum = larger;
+  }
+  group_o[group * D + column] = value;
+  if (column == 0) group_stat[group] = make_float2(maximum, sum);
+  __syncthreads();
+  if (group > 0) return;
+  for (int other = 1; other < kCombineGroups; ++other)
+    maximum = fmaxf(maximum, group_stat[other].x);
+  sum = value = 0.0f;
+  for (int other = 0; other < kCombineGroups; ++other) {
+    const float2 stat = group_stat[other];
+    const float weight = exp2_approx((stat.x - maximum) * scale_log2);
+    sum += weight * stat.y;
+    value += weight * group_o[other * D + column];
+  }
+  o[head * D + column] = __float2bfloat16(value / sum);
+}
+
+// A thread copies 16 bytes of k and of v. Positions past the cache are dropped.
+__global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict__ v_cache,
+                                 const uint4* __restrict__ k, const uint4* __restrict__ v,
+                                 const int* __restrict__ start, int64_t count, int row_chunks,
+                                 int t, int t_max) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const int64_t row = i / row_chunks;
+  const int64_t position = *start + row % t;
+  if (position < 0 || position >= t_max) return;
+  const int64_t to = (row / t * t_max + position) * row_chunks + i % row_chunks;
+  k_cache[to] = k[i];
+  v_cache[to] = v[i];
+}
+
+}  // namespace
+
+void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                               const Tensor& v, const Tensor& start) {
+  constexpr int kThreads = 256, kChunk = 8;
+  const int row_values = checked_int(k.dim(2) * k.dim(3));
+  BBB_CHECK(row_values % kChunk == 0, "append_kv on the GPU takes rows of a multiple of ", kChunk,
+            " values, not ", row_values);
+  const int64_t count = k.numel() / kChunk;
+  launch(stream_, {static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads},
+         append_kv_kernel, static_cast<uint4*>(k_cache.raw()), static_cast<uint4*>(v_cache.raw()),
+         static_cast<const uint4*>(k.raw()), static_cast<const uint4*>(v.raw()),
+         start.data<int32_t>(), count, row_values / kChunk, checked_int(k.dim(1)),
+         checked_int(k_cache.dim(1)));
+}
+
+void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
+                                      const Tensor& v_cache, const Tensor& start,
+                                      const AttentionSpec& spec) {
+  const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
+  const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k_cache.dim(2));
+  const int t_max = checked_int(k_cache.dim(1));
+  const int window = window_of(spec.window);
+  if (t > 1) {
+    attention_forward(stream_,
+                      {bf16_of(o), nullptr, bf16_of(q), bf16_of(k_cache), bf16_of(v_cache),
+                       start.data<int32_t>(), batch, t, t_max, heads, kv_heads, window},
+                      q.dim(3));
+    return;
+  }
+  if (q.numel() == 0) return;
+  const int splits = ceil_div(t_max, kSplitKeys);
+  const int64_t parts = int64_t{batch} * heads * splits;
+  const Tensor partial_o = scratch(parts * q.dim(3) * int64_t{sizeof(float)});
+  const Tensor partial_stat = scratch(parts * int64_t{sizeof(float2)});
+  const DecodeArgs args{static_cast<float*>(partial_o.raw()),
+                        static_cast<float2*>(partial_stat.raw()),
+                        bf16_of(q),
+                        bf16_of(k_cache),
+                        bf16_of(v_cache),
+                        start.data<int32_t>(),
+                        t_max,
+                        heads,
+                        kv_heads,
+                        splits,
+                        window};
+  with_head_size(q.dim(3), [&](auto size) {
+    constexpr int D = size;
+    const unsigned row_blocks =
+        static_cast<unsigned>(kv_heads * ceil_div(heads / kv_heads, kQueryRows));
+    launch(stream_,
+           {{static_cast<unsigned>(splits), row_blocks, static_cast<unsigned>(batch)},
+            32 * kWarps,
+            kDecodeSmemBytes<D>},
+           attention_decode_kernel<D>, args);
+    launch(stream_,
+           {static_cast<unsigned>(batch * heads),
+            {D, kCombineGroups},
+            kCombineGroups * (D * int64_t{sizeof(float)} + int64_t{sizeof(float2)})},
+           attention_combine_kernel<D>, bf16_of(o), args);
+  });
+}
+
+}  // namespace bbb::cuda
