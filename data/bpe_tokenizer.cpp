@@ -331,7 +331,7 @@ json pre_tokenizer_of(const std::string& name, const std::string& source) {
 }  // namespace
 
 std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files) {
-  const json root = parse_json(files, "tokenizer.json");
+  const json root = json_of(files, "tokenizer.json");
   return std::make_unique<BpeTokenizer>(std::move(files), root);
 }
 

@@ -1,9 +1,8 @@
 // Text files to token windows: a document a line (.jsonl) or a file (anything else).
 #include "data/text.h"
 
-#include <nlohmann/json.hpp>
-
 #include "data/files.h"
+#include "data/json.h"
 #include "quant/check.h"
 
 namespace bbb::data {
@@ -23,8 +22,8 @@ std::vector<std::string> read_documents(const std::string& path) {
       begin = end + 1;
       ++line_number;
       if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-      const nlohmann::json object = nlohmann::json::parse(line, nullptr, false);
-      BBB_CHECK(!object.is_discarded(), path, ":", line_number, ": malformed JSON");
+      const nlohmann::json object =
+          parse_json(line.data(), line.data() + line.size(), cat(path, ":", line_number));
       BBB_CHECK(object.is_object() && object.contains("text") && object.at("text").is_string(),
                 path, ":", line_number, ": no \"text\" string");
       documents.push_back(object.at("text").get<std::string>());

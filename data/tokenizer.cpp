@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/files.h"
+#include "data/json.h"
 #include "data/tokenizer_parts.h"
 #include "quant/check.h"
 
@@ -56,11 +57,12 @@ const std::string* TokenizerFiles::find(std::string_view name) const {
   return nullptr;
 }
 
-json parse_json(const TokenizerFiles& files, std::string_view name) {
+json json_of(const TokenizerFiles& files, std::string_view name) {
   const std::string* content = files.find(name);
   if (content == nullptr) return json::object();
-  json parsed = json::parse(*content, nullptr, false);
-  BBB_CHECK(parsed.is_object(), files.source, "/", name, ": malformed JSON");
+  const std::string where = cat(files.source, "/", name);
+  json parsed = parse_json(*content, where);
+  BBB_CHECK(parsed.is_object(), where, ": not a JSON object");
   return parsed;
 }
 
@@ -79,8 +81,8 @@ AddedToken read_added_token(const json& object, int32_t id, const std::string& s
 }
 
 TokenizerSettings read_settings(const TokenizerFiles& files) {
-  const json config = parse_json(files, "tokenizer_config.json");
-  const json map = parse_json(files, "special_tokens_map.json");
+  const json config = json_of(files, "tokenizer_config.json");
+  const json map = json_of(files, "special_tokens_map.json");
   TokenizerSettings settings;
   settings.bos = token_text(config, "bos_token");
   settings.eos = token_text(config, "eos_token");
@@ -109,7 +111,7 @@ TokenizerSettings read_settings(const TokenizerFiles& files) {
           token, static_cast<int32_t>(std::strtol(id.c_str(), nullptr, 10)), files.source));
     }
   } else {
-    const json added = parse_json(files, "added_tokens.json");
+    const json added = json_of(files, "added_tokens.json");
     for (const auto& [content, id] : added.items()) {
       settings.added.push_back({id.get<int32_t>(), content, false, false, false});
     }

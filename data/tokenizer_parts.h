@@ -37,7 +37,8 @@ struct TokenizerSettings {
   std::vector<AddedToken> added;
 };
 TokenizerSettings read_settings(const TokenizerFiles& files);
-nlohmann::json parse_json(const TokenizerFiles& files, std::string_view name);
+// The named file's object; an empty one where the file is absent.
+nlohmann::json json_of(const TokenizerFiles& files, std::string_view name);
 // `object` as tokenizer.json and tokenizer_config.json write an added token.
 AddedToken read_added_token(const nlohmann::json& object, int32_t id, const std::string& source);
 
