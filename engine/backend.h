@@ -149,9 +149,8 @@ class Backend {
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
                        const Tensor& up);
-  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i],
-  // times scale. x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined
-  // (0).
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i].
+  // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined (0).
   void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
