@@ -40,10 +40,10 @@ BBB_HD Real clamp_code(Real x, Real hi) {
   return x > Real(0) ? (x < hi ? x : hi) : Real(0);
 }
 
-// The larger; NaN if either is.
+// The larger; NaN if either is. Of two zeros the first, so that from 0 on it is never -0.
 template <typename Real>
 BBB_HD Real max_or_nan(Real a, Real b) {
-  return a > b || a != a ? a : b;
+  return b > a || b != b ? b : a;
 }
 
 // The range of a group, widened to hold 0. A NaN, once included, stays.
@@ -73,7 +73,7 @@ BBB_HD Real raw_scale(Real width, int bits) {
 template <typename Real>
 BBB_HD Real master_scale_of(Real largest) {
   const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(largest));
-  int exponent = static_cast<int>(bits >> 52) - 1023;  // `largest` is not negative
+  int exponent = static_cast<int>(bits >> 52 & 0x7FF) - 1023;  // `largest` is not negative
   if (exponent == 1024) return std::bit_cast<float>(0x7FC00000u);
   if (bits == 0) return Real(1);
   // 448 = 1.75 * 2^8

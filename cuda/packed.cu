@@ -1,0 +1,38 @@
+// Products with packed weights on the GPU: tensors to the kernels of quant/packed.cu.
+#include "cuda/cuda_backend.h"
+#include "quant/cuda_kernels.h"
+
+namespace bbb::cuda {
+
+// The kernels read 16 bytes at a time; a view may begin anywhere.
+static void check_aligned(const Tensor& t, const char* what) {
+  BBB_CHECK(reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0, "packed weights: ", what,
+            " is not aligned to 16 bytes");
+}
+
+static quant::PackedView view_of(const PackedWeight& w) {
+  check_aligned(w.qweight, "qweight");
+  return {w.qweight.data<uint8_t>(),
+          w.scales.data<uint8_t>(),
+          w.zeros.data<uint8_t>(),
+          w.master_scale.data<float>(),
+          w.n,
+          w.k,
+          w.spec};
+}
+
+void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {
+  check_aligned(wq, "wq");
+  quant::launch_unpack(stream_, bf16_of(wq), view_of(w));
+}
+
+void CudaBackend::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
+                                 const Tensor& addend) {
+  check_aligned(x, "x");
+  const bool narrow = y.dtype() == DType::BF16;
+  quant::launch_packed_gemv(stream_, narrow ? bf16_of(y) : nullptr,
+                            narrow ? nullptr : y.data<float>(), bf16_of(x), view_of(w),
+                            bf16_of(addend), x.dim(0));
+}
+
+}  // namespace bbb::cuda

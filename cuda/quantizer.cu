@@ -1,0 +1,45 @@
+// The quantizer's ops on the GPU: tensors to the kernels of quant/quantizer.cu.
+#include "cuda/cuda_backend.h"
+#include "quant/cuda_kernels.h"
+
+namespace bbb::cuda {
+
+void CudaBackend::do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
+  quant::launch_master_scale(stream_, s.data<float>(), w.data<float>(), w.numel(), spec);
+}
+
+void CudaBackend::do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
+                                const Tensor& s, const GridSpec& spec, Rounding rounding) {
+  quant::launch_fake_quant(stream_, bf16_of(wq), e.data<uint8_t>(), z.data<uint8_t>(),
+                           w.data<float>(), s.data<float>(), w.numel(), spec, rounding);
+}
+
+void CudaBackend::do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e,
+                                  const Tensor& z, const Tensor& s, const GridSpec& spec) {
+  quant::launch_ste_backward(stream_, dw.data<float>(), w.data<float>(), e.data<uint8_t>(),
+                             z.data<uint8_t>(), s.data<float>(), w.numel(), spec);
+}
+
+void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
+                                    const Tensor& z, const Tensor& s, const GridSpec& spec) {
+  quant::launch_quantize_codes(stream_, codes.data<uint8_t>(), w.data<float>(), e.data<uint8_t>(),
+                               z.data<uint8_t>(), s.data<float>(), w.numel(), spec);
+}
+
+void CudaBackend::do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
+                                 const Tensor& codes, const Tensor& z, const Tensor& sigma,
+                                 const GridSpec& spec) {
+  quant::launch_scale_codes(stream_, bf16_of(wq), e.data<uint8_t>(), s.data<float>(),
+                            codes.data<uint8_t>(), z.data<uint8_t>(), sigma.data<float>(),
+                            codes.numel(), spec);
+}
+
+void CudaBackend::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw,
+                                          const Tensor& codes, const Tensor& z,
+                                          const GridSpec& spec, Write mode) {
+  quant::launch_scale_codes_backward(stream_, dsigma.data<float>(), dw.data<float>(),
+                                     codes.data<uint8_t>(), z.data<uint8_t>(), codes.numel(), spec,
+                                     mode == Write::Add);
+}
+
+}  // namespace bbb::cuda

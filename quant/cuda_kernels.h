@@ -1,0 +1,56 @@
+// The quantizer's kernels and those on packed weights, as plain launch functions on device memory.
+//
+// w, dw, sigma, dsigma FP32; wq, x, addend bf16; e, z, codes bytes; S one FP32 on the device.
+// Matrices are contiguous with whole groups of 32, 64 or 128 along a row, so the quantizer's own
+// kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "quant/spec.h"
+
+namespace bbb::quant {
+
+// S of `count` masters: a memset and two kernels.
+void launch_master_scale(cudaStream_t stream, float* s, const float* w, int64_t count,
+                         GridSpec spec);
+// wq = (q - z) e, e, z in one pass over the masters.
+void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
+                       const float* w, const float* s, int64_t count, GridSpec spec,
+                       Rounding rounding);
+// In place: dw = 0 where the master was clipped.
+void launch_ste_backward(cudaStream_t stream, float* dw, const float* w, const uint8_t* e,
+                         const uint8_t* z, const float* s, int64_t count, GridSpec spec);
+void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
+                           const uint8_t* z, const float* s, int64_t count, GridSpec spec);
+// S from the sigmas, then e = E4M3(sigma / S) and wq = (codes - z) e.
+void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
+                        const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
+                        GridSpec spec);
+void launch_scale_codes_backward(cudaStream_t stream, float* dsigma, const float* dw,
+                                 const uint8_t* codes, const uint8_t* z, int64_t count,
+                                 GridSpec spec, bool accumulate);
+
+// A packed matrix (format.md) in device memory.
+struct PackedView {
+  const uint8_t* qweight;     // (N, K * bits / 8)
+  const uint8_t* scales;      // (N, K / G)
+  const uint8_t* zeros;       // (N, ceil(K / G * bits / 8))
+  const float* master_scale;  // (1)
+  int64_t n;
+  int64_t k;
+  GridSpec spec;
+};
+
+// wq = (q - z) e, (N, K).
+void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
+// y = S x ((q - z) e)^T (+ addend) for m <= 8 rows of x. y (m, N), bf16 or FP32: the one that is
+// not null is written. addend (m, N) or null.
+void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,
+                        const __nv_bfloat16* x, const PackedView& w, const __nv_bfloat16* addend,
+                        int64_t m);
+
+}  // namespace bbb::quant
