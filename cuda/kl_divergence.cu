@@ -1,6 +1,6 @@
 // loss[m] = sum_v p (log p - log q), p = softmax(teacher[m]), q = softmax(logits[m]);
 // dlogits = scale (q - p).   loss F32 (M); dlogits bf16 (M, V) or undefined; logits, teacher bf16
-// or F32 (M, V), each its own; targets I32 (M), where a negative one gives loss 0 and gradient 0.
+// or F32 (M, V), both alike; targets I32 (M), where a negative one gives loss 0 and gradient 0.
 //
 // One block a row: a pass over each input for its maximum and sum, then one over both for the loss
 // and the gradient. The loss is summed after both log sums are known: its terms are small where the
@@ -15,13 +15,13 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWide = 8;
 
-template <int kWidth, typename S, typename T>
-__global__ void kl_divergence_kernel(float* __restrict__ loss, bf16* dlogits, const S* logits,
+template <int kWidth, typename T>
+__global__ void kl_divergence_kernel(float* __restrict__ loss, bf16* dlogits, const T* logits,
                                      const T* __restrict__ teacher,
                                      const int32_t* __restrict__ targets, int64_t v, float scale) {
   __shared__ float shared[32];
   const int64_t m = blockIdx.x;
-  const S* const srow = logits + m * v;
+  const T* const srow = logits + m * v;
   const T* const trow = teacher + m * v;
   bf16* const drow = dlogits == nullptr ? nullptr : dlogits + m * v;
   if (targets[m] < 0) {
@@ -51,15 +51,15 @@ __global__ void kl_divergence_kernel(float* __restrict__ loss, bf16* dlogits, co
   if (threadIdx.x == 0) loss[m] = sum;
 }
 
-template <typename S, typename T>
+template <typename T>
 void kl_divergence_as(cudaStream_t stream, const Tensor& loss, const Tensor& dlogits,
                       const Tensor& logits, const Tensor& teacher, const Tensor& targets,
                       double scale) {
   const int64_t rows = logits.dim(0), v = logits.dim(1);
   const bool wide = v % kWide == 0 && aligned(dlogits, logits, teacher);
   launch(stream, {blocks_for(rows, 1, 1), dim3(kThreads)},
-         wide ? kl_divergence_kernel<kWide, S, T> : kl_divergence_kernel<1, S, T>,
-         loss.data<float>(), bf16_of(dlogits), static_cast<const S*>(logits.raw()),
+         wide ? kl_divergence_kernel<kWide, T> : kl_divergence_kernel<1, T>, loss.data<float>(),
+         bf16_of(dlogits), static_cast<const T*>(logits.raw()),
          static_cast<const T*>(teacher.raw()), targets.data<int32_t>(), v, scale);
 }
 
@@ -67,13 +67,9 @@ void kl_divergence_as(cudaStream_t stream, const Tensor& loss, const Tensor& dlo
 
 void CudaBackend::do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                    const Tensor& teacher, const Tensor& targets, double scale) {
-  const bool student_bf16 = logits.dtype() == DType::BF16;
-  const bool teacher_bf16 = teacher.dtype() == DType::BF16;
-  const auto run =
-      student_bf16
-          ? (teacher_bf16 ? kl_divergence_as<bf16, bf16> : kl_divergence_as<bf16, float>)
-          : (teacher_bf16 ? kl_divergence_as<float, bf16> : kl_divergence_as<float, float>);
-  run(stream_, loss, dlogits, logits, teacher, targets, scale);
+  if (logits.dtype() == DType::BF16)
+    return kl_divergence_as<bf16>(stream_, loss, dlogits, logits, teacher, targets, scale);
+  kl_divergence_as<float>(stream_, loss, dlogits, logits, teacher, targets, scale);
 }
 
 }  // namespace bbb::cuda

@@ -1,0 +1,161 @@
+// gemm_nt, gemm_nn, gemm_tn against the F64 oracle, over shapes with and without ragged edges.
+#include <catch2/catch.hpp>
+#include <limits>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::Write;
+
+struct GemmCase {
+  int64_t m, n, k;
+};
+
+// One row, a few rows, odd everything, multiples of 8 that are no tile, and many tiles.
+const GemmCase kCases[] = {{1, 33, 31}, {1, 64, 96},   {4, 64, 96},     {31, 33, 65},
+                           {33, 31, 7}, {257, 72, 40}, {128, 576, 192}, {8, 192, 1536}};
+
+// Rounding the output, and the accumulator: FP32 error of random sums stays a few epsilons, but
+// tensor cores truncate once every 16 products.
+double tolerance(DType out, int64_t length) {
+  return epsilon_of(out) + epsilon_of(DType::F32) * (8.0 + static_cast<double>(length) / 16.0);
+}
+
+struct Inputs {
+  explicit Inputs(const GemmCase& c, uint64_t seed = 7) {
+    engine::Rng rng(seed);
+    x = activations(rng, c.m * c.k);
+    w = activations(rng, c.n * c.k, 0.5);
+    dy = activations(rng, c.m * c.n);
+    addend = activations(rng, c.m * c.n, 3.0);
+    dx = activations(rng, c.m * c.k, 3.0);
+    dw = activations(rng, c.n * c.k, 3.0);
+  }
+  std::vector<double> x, w, dy, addend, dx, dw;
+};
+
+Tensor alpha_of(Backend& b, bool given) {
+  return given ? make(b, {1}, b.real(), {0.25}) : Tensor();
+}
+
+std::vector<double> run_nt(Backend& b, const GemmCase& c, const Inputs& in, DType out,
+                           bool with_alpha, bool with_addend) {
+  const Guarded y(b, {c.m, c.n}, out);
+  b.gemm_nt(y.tensor(), make(b, {c.m, c.k}, b.act(), in.x), make(b, {c.n, c.k}, b.act(), in.w),
+            alpha_of(b, with_alpha),
+            with_addend ? make(b, {c.m, c.n}, b.act(), in.addend) : Tensor());
+  CHECK(y.untouched());
+  return values_of(b, y.tensor());
+}
+
+std::vector<double> run_nn(Backend& b, const GemmCase& c, const Inputs& in, bool with_alpha,
+                           Write mode) {
+  const Guarded dx(b, {c.m, c.k}, b.act());
+  b.copy(dx.tensor(), make(b, {c.m, c.k}, b.act(), in.dx));
+  b.gemm_nn(dx.tensor(), make(b, {c.m, c.n}, b.act(), in.dy), make(b, {c.n, c.k}, b.act(), in.w),
+            alpha_of(b, with_alpha), mode);
+  CHECK(dx.untouched());
+  return values_of(b, dx.tensor());
+}
+
+std::vector<double> run_tn(Backend& b, const GemmCase& c, const Inputs& in, Write mode) {
+  const Guarded dw(b, {c.n, c.k}, b.real());
+  b.copy(dw.tensor(), make(b, {c.n, c.k}, b.real(), in.dw));
+  b.gemm_tn(dw.tensor(), make(b, {c.m, c.n}, b.act(), in.dy), make(b, {c.m, c.k}, b.act(), in.x),
+            mode);
+  CHECK(dw.untouched());
+  return values_of(b, dw.tensor());
+}
+
+}  // namespace
+
+TEST_CASE("gemm_nt is alpha x w^T + addend", "[gemm]") {
+  for (const GemmCase& c : kCases) {
+    const Inputs in(c);
+    for (const bool wide_out : {false, true})
+      for (const bool with_alpha : {false, true})
+        for (const bool with_addend : {false, true}) {
+          CAPTURE(c.m, c.n, c.k, wide_out, with_alpha, with_addend);
+          const DType out = wide_out ? backend().real() : backend().act();
+          const auto got = run_nt(backend(), c, in, out, with_alpha, with_addend);
+          const auto want = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, with_addend);
+          CHECK(relative_error(got, want) <= tolerance(out, c.k));
+        }
+  }
+}
+
+TEST_CASE("gemm_nn is alpha dy w, written or added", "[gemm]") {
+  for (const GemmCase& c : kCases) {
+    const Inputs in(c);
+    for (const bool with_alpha : {false, true})
+      for (const Write mode : {Write::Overwrite, Write::Add}) {
+        CAPTURE(c.m, c.n, c.k, with_alpha, mode == Write::Add);
+        const auto got = run_nn(backend(), c, in, with_alpha, mode);
+        const auto want = run_nn(oracle_f64(), c, in, with_alpha, mode);
+        CHECK(relative_error(got, want) <= tolerance(backend().act(), c.n));
+      }
+  }
+}
+
+TEST_CASE("gemm_tn is dy^T x, written or added", "[gemm]") {
+  for (const GemmCase& c : kCases) {
+    const Inputs in(c);
+    for (const Write mode : {Write::Overwrite, Write::Add}) {
+      CAPTURE(c.m, c.n, c.k, mode == Write::Add);
+      const auto got = run_tn(backend(), c, in, mode);
+      const auto want = run_tn(oracle_f64(), c, in, mode);
+      CHECK(relative_error(got, want) <= tolerance(backend().real(), c.m));
+    }
+  }
+}
+
+TEST_CASE("a product that overwrites does not read what was there", "[gemm]") {
+  const GemmCase c{33, 64, 96};
+  Inputs in(c);
+  const auto dx = run_nn(backend(), c, in, true, Write::Overwrite);
+  const auto dw = run_tn(backend(), c, in, Write::Overwrite);
+  for (auto* old : {&in.dx, &in.dw})
+    std::fill(old->begin(), old->end(), std::numeric_limits<double>::quiet_NaN());
+  CHECK(run_nn(backend(), c, in, true, Write::Overwrite) == dx);
+  CHECK(run_tn(backend(), c, in, Write::Overwrite) == dw);
+}
+
+TEST_CASE("a NaN or Inf reaches its own row of the product and no other", "[gemm]") {
+  const GemmCase c{5, 40, 64};
+  Inputs in(c);
+  in.x[static_cast<size_t>(1 * c.k + 3)] = std::numeric_limits<double>::quiet_NaN();
+  in.x[static_cast<size_t>(3 * c.k)] = std::numeric_limits<double>::infinity();
+  const auto y = run_nt(backend(), c, in, backend().act(), false, false);
+  for (int64_t i = 0; i < c.m * c.n; ++i) {
+    const double v = y[static_cast<size_t>(i)];
+    const int64_t row = i / c.n;
+    CAPTURE(i, v);
+    CHECK(std::isnan(v) == (row == 1));
+    CHECK(std::isinf(v) == (row == 3));
+  }
+}
+
+TEST_CASE("products on rows inside a larger tensor, at any alignment", "[gemm]") {
+  Backend& b = backend();
+  const GemmCase c{3, 9, 5};
+  const Inputs in(c);
+  std::vector<double> shifted = in.x;
+  shifted.insert(shifted.begin(), 5, 1.0);
+  const Tensor x = make(b, {c.m + 1, c.k}, b.act(), shifted).rows(1, c.m);
+  const Tensor w = make(b, {c.n, c.k}, b.act(), in.w);
+  const Tensor y = b.empty({c.m, c.n}, b.act());
+  b.gemm_nt(y, x, w, Tensor(), Tensor());
+  const auto want = run_nt(oracle_f64(), c, in, DType::F64, false, false);
+  CHECK(relative_error(values_of(b, y), want) <= tolerance(b.act(), c.k));
+}
+
+TEST_CASE("the same product gives the same bytes", "[gemm]") {
+  const GemmCase c{64, 96, 512};
+  const Inputs in(c);
+  const auto once = run_tn(backend(), c, in, Write::Overwrite);
+  for (int i = 0; i < 3; ++i) CHECK(run_tn(backend(), c, in, Write::Overwrite) == once);
+}
+
+}  // namespace bbb::tests

@@ -1,0 +1,21 @@
+// What the tests of single ops share: inputs as the device under test holds them, and its epsilons.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "tests/support.h"
+
+namespace bbb::tests {
+
+// Normal values times scale that the activation dtype of backend() holds exactly, so that it and
+// the F64 oracle see the same ones. (F32 rounds them once more: an epsilon, which tolerances hold.)
+inline std::vector<double> activations(engine::Rng& rng, int64_t n, double scale = 1.0) {
+  std::vector<double> values = normal(rng, n, scale);
+  return backend().act() == DType::BF16 ? round_bf16(std::move(values)) : values;
+}
+
+inline double act_epsilon() { return epsilon_of(backend().act()); }
+inline double real_epsilon() { return epsilon_of(backend().real()); }
+
+}  // namespace bbb::tests

@@ -1,0 +1,121 @@
+// rms_norm and its backward against the F64 oracle: a warp a row, a block a row, wide and narrow.
+#include <catch2/catch.hpp>
+#include <limits>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::Write;
+
+constexpr double kEps = 1e-5;
+
+struct NormCase {
+  int64_t m, d;
+};
+
+// 2048 is the last width of a warp; widths that are not multiples of 8 are narrow; 200 rows are
+// several chunks of the weight gradient.
+const NormCase kCases[] = {{1, 1},    {3, 31},   {33, 33},  {200, 64},  {31, 576},
+                           {2, 2048}, {3, 2049}, {5, 2056}, {130, 100}, {1, 8192}};
+
+struct Inputs {
+  explicit Inputs(const NormCase& c) {
+    engine::Rng rng(11);
+    x = activations(rng, c.m * c.d, 2.0);
+    dy = activations(rng, c.m * c.d);
+    dx = activations(rng, c.m * c.d);
+    w = activations(rng, c.d);
+    dw = activations(rng, c.d);
+  }
+  std::vector<double> x, dy, dx, w, dw;
+};
+
+struct Forward {
+  std::vector<double> y, inv_rms;
+};
+
+Forward run(Backend& b, const NormCase& c, const Inputs& in) {
+  const Guarded y(b, {c.m, c.d}, b.act()), inv_rms(b, {c.m}, b.real());
+  b.rms_norm(y.tensor(), inv_rms.tensor(), make(b, {c.m, c.d}, b.act(), in.x),
+             make(b, {c.d}, b.real(), in.w), kEps);
+  CHECK(y.untouched());
+  CHECK(inv_rms.untouched());
+  return {values_of(b, y.tensor()), values_of(b, inv_rms.tensor())};
+}
+
+struct Backward {
+  std::vector<double> dx, dw;
+};
+
+Backward run_backward(Backend& b, const NormCase& c, const Inputs& in, bool want_dw, Write dx_mode,
+                      Write dw_mode) {
+  const Guarded dx(b, {c.m, c.d}, b.act()), dw(b, {c.d}, b.real());
+  b.copy(dx.tensor(), make(b, {c.m, c.d}, b.act(), in.dx));
+  b.copy(dw.tensor(), make(b, {c.d}, b.real(), in.dw));
+  const Tensor x = make(b, {c.m, c.d}, b.act(), in.x), w = make(b, {c.d}, b.real(), in.w);
+  const Tensor y = b.empty({c.m, c.d}, b.act()), inv_rms = b.empty({c.m}, b.real());
+  b.rms_norm(y, inv_rms, x, w, kEps);
+  b.rms_norm_backward(dx.tensor(), want_dw ? dw.tensor() : Tensor(),
+                      make(b, {c.m, c.d}, b.act(), in.dy), x, inv_rms, w, dx_mode, dw_mode);
+  CHECK(dx.untouched());
+  CHECK(dw.untouched());
+  return {values_of(b, dx.tensor()), values_of(b, dw.tensor())};
+}
+
+}  // namespace
+
+TEST_CASE("rms_norm", "[rms_norm]") {
+  for (const NormCase& c : kCases) {
+    CAPTURE(c.m, c.d);
+    const Inputs in(c);
+    const Forward got = run(backend(), c, in), want = run(oracle_f64(), c, in);
+    // y: its own rounding and three FP32 factors; inv_rms: a sum of squares, halved by the root.
+    CHECK(relative_error(got.y, want.y) <= act_epsilon() + 8 * real_epsilon());
+    CHECK(relative_error(got.inv_rms, want.inv_rms) <= 8 * real_epsilon());
+  }
+}
+
+TEST_CASE("rms_norm backward", "[rms_norm]") {
+  for (const NormCase& c : kCases) {
+    const Inputs in(c);
+    for (const Write dx_mode : {Write::Overwrite, Write::Add})
+      for (const Write dw_mode : {Write::Overwrite, Write::Add}) {
+        CAPTURE(c.m, c.d, dx_mode == Write::Add, dw_mode == Write::Add);
+        const Backward got = run_backward(backend(), c, in, true, dx_mode, dw_mode);
+        const Backward want = run_backward(oracle_f64(), c, in, true, dx_mode, dw_mode);
+        // dx loses digits where its two terms cancel: wholly at d = 1, up to eps / x^2.
+        const double cancelled =
+            c.d == 1 && dx_mode == Write::Overwrite ? 64 / kEps * real_epsilon() : 0.0;
+        CHECK(relative_error(got.dx, want.dx) <= act_epsilon() + 16 * real_epsilon() + cancelled);
+        CHECK(relative_error(got.dw, want.dw) <= 32 * real_epsilon());  // a sum over the rows
+      }
+  }
+}
+
+TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
+  const NormCase c{33, 64};
+  const Inputs in(c);
+  const Backward with = run_backward(backend(), c, in, true, Write::Overwrite, Write::Overwrite);
+  const Backward without =
+      run_backward(backend(), c, in, false, Write::Overwrite, Write::Overwrite);
+  CHECK(with.dx == without.dx);
+  CHECK(relative_error(without.dw, in.dw) <= real_epsilon());
+}
+
+TEST_CASE("rms_norm keeps a NaN in its row, and a zero row finite", "[rms_norm]") {
+  const NormCase c{3, 40};
+  Inputs in(c);
+  in.x[41] = std::numeric_limits<double>::quiet_NaN();
+  std::fill(in.x.begin() + 80, in.x.end(), 0.0);
+  const Forward got = run(backend(), c, in);
+  for (size_t i = 0; i < got.y.size(); ++i) {
+    CAPTURE(i);
+    CHECK(std::isnan(got.y[i]) == (i / 40 == 1));
+    if (i / 40 == 2) CHECK(got.y[i] == 0.0);
+  }
+  CHECK(got.inv_rms[2] == Approx(1 / std::sqrt(kEps)).epsilon(1e-6));
+}
+
+}  // namespace bbb::tests

@@ -1,0 +1,81 @@
+// rope against the F64 oracle, and against itself turned back.
+#include <catch2/catch.hpp>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::Rotation;
+
+struct RopeCase {
+  int64_t b, t, h, d;
+};
+
+// Narrow (d/2 not a multiple of 8), wide, tokens that do not fill a block, a large head.
+const RopeCase kCases[] = {{1, 1, 1, 2},   {1, 1, 9, 64},  {2, 31, 3, 6},
+                           {1, 33, 4, 64}, {3, 5, 2, 256}, {1, 130, 1, 16}};
+
+std::vector<double> frequencies(int64_t d) {
+  std::vector<double> f(static_cast<size_t>(d / 2));
+  for (size_t i = 0; i < f.size(); ++i)  // as F32 holds them, the oracle too
+    f[i] =
+        static_cast<float>(std::pow(1e4, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
+  return f;
+}
+
+// `start` negative: undefined.
+std::vector<double> run(Backend& b, const RopeCase& c, const std::vector<double>& values, int start,
+                        Rotation direction) {
+  const Guarded x(b, {c.b, c.t, c.h, c.d}, b.act());
+  b.copy(x.tensor(), make(b, {c.b, c.t, c.h, c.d}, b.act(), values));
+  b.rope(x.tensor(), make(b, {c.d / 2}, DType::F32, frequencies(c.d)),
+         start < 0 ? Tensor() : make_ids(b, {1}, {start}), direction);
+  CHECK(x.untouched());
+  return values_of(b, x.tensor());
+}
+
+// The output's rounding, and the angle's: one FP32 product, off by an epsilon of the position.
+double tolerance(const RopeCase& c, int start) {
+  return act_epsilon() + real_epsilon() * (4.0 + static_cast<double>(std::max(start, 0) + c.t));
+}
+
+}  // namespace
+
+TEST_CASE("rope rotates by position", "[rope]") {
+  for (const RopeCase& c : kCases)
+    for (const int start : {-1, 0, 17, 4096, 131000})
+      for (const Rotation direction : {Rotation::Forward, Rotation::Inverse}) {
+        CAPTURE(c.b, c.t, c.h, c.d, start, direction == Rotation::Forward);
+        engine::Rng rng(13);
+        const auto x = activations(rng, c.b * c.t * c.h * c.d);
+        const auto got = run(backend(), c, x, start, direction);
+        CHECK(relative_error(got, run(oracle_f64(), c, x, start, direction)) <=
+              tolerance(c, start));
+        // Where no start is given the positions are those from 0.
+        if (start < 0) CHECK(got == run(backend(), c, x, 0, direction));
+      }
+}
+
+TEST_CASE("rope's first position and first pair are what the formula says", "[rope]") {
+  const RopeCase c{1, 3, 1, 4};
+  const std::vector<double> x{1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4};
+  const auto y = run(backend(), c, x, -1, Rotation::Forward);
+  for (size_t i = 0; i < 4; ++i) CHECK(y[i] == x[i]);
+  for (size_t t = 1; t < 3; ++t) {
+    const double angle = static_cast<double>(t);
+    CHECK(y[4 * t] == Approx(std::cos(angle) - 3 * std::sin(angle)).epsilon(act_epsilon() * 2));
+    CHECK(y[4 * t + 2] == Approx(3 * std::cos(angle) + std::sin(angle)).epsilon(act_epsilon() * 2));
+  }
+}
+
+TEST_CASE("rope turned back is the input", "[rope]") {
+  const RopeCase c{2, 33, 3, 64};
+  engine::Rng rng(17);
+  const auto x = activations(rng, c.b * c.t * c.h * c.d);
+  const auto there = run(backend(), c, x, 1000, Rotation::Forward);
+  const auto back = run(backend(), c, there, 1000, Rotation::Inverse);
+  CHECK(relative_error(back, x) <= 2 * (act_epsilon() + 4 * real_epsilon()));  // two roundings
+}
+
+}  // namespace bbb::tests

@@ -1,0 +1,79 @@
+// swiglu and its backward against the F64 oracle.
+#include <catch2/catch.hpp>
+#include <limits>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+struct Values {
+  std::vector<double> h, dgate, dup;
+};
+
+Values run(Backend& b, const std::vector<double>& gate, const std::vector<double>& up,
+           const std::vector<double>& dh) {
+  const Shape shape{static_cast<int64_t>(gate.size())};
+  const Tensor g = make(b, shape, b.act(), gate), u = make(b, shape, b.act(), up);
+  const Guarded h(b, shape, b.act()), dgate(b, shape, b.act()), dup(b, shape, b.act());
+  b.swiglu(h.tensor(), g, u);
+  b.swiglu_backward(dgate.tensor(), dup.tensor(), make(b, shape, b.act(), dh), g, u);
+  CHECK(h.untouched());
+  CHECK(dgate.untouched());
+  CHECK(dup.untouched());
+  return {values_of(b, h.tensor()), values_of(b, dgate.tensor()), values_of(b, dup.tensor())};
+}
+
+}  // namespace
+
+TEST_CASE("swiglu and its gradients", "[swiglu]") {
+  for (const int64_t n : {1, 31, 33, 2048, 100003}) {
+    CAPTURE(n);
+    engine::Rng rng(3);
+    const auto gate = activations(rng, n, 3.0), up = activations(rng, n), dh = activations(rng, n);
+    const Values got = run(backend(), gate, up, dh), want = run(oracle_f64(), gate, up, dh);
+    // One rounding of the output; an exponential within 2 ulp, and a handful of products.
+    const double tolerance = act_epsilon() + 16 * real_epsilon();
+    CHECK(relative_error(got.h, want.h) <= tolerance);
+    CHECK(relative_error(got.dgate, want.dgate) <= tolerance);
+    CHECK(relative_error(got.dup, want.dup) <= tolerance);
+  }
+}
+
+TEST_CASE("swiglu saturates without overflow and passes NaN on", "[swiglu]") {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const std::vector<double> gate{-200, 200, nan, 0, 1}, up{2, 2, 2, 2, nan}, dh(5, 1.0);
+  const Values got = run(backend(), gate, up, dh);
+  CHECK(got.h[0] == 0.0);
+  CHECK(got.h[1] == 400.0);
+  CHECK(got.dgate[0] == 0.0);
+  CHECK(got.dgate[1] == 2.0);
+  CHECK(got.dup[1] == 200.0);
+  CHECK(std::isnan(got.h[2]));
+  CHECK(got.h[3] == 0.0);
+  CHECK(got.dgate[3] == 1.0);
+  CHECK(std::isnan(got.h[4]));
+  CHECK(std::isnan(got.dgate[4]));
+  CHECK_FALSE(std::isnan(got.dup[4]));
+}
+
+TEST_CASE("add rounds once, also in place and off alignment", "[add]") {
+  Backend& b = backend();
+  for (const int64_t n : {1, 31, 33, 4096}) {
+    CAPTURE(n);
+    engine::Rng rng(5);
+    const auto a = activations(rng, n + 1), c = activations(rng, n + 1);
+    std::vector<double> want(static_cast<size_t>(n));
+    for (size_t i = 0; i < want.size(); ++i) want[i] = a[i + 1] + c[i + 1];
+    const Tensor ta = make(b, {n + 1}, b.act(), a).slice(1, n);
+    const Tensor tc = make(b, {n + 1}, b.act(), c).slice(1, n);
+    const Guarded out(b, {n}, b.act());
+    b.add(out.tensor(), ta, tc);
+    CHECK(out.untouched());
+    CHECK(relative_error(values_of(b, out.tensor()), want) <= act_epsilon() + 2 * real_epsilon());
+    b.add(ta, ta, tc);
+    CHECK(values_of(b, ta) == values_of(b, out.tensor()));
+  }
+}
+
+}  // namespace bbb::tests
