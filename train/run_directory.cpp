@@ -122,7 +122,7 @@ RunIdentity RunDirectory::identity() const {
 }
 
 std::string RunDirectory::block_file(int64_t block) const {
-  char name[32];
+  char name[64];
   std::snprintf(name, sizeof name, "/blocks/block_%03lld.safetensors",
                 static_cast<long long>(block));
   return path_ + name;
