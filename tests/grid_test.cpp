@@ -1,0 +1,187 @@
+// The group quantizer against the formula of numerics.md, written out here a second time with
+// library calls (log2, a search over all scales) in place of bit tricks.
+#include "quant/grid.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "engine/rng.h"
+#include "quant/host.h"
+
+namespace bbb::tests {
+namespace {
+
+using Values = std::vector<float>;
+
+struct Quantized {
+  float s = 0;
+  std::vector<uint8_t> e, z;
+  Values wq;
+};
+
+Quantized quantize(const Values& w, quant::GridSpec spec) {
+  const auto k = static_cast<int64_t>(w.size());
+  const size_t groups = w.size() / static_cast<size_t>(spec.group);
+  Quantized out{0, std::vector<uint8_t>(groups), std::vector<uint8_t>(groups), Values(w.size())};
+  out.s = quant::master_scale_of(quant::host::largest_raw_scale(w.data(), {0, 1}, k, spec));
+  quant::host::fake_quant(out.wq.data(), out.e.data(), out.z.data(), w.data(), {0, 1}, k, out.s,
+                          spec, quant::Rounding::Nearest);
+  return out;
+}
+
+// The nearest positive E4M3 value by search, ties to the even code; up: the first not below.
+uint8_t search_scale(double value, bool up) {
+  int best = 1;
+  for (int code = 1; code <= 0x7E; ++code) {
+    const double v = quant::e4m3_decode(static_cast<uint8_t>(code));
+    const double b = quant::e4m3_decode(static_cast<uint8_t>(best));
+    if (up) {
+      if (b < value) best = code;
+    } else if (std::abs(v - value) < std::abs(b - value) ||
+               (std::abs(v - value) == std::abs(b - value) && code % 2 == 0)) {
+      best = code;
+    }
+  }
+  return static_cast<uint8_t>(best);
+}
+
+void check_formula(const Values& w, quant::GridSpec spec) {
+  const Quantized got = quantize(w, spec);
+  const float top = static_cast<float>((1 << spec.bits) - 1);
+  const auto group = static_cast<size_t>(spec.group);
+  std::vector<float> raw, lowest;
+  for (size_t g = 0; g < got.e.size(); ++g) {
+    const auto begin = w.begin() + static_cast<std::ptrdiff_t>(g * group);
+    const auto [mn, mx] = std::minmax_element(begin, begin + spec.group);
+    lowest.push_back(std::min(*mn, 0.0f));
+    raw.push_back((std::max(*mx, 0.0f) - lowest.back()) / top);
+  }
+  const double largest = *std::max_element(raw.begin(), raw.end());
+  const double s = largest == 0 ? 1.0 : std::exp2(std::ceil(std::log2(largest / 448.0)));
+  REQUIRE(got.s == s);
+  for (size_t g = 0; g < got.e.size(); ++g) {
+    CAPTURE(spec.bits, spec.group, g);
+    REQUIRE(got.e[g] == search_scale(raw[g] / s, spec.bits == 8));
+    const float e = quant::e4m3_decode(got.e[g]), step = got.s * e;
+    const float z = std::clamp(std::floor(-lowest[g] / step + 0.5f), 0.0f, top);
+    REQUIRE(got.z[g] == z);
+    for (size_t i = g * group; i < (g + 1) * group; ++i) {
+      const float q = std::clamp(std::floor(w[i] / step + 0.5f) + z, 0.0f, top);
+      REQUIRE(got.wq[i] == (q - z) * e);
+    }
+  }
+}
+
+Values normal(engine::Rng& rng, int64_t n, double scale) {
+  Values x(static_cast<size_t>(n));
+  for (float& v : x) v = static_cast<float>(rng.normal() * scale);
+  return x;
+}
+
+TEST_CASE("the quantizer is the formula", "[grid]") {
+  engine::Rng rng(11);
+  for (const int bits : {2, 3, 4, 8})
+    for (const int group : {32, 64, 128}) {
+      for (const double scale : {1.0, 0.02, 1e-6, 3e7})
+        check_formula(normal(rng, group * 9, scale), {bits, group});
+      // Groups of very different sizes: subnormal scales, and scales clamped at 2^-9.
+      Values uneven = normal(rng, group * 16, 1.0);
+      for (size_t i = 0; i < uneven.size(); ++i)
+        uneven[i] *= std::ldexp(1.0f, -2 * static_cast<int>(i / static_cast<size_t>(group)));
+      check_formula(uneven, {bits, group});
+      Values positive = normal(rng, group * 4, 0.1);
+      for (float& v : positive) v = std::abs(v) + 0.01f;
+      check_formula(positive, {bits, group});
+      for (float& v : positive) v = -v;
+      check_formula(positive, {bits, group});
+    }
+}
+
+TEST_CASE("S is the smallest power of two that keeps every scale within 448", "[grid]") {
+  for (int exponent = -126; exponent < 100; ++exponent)
+    for (const double m : {1.0, 1.25, 1.7499999, 1.75, 1.7500001, 1.9999999}) {
+      const float largest = static_cast<float>(std::ldexp(m, exponent));
+      const float s = quant::master_scale_of(largest);
+      CAPTURE(largest, s);
+      int unused;
+      REQUIRE(std::frexp(s, &unused) == 0.5f);
+      REQUIRE(448.0 * s >= largest);
+      if (s > std::numeric_limits<float>::min()) REQUIRE(448.0 * (s / 2.0) < largest);
+      REQUIRE(quant::master_scale_of(static_cast<double>(largest)) == s);
+    }
+  CHECK(quant::master_scale_of(0.0f) == 1.0f);
+  CHECK(quant::master_scale_of(std::numeric_limits<float>::denorm_min()) ==
+        std::numeric_limits<float>::min());
+}
+
+TEST_CASE("ties round up, zero and constant groups stay finite", "[grid]") {
+  CHECK(quant::round_half_up(0.5f) == 1.0f);
+  CHECK(quant::round_half_up(1.5f) == 2.0f);
+  CHECK(quant::round_half_up(2.5f) == 3.0f);
+  CHECK(quant::round_half_up(-0.5f) == 0.0f);
+  CHECK(quant::round_half_up(-1.5f) == -1.0f);
+
+  // A step of exactly 1 (S = 2^-8, e = 256), and ties on it: -1.5 is outside, -0.5 and 0.5 go up.
+  Values w(32, 0.0f);
+  w[0] = -1.0f;
+  w[1] = 2.0f;
+  w[2] = -0.5f;
+  w[3] = 0.5f;
+  w[4] = 1.5f;
+  const Quantized q = quantize(w, {2, 32});
+  CHECK(q.z[0] == 1);
+  CHECK(q.s * q.wq[0] == -1.0f);
+  CHECK(q.s * q.wq[1] == 2.0f);
+  CHECK(q.s * q.wq[2] == 0.0f);
+  CHECK(q.s * q.wq[3] == 1.0f);
+  CHECK(q.s * q.wq[4] == 2.0f);
+
+  const Quantized zero = quantize(Values(64, 0.0f), {2, 32});
+  CHECK(zero.s == 1.0f);
+  CHECK(zero.e == std::vector<uint8_t>{1, 1});
+  CHECK(zero.z == std::vector<uint8_t>{0, 0});
+  CHECK(zero.wq == Values(64, 0.0f));
+
+  for (const float c : {0.7f, -0.7f}) {
+    const Quantized constant = quantize(Values(32, c), {2, 32});
+    CHECK(constant.z[0] == (c > 0 ? 0 : 3));
+    for (const float v : constant.wq) CHECK(constant.s * v == Approx(c).epsilon(0.0625));
+  }
+  const Quantized tiny = quantize(Values(32, 1e-41f), {2, 32});
+  CHECK(tiny.s == std::numeric_limits<float>::min());
+  for (const float v : tiny.wq) CHECK(std::isfinite(v));
+}
+
+TEST_CASE("NaN and infinity in a master reach every weight", "[grid]") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  engine::Rng rng(3);
+  for (const float bad : {nan, -nan, infinity, -infinity})
+    for (const size_t at : {size_t{0}, size_t{31}, size_t{40}, size_t{95}}) {
+      Values w = normal(rng, 96, 1.0);
+      w[at] = bad;
+      const Quantized q = quantize(w, {2, 32});
+      CAPTURE(bad, at);
+      CHECK(std::isnan(q.s));
+      for (const float v : q.wq) CHECK(std::isnan(v));
+      CHECK(q.e == std::vector<uint8_t>(3, quant::kE4m3Nan));
+      CHECK(q.z == std::vector<uint8_t>(3, 0));
+    }
+  CHECK(std::signbit(quant::max_or_nan(0.0f, -0.0f)) == false);
+  CHECK(std::isnan(quant::max_or_nan(nan, 1.0f)));
+  CHECK(std::isnan(quant::max_or_nan(1.0f, nan)));
+}
+
+TEST_CASE("learned scales: negative and zero ones are the smallest, NaN stays", "[grid]") {
+  CHECK(quant::encode_scale(-1.0f, 1.0f, 2) == quant::kE4m3SmallestCode);
+  CHECK(quant::encode_scale(0.0f, 1.0f, 2) == quant::kE4m3SmallestCode);
+  CHECK(quant::encode_scale(-0.0f, 1.0f, 2) == quant::kE4m3SmallestCode);
+  CHECK(quant::encode_scale(std::numeric_limits<float>::quiet_NaN(), 1.0f, 2) == quant::kE4m3Nan);
+  CHECK(quant::encode_scale(1.0f, 1.0f, 2) == 0x38);
+}
+
+}  // namespace
+}  // namespace bbb::tests
