@@ -115,7 +115,7 @@ Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Attent
   Backend& backend = tape.backend();
   const Shape& shape = q.value().shape();  // (B, T, H, d)
   Tensor o = backend.empty(shape, backend.act());
-  Tensor lse = backend.empty({shape[0], shape[2], shape[1]}, DType::F32);
+  Tensor lse = backend.empty({shape[0], shape[2], shape[1]}, backend.real());
   backend.attention(o, lse, q.value(), k.value(), v.value(), spec);
   Var out = tape.output(o, {q, k, v});
   if (!out.requires_grad()) return out;
