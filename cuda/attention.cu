@@ -11,6 +11,7 @@
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
+#include "cuda/vector.h"
 
 namespace bbb::cuda {
 namespace {
@@ -240,6 +241,7 @@ void attention_forward(cudaStream_t stream, const ForwardArgs& args, int64_t d) 
 
 void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                                const Tensor& v, const AttentionSpec& spec) {
+  BBB_ASSERT(aligned(o, q, k, v));
   const int t = checked_int(q.dim(1));
   attention_forward(stream_,
                     {bf16_of(o), lse.data<float>(), bf16_of(q), bf16_of(k), bf16_of(v), nullptr,

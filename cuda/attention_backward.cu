@@ -20,6 +20,7 @@
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
+#include "cuda/vector.h"
 
 namespace bbb::cuda {
 namespace {
@@ -61,12 +62,11 @@ __global__ void attention_delta_kernel(float* __restrict__ delta, const bf16* __
   float sum = 0.0f;
   if (row < rows && lane < D / 8) {
     const int64_t offset = int64_t{row} * D + lane * 8;
-    const uint4 a = *reinterpret_cast<const uint4*>(dout + offset);
-    const uint4 b = *reinterpret_cast<const uint4*>(o + offset);
-    const bf16* left = reinterpret_cast<const bf16*>(&a);
-    const bf16* right = reinterpret_cast<const bf16*>(&b);
+    float left[8], right[8];
+    load(left, dout + offset, 8);
+    load(right, o + offset, 8);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += __bfloat162float(left[i]) * __bfloat162float(right[i]);
+    for (int i = 0; i < 8; ++i) sum += left[i] * right[i];
   }
 #pragma unroll
   for (int distance = 8; distance > 0; distance /= 2)
@@ -352,6 +352,7 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
   const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k.dim(2));
   if (q.numel() == 0) return;
+  BBB_ASSERT(aligned(dq, dk, dv, dout, q, k, v, o));
   const int group = heads / kv_heads;
   const int tiles = ceil_div(t, kRows);
   // Two waves of blocks are enough to even out their lengths.

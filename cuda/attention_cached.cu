@@ -12,6 +12,7 @@
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
+#include "cuda/vector.h"
 
 namespace bbb::cuda {
 namespace {
@@ -228,6 +229,7 @@ __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict_
 void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                const Tensor& v, const Tensor& start) {
   constexpr int kThreads = 256, kChunk = 8;
+  BBB_ASSERT(aligned(k_cache, v_cache, k, v));
   const int row_values = checked_int(k.dim(2) * k.dim(3));
   BBB_CHECK(row_values % kChunk == 0, "append_kv on the GPU takes rows of a multiple of ", kChunk,
             " values, not ", row_values);
@@ -246,6 +248,7 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
   const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k_cache.dim(2));
   const int t_max = checked_int(k_cache.dim(1));
   const int window = window_of(spec.window);
+  BBB_ASSERT(aligned(o, q, k_cache, v_cache));
   if (t > 1) {
     attention_forward(stream_,
                       {bf16_of(o), nullptr, bf16_of(q), bf16_of(k_cache), bf16_of(v_cache),
