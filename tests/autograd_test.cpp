@@ -1,0 +1,457 @@
+// Autograd: every op against central differences in F64, then the device's backward against the
+// CPU's.
+//
+// A check differences along random directions: one number tests every element of an input. With
+// step 1e-5 and F64 the difference itself is good to about 1e-10.
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "autograd/ops.h"
+#include "autograd/parameter.h"
+#include "models/llama.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+
+using namespace bbb;
+using namespace bbb::tests;
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using engine::Rng;
+using engine::Write;
+
+namespace {
+
+constexpr double kRelative = 1e-7;
+constexpr double kStep = 1e-5;
+
+double dot(const std::vector<double>& a, const std::vector<double>& b) {
+  REQUIRE(a.size() == b.size());
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+double norm(const std::vector<double>& a) { return std::sqrt(dot(a, a)); }
+
+struct Input {
+  Shape shape;
+  std::vector<double> values;
+};
+
+Input random_input(Rng& rng, const Shape& shape, double scale = 1.0) {
+  return {shape, normal(rng, engine::numel_of(shape), scale)};
+}
+
+using Build = std::function<Var(Tape&, const std::vector<Var>&)>;
+
+// Compares d(weights . y) / d(input) along a random direction, for every input. A loss, of one
+// element, takes no weights.
+void check_gradients(const std::vector<Input>& inputs, const Build& build, bool is_loss = false) {
+  Backend& cpu = oracle_f64();
+  Rng rng(7);
+  std::vector<double> weights;
+  const auto value = [&](const std::vector<Input>& at) {
+    std::vector<Var> vars;
+    for (const Input& input : at)
+      vars.emplace_back(make(cpu, input.shape, DType::F64, input.values));
+    Tape tape(cpu, TapeMode::Inference);
+    const std::vector<double> y = values_of(cpu, build(tape, vars).value());
+    if (weights.empty()) weights = is_loss ? std::vector<double>{1} : normal(rng, y.size());
+    return dot(y, weights);
+  };
+  value(inputs);
+
+  std::vector<Var> vars;
+  for (const Input& input : inputs)
+    vars.push_back(Var::input(make(cpu, input.shape, DType::F64, input.values)));
+  Tape tape(cpu, TapeMode::Training);
+  const Var y = build(tape, vars);
+  tape.backward(y, is_loss ? Tensor() : make(cpu, y.value().shape(), DType::F64, weights));
+
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    CAPTURE(i);
+    REQUIRE(vars[i].has_grad());
+    const std::vector<double> gradient = values_of(cpu, vars[i].grad());
+    const std::vector<double> direction = normal(rng, gradient.size());
+    std::vector<Input> forth = inputs, back = inputs;
+    for (size_t j = 0; j < direction.size(); ++j) {
+      forth[i].values[j] += kStep * direction[j];
+      back[i].values[j] -= kStep * direction[j];
+    }
+    const double difference = (value(forth) - value(back)) / (2 * kStep);
+    REQUIRE(norm(gradient) > 0);
+    CHECK(std::abs(difference - dot(gradient, direction)) <= kRelative * norm(gradient));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("linear: gradients of x, w and the residual", "[autograd]") {
+  Rng rng(1);
+  check_gradients(
+      {random_input(rng, {2, 3, 5}), random_input(rng, {4, 5}), random_input(rng, {2, 3, 4})},
+      [&](Tape& tape, const std::vector<Var>& in) {
+        return linear(tape, in[0], in[1], Tensor(), in[2]);
+      });
+  check_gradients({random_input(rng, {3, 5})}, [&](Tape& tape, const std::vector<Var>& in) {
+    Rng fixed(2);
+    const Tensor w = make(oracle_f64(), {4, 5}, DType::F64, normal(fixed, 20));
+    const Tensor a = make(oracle_f64(), {1}, DType::F64, {0.25});
+    return linear(tape, in[0], Var(w), a, Var());
+  });
+}
+
+TEST_CASE("linear: w's gradient is that of alpha w", "[autograd]") {
+  Backend& cpu = oracle_f64();
+  Rng rng(3);
+  const Tensor x = make(cpu, {3, 5}, DType::F64, normal(rng, 15));
+  const std::vector<double> w = normal(rng, 20), seed = normal(rng, 12);
+  std::vector<std::vector<double>> gradients;
+  for (double alpha : {1.0, 0.25}) {
+    const Var leaf = Var::input(make(cpu, {4, 5}, DType::F64, w));
+    Tape tape(cpu, TapeMode::Training);
+    const Var y = linear(tape, Var(x), leaf, make(cpu, {1}, DType::F64, {alpha}), Var());
+    tape.backward(y, make(cpu, {3, 4}, DType::F64, seed));
+    gradients.push_back(values_of(cpu, leaf.grad()));
+  }
+  CHECK(gradients[0] == gradients[1]);
+}
+
+TEST_CASE("linear: one x feeds two products and a residual", "[autograd]") {
+  Rng rng(4);
+  check_gradients({random_input(rng, {3, 4}), random_input(rng, {4, 4}), random_input(rng, {4, 4})},
+                  [](Tape& tape, const std::vector<Var>& in) {
+                    const Var a = linear(tape, in[0], in[1], Tensor(), in[0]);
+                    return linear(tape, in[0], in[2], Tensor(), a);
+                  });
+}
+
+TEST_CASE("rms_norm, swiglu, add, reshape: gradients", "[autograd]") {
+  Rng rng(5);
+  check_gradients(
+      {random_input(rng, {2, 3, 8}), random_input(rng, {8})},
+      [](Tape& tape, const std::vector<Var>& in) { return rms_norm(tape, in[0], in[1], 1e-5); });
+  check_gradients(
+      {random_input(rng, {3, 8}), random_input(rng, {3, 8})},
+      [](Tape& tape, const std::vector<Var>& in) { return swiglu(tape, in[0], in[1]); });
+  check_gradients({random_input(rng, {3, 8}), random_input(rng, {3, 8})},
+                  [](Tape& tape, const std::vector<Var>& in) {
+                    const Var sum = add(tape, in[0], in[1]);
+                    return reshape(tape, add(tape, sum, sum), {4, 6});
+                  });
+}
+
+TEST_CASE("rope: gradients, from a start position", "[autograd]") {
+  Rng rng(6);
+  check_gradients({random_input(rng, {2, 3, 2, 4})}, [](Tape& tape, const std::vector<Var>& in) {
+    Backend& cpu = oracle_f64();
+    const Tensor inv_freq = make(cpu, {2}, DType::F32, {1.0, 0.25});
+    const Tensor zero = cpu.zeros(in[0].value().shape(), DType::F64);
+    // rope turns its input in place: a copy of it.
+    return rope(tape, add(tape, in[0], Var(zero)), inv_freq, make_ids(cpu, {1}, {5}));
+  });
+}
+
+TEST_CASE("attention: gradients with grouped queries and a window", "[autograd]") {
+  Rng rng(8);
+  for (int64_t window : {0, 3})
+    check_gradients({random_input(rng, {2, 7, 4, 6}), random_input(rng, {2, 7, 2, 6}),
+                     random_input(rng, {2, 7, 2, 6})},
+                    [&](Tape& tape, const std::vector<Var>& in) {
+                      return attention(tape, in[0], in[1], in[2], {window});
+                    });
+}
+
+TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd]") {
+  Rng rng(9);
+  const Input h = random_input(rng, {7, 6});
+  const std::vector<double> other = normal(rng, 42), table = normal(rng, 11 * 6);
+  const std::vector<int32_t> ids = {3, -1, 0, 10, 5, -1, 2};
+  check_gradients(
+      {h},
+      [&](Tape& tape, const std::vector<Var>& in) {
+        return mse(tape, in[0], make(oracle_f64(), {7, 6}, DType::F64, other));
+      },
+      true);
+  for (const bool kl : {false, true})
+    for (const int64_t chunk_rows : {3, 100})
+      check_gradients(
+          {h},
+          [&](Tape& tape, const std::vector<Var>& in) {
+            Backend& cpu = oracle_f64();
+            return head_loss(tape, kl ? autograd::LossKind::Kl : autograd::LossKind::CrossEntropy,
+                             in[0], make(cpu, {11, 6}, DType::F64, table), make_ids(cpu, {7}, ids),
+                             kl ? make(cpu, {7, 6}, DType::F64, other) : Tensor(), 0.2, chunk_rows,
+                             Tensor());
+          },
+          true);
+}
+
+TEST_CASE("head_loss: the value, against a softmax written out", "[autograd]") {
+  Backend& device = backend();
+  Rng rng(10);
+  const int64_t m = 5, d = 8, v = 13;
+  const std::vector<double> h = round_bf16(normal(rng, m * d)), w = round_bf16(normal(rng, v * d));
+  const std::vector<int32_t> targets = {0, 12, -1, 4, 7};
+  double expected = 0;
+  std::vector<double> expected_rows;
+  for (int64_t i = 0; i < m; ++i) {
+    std::vector<double> logits(static_cast<size_t>(v), 0.0);
+    double total = 0;
+    for (int64_t j = 0; j < v; ++j) {
+      for (int64_t k = 0; k < d; ++k) logits[j] += h[i * d + k] * w[j * d + k];
+      total += std::exp(logits[j]);
+    }
+    const double loss = targets[i] < 0 ? 0 : std::log(total) - logits[targets[i]];
+    expected_rows.push_back(loss);
+    expected += 0.5 * loss;
+  }
+  Tensor row_loss = device.empty({m}, device.real());
+  Tape tape(device, TapeMode::Inference);
+  const Var loss =
+      head_loss(tape, autograd::LossKind::CrossEntropy, Var(make(device, {m, d}, device.act(), h)),
+                make(device, {v, d}, device.act(), w), make_ids(device, {m}, targets), Tensor(),
+                0.5, 2, row_loss);
+  // Inputs are exact in act; logits and the loss are FP32: a dozen roundings.
+  const double tolerance = 16 * epsilon_of(DType::F32);
+  CHECK(relative_error(values_of(device, row_loss), expected_rows) < tolerance);
+  CHECK(relative_error(values_of(device, loss.value()), {expected}) < tolerance);
+}
+
+TEST_CASE("tape: an inference tape makes no gradients, an unused output sends none", "[autograd]") {
+  Backend& cpu = oracle_f64();
+  Rng rng(11);
+  const Var x = Var::input(make(cpu, {2, 3}, DType::F64, normal(rng, 6)));
+  Tape inference(cpu, TapeMode::Inference);
+  CHECK_FALSE(add(inference, x, x).requires_grad());
+
+  Tape tape(cpu, TapeMode::Training);
+  const Var other = Var::input(make(cpu, {2, 3}, DType::F64, normal(rng, 6)));
+  swiglu(tape, other, other);
+  const Var y = add(tape, x, x);
+  tape.backward(y, make(cpu, {2, 3}, DType::F64, std::vector<double>(6, 1.0)));
+  CHECK_FALSE(other.has_grad());
+  CHECK(values_of(cpu, x.grad()) == std::vector<double>(6, 2.0));
+  CHECK_THROWS_AS(other.grad(), Error);
+}
+
+TEST_CASE("tape: a leaf's own buffer is overwritten first, added to after", "[autograd]") {
+  Backend& cpu = oracle_f64();
+  for (const Write mode : {Write::Overwrite, Write::Add}) {
+    Tensor grad = make(cpu, {2}, DType::F64, {100, 200});
+    const Var leaf = Var::leaf(make(cpu, {2}, DType::F64, {1, 2}), grad, mode);
+    Tape tape(cpu, TapeMode::Training);
+    const Var y = add(tape, leaf, add(tape, leaf, leaf));
+    tape.backward(y, make(cpu, {2}, DType::F64, {1, 1}));
+    CHECK(values_of(cpu, grad) ==
+          (mode == Write::Add ? std::vector<double>{103, 203} : std::vector<double>{3, 3}));
+  }
+}
+
+// --- a whole block
+// --------------------------------------------------------------------------------
+
+namespace {
+
+struct BlockRun {
+  std::vector<double> y, dx;
+  std::vector<std::vector<double>> gradients;  // of every parameter, in the order of the set
+};
+
+// A trainable block on `device`, its masters and norms drawn from one seed.
+struct TrainedBlock {
+  Backend& device;
+  models::LlamaConfig config;
+  autograd::ParameterSet set;
+  models::LlamaBlock block;
+  std::vector<std::vector<double>> masters;
+
+  TrainedBlock(Backend& backend, int64_t window, int bits, engine::Rounding rounding)
+      : device(backend),
+        config(tiny_config()),
+        set(backend),
+        block(backend, config, 0,
+              models::upload_as(backend, models::rope_inv_freq(config), {config.head_dim / 2},
+                                DType::F32)) {
+    config.sliding_window = window;
+    block.declare_parameters(set);
+    set.allocate();
+    block.bind_parameters(set, {bits, 32}, rounding);
+    Rng rng(12);
+    for (auto& parameter : set.parameters()) {
+      const bool is_norm = parameter->master.rank() == 1;
+      std::vector<double> values =
+          round_bf16(normal(rng, parameter->master.numel(), is_norm ? 0.1 : 0.2));
+      for (double& value : values) value += is_norm ? 1 : 0;
+      upload(*parameter, values);
+      masters.push_back(values);
+    }
+    block.prepare();
+  }
+
+  void upload(autograd::Parameter& parameter, const std::vector<double>& values) {
+    device.copy(parameter.master, make(device, parameter.master.shape(), device.real(), values));
+  }
+
+  Var forward(Tape& tape, const Var& x, bool recompute) {
+    const auto fn = [this](Tape& t, const Var& in) { return block.forward(t, in, nullptr); };
+    return recompute ? checkpoint(tape, fn, x) : fn(tape, x);
+  }
+
+  BlockRun run(const Shape& shape, const std::vector<double>& x, const std::vector<double>& seed,
+               bool recompute) {
+    Tape tape(device, TapeMode::Training);
+    const Var input = Var::input(make(device, shape, device.act(), x));
+    const Var y = forward(tape, input, recompute);
+    BlockRun result;
+    result.y = values_of(device, y.value());
+    tape.backward(y, make(device, shape, device.act(), seed));
+    block.finish_backward();
+    result.dx = values_of(device, input.grad());
+    for (auto& parameter : set.parameters())
+      result.gradients.push_back(values_of(device, parameter->grad));
+    return result;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
+  for (const int64_t window : {0, 3}) {
+    TrainedBlock trained(oracle_f64(), window, 2, engine::Rounding::Identity);
+    const Shape shape{2, 5, trained.config.d_model};
+    Rng rng(13);
+    const std::vector<double> x = normal(rng, engine::numel_of(shape));
+    const std::vector<double> weights = normal(rng, x.size());
+    const BlockRun run = trained.run(shape, x, weights, false);
+
+    const auto value = [&](const std::vector<double>& at) {
+      Tape tape(trained.device, TapeMode::Inference);
+      trained.block.prepare();
+      const Var y = trained.forward(tape, Var(make(trained.device, shape, DType::F64, at)), false);
+      return dot(values_of(trained.device, y.value()), weights);
+    };
+    const auto shifted = [](std::vector<double> at, const std::vector<double>& direction,
+                            double step) {
+      for (size_t i = 0; i < at.size(); ++i) at[i] += step * direction[i];
+      return at;
+    };
+    const std::vector<double> direction = normal(rng, x.size());
+    const double difference =
+        (value(shifted(x, direction, kStep)) - value(shifted(x, direction, -kStep))) / (2 * kStep);
+    CHECK(std::abs(difference - dot(run.dx, direction)) <= kRelative * norm(run.dx));
+
+    for (size_t i = 0; i < trained.masters.size(); ++i) {
+      autograd::Parameter& parameter = *trained.set.parameters()[i];
+      CAPTURE(parameter.name, window);
+      const std::vector<double> along = normal(rng, trained.masters[i].size());
+      double ends[2];
+      for (const int side : {0, 1}) {
+        trained.upload(parameter, shifted(trained.masters[i], along, side ? kStep : -kStep));
+        ends[side] = value(x);
+      }
+      trained.upload(parameter, trained.masters[i]);
+      const double slope = (ends[1] - ends[0]) / (2 * kStep);
+      CHECK(norm(run.gradients[i]) > 0);
+      CHECK(std::abs(slope - dot(run.gradients[i], along)) <= kRelative * norm(run.gradients[i]));
+    }
+  }
+}
+
+TEST_CASE("block: checkpoint gives the same value and gradients", "[autograd]") {
+  TrainedBlock trained(backend(), 0, 2, engine::Rounding::Nearest);
+  const Shape shape{2, 9, trained.config.d_model};
+  Rng rng(14);
+  const std::vector<double> x = normal(rng, engine::numel_of(shape)), seed = normal(rng, x.size());
+  const BlockRun kept = trained.run(shape, x, seed, false);
+  const BlockRun again = trained.run(shape, x, seed, true);
+  CHECK(kept.y == again.y);
+  CHECK(kept.dx == again.dx);
+  CHECK(kept.gradients == again.gradients);
+}
+
+TEST_CASE("block: two micro-batches accumulate, whatever the order of their passes", "[autograd]") {
+  TrainedBlock trained(backend(), 0, 2, engine::Rounding::Nearest);
+  const Shape shape{1, 6, trained.config.d_model};
+  Rng rng(15);
+  std::vector<std::vector<double>> x, seed;
+  for (int i = 0; i < 2; ++i) {
+    x.push_back(normal(rng, engine::numel_of(shape)));
+    seed.push_back(normal(rng, x[0].size()));
+  }
+  const BlockRun first = trained.run(shape, x[0], seed[0], false);
+  const BlockRun second = trained.run(shape, x[1], seed[1], false);
+  // Both forwards before either backward.
+  Tape tapes[2] = {{trained.device, TapeMode::Training}, {trained.device, TapeMode::Training}};
+  Var y[2];
+  for (int i = 0; i < 2; ++i)
+    y[i] = trained.forward(tapes[i], Var(make(trained.device, shape, trained.device.act(), x[i])),
+                           false);
+  for (int i = 0; i < 2; ++i)
+    tapes[i].backward(y[i], make(trained.device, shape, trained.device.act(), seed[i]));
+  trained.block.finish_backward();
+  for (size_t p = 0; p < first.gradients.size(); ++p) {
+    CAPTURE(trained.set.parameters()[p]->name);
+    std::vector<double> expected = first.gradients[p];
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] += second.gradients[p][i];
+    // One FP32 addition instead of another order of the same sums.
+    CHECK(relative_error(values_of(trained.device, trained.set.parameters()[p]->grad), expected) <
+          4 * epsilon_of(DType::F32));
+  }
+  // A step without any pass leaves no gradient behind.
+  trained.block.finish_backward();
+  for (auto& parameter : trained.set.parameters())
+    CHECK(norm(values_of(trained.device, parameter->grad)) == 0);
+}
+
+TEST_CASE("block: the device's backward against F64", "[autograd]") {
+  for (const int64_t window : {0, 5}) {
+    TrainedBlock device(backend(), window, 2, engine::Rounding::Nearest);
+    TrainedBlock reference(oracle_f64(), window, 2, engine::Rounding::Nearest);
+    const Shape shape{2, 33, device.config.d_model};
+    Rng rng(16);
+    const std::vector<double> x = round_bf16(normal(rng, engine::numel_of(shape)));
+    const std::vector<double> seed = round_bf16(normal(rng, x.size()));
+    const BlockRun actual = device.run(shape, x, seed, false);
+    const BlockRun expected = reference.run(shape, x, seed, false);
+    // About ten roundings to act lie on any path through the block and back; masters are exact in
+    // bf16, so the quantizer decides alike.
+    const double tolerance = device.device.act() == DType::BF16 ? 4 * epsilon_of(DType::BF16)
+                                                                : 32 * epsilon_of(DType::F32);
+    CHECK(relative_error(actual.y, expected.y) < tolerance);
+    CHECK(relative_error(actual.dx, expected.dx) < tolerance);
+    for (size_t p = 0; p < expected.gradients.size(); ++p) {
+      CAPTURE(device.set.parameters()[p]->name);
+      CHECK(relative_error(actual.gradients[p], expected.gradients[p]) < tolerance);
+    }
+  }
+}
+
+TEST_CASE("AdamW: one step over a padded set, and a skipped one", "[autograd]") {
+  Backend& device = backend();
+  autograd::ParameterSet set(device);
+  autograd::Parameter& a = set.add("a", {3});
+  autograd::Parameter& b = set.add("b", {2, 2});
+  set.allocate();
+  engine::Schedule schedule;
+  schedule.peak_lr = 0.1;
+  schedule.clip_norm = 0;
+  autograd::AdamW adamw(set, {}, schedule);
+  device.copy(a.grad, make(device, {3}, device.real(), {1, -2, 0}));
+  device.copy(b.grad, make(device, {2, 2}, device.real(), {0.5, 0, 0, 3}));
+
+  const Tensor bad = make(device, {1}, device.real(), {std::nan("")});
+  adamw.step(bad);
+  CHECK(values_of(device, a.master) == std::vector<double>{0, 0, 0});
+  CHECK(values_of(device, adamw.control())[engine::kSkipped] == 1);
+
+  adamw.restart(schedule);
+  adamw.step(make(device, {1}, device.real(), {1.0}));
+  // The first bias-corrected step moves by lr times the sign of the gradient.
+  CHECK(relative_error(values_of(device, a.master), {-0.1, 0.1, 0}) < 1e-5);
+  CHECK(relative_error(values_of(device, b.master), {-0.1, 0, 0, -0.1}) < 1e-5);
+  const std::vector<double> control = values_of(device, adamw.control());
+  CHECK(control[engine::kGradNorm] == Approx(std::sqrt(1 + 4 + 0.25 + 9)));
+  CHECK(control[engine::kApplied] == 1);
+}

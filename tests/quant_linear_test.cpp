@@ -1,0 +1,202 @@
+// QuantLinear: its gradients against their written formulas, its states against each other.
+#include "models/quant_linear.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "quant/grid.h"
+#include "quant/pack.h"
+#include "tests/support.h"
+
+using namespace bbb;
+using namespace bbb::tests;
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using engine::Rng;
+using models::QuantizedState;
+using models::QuantLinear;
+
+namespace {
+
+constexpr int64_t kN = 24, kK = 96, kM = 33;
+
+struct Trained {
+  Backend& device;
+  autograd::ParameterSet set;
+  autograd::Parameter& master;
+  QuantLinear linear;
+  std::vector<double> weights;
+
+  Trained(Backend& backend, int bits, int group)
+      : device(backend),
+        set(backend),
+        master(set.add("w", {kN, kK})),
+        linear(backend, "model.layers.0.mlp.up_proj", kN, kK) {
+    set.allocate();
+    Rng rng(1);
+    weights = round_bf16(normal(rng, kN * kK, 0.05));
+    // One group is all zeros, one all of one sign.
+    for (int64_t i = 0; i < 32; ++i) weights[i] = 0;
+    for (int64_t i = 32; i < 64; ++i) weights[i] = std::abs(weights[i]);
+    device.copy(master.master, make(device, {kN, kK}, device.real(), weights));
+    linear.set_fake_quant(master, {bits, group});
+    linear.prepare();
+  }
+
+  // One pass; returns the gradient that reaches W^ before any quantizer: dy^T x, in F64.
+  std::vector<double> pass() {
+    Rng rng(2);
+    const std::vector<double> x = round_bf16(normal(rng, kM * kK));
+    const std::vector<double> dy = round_bf16(normal(rng, kM * kN));
+    Tape tape(device, TapeMode::Training);
+    const Var y = linear.forward(tape, Var(make(device, {kM, kK}, device.act(), x)), Var());
+    tape.backward(y, make(device, {kM, kN}, device.act(), dy));
+    linear.finish_backward();
+    std::vector<double> dw(static_cast<size_t>(kN * kK), 0.0);
+    for (int64_t m = 0; m < kM; ++m)
+      for (int64_t n = 0; n < kN; ++n)
+        for (int64_t k = 0; k < kK; ++k) dw[n * kK + k] += dy[m * kN + n] * x[m * kK + k];
+    return dw;
+  }
+};
+
+engine::PackedWeight pack(Backend& device, const QuantizedState& state) {
+  const int bits = state.spec.bits;
+  const int64_t groups = kK / state.spec.group;
+  const int64_t code_bytes = quant::code_row_bytes(kK, bits);
+  const int64_t zero_bytes = quant::zero_row_bytes(kK, state.spec.group, bits);
+  std::vector<uint8_t> codes(static_cast<size_t>(kN * code_bytes));
+  std::vector<uint8_t> zeros(static_cast<size_t>(kN * zero_bytes));
+  for (int64_t n = 0; n < kN; ++n) {
+    quant::pack_codes(codes.data() + n * code_bytes, state.codes.data() + n * kK, kK, bits);
+    quant::pack_codes(zeros.data() + n * zero_bytes, state.zeros.data() + n * groups, groups, bits);
+  }
+  return {make_bytes(device, {kN, code_bytes}, codes),
+          make_bytes(device, {kN, groups}, state.scales),
+          make_bytes(device, {kN, zero_bytes}, zeros),
+          make(device, {1}, DType::F32, {state.master_scale}),
+          state.spec,
+          kN,
+          kK};
+}
+
+}  // namespace
+
+TEST_CASE("quant_linear: straight through, except where the code was clipped", "[quant_linear]") {
+  for (const int bits : {2, 4}) {
+    Trained trained(backend(), bits, 32);
+    const QuantizedState state = trained.linear.quantized_state();
+    std::vector<double> expected = trained.pass();
+    int clipped = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const size_t group = i / 32;
+      const double s = state.master_scale * quant::e4m3_decode(state.scales[group]);
+      const double q = std::floor(trained.weights[i] / s + 0.5) + state.zeros[group];
+      if (q < 0 || q > std::exp2(bits) - 1) {
+        expected[i] = 0;
+        ++clipped;
+      }
+    }
+    CHECK(clipped > 0);
+    // x and dy are exact in act; 33 products are summed in FP32.
+    CHECK(relative_error(values_of(trained.device, trained.master.grad), expected) <
+          8 * epsilon_of(DType::F32));
+  }
+}
+
+TEST_CASE("quant_linear: the gradient of learned scales", "[quant_linear]") {
+  Trained trained(backend(), 2, 32);
+  const QuantizedState before = trained.linear.quantized_state();
+  autograd::ParameterSet set(trained.device);
+  autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
+  set.allocate();
+  trained.linear.set_scales(sigma);
+  trained.linear.prepare();
+  CHECK(trained.linear.state() == models::LinearState::Scales);
+
+  const std::vector<double> dw = trained.pass();
+  std::vector<double> expected(static_cast<size_t>(kN * kK / 32), 0.0);
+  for (size_t i = 0; i < dw.size(); ++i)
+    expected[i / 32] += dw[i] * (before.codes[i] - before.zeros[i / 32]);
+  CHECK(relative_error(values_of(trained.device, sigma.grad), expected) <
+        16 * epsilon_of(DType::F32));
+}
+
+TEST_CASE("quant_linear: scales start where the fake quantizer stood", "[quant_linear]") {
+  Trained trained(backend(), 2, 32);
+  const QuantizedState before = trained.linear.quantized_state();
+  autograd::ParameterSet set(trained.device);
+  autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
+  set.allocate();
+  trained.linear.set_scales(sigma);
+  trained.linear.prepare();
+  const QuantizedState after = trained.linear.quantized_state();
+  CHECK(after.codes == before.codes);
+  CHECK(after.zeros == before.zeros);
+  CHECK(after.dequantize() == before.dequantize());
+}
+
+TEST_CASE("quant_linear: a finish without a pass zeroes the gradient", "[quant_linear]") {
+  Trained trained(backend(), 2, 32);
+  trained.pass();
+  const std::vector<double> first = values_of(trained.device, trained.master.grad);
+  trained.pass();  // overwrites: nothing is left of the first
+  CHECK(values_of(trained.device, trained.master.grad) == first);
+  trained.linear.finish_backward();
+  CHECK(values_of(trained.device, trained.master.grad) ==
+        std::vector<double>(static_cast<size_t>(kN * kK), 0.0));
+}
+
+TEST_CASE("quant_linear: packed products equal the training forward", "[quant_linear]") {
+  Backend& device = backend();
+  for (const int bits : {2, 3, 4})
+    for (const int64_t rows : {1, 3, 8, 9, 33}) {
+      CAPTURE(bits, rows);
+      Trained trained(device, bits, 32);
+      QuantLinear packed(device, "packed", kN, kK);
+      packed.set_packed(pack(device, trained.linear.quantized_state()),
+                        device.empty({kN * kK}, device.act()));
+      Rng rng(3);
+      const Var x(make(device, {1, rows, kK}, device.act(), round_bf16(normal(rng, rows * kK))));
+      const Var residual(
+          make(device, {1, rows, kN}, device.act(), round_bf16(normal(rng, rows * kN))));
+      Tape tape(device, TapeMode::Inference);
+      const Var expected = trained.linear.forward(tape, x, residual);
+      const Var actual = packed.forward(tape, x, residual);
+      CHECK(actual.value().shape() == expected.value().shape());
+      // The same products summed in another order; rounded to bf16 they may fall on either side of
+      // a tie, which takes one unit of a few outputs.
+      const double tolerance =
+          device.act() == DType::BF16 ? epsilon_of(DType::BF16) / 4 : 16 * epsilon_of(DType::F32);
+      CHECK(relative_error(values_of(device, actual.value()), values_of(device, expected.value())) <
+            tolerance);
+    }
+}
+
+TEST_CASE("quant_linear: 16 bits is the master itself, no quantizer", "[quant_linear]") {
+  Trained trained(backend(), models::kNoQuantizer, 32);
+  const std::vector<double> expected = trained.pass();
+  CHECK(relative_error(values_of(trained.device, trained.master.grad), expected) <
+        8 * epsilon_of(DType::F32));
+  std::vector<double> identity(static_cast<size_t>(kK * kK), 0.0);
+  for (int64_t i = 0; i < kK; ++i) identity[i * kK + i] = 1;
+  Tape tape(trained.device, TapeMode::Inference);
+  const Var y = trained.linear.forward(
+      tape, Var(make(trained.device, {kK, kK}, trained.device.act(), identity)), Var());
+  const std::vector<double> transposed = values_of(trained.device, y.value());
+  for (int64_t n = 0; n < kN; ++n)
+    for (int64_t k = 0; k < kK; ++k) REQUIRE(transposed[k * kN + n] == trained.weights[n * kK + k]);
+  // The next stage is narrower.
+  trained.linear.set_bits(2);
+  trained.linear.prepare();
+  CHECK(trained.linear.quantized_state().spec.bits == 2);
+}
+
+TEST_CASE("quant_linear: snap puts masters on the grid", "[quant_linear]") {
+  Trained trained(backend(), 4, 32);
+  const std::vector<float> grid = trained.linear.quantized_state().dequantize();
+  trained.linear.snap();
+  CHECK(values_of(trained.device, trained.master.master) ==
+        std::vector<double>(grid.begin(), grid.end()));
+}

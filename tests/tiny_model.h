@@ -1,0 +1,73 @@
+// A Llama small enough for tests: its sizes, and a Hugging Face directory of random weights.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <string>
+#include <vector>
+
+#include "data/files.h"
+#include "data/safetensors.h"
+#include "engine/rng.h"
+#include "models/config.h"
+
+namespace bbb::tests {
+
+// Every quantized K is a multiple of 32; no two sizes that could be mistaken are alike.
+inline models::LlamaConfig tiny_config() {
+  models::LlamaConfig config;
+  config.vocab = 53;
+  config.d_model = 64;
+  config.hidden = 96;
+  config.layers = 2;
+  config.heads = 4;
+  config.kv_heads = 2;
+  config.head_dim = 16;
+  config.max_position = 128;
+  return config;
+}
+
+// Writes config.json and model.safetensors: F32 weights whose values bf16 holds too.
+inline void write_tiny_model(const std::string& directory, const models::LlamaConfig& config,
+                             uint64_t seed) {
+  using Entry = data::SafeTensorsWriter::Entry;
+  std::vector<Entry> entries;
+  const auto plan = [&](const std::string& name, const engine::Shape& shape) {
+    entries.push_back({name, data::FileDType::F32, shape});
+  };
+  plan("model.embed_tokens.weight", {config.vocab, config.d_model});
+  for (int64_t i = 0; i < config.layers; ++i) {
+    plan(models::layer_name(i, "input_layernorm.weight"), {config.d_model});
+    plan(models::layer_name(i, "post_attention_layernorm.weight"), {config.d_model});
+    for (const models::LinearShape& linear : models::block_linears(config))
+      plan(models::layer_name(i, linear.name) + ".weight", {linear.n, linear.k});
+  }
+  plan("model.norm.weight", {config.d_model});
+  if (!config.tied_head) plan("lm_head.weight", {config.vocab, config.d_model});
+
+  engine::Rng rng(seed);
+  data::SafeTensorsWriter writer(directory + "/model.safetensors", entries);
+  for (const Entry& entry : entries) {
+    std::vector<float> values(static_cast<size_t>(engine::numel_of(entry.shape)));
+    const bool is_norm = entry.shape.size() == 1;
+    for (float& value : values) {
+      const double drawn = is_norm ? 1 + 0.1 * rng.normal() : 0.15 * rng.normal();
+      // Truncated to a bf16.
+      value =
+          std::bit_cast<float>(std::bit_cast<uint32_t>(static_cast<float>(drawn)) & 0xFFFF0000u);
+    }
+    writer.add(entry.name, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+  }
+  writer.finish();
+  data::write_file_atomic(directory + "/config.json", models::config_to_json(config));
+}
+
+// `count` tokens below the vocabulary's size.
+inline std::vector<int32_t> random_tokens(uint64_t seed, int64_t count, int64_t vocab) {
+  engine::Rng rng(seed);
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  std::generate(ids.begin(), ids.end(), [&] { return static_cast<int32_t>(rng.below(vocab)); });
+  return ids;
+}
+
+}  // namespace bbb::tests
