@@ -1,0 +1,232 @@
+// The contract's own checks: a wrong call throws one line that names the op, the tensor and both
+// shapes, on every device alike; and plain data movement.
+#include <bit>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "engine/bf16.h"
+#include "tests/support.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::GridSpec;
+using engine::kControlSize;
+using engine::Rotation;
+using engine::Rounding;
+using engine::Write;
+
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+struct BadCall {
+  std::string op;
+  std::string says;  // a part of the message
+  std::function<void()> call;
+};
+
+}  // namespace
+
+TEST_CASE("a wrong call names its op and the shapes") {
+  Backend& b = backend();
+  const DType act = b.act(), real = b.real();
+  const auto a = [&](Shape shape) { return b.zeros(std::move(shape), act); };
+  const auto r = [&](Shape shape) { return b.zeros(std::move(shape), real); };
+  const auto i = [&](Shape shape) { return b.zeros(std::move(shape), DType::I32); };
+  const auto u = [&](Shape shape) { return b.zeros(std::move(shape), DType::U8); };
+  const Tensor none;
+  const GridSpec grid;
+  const std::vector<BadCall> calls = {
+      {"copy", "(2, 3)",
+       [&] {
+         b.copy(a({2, 3}), a({5}));
+       }},
+      {"copy", "I32 (3)", [&] { b.copy(a({3}), i({3})); }},
+      {"cast", "U8 (4)", [&] { b.cast(a({4}), u({4})); }},
+      {"zero", "undefined", [&] { b.zero(none); }},
+      {"embed", "ids must be I32 (4)",
+       [&] {
+         b.embed(a({4, 8}), i({5}), a({9, 8}));
+       }},
+      {"embed", "(9, 8)",
+       [&] {
+         b.embed(a({4, 7}), i({4}), a({9, 8}));
+       }},
+      {"gather_rows", "(4, 3)",
+       [&] {
+         b.gather_rows(a({2, 2}), a({4, 3}), i({4}), i({1}));
+       }},
+      {"advance", "cursor must be I32 (1)", [&] { b.advance(i({2})); }},
+      {"log_control", "control",
+       [&] {
+         b.log_control(r({4, kControlSize}), r({3}), i({1}));
+       }},
+      {"gemm_nt", "(5, 4)",
+       [&] {
+         b.gemm_nt(a({2, 5}), a({2, 3}), a({5, 4}), none, none);
+       }},
+      {"gemm_nt", "got I32 (2, 5)",
+       [&] {
+         b.gemm_nt(i({2, 5}), a({2, 3}), a({5, 3}), none, none);
+       }},
+      {"gemm_nt", "addend",
+       [&] {
+         b.gemm_nt(a({2, 5}), a({2, 3}), a({5, 3}), none, a({5}));
+       }},
+      {"gemm_nt", "2 dimensions",
+       [&] {
+         b.gemm_nt(a({2, 5}), a({1, 2, 3}), a({5, 3}), none, none);
+       }},
+      {"gemm_nn", "(2, 3)",
+       [&] {
+         b.gemm_nn(a({2, 4}), a({2, 5}), a({5, 3}), none, Write::Add);
+       }},
+      {"gemm_tn", "(5, 3)",
+       [&] {
+         b.gemm_tn(r({3, 5}), a({2, 5}), a({2, 3}), Write::Add);
+       }},
+      {"rms_norm", "inv_rms",
+       [&] {
+         b.rms_norm(a({2, 4}), r({3}), a({2, 4}), r({4}), 1e-5);
+       }},
+      {"rms_norm_backward", "dw must be",
+       [&] {
+         b.rms_norm_backward(a({2, 4}), r({2}), a({2, 4}), a({2, 4}), r({2}), r({4}),
+                             Write::Overwrite, Write::Add);
+       }},
+      {"swiglu", "(2, 5)",
+       [&] {
+         b.swiglu(a({2, 4}), a({2, 4}), a({2, 5}));
+       }},
+      {"swiglu_backward", "dup",
+       [&] { b.swiglu_backward(a({4}), a({3}), a({4}), a({4}), a({4})); }},
+      {"rope", "odd",
+       [&] {
+         b.rope(a({1, 2, 1, 3}), b.zeros({1}, DType::F32), none, Rotation::Forward);
+       }},
+      {"add", "(4, 2)",
+       [&] {
+         b.add(a({2, 4}), a({2, 4}), a({4, 2}));
+       }},
+      {"attention", "3 query heads are not a multiple of 2",
+       [&] {
+         b.attention(a({1, 4, 3, 8}), r({1, 3, 4}), a({1, 4, 3, 8}), a({1, 4, 2, 8}),
+                     a({1, 4, 2, 8}), {});
+       }},
+      {"attention", "lse",
+       [&] {
+         b.attention(a({1, 4, 2, 8}), r({1, 4, 2}), a({1, 4, 2, 8}), a({1, 4, 2, 8}),
+                     a({1, 4, 2, 8}), {});
+       }},
+      {"append_kv", "(1, 9, 2, 4)",
+       [&] {
+         b.append_kv(a({1, 9, 2, 4}), a({1, 9, 2, 4}), a({1, 1, 2, 8}), a({1, 1, 2, 8}), i({1}));
+       }},
+      {"mse", "(2, 3)",
+       [&] {
+         b.mse(r({1}), none, a({2, 3}), a({3, 2}));
+       }},
+      {"cross_entropy", "targets must be I32 (2)",
+       [&] {
+         b.cross_entropy(r({2}), none, a({2, 9}), i({3}), 1.0);
+       }},
+      {"kl_divergence", "teacher",
+       [&] {
+         b.kl_divergence(r({2}), none, a({2, 9}), a({2, 8}), i({2}), 1.0);
+       }},
+      {"sum", "out must be", [&] { b.sum(r({2}), r({4}), 1.0, Write::Overwrite); }},
+      {"master_scale", "33 features are not whole groups of 32",
+       [&] {
+         b.master_scale(r({1}), r({2, 33}), grid);
+       }},
+      {"fake_quant", "z must be U8 (2, 2)",
+       [&] {
+         b.fake_quant(a({2, 64}), u({2, 2}), u({2, 3}), r({2, 64}), r({1}), grid,
+                      Rounding::Nearest);
+       }},
+      {"quantize_codes", "bits must be 2, 3, 4 or 8, got 5",
+       [&] {
+         b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), GridSpec{5, 32});
+       }},
+      {"adamw", "(5)", [&] { b.adamw(r({4}), r({4}), r({5}), r({4}), r({kControlSize}), {}); }},
+      {"step_control", "control", [&] { b.step_control(r({3}), r({1}), r({1}), {}); }},
+  };
+  for (const BadCall& bad : calls) {
+    const std::string error = error_of(bad.call);
+    INFO(bad.op << " said: " << error);
+    CHECK(error.rfind(bad.op + ": ", 0) == 0);
+    CHECK(error.find(bad.says) != std::string::npos);
+    CHECK(error.find('\n') == std::string::npos);
+  }
+}
+
+TEST_CASE("copy, cast and zero move what they should and no more") {
+  Backend& b = backend();
+  for (const int64_t n : {1, 31, 33, 100003}) {
+    engine::Rng rng(7);
+    const std::vector<double> values = normal(rng, n);
+    const Tensor source = make(b, {n}, DType::F32, values);
+    Guarded narrow(b, {n}, DType::BF16), wide(b, {n}, DType::F32), zero(b, {n}, DType::U8);
+    b.cast(narrow.tensor(), source);
+    b.cast(wide.tensor(), narrow.tensor());
+    b.zero(zero.tensor());
+    CHECK(values_of(b, wide.tensor()) == round_bf16(values_of(b, source)));
+    b.copy(wide.tensor(), source);
+    CHECK(bytes_of(b, wide.tensor()) == bytes_of(b, source));
+    CHECK(values_of(b, zero.tensor()) == std::vector<double>(static_cast<size_t>(n), 0.0));
+    CHECK(narrow.untouched());
+    CHECK(wide.untouched());
+    CHECK(zero.untouched());
+  }
+}
+
+TEST_CASE("bf16 rounds to nearest even, and keeps NaN and infinity") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  CHECK(engine::to_bf16(1.0f) == 0x3f80);
+  CHECK(engine::to_bf16(1.0f + 0x1p-8f) == 0x3f80);              // a tie: to even, down
+  CHECK(engine::to_bf16(1.0f + 3 * 0x1p-8f) == 0x3f82);          // a tie: to even, up
+  CHECK(engine::to_bf16(1.0f + 0x1p-8f + 0x1p-23f) == 0x3f81);   // past the tie
+  CHECK(engine::to_bf16(1.0 + 0x1p-8 + 0x1p-40) == 0x3f81);      // past it by less than F32 holds
+  CHECK(engine::to_bf16(1.0 + 3 * 0x1p-8 - 0x1p-40) == 0x3f81);  // short of it
+  CHECK(engine::to_bf16(infinity) == 0x7f80);
+  CHECK(engine::to_bf16(-infinity) == 0xff80);
+  CHECK(engine::to_bf16(1e300) == 0x7f80);
+  CHECK(std::isnan(engine::from_bf16(engine::to_bf16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST_CASE("memory is counted, and running out of it is one line that names the bytes") {
+  Backend& b = backend();
+  b.reset_memory_peak();
+  const int64_t before = b.memory_peak_bytes();
+  {
+    const Tensor t = b.empty({int64_t{1} << 20}, DType::F32);
+    CHECK(b.memory_peak_bytes() >= before + t.bytes());
+  }
+  b.reset_memory_peak();
+  CHECK(b.memory_peak_bytes() == before);
+  CHECK(b.memory_available_bytes() > 0);
+  CHECK(b.memory_total_bytes() > 0);
+  const std::string error = error_of([&] { b.empty({int64_t{1} << 50}, DType::U8); });
+  INFO(error);
+  CHECK(error.find("1125899906842624 bytes") != std::string::npos);
+  CHECK(error.find('\n') == std::string::npos);
+}
+
+TEST_CASE("a recorded step runs as often as it is asked to") {
+  Backend& b = backend();
+  const Tensor cursor = b.zeros({1}, DType::I32);
+  const auto step = b.record([&] { b.advance(cursor); });
+  CHECK(values_of(b, cursor) == std::vector<double>{0});
+  for (int i = 0; i < 3; ++i) step->run();
+  CHECK(values_of(b, cursor) == std::vector<double>{3});
+}
+
+}  // namespace bbb::tests
