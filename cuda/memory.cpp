@@ -72,7 +72,8 @@ void* MemoryPool::take(int64_t& block_bytes) {
 void MemoryPool::give_back(void* block, int64_t block_bytes) {
   const std::lock_guard lock(usage_->mutex);
   usage_->held_bytes -= block_bytes;
-  cached_.emplace(block_bytes, block);
+  // Before its equals: the block used last is taken first, and may still be in the cache.
+  cached_.emplace_hint(cached_.lower_bound(block_bytes), block_bytes, block);
 }
 
 void MemoryPool::release_cached() {
