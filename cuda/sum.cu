@@ -1,7 +1,7 @@
 // out (+)= scale * sum(x); out = sum(x^2).   x F32, any shape; out F32 (1).
 //
-// The two stages of reduce.h, FP32 sums; x is read once. With no x^2 or partial finite in FP32 the
-// result is Inf or NaN, which step_control takes as the sign to skip the step.
+// The two stages of reduce.h, FP32 sums; x is read once. Where a square or a partial sum overflows
+// FP32 the result is Inf, which step_control takes as the sign to skip the step, as it does NaN.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"

@@ -1,5 +1,6 @@
 // Allocation, transfers, casts, the device-side cursor, and recorded steps.
 #include <catch2/catch.hpp>
+#include <cstdlib>
 #include <limits>
 
 #include "tests/op_test.h"
@@ -215,9 +216,10 @@ TEST_CASE("a step that throws leaves the backend as it was", "[record]") {
     b.zero(temporary);
     throw Error("the step is broken");
   };
-  // A GPU meets the error as it records; the CPU, which records nothing, as it runs.
+  // A GPU meets the error as it records; where nothing is recorded, it is met as the step runs.
   CHECK_THROWS_WITH(b.record(broken)->run(), Catch::Contains("the step is broken"));
-  if (on_cuda()) CHECK(values_of(b, t) == std::vector<double>{1, 2, 3});
+  if (on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr)
+    CHECK(values_of(b, t) == std::vector<double>{1, 2, 3});
   const auto replay = b.record([&] { b.add(t, t, t); });
   const double before = values_of(b, t)[2];
   replay->run();
