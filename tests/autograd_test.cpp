@@ -281,8 +281,7 @@ struct TrainedBlock {
     Rng rng(12);
     for (auto& parameter : set.parameters()) {
       const bool is_norm = parameter->master.rank() == 1;
-      std::vector<double> values =
-          round_bf16(normal(rng, parameter->master.numel(), is_norm ? 0.1 : 0.2));
+      std::vector<double> values = round_bf16(normal(rng, parameter->master.numel(), 0.1));
       for (double& value : values) value += is_norm ? 1 : 0;
       upload(*parameter, values);
       masters.push_back(values);

@@ -1,4 +1,5 @@
-// A Llama small enough for tests: its sizes, and a Hugging Face directory of random weights.
+// A Llama small enough for tests: its sizes, a Hugging Face directory of random weights, its
+// logits.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,8 @@
 #include "data/files.h"
 #include "data/safetensors.h"
 #include "engine/rng.h"
-#include "models/config.h"
+#include "models/llama.h"
+#include "tests/support.h"
 
 namespace bbb::tests {
 
@@ -68,6 +70,17 @@ inline std::vector<int32_t> random_tokens(uint64_t seed, int64_t count, int64_t 
   std::vector<int32_t> ids(static_cast<size_t>(count));
   std::generate(ids.begin(), ids.end(), [&] { return static_cast<int32_t>(rng.below(vocab)); });
   return ids;
+}
+
+// Logits (T, V) of one sequence; with `kv`, of tokens that stand at kv->start.
+inline std::vector<double> logits_of(models::Llama& model, const std::vector<int32_t>& ids,
+                                     models::KvCache* kv = nullptr) {
+  engine::Backend& device = model.backend();
+  const int64_t t = static_cast<int64_t>(ids.size());
+  autograd::Tape tape(device, autograd::TapeMode::Inference);
+  const autograd::Var h =
+      model.forward(tape, make_ids(device, {1, t}, ids), kv, models::Recompute::None);
+  return values_of(device, model.logits(h.value().view({t, model.config().d_model})));
 }
 
 }  // namespace bbb::tests

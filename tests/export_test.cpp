@@ -1,0 +1,193 @@
+// Export: what is read back is what was trained, and a failure leaves nothing behind.
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <filesystem>
+
+#include "models/llama.h"
+#include "models/packed_checkpoint.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+
+using namespace bbb;
+using namespace bbb::tests;
+using models::ExportFormat;
+using models::ExportLayer;
+using models::Llama;
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// Only its files enter an export.
+class FileTokenizer : public data::Tokenizer {
+ public:
+  std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
+  std::string piece(int32_t, bool) const override { return ""; }
+  std::string decode(const std::vector<int32_t>&) const override { return ""; }
+  std::optional<int32_t> find(std::string_view) const override { return std::nullopt; }
+  int64_t vocab_size() const override { return 53; }
+  std::vector<std::pair<std::string, std::string>> export_files() const override {
+    return {{"tokenizer.json", "{\"a\": 1}"}};
+  }
+};
+
+// A model whose blocks train behind the fake quantizer, ready to export.
+struct Trained {
+  TempDir directory;
+  models::LlamaConfig config;
+  std::unique_ptr<models::Checkpoint> source;
+  std::unique_ptr<Llama> model;
+  autograd::ParameterSet set;
+
+  Trained(Backend& device, bool tied, int bits) : config(tiny_config()), set(device) {
+    config.tied_head = tied;
+    fs::create_directory(directory / "source");
+    write_tiny_model(directory / "source", config, 1);
+    source = models::open_checkpoint(directory / "source");
+    model = std::make_unique<Llama>(device, *source, models::HeadRounding::BFloat16);
+    for (auto& block : model->blocks()) block->declare_parameters(set);
+    set.allocate();
+    for (auto& block : model->blocks()) {
+      block->bind_parameters(set, {bits, 32});
+      block->load_masters(*source);
+      block->prepare();
+    }
+  }
+
+  ExportLayer layer(int64_t i) {
+    models::LlamaBlock& block = *model->blocks()[static_cast<size_t>(i)];
+    const models::BlockMasters masters = block.masters();
+    return {masters.input_norm, masters.post_norm, block.quantized_state()};
+  }
+
+  double write(const std::string& name, int bits, ExportFormat format,
+               int64_t shard_bytes = models::kMaxShardBytes) {
+    return models::export_model(
+        directory / name, *source, FileTokenizer(), {bits, 32}, format,
+        [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
+  }
+
+  // Files and directories beside the source.
+  int64_t leftovers() const {
+    int64_t n = 0;
+    for (const auto& entry : fs::directory_iterator(directory.path()))
+      n += entry.path().filename() != "source";
+    return n;
+  }
+};
+
+std::unique_ptr<Llama> reload(Backend& device, const models::Checkpoint& checkpoint) {
+  auto model = std::make_unique<Llama>(device, checkpoint, models::HeadRounding::None);
+  model->load_blocks(checkpoint);
+  return model;
+}
+
+}  // namespace
+
+TEST_CASE("export: packed logits equal those of the training forward", "[export]") {
+  Backend& device = backend();
+  for (const bool tied : {false, true})
+    for (const int bits : {2, 3, 4}) {
+      CAPTURE(tied, bits);
+      Trained trained(device, tied, bits);
+      const double bits_per_weight = trained.write("packed", bits, ExportFormat::Packed);
+      // Codes and scales; zero points in whole bytes a row; S over the largest and smallest linear.
+      CHECK(bits_per_weight >= bits + 8.0 / 32 + bits / 32.0);
+      CHECK(bits_per_weight < bits + 8.0 / 32 + bits / 32.0 + 0.15);
+      const auto checkpoint = models::open_checkpoint(trained.directory / "packed");
+      CHECK(checkpoint->kind() == models::CheckpointKind::Packed);
+      CHECK(checkpoint->bits_per_weight() == bits_per_weight);
+      CHECK(checkpoint->contains("lm_head.weight") == !tied);
+      const auto packed = reload(device, *checkpoint);
+      // 3 rows take the packed product, 20 unpack the layer.
+      for (const int64_t rows : {3, 20}) {
+        const std::vector<int32_t> ids = random_tokens(3, rows, trained.config.vocab);
+        // One order of FP32 sums against another, through two layers; in bf16 a sum near a tie may
+        // round the other way.
+        const double tolerance =
+            device.act() == DType::BF16 ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
+        CHECK(relative_error(logits_of(*packed, ids), logits_of(*trained.model, ids)) < tolerance);
+      }
+    }
+}
+
+TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
+  Backend& device = backend();
+  Trained trained(device, true, 2);
+  CHECK(trained.write("hf", 2, ExportFormat::HuggingFace) == 16);
+  const auto checkpoint = models::open_checkpoint(trained.directory / "hf");
+  CHECK(checkpoint->kind() == models::CheckpointKind::HuggingFace);
+  CHECK_FALSE(checkpoint->contains("lm_head.weight"));
+  const std::vector<int32_t> ids = random_tokens(3, 20, trained.config.vocab);
+  const double tolerance =
+      device.act() == DType::BF16 ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
+  CHECK(relative_error(logits_of(*reload(device, *checkpoint), ids),
+                       logits_of(*trained.model, ids)) < tolerance);
+}
+
+TEST_CASE("export: files, and shards with their index", "[export]") {
+  Trained trained(oracle(), false, 2);
+  trained.write("sharded", 2, ExportFormat::Packed, 20000);
+  const std::string path = trained.directory / "sharded/";
+  CHECK(fs::exists(path + "model.safetensors.index.json"));
+  CHECK(fs::exists(path + "model-00002-of-00002.safetensors"));
+  CHECK_FALSE(fs::exists(path + "model.safetensors"));
+  CHECK(data::read_file(path + "tokenizer.json") == "{\"a\": 1}");
+  CHECK(data::read_file(path + "bbb.json") == "{\"seed\": 1}\n");
+  const std::vector<int32_t> ids = random_tokens(3, 5, trained.config.vocab);
+  trained.write("single", 2, ExportFormat::Packed);
+  const auto sharded = models::open_checkpoint(path);
+  const auto single = models::open_checkpoint(trained.directory / "single");
+  CHECK(logits_of(*reload(oracle(), *sharded), ids) == logits_of(*reload(oracle(), *single), ids));
+
+  // The same model gives the same bytes.
+  trained.write("again", 2, ExportFormat::Packed);
+  for (const char* file : {"model.safetensors", "config.json"})
+    CHECK(data::read_file(trained.directory / "again/" + file) ==
+          data::read_file(trained.directory / "single/" + file));
+}
+
+TEST_CASE("export: a failure leaves nothing behind", "[export]") {
+  Trained trained(oracle(), false, 2);
+  const auto write = [&](const std::string& path,
+                         const std::function<ExportLayer(int64_t)>& layer) {
+    models::export_model(path, *trained.source, FileTokenizer(), {2, 32}, ExportFormat::Packed,
+                         layer, "{}", nullptr);
+  };
+  SECTION("the layer throws") {
+    CHECK_THROWS_WITH(write(trained.directory / "out",
+                            [&](int64_t i) -> ExportLayer {
+                              if (i == 1) throw Error("layer 1 is not finished");
+                              return trained.layer(i);
+                            }),
+                      "layer 1 is not finished");
+  }
+  SECTION("what is read back is not what was given") {
+    int asked = 0;
+    CHECK_THROWS_WITH(write(trained.directory / "out",
+                            [&](int64_t i) {
+                              ExportLayer layer = trained.layer(i);
+                              if (++asked == 4) layer.linears[6].codes[17] ^= 1;
+                              return layer;
+                            }),
+                      Catch::Contains("model.layers.1.mlp.down_proj.qweight"));
+  }
+  SECTION("the parent is read-only, or missing") {
+    CHECK_THROWS_AS(
+        write(trained.directory / "missing/out", [&](int64_t i) { return trained.layer(i); }),
+        Error);
+    if (::geteuid() != 0) {  // root writes anywhere
+      const std::string parent = trained.directory / "source";
+      fs::permissions(parent, fs::perms::owner_read | fs::perms::owner_exec);
+      CHECK_THROWS_AS(write(parent + "/out", [&](int64_t i) { return trained.layer(i); }), Error);
+      fs::permissions(parent, fs::perms::owner_all);
+    }
+  }
+  SECTION("the output exists") {
+    CHECK_THROWS_AS(
+        write(trained.directory / "source", [&](int64_t i) { return trained.layer(i); }), Error);
+    CHECK(fs::exists(trained.directory / "source/model.safetensors"));
+  }
+  CHECK(trained.leftovers() == 0);
+}

@@ -1,0 +1,217 @@
+// The whole model at a tiny size: prefill and decode against one forward, perplexity against a
+// softmax written out, recomputation, masters out and in.
+#include "models/llama.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+
+using namespace bbb;
+using namespace bbb::tests;
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using models::KvCache;
+using models::Llama;
+using models::LlamaConfig;
+
+namespace {
+
+struct TinyModel {
+  TempDir directory;
+  std::unique_ptr<models::Checkpoint> source;
+  std::unique_ptr<Llama> model;
+
+  TinyModel(Backend& device, const LlamaConfig& config) {
+    write_tiny_model(directory.path(), config, 1);
+    source = models::open_checkpoint(directory.path());
+    model = std::make_unique<Llama>(device, *source, models::HeadRounding::None);
+    model->load_blocks(*source);
+  }
+};
+
+// Activations are rounded to act some ten times a layer, in another order for another T.
+double forward_tolerance(Backend& device) {
+  return device.act() == DType::BF16 ? 6 * epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
+}
+
+}  // namespace
+
+TEST_CASE("llama: T tokens at once equal prefill and T decode steps", "[llama]") {
+  Backend& device = backend();
+  for (const bool tied : {false, true})
+    for (const int64_t window : {0, 5}) {
+      CAPTURE(tied, window);
+      LlamaConfig config = tiny_config();
+      config.tied_head = tied;
+      if (window) config.model_type = "mistral";
+      config.sliding_window = window;
+      TinyModel tiny(device, config);
+      REQUIRE(tiny.model->config().sliding_window == window);
+      CHECK((tiny.model->head().raw() == tiny.model->embedding().raw()) == tied);
+
+      const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
+      const std::vector<double> expected = logits_of(*tiny.model, ids);
+      const int64_t prefill = 4;
+      KvCache kv(device, config, 16);
+      std::vector<double> actual =
+          logits_of(*tiny.model, {ids.begin(), ids.begin() + prefill}, &kv);
+      kv.set_start(prefill);
+      for (size_t t = prefill; t < ids.size(); ++t) {
+        const std::vector<double> step = logits_of(*tiny.model, {ids[t]}, &kv);
+        actual.insert(actual.end(), step.begin(), step.end());
+        device.advance(kv.start);
+      }
+      CHECK(relative_error(actual, expected) < forward_tolerance(device));
+    }
+}
+
+TEST_CASE("llama: the device's logits against F64", "[llama]") {
+  for (const bool llama3 : {false, true}) {
+    LlamaConfig config = tiny_config();
+    if (llama3) config.rope_scaling = models::Llama3RopeScaling{8, 1, 4, 16};
+    TinyModel device(backend(), config), reference(oracle_f64(), config);
+    const std::vector<int32_t> ids = random_tokens(3, 33, config.vocab);
+    CHECK(relative_error(logits_of(*device.model, ids), logits_of(*reference.model, ids)) <
+          forward_tolerance(backend()));
+  }
+}
+
+TEST_CASE("llama: a sliding window hides old tokens, no window shows them", "[llama]") {
+  Backend& device = backend();
+  for (const int64_t window : {0, 3}) {
+    LlamaConfig config = tiny_config();
+    config.layers = 1;
+    if (window) config.model_type = "mistral";
+    config.sliding_window = window;
+    TinyModel tiny(device, config);
+    std::vector<int32_t> ids = random_tokens(4, 8, config.vocab);
+    const std::vector<double> before = logits_of(*tiny.model, ids);
+    ids[4] = (ids[4] + 1) % static_cast<int32_t>(config.vocab);
+    const std::vector<double> after = logits_of(*tiny.model, ids);
+    const auto row = [&](const std::vector<double>& logits, int64_t t) {
+      return std::vector<double>(logits.begin() + t * config.vocab,
+                                 logits.begin() + (t + 1) * config.vocab);
+    };
+    CHECK(row(before, 3) == row(after, 3));  // causal
+    CHECK(row(before, 6) != row(after, 6));
+    CHECK((row(before, 7) == row(after, 7)) == (window == 3));
+  }
+}
+
+TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama]") {
+  Backend& device = backend();
+  const LlamaConfig config = tiny_config();
+  TinyModel tiny(device, config);
+  const int64_t count = 10, seq_len = 7;
+  const std::vector<int32_t> ids = random_tokens(5, count * seq_len, config.vocab);
+  std::vector<double> nll;
+  for (int64_t w = 0; w < count; ++w) {
+    const std::vector<int32_t> window(ids.begin() + w * seq_len, ids.begin() + (w + 1) * seq_len);
+    const std::vector<double> logits = logits_of(*tiny.model, window);
+    double sum = 0;
+    for (int64_t t = 0; t + 1 < seq_len; ++t) {
+      double total = 0;
+      for (int64_t v = 0; v < config.vocab; ++v) total += std::exp(logits[t * config.vocab + v]);
+      sum += std::log(total) - logits[t * config.vocab + window[t + 1]];
+    }
+    nll.push_back(sum / (seq_len - 1));
+  }
+  double mean = 0, squares = 0;
+  for (double x : nll) mean += x / count;
+  for (double x : nll) squares += (x - mean) * (x - mean);
+
+  int64_t reported = 0;
+  const models::Perplexity result =
+      models::perplexity(*tiny.model, ids, count, seq_len, [&](int64_t done) { reported = done; });
+  CHECK(reported == count);
+  CHECK(result.windows == count);
+  CHECK(result.tokens == count * (seq_len - 1));
+  // A batch of windows may take another GEMM: activations' rounding, averaged over 60 tokens.
+  const double tolerance = device.act() == DType::BF16 ? 2e-3 : 1e-5;
+  CHECK(result.nll == Approx(mean).epsilon(tolerance));
+  CHECK(result.perplexity == Approx(std::exp(mean)).epsilon(5 * tolerance));
+  CHECK(result.nll_stderr ==
+        Approx(std::sqrt(squares / (count - 1) / count)).epsilon(20 * tolerance));
+  CHECK(models::perplexity(*tiny.model, {1, 2, 3}, 1, 3, nullptr).nll_stderr == 0);
+  CHECK_THROWS_AS(models::perplexity(*tiny.model, {1, 53, 3}, 1, 3, nullptr), Error);
+}
+
+TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[llama]") {
+  Backend& device = backend();
+  const LlamaConfig config = tiny_config();
+  TinyModel tiny(device, config);
+  autograd::ParameterSet set(device);
+  for (auto& block : tiny.model->blocks()) block->declare_parameters(set);
+  set.allocate();
+  for (auto& block : tiny.model->blocks()) {
+    block->bind_parameters(set, {2, 32});
+    block->load_masters(*tiny.source);
+    block->prepare();
+  }
+  const int64_t t = 9;
+  const Tensor ids = make_ids(device, {2, t}, random_tokens(6, 2 * t, config.vocab));
+  const Tensor targets = make_ids(device, {2 * t}, random_tokens(7, 2 * t, config.vocab));
+  std::vector<std::vector<double>> losses, gradients;
+  for (const models::Recompute recompute : {models::Recompute::None, models::Recompute::Block}) {
+    Tape tape(device, TapeMode::Training);
+    const Var h = tiny.model->forward(tape, ids, nullptr, recompute);
+    const Var rows = reshape(tape, h, {2 * t, config.d_model});
+    const Var loss = head_loss(tape, autograd::LossKind::CrossEntropy, rows, tiny.model->head(),
+                               targets, Tensor(), 1.0 / (2 * t), 5, Tensor());
+    losses.push_back(values_of(device, loss.value()));
+    tape.backward(loss);
+    for (auto& block : tiny.model->blocks()) block->finish_backward();
+    gradients.push_back(values_of(device, set.grads()));
+  }
+  CHECK(losses[0] == losses[1]);
+  CHECK(gradients[0] == gradients[1]);
+  double squares = 0;
+  for (double g : gradients[0]) squares += g * g;
+  CHECK(squares > 0);
+}
+
+TEST_CASE("llama: a block's masters leave and come back", "[llama]") {
+  Backend& device = backend();
+  TinyModel tiny(device, tiny_config());
+  models::LlamaBlock& block = *tiny.model->blocks()[1];
+  autograd::ParameterSet set(device);
+  block.declare_parameters(set);
+  set.allocate();
+  block.bind_parameters(set, {2, 32});
+  block.load_masters(*tiny.source);
+  const models::BlockMasters saved = block.masters();
+  const std::vector<double> before = values_of(device, set.masters());
+  device.zero(set.masters());
+  block.set_masters(saved);
+  CHECK(values_of(device, set.masters()) == before);
+  CHECK(saved.linears[4] == tiny.source->load("model.layers.1.mlp.gate_proj.weight", {96, 64}));
+
+  // Scales over the same codes, in a set of their own: the same product, the same norms.
+  block.prepare();
+  const std::vector<models::QuantizedState> codes = block.quantized_state();
+  autograd::ParameterSet scales(device);
+  block.declare_scales(scales, models::TrainNorms::Yes);
+  scales.allocate();
+  block.bind_scales(scales);
+  block.prepare();
+  const std::vector<models::QuantizedState> after = block.quantized_state();
+  for (size_t i = 0; i < codes.size(); ++i) CHECK(after[i].dequantize() == codes[i].dequantize());
+  CHECK(block.masters().post_norm == saved.post_norm);
+}
+
+TEST_CASE("llama: synthetic models repeat and run", "[llama]") {
+  Backend& device = backend();
+  LlamaConfig config = tiny_config();
+  config.vocab = 300;
+  std::vector<std::vector<double>> logits;
+  for (const uint64_t seed : {1, 1, 2}) {
+    const auto model = Llama::synthetic(device, config, {2, 32}, seed);
+    logits.push_back(logits_of(*model, {5, 280, 17}));
+    for (double value : logits.back()) REQUIRE(std::isfinite(value));
+  }
+  CHECK(logits[0] == logits[1]);
+  CHECK(logits[0] != logits[2]);
+}
