@@ -103,16 +103,13 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   const int group = args.heads / args.kv_heads;
   const int kv_head = head0 / group;
 
-  const int64_t q_stride = int64_t{args.heads} * D;
-  const int64_t kv_stride = int64_t{args.kv_heads} * D;
-  const int64_t q_offset = int64_t{b} * args.t * q_stride + head0 * D;
-  const int64_t kv_offset = int64_t{b} * args.t * kv_stride + kv_head * D;
-  const int64_t lse_offset = (int64_t{b} * args.heads + head0) * args.t;
-  const int64_t x_stride = kKeys ? kv_stride : q_stride;
-  const int64_t x_offset = kKeys ? kv_offset : q_offset;
-  const int64_t y_stride = kKeys ? q_stride : kv_stride;
-  const bf16* y1 = kKeys ? args.q + q_offset : args.k + kv_offset;
-  const bf16* y2 = kKeys ? args.dout + q_offset : args.v + kv_offset;
+  // Head h of n, row r: ((b T + r) n + h) D.
+  const int x_heads = kKeys ? args.kv_heads : args.heads;
+  const int y_heads = kKeys ? args.heads : args.kv_heads;
+  const int x_head = kKeys ? kv_head : head0;
+  const int y_head0 = kKeys ? head0 : kv_head;
+  const int64_t x_stride = int64_t{x_heads} * D;
+  const int64_t x_offset = int64_t{b} * args.t * x_stride + x_head * D;
 
   unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   float* row_terms =
@@ -124,16 +121,19 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   const auto load_rows = [&](int head, int tile, int stage) {
     const int y0 = recomputed(tile * kTile);
     const int thread = recomputed(threadIdx.x);
-    load_tile_async<D, kTile, kThreads>(y_tile(stage, 0), y1 + head * D, y_stride, y0, args.t,
-                                        thread);
-    load_tile_async<D, kTile, kThreads>(y_tile(stage, 1), y2 + head * D, y_stride, y0, args.t,
-                                        thread);
+    const int batch = recomputed(b);
+    const int64_t y_stride = int64_t{y_heads} * D;
+    const int64_t y_offset = int64_t{batch} * args.t * y_stride + (y_head0 + head) * D;
+    load_tile_async<D, kTile, kThreads>(y_tile(stage, 0), (kKeys ? args.q : args.k) + y_offset,
+                                        y_stride, y0, args.t, thread);
+    load_tile_async<D, kTile, kThreads>(y_tile(stage, 1), (kKeys ? args.dout : args.v) + y_offset,
+                                        y_stride, y0, args.t, thread);
     if (kKeys && thread < 2 * kTile) {
       // Rows past the end get lse 0 and delta 0: with dout 0 their terms of dk and dv are 0.
       const int y = y0 + thread % kTile;
       const bool valid = y < args.t;
-      const float* from = (thread < kTile ? args.lse : args.delta) + lse_offset +
-                          int64_t{head} * args.t + (valid ? y : 0);
+      const float* from = (thread < kTile ? args.lse : args.delta) +
+                          (int64_t{batch} * args.heads + head0 + head) * args.t + (valid ? y : 0);
       cp_async_4(shared_address(row_terms + stage * 2 * kTile + thread), from, valid);
     }
     cp_async_commit();
@@ -177,7 +177,8 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = lse_offset + min(x0 + warp_row + m * 16 + g + 8 * half, args.t - 1);
+        const int64_t at = (int64_t{b} * args.heads + head0) * args.t +
+                           min(x0 + warp_row + m * 16 + g + 8 * half, args.t - 1);
         x_lse2[m][half] = args.lse[at] * kLog2E;
         x_delta[m][half] = args.delta[at];
       }
@@ -217,20 +218,24 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
       for (int kk = 0; kk < D / 16; ++kk)
 #pragma unroll
         for (int n = 0; n < kSub / 16; ++n) {
-          uint32_t left[4], right[4];
-          load_b(left, y1_tile, sub + n * 16, kk * 16, lane);
-          load_b(right, y2_tile, sub + n * 16, kk * 16, lane);
+          uint32_t rows[4];
+          load_b(rows, y1_tile, sub + n * 16, kk * 16, lane);
 #pragma unroll
           for (int m = 0; m < kBlocks; ++m) {
-            mma_bf16(s[m][2 * n], x1[m][kk], left[0], left[1]);
-            mma_bf16(s[m][2 * n + 1], x1[m][kk], left[2], left[3]);
-            mma_bf16(ds[m][2 * n], x2[m][kk], right[0], right[1]);
-            mma_bf16(ds[m][2 * n + 1], x2[m][kk], right[2], right[3]);
+            mma_bf16(s[m][2 * n], x1[m][kk], rows[0], rows[1]);
+            mma_bf16(s[m][2 * n + 1], x1[m][kk], rows[2], rows[3]);
+          }
+          load_b(rows, y2_tile, sub + n * 16, kk * 16, lane);
+#pragma unroll
+          for (int m = 0; m < kBlocks; ++m) {
+            mma_bf16(ds[m][2 * n], x2[m][kk], rows[0], rows[1]);
+            mma_bf16(ds[m][2 * n + 1], x2[m][kk], rows[2], rows[3]);
           }
         }
 
       // s becomes p, and ds, until now dp, becomes ds.
       const bool masked = least < 0 || greatest >= args.window;
+      const int corner = sub_y0 + pair - (warp_x0 + g);
 #pragma unroll
       for (int n = 0; n < kSub / 8; ++n) {
         float y_lse2[2], y_delta[2];
@@ -249,7 +254,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
             const float lse2 = kKeys ? y_lse2[i % 2] : x_lse2[m][i / 2];
             const float delta = kKeys ? y_delta[i % 2] : x_delta[m][i / 2];
             float p = exp2_approx(s[m][n][i] * scale_log2 - lse2);
-            const int across = sub_y0 + n * 8 + pair + i % 2 - (warp_x0 + m * 16 + g + i / 2 * 8);
+            const int across = corner + n * 8 + i % 2 - (m * 16 + i / 2 * 8);
             const int distance = kKeys ? across : -across;
             if (masked && static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
               p = 0.0f;
@@ -289,15 +294,15 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   }
 
   if (kKeys && args.partial != nullptr) {
-    const int64_t size = int64_t{order.heads} / head_sets * args.t * kv_stride;
-    float* target = args.partial + head0 % group * 2 * size + kv_offset;
+    const int64_t size = int64_t{order.heads} / head_sets * args.t * x_stride;
+    float* target = args.partial + head0 % group * 2 * size + x_offset;
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int x = warp_x0 + m * 16 + g + 8 * half;
         if (x >= args.t) continue;
-        float* row = target + x * kv_stride + pair;
+        float* row = target + x * x_stride + pair;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           *reinterpret_cast<float2*>(row + n * 8) =

@@ -1,0 +1,116 @@
+// append_kv and attention_cached against the F64 oracle.
+#include <catch2/catch.hpp>
+#include <limits>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::AttentionSpec;
+
+struct CachedCase {
+  int64_t b, t, t_max, h, k, d, window;
+  int start;
+};
+
+// One query: the first position, ends of a split of 128 keys and past them, one to twenty query
+// heads a kv head, windows that skip splits. Several: prompts at the start and in the middle.
+const CachedCase kCases[] = {{1, 1, 1, 1, 1, 64, 0, 0},       {2, 1, 300, 9, 3, 64, 0, 0},
+                             {1, 1, 300, 9, 3, 64, 0, 127},   {2, 1, 300, 4, 2, 96, 0, 128},
+                             {1, 1, 300, 4, 1, 128, 0, 299},  {1, 1, 700, 20, 1, 64, 0, 650},
+                             {1, 1, 700, 40, 2, 128, 0, 31},  {2, 1, 700, 4, 2, 64, 17, 640},
+                             {1, 1, 700, 4, 2, 96, 128, 600}, {1, 1, 2100, 2, 1, 64, 0, 2099},
+                             {1, 2, 300, 9, 3, 64, 0, 31},    {2, 33, 100, 4, 2, 64, 0, 0},
+                             {1, 70, 300, 4, 2, 128, 0, 65},  {1, 130, 300, 2, 1, 96, 17, 170}};
+
+struct Inputs {
+  explicit Inputs(const CachedCase& c) {
+    engine::Rng rng(19);
+    const int64_t cache = c.b * c.t_max * c.k * c.d;
+    q = activations(rng, c.b * c.t * c.h * c.d);
+    k = activations(rng, cache);
+    v = activations(rng, cache);
+    // What lies past the last position must not be read into the result.
+    const int64_t row = c.k * c.d;
+    for (int64_t i = 0; i < cache; ++i)
+      if (i / row % c.t_max >= c.start + c.t)
+        k[static_cast<size_t>(i)] = v[static_cast<size_t>(i)] =
+            std::numeric_limits<double>::quiet_NaN();
+  }
+  std::vector<double> q, k, v;
+};
+
+std::vector<double> run(Backend& b, const CachedCase& c, const Inputs& in) {
+  const Shape queries = {c.b, c.t, c.h, c.d}, cache = {c.b, c.t_max, c.k, c.d};
+  const Guarded o(b, queries, b.act());
+  b.attention_cached(o.tensor(), make(b, queries, b.act(), in.q), make(b, cache, b.act(), in.k),
+                     make(b, cache, b.act(), in.v), make_ids(b, {1}, {c.start}),
+                     AttentionSpec{c.window});
+  CHECK(o.untouched());
+  return values_of(b, o.tensor());
+}
+
+// The roundings of o and of p; sums in FP32.
+double tolerance() { return act_epsilon() + 64 * real_epsilon(); }
+
+}  // namespace
+
+TEST_CASE("attention_cached sees the keys up to its position", "[attention_cached]") {
+  for (const CachedCase& c : kCases) {
+    CAPTURE(c.b, c.t, c.t_max, c.h, c.k, c.d, c.window, c.start);
+    const Inputs in(c);
+    const auto got = run(backend(), c, in);
+    for (const double o : got) REQUIRE(std::isfinite(o));
+    CHECK(relative_error(got, run(oracle_f64(), c, in)) <= tolerance());
+    CHECK(got == run(backend(), c, in));
+  }
+}
+
+TEST_CASE("append_kv writes its rows and no others", "[attention_cached]") {
+  const int64_t batch = 2, t_max = 20, heads = 3, d = 64, row = heads * d;
+  Backend& b = backend();
+  engine::Rng rng(23);
+  const Shape cache = {batch, t_max, heads, d};
+  const Guarded k_cache(b, cache, b.act()), v_cache(b, cache, b.act());
+  auto k_expected = activations(rng, batch * t_max * row);
+  auto v_expected = activations(rng, batch * t_max * row);
+  b.copy(k_cache.tensor(), make(b, cache, b.act(), k_expected));
+  b.copy(v_cache.tensor(), make(b, cache, b.act(), v_expected));
+  for (const auto& [start, t] : {std::pair<int, int64_t>{0, 1}, {1, 7}, {8, 12}, {19, 1}}) {
+    CAPTURE(start, t);
+    const auto k = activations(rng, batch * t * row), v = activations(rng, batch * t * row);
+    b.append_kv(k_cache.tensor(), v_cache.tensor(), make(b, {batch, t, heads, d}, b.act(), k),
+                make(b, {batch, t, heads, d}, b.act(), v), make_ids(b, {1}, {start}));
+    for (int64_t i = 0; i < batch * t * row; ++i) {
+      const int64_t to = (i / (t * row) * t_max + start) * row + i % (t * row);
+      k_expected[static_cast<size_t>(to)] = k[static_cast<size_t>(i)];
+      v_expected[static_cast<size_t>(to)] = v[static_cast<size_t>(i)];
+    }
+    CHECK(values_of(b, k_cache.tensor()) == values_of(b, make(b, cache, b.act(), k_expected)));
+    CHECK(values_of(b, v_cache.tensor()) == values_of(b, make(b, cache, b.act(), v_expected)));
+  }
+  CHECK(k_cache.untouched());
+  CHECK(v_cache.untouched());
+}
+
+TEST_CASE("a recorded attention_cached follows start", "[attention_cached]") {
+  CachedCase c{1, 1, 300, 9, 3, 64, 0, 299};
+  const Inputs in(c);
+  Backend& b = backend();
+  const Shape queries = {c.b, c.t, c.h, c.d}, cache = {c.b, c.t_max, c.k, c.d};
+  const Tensor q = make(b, queries, b.act(), in.q), start = make_ids(b, {1}, {0});
+  const Tensor k = make(b, cache, b.act(), in.k), v = make(b, cache, b.act(), in.v);
+  const Tensor o = b.empty(queries, b.act());
+  const auto replay =
+      b.record([&] { b.attention_cached(o, q, k, v, start, AttentionSpec{c.window}); });
+  for (const int position : {0, 130, 40, 299}) {
+    CAPTURE(position);
+    b.upload(start, &position);
+    replay->run();
+    c.start = position;
+    CHECK(values_of(b, o) == run(b, c, in));
+  }
+}
+
+}  // namespace bbb::tests

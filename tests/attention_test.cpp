@@ -1,0 +1,155 @@
+// attention and its backward against the F64 oracle.
+#include <catch2/catch.hpp>
+
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::AttentionSpec;
+
+struct AttentionCase {
+  int64_t b, t, h, k, window;
+};
+
+// Lengths on both sides of a warp's, a tile's and a block's rows; one head, pairs and triples of
+// query heads a kv head; windows shorter than a tile, as long as a block, and longer than the text.
+const AttentionCase kCases[] = {{2, 1, 4, 2, 0},     {1, 31, 9, 3, 0},   {1, 33, 1, 1, 17},
+                                {2, 64, 4, 2, 0},    {1, 65, 4, 2, 17},  {1, 127, 1, 1, 128},
+                                {1, 200, 4, 2, 128}, {2, 200, 4, 2, 17}, {1, 300, 9, 3, 0},
+                                {1, 300, 1, 1, 17},  {1, 300, 4, 2, 1}};
+
+struct Inputs {
+  Inputs(const AttentionCase& c, int64_t d, double scale = 1.0) {
+    engine::Rng rng(17);
+    q = activations(rng, c.b * c.t * c.h * d, scale);
+    k = activations(rng, c.b * c.t * c.k * d, scale);
+    v = activations(rng, c.b * c.t * c.k * d);
+    dout = activations(rng, c.b * c.t * c.h * d);
+  }
+  std::vector<double> q, k, v, dout;
+};
+
+struct Results {
+  std::vector<double> o, lse, dq, dk, dv;
+};
+
+Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in) {
+  const Shape queries = {c.b, c.t, c.h, d}, keys = {c.b, c.t, c.k, d};
+  const AttentionSpec spec{c.window};
+  const Tensor q = make(b, queries, b.act(), in.q), k = make(b, keys, b.act(), in.k);
+  const Tensor v = make(b, keys, b.act(), in.v), dout = make(b, queries, b.act(), in.dout);
+  const Guarded o(b, queries, b.act()), lse(b, {c.b, c.h, c.t}, b.real());
+  const Guarded dq(b, queries, b.act()), dk(b, keys, b.act()), dv(b, keys, b.act());
+  b.attention(o.tensor(), lse.tensor(), q, k, v, spec);
+  b.attention_backward(dq.tensor(), dk.tensor(), dv.tensor(), dout, q, k, v, o.tensor(),
+                       lse.tensor(), spec);
+  for (const Guarded* output : {&o, &lse, &dq, &dk, &dv}) CHECK(output->untouched());
+  return {values_of(b, o.tensor()), values_of(b, lse.tensor()), values_of(b, dq.tensor()),
+          values_of(b, dk.tensor()), values_of(b, dv.tensor())};
+}
+
+// Of o: its own rounding and that of p before p v, each half an epsilon at most; FP32 sums of up to
+// 2048 terms lie far below their bound.
+double forward_tolerance() { return act_epsilon() + 64 * real_epsilon(); }
+
+// Of the gradients: their own rounding, that of p or ds, and that of o inside delta.
+double backward_tolerance() { return 2 * act_epsilon() + 128 * real_epsilon(); }
+
+void check(const Results& got, const Results& expected, const AttentionCase& c, int64_t d) {
+  CHECK(relative_error(got.o, expected.o) <= forward_tolerance());
+  CHECK(relative_error(got.lse, expected.lse) <= 64 * real_epsilon());
+  CHECK(relative_error(got.dv, expected.dv) <= backward_tolerance());
+  if (c.t > 1 && c.window != 1) {
+    CHECK(relative_error(got.dq, expected.dq) <= backward_tolerance());
+    CHECK(relative_error(got.dk, expected.dk) <= backward_tolerance());
+    return;
+  }
+  // A lone key: ds = dp - delta is 0 but for the order of two sums of d terms.
+  const auto vanishes = [&](const std::vector<double>& gradient) {
+    for (const double g : gradient)
+      if (!(std::abs(g) <= 16.0 * static_cast<double>(d) * real_epsilon())) return false;
+    return true;
+  };
+  CHECK(vanishes(got.dq));
+  CHECK(vanishes(got.dk));
+}
+
+void check_case(const AttentionCase& c, int64_t d) {
+  CAPTURE(c.b, c.t, c.h, c.k, c.window, d);
+  const Inputs in(c, d);
+  check(run(backend(), c, d, in), run(oracle_f64(), c, d, in), c, d);
+}
+
+}  // namespace
+
+TEST_CASE("attention and its gradients, head size 64", "[attention]") {
+  for (const AttentionCase& c : kCases) check_case(c, 64);
+}
+
+TEST_CASE("attention and its gradients, head size 96", "[attention]") {
+  for (const AttentionCase& c : kCases) check_case(c, 96);
+}
+
+TEST_CASE("attention and its gradients, head size 128", "[attention]") {
+  for (const AttentionCase& c : kCases) check_case(c, 128);
+}
+
+TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", "[attention]") {
+  if (!on_cuda()) return;
+  check_case({1, 2048, 2, 1, 0}, 64);
+  check_case({1, 2048, 2, 1, 0}, 128);
+  check_case({1, 2048, 2, 1, 500}, 64);
+  // 2 x 12 x 11 blocks of keys: each sums its query heads itself.
+  check_case({12, 129, 22, 11, 0}, 64);
+}
+
+TEST_CASE("attention gives the same bytes twice", "[attention]") {
+  for (const AttentionCase& c : {AttentionCase{2, 200, 4, 2, 0}, AttentionCase{1, 300, 9, 3, 17}}) {
+    const Inputs in(c, 64);
+    const Results first = run(backend(), c, 64, in), second = run(backend(), c, 64, in);
+    CHECK(first.o == second.o);
+    CHECK(first.lse == second.lse);
+    CHECK(first.dq == second.dq);
+    CHECK(first.dk == second.dk);
+    CHECK(first.dv == second.dv);
+  }
+}
+
+TEST_CASE("attention does not look ahead", "[attention]") {
+  const AttentionCase c{1, 200, 4, 2, 0};
+  const int64_t d = 64, seen = 70;
+  Inputs in(c, d);
+  const Results before = run(backend(), c, d, in);
+  for (size_t i = static_cast<size_t>(seen * c.k * d); i < in.k.size(); ++i) {
+    in.k[i] = -in.k[i];
+    in.v[i] = 2 * in.v[i];
+  }
+  const Results after = run(backend(), c, d, in);
+  const auto head = [&](const std::vector<double>& o) {
+    return std::vector<double>(o.begin(), o.begin() + seen * c.h * d);
+  };
+  CHECK(relative_error(head(after.o), head(before.o)) <= 64 * real_epsilon());
+  CHECK(relative_error(after.o, before.o) > 0.1);
+}
+
+TEST_CASE("attention of scores that saturate the softmax", "[attention]") {
+  // Scores of some hundreds: exp without the row maximum would overflow. They carry an absolute
+  // error of their size times an epsilon of FP32, which becomes a relative one of p.
+  const AttentionCase c{1, 130, 2, 1, 0};
+  for (const int64_t d : {64, 128}) {
+    const Inputs in(c, d, 8.0);
+    const Results got = run(backend(), c, d, in), expected = run(oracle_f64(), c, d, in);
+    CHECK(relative_error(got.o, expected.o) <= forward_tolerance() + 1024 * real_epsilon());
+    CHECK(relative_error(got.lse, expected.lse) <= 64 * real_epsilon());
+    for (const double g : got.dk) REQUIRE(std::isfinite(g));
+  }
+}
+
+TEST_CASE("attention names a head size that it lacks", "[attention]") {
+  if (!on_cuda()) return;
+  const AttentionCase c{1, 4, 1, 1, 0};
+  CHECK_THROWS_WITH(run(backend(), c, 80, Inputs(c, 80)), Catch::Contains("80"));
+}
+
+}  // namespace bbb::tests
