@@ -1,0 +1,391 @@
+// Checkpoints of the three kinds: what loads, under which names, and what is refused.
+#include "models/checkpoint.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <filesystem>
+
+#include "data/files.h"
+#include "tests/model_files.h"
+#include "tests/support.h"
+
+using namespace bbb;
+using namespace bbb::models;
+using Catch::Matchers::Contains;
+using data::FileDType;
+using tests::FileTensor;
+using tests::TempDir;
+
+namespace {
+
+void write_model(const TempDir& dir, const std::string& config,
+                 const std::vector<FileTensor>& tensors) {
+  tests::write_plain(dir / "config.json", config);
+  tests::write_plain(dir / "model.safetensors", tests::safetensors_of(tensors));
+}
+
+FileTensor& named(std::vector<FileTensor>& tensors, const std::string& name) {
+  for (FileTensor& t : tensors)
+    if (t.name == name) return t;
+  throw Error("the test names no tensor: " + name);
+}
+
+void remove(std::vector<FileTensor>& tensors, const std::string& name) {
+  std::erase_if(tensors, [&](const FileTensor& t) { return t.name == name; });
+}
+
+// The same tensor with another dtype or shape, its bytes to match.
+void change(std::vector<FileTensor>& tensors, const std::string& name, FileDType dtype,
+            const engine::Shape& shape) {
+  FileTensor& t = named(tensors, name);
+  t.dtype = dtype;
+  t.shape = shape;
+  t.bytes.assign(static_cast<size_t>(engine::numel_of(shape) * data::size_bytes(dtype)), '\0');
+}
+
+const std::string kQ = "model.layers.1.self_attn.q_proj";
+
+}  // namespace
+
+TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
+  for (const bool tied : {false, true}) {
+    const TempDir dir;
+    engine::Rng rng(3);
+    LlamaConfig c = tests::tiny_config();
+    c.tied_head = tied;
+    std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
+    const std::string text = config_to_json(c);
+    write_model(dir, text, tensors);
+    const auto checkpoint = open_checkpoint(dir.path());
+    CHECK(checkpoint->kind() == CheckpointKind::HuggingFace);
+    CHECK(checkpoint->config_json() == text);
+    CHECK(checkpoint->generation_config_json().empty());
+    CHECK(checkpoint->contains("lm_head.weight") == !tied);
+    CHECK(checkpoint->list().size() == tensors.size());
+    CHECK(checkpoint->bits_per_weight() == 16);
+    CHECK_FALSE(checkpoint->is_packed(kQ));
+    CHECK_THROWS_WITH(checkpoint->packed(kQ, 64, 64), Contains("is not packed"));
+    CHECK(checkpoint->load(kQ + ".weight", {64, 64}).size() == 64 * 64);
+    CHECK_THROWS_WITH(checkpoint->load(kQ + ".weight", {64, 65}), Contains("has shape (64, 64)"));
+    CHECK_THROWS_WITH(checkpoint->load("x", {1}), Contains("tensor 'x' is missing"));
+    tests::write_plain(dir / "generation_config.json", "{}");
+    CHECK(checkpoint->generation_config_json() == "{}");
+  }
+}
+
+TEST_CASE("checkpoint: tied files may hold a head, old ones the rope's table") {
+  const TempDir dir;
+  engine::Rng rng(3);
+  LlamaConfig c = tests::tiny_config();
+  c.tied_head = true;
+  std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
+  tensors.push_back(tests::file_tensor("lm_head.weight", FileDType::F16, {40, 64}, rng));
+  tensors.push_back(
+      tests::file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", FileDType::F32, {8}, rng));
+  write_model(dir, config_to_json(c), tensors);
+  CHECK(open_checkpoint(dir.path())->config().tied_head);
+}
+
+TEST_CASE("checkpoint: a Hugging Face directory that does not fit its config") {
+  const LlamaConfig c = tests::tiny_config();
+  const auto open = [&](auto edit) {
+    const TempDir dir;
+    engine::Rng rng(3);
+    std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
+    edit(tensors);
+    write_model(dir, config_to_json(c), tensors);
+    open_checkpoint(dir.path());
+  };
+  CHECK_NOTHROW(open([](auto&) {}));
+  for (const char* name :
+       {"lm_head.weight", "model.norm.weight", "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"})
+    CHECK_THROWS_WITH(open([&](auto& t) { remove(t, name); }),
+                      Contains("tensor '" + std::string(name) + "' is missing"));
+  CHECK_THROWS_WITH(
+      open([](auto& t) {
+        change(t, kQ + ".weight", FileDType::BF16, {64, 63});
+      }),
+      Contains("tensor '" + kQ + ".weight' has shape (64, 63), the model needs (64, 64)"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      change(t, kQ + ".weight", FileDType::I8, {64, 64});
+                    }),
+                    Contains("is I8, not a floating-point"));
+  CHECK_THROWS_WITH(open([](auto& t) { named(t, "model.norm.weight").name = "model.norm.bias"; }),
+                    Contains("'model.norm.weight' is missing"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      t.push_back({kQ + ".bias", FileDType::U8, {1}, "x"});
+                    }),
+                    Contains("'" + kQ + ".bias' is no part of a llama model"));
+}
+
+TEST_CASE("checkpoint: what is no model") {
+  const TempDir dir;
+  CHECK_THROWS_WITH(open_checkpoint(dir / "none"), Contains("no such file"));
+  CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("no config.json"));
+  tests::write_plain(dir / "f.safetensors", "x");
+  CHECK_THROWS_WITH(open_checkpoint(dir / "f.safetensors"), Contains("a model is a directory"));
+  tests::write_plain(dir / "f.gguf", "something else");
+  CHECK_THROWS_WITH(open_checkpoint(dir / "f.gguf"), Contains("not a GGUF file"));
+  tests::write_plain(dir / "config.json", config_to_json(tests::tiny_config()));
+  CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("neither model.safetensors"));
+}
+
+TEST_CASE("checkpoint: a GGUF under Hugging Face names, Q and K unpermuted") {
+  const TempDir dir;
+  engine::Rng rng(4);
+  LlamaConfig c = tests::tiny_config();
+  tests::GgufFile file = tests::tiny_gguf(c, rng);
+  tests::write_plain(dir / "m.gguf", file.bytes());
+  const auto checkpoint = open_checkpoint(dir / "m.gguf");
+  CHECK(checkpoint->kind() == CheckpointKind::Gguf);
+  CHECK(checkpoint->config().vocab == 40);
+  CHECK(checkpoint->config().rms_eps == 1e-5);
+  CHECK_FALSE(checkpoint->config().tied_head);
+  CHECK(checkpoint->bits_per_weight() == 4.5);
+  CHECK(config_to_json(config_from_json(checkpoint->config_json(), "f")) ==
+        checkpoint->config_json());
+
+  const data::Gguf gguf(dir / "m.gguf");
+  const auto stored = [&](const std::string& name) {
+    const data::GgufTensor& t = gguf.tensor(name);
+    std::vector<float> out(static_cast<size_t>(t.numel()));
+    data::gguf_dequantize(out.data(), t, name);
+    return out;
+  };
+  CHECK(checkpoint->load("model.layers.1.self_attn.v_proj.weight", {32, 64}) ==
+        stored("blk.1.attn_v.weight"));
+  CHECK(checkpoint->load("model.layers.0.mlp.down_proj.weight", {64, 96}) ==
+        stored("blk.0.ffn_down.weight"));
+  // What the converter does to a head: (2, d/2) rows become (d/2, 2).
+  for (const auto& [ours, theirs, heads] :
+       {std::tuple("q_proj", "attn_q", 4), std::tuple("k_proj", "attn_k", 2)}) {
+    const std::vector<float> w = checkpoint->load(
+        "model.layers.1.self_attn." + std::string(ours) + ".weight", {heads * 16, 64});
+    std::vector<float> permuted;
+    for (int h = 0; h < heads; ++h)
+      for (int j = 0; j < 8; ++j)
+        for (int p = 0; p < 2; ++p) {
+          const auto row = w.begin() + (h * 16 + p * 8 + j) * 64;
+          permuted.insert(permuted.end(), row, row + 64);
+        }
+    CHECK(permuted == stored("blk.1." + std::string(theirs) + ".weight"));
+  }
+  CHECK_THROWS_WITH(checkpoint->load("model.layers.9.mlp.up_proj.weight", {96, 64}),
+                    Contains("'blk.9.ffn_up.weight' is missing"));
+  CHECK_THROWS_WITH(checkpoint->load("x", {1}), Contains("'x' is missing"));
+}
+
+TEST_CASE("checkpoint: a GGUF's rope factors") {
+  const TempDir dir;
+  LlamaConfig c = tests::tiny_config();
+  c.tied_head = true;
+  c.rope_theta = 5e5;
+  const std::vector<float> plain = rope_inv_freq(c);
+  c.rope_scaling = Llama3RopeScaling{32, 1, 4, 8192};
+  const std::vector<float> scaled = rope_inv_freq(c);
+  const auto open = [&](const std::string& factors) {
+    engine::Rng rng(4);
+    tests::GgufFile file = tests::tiny_gguf(c, rng);
+    file.tensor("rope_freqs.weight", {static_cast<int64_t>(factors.size() / 4)}, 0, factors);
+    tests::write_plain(dir / "m.gguf", file.bytes());
+    return open_checkpoint(dir / "m.gguf");
+  };
+  std::string llama3, own;
+  for (size_t i = 0; i < 8; ++i) {
+    llama3 += tests::raw(plain[i] / scaled[i]);
+    own += tests::raw(1.5f);
+  }
+  const auto known = open(llama3);
+  REQUIRE(known->config().rope_scaling);
+  CHECK(known->config().rope_scaling->factor == 32);
+  CHECK(rope_inv_freq(known->config()) == scaled);
+  CHECK(known->config().tied_head);
+
+  const auto unknown = open(own);
+  CHECK(unknown->config().rope_factors == std::vector<float>(8, 1.5f));
+  CHECK(rope_inv_freq(config_from_json(unknown->config_json(), "f")) ==
+        rope_inv_freq(unknown->config()));
+  CHECK_THROWS_WITH(open(own.substr(4)), Contains("'rope_freqs.weight' has shape (7)"));
+  CHECK_THROWS_WITH(open(std::string(32, '\0')), Contains("a rope factor is not positive"));
+}
+
+TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
+  const TempDir dir;
+  const auto open = [&](const std::string& from, const std::string& to, auto edit) {
+    engine::Rng rng(4);
+    tests::GgufFile file = tests::tiny_gguf(tests::tiny_config(), rng);
+    edit(file);
+    std::string bytes = file.bytes();
+    if (!from.empty()) bytes.replace(bytes.find(from), from.size(), to);
+    tests::write_plain(dir / "m.gguf", bytes);
+    open_checkpoint(dir / "m.gguf");
+  };
+  const auto same = [](tests::GgufFile&) {};
+  CHECK_THROWS_WITH(
+      open("architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("llama"),
+           "architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("qwen2"), same),
+      Contains("unsupported architecture 'qwen2'"));
+  CHECK_THROWS_WITH(open("llama.block_count", "llama.block_cound", same),
+                    Contains("metadata 'llama.block_count' is missing"));
+  CHECK_THROWS_WITH(open("blk.1.ffn_up.weight", "blk.1.ffn_ux.weight", same),
+                    Contains("tensor 'blk.1.ffn_up.weight' is missing"));
+  CHECK_THROWS_WITH(
+      open("", "", [](auto& f) { f.tensor("blk.0.attn_q.bias", {4}, 0, std::string(16, 'x')); }),
+      Contains("'blk.0.attn_q.bias' is no part of a llama model"));
+  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.text("llama.rope.scaling.type", "yarn"); }),
+                    Contains("unsupported rope scaling 'yarn'"));
+  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.integer("llama.rope.dimension_count", 8); }),
+                    Contains("llama.rope.dimension_count is 8, head_dim is 16"));
+  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.integer("llama.vocab_size", 41); }),
+                    Contains("llama.vocab_size is 41, token_embd.weight has 40 rows"));
+  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.integer("llama.expert_count", 8); }),
+                    Contains("mixture of experts"));
+}
+
+TEST_CASE("checkpoint: an exported directory") {
+  const TempDir dir;
+  engine::Rng rng(5);
+  const LlamaConfig c = tests::tiny_config();
+  const std::string text = tests::packed_config(c);
+  write_model(dir, text, tests::tiny_packed(c, 2, 32, rng));
+  const auto checkpoint = open_checkpoint(dir.path());
+  CHECK(checkpoint->kind() == CheckpointKind::Packed);
+  CHECK(checkpoint->config_json() == text);
+  CHECK(checkpoint->is_packed(kQ));
+  const PackedTensors p = checkpoint->packed(kQ, 64, 64);
+  CHECK(p.qweight->shape == engine::Shape{64, 16});
+  CHECK(p.scales->shape == engine::Shape{64, 2});
+  CHECK(p.zeros->shape == engine::Shape{64, 1});
+  CHECK(p.spec.bits == 2);
+  CHECK(p.spec.group == 32);
+  CHECK_THROWS_WITH(checkpoint->packed(kQ, 64, 96), Contains("has shape (64, 16)"));
+  CHECK_THROWS_WITH(checkpoint->load(kQ + ".weight", {64, 64}), Contains("is missing"));
+
+  // Codes 2 bits, scales 8 / 32, zero points a byte a row (K of 64 and 96), a master scale each.
+  int64_t bytes = 0, weights = 0;
+  for (const LinearShape& l : block_linears(c)) {
+    bytes += l.n * (l.k / 4 + l.k / 32 + 1) + 4;
+    weights += l.n * l.k;
+  }
+  CHECK(checkpoint->bits_per_weight() ==
+        Approx(8.0 * static_cast<double>(bytes) / static_cast<double>(weights)));
+}
+
+TEST_CASE("checkpoint: exported widths other than two, and a linear kept as it was") {
+  const LlamaConfig c = tests::tiny_config();
+  for (const int bits : {3, 4, 8}) {
+    const TempDir dir;
+    engine::Rng rng(6);
+    write_model(dir, tests::packed_config(c, "\"bits\": 2", "\"bits\": " + std::to_string(bits)),
+                tests::tiny_packed(c, bits, 32, rng));
+    CHECK(open_checkpoint(dir.path())->packed(kQ, 64, 64).spec.bits == bits);
+  }
+  const TempDir dir;
+  engine::Rng rng(6);
+  std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
+  for (const char* suffix : {".scales", ".zeros", ".master_scale"}) remove(tensors, kQ + suffix);
+  named(tensors, kQ + ".qweight").name = kQ + ".weight";
+  change(tensors, kQ + ".weight", FileDType::BF16, {64, 64});
+  write_model(dir, tests::packed_config(c, "\"lm_head\"", "\"lm_head\", \"" + kQ + "\""), tensors);
+  const auto checkpoint = open_checkpoint(dir.path());
+  CHECK_FALSE(checkpoint->is_packed(kQ));
+  CHECK(checkpoint->load(kQ + ".weight", {64, 64}).size() == 64 * 64);
+}
+
+TEST_CASE("checkpoint: quantization_config is read to the letter") {
+  const TempDir dir;
+  engine::Rng rng(7);
+  const LlamaConfig c = tests::tiny_config();
+  const std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
+  const auto open = [&](const std::string& from, const std::string& to) {
+    write_model(dir, tests::packed_config(c, from, to), tensors);
+    open_checkpoint(dir.path());
+  };
+  CHECK_NOTHROW(open(R"("nested": false,)", R"("nested": false, "overrides": {},)"));
+  struct Case {
+    const char *from, *to, *message;
+  };
+  const Case cases[] = {
+      {"\"bbb\"", "\"gptq\"", "unsupported quant_method \"gptq\""},
+      {R"("quant_method": "bbb", )", "", "'quant_method' is missing"},
+      {"\"format_version\": 1", "\"format_version\": 2", "unsupported format_version 2"},
+      {"float8_e4m3fn", "float8_e5m2", "unsupported scale_dtype \"float8_e5m2\""},
+      {"\"bits\": 2", "\"bits\": 5", "unsupported bits 5"},
+      {"\"bits\": 2", "\"bits\": \"2\"", "unsupported bits \"2\""},
+      {"\"group_size\": 32", "\"group_size\": 16", "unsupported group_size 16"},
+      {"\"symmetric\": false", "\"symmetric\": true", "unsupported symmetric true"},
+      {"\"activation_bits\": 16", "\"activation_bits\": 4", "unsupported activation_bits 4"},
+      {"\"nested\": false", "\"nested\": true", "unsupported nested true"},
+      {"\"nested\": false", R"("rotate": "group")", "unsupported rotate \"group\""},
+      {"\"nested\": false", R"("overrides": {"a": 1})", "unsupported overrides"},
+      {"\"nested\": false", R"("novel": 1)", "unknown key 'novel'"},
+      {"\"lm_head\"", "\"lm_tail\"", "modules_to_not_convert holds \"lm_tail\""},
+  };
+  for (const Case& k : cases) {
+    INFO(k.message);
+    CHECK_THROWS_WITH(open(k.from, k.to), Contains(k.message));
+  }
+  // Widths and groups that the tensors do not have.
+  CHECK_THROWS_WITH(open("\"bits\": 2", "\"bits\": 4"), Contains("qweight' has shape"));
+  CHECK_THROWS_WITH(open("\"group_size\": 32", "\"group_size\": 64"),
+                    Contains("scales' has shape"));
+}
+
+TEST_CASE("checkpoint: exported tensors are checked one by one") {
+  const LlamaConfig c = tests::tiny_config();
+  const auto open = [&](auto edit) {
+    const TempDir dir;
+    engine::Rng rng(8);
+    std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
+    edit(tensors);
+    write_model(dir, tests::packed_config(c), tensors);
+    open_checkpoint(dir.path());
+  };
+  for (const char* suffix : {".qweight", ".scales", ".zeros", ".master_scale"})
+    CHECK_THROWS_WITH(open([&](auto& t) { remove(t, kQ + suffix); }),
+                      Contains("tensor '" + kQ + suffix + "' is missing"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      change(t, kQ + ".zeros", FileDType::U8, {64, 2});
+                    }),
+                    Contains("zeros' has shape (64, 2), the model needs (64, 1)"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      change(t, kQ + ".scales", FileDType::U8, {64, 2});
+                    }),
+                    Contains("scales' is U8, not F8_E4M3"));
+  CHECK_THROWS_WITH(open([](auto& t) { change(t, "model.norm.weight", FileDType::BF16, {64}); }),
+                    Contains("'model.norm.weight' is BF16, not F32"));
+  for (const float s : {0.0f, -0.5f, 0.3f, INFINITY, NAN})
+    CHECK_THROWS_WITH(open([&](auto& t) { named(t, kQ + ".master_scale").bytes = tests::raw(s); }),
+                      Contains("not a power of two"));
+  for (const char* extra : {".split_channels", ".outlier_channels"})
+    CHECK_THROWS_WITH(open([&](auto& t) {
+                        t.push_back({kQ + extra, FileDType::I32, {1}, tests::raw(int32_t{3})});
+                      }),
+                      Contains("split and outlier channels are not supported"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      t.push_back({"extra", FileDType::U8, {1}, "x"});
+                    }),
+                    Contains("'extra' is one too many"));
+  CHECK_THROWS_WITH(open([](auto& t) {
+                      t.push_back({kQ + ".weight", FileDType::U8, {1}, "x"});
+                    }),
+                    Contains(".weight' is one too many"));
+}
+
+TEST_CASE("checkpoint: the demo model") {
+  const std::string path = tests::demo_model();
+  if (path.empty()) {
+    WARN("skipped: the demo model is not there");
+    return;
+  }
+  const auto checkpoint = open_checkpoint(path);
+  CHECK(checkpoint->config_json() == config_to_json(synthetic_config("smollm2-135m")));
+  CHECK(checkpoint->bits_per_weight() == 5);
+  // Values of the reference package (gguf.quants.dequantize), rows of K put back.
+  const std::vector<float> k =
+      checkpoint->load("model.layers.0.self_attn.k_proj.weight", {192, 576});
+  CHECK(k[0] == Approx(-0.15527344));
+  CHECK(k[576] == Approx(0.20336914));
+  CHECK(k[33 * 576 + 5] == Approx(0.22955322));
+}

@@ -1,0 +1,199 @@
+// LlamaConfig: every released family's config.json, refusals, and the rope's frequencies.
+#include "models/config.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "quant/check.h"
+#include "tests/support.h"
+
+using namespace bbb;
+using namespace bbb::models;
+using Catch::Matchers::Contains;
+using nlohmann::json;
+
+namespace {
+
+// A minimal config.json with some keys replaced, or (null with `remove`) taken out.
+std::string config_text(const json& changes, const std::vector<std::string>& remove = {}) {
+  json c = {{"model_type", "llama"},  {"vocab_size", 100},
+            {"hidden_size", 64},      {"intermediate_size", 96},
+            {"num_hidden_layers", 2}, {"num_attention_heads", 4},
+            {"rms_norm_eps", 1e-6},   {"max_position_embeddings", 128}};
+  c.update(changes);
+  for (const std::string& key : remove) c.erase(key);
+  return c.dump();
+}
+
+LlamaConfig read(const json& changes, const std::vector<std::string>& remove = {}) {
+  return config_from_json(config_text(changes, remove), "config.json");
+}
+
+}  // namespace
+
+TEST_CASE("config: defaults and derived sizes") {
+  const LlamaConfig c = read(json::object());
+  CHECK(c.kv_heads == 4);
+  CHECK(c.head_dim == 16);
+  CHECK(c.rope_theta == 1e4);
+  CHECK(c.rms_eps == 1e-6);
+  CHECK_FALSE(c.tied_head);
+  CHECK_FALSE(c.rope_scaling);
+  CHECK_FALSE(c.bos_id);
+  CHECK(c.linear_parameters() == 2 * (4 * 64 * 64 + 3 * 64 * 96));
+
+  const LlamaConfig d = read({{"num_key_value_heads", 2},
+                              {"head_dim", 32},
+                              {"rope_theta", 5e5},
+                              {"tie_word_embeddings", true},
+                              {"bos_token_id", 1},
+                              {"eos_token_id", {7, 8}},
+                              {"head_dim", 32},
+                              {"sliding_window", 64}});
+  CHECK(d.kv_heads == 2);
+  CHECK(d.head_dim == 32);
+  CHECK(d.rope_theta == 5e5);
+  CHECK(d.tied_head);
+  CHECK(d.bos_id == 1);
+  CHECK(d.eos_id == 7);
+  CHECK(d.sliding_window == 0);  // Llama has none, whatever the file says
+  CHECK(block_linears(d)[0].n == 4 * 32);
+  CHECK(block_linears(d)[1].n == 2 * 32);
+  CHECK(block_linears(d)[3].k == 4 * 32);
+  CHECK(layer_name(3, "mlp.up_proj") == "model.layers.3.mlp.up_proj");
+}
+
+TEST_CASE("config: Mistral's window") {
+  CHECK(read({{"model_type", "mistral"}, {"sliding_window", 512}}).sliding_window == 512);
+  CHECK(read({{"model_type", "mistral"}, {"sliding_window", nullptr}}).sliding_window == 0);
+  CHECK(read({{"model_type", "mistral"}}).sliding_window == 4096);
+}
+
+TEST_CASE("config: rope, in the old place and the new") {
+  const json scaling = {{"rope_type", "llama3"},
+                        {"factor", 32.0},
+                        {"low_freq_factor", 1.0},
+                        {"high_freq_factor", 4.0},
+                        {"original_max_position_embeddings", 8192}};
+  json parameters = scaling;
+  parameters["rope_theta"] = 5e5;
+  for (const LlamaConfig& c : {read({{"rope_theta", 5e5}, {"rope_scaling", scaling}}),
+                               read({{"rope_parameters", parameters}})}) {
+    CHECK(c.rope_theta == 5e5);
+    REQUIRE(c.rope_scaling);
+    CHECK(c.rope_scaling->factor == 32);
+    CHECK(c.rope_scaling->original_max_position == 8192);
+  }
+  const LlamaConfig plain =
+      read({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 2e4}}}});
+  CHECK(plain.rope_theta == 2e4);
+  CHECK_FALSE(plain.rope_scaling);
+  CHECK_THROWS_WITH(read({{"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}}}),
+                    Contains("unsupported rope scaling 'linear'"));
+  json incomplete = scaling;
+  incomplete.erase("high_freq_factor");
+  CHECK_THROWS_WITH(read({{"rope_scaling", incomplete}}),
+                    Contains("'high_freq_factor' is missing"));
+}
+
+TEST_CASE("config: what is missing is named") {
+  for (const char* key :
+       {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "rms_norm_eps", "max_position_embeddings"})
+    CHECK_THROWS_WITH(read(json::object(), {key}),
+                      Contains("config.json: '" + std::string(key) + "' is missing"));
+}
+
+TEST_CASE("config: what is wrong is named") {
+  struct Case {
+    json change;
+    const char* message;
+  };
+  const Case cases[] = {
+      {{{"model_type", "gpt2"}}, "unsupported model_type 'gpt2'"},
+      {{{"model_type", 3}}, "'model_type' is not a string"},
+      {{{"architectures", {"LlamaForSequenceClassification"}}}, "unsupported architecture"},
+      {{{"attention_bias", true}}, "'attention_bias' is true"},
+      {{{"mlp_bias", true}}, "'mlp_bias' is true"},
+      {{{"mlp_bias", 1}}, "'mlp_bias' is not true or false"},
+      {{{"hidden_act", "gelu"}}, "unsupported hidden_act 'gelu'"},
+      {{{"vocab_size", "100"}}, "'vocab_size' is not an integer"},
+      {{{"vocab_size", 100.5}}, "'vocab_size' is not an integer"},
+      {{{"vocab_size", -1}}, "'vocab_size' is -1, outside"},
+      {{{"vocab_size", ~uint64_t{0}}}, "'vocab_size' is 18446744073709551615, outside"},
+      {{{"num_hidden_layers", 1000000}}, "'num_hidden_layers' is 1000000, outside"},
+      {{{"num_attention_heads", 5}}, "not a multiple of 5 heads"},
+      {{{"num_key_value_heads", 3}}, "not a multiple of 3 key-value heads"},
+      {{{"num_key_value_heads", 8}}, "key-value heads is 8, outside 1 to 4"},
+      {{{"head_dim", 15}}, "head_dim 15 is odd"},
+      {{{"rms_norm_eps", 0}}, "'rms_norm_eps' is not positive"},
+      {{{"rope_theta", -1.0}}, "'rope_theta' is not positive"},
+      {{{"bos_token_id", 100}}, "token id 100 is outside the vocabulary"},
+      {{{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
+      {{{"rope_factors", {1.0}}}, "1 rope factors for head_dim 16"},
+  };
+  for (const Case& c : cases) {
+    INFO(c.message);
+    CHECK_THROWS_WITH(read(c.change), Contains(c.message));
+  }
+  CHECK_THROWS_WITH(config_from_json("{", "f"), Contains("f: malformed JSON"));
+  CHECK_THROWS_WITH(config_from_json("[]", "f"), Contains("f: not a JSON object"));
+}
+
+TEST_CASE("config: synthetic models have the published sizes, and survive their config.json") {
+  struct Case {
+    const char* name;
+    int64_t linear_parameters;
+    bool tied;
+  };
+  // All parameters less embedding, head and norms.
+  for (const Case& c :
+       {Case{"smollm2-135m", 106168320, true}, Case{"llama-3.2-1b", 973078528, true},
+        Case{"llama-3-8b", 6979321856, false}, Case{"llama-2-7b", 6476005376, false}}) {
+    INFO(c.name);
+    const LlamaConfig config = synthetic_config(c.name);
+    CHECK(config.linear_parameters() == c.linear_parameters);
+    CHECK(config.tied_head == c.tied);
+    const std::string text = config_to_json(config);
+    const LlamaConfig again = config_from_json(text, "config.json");
+    CHECK(config_to_json(again) == text);
+    CHECK(rope_inv_freq(again) == rope_inv_freq(config));
+  }
+  CHECK_THROWS_AS(synthetic_config("gpt2"), UsageError);
+  CHECK_THROWS_WITH(synthetic_config("gpt2"), Contains("llama-3.2-1b"));
+}
+
+TEST_CASE("config: rope frequencies, plain and with Llama-3's scaling") {
+  LlamaConfig c = synthetic_config("llama-3.2-1b");
+  const std::vector<float> scaled = rope_inv_freq(c);
+  REQUIRE(scaled.size() == 32);
+  c.rope_scaling.reset();
+  const std::vector<float> plain = rope_inv_freq(c);
+  int64_t kept = 0, divided = 0, between = 0;
+  for (size_t i = 0; i < 32; ++i) {
+    // By wavelength, as published with Llama 3.1: below 8192 / 4 kept, above 8192 divided by 32.
+    const double f = std::pow(5e5, -static_cast<double>(i) / 32.0);
+    const double wavelength = 2 * std::numbers::pi / f;
+    double expected = f;
+    if (wavelength > 8192) {
+      expected = f / 32;
+      ++divided;
+    } else if (wavelength >= 2048) {
+      const double smooth = (8192 / wavelength - 1) / 3;
+      expected = (1 - smooth) * f / 32 + smooth * f;
+      ++between;
+    } else {
+      ++kept;
+    }
+    CHECK(plain[i] == static_cast<float>(f));
+    CHECK(scaled[i] == Approx(expected).epsilon(1e-7));
+  }
+  CHECK((kept > 0 && divided > 0 && between > 0));
+
+  // Factors of a file divide; a config.json keeps them to the last bit.
+  c.rope_factors.assign(32, 3.1f);
+  CHECK(rope_inv_freq(c)[5] == Approx(plain[5] / 3.1f));
+  CHECK(rope_inv_freq(config_from_json(config_to_json(c), "f")) == rope_inv_freq(c));
+}

@@ -1,0 +1,131 @@
+// Atomic files and directories: the new content whole, or the old state and nothing else.
+#include "data/files.h"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <csignal>
+#include <filesystem>
+
+#include "quant/check.h"
+#include "tests/model_files.h"
+#include "tests/support.h"
+
+namespace fs = std::filesystem;
+using namespace bbb;
+using Catch::Matchers::Contains;
+
+namespace {
+
+int64_t entries(const std::string& directory) {
+  return std::distance(fs::directory_iterator(directory), fs::directory_iterator());
+}
+
+}  // namespace
+
+TEST_CASE("files: what is written is read back, and replaced whole") {
+  const tests::TempDir dir;
+  std::string content("a\0b\n\xff", 5);
+  data::write_file_atomic(dir / "f", content);
+  CHECK(data::read_file(dir / "f") == content);
+  content.assign(3'000'000, 'x');
+  data::write_file_atomic(dir / "f", content);
+  CHECK(data::read_file(dir / "f") == content);
+  data::write_file_atomic(dir / "empty", "");
+  CHECK(data::read_file(dir / "empty").empty());
+  CHECK(entries(dir.path()) == 2);
+}
+
+TEST_CASE("files: errors name the path and the cause, and leave nothing behind") {
+  const tests::TempDir dir;
+  CHECK_THROWS_WITH(data::read_file(dir / "none"), Contains("none: No such file"));
+  CHECK_THROWS_WITH(data::read_file(dir.path()), Contains("is a directory"));
+  CHECK_THROWS_WITH(data::write_file_atomic(dir / "no/such/f", "x"), Contains("No such file"));
+  CHECK_THROWS_WITH(data::write_file_atomic(dir.path(), "x"), Contains("is a directory"));
+  CHECK(entries(dir.path()) == 0);
+
+  // A file system that takes no new file: /proc. For root, a read-only mode would mean nothing.
+  CHECK_THROWS_AS(data::write_file_atomic("/proc/bbb", "x"), Error);
+  CHECK_THROWS_AS(data::AtomicDirectory("/proc/bbb"), Error);
+}
+
+TEST_CASE("files: an abandoned AtomicFile leaves the old content") {
+  const tests::TempDir dir;
+  data::write_file_atomic(dir / "f", "old");
+  {
+    data::AtomicFile file(dir / "f");
+    file.write("new", 3);
+    CHECK(entries(dir.path()) == 2);
+  }
+  CHECK(data::read_file(dir / "f") == "old");
+  CHECK(entries(dir.path()) == 1);
+}
+
+TEST_CASE("files: a full disk loses nothing") {
+  // A process may write files of 64 kB at most, which fails as a full disk does.
+  const tests::TempDir dir;
+  data::write_file_atomic(dir / "f", "old");
+  const pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    ::signal(SIGXFSZ, SIG_IGN);
+    const struct rlimit limit = {65536, 65536};
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+    try {
+      data::write_file_atomic(dir / "f", std::string(1 << 20, 'x'));
+    } catch (const Error& e) {
+      ::_exit(std::string(e.what()).find("cannot write") == 0 ? 7 : 1);
+    }
+    ::_exit(1);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 7));
+  CHECK(data::read_file(dir / "f") == "old");
+  CHECK(entries(dir.path()) == 1);
+}
+
+TEST_CASE("files: a directory appears whole or not at all") {
+  const tests::TempDir dir;
+  {
+    data::AtomicDirectory abandoned(dir / "out");
+    data::write_file_atomic(abandoned.temporary() + "/f", "x");
+    CHECK_FALSE(fs::exists(dir / "out"));
+  }
+  CHECK(entries(dir.path()) == 0);
+
+  fs::create_directory(dir / "out");  // an empty one may be replaced
+  data::AtomicDirectory made(dir / "out/");
+  data::write_file_atomic(made.temporary() + "/f", "x");
+  made.commit();
+  CHECK(data::read_file(dir / "out/f") == "x");
+  CHECK(entries(dir.path()) == 1);
+
+  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out"), Contains("is not empty"));
+  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f"), Contains("not a directory"));
+  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "no/out"), Contains("No such file"));
+  CHECK(entries(dir.path()) == 1);
+}
+
+TEST_CASE("files: a directory filled meanwhile is not overwritten") {
+  const tests::TempDir dir;
+  {
+    data::AtomicDirectory made(dir / "out");
+    fs::create_directory(dir / "out");
+    tests::write_plain(dir / "out/theirs", "x");
+    CHECK_THROWS_WITH(made.commit(), Contains("cannot make directory"));
+  }
+  CHECK(data::read_file(dir / "out/theirs") == "x");
+  CHECK(entries(dir.path()) == 1);
+}
+
+TEST_CASE("files: checksum and names for messages") {
+  CHECK(data::checksum64("", 0) == 0xcbf29ce484222325ull);
+  CHECK(data::checksum64("a", 1) == 0xaf63dc4c8601ec8cull);
+  CHECK(data::checksum64("foobar", 6) == 0x85944171f73967e8ull);
+  CHECK(data::printable("a.b") == "a.b");
+  CHECK(data::printable("a\n\xff") == "a\\x0a\\xff");
+  CHECK(data::printable(std::string(200, 'n')) == std::string(80, 'n') + "...");
+}
