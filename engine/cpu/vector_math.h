@@ -36,7 +36,7 @@ inline float vector_exp(float x) {
 
 inline double vector_exp(double x) { return std::exp(x); }
 
-// sum of f(i) over [0, n): lane l adds i = l, l + kLanes, ...; then the lanes, in order.
+// sum of f(i) over [0, n): lane l adds i = l, l + kLanes, ...; then the lanes, by halves.
 template <typename T, typename F>
 T lane_sum(int64_t n, const F& f) {
   constexpr int kLanes = 64 / sizeof(T) * 2;
@@ -44,8 +44,9 @@ T lane_sum(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] += f(i + l);
-  T total = 0;
-  for (int l = 0; l < kLanes; ++l) total += lanes[l];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  T total = lanes[0];
   for (; i < n; ++i) total += f(i);
   return total;
 }
@@ -60,8 +61,10 @@ T lane_max(const T* x, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] = lanes[l] < x[i + l] ? x[i + l] : lanes[l];
-  T most = -std::numeric_limits<T>::infinity();
-  for (const T lane : lanes) most = most < lane ? lane : most;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l)
+      lanes[l] = lanes[l] < lanes[l + half] ? lanes[l + half] : lanes[l];
+  T most = lanes[0];
   for (; i < n; ++i) most = most < x[i] ? x[i] : most;
   return most;
 }
