@@ -176,35 +176,6 @@ void LlamaBlock::load_masters(const Checkpoint& source) {
   upload_into(backend_, post_norm_.value, load_norm(source, kPostNorm));
 }
 
-void LlamaBlock::declare_scales(ParameterSet& set, TrainNorms norms) {
-  declared_.clear();
-  for (QuantLinear* linear : linears())
-    declared_.push_back(
-        &set.add(linear->name() + ".sigma", {linear->n(), linear->k() / linear->spec().group}));
-  if (norms == TrainNorms::Yes)
-    for (const char* norm : {kInputNorm, kPostNorm})
-      declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
-}
-
-void LlamaBlock::bind_scales(ParameterSet& set) {
-  const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(set.masters().defined() && declared_.size() >= all.size());
-  for (size_t i = 0; i < all.size(); ++i) all[i]->set_scales(*declared_[i]);
-  NormWeight* const norms[] = {&input_norm_, &post_norm_};
-  for (size_t i = 0; i < 2; ++i) {
-    // The old value lives in the set of the masters, which may go: both kinds take a copy.
-    const bool trained = declared_.size() > all.size();
-    Tensor value = trained ? declared_[all.size() + i]->master
-                           : backend_.empty({config_.d_model}, backend_.real());
-    backend_.copy(value, norms[i]->value);
-    if (trained)
-      norms[i]->set_parameter(*declared_[all.size() + i]);
-    else
-      norms[i]->set_constant(value);
-  }
-  declared_.clear();
-}
-
 BlockMasters LlamaBlock::masters() {
   BlockMasters saved;
   for (QuantLinear* linear : linears())

@@ -46,8 +46,6 @@ struct BlockMasters {
   std::vector<float> input_norm, post_norm;
 };
 
-enum class TrainNorms { No, Yes };
-
 class LlamaBlock {
  public:
   // `config` must outlive the block.
@@ -67,10 +65,6 @@ class LlamaBlock {
   // After set.allocate().
   void bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding = Rounding::Nearest);
   void load_masters(const Checkpoint& source);  // full precision into the parameters
-  // Group scales over the codes that the FakeQuant state holds (after prepare()), and the norms, as
-  // parameters of another set; the old set may go once scales are bound.
-  void declare_scales(ParameterSet& set, TrainNorms norms);
-  void bind_scales(ParameterSet& set);  // after set.allocate() and prepare()
   // What the parameters hold now, masters or scales, and back.
   BlockMasters masters();
   void set_masters(const BlockMasters& saved);

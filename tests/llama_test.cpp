@@ -188,18 +188,6 @@ TEST_CASE("llama: a block's masters leave and come back", "[llama]") {
   block.set_masters(saved);
   CHECK(values_of(device, set.masters()) == before);
   CHECK(saved.linears[4] == tiny.source->load("model.layers.1.mlp.gate_proj.weight", {96, 64}));
-
-  // Scales over the same codes, in a set of their own: the same product, the same norms.
-  block.prepare();
-  const std::vector<models::QuantizedState> codes = block.quantized_state();
-  autograd::ParameterSet scales(device);
-  block.declare_scales(scales, models::TrainNorms::Yes);
-  scales.allocate();
-  block.bind_scales(scales);
-  block.prepare();
-  const std::vector<models::QuantizedState> after = block.quantized_state();
-  for (size_t i = 0; i < codes.size(); ++i) CHECK(after[i].dequantize() == codes[i].dequantize());
-  CHECK(block.masters().post_norm == saved.post_norm);
 }
 
 TEST_CASE("llama: synthetic models repeat and run", "[llama]") {
