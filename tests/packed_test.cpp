@@ -1,0 +1,183 @@
+// Products with packed weights: unpack is exact; packed_gemv is the product with the unpacked
+// weight, up to the order of FP32 addition.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <vector>
+
+#include "quant/e4m3.h"
+#include "quant/pack.h"
+#include "tests/op_test.h"
+
+namespace bbb::tests {
+namespace {
+
+using engine::GridSpec;
+using engine::PackedWeight;
+using Values = std::vector<double>;
+using Bytes = std::vector<uint8_t>;
+
+// A random matrix as the file holds it, and its levels (q - z) e in F64.
+struct Matrix {
+  int64_t n, k;
+  GridSpec spec;
+  double master_scale = 0x1p-9;
+  Bytes qweight, scales, zeros;
+  Values levels;
+
+  Matrix(engine::Rng& rng, int64_t n, int64_t k, GridSpec spec) : n(n), k(k), spec(spec) {
+    const int64_t groups = k / spec.group;
+    const int64_t row_bytes = quant::code_row_bytes(k, spec.bits);
+    const int64_t zero_bytes = quant::zero_row_bytes(k, spec.group, spec.bits);
+    qweight.resize(static_cast<size_t>(n * row_bytes));
+    zeros.resize(static_cast<size_t>(n * zero_bytes));
+    for (int64_t row = 0; row < n; ++row) {
+      Bytes codes(static_cast<size_t>(k)), z(static_cast<size_t>(groups));
+      for (auto* bytes : {&codes, &z})
+        for (uint8_t& v : *bytes) v = static_cast<uint8_t>(rng.below(int64_t{1} << spec.bits));
+      quant::pack_codes(qweight.data() + row * row_bytes, codes.data(), k, spec.bits);
+      quant::pack_codes(zeros.data() + row * zero_bytes, z.data(), groups, spec.bits);
+      for (int64_t g = 0; g < groups; ++g) {
+        // From the smallest to the largest: subnormals and every exponent.
+        scales.push_back(static_cast<uint8_t>(1 + rng.below(0x7E)));
+        for (int64_t i = g * spec.group; i < (g + 1) * spec.group; ++i)
+          levels.push_back((double(codes[static_cast<size_t>(i)]) - z[static_cast<size_t>(g)]) *
+                           quant::e4m3_decode(scales.back()));
+      }
+    }
+  }
+
+  PackedWeight on(Backend& b) const {
+    const int64_t groups = k / spec.group;
+    return {make_bytes(b, {n, quant::code_row_bytes(k, spec.bits)}, qweight),
+            make_bytes(b, {n, groups}, scales),
+            make_bytes(b, {n, quant::zero_row_bytes(k, spec.group, spec.bits)}, zeros),
+            make(b, {1}, b.real(), {master_scale}),
+            spec,
+            n,
+            k};
+  }
+};
+
+TEST_CASE("unpacked weights are exact", "[packed]") {
+  engine::Rng rng(31);
+  for (const int bits : {2, 3, 4, 8})
+    for (const int group : {32, 64, 128})
+      for (const int64_t n : {1, 7, 33})
+        for (const int64_t k : {128, 640}) {
+          CAPTURE(bits, group, n, k);
+          const Matrix matrix(rng, n, k, {bits, group});
+          Guarded wq(backend(), {n, k}, backend().act());
+          backend().unpack(wq.tensor(), matrix.on(backend()));
+          const bool rounds = backend().act() == DType::BF16 && bits == 8;
+          CHECK(values_of(backend(), wq.tensor()) ==
+                (rounds ? round_bf16(matrix.levels) : matrix.levels));
+          CHECK(wq.untouched());
+        }
+}
+
+// y = S x W^T + addend in F64, and the largest sum of the terms' sizes.
+struct Product {
+  Values y;
+  double magnitude = 0;
+};
+
+Product multiply(const Matrix& matrix, const Values& x, const Values& addend, int64_t m) {
+  Product out;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < matrix.n; ++j) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < matrix.k; ++k) {
+        const double term = x[static_cast<size_t>(i * matrix.k + k)] *
+                            matrix.levels[static_cast<size_t>(j * matrix.k + k)];
+        sum += term;
+        size += std::abs(term);
+      }
+      out.y.push_back(matrix.master_scale * sum +
+                      (addend.empty() ? 0.0 : addend[static_cast<size_t>(i * matrix.n + j)]));
+      out.magnitude = std::max(out.magnitude, matrix.master_scale * size);
+    }
+  return out;
+}
+
+void check_gemv(engine::Rng& rng, int64_t n, int64_t k, GridSpec spec, int64_t m, bool with_addend,
+                DType y_dtype) {
+  CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
+  Backend& b = backend();
+  const Matrix matrix(rng, n, k, spec);
+  const Values x = activations(rng, m * k);
+  const Values addend = with_addend ? activations(rng, m * n, 4.0) : Values();
+  Guarded y(b, {m, n}, y_dtype);
+  b.packed_gemv(y.tensor(), make(b, {m, k}, b.act(), x), matrix.on(b),
+                with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
+  const Product want = multiply(matrix, x, addend, m);
+  const Values got = values_of(b, y.tensor());
+  // Products are exact in FP32 up to b = 4 (one rounding each at 8) and K of them are added in
+  // parts of at most K / 32 a lane: K / 32 + 16 roundings of a partial sum, whose size is at most
+  // that of the terms added up; then the output is rounded once.
+  const double order = static_cast<double>(k) / 32 + 16;
+  const double sum_error = order * epsilon_of(DType::F32) * want.magnitude;
+  for (size_t i = 0; i < got.size(); ++i)
+    REQUIRE(std::abs(got[i] - want.y[i]) <= sum_error + epsilon_of(y_dtype) * std::abs(want.y[i]));
+  CHECK(y.untouched());
+}
+
+TEST_CASE("the packed product equals decode-then-multiply", "[packed]") {
+  engine::Rng rng(32);
+  for (const int bits : {2, 3, 4, 8})
+    for (const int64_t m : {1, 2, 3, 4, 5, 8})
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
+               {1, 32}, {5, 64}, {33, 576}, {192, 1536}, {65, 4096}})
+        check_gemv(rng, n, k, {bits, 32}, m, m != 3, backend().act());
+}
+
+TEST_CASE("the packed product at other group sizes and into FP32", "[packed]") {
+  engine::Rng rng(33);
+  for (const int bits : {2, 3, 4, 8})
+    for (const int group : {64, 128}) {
+      check_gemv(rng, 31, 640, {bits, group}, 1, true, backend().act());
+      check_gemv(rng, 31, 640, {bits, group}, 8, false, backend().real());
+    }
+}
+
+TEST_CASE("the packed product of tall and long matrices", "[packed]") {
+  engine::Rng rng(34);
+  // Enough rows for several a warp and several warps' worth a block, with a tail; then K beyond
+  // what shared memory holds of x at once, with a tail.
+  for (const int bits : {2, 4}) {
+    check_gemv(rng, 4231, 64, {bits, 32}, 1, true, backend().act());
+    check_gemv(rng, 1059, 96, {bits, 32}, 3, true, backend().act());
+    check_gemv(rng, 1059, 96, {bits, 32}, 8, true, backend().act());
+    check_gemv(rng, 3, 16384 + 32, {bits, 32}, 1, false, backend().act());
+    check_gemv(rng, 3, 4096 + 96, {bits, 32}, 4, false, backend().act());
+    check_gemv(rng, 3, 4096 + 32, {bits, 32}, 7, false, backend().act());
+  }
+}
+
+TEST_CASE("the packed product repeats bit for bit, and shows what is not a number", "[packed]") {
+  engine::Rng rng(35);
+  Backend& b = backend();
+  Matrix matrix(rng, 40, 1536, {2, 32});
+  Values x = activations(rng, 1536);
+  const auto run = [&] {
+    const Tensor y = b.empty({1, 40}, b.act());
+    b.packed_gemv(y, make(b, {1, 1536}, b.act(), x), matrix.on(b), Tensor());
+    return values_of(b, y);
+  };
+  CHECK(run() == run());
+  matrix.scales[5 * 48 + 7] = quant::kE4m3Nan;
+  const Values one_bad_row = run();
+  for (size_t i = 0; i < one_bad_row.size(); ++i) CHECK(std::isnan(one_bad_row[i]) == (i == 5));
+  x[700] = std::nan("");
+  for (const double v : run()) CHECK(std::isnan(v));
+}
+
+TEST_CASE("the packed product refuses more rows than it takes", "[packed]") {
+  engine::Rng rng(36);
+  Backend& b = backend();
+  const Matrix matrix(rng, 4, 32, {2, 32});
+  const Tensor x = b.zeros({9, 32}, b.act()), y = b.empty({9, 4}, b.act());
+  CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
+}
+
+}  // namespace
+}  // namespace bbb::tests
