@@ -32,6 +32,14 @@ void make_directory(const std::string& path) {
   BBB_CHECK(!error, path, ": cannot be created: ", error.message());
 }
 
+// What a run killed before its first file leaves.
+bool holds_no_file(const std::string& path) {
+  if (!fs::is_directory(path)) return false;
+  for (const auto& entry : fs::recursive_directory_iterator(path))
+    if (!entry.is_directory()) return false;
+  return true;
+}
+
 constexpr const char* kInputNorm = "input_layernorm.weight";
 constexpr const char* kPostNorm = "post_attention_layernorm.weight";
 
@@ -89,8 +97,7 @@ std::string data_checksum(const data::Windows& windows) {
 
 void RunDirectory::create_or_resume(const RunIdentity& identity) {
   if (!fs::exists(run_file())) {
-    std::error_code error;
-    BBB_CHECK(!fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_, error)), path_,
+    BBB_CHECK(!fs::exists(path_) || holds_no_file(path_), path_,
               ": exists, but holds no training run; name another --out");
     make_directory(path_ + "/blocks");
     make_directory(path_ + "/e2e");

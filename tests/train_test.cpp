@@ -1,0 +1,437 @@
+// Training runs on a random two-layer Llama: what they learn, that they repeat byte for byte, and
+// that a killed run ends as an uninterrupted one does.
+#include "train/train.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+
+#include "data/files.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+#include "train/run_directory.h"
+
+namespace bbb::tests {
+namespace {
+
+namespace fs = std::filesystem;
+using Catch::Matchers::Contains;
+using models::ExportFormat;
+using train::Json;
+using train::TrainConfig;
+
+constexpr int64_t kSeqLen = 32;
+const int32_t kPoisoned = static_cast<int32_t>(tiny_config().vocab) - 1;  // in no window
+
+// A tokenizer that is only carried into exports.
+class NoTokenizer final : public data::Tokenizer {
+ public:
+  std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
+  std::string piece(int32_t, bool) const override { return ""; }
+  std::string decode(const std::vector<int32_t>&) const override { return ""; }
+  std::optional<int32_t> find(std::string_view) const override { return std::nullopt; }
+  int64_t vocab_size() const override { return tiny_config().vocab; }
+  std::vector<std::pair<std::string, std::string>> export_files() const override {
+    return {{"tokenizer.json", "{}"}};
+  }
+};
+
+struct Fixture {
+  Fixture() {
+    fs::create_directory(dir / "model");
+    write_tiny_model(dir / "model", tiny_config(), 7);
+    source = models::open_checkpoint(dir / "model");
+    windows.count = 24;
+    windows.seq_len = kSeqLen;
+    windows.ids = random_tokens(11, windows.count * kSeqLen, tiny_config().vocab - 1);
+    config.model = dir / "model";
+    config.data = "tokens";
+    config.samples = 16;
+    config.val_samples = 8;
+    config.seq_len = kSeqLen;
+    config.batch = 4;
+    config.threads = 1;
+    config.e2e_batch = 4;
+    config.e2e_micro_batch = 2;
+    config.save_every = 2;
+  }
+
+  // A full run: two stages of blocks, then the whole model.
+  TrainConfig both_phases(const std::string& out) const {
+    TrainConfig c = config;
+    c.out = dir / out;
+    c.stages = train::parse_stages("w4a16,w2a16");
+    c.lr = {1e-3, 3e-3};
+    c.e2e_steps = 5;
+    c.e2e_lr = 1e-3;
+    return c;
+  }
+
+  void run(const TrainConfig& c, train::Observer observer = {}) const {
+    observer.quiet = true;
+    train::train_windows(backend(), *source, windows, c, observer);
+  }
+
+  // Makes the embedding of the last token NaN.
+  void poison_last_token() {
+    const std::string path = dir / "model/model.safetensors";
+    std::string bytes = data::read_file(path);
+    const uint8_t* begin = reinterpret_cast<const uint8_t*>(bytes.data());
+    const auto tensors = data::parse_safetensors(begin, static_cast<int64_t>(bytes.size()), path);
+    const int64_t table = tensors.at("model.embed_tokens.weight").data - begin;
+    const std::vector<float> row(static_cast<size_t>(tiny_config().d_model),
+                                 std::numeric_limits<float>::quiet_NaN());
+    const int64_t row_bytes = static_cast<int64_t>(row.size() * sizeof(float));
+    std::memcpy(bytes.data() + table + kPoisoned * row_bytes, row.data(), row.size() * 4);
+    data::write_file_atomic(path, bytes);
+    source = models::open_checkpoint(dir / "model");
+  }
+
+  TempDir dir;
+  std::unique_ptr<models::Checkpoint> source;
+  data::Windows windows;
+  TrainConfig config;
+};
+
+// Every result by its name below the run's directory: all but the log, which tells times.
+std::map<std::string, std::string> results(const std::string& run) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : fs::recursive_directory_iterator(run))
+    if (entry.is_regular_file() && entry.path().filename() != "log.jsonl")
+      files[fs::relative(entry.path(), run).string()] = data::read_file(entry.path().string());
+  return files;
+}
+
+std::vector<Json> log_lines(const std::string& run, const std::string& phase) {
+  std::vector<Json> lines;
+  std::ifstream in(run + "/log.jsonl");
+  for (std::string text; std::getline(in, text);) {
+    Json line = Json::parse(text);
+    line.erase("tokens_per_s");
+    line.erase("memory_bytes");
+    if (phase.empty() || line["phase"] == phase) lines.push_back(line);
+  }
+  return lines;
+}
+
+struct Killed {};
+
+}  // namespace
+
+TEST_CASE("every stage of every block lowers its validation loss, whatever stream it is fed",
+          "[train]") {
+  const Fixture fixture;
+  for (const char* stream : {"same", "higher", "mix"}) {
+    TrainConfig config = fixture.config;
+    config.out = fixture.dir / stream;
+    config.stages = train::parse_stages("w4a16,w2a16");
+    config.lr = {1e-3, 3e-3};
+    config.input_stream = train::parse_input_stream(stream);
+    config.epochs = 3;
+    fixture.run(config);
+
+    std::map<std::string, std::pair<double, double>> first_and_best;
+    for (const Json& line : log_lines(config.out, "validation")) {
+      const std::string key = line["block"].dump() + line["stage"].get<std::string>();
+      const double loss = line["loss"];
+      if (line["epoch"] == 0)
+        first_and_best[key] = {loss, std::numeric_limits<double>::infinity()};
+      else
+        first_and_best[key].second = std::min(first_and_best[key].second, loss);
+    }
+    REQUIRE(first_and_best.size() == 4);
+    for (const auto& [key, losses] : first_and_best) {
+      INFO(stream << " block and stage " << key);
+      CHECK(losses.second < losses.first);
+    }
+    CHECK(log_lines(config.out, "block").size() == 2 * 2 * 3 * 4);
+    CHECK(fs::exists(config.out + "/blocks/block_001.safetensors"));
+  }
+}
+
+TEST_CASE("end to end from round to nearest lowers the loss", "[train]") {
+  const Fixture fixture;
+  for (const char* loss : {"kl", "ce"})
+    for (const char* what : {"all", "scales"}) {
+      TrainConfig config = fixture.config;
+      config.out = fixture.dir / (std::string(loss) + what);
+      config.e2e_loss = train::parse_e2e_loss(loss);
+      config.e2e_train = train::parse_e2e_train(what);
+      config.e2e_steps = 40;
+      config.e2e_lr = 3e-3;
+      fixture.run(config);
+
+      const std::vector<Json> lines = log_lines(config.out, "e2e");
+      REQUIRE(lines.size() == 40);
+      double first = 0, last = 0;  // an epoch each: the same windows
+      for (size_t i = 0; i < 4; ++i) {
+        first += lines[i]["loss"].get<double>();
+        last += lines[36 + i]["loss"].get<double>();
+      }
+      INFO(loss << " " << what << ": " << first / 4 << " -> " << last / 4);
+      CHECK(last < 0.97 * first);
+      CHECK(fs::exists(config.out + "/e2e/final.safetensors"));
+      CHECK_FALSE(fs::exists(config.out + "/e2e/state.safetensors"));
+    }
+}
+
+TEST_CASE("a run repeats byte for byte, and a killed one ends with the same bytes", "[train]") {
+  const Fixture fixture;
+  for (const char* stream : {"same", "mix"})
+    for (const char* what : {"all", "scales"}) {
+      const std::string name = std::string(stream) + what;
+      TrainConfig config = fixture.both_phases(name);
+      config.input_stream = train::parse_input_stream(stream);
+      config.e2e_train = train::parse_e2e_train(what);
+      fixture.run(config);
+      const auto expected = results(config.out);
+      REQUIRE(expected.size() == 4);  // run.json, two blocks, the final file
+
+      TrainConfig again = config;
+      again.out = fixture.dir / (name + "_again");
+      fixture.run(again);
+      CHECK(results(again.out) == expected);
+
+      // Killed behind the first block, then behind end-to-end steps 1 (nothing saved yet) and 3.
+      TrainConfig killed = config;
+      killed.out = fixture.dir / (name + "_killed");
+      train::Observer observer;
+      observer.after_block = [](int64_t block) {
+        if (block == 0) throw Killed();
+      };
+      CHECK_THROWS_AS(fixture.run(killed, observer), Killed);
+      CHECK(results(killed.out).size() == 2);
+      for (int64_t last : {1, 3}) {
+        train::Observer at_step;
+        at_step.after_e2e_step = [last](int64_t step) {
+          if (step == last) throw Killed();
+        };
+        CHECK_THROWS_AS(fixture.run(killed, at_step), Killed);
+      }
+      CHECK(fs::exists(killed.out + "/e2e/state.safetensors"));
+      fixture.run(killed);
+      CHECK(results(killed.out) == expected);
+      CHECK(log_lines(killed.out, "") == log_lines(config.out, ""));
+    }
+}
+
+TEST_CASE("another seed trains other weights", "[train]") {
+  const Fixture fixture;
+  TrainConfig config = fixture.both_phases("first");
+  TrainConfig other = fixture.both_phases("other");
+  other.seed = 1;
+  fixture.run(config);
+  fixture.run(other);
+  CHECK(results(config.out).at("blocks/block_000.safetensors") !=
+        results(other.out).at("blocks/block_000.safetensors"));
+}
+
+TEST_CASE("a finished run is left as it is", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  fixture.run(config);
+  const auto before = results(config.out);
+  train::Observer observer;
+  observer.after_block = [](int64_t) { FAIL("trained again"); };
+  observer.after_e2e_step = [](int64_t) { FAIL("trained again"); };
+  fixture.run(config, observer);
+  CHECK(results(config.out) == before);
+}
+
+TEST_CASE("steps that are not finite are skipped and counted", "[train]") {
+  Fixture fixture;
+  fixture.poison_last_token();
+  fixture.windows.ids[3 * kSeqLen + 5] = kPoisoned;  // in one training window
+  TrainConfig config = fixture.both_phases("run");
+  config.e2e_steps = 0;  // a tied head would make every window's logits NaN
+  fixture.run(config);
+  const std::vector<Json> lines = log_lines(config.out, "block");
+  int64_t skipped = 0;
+  for (const Json& line : lines) skipped += line["skipped"].get<bool>() ? 1 : 0;
+  CHECK(skipped == 2 * 2 * 2);  // once an epoch of every stage of every block
+  for (const Json& line : log_lines(config.out, "validation")) CHECK(line["loss"].is_number());
+}
+
+TEST_CASE("a run whose every step is skipped says so", "[train]") {
+  Fixture fixture;
+  fixture.poison_last_token();
+  for (int64_t i = 0; i < fixture.windows.count; ++i) fixture.windows.ids[i * kSeqLen] = kPoisoned;
+  CHECK_THROWS_WITH(fixture.run(fixture.both_phases("run")), Contains("every step was skipped"));
+}
+
+TEST_CASE("snapping moves masters onto their own grid", "[train]") {
+  engine::Rng rng(3);
+  autograd::ParameterSet parameters(backend());
+  autograd::Parameter& master = parameters.add("w", {64, 96});
+  parameters.allocate();
+  models::QuantLinear linear(backend(), "w", 64, 96);
+  linear.set_fake_quant(master, {2, 32});
+  const std::vector<double> values = normal(rng, 64 * 96, 0.05);
+  models::upload_into(backend(), master.master, {values.begin(), values.end()});
+  linear.prepare();
+  const models::QuantizedState before = linear.quantized_state();
+  linear.snap();
+  CHECK(models::download_floats(backend(), master.master) == before.dequantize());
+
+  // A group that does not reach both ends of its grid gets a narrower one from its snapped masters;
+  // every other group keeps its codes.
+  linear.prepare();
+  const models::QuantizedState after = linear.quantized_state();
+  for (size_t g = 0; g < before.scales.size(); ++g) {
+    const auto begin = before.codes.begin() + static_cast<int64_t>(32 * g);
+    const auto [lowest, highest] = std::minmax_element(begin, begin + 32);
+    if (*lowest == 0 && *highest == 3)
+      CHECK(std::equal(begin, begin + 32, after.codes.begin() + static_cast<int64_t>(32 * g)));
+  }
+}
+
+TEST_CASE("a finished run exports to a checkpoint that gives the trained model", "[train]") {
+  const Fixture fixture;
+  for (const char* what : {"all", "scales"}) {
+    TrainConfig config = fixture.both_phases(what);
+    config.e2e_train = train::parse_e2e_train(what);
+    fixture.run(config);
+    const std::string packed = config.out + "_packed", plain = config.out + "_plain";
+    const double bits = train::export_run(backend(), *fixture.source, NoTokenizer(), config.out,
+                                          packed, ExportFormat::Packed);
+    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, plain,
+                      ExportFormat::HuggingFace);
+    CHECK(bits == Approx(2.3125).margin(0.1));  // rows of zero points are padded to bytes
+
+    const std::vector<int32_t> text(fixture.windows.ids.begin(),
+                                    fixture.windows.ids.begin() + 16 * kSeqLen);
+    double nll[2];
+    for (int i : {0, 1}) {
+      const auto checkpoint = models::open_checkpoint(i == 0 ? packed : plain);
+      models::Llama model(backend(), *checkpoint, models::HeadRounding::BFloat16);
+      model.load_blocks(*checkpoint);
+      nll[i] = models::perplexity(model, text, 16, kSeqLen, [](int64_t) {}).nll;
+    }
+    // The plain file holds (q - z) e S rounded to bf16: exact at 2 bits.
+    CHECK(nll[0] == Approx(nll[1]).epsilon(on_cuda() ? 2e-3 : 1e-5));
+  }
+
+  const std::string rounded = fixture.dir / "rounded";
+  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), {2, 32}, rounded,
+                          ExportFormat::Packed) == Approx(2.3125).margin(0.1));
+  CHECK(models::open_checkpoint(rounded)->kind() == models::CheckpointKind::Packed);
+}
+
+TEST_CASE("an unfinished run, or another model's, is not exported", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  train::Observer observer;
+  observer.after_block = [](int64_t) { throw Killed(); };
+  CHECK_THROWS_AS(fixture.run(config, observer), Killed);
+  const auto export_it = [&](const models::Checkpoint& source) {
+    train::export_run(backend(), source, NoTokenizer(), config.out, config.out + "_out",
+                      ExportFormat::Packed);
+  };
+  CHECK_THROWS_WITH(export_it(*fixture.source), Contains("not finished"));
+  fixture.run(config);
+  fs::create_directory(fixture.dir / "other");
+  write_tiny_model(fixture.dir / "other", tiny_config(), 8);
+  CHECK_THROWS_WITH(export_it(*models::open_checkpoint(fixture.dir / "other")),
+                    Contains("is not the model"));
+  CHECK_FALSE(fs::exists(config.out + "_out"));
+}
+
+TEST_CASE("a directory with another run, or with something else, is refused", "[train]") {
+  Fixture fixture;
+  TrainConfig config = fixture.both_phases("run");
+  fixture.run(config);
+  const auto before = results(config.out);
+
+  TrainConfig other = config;
+  other.lr = {1e-3, 2e-3};
+  CHECK_THROWS_WITH(fixture.run(other), Contains("another configuration: lr"));
+  other = config;
+  other.doc_end = 3;
+  CHECK_THROWS_WITH(fixture.run(other), Contains("another configuration: doc_end"));
+  fixture.windows.ids[0] ^= 1;
+  CHECK_THROWS_WITH(fixture.run(config), Contains("another data_checksum"));
+  CHECK(results(config.out) == before);
+
+  fs::create_directory(fixture.dir / "foreign");
+  data::write_file_atomic(fixture.dir / "foreign/letter.txt", "dear reader");
+  // Killed as soon as its directory stood: the run simply begins.
+  fs::create_directory(fixture.dir / "begun");
+  fs::create_directory(fixture.dir / "begun/blocks");
+  config.out = fixture.dir / "begun";
+  fixture.run(config);
+
+  config.out = fixture.dir / "foreign";
+  CHECK_THROWS_WITH(fixture.run(config), Contains("holds no training run"));
+  CHECK(results(config.out).size() == 1);
+}
+
+TEST_CASE("what cannot be trained is refused before anything is written", "[train]") {
+  const Fixture fixture;
+  const auto refused = [&](auto change, const char* message) {
+    TrainConfig config = fixture.both_phases("run");
+    change(config);
+    CHECK_THROWS_WITH(fixture.run(config), Contains(message));
+    CHECK_FALSE(fs::exists(config.out));
+  };
+  refused([](TrainConfig& c) { c.samples = 20; }, "24 windows of 32 tokens");
+  refused([](TrainConfig& c) { c.stages = {{2, 4}}; }, "w2a4: activations of 4 bits");
+  refused([](TrainConfig& c) { c.stages = {{5, 16}}; }, "weights of 5 bits");
+  refused([](TrainConfig& c) { c.stages = {{16, 16}}; }, "cannot have 16 bits");
+  refused([](TrainConfig& c) { c.bits = 4; }, "--bits 4");
+  refused([](TrainConfig& c) { c.batch = 17; }, "--batch is 17");
+  refused([](TrainConfig& c) { c.lr = {1e-3, 1e-3, 1e-3}; }, "3 values for 2 stages");
+  refused([](TrainConfig& c) { c.group = 128; }, "does not divide");
+  refused([](TrainConfig& c) { c.e2e_micro_batch = 3; }, "does not divide --e2e-batch 4");
+  refused(
+      [](TrainConfig& c) {
+        c.stages.clear();
+        c.e2e_steps = 0;
+      },
+      "nothing to train");
+  CHECK_THROWS_AS(train::parse_stages("w2a16,"), UsageError);
+  CHECK_THROWS_AS(train::parse_stages("2"), UsageError);
+  CHECK_THROWS_WITH(train::check_memory(backend(), int64_t{1} << 60, "training", "lower --samples"),
+                    Contains("lower --samples"));
+}
+
+TEST_CASE("learning rates follow the width, the stage and the start", "[train]") {
+  models::LlamaConfig small = tiny_config(), large = tiny_config();
+  small.d_model = 576;
+  large.d_model = 4096;
+  const auto resolved = [](const models::LlamaConfig& model, const char* stages, auto change) {
+    TrainConfig config;
+    config.seq_len = 64;
+    config.stages = train::parse_stages(stages);
+    config.e2e_steps = 1;
+    change(config);
+    return train::resolve(config, model, engine::DeviceType::Cpu);
+  };
+  const auto keep = [](TrainConfig&) {};
+  small.hidden = large.hidden = 1536;
+  CHECK(resolved(small, "w2a16", keep).lr == std::vector<double>{1e-3});
+  const TrainConfig staged = resolved(small, "w8a16,w4a16,w2a16", keep);
+  CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 4e-4});
+  CHECK(staged.e2e_lr == Approx(1e-5));
+  CHECK(staged.e2e_snap == train::Snap::Off);
+  CHECK(resolved(small, "", keep).e2e_lr == Approx(1e-3));
+  CHECK(resolved(small, "", keep).e2e_snap == train::Snap::Off);
+  const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
+  CHECK(wide.lr[0] == Approx(1e-5));
+  CHECK(wide.lr[1] == Approx(2e-5));
+  // Between the anchors a rate falls with the width.
+  models::LlamaConfig middle = large;
+  middle.d_model = 2048;
+  CHECK(resolved(middle, "w2a16", keep).lr[0] < 1e-3);
+  CHECK(resolved(middle, "w2a16", keep).lr[0] > 2e-5);
+  // A high rate behind blocks is the one that needs snapping.
+  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = 4e-4; }).e2e_snap ==
+        train::Snap::On);
+  CHECK(train::to_json(train::config_from_json(train::to_json(wide), "test")) ==
+        train::to_json(wide));
+}
+
+}  // namespace bbb::tests
