@@ -132,6 +132,11 @@ __host__ __device__ constexpr int row_pieces(int64_t k) {
   return padded(static_cast<int>(k < kTile ? k : kTile) / kPiece);
 }
 
+// Blocks a multiprocessor must hold: two, but one where 128 registers a thread would spill.
+constexpr int min_blocks(int bits, int m, int rows) {
+  return rows * m >= (bits == 8 ? 16 : 32) ? 1 : 2;
+}
+
 struct GemvShape {
   int64_t n, k;
   int m, group;
@@ -139,7 +144,7 @@ struct GemvShape {
 };
 
 template <int kBits, int kM, int kRows>
-__global__ void __launch_bounds__(kMaxWarps * 32, kRows* kM >= 32 ? 1 : 2)
+__global__ void __launch_bounds__(kMaxWarps * 32, min_blocks(kBits, kM, kRows))
     packed_gemv_kernel(__nv_bfloat16* __restrict__ y_bf16, float* __restrict__ y_f32,
                        const __nv_bfloat16* __restrict__ x, const uint8_t* __restrict__ qweight,
                        const uint8_t* __restrict__ scales, const uint8_t* __restrict__ zeros,
