@@ -213,6 +213,7 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
         CHECK_THROWS_AS(fixture.run(killed, at_step), Killed);
       }
       CHECK(fs::exists(killed.out + "/e2e/state.safetensors"));
+      data::write_file_atomic(killed.out + "/e2e/state.safetensors.tmp-1-0", "half a state");
       fixture.run(killed);
       CHECK(results(killed.out) == expected);
       CHECK(log_lines(killed.out, "") == log_lines(config.out, ""));

@@ -32,12 +32,25 @@ void make_directory(const std::string& path) {
   BBB_CHECK(!error, path, ": cannot be created: ", error.message());
 }
 
+// Atomic writers work under such a name; a kill leaves it behind.
+bool is_leftover(const fs::path& path) {
+  return path.filename().string().find(".tmp-") != std::string::npos;
+}
+
 // What a run killed before its first file leaves.
 bool holds_no_file(const std::string& path) {
   if (!fs::is_directory(path)) return false;
   for (const auto& entry : fs::recursive_directory_iterator(path))
-    if (!entry.is_directory()) return false;
+    if (!entry.is_directory() && !is_leftover(entry.path())) return false;
   return true;
+}
+
+void remove_leftovers(const std::string& path) {
+  std::vector<fs::path> leftovers;
+  for (const auto& entry : fs::recursive_directory_iterator(path))
+    if (entry.is_regular_file() && is_leftover(entry.path())) leftovers.push_back(entry.path());
+  std::error_code ignored;
+  for (const fs::path& leftover : leftovers) fs::remove(leftover, ignored);
 }
 
 constexpr const char* kInputNorm = "input_layernorm.weight";
@@ -101,6 +114,7 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
               ": exists, but holds no training run; name another --out");
     make_directory(path_ + "/blocks");
     make_directory(path_ + "/e2e");
+    remove_leftovers(path_);
     data::write_file_atomic(run_file(), identity.to_json());
     return;
   }
@@ -121,6 +135,7 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
     BBB_CHECK(here["config"].contains(key), path_,
               ": holds a run with another configuration: ", key, " is ", value.dump(),
               " there and not set here; name another --out");
+  remove_leftovers(path_);
 }
 
 RunIdentity RunDirectory::identity() const {
