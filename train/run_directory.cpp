@@ -122,9 +122,9 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
   BBB_CHECK(there.is_object() && there.contains("config"), run_file(), ": not the record of a run");
   const Json here = Json::parse(identity.to_json());
   for (const char* key : {"device", "model_checksum", "data_checksum"})
-    BBB_CHECK(there.value(key, "") == here[key], path_, ": holds a run with another ", key, ": ",
-              there.value(key, "none"), ", here ", here[key].get<std::string>(),
-              "; name another --out");
+    BBB_CHECK(there.value(key, "") == here[key].get<std::string>(), path_,
+              ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
+              here[key].get<std::string>(), "; name another --out");
   for (const auto& [key, value] : here["config"].items()) {
     if (!decides(key)) continue;
     const Json other = there["config"].value(key, Json());
