@@ -51,7 +51,7 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
   for (const bool tied : {false, true}) {
     const TempDir dir;
     engine::Rng rng(3);
-    LlamaConfig c = tests::tiny_config();
+    LlamaConfig c = tests::file_model_config();
     c.tied_head = tied;
     std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
     const std::string text = config_to_json(c);
@@ -76,7 +76,7 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
 TEST_CASE("checkpoint: tied files may hold a head, old ones the rope's table") {
   const TempDir dir;
   engine::Rng rng(3);
-  LlamaConfig c = tests::tiny_config();
+  LlamaConfig c = tests::file_model_config();
   c.tied_head = true;
   std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
   tensors.push_back(tests::file_tensor("lm_head.weight", FileDType::F16, {40, 64}, rng));
@@ -87,7 +87,7 @@ TEST_CASE("checkpoint: tied files may hold a head, old ones the rope's table") {
 }
 
 TEST_CASE("checkpoint: a Hugging Face directory that does not fit its config") {
-  const LlamaConfig c = tests::tiny_config();
+  const LlamaConfig c = tests::file_model_config();
   const auto open = [&](auto edit) {
     const TempDir dir;
     engine::Rng rng(3);
@@ -127,14 +127,14 @@ TEST_CASE("checkpoint: what is no model") {
   CHECK_THROWS_WITH(open_checkpoint(dir / "f.safetensors"), Contains("a model is a directory"));
   tests::write_plain(dir / "f.gguf", "something else");
   CHECK_THROWS_WITH(open_checkpoint(dir / "f.gguf"), Contains("not a GGUF file"));
-  tests::write_plain(dir / "config.json", config_to_json(tests::tiny_config()));
+  tests::write_plain(dir / "config.json", config_to_json(tests::file_model_config()));
   CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("neither model.safetensors"));
 }
 
 TEST_CASE("checkpoint: a GGUF under Hugging Face names, Q and K unpermuted") {
   const TempDir dir;
   engine::Rng rng(4);
-  LlamaConfig c = tests::tiny_config();
+  LlamaConfig c = tests::file_model_config();
   tests::GgufFile file = tests::tiny_gguf(c, rng);
   tests::write_plain(dir / "m.gguf", file.bytes());
   const auto checkpoint = open_checkpoint(dir / "m.gguf");
@@ -178,7 +178,7 @@ TEST_CASE("checkpoint: a GGUF under Hugging Face names, Q and K unpermuted") {
 
 TEST_CASE("checkpoint: a GGUF's rope factors") {
   const TempDir dir;
-  LlamaConfig c = tests::tiny_config();
+  LlamaConfig c = tests::file_model_config();
   c.tied_head = true;
   c.rope_theta = 5e5;
   const std::vector<float> plain = rope_inv_freq(c);
@@ -214,7 +214,7 @@ TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
   const TempDir dir;
   const auto open = [&](const std::string& from, const std::string& to, auto edit) {
     engine::Rng rng(4);
-    tests::GgufFile file = tests::tiny_gguf(tests::tiny_config(), rng);
+    tests::GgufFile file = tests::tiny_gguf(tests::file_model_config(), rng);
     edit(file);
     std::string bytes = file.bytes();
     if (!from.empty()) bytes.replace(bytes.find(from), from.size(), to);
@@ -246,7 +246,7 @@ TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
 TEST_CASE("checkpoint: an exported directory") {
   const TempDir dir;
   engine::Rng rng(5);
-  const LlamaConfig c = tests::tiny_config();
+  const LlamaConfig c = tests::file_model_config();
   const std::string text = tests::packed_config(c);
   write_model(dir, text, tests::tiny_packed(c, 2, 32, rng));
   const auto checkpoint = open_checkpoint(dir.path());
@@ -273,7 +273,7 @@ TEST_CASE("checkpoint: an exported directory") {
 }
 
 TEST_CASE("checkpoint: exported widths other than two, and a linear kept as it was") {
-  const LlamaConfig c = tests::tiny_config();
+  const LlamaConfig c = tests::file_model_config();
   for (const int bits : {3, 4, 8}) {
     const TempDir dir;
     engine::Rng rng(6);
@@ -296,7 +296,7 @@ TEST_CASE("checkpoint: exported widths other than two, and a linear kept as it w
 TEST_CASE("checkpoint: quantization_config is read to the letter") {
   const TempDir dir;
   engine::Rng rng(7);
-  const LlamaConfig c = tests::tiny_config();
+  const LlamaConfig c = tests::file_model_config();
   const std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
   const auto open = [&](const std::string& from, const std::string& to) {
     write_model(dir, tests::packed_config(c, from, to), tensors);
@@ -333,7 +333,7 @@ TEST_CASE("checkpoint: quantization_config is read to the letter") {
 }
 
 TEST_CASE("checkpoint: exported tensors are checked one by one") {
-  const LlamaConfig c = tests::tiny_config();
+  const LlamaConfig c = tests::file_model_config();
   const auto open = [&](auto edit) {
     const TempDir dir;
     engine::Rng rng(8);

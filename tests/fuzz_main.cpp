@@ -174,7 +174,7 @@ int main(int argc, char** argv) {
   const int64_t count = std::atoll(argv[1]);
   Rng rng(static_cast<uint64_t>(std::atoll(argv[2])));
 
-  models::LlamaConfig config = tests::tiny_config();
+  models::LlamaConfig config = tests::file_model_config();
   config.vocab = 8;
   config.layers = 1;
   config.d_model = config.hidden = 32;

@@ -77,7 +77,7 @@ struct GgufFile {
   void pad(std::string& s) const { s.resize((s.size() + alignment - 1) / alignment * alignment); }
 };
 
-inline models::LlamaConfig tiny_config() {
+inline models::LlamaConfig file_model_config() {
   models::LlamaConfig c;
   c.vocab = 40;
   c.d_model = 64;
