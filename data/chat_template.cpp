@@ -4,8 +4,8 @@
 // text length are bounded, for templates come with downloaded models.
 #include "data/chat_template.h"
 
+#include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <variant>
@@ -18,7 +18,7 @@ namespace bbb::data {
 namespace {
 
 constexpr int kMaxDepth = 200;
-constexpr int64_t kMaxSteps = 1'000'000;
+constexpr int64_t kMaxSteps = 4'000'000;
 constexpr size_t kMaxText = size_t{64} << 20;
 
 [[noreturn]] void fail(const std::string& what) { throw Error(cat("the chat template: ", what)); }
@@ -350,6 +350,7 @@ struct Expr {
   Value value;
   std::vector<std::unique_ptr<Expr>> kids;
   std::vector<std::string> names;
+  int depth = 1;  // of the tree below: "a + b + c + ..." grows it without nesting
 };
 using ExprPtr = std::unique_ptr<Expr>;
 
@@ -499,8 +500,12 @@ class Parser {
     auto expr = std::make_unique<Expr>();
     expr->kind = kind;
     expr->text = std::move(text);
-    if (a) expr->kids.push_back(std::move(a));
-    if (b) expr->kids.push_back(std::move(b));
+    for (ExprPtr* kid : {&a, &b}) {
+      if (!*kid) continue;
+      expr->depth = std::max(expr->depth, (*kid)->depth + 1);
+      expr->kids.push_back(std::move(*kid));
+    }
+    if (expr->depth > kMaxDepth) fail("nested too deeply");
     return expr;
   }
 
@@ -781,6 +786,7 @@ class Interpreter {
     }
     const int64_t count = static_cast<int64_t>(kept.size());
     for (int64_t i = 0; i < count; ++i) {
+      charge(16 + node.bodies[0].size());  // the loop's own variables and its body
       scopes_.back().clear();
       bind(node, kept[static_cast<size_t>(i)]);
       Dict loop = {{"index", {i + 1}},        {"index0", {i}},
@@ -833,8 +839,22 @@ class Interpreter {
     fail(cat("looping over a ", kind_of(value), " is not supported"));
   }
 
+  void charge(size_t steps) {
+    steps_ += static_cast<int64_t>(steps);
+    if (steps_ > kMaxSteps) fail("it takes too many steps");
+  }
+
+  // Charged by the size of the value, for whoever asked for it may walk over it or copy it.
   Value eval(const Expr& expr) {
-    if (++steps_ > kMaxSteps) fail("it takes too many steps");
+    charge(1);
+    Value value = compute(expr);
+    if (is_list(value)) charge(list_of(value).size());
+    if (is_dict(value)) charge(dict_of(value).size());
+    if (value.is<std::string>()) charge(value.as<std::string>().size() / 64);
+    return value;
+  }
+
+  Value compute(const Expr& expr) {
     switch (expr.kind) {
       case ExprKind::Literal:
         return expr.value;
@@ -1036,7 +1056,7 @@ class Interpreter {
     List list;
     if (bounds[2] == 0) fail("range() with a step of 0");
     for (int64_t i = bounds[0]; bounds[2] > 0 ? i < bounds[1] : i > bounds[1]; i += bounds[2]) {
-      if (list.size() >= 100'000) fail("range() is too long");
+      if (list.size() >= 10'000) fail("range() is too long");
       list.push_back({i});
     }
     return list_value(std::move(list));

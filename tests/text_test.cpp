@@ -1,0 +1,84 @@
+// Documents, token streams and windows.
+#include "data/text.h"
+
+#include <catch2/catch.hpp>
+
+#include "data/files.h"
+#include "tests/support.h"
+
+namespace bbb::tests {
+
+using Catch::Contains;
+using Ids = std::vector<int32_t>;
+
+namespace {
+
+const std::string kFixtures = std::string(BBB_SOURCE_DIR) + "/tests/goldens/tokenizers/";
+
+std::vector<std::string> documents_of(const std::string& name, const std::string& content) {
+  const TempDir dir;
+  data::write_file_atomic(dir / name, content);
+  return data::read_documents(dir / name);
+}
+
+}  // namespace
+
+TEST_CASE("documents of a text file and of a jsonl file", "[text]") {
+  CHECK(documents_of("a.txt", " one\n\ntwo \n") == std::vector<std::string>{" one\n\ntwo \n"});
+  CHECK(documents_of("a.jsonl", "{\"text\": \"one\\n\"}\n\n{\"id\": 1, \"text\": \" two\"}") ==
+        std::vector<std::string>{"one\n", " two"});
+  CHECK(documents_of("a.jsonl", "{\"text\": \"\"}\r\n{\"text\": \"x\"}\r\n").size() == 2);
+}
+
+TEST_CASE("bad texts name the file and the line", "[text]") {
+  CHECK_THROWS_WITH(documents_of("a.txt", ""), Contains("a.txt"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "\n\n"), Contains("no text"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "{\"text\": \"\"}\n"), Contains("no text"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "{\"text\": \"x\"}\n\n{\"text\": \"x\"\n"),
+                    Contains("a.jsonl:3"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "{\"text\": \"x\"}\n{\"body\": \"x\"}\n"),
+                    Contains("a.jsonl:2"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "{\"text\": 5}\n"), Contains("a.jsonl:1"));
+  CHECK_THROWS_WITH(documents_of("a.jsonl", "[1]\n"), Contains("a.jsonl:1"));
+  CHECK_THROWS_WITH(data::read_documents("/nowhere/a.txt"), Contains("/nowhere/a.txt"));
+}
+
+TEST_CASE("training ends each document, evaluation joins them", "[text]") {
+  const auto plain = data::load_tokenizer(kFixtures + "gpt2");
+  const auto with_bos = data::load_tokenizer(kFixtures + "llama3");
+  const std::vector<std::string> documents = {"Hello world", "", "line <|endoftext|>\n"};
+  for (const data::Tokenizer* tokenizer : {plain.get(), with_bos.get()}) {
+    const int32_t end = tokenizer->document_end();
+    Ids expected;
+    for (const std::string& document : documents) {
+      if (tokenizer->add_bos()) expected.push_back(*tokenizer->bos());
+      const Ids ids = tokenizer->encode(document, data::SpecialText::AsText);
+      expected.insert(expected.end(), ids.begin(), ids.end());
+      expected.push_back(end);
+    }
+    CHECK(data::training_tokens(*tokenizer, documents, end) == expected);
+
+    Ids joined =
+        tokenizer->encode("Hello world\n\n\n\nline <|endoftext|>\n", data::SpecialText::AsText);
+    if (tokenizer->add_bos()) joined.insert(joined.begin(), *tokenizer->bos());
+    CHECK(data::evaluation_tokens(*tokenizer, documents) == joined);
+  }
+  CHECK(with_bos->add_bos());
+  CHECK(!plain->add_bos());
+  CHECK_THROWS_AS(data::training_tokens(*plain, documents, -1), Error);
+  CHECK_THROWS_AS(
+      data::training_tokens(*plain, documents, static_cast<int32_t>(plain->vocab_size())), Error);
+}
+
+TEST_CASE("windows do not overlap and drop the tail", "[text]") {
+  const data::Windows windows = data::make_windows({1, 2, 3, 4, 5, 6, 7}, 3, "a.txt");
+  CHECK(windows.count == 2);
+  CHECK(windows.seq_len == 3);
+  CHECK(windows.ids == Ids{1, 2, 3, 4, 5, 6});
+  CHECK(data::make_windows({1, 2, 3}, 3, "a.txt").count == 1);
+  CHECK_THROWS_WITH(data::make_windows({1, 2}, 3, "a.txt"), Contains("a.txt"));
+  CHECK_THROWS_WITH(data::make_windows({}, 3, "a.txt"), Contains("a.txt"));
+  CHECK_THROWS_AS(data::make_windows({1, 2, 3}, 0, "a.txt"), Error);
+}
+
+}  // namespace bbb::tests
