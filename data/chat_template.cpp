@@ -850,7 +850,7 @@ class Interpreter {
     Value value = compute(expr);
     if (is_list(value)) charge(list_of(value).size());
     if (is_dict(value)) charge(dict_of(value).size());
-    if (value.is<std::string>()) charge(value.as<std::string>().size() / 64);
+    if (value.is<std::string>()) charge(value.as<std::string>().size() / 1024);
     return value;
   }
 
