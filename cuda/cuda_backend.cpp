@@ -2,7 +2,9 @@
 #ifdef BBB_HAS_CUDA
 #include "cuda/cuda_backend.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
@@ -62,12 +64,27 @@ class Capture {
   bool ended_ = false;
 };
 
+int64_t count_kernels(cudaGraph_t graph) {
+  size_t count = 0;
+  BBB_CUDA(cudaGraphGetNodes(graph, nullptr, &count));
+  std::vector<cudaGraphNode_t> nodes(count);
+  BBB_CUDA(cudaGraphGetNodes(graph, nodes.data(), &count));
+  return std::count_if(nodes.begin(), nodes.end(), [](cudaGraphNode_t node) {
+    cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
+    BBB_CUDA(cudaGraphNodeGetType(node, &type));
+    return type == cudaGraphNodeTypeKernel;
+  });
+}
+
 class GraphReplay final : public Replay {
  public:
   // `step` is kept for the tensors that it holds; `pool` for those that it allocated.
   GraphReplay(cudaStream_t stream, cudaGraph_t graph, std::function<void()> step,
               std::shared_ptr<MemoryPool> pool)
-      : stream_(stream), step_(std::move(step)), pool_(std::move(pool)) {
+      : stream_(stream),
+        step_(std::move(step)),
+        pool_(std::move(pool)),
+        kernels_(count_kernels(graph)) {
     const cudaError_t status = cudaGraphInstantiate(&executable_, graph, 0);
     cudaGraphDestroy(graph);
     BBB_CUDA(status);
@@ -78,11 +95,13 @@ class GraphReplay final : public Replay {
     cudaGetLastError();
   }
   void run() override { BBB_CUDA(cudaGraphLaunch(executable_, stream_)); }
+  int64_t kernels() const override { return kernels_; }
 
  private:
   cudaStream_t stream_;
   std::function<void()> step_;
   std::shared_ptr<MemoryPool> pool_;
+  int64_t kernels_ = 0;
   cudaGraphExec_t executable_ = nullptr;
 };
 

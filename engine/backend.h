@@ -39,6 +39,7 @@ class Replay {
  public:
   virtual ~Replay() = default;
   virtual void run() = 0;
+  virtual int64_t kernels() const { return 0; }  // that one run launches on a GPU, as one graph
 };
 
 struct AttentionSpec {
