@@ -335,6 +335,39 @@ std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files) {
   return std::make_unique<BpeTokenizer>(std::move(files), root);
 }
 
+TokenizerFiles byte_files(const std::string& source) {
+  json vocabulary = json::object();
+  for (size_t byte = 0; byte < 256; ++byte) {
+    const uint32_t point = byte_code_points()[byte];
+    const char utf8[] = {static_cast<char>(0xC0 | point >> 6),
+                         static_cast<char>(0x80 | (point & 0x3F))};
+    vocabulary[point < 0x80 ? std::string(1, static_cast<char>(point)) : std::string(utf8, 2)] =
+        byte;
+  }
+  const json end = {{"content", "<|endoftext|>"}, {"lstrip", false},
+                    {"normalized", false},        {"rstrip", false},
+                    {"single_word", false},       {"special", true}};
+  json added = end;
+  added["id"] = 256;
+  const json byte_level = {{"type", "ByteLevel"},
+                           {"add_prefix_space", false},
+                           {"trim_offsets", true},
+                           {"use_regex", true}};
+  const json root = {
+      {"version", "1.0"},
+      {"added_tokens", json::array({added})},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", byte_level},
+      {"post_processor", byte_level},
+      {"decoder", byte_level},
+      {"model", {{"type", "BPE"}, {"vocab", std::move(vocabulary)}, {"merges", json::array()}}}};
+  const json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                       {"eos_token", end.at("content")},
+                       {"add_bos_token", false},
+                       {"added_tokens_decoder", {{"256", end}}}};
+  return {source, {{"tokenizer.json", root.dump()}, {"tokenizer_config.json", config.dump(2)}}};
+}
+
 TokenizerFiles bpe_files(const Gguf& gguf) {
   const std::vector<std::string>& tokens = gguf.strings("tokenizer.ggml.tokens");
   const std::vector<int64_t>& types = gguf.integers("tokenizer.ggml.token_type");

@@ -244,6 +244,7 @@ std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf) {
 }
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {
+  if (model_path.starts_with(kSyntheticPrefix)) return make_bpe_tokenizer(byte_files(model_path));
   if (ends_with(model_path, ".gguf")) return make_tokenizer(Gguf(model_path));
   TokenizerFiles files;
   files.source = model_path;

@@ -53,7 +53,11 @@ class Tokenizer {
   std::string chat_template_;
 };
 
-// A model directory (tokenizer.json or tokenizer.model with tokenizer_config.json) or a .gguf file.
+// Model paths "synthetic:NAME": random weights, whose tokenizer's ids are the text's bytes.
+constexpr std::string_view kSyntheticPrefix = "synthetic:";
+
+// A model directory (tokenizer.json or tokenizer.model with tokenizer_config.json), a .gguf file or
+// "synthetic:NAME".
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path);
 std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf);
 

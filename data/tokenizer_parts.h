@@ -66,6 +66,8 @@ std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(TokenizerFiles files);
 // The files that a GGUF's "gpt2" or "llama" vocabulary amounts to.
 TokenizerFiles bpe_files(const Gguf& gguf);
 TokenizerFiles sentencepiece_files(const Gguf& gguf);
+// A vocabulary of the 256 bytes, each its own id, without merges, and <|endoftext|>, id 256.
+TokenizerFiles byte_files(const std::string& source);
 // tokenizer_config.json made from a GGUF's metadata.
 nlohmann::json config_from_gguf(const Gguf& gguf, const std::vector<std::string>& tokens,
                                 const std::vector<int64_t>& types, bool add_bos);

@@ -8,6 +8,8 @@
 #include "data/files.h"
 #include "data/half.h"
 #include "data/json.h"
+#include "data/tokenizer.h"
+#include "models/synthetic_checkpoint.h"
 #include "quant/check.h"
 
 namespace bbb::models {
@@ -380,6 +382,10 @@ PackedTensors Checkpoint::packed(const std::string& linear, int64_t, int64_t) co
 }
 
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
+  if (path.starts_with(data::kSyntheticPrefix)) {
+    const std::string name = path.substr(data::kSyntheticPrefix.size());
+    return make_synthetic_checkpoint(synthetic_config(name), path);
+  }
   std::error_code error;
   BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
   if (fs::is_directory(path, error)) return open_directory(path);

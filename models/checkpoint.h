@@ -3,6 +3,7 @@
 //   a directory with config.json and safetensors        full precision, or exported
 //   (quantization_config) a .gguf file of the llama architecture               dequantized;
 //   permuted Q and K put back
+//   synthetic:NAME                                     random weights (synthetic_checkpoint.h)
 #pragma once
 
 #include <map>

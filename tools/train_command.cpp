@@ -29,8 +29,12 @@ int train_command(const Arguments& arguments) {
   const auto value = [](const char* fallback) {
     return cxxopts::value<std::string>()->default_value(fallback);
   };
-  line.options()                                                                                  //
-      ("model", "directory or .gguf file", cxxopts::value<std::string>())                         //
+  line.options()                                                           //
+      ("model", "directory or .gguf file", cxxopts::value<std::string>())  //
+      ("synthetic",
+       "instead of --model: random weights, byte tokens: llama-2-7b, llama-3-8b, llama-3.2-1b, "
+       "smollm2-135m",
+       cxxopts::value<std::string>())                                                             //
       ("data", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())           //
       ("out", "directory of the run; an interrupted one goes on", cxxopts::value<std::string>())  //
       ("group-size", "input features that share a scale: 32, 64 or 128", value("32"))             //
@@ -59,7 +63,12 @@ int train_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
 
   train::TrainConfig config;
-  config.model = line.required("model");
+  if (line.has("synthetic")) {
+    if (line.has("model")) throw UsageError("give one of --model and --synthetic");
+    config.model = cat(data::kSyntheticPrefix, line.text("synthetic"));
+  } else {
+    config.model = line.required("model");
+  }
   config.data = line.required("data");
   config.out = line.required("out");
   config.stages = train::parse_stages(line.text("stages"));
