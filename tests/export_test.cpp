@@ -128,7 +128,7 @@ TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
 
 TEST_CASE("export: files, and shards with their index", "[export]") {
   Trained trained(oracle(), false, 2);
-  trained.write("sharded", 2, ExportFormat::Packed, 20000);
+  trained.write("sharded", 2, ExportFormat::Packed, 30000);
   const std::string path = trained.directory / "sharded/";
   CHECK(fs::exists(path + "model.safetensors.index.json"));
   CHECK(fs::exists(path + "model-00002-of-00002.safetensors"));
