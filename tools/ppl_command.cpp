@@ -26,6 +26,7 @@ int ppl_command(const Arguments& arguments) {
   const std::string model_path = line.required("model"), text_path = line.required("text");
   const int64_t seq_len = line.integer("seq-len", 2), limit = line.integer("max-windows", 0);
 
+  const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path);
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
@@ -34,7 +35,6 @@ int ppl_command(const Arguments& arguments) {
   const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
   windows.ids.resize(static_cast<size_t>(count * seq_len));
 
-  const auto backend = line.make_backend();
   models::Llama model(*backend, *source, models::HeadRounding::None);
   model.load_blocks(*source);
   const auto start = std::chrono::steady_clock::now();
