@@ -14,6 +14,7 @@
 #include "data/tokenizer.h"
 #include "models/llama.h"
 #include "tools/cli.h"
+#include "tools/measure.h"
 #include "tools/sampler.h"
 
 namespace bbb::tools {
@@ -30,32 +31,6 @@ namespace {
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-// Bytes read and written a second by a copy far larger than any cache: the median of nine.
-double measure_bandwidth(Backend& backend) {
-  const bool gpu = backend.device() == engine::DeviceType::Cuda;
-  const int64_t bytes =
-      std::min<int64_t>(gpu ? 1 << 30 : 1 << 28, backend.memory_available_bytes() / 8);
-  const Tensor from = backend.zeros({bytes}, DType::U8), to = backend.zeros({bytes}, DType::U8);
-  const int repeats = gpu ? 20 : 1;
-  std::vector<double> times;
-  for (int i = 0; i < 9; ++i) {
-    backend.synchronize();
-    const auto start = Clock::now();
-    for (int r = 0; r < repeats; ++r) backend.copy(to, from);
-    backend.synchronize();
-    times.push_back(seconds_since(start) / repeats);
-  }
-  std::nth_element(times.begin(), times.begin() + 4, times.end());
-  return 2.0 * static_cast<double>(bytes) / times[4];
-}
-
-double median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size()) / 2,
-                   values.end());
-  return values[values.size() / 2];
 }
 
 // The longest prefix of `bytes` that ends on a UTF-8 character's end; the rest waits for more

@@ -7,6 +7,7 @@
 #include "autograd/ops.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/step_probe.h"
 
 namespace bbb::train {
 namespace {
@@ -92,6 +93,22 @@ class BlockPhase {
     }
   }
 
+  // For a probe: the first block stands before the first step of its first stage.
+  void begin() {
+    advance_teacher(0, target_);
+    load(0, float_masters(source_, 0));
+    work_->prepare();
+    rewind();
+  }
+  void rewind() {
+    stages_[0]->optimizer.restart(stages_[0]->schedule);
+    upload_order(0, 0);
+  }
+  std::unique_ptr<Replay> record(StepPart last) {
+    const Tensor input = training_inputs(0)[0];
+    return backend_.record([this, input, last] { step(*stages_[0], input, last); });
+  }
+
  private:
   bool same() const { return config_.input_stream == InputStream::Same; }
 
@@ -166,7 +183,8 @@ class BlockPhase {
     log_validation(layer, t, 0, result.validation.back());
     if (stage.steps.empty())
       for (const Tensor& input : training_inputs(t))
-        stage.steps.push_back(backend_.record([this, &stage, input] { step(stage, input); }));
+        stage.steps.push_back(
+            backend_.record([this, &stage, input] { step(stage, input, StepPart::Optimizer); }));
 
     int64_t skipped = 0;
     std::optional<double> best;
@@ -213,17 +231,20 @@ class BlockPhase {
   }
 
   // Recorded: everything it reads lies on the device.
-  void step(StageStep& stage, const Tensor& input) {
+  void step(StageStep& stage, const Tensor& input, StepPart last) {
     const engine::Shape shape{config_.batch, config_.seq_len, model_.d_model};
     const Tensor x = backend_.empty(shape, backend_.act());
     const Tensor y = backend_.empty(shape, backend_.act());
     backend_.gather_rows(x, input, order_, cursor_);
     backend_.gather_rows(y, target_, order_, cursor_);
     work_->prepare();
+    if (last == StepPart::Quantize) return;
     Tape tape(backend_, TapeMode::Training);
     const Var loss = autograd::mse(tape, work_->forward(tape, Var(x), nullptr), y);
+    if (last == StepPart::Forward) return;
     tape.backward(loss);
     work_->finish_backward();
+    if (last == StepPart::Backward) return;
     stage.optimizer.step(loss.value());
     backend_.log_control(log_, stage.optimizer.control(), cursor_);
     backend_.advance(cursor_);
@@ -354,15 +375,45 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
          (recordings + 1) * block_activation_bytes(backend, model, config.batch * config.seq_len);
 }
 
+class BlockProbe final : public StepProbe {
+ public:
+  BlockProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+             const TrainConfig& config)
+      : config_(config),
+        run_(config.out),
+        phase_(backend, source, windows, config_, run_, observer_) {
+    phase_.begin();
+  }
+  std::unique_ptr<Replay> record(StepPart last) override { return phase_.record(last); }
+  void rewind() override { phase_.rewind(); }
+
+ private:
+  const TrainConfig config_;
+  const RunDirectory run_;  // names no file as long as no block is finished
+  const Observer observer_{};
+  BlockPhase phase_;
+};
+
+void check_block_memory(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
+  check_memory(backend, memory_bytes(backend, model, config),
+               cat("block training on ", config.samples, " samples of ", config.seq_len, " tokens"),
+               "lower --samples, --seq-len or --batch");
+}
+
 }  // namespace
+
+std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
+                                            const data::Windows& windows,
+                                            const TrainConfig& config) {
+  check_block_memory(backend, source.config(), config);
+  return std::make_unique<BlockProbe>(backend, source, windows, config);
+}
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                   const TrainConfig& config, const RunDirectory& run, const Observer& observer) {
   const int64_t finished = run.finished_blocks(source.config().layers);
   if (finished == source.config().layers) return;
-  check_memory(backend, memory_bytes(backend, source.config(), config),
-               cat("block training on ", config.samples, " samples of ", config.seq_len, " tokens"),
-               "lower --samples, --seq-len or --batch");
+  check_block_memory(backend, source.config(), config);
   run.keep_log([&](const Json& line) { return line.value("block", finished) < finished; });
   BlockPhase(backend, source, windows, config, run, observer).run(finished);
 }

@@ -9,6 +9,7 @@
 #include "autograd/ops.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/step_probe.h"
 
 namespace bbb::train {
 namespace {
@@ -78,8 +79,7 @@ class EndToEnd {
     run_.keep_log([&](const Json& line) {
       return line.value("phase", "") != "e2e" || line.value("step", int64_t{0}) < step;
     });
-    prepare();  // every buffer exists before the step is recorded
-    const auto replay = backend_.record([this] { this->step(); });
+    const auto replay = record(StepPart::Optimizer);
 
     std::optional<engine::Progress> progress;
     if (!observer_.quiet) progress.emplace("end to end", config_.e2e_steps);
@@ -104,6 +104,19 @@ class EndToEnd {
               "end to end: every step was skipped, its loss or gradient was not finite");
     write_final();
     std::filesystem::remove(run_.state_file());
+  }
+
+  // Puts the step's cursors before the step of this number.
+  void upload_cursors(int64_t step) {
+    const int32_t micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
+    const int32_t whole = static_cast<int32_t>(step);
+    backend_.upload(cursor_, &micro);
+    backend_.upload(step_cursor_, &whole);
+  }
+
+  std::unique_ptr<engine::Replay> record(StepPart last) {
+    prepare();  // every buffer exists before the step is recorded
+    return backend_.record([this, last] { step(last); });
   }
 
  private:
@@ -185,31 +198,27 @@ class EndToEnd {
     step_cursor_ = backend_.empty({1}, DType::I32);
   }
 
-  void upload_cursors(int64_t step) {
-    const int32_t micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
-    const int32_t whole = static_cast<int32_t>(step);
-    backend_.upload(cursor_, &micro);
-    backend_.upload(step_cursor_, &whole);
-  }
-
   // Recorded: one optimizer step.
-  void step() {
+  void step(StepPart last) {
     prepare();
     for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
-      accumulate(done == 0 ? Write::Overwrite : Write::Add);
+      accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
+    if (last < StepPart::Backward) return;
     for (auto& block : student_.blocks()) block->finish_backward();
+    if (last == StepPart::Backward) return;
     optimizer_->step(loss_);
     backend_.log_control(log_, optimizer_->control(), step_cursor_);
     backend_.advance(step_cursor_);
   }
 
-  void accumulate(Write mode) {
+  void accumulate(Write mode, StepPart last) {
     const int64_t rows = config_.e2e_micro_batch, seq = config_.seq_len, tokens = rows * seq;
     const Tensor ids = backend_.empty({rows, seq}, DType::I32);
     const Tensor targets = backend_.empty({rows, seq}, DType::I32);
     backend_.gather_rows(ids, ids_, order_, cursor_);
     backend_.gather_rows(targets, targets_, order_, cursor_);
     backend_.advance(cursor_);
+    if (last == StepPart::Quantize) return;
 
     Tensor teacher_h;
     if (teacher_) {
@@ -227,6 +236,7 @@ class EndToEnd {
     const Var loss =
         autograd::head_loss(tape, kind, h, student_.head(), targets.view({tokens}), teacher_h,
                             scale, models::head_chunk_rows(backend_, model_.vocab), Tensor());
+    if (last == StepPart::Forward) return;
     tape.backward(loss);
     backend_.sum(loss_, loss.value(), 1.0, mode);
   }
@@ -362,7 +372,39 @@ class EndToEnd {
   int64_t skipped_ = 0;
 };
 
-int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
+class EndToEndProbe final : public StepProbe {
+ public:
+  EndToEndProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                const TrainConfig& config)
+      : config_(config),
+        run_(config.out),
+        phase_(backend, source, windows, config_, run_, observer_) {
+    phase_.upload_cursors(0);
+  }
+  std::unique_ptr<engine::Replay> record(StepPart last) override { return phase_.record(last); }
+  void rewind() override { phase_.upload_cursors(0); }
+
+ private:
+  const TrainConfig config_;
+  const RunDirectory run_;  // names no file as long as nothing is saved
+  const Observer observer_{};
+  EndToEnd phase_;
+};
+
+void check_end_to_end_memory(Backend& backend, const LlamaConfig& model,
+                             const TrainConfig& config) {
+  check_memory(backend, end_to_end_memory_bytes(backend, model, config),
+               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               config.e2e_train == EndToEndTrain::All
+                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
+                   : "lower --seq-len or --e2e-batch");
+}
+
+}  // namespace
+
+int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
+                                const TrainConfig& config) {
   const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
@@ -380,17 +422,18 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
          2 * block_activation_bytes(backend, model, tokens);
 }
 
-}  // namespace
+std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
+                                                 const data::Windows& windows,
+                                                 const TrainConfig& config) {
+  BBB_ASSERT(config.stages.empty());
+  check_end_to_end_memory(backend, source.config(), config);
+  return std::make_unique<EndToEndProbe>(backend, source, windows, config);
+}
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                       const TrainConfig& config, const RunDirectory& run,
                       const Observer& observer) {
-  check_memory(backend, memory_bytes(backend, source.config(), config),
-               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
-                   config.seq_len, " tokens at once"),
-               config.e2e_train == EndToEndTrain::All
-                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
-                   : "lower --seq-len or --e2e-batch");
+  check_end_to_end_memory(backend, source.config(), config);
   EndToEnd(backend, source, windows, config, run, observer).run();
 }
 

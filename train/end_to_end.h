@@ -19,6 +19,10 @@ namespace bbb::train {
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                       const TrainConfig& config, const RunDirectory& run, const Observer& observer);
 
+// Device memory that the phase needs for a model of these sizes.
+int64_t end_to_end_memory_bytes(Backend& backend, const models::LlamaConfig& model,
+                                const TrainConfig& config);
+
 // The masters with which the phase starts, and which an export takes where there is no such phase:
 // those of the block's last stage, or the full-precision weights where no blocks were trained.
 models::BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,

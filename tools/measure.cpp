@@ -1,0 +1,103 @@
+#include "tools/measure.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "engine/rng.h"
+
+namespace bbb::tools {
+
+using engine::Backend;
+using engine::DType;
+using engine::Tensor;
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+bool is_gpu(const Backend& backend) { return backend.device() == engine::DeviceType::Cuda; }
+
+// Seconds of one product of this shape.
+double measure_gemm(Backend& backend, const GemmShape& shape) {
+  constexpr int kBuffers = 3;
+  const int products = is_gpu(backend) ? 12 : 1;
+  Tensor x[kBuffers], w[kBuffers], y[kBuffers];
+  for (int i = 0; i < kBuffers; ++i) {
+    const uint64_t seed = static_cast<uint64_t>(i);
+    x[i] = random_activations(backend, {shape.m, shape.k}, 2 * seed);
+    w[i] = random_activations(backend, {shape.n, shape.k}, 2 * seed + 1);
+    y[i] = backend.empty({shape.m, shape.n}, backend.act());
+  }
+  const auto replay = backend.record([&] {
+    for (int p = 0; p < products; ++p) {
+      const int i = p % kBuffers;
+      backend.gemm_nt(y[i], x[i], w[i], Tensor(), Tensor());
+    }
+  });
+  return measure_seconds(backend, Repeats(), [&] { replay->run(); }) / products;
+}
+
+}  // namespace
+
+double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size()) / 2,
+                   values.end());
+  return values[values.size() / 2];
+}
+
+double measure_seconds(Backend& backend, const Repeats& repeats, const std::function<void()>& run) {
+  for (int64_t i = 0; i < repeats.warmup; ++i) run();
+  std::vector<double> times;
+  for (int64_t group = 0; group < repeats.groups; ++group) {
+    backend.synchronize();
+    const auto start = Clock::now();
+    for (int64_t call = 0; call < repeats.calls; ++call) run();
+    backend.synchronize();
+    const std::chrono::duration<double> elapsed = Clock::now() - start;
+    times.push_back(elapsed.count() / static_cast<double>(repeats.calls));
+  }
+  return median(times);
+}
+
+double measure_bandwidth(Backend& backend) {
+  const bool gpu = is_gpu(backend);
+  const int64_t bytes =
+      std::min<int64_t>(gpu ? 1 << 30 : 1 << 28, backend.memory_available_bytes() / 8);
+  const Tensor from = backend.zeros({bytes}, DType::U8), to = backend.zeros({bytes}, DType::U8);
+  Repeats repeats;
+  repeats.calls = gpu ? 20 : 1;
+  const double seconds = measure_seconds(backend, repeats, [&] { backend.copy(to, from); });
+  return 2.0 * static_cast<double>(bytes) / seconds;
+}
+
+Tensor random_activations(Backend& backend, engine::Shape shape, uint64_t seed) {
+  constexpr int64_t kStretch = 1 << 20;
+  const Tensor out = backend.empty(std::move(shape), backend.act());
+  const int64_t drawn = std::min(out.numel(), kStretch);
+  engine::Rng rng(seed);
+  std::vector<float> values(static_cast<size_t>(drawn));
+  for (float& value : values) value = static_cast<float>(rng.normal());
+  const Tensor floats = backend.empty({drawn}, DType::F32);
+  backend.upload(floats, values.data());
+  const Tensor flat = out.view({out.numel()});
+  backend.cast(flat.rows(0, drawn), floats);
+  for (int64_t done = drawn; done < out.numel(); done += drawn) {
+    const int64_t count = std::min(drawn, out.numel() - done);
+    backend.copy(flat.rows(done, count), flat.rows(0, count));
+  }
+  return out;
+}
+
+double measure_gemm_peak(Backend& backend, const std::vector<GemmShape>& shapes) {
+  double best = 0;
+  for (const GemmShape& shape : shapes)
+    best = std::max(best, shape.flops() / measure_gemm(backend, shape));
+  return best;
+}
+
+std::vector<GemmShape> peak_shapes(const Backend& backend) {
+  if (!is_gpu(backend)) return {{512, 512, 512}};
+  return {{8192, 8192, 8192}, {16384, 4096, 4096}, {16384, 11008, 4096}, {16384, 4096, 11008}};
+}
+
+}  // namespace bbb::tools
