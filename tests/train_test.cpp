@@ -4,15 +4,13 @@
 
 #include <catch2/catch.hpp>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <map>
 
 #include "data/files.h"
 #include "tests/support.h"
-#include "tests/tiny_model.h"
+#include "tests/tiny_run.h"
 #include "train/run_directory.h"
 
 namespace bbb::tests {
@@ -24,8 +22,8 @@ using models::ExportFormat;
 using train::Json;
 using train::TrainConfig;
 
-constexpr int64_t kSeqLen = 32;
-const int32_t kPoisoned = static_cast<int32_t>(tiny_config().vocab) - 1;  // in no window
+constexpr int64_t kSeqLen = Fixture::kSeqLen;
+const int32_t kPoisoned = Fixture::kPoisoned;
 
 // A tokenizer that is only carried into exports.
 class NoTokenizer final : public data::Tokenizer {
@@ -39,84 +37,6 @@ class NoTokenizer final : public data::Tokenizer {
     return {{"tokenizer.json", "{}"}};
   }
 };
-
-struct Fixture {
-  Fixture() {
-    fs::create_directory(dir / "model");
-    write_tiny_model(dir / "model", tiny_config(), 7);
-    source = models::open_checkpoint(dir / "model");
-    windows.count = 24;
-    windows.seq_len = kSeqLen;
-    windows.ids = random_tokens(11, windows.count * kSeqLen, tiny_config().vocab - 1);
-    config.model = dir / "model";
-    config.data = "tokens";
-    config.samples = 16;
-    config.val_samples = 8;
-    config.seq_len = kSeqLen;
-    config.batch = 4;
-    config.threads = 1;
-    config.e2e_batch = 4;
-    config.e2e_micro_batch = 2;
-    config.save_every = 2;
-  }
-
-  // A full run: two stages of blocks, then the whole model.
-  TrainConfig both_phases(const std::string& out) const {
-    TrainConfig c = config;
-    c.out = dir / out;
-    c.stages = train::parse_stages("w4a16,w2a16");
-    c.lr = {1e-3, 3e-3};
-    c.e2e_steps = 5;
-    c.e2e_lr = 1e-3;
-    return c;
-  }
-
-  void run(const TrainConfig& c, train::Observer observer = {}) const {
-    observer.quiet = true;
-    train::train_windows(backend(), *source, windows, c, observer);
-  }
-
-  // Makes the embedding of the last token NaN.
-  void poison_last_token() {
-    const std::string path = dir / "model/model.safetensors";
-    std::string bytes = data::read_file(path);
-    const uint8_t* begin = reinterpret_cast<const uint8_t*>(bytes.data());
-    const auto tensors = data::parse_safetensors(begin, static_cast<int64_t>(bytes.size()), path);
-    const int64_t table = tensors.at("model.embed_tokens.weight").data - begin;
-    const std::vector<float> row(static_cast<size_t>(tiny_config().d_model),
-                                 std::numeric_limits<float>::quiet_NaN());
-    const int64_t row_bytes = static_cast<int64_t>(row.size() * sizeof(float));
-    std::memcpy(bytes.data() + table + kPoisoned * row_bytes, row.data(), row.size() * 4);
-    data::write_file_atomic(path, bytes);
-    source = models::open_checkpoint(dir / "model");
-  }
-
-  TempDir dir;
-  std::unique_ptr<models::Checkpoint> source;
-  data::Windows windows;
-  TrainConfig config;
-};
-
-// Every result by its name below the run's directory: all but the log, which tells times.
-std::map<std::string, std::string> results(const std::string& run) {
-  std::map<std::string, std::string> files;
-  for (const auto& entry : fs::recursive_directory_iterator(run))
-    if (entry.is_regular_file() && entry.path().filename() != "log.jsonl")
-      files[fs::relative(entry.path(), run).string()] = data::read_file(entry.path().string());
-  return files;
-}
-
-std::vector<Json> log_lines(const std::string& run, const std::string& phase) {
-  std::vector<Json> lines;
-  std::ifstream in(run + "/log.jsonl");
-  for (std::string text; std::getline(in, text);) {
-    Json line = Json::parse(text);
-    line.erase("tokens_per_s");
-    line.erase("memory_bytes");
-    if (phase.empty() || line["phase"] == phase) lines.push_back(line);
-  }
-  return lines;
-}
 
 struct Killed {};
 
