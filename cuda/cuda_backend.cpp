@@ -8,6 +8,7 @@
 
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
+#include "cuda/transfers.h"
 
 namespace bbb::cuda {
 namespace {
@@ -129,10 +130,12 @@ CudaBackend::CudaBackend(int device) {
   BBB_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);
   gemm_ = std::make_unique<GemmPlanner>(stream_);
+  transfers_ = std::make_unique<CudaTransfers>(stream_);
 }
 
 CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_);
+  transfers_.reset();
   gemm_.reset();
   cudaStreamDestroy(stream_);
 }

@@ -57,6 +57,7 @@ class CudaBackend final : public engine::Backend {
   int64_t memory_peak_bytes() const override;
   void reset_memory_peak() override;
   void synchronize() override;
+  engine::Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
 
   cudaStream_t stream() const { return stream_; }
@@ -133,6 +134,7 @@ class CudaBackend final : public engine::Backend {
   cudaStream_t stream_ = nullptr;
   std::shared_ptr<MemoryPool> pool_;  // the current one: the Replay's own while recording
   std::unique_ptr<GemmPlanner> gemm_;
+  std::unique_ptr<engine::Transfers> transfers_;
 };
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }

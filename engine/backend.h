@@ -24,6 +24,7 @@
 #include <string>
 
 #include "engine/tensor.h"
+#include "engine/transfers.h"
 #include "quant/spec.h"
 
 namespace bbb::engine {
@@ -111,6 +112,7 @@ class Backend {
             const Tensor& src);  // among act, real, F32, BF16 (round to nearest even); same numel
   void zero(const Tensor& dst);
   virtual void synchronize() = 0;
+  virtual Transfers& transfers() = 0;  // copies from and to host memory that run beside the ops
   // Records `step` and returns it ready to run(); recording does not execute it. Tensors that
   // `step` allocates belong to the Replay. On the CPU run() simply calls `step`.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;

@@ -2,6 +2,7 @@
 #include "engine/cpu/cpu_backend.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 
@@ -18,6 +19,34 @@ class DirectReplay final : public Replay {
 
  private:
   std::function<void()> step_;
+};
+
+class ReachedFence final : public Fence {
+ public:
+  void wait() override {}
+};
+
+// Copies at once: lanes have nothing to wait for.
+class DirectTransfers final : public Transfers {
+ public:
+  std::shared_ptr<Storage> host_buffer(int64_t bytes) override {
+    constexpr int64_t kPage = 4096;
+    const int64_t size = std::max<int64_t>(1, (bytes + kPage - 1) / kPage) * kPage;
+    void* const block = size <= HostMemory::available_bytes()
+                            ? std::aligned_alloc(kPage, static_cast<size_t>(size))
+                            : nullptr;
+    BBB_CHECK(block != nullptr, "out of host memory: ", bytes, " bytes requested, ",
+              HostMemory::available_bytes(), " available");
+    return std::make_shared<Storage>(block, bytes, [block] { std::free(block); });
+  }
+  void load(const Tensor& dst, const void* src) override {
+    std::memcpy(dst.raw(), src, static_cast<size_t>(dst.bytes()));
+  }
+  void store(void* dst, const Tensor& src) override {
+    std::memcpy(dst, src.raw(), static_cast<size_t>(src.bytes()));
+  }
+  std::shared_ptr<Fence> mark(Lane) override { return std::make_shared<ReachedFence>(); }
+  void follow(Lane, Fence&) override {}
 };
 
 // How each dtype converts to and from double, which holds every F32 and bf16 exactly.
@@ -45,7 +74,10 @@ void with_real(const Tensor& t, const Fn& fn) {
 }  // namespace
 
 template <typename T>
-CpuBackend<T>::CpuBackend(int threads) : pool_(threads), memory_(std::make_shared<HostMemory>()) {
+CpuBackend<T>::CpuBackend(int threads)
+    : pool_(threads),
+      memory_(std::make_shared<HostMemory>()),
+      transfers_(std::make_unique<DirectTransfers>()) {
   openblas_set_num_threads(1);
 }
 

@@ -40,6 +40,7 @@ class CpuBackend final : public Backend {
   int64_t memory_peak_bytes() const override;
   void reset_memory_peak() override;
   void synchronize() override {}
+  Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
 
  private:
@@ -136,6 +137,7 @@ class CpuBackend final : public Backend {
 
   ThreadPool pool_;
   std::shared_ptr<HostMemory> memory_;  // every tensor's storage holds it too
+  std::unique_ptr<Transfers> transfers_;
 };
 
 // Elements that one range of an elementwise loop covers: some ten microseconds of work.

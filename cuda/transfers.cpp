@@ -1,0 +1,85 @@
+// Lanes are CUDA streams, fences events; see transfers.h.
+#ifdef BBB_HAS_CUDA
+#include "cuda/transfers.h"
+
+#include "quant/launch.h"
+
+namespace bbb::cuda {
+namespace {
+
+class EventFence final : public engine::Fence {
+ public:
+  explicit EventFence(cudaStream_t stream) {
+    BBB_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync));
+    const cudaError_t status = cudaEventRecord(event_, stream);
+    if (status != cudaSuccess) cudaEventDestroy(event_);
+    BBB_CUDA(status);
+  }
+  ~EventFence() override { cudaEventDestroy(event_); }  // work that follows it still does
+  EventFence(const EventFence&) = delete;
+  EventFence& operator=(const EventFence&) = delete;
+
+  void wait() override { BBB_CUDA(cudaEventSynchronize(event_)); }
+  cudaEvent_t event() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+}  // namespace
+
+CudaTransfers::CudaTransfers(cudaStream_t compute) : compute_(compute) {
+  BBB_CUDA(cudaStreamCreateWithFlags(&load_, cudaStreamNonBlocking));
+  BBB_CUDA(cudaStreamCreateWithFlags(&store_, cudaStreamNonBlocking));
+}
+
+CudaTransfers::~CudaTransfers() {
+  for (cudaStream_t stream : {load_, store_}) {
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+  }
+}
+
+std::shared_ptr<engine::Storage> CudaTransfers::host_buffer(int64_t bytes) {
+  void* block = nullptr;
+  const cudaError_t status =
+      cudaHostAlloc(&block, static_cast<size_t>(bytes > 0 ? bytes : 1), cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // or the next launch would report it
+    throw Error(cat("out of host memory: ", bytes, " bytes of page-locked memory requested"));
+  }
+  BBB_CUDA(status);
+  return std::make_shared<engine::Storage>(block, bytes, [block] { cudaFreeHost(block); });
+}
+
+void CudaTransfers::load(const engine::Tensor& dst, const void* src) {
+  BBB_CUDA(cudaMemcpyAsync(dst.raw(), src, static_cast<size_t>(dst.bytes()), cudaMemcpyHostToDevice,
+                           load_));
+}
+
+void CudaTransfers::store(void* dst, const engine::Tensor& src) {
+  BBB_CUDA(cudaMemcpyAsync(dst, src.raw(), static_cast<size_t>(src.bytes()), cudaMemcpyDeviceToHost,
+                           store_));
+}
+
+std::shared_ptr<engine::Fence> CudaTransfers::mark(engine::Lane lane) {
+  return std::make_shared<EventFence>(stream_of(lane));
+}
+
+void CudaTransfers::follow(engine::Lane lane, engine::Fence& fence) {
+  BBB_CUDA(cudaStreamWaitEvent(stream_of(lane), static_cast<EventFence&>(fence).event(), 0));
+}
+
+cudaStream_t CudaTransfers::stream_of(engine::Lane lane) const {
+  switch (lane) {
+    case engine::Lane::Load:
+      return load_;
+    case engine::Lane::Store:
+      return store_;
+    default:
+      return compute_;
+  }
+}
+
+}  // namespace bbb::cuda
+#endif
