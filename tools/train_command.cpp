@@ -52,7 +52,7 @@ int train_command(const Arguments& arguments) {
       ("lr", "one rate, or one a stage; default: by the model's width", value("auto"))  //
       ("input-stream", "what a stage is fed: same, higher or mix", value("same"));
   line.options("End to end")  //
-      ("e2e-steps", "optimizer steps; 0: none; auto: one pass after blocks, four without",
+      ("e2e-steps", "optimizer steps; 0: none; auto: two passes after blocks, four without",
        value("auto"))                                                                            //
       ("e2e-loss", "kl (to the full-precision model) or ce (the text)", value("kl"))             //
       ("e2e-train", "all weights, or scales", value("all"))                                      //
@@ -84,7 +84,7 @@ int train_command(const Arguments& arguments) {
   config.seed = static_cast<uint64_t>(line.integer("seed", 0));
   config.e2e_batch = line.integer("e2e-batch", 1);
   if (line.text("e2e-steps") == "auto")
-    config.e2e_steps = (config.stages.empty() ? 4 : 1) * (config.samples / config.e2e_batch);
+    config.e2e_steps = (config.stages.empty() ? 4 : 2) * (config.samples / config.e2e_batch);
   else
     config.e2e_steps = line.integer("e2e-steps", 0);
   config.e2e_loss = train::parse_e2e_loss(line.text("e2e-loss"));

@@ -34,8 +34,12 @@ using models::LlamaConfig;
 using models::QuantizedState;
 using models::QuantLinear;
 
-constexpr int64_t kStepsPerReading = 20;  // the log comes back from the device this often
-constexpr uint64_t kOrderSeed = 0;        // block training's sub-seeds start at 1
+// The log comes back from the device this often: reading it makes a GPU wait.
+int64_t steps_per_reading(const Backend& backend) {
+  return backend.device() == engine::DeviceType::Cuda ? 20 : 1;
+}
+
+constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
 
 int64_t bytes_of(const std::vector<uint8_t>& values) { return static_cast<int64_t>(values.size()); }
 
@@ -67,6 +71,11 @@ class EndToEnd {
     log_ = backend.empty({config.e2e_steps, engine::kControlSize}, backend.real());
     loss_ = backend.empty({1}, backend.real());
     upload_windows(windows);
+    // Both give the same bytes: keeping activations is faster, where they leave room to spare.
+    const int64_t kept =
+        model_.layers *
+        block_activation_bytes(backend, model_, config.e2e_micro_batch * config.seq_len);
+    if (kept <= backend.memory_available_bytes() / 2) recompute_ = models::Recompute::None;
   }
 
   void run() {
@@ -89,7 +98,7 @@ class EndToEnd {
       replay->run();
       ++step;
       const bool last = step == config_.e2e_steps, save = step % config_.save_every == 0 && !last;
-      if (last || save || step % kStepsPerReading == 0) {
+      if (last || save || step % steps_per_reading(backend_) == 0) {
         backend_.synchronize();
         const auto now = std::chrono::steady_clock::now();
         log_steps(logged, step, std::chrono::duration<double>(now - since).count());
@@ -228,9 +237,8 @@ class EndToEnd {
                       .view({tokens, model_.d_model});
     }
     Tape tape(backend_, TapeMode::Training);
-    const Var h =
-        autograd::reshape(tape, student_.forward(tape, ids, nullptr, models::Recompute::Block),
-                          {tokens, model_.d_model});
+    const Var h = autograd::reshape(tape, student_.forward(tape, ids, nullptr, recompute_),
+                                    {tokens, model_.d_model});
     const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
     const Var loss =
@@ -368,6 +376,7 @@ class EndToEnd {
   Tensor step_cursor_;    // I32 (1): the optimizer step
   Tensor log_;            // real (steps, kControlSize)
   Tensor loss_;           // real (1): of the whole step
+  models::Recompute recompute_ = models::Recompute::Block;
   float last_loss_ = 0;
   int64_t skipped_ = 0;
 };
