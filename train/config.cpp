@@ -224,8 +224,9 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     want(c.e2e_batch > 0 && c.e2e_batch <= c.samples,
          cat("--e2e-batch is ", c.e2e_batch, ", but must lie between 1 and --samples ", c.samples));
     if (c.e2e_micro_batch == 0) {
-      c.e2e_micro_batch =
-          device == engine::DeviceType::Cuda ? std::min<int64_t>(8, c.e2e_batch) : 1;
+      // Enough rows to keep the device's matrix products efficient, few enough to fit.
+      const int64_t tokens = device == engine::DeviceType::Cuda ? 8 * 2048 : 1024;
+      c.e2e_micro_batch = std::clamp<int64_t>(tokens / c.seq_len, 1, c.e2e_batch);
       while (c.e2e_batch % c.e2e_micro_batch != 0) --c.e2e_micro_batch;
     }
     want(

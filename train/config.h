@@ -43,7 +43,7 @@ struct TrainConfig {
 
   int64_t e2e_steps = 0;  // 0: no end-to-end phase
   int64_t e2e_batch = 16;
-  int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: 8 on a GPU, else 1
+  int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
   EndToEndTrain e2e_train = EndToEndTrain::All;
   double e2e_lr = 0;  // 0: by width and start
