@@ -9,6 +9,12 @@
 
 namespace bbb::tools {
 
+namespace {
+
+void print_version() { std::puts("bbb " BBB_VERSION); }
+
+}  // namespace
+
 CommandLine::CommandLine(const std::string& command, const std::string& summary)
     : options_("bbb " + command, summary) {}
 
@@ -20,7 +26,7 @@ bool CommandLine::parse(const Arguments& arguments) {
   options_.add_options("Every command")                                                      //
       ("device", "auto, cpu or cuda", cxxopts::value<std::string>()->default_value("auto"))  //
       ("threads", "CPU threads; 0: all cores", cxxopts::value<std::string>()->default_value("0"))(
-          "h,help", "print this help");
+          "h,help", "print this help")("version", "print the version");
   std::vector<const char*> argv{"bbb"};
   for (const std::string& argument : arguments) argv.push_back(argument.c_str());
   try {
@@ -30,6 +36,10 @@ bool CommandLine::parse(const Arguments& arguments) {
   }
   if (has("help")) {
     std::fputs(options_.help().c_str(), stdout);
+    return false;
+  }
+  if (has("version")) {
+    print_version();
     return false;
   }
   if (!result_.unmatched().empty())
@@ -78,7 +88,7 @@ size_t CommandLine::choice(const std::string& name, const std::vector<std::strin
 }
 
 std::string CommandLine::required(const std::string& name) const {
-  if (!has(name)) throw UsageError(cat("--", name, " is missing"));
+  if (!has(name) || text(name).empty()) throw UsageError(cat("--", name, " is missing"));
   return text(name);
 }
 
@@ -115,6 +125,7 @@ constexpr Command kCommands[] = {
     {"ppl", "perplexity of any checkpoint on a text", ppl_command},
     {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
     {"decode", "generate text, and measure how fast", decode_command},
+    {"bench", "time training steps, or packed matrix-vector products", bench_command},
 };
 
 std::string usage() {
@@ -132,7 +143,7 @@ int dispatch(int argc, char** argv) {
     return 0;
   }
   if (name == "--version") {
-    std::puts("bbb " BBB_VERSION);
+    print_version();
     return 0;
   }
   for (const Command& command : kCommands)
@@ -146,7 +157,8 @@ int run(int argc, char** argv) {
   try {
     const int code = dispatch(argc, argv);
     // A full disk under a redirected stdout is an error like any other.
-    if (std::fflush(stdout) != 0) throw Error("cannot write to standard output");
+    if (std::fflush(stdout) != 0 || std::ferror(stdout))
+      throw Error("cannot write to standard output");
     return code;
   } catch (const UsageError& e) {
     std::fprintf(stderr, "bbb: %s\n", e.what());

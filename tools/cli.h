@@ -13,14 +13,13 @@ namespace bbb::tools {
 // The arguments after the command's name.
 using Arguments = std::vector<std::string>;
 
-// One command's options: those given, then --device, --threads, --help. Prints the help and returns
-// nothing where it was asked for; throws UsageError on an unknown flag, a bad value, or a stray
-// word.
+// One command's options: those given, then --device, --threads, --help, --version. Throws
+// UsageError on an unknown flag, a bad value, or a stray word.
 class CommandLine {
  public:
   CommandLine(const std::string& command, const std::string& summary);
   cxxopts::OptionAdder options(const std::string& group = "");
-  // False: --help was printed.
+  // False: --help or --version was asked for, and printed.
   bool parse(const Arguments& arguments);
 
   bool has(const std::string& name) const { return result_.count(name) > 0; }
@@ -29,7 +28,7 @@ class CommandLine {
   double real(const std::string& name, double minimum, double maximum) const;
   // The value, which must be one of `choices`; its index.
   size_t choice(const std::string& name, const std::vector<std::string>& choices) const;
-  // Throws UsageError, naming the option, unless it was given.
+  // Throws UsageError, naming the option, unless it was given and is not empty.
   std::string required(const std::string& name) const;
 
   // The backend of --device: auto takes a GPU where there is one. Throws where cuda was asked for
@@ -50,6 +49,7 @@ int export_command(const Arguments& arguments);
 int ppl_command(const Arguments& arguments);
 int inspect_command(const Arguments& arguments);
 int decode_command(const Arguments& arguments);
+int bench_command(const Arguments& arguments);
 
 // The whole program behind main(): dispatches, and turns every error into one line on stderr and an
 // exit code: 2 for usage, 1 for the rest.

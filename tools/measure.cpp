@@ -16,6 +16,15 @@ namespace {
 
 bool is_gpu(const Backend& backend) { return backend.device() == engine::DeviceType::Cuda; }
 
+constexpr int64_t kStretch = 1 << 20;  // values that are drawn; the rest of a tensor repeats them
+
+void repeat_stretch(Backend& backend, const Tensor& flat) {
+  for (int64_t done = kStretch; done < flat.numel(); done += kStretch) {
+    const int64_t count = std::min(kStretch, flat.numel() - done);
+    backend.copy(flat.slice(done, count), flat.slice(0, count));
+  }
+}
+
 // Seconds of one product of this shape.
 double measure_gemm(Backend& backend, const GemmShape& shape) {
   constexpr int kBuffers = 3;
@@ -71,20 +80,27 @@ double measure_bandwidth(Backend& backend) {
 }
 
 Tensor random_activations(Backend& backend, engine::Shape shape, uint64_t seed) {
-  constexpr int64_t kStretch = 1 << 20;
   const Tensor out = backend.empty(std::move(shape), backend.act());
+  const Tensor flat = out.view({out.numel()});
   const int64_t drawn = std::min(out.numel(), kStretch);
   engine::Rng rng(seed);
   std::vector<float> values(static_cast<size_t>(drawn));
   for (float& value : values) value = static_cast<float>(rng.normal());
   const Tensor floats = backend.empty({drawn}, DType::F32);
   backend.upload(floats, values.data());
-  const Tensor flat = out.view({out.numel()});
-  backend.cast(flat.rows(0, drawn), floats);
-  for (int64_t done = drawn; done < out.numel(); done += drawn) {
-    const int64_t count = std::min(drawn, out.numel() - done);
-    backend.copy(flat.rows(done, count), flat.rows(0, count));
-  }
+  backend.cast(flat.slice(0, drawn), floats);
+  repeat_stretch(backend, flat);
+  return out;
+}
+
+Tensor random_bytes(Backend& backend, int64_t count, int first, int choices, uint64_t seed) {
+  const Tensor out = backend.empty({count}, DType::U8);
+  const int64_t drawn = std::min(count, kStretch);
+  engine::Rng rng(seed);
+  std::vector<uint8_t> values(static_cast<size_t>(drawn));
+  for (uint8_t& value : values) value = static_cast<uint8_t>(first + rng.below(choices));
+  backend.upload(out.slice(0, drawn), values.data());
+  repeat_stretch(backend, out);
   return out;
 }
 

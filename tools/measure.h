@@ -26,6 +26,9 @@ double measure_bandwidth(engine::Backend& backend);
 
 // Normal values, act: a stretch of random ones repeated, since a card's clock depends on its data.
 engine::Tensor random_activations(engine::Backend& backend, engine::Shape shape, uint64_t seed);
+// U8 (count): random bytes from `first` on, `choices` of them.
+engine::Tensor random_bytes(engine::Backend& backend, int64_t count, int first, int choices,
+                            uint64_t seed);
 
 // y (M, N) = x (M, K) w^T (N, K) in act.
 struct GemmShape {

@@ -1,0 +1,86 @@
+// The benchmarks' code at small sizes: parts that add up, and counts that follow from the shapes.
+#include "tools/bench.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+
+namespace bbb::tests {
+namespace {
+
+using tools::TrainBench;
+using tools::TrainBenchResult;
+
+TrainBench small_bench(bool end_to_end) {
+  TrainBench bench;
+  bench.model = tiny_config();
+  bench.end_to_end = end_to_end;
+  bench.batch = 2;
+  bench.seq_len = 32;
+  bench.steps = 3;
+  bench.peak = {{64, 64, 64}};
+  return bench;
+}
+
+TEST_CASE("bench: training steps of both phases") {
+  for (const bool end_to_end : {false, true}) {
+    INFO("end to end " << end_to_end);
+    const TrainBench bench = small_bench(end_to_end);
+    const TrainBenchResult r = tools::bench_train(backend(), bench);
+    CHECK(r.step_s > 0);
+    CHECK(r.quantize_s > 0);
+    CHECK(r.quantize_s + r.forward_s + r.backward_s + r.optimizer_s == Approx(r.step_s));
+    CHECK(r.gemm_peak > 0);
+    CHECK(r.peak_bytes > 0);
+    CHECK((r.kernels > 0) == on_cuda());
+    CHECK(r.flops == Approx(tools::training_flops_per_token(bench.model, 32, end_to_end) * 64));
+  }
+}
+
+TEST_CASE("bench: a block of Llama-2-7B takes 1.27 GFLOP a token") {
+  const models::LlamaConfig model = models::synthetic_config("llama-2-7b");
+  const double weights = 4.0 * 4096 * 4096 + 3.0 * 4096 * 11008;
+  CHECK(tools::training_flops_per_token(model, 2048, false) ==
+        Approx(6 * weights + 7.0 * 2048 * 4096));
+  const double head = 6.0 * 32000 * 4096;
+  CHECK(tools::training_flops_per_token(model, 2048, true) ==
+        Approx(32 * (8 * weights + 9.0 * 2048 * 4096) + head));
+}
+
+TEST_CASE("bench: as many layers as the device holds, at least one") {
+  TrainBench bench = small_bench(true);
+  CHECK(tools::layers_that_fit(backend(), bench) == bench.model.layers);
+  bench.model.hidden = 1 << 24;  // 64 GB a layer
+  bench.model.layers = 1000;
+  const int64_t layers = tools::layers_that_fit(backend(), bench);
+  CHECK(layers >= 1);
+  CHECK(layers < bench.model.layers);
+}
+
+TEST_CASE("bench: matrix-vector products, packed and dense") {
+  for (const int64_t rotation : {int64_t{0}, int64_t{1} << 16}) {
+    const tools::GemvResult r = tools::bench_gemv(backend(), {96, 64}, rotation);
+    CHECK(r.packed_s > 0);
+    CHECK(r.dense_s > 0);
+    const double act = static_cast<double>(engine::size_bytes(backend().act()));
+    CHECK(r.dense_bytes == (96 * 64 + 96 + 64) * act);
+    CHECK(r.packed_bytes == 96 * (64 / 4 + 2 + 1) + (96 + 64) * act);
+  }
+}
+
+TEST_CASE("bench: a median is the middle, and random tensors fill their shape") {
+  CHECK(tools::median({}) == 0);
+  CHECK(tools::median({3, 1, 2}) == 2);
+  const std::vector<double> values =
+      values_of(backend(), tools::random_activations(backend(), {3, 1'000'000}, 1));
+  double squares = 0;
+  for (double v : values) squares += v * v;
+  CHECK(squares / static_cast<double>(values.size()) == Approx(1).epsilon(0.02));
+  for (uint8_t byte : bytes_of(backend(), tools::random_bytes(backend(), 5000, 0x30, 16, 1)))
+    REQUIRE((byte >= 0x30 && byte < 0x40));
+}
+
+}  // namespace
+}  // namespace bbb::tests

@@ -1,0 +1,151 @@
+// bbb bench train: the trainers' own recorded steps on random weights. bbb bench gemv: packed
+// matrix-vector products against dense ones.
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "data/files.h"
+#include "tools/bench.h"
+#include "tools/cli.h"
+
+namespace bbb::tools {
+
+using engine::Backend;
+using nlohmann::ordered_json;
+
+namespace {
+
+constexpr int64_t kGpuRotationBytes = 256 << 20;  // several times any L2
+constexpr GemvShape kGemvShapes[] = {{576, 576},   {192, 576},    {1536, 576},
+                                     {576, 1536},  {2048, 2048},  {8192, 2048},
+                                     {4096, 4096}, {14336, 4096}, {4096, 14336}};
+
+void write_json(const CommandLine& line, const ordered_json& json) {
+  if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
+}
+
+int bench_train_command(const Arguments& arguments) {
+  CommandLine line("bench train", "Time a training step on random weights");
+  const auto text = [] { return cxxopts::value<std::string>(); };
+  line.options()                                                                            //
+      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b or smollm2-135m", text())  //
+      ("e2e", "the whole model against its full-precision original, not one block")         //
+      ("batch", "windows a step; default: 8, with --e2e 16", text())                        //
+      ("seq-len", "tokens a window", text()->default_value("2048"))                         //
+      ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
+      ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
+      ("json", "write the result to this file too", text());
+  if (!line.parse(arguments)) return 0;
+  const std::string name = line.required("synthetic");
+  TrainBench bench;
+  bench.model = models::synthetic_config(name);
+  bench.end_to_end = line.has("e2e");
+  bench.batch = line.has("batch") ? line.integer("batch", 1) : bench.end_to_end ? 16 : 8;
+  bench.seq_len = line.integer("seq-len", 2, bench.model.max_position);
+  bench.steps = line.has("steps") ? line.integer("steps", 1) : bench.end_to_end ? 10 : 100;
+  if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
+
+  const auto backend = line.make_backend();
+  bench.peak = peak_shapes(*backend);
+  const models::LlamaConfig whole = bench.model;
+  if (bench.end_to_end)
+    bench.model.layers = line.has("layers") ? line.integer("layers", 1, whole.layers)
+                                            : layers_that_fit(*backend, bench);
+  const TrainBenchResult r = bench_train(*backend, bench);
+
+  const double tokens = static_cast<double>(bench.batch * bench.seq_len);
+  const double rate = r.flops / r.step_s;
+  fmt::print("{}, {}, w2a16, {} x {} tokens a step on {}\n", name,
+             bench.end_to_end ? fmt::format("end to end, {} of {} layers, teacher included",
+                                            bench.model.layers, whole.layers)
+                              : std::string("one block"),
+             bench.batch, bench.seq_len, backend->device_name());
+  fmt::print("  step       {:9.3f} ms  {:.1f} ktok/s  {:.1f} TFLOP/s, {:.1f} % of {:.1f} by GEMM\n",
+             1e3 * r.step_s, tokens / r.step_s / 1e3, rate / 1e12, 100 * rate / r.gemm_peak,
+             r.gemm_peak / 1e12);
+  fmt::print("  quantize   {:9.3f} ms\n  forward    {:9.3f} ms\n  backward   {:9.3f} ms\n",
+             1e3 * r.quantize_s, 1e3 * r.forward_s, 1e3 * r.backward_s);
+  fmt::print("  optimizer  {:9.3f} ms\n", 1e3 * r.optimizer_s);
+  if (r.kernels > 0) fmt::print("  launches   {} kernels in 1 graph\n", r.kernels);
+  fmt::print("  memory     {:.2f} GiB at most\n", static_cast<double>(r.peak_bytes) / (1 << 30));
+  ordered_json json = {{"model", name},
+                       {"device", backend->device_name()},
+                       {"end_to_end", bench.end_to_end},
+                       {"layers", bench.end_to_end ? bench.model.layers : 1},
+                       {"batch", bench.batch},
+                       {"seq_len", bench.seq_len},
+                       {"step_ms", 1e3 * r.step_s},
+                       {"quantize_ms", 1e3 * r.quantize_s},
+                       {"forward_ms", 1e3 * r.forward_s},
+                       {"backward_ms", 1e3 * r.backward_s},
+                       {"optimizer_ms", 1e3 * r.optimizer_s},
+                       {"tokens_per_s", tokens / r.step_s},
+                       {"tflops", rate / 1e12},
+                       {"gemm_peak_tflops", r.gemm_peak / 1e12},
+                       {"gemm_peak_fraction", rate / r.gemm_peak},
+                       {"kernels_per_step", r.kernels},
+                       {"graph_launches_per_step", r.kernels > 0 ? 1 : 0},
+                       {"memory_peak_bytes", r.peak_bytes}};
+  if (bench.end_to_end && bench.model.layers < whole.layers) {
+    const double scaled = r.step_s * training_flops_per_token(whole, bench.seq_len, true) /
+                          training_flops_per_token(bench.model, bench.seq_len, true);
+    fmt::print(
+        "  scaled     {:9.3f} ms  {:.1f} ktok/s with all {} layers, by the operations' ratio\n",
+        1e3 * scaled, tokens / scaled / 1e3, whole.layers);
+    json["scaled_to_layers"] = whole.layers;
+    json["scaled_step_ms"] = 1e3 * scaled;
+    json["scaled_tokens_per_s"] = tokens / scaled;
+  }
+  write_json(line, json);
+  return 0;
+}
+
+int bench_gemv_command(const Arguments& arguments) {
+  CommandLine line("bench gemv", "Time one row times a packed 2-bit matrix, and times a dense one");
+  line.options()("json", "write the result to this file too", cxxopts::value<std::string>());
+  if (!line.parse(arguments)) return 0;
+  const auto backend = line.make_backend();
+  const bool gpu = backend->device() == engine::DeviceType::Cuda;
+  const double bandwidth = measure_bandwidth(*backend);
+  fmt::print("{}: {:.0f} GB/s by copying\n", backend->device_name(), bandwidth / 1e9);
+  fmt::print("{:>14}  {:>9} {:>7} {:>6}   {:>9} {:>7} {:>6}   {:>7}\n", "N x K", "packed us",
+             "GB/s", "%", "dense us", "GB/s", "%", "speedup");
+  ordered_json json = {{"device", backend->device_name()}, {"device_gb_per_s", bandwidth / 1e9}};
+  for (const GemvShape& shape : kGemvShapes) {
+    const GemvResult r = bench_gemv(*backend, shape, gpu ? kGpuRotationBytes : 0);
+    const double packed = r.packed_bytes / r.packed_s, dense = r.dense_bytes / r.dense_s;
+    fmt::print("{:>14}  {:9.2f} {:7.0f} {:6.1f}   {:9.2f} {:7.0f} {:6.1f}   {:7.2f}\n",
+               fmt::format("{} x {}", shape.n, shape.k), 1e6 * r.packed_s, packed / 1e9,
+               100 * packed / bandwidth, 1e6 * r.dense_s, dense / 1e9, 100 * dense / bandwidth,
+               r.dense_s / r.packed_s);
+    json["shapes"].push_back({{"n", shape.n},
+                              {"k", shape.k},
+                              {"packed_us", 1e6 * r.packed_s},
+                              {"packed_bytes", r.packed_bytes},
+                              {"packed_gb_per_s", packed / 1e9},
+                              {"packed_bandwidth_fraction", packed / bandwidth},
+                              {"dense_us", 1e6 * r.dense_s},
+                              {"dense_bytes", r.dense_bytes},
+                              {"dense_gb_per_s", dense / 1e9},
+                              {"dense_bandwidth_fraction", dense / bandwidth}});
+  }
+  write_json(line, json);
+  return 0;
+}
+
+}  // namespace
+
+int bench_command(const Arguments& arguments) {
+  const std::string what = arguments.empty() ? "" : arguments[0];
+  if (what == "--help" || what == "-h") {
+    std::puts("usage: bbb bench train|gemv [options]      bbb bench train|gemv --help");
+    return 0;
+  }
+  const Arguments rest(arguments.begin() + (arguments.empty() ? 0 : 1), arguments.end());
+  if (what == "train") return bench_train_command(rest);
+  if (what == "gemv") return bench_gemv_command(rest);
+  throw UsageError(cat("bbb bench takes train or gemv, not '", what, "'"));
+}
+
+}  // namespace bbb::tools

@@ -1,0 +1,118 @@
+// A training step, timed as a run replays it, on a synthetic model and random tokens.
+#include <algorithm>
+
+#include "engine/rng.h"
+#include "models/synthetic_checkpoint.h"
+#include "tools/bench.h"
+#include "train/end_to_end.h"
+#include "train/step_probe.h"
+
+namespace bbb::tools {
+
+using engine::Backend;
+using train::StepPart;
+
+namespace {
+
+// On a GPU short steps are queued together, as in a run.
+Repeats repeats_for(const Backend& backend, const TrainBench& bench) {
+  const bool gpu = backend.device() == engine::DeviceType::Cuda;
+  Repeats repeats;
+  repeats.warmup = !gpu ? 1 : bench.end_to_end ? 2 : 10;
+  repeats.calls = gpu && !bench.end_to_end ? std::min<int64_t>(10, bench.steps) : 1;
+  repeats.groups = (bench.steps + repeats.calls - 1) / repeats.calls;
+  return repeats;
+}
+
+// A run long enough for every timed step, on a few batches.
+train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
+  constexpr int64_t kBatches = 4;
+  const Repeats repeats = repeats_for(backend, bench);
+  const int64_t steps = repeats.warmup + repeats.groups * repeats.calls;
+  train::TrainConfig config;
+  config.seq_len = bench.seq_len;
+  config.samples = kBatches * bench.batch;
+  if (bench.end_to_end) {
+    config.e2e_steps = steps;
+    config.e2e_batch = bench.batch;
+  } else {
+    config.stages = train::parse_stages("w2a16");
+    config.batch = bench.batch;
+    config.epochs = (steps + kBatches - 1) / kBatches;
+    config.val_samples = 1;
+  }
+  return train::resolve(config, bench.model, backend.device());
+}
+
+data::Windows random_windows(const train::TrainConfig& config, int64_t vocab) {
+  data::Windows windows;
+  windows.seq_len = config.seq_len;
+  windows.count = config.samples + (config.stages.empty() ? 0 : config.val_samples);
+  engine::Rng rng(1);
+  windows.ids.resize(static_cast<size_t>(windows.count * windows.seq_len));
+  for (int32_t& id : windows.ids) id = static_cast<int32_t>(rng.below(vocab));
+  return windows;
+}
+
+}  // namespace
+
+double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len,
+                                bool end_to_end) {
+  double weights = 0;
+  for (const models::LinearShape& linear : models::block_linears(model))
+    weights += static_cast<double>(linear.n * linear.k);
+  const double attention = 2.0 * static_cast<double>(seq_len * model.heads * model.head_dim);
+  const double block = 6 * weights + 3.5 * attention;
+  if (!end_to_end) return block;
+  const double teacher = 2 * weights + attention;
+  const double head = 6.0 * static_cast<double>(model.vocab * model.d_model);
+  return static_cast<double>(model.layers) * (block + teacher) + head;
+}
+
+TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
+  models::LlamaConfig model = bench.model;
+  if (!bench.end_to_end) model.layers = 1;
+  const auto source = models::make_synthetic_checkpoint(model, "synthetic");
+  const train::TrainConfig config = config_for(backend, bench);
+  const data::Windows windows = random_windows(config, model.vocab);
+  const Repeats repeats = repeats_for(backend, bench);
+
+  TrainBenchResult result;
+  result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
+                 static_cast<double>(bench.batch * bench.seq_len);
+  {
+    backend.reset_memory_peak();
+    const auto probe = bench.end_to_end
+                           ? train::probe_end_to_end_step(backend, *source, windows, config)
+                           : train::probe_block_step(backend, *source, windows, config);
+    const auto measure = [&](StepPart last) {
+      probe->rewind();
+      const auto replay = probe->record(last);
+      result.kernels = replay->kernels();
+      return measure_seconds(backend, repeats, [&] { replay->run(); });
+    };
+    // The whole step comes last: its kernels are those that count.
+    const double quantize = measure(StepPart::Quantize), forward = measure(StepPart::Forward),
+                 backward = measure(StepPart::Backward);
+    result.step_s = measure(StepPart::Optimizer);
+    result.quantize_s = quantize;
+    result.forward_s = forward - quantize;
+    result.backward_s = backward - forward;
+    result.optimizer_s = result.step_s - backward;
+    result.peak_bytes = backend.memory_peak_bytes();
+  }
+  result.gemm_peak = measure_gemm_peak(backend, bench.peak);
+  return result;
+}
+
+int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
+  const train::TrainConfig config = config_for(backend, bench);
+  const int64_t available = backend.memory_available_bytes();
+  models::LlamaConfig model = bench.model;
+  while (model.layers > 1 &&
+         train::end_to_end_memory_bytes(backend, model, config) > available / 10 * 9)
+    --model.layers;
+  return model.layers;
+}
+
+}  // namespace bbb::tools
