@@ -28,16 +28,15 @@ cases = {}
 for case in xml.parse(sys.argv[1]).iter("testcase"):
     name = case.get("classname"), case.get("name").split("/")[0]
     bad = case.find("failure") is not None or case.find("error") is not None
-    out = "".join(case.itertext())
-    cases.setdefault(name, [False, ""])
-    cases[name][0] |= bad
-for suite in xml.parse(sys.argv[1]).iter("testsuite"):
-    text = "".join((suite.findtext("system-out") or "", suite.findtext("system-err") or ""))
-    skips = text.count("SKIPPED:")
-failed = sum(bad for bad, _ in cases.values())
-print(len(cases) - failed - skips, failed, skips)
-for (_, name), (bad, _) in cases.items():
-    if bad: print("FAILED:", name, file=sys.stderr)
+    result = "failed" if bad else "skipped" if "SKIPPED:" in "".join(case.itertext()) else "passed"
+    results = cases.setdefault(name, set())
+    results.add(result)
+count = dict(failed=0, skipped=0, passed=0)
+for (_, name), results in cases.items():
+    worst = next(result for result in count if result in results)
+    count[worst] += 1
+    if worst != "passed": print(f"{worst.upper()}: {name}", file=sys.stderr)
+print(count["passed"], count["failed"], count["skipped"])
 PY
 )
   read -r p f s <<<"$counts"

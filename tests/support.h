@@ -60,8 +60,9 @@ class TempDir {
   std::string path_;
 };
 
-// Texts and models that a bare machine may lack: the path, or "" (print why and skip). Looked up in
-// BBB_DATA (else ../shared/data beside the source) and BBB_DEMO (else demo/ in the source).
+// Texts and models that a bare machine may lack: the path, or "" after saying so, upon which
+// the test returns and counts as skipped. Looked up in BBB_DATA (else ../shared/data beside the
+// source) and BBB_DEMO (else demo/ in the source).
 std::string data_file(const std::string& name);
 std::string demo_model();
 
