@@ -23,8 +23,7 @@ constexpr size_t kMaxText = size_t{64} << 20;
 
 [[noreturn]] void fail(const std::string& what) { throw Error(cat("the chat template: ", what)); }
 
-// --- values
-// ---------------------------------------------------------------------------------------
+// Values.
 
 struct Value;
 using List = std::vector<Value>;
@@ -134,8 +133,7 @@ std::string change_case(std::string text, bool upper) {
   return text;
 }
 
-// --- tags and their tokens
-// ------------------------------------------------------------------------
+// Tags and their tokens.
 
 enum class TokenKind { Name, Int, Float, String, Op, End };
 
@@ -324,8 +322,7 @@ class Lexer {
   size_t at_ = 0;
 };
 
-// --- the tree
-// -------------------------------------------------------------------------------------
+// The tree.
 
 enum class ExprKind {
   Literal,    // value
@@ -713,8 +710,7 @@ class Parser {
   int depth_ = 0;
 };
 
-// --- evaluation
-// -----------------------------------------------------------------------------------
+// Evaluation.
 
 class Interpreter {
  public:

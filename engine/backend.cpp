@@ -115,8 +115,7 @@ class Op {
 
 }  // namespace
 
-// --- memory
-// ---------------------------------------------------------------------------------------
+// Memory.
 
 Tensor Backend::empty(Shape shape, DType dtype) { return do_empty(std::move(shape), dtype); }
 
@@ -167,8 +166,7 @@ void Backend::zero(const Tensor& dst) {
   do_zero(dst);
 }
 
-// --- embedding, rows
-// ------------------------------------------------------------------------------
+// Embedding, rows.
 
 void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   const Op op(*this, "embed");
@@ -209,8 +207,7 @@ void Backend::log_control(const Tensor& log, const Tensor& control, const Tensor
   do_log_control(log, control, cursor);
 }
 
-// --- matrix products
-// ------------------------------------------------------------------------------
+// Matrix products.
 
 void Backend::gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
                       const Tensor& addend) {
@@ -247,8 +244,7 @@ void Backend::gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write
   do_gemm_tn(dw, dy, x, mode);
 }
 
-// --- norms, activations, positions
-// ----------------------------------------------------------------
+// Norms, activations, positions.
 
 void Backend::rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                        double eps) {
@@ -313,8 +309,7 @@ void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
   do_add(out, a, b);
 }
 
-// --- attention
-// ------------------------------------------------------------------------------------
+// Attention.
 
 void Backend::attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                         const Tensor& v, const AttentionSpec& spec) {
@@ -365,8 +360,7 @@ void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k
   do_attention_cached(o, q, k_cache, v_cache, start, spec);
 }
 
-// --- losses
-// ---------------------------------------------------------------------------------------
+// Losses.
 
 void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) {
   const Op op(*this, "mse");
@@ -410,8 +404,7 @@ void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) 
   do_sum(out, x, scale, mode);
 }
 
-// --- quantizer
-// ------------------------------------------------------------------------------------
+// Quantizer.
 
 void Backend::master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
   const Op op(*this, "master_scale");
@@ -492,8 +485,7 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
   do_scale_codes_backward(dsigma, dw, codes, z, spec, mode);
 }
 
-// --- packed inference
-// -----------------------------------------------------------------------------
+// Packed inference.
 
 void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   const Op op(*this, "unpack");
@@ -515,8 +507,7 @@ void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& 
   do_packed_gemv(y, x, w, addend);
 }
 
-// --- optimizer
-// ------------------------------------------------------------------------------------
+// Optimizer.
 
 void Backend::sum_squares(const Tensor& out, const Tensor& x) {
   const Op op(*this, "sum_squares");

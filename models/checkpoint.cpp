@@ -22,10 +22,6 @@ using data::SafeTensor;
 using engine::Shape;
 using nlohmann::json;
 
-constexpr const char* kEmbedding = "model.embed_tokens.weight";
-constexpr const char* kFinalNorm = "model.norm.weight";
-constexpr const char* kHead = "lm_head.weight";
-
 struct Expected {
   std::string name;
   Shape shape;
@@ -48,7 +44,7 @@ std::vector<Linear> all_linears(const LlamaConfig& config) {
 std::vector<Expected> expected_norms(const LlamaConfig& config) {
   std::vector<Expected> out;
   for (int64_t layer = 0; layer < config.layers; ++layer)
-    for (const char* norm : {"input_layernorm.weight", "post_attention_layernorm.weight"})
+    for (const char* norm : {kInputNorm, kPostNorm})
       out.push_back({layer_name(layer, norm), {config.d_model}});
   out.push_back({kFinalNorm, {config.d_model}});
   return out;
@@ -278,8 +274,8 @@ std::string gguf_name(const std::string& name) {
   if (name == kFinalNorm) return "output_norm.weight";
   if (name == kHead) return "output.weight";
   static const std::map<std::string, std::string> kInBlock = {
-      {"input_layernorm.weight", "attn_norm.weight"},
-      {"post_attention_layernorm.weight", "ffn_norm.weight"},
+      {kInputNorm, "attn_norm.weight"},
+      {kPostNorm, "ffn_norm.weight"},
       {"self_attn.q_proj.weight", "attn_q.weight"},
       {"self_attn.k_proj.weight", "attn_k.weight"},
       {"self_attn.v_proj.weight", "attn_v.weight"},

@@ -62,4 +62,11 @@ struct LinearShape {
 std::vector<LinearShape> block_linears(const LlamaConfig& config);
 std::string layer_name(int64_t layer, const std::string& suffix);  // "model.layers.3.mlp.up_proj"
 
+// Hugging Face's names of the other weights; the first two are suffixes of a layer's.
+inline constexpr const char* kInputNorm = "input_layernorm.weight";
+inline constexpr const char* kPostNorm = "post_attention_layernorm.weight";
+inline constexpr const char* kEmbedding = "model.embed_tokens.weight";
+inline constexpr const char* kFinalNorm = "model.norm.weight";
+inline constexpr const char* kHead = "lm_head.weight";
+
 }  // namespace bbb::models

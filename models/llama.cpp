@@ -16,9 +16,6 @@ using engine::Shape;
 
 namespace {
 
-constexpr const char* kInputNorm = "input_layernorm.weight";
-constexpr const char* kPostNorm = "post_attention_layernorm.weight";
-
 QuantLinear make_linear(Backend& backend, const LlamaConfig& config, int64_t layer, size_t index) {
   const LinearShape shape = block_linears(config)[index];
   return QuantLinear(backend, layer_name(layer, shape.name), shape.n, shape.k);
@@ -104,8 +101,7 @@ Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv) {
   return down_.forward(tape, h, attended);
 }
 
-// --- weights
-// --------------------------------------------------------------------------------------
+// Weights.
 
 std::vector<float> LlamaBlock::load_linear(const Checkpoint& source,
                                            const QuantLinear& linear) const {
@@ -149,8 +145,7 @@ void LlamaBlock::load_packed(const Checkpoint& source, Tensor buffer) {
   }
 }
 
-// --- training
-// -------------------------------------------------------------------------------------
+// Training.
 
 void LlamaBlock::declare_parameters(ParameterSet& set) {
   declared_.clear();
@@ -218,8 +213,7 @@ std::vector<QuantizedState> LlamaBlock::quantized_state() {
   return states;
 }
 
-// --- the model
-// ------------------------------------------------------------------------------------
+// The model.
 
 Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(std::move(config)) {
   inv_freq_ = upload_as(backend_, rope_inv_freq(config_), {config_.head_dim / 2}, DType::F32);
@@ -239,9 +233,9 @@ Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
     }
     return table;
   };
-  embedding_ = load_table("model.embed_tokens.weight");
-  head_ = config_.tied_head ? embedding_ : load_table("lm_head.weight");
-  norm_.set_constant(upload_as(backend_, source.load("model.norm.weight", {config_.d_model}),
+  embedding_ = load_table(kEmbedding);
+  head_ = config_.tied_head ? embedding_ : load_table(kHead);
+  norm_.set_constant(upload_as(backend_, source.load(kFinalNorm, {config_.d_model}),
                                {config_.d_model}, backend_.real()));
 }
 

@@ -6,8 +6,6 @@
 #include "models/packed_checkpoint.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -15,6 +13,7 @@
 
 #include "data/files.h"
 #include "data/safetensors.h"
+#include "engine/bf16.h"
 #include "quant/pack.h"
 
 namespace bbb::models {
@@ -26,21 +25,11 @@ using nlohmann::ordered_json;
 
 namespace {
 
-// Round to nearest even; a NaN keeps its sign and stays one.
-uint16_t to_bf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x0040);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 std::vector<uint16_t> to_bf16(const std::vector<float>& values) {
   std::vector<uint16_t> out(values.size());
-  std::transform(values.begin(), values.end(), out.begin(), [](float v) { return to_bf16(v); });
+  std::transform(values.begin(), values.end(), out.begin(),
+                 [](float v) { return engine::to_bf16(v); });
   return out;
-}
-
-float rounded_to_bf16(float value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(to_bf16(value)) << 16);
 }
 
 // Row by row, each row's stream starting on a byte.
@@ -130,19 +119,14 @@ class ShardedWriter {
   std::unique_ptr<SafeTensorsWriter> file_;
 };
 
-std::string input_norm_name(int64_t layer) { return layer_name(layer, "input_layernorm.weight"); }
-std::string post_norm_name(int64_t layer) {
-  return layer_name(layer, "post_attention_layernorm.weight");
-}
-
 std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const GridSpec& spec,
                                            ExportFormat format) {
   std::vector<SafeTensorsWriter::Entry> entries;
   const Shape table{config.vocab, config.d_model}, norm{config.d_model};
-  entries.push_back({"model.embed_tokens.weight", FileDType::BF16, table});
+  entries.push_back({kEmbedding, FileDType::BF16, table});
   for (int64_t i = 0; i < config.layers; ++i) {
-    entries.push_back({input_norm_name(i), FileDType::F32, norm});
-    entries.push_back({post_norm_name(i), FileDType::F32, norm});
+    entries.push_back({layer_name(i, kInputNorm), FileDType::F32, norm});
+    entries.push_back({layer_name(i, kPostNorm), FileDType::F32, norm});
     for (const LinearShape& linear : block_linears(config)) {
       const std::string name = layer_name(i, linear.name);
       const int64_t n = linear.n, k = linear.k;
@@ -158,8 +142,8 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Grid
       entries.push_back({name + ".master_scale", FileDType::F32, {1}});
     }
   }
-  entries.push_back({"model.norm.weight", FileDType::F32, norm});
-  if (!config.tied_head) entries.push_back({"lm_head.weight", FileDType::BF16, table});
+  entries.push_back({kFinalNorm, FileDType::F32, norm});
+  if (!config.tied_head) entries.push_back({kHead, FileDType::BF16, table});
   return entries;
 }
 
@@ -179,8 +163,8 @@ void check_layer(const ExportLayer& layer, const LlamaConfig& config, const Grid
 
 void write_layer(ShardedWriter& writer, const ExportLayer& layer, int64_t index,
                  const LlamaConfig& config, ExportFormat format) {
-  writer.add(input_norm_name(index), layer.input_norm);
-  writer.add(post_norm_name(index), layer.post_norm);
+  writer.add(layer_name(index, kInputNorm), layer.input_norm);
+  writer.add(layer_name(index, kPostNorm), layer.post_norm);
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t j = 0; j < shapes.size(); ++j) {
     const std::string name = layer_name(index, shapes[j].name);
@@ -204,7 +188,7 @@ void compare_linear(const Checkpoint& written, const std::string& name, const Li
   };
   if (format == ExportFormat::HuggingFace) {
     std::vector<float> expected = state.dequantize();
-    for (float& value : expected) value = rounded_to_bf16(value);
+    for (float& value : expected) value = engine::from_bf16(engine::to_bf16(value));
     check(written.load(name + ".weight", {n, k}) == expected, ".weight");
     return;
   }
@@ -226,8 +210,8 @@ void compare_layer(const Checkpoint& written, const ExportLayer& layer, int64_t 
     BBB_CHECK(written.load(name, {config.d_model}) == given, written.path(), ": ", name,
               " read back differs from what was trained");
   };
-  check_norm(input_norm_name(index), layer.input_norm);
-  check_norm(post_norm_name(index), layer.post_norm);
+  check_norm(layer_name(index, kInputNorm), layer.input_norm);
+  check_norm(layer_name(index, kPostNorm), layer.post_norm);
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t j = 0; j < shapes.size(); ++j)
     compare_linear(written, layer_name(index, shapes[j].name), shapes[j], layer.linears[j], format);
@@ -263,16 +247,15 @@ double export_model(const std::string& directory, const Checkpoint& source,
 
   ShardedWriter writer(path, plan(config, spec, format), max_shard_bytes);
   const Shape table{config.vocab, config.d_model};
-  writer.add("model.embed_tokens.weight", to_bf16(source.load("model.embed_tokens.weight", table)));
+  writer.add(kEmbedding, to_bf16(source.load(kEmbedding, table)));
   for (int64_t i = 0; i < config.layers; ++i) {
     const ExportLayer given = layer(i);
     check_layer(given, config, spec);
     write_layer(writer, given, i, config, format);
     if (progress) progress(i + 1);
   }
-  writer.add("model.norm.weight", source.load("model.norm.weight", {config.d_model}));
-  if (!config.tied_head)
-    writer.add("lm_head.weight", to_bf16(source.load("lm_head.weight", table)));
+  writer.add(kFinalNorm, source.load(kFinalNorm, {config.d_model}));
+  if (!config.tied_head) writer.add(kHead, to_bf16(source.load(kHead, table)));
   writer.finish();
 
   data::write_file_atomic(path + "/config.json", exported_config(source, spec, format));
@@ -285,7 +268,10 @@ double export_model(const std::string& directory, const Checkpoint& source,
   double bits_per_weight = 0;
   {
     const std::unique_ptr<Checkpoint> written = open_checkpoint(path);
-    for (int64_t i = 0; i < config.layers; ++i) compare_layer(*written, layer(i), i, format);
+    for (int64_t i = 0; i < config.layers; ++i) {
+      compare_layer(*written, layer(i), i, format);
+      if (progress) progress(config.layers + i + 1);
+    }
     bits_per_weight = written->bits_per_weight();
   }
   output.commit();

@@ -24,7 +24,8 @@ constexpr int64_t kMaxShardBytes = 5'000'000'000;
 // layers that `layer(i)` gives. It is asked for each layer twice: every linear is read back and
 // compared with a second answer, code by code, before the directory is renamed into place. Any
 // error, also one that `layer` throws, leaves nothing behind. bbb_json: the content of bbb.json.
-// progress: layers written. Returns true bits per weight, from the file.
+// progress: layers written, then read back: twice as many in all. Returns true bits per weight,
+// from the file.
 double export_model(const std::string& directory, const Checkpoint& source,
                     const data::Tokenizer& tokenizer, GridSpec spec, ExportFormat format,
                     const std::function<ExportLayer(int64_t)>& layer, const std::string& bbb_json,

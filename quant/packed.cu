@@ -39,7 +39,7 @@ constexpr int kMaxWarps = 8;             // of a block of packed_gemv
 constexpr int kFillingBlocks = 2 * 132;  // two a multiprocessor on an H100 or H200
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-// --- unpack
+// unpack: codes to bf16 levels, eight a thread.
 
 template <int kBits>
 __device__ __forceinline__ void load_eight_codes(uint8_t (&codes)[8], const uint8_t* stream) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kUnpackThreads)
   wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// --- packed_gemv
+// packed_gemv: products straight from the codes.
 
 // 32 codes as words, by the widest loads that their alignment (4 b bytes) allows.
 template <int kBits>

@@ -249,8 +249,7 @@ TEST_CASE("tape: a leaf's own buffer is overwritten first, added to after", "[au
   }
 }
 
-// --- a whole block
-// --------------------------------------------------------------------------------
+// A whole block.
 
 namespace {
 
