@@ -1,5 +1,5 @@
-// Progress: one line on stderr with a bar, counts, rate and ETA; redrawn at most ten times a second
-// on a terminal, one line per 10 % elsewhere.
+// Progress: one line on stderr with a bar, counts and ETA, at the rate since the first set();
+// redrawn at most ten times a second on a terminal, one line per 10 % elsewhere.
 #pragma once
 
 #include <chrono>
@@ -13,13 +13,12 @@ class Progress {
   Progress(std::string label, int64_t total);
   ~Progress();  // ends the line
   void set(int64_t done, const std::string& note = "");
-  void add(int64_t n = 1, const std::string& note = "") { set(done_ + n, note); }
 
  private:
   std::string label_;
   int64_t total_;
-  int64_t done_ = 0;
-  std::chrono::steady_clock::time_point start_, last_;
+  int64_t first_done_ = -1;  // what the first set() said: a resumed run starts high
+  std::chrono::steady_clock::time_point start_, first_, last_;
   int last_tenth_ = -1;
   bool terminal_;
 };
