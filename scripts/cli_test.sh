@@ -14,7 +14,7 @@ expect() {
   local code=$1 pattern=$2 got=0
   shift 2
   "$@" >"$work/out" 2>"$work/err" || got=$?
-  grep -v '^ppl \[' "$work/err" >"$work/lines" || true
+  grep -vE '^(ppl|export) \[' "$work/err" >"$work/lines" || true
   if [ "$got" != "$code" ] || [ "$(wc -l <"$work/lines")" != 1 ] || ! grep -qiE "$pattern" "$work/lines"; then
     echo "FAILED: $* -> exit code $got, expected $code and one line like /$pattern/; stderr:"
     cat "$work/err"
@@ -58,13 +58,15 @@ if [ -e "$work/run/run.json" ] || [ -e "$work/x" ]; then
   bad=1
 fi
 
-# A full disk, where we may mount one; a read-only output, where we are not root.
+# A full disk and a read-only one, where we may mount them.
 if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/null; then
   expect 1 'small' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
   if [ -n "$(ls -A "$work/small")" ]; then
     echo "FAILED: a full disk left $(ls -A "$work/small") behind"
     bad=1
   fi
+  mount -o remount,ro "$work/small"
+  expect 1 'small/y.*read-only' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/y" --device cpu
   umount "$work/small"
 else
   echo "SKIPPED: no right to mount a small disk"
