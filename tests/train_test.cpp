@@ -315,8 +315,9 @@ TEST_CASE("what cannot be trained is refused before anything is written", "[trai
       "nothing to train");
   CHECK_THROWS_AS(train::parse_stages("w2a16,"), UsageError);
   CHECK_THROWS_AS(train::parse_stages("2"), UsageError);
-  CHECK_THROWS_WITH(train::check_memory(backend(), int64_t{1} << 60, "training", "lower --samples"),
-                    Contains("lower --samples"));
+  CHECK_THROWS_WITH(
+      train::check_memory(backend(), int64_t{1} << 60, {}, "training", "lower --samples"),
+      Contains("lower --samples"));
 }
 
 TEST_CASE("learning rates follow the width, the stage and the start", "[train]") {

@@ -44,6 +44,12 @@ int train_command(const Arguments& arguments) {
       ("seed", "of every shuffle", value("0"))                                                    //
       ("doc-end", "token id after each document, instead of the vocabulary's own",
        cxxopts::value<std::string>());
+  line.options("Memory (results do not depend on it)")  //
+      ("gpu-memory", "GB of the device to use; default: what it has left",
+       cxxopts::value<std::string>())  //
+      ("host-memory", "GB of host memory for the streams between blocks; default: most of it",
+       cxxopts::value<std::string>())  //
+      ("scratch", "directory for streams that fit in neither", cxxopts::value<std::string>());
   line.options("Block by block")  //
       ("stages", "widths of weights and activations, in order; \"\": no block phase",
        value("w2a16"))                                                                  //
@@ -95,6 +101,14 @@ int train_command(const Arguments& arguments) {
   if (line.has("doc-end"))
     config.doc_end = static_cast<int32_t>(line.integer("doc-end", 0, INT32_MAX));
   config.threads = line.threads();
+  constexpr double kMostGigabytes = 1e6;
+  const auto bytes = [&](const char* option) {
+    return line.has(option) ? static_cast<int64_t>(line.real(option, 1e-6, kMostGigabytes) * 1e9)
+                            : 0;
+  };
+  config.memory.device_bytes = bytes("gpu-memory");
+  config.memory.host_bytes = bytes("host-memory");
+  if (line.has("scratch")) config.memory.scratch = line.required("scratch");
   if (config.stages.empty() && config.e2e_steps == 0)
     throw UsageError("nothing to train: --stages is empty and --e2e-steps is 0");
 

@@ -2,9 +2,11 @@
 
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <optional>
 
 #include "autograd/ops.h"
+#include "engine/cpu/memory.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
 #include "train/step_probe.h"
@@ -42,10 +44,29 @@ struct StageStep {
   std::vector<std::unique_ptr<Replay>> steps;  // one an input stream, taken in turn
 };
 
+// Rings that training takes at once: one for each input stream, one for the target.
+int rings_of(const TrainConfig& config) { return config.input_stream == InputStream::Mix ? 3 : 2; }
+
+int64_t streams_of(const TrainConfig& config) {
+  return static_cast<int64_t>(config.stages.size()) +
+         (config.input_stream == InputStream::Same ? 1 : 2);
+}
+
+StreamShape stream_shape(const Backend& backend, const LlamaConfig& model,
+                         const TrainConfig& config) {
+  StreamShape shape;
+  shape.rows = config.samples + config.val_samples;
+  shape.row_numel = config.seq_len * model.d_model;
+  shape.row_bytes = shape.row_numel * engine::size_bytes(backend.act());
+  shape.batch_rows = config.batch;
+  return shape;
+}
+
 class BlockPhase {
  public:
   BlockPhase(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config, const RunDirectory& run, const Observer& observer)
+             const TrainConfig& config, const StreamPlan& plan, const RunDirectory& run,
+             const Observer& observer)
       : backend_(backend),
         source_(source),
         config_(config),
@@ -55,6 +76,7 @@ class BlockPhase {
         rows_(config.samples + config.val_samples),
         steps_per_epoch_(config.samples / config.batch),
         parameters_(backend) {
+    make_streams(plan);
     embed(windows);
     work_.emplace(backend, model_, 0, inv_freq_);
     work_->declare_parameters(parameters_);
@@ -79,7 +101,7 @@ class BlockPhase {
   void run(int64_t finished) {
     for (int64_t block = 0; block < finished; ++block) {
       const data::SafeTensors file(run_.block_file(block));
-      advance_teacher(block, streams_[0]);
+      advance_teacher(block, *streams_[0]);
       for (size_t t = 0; t < stages_.size(); ++t)
         advance_stage(t, read_masters(file, stage_prefix(t), model_));
     }
@@ -95,7 +117,7 @@ class BlockPhase {
 
   // For a probe: the first block stands before the first step of its first stage.
   void begin() {
-    advance_teacher(0, target_);
+    advance_teacher(0, *target_);
     load(0, float_masters(source_, 0));
     work_->prepare();
     rewind();
@@ -103,14 +125,67 @@ class BlockPhase {
   void rewind() {
     stages_[0]->optimizer.restart(stages_[0]->schedule);
     upload_order(0, 0);
+    Feed(*this, 0, 0).next(0);  // the batch that steps read where no stream is on the device
   }
   std::unique_ptr<Replay> record(StepPart last) {
-    const Tensor input = training_inputs(0)[0];
-    return backend_.record([this, input, last] { step(*stages_[0], input, last); });
+    return backend_.record([this, last] { step(0, 0, last); });
   }
 
  private:
-  bool same() const { return config_.input_stream == InputStream::Same; }
+  // Hands a stage's steps their batches, those of streams that are not on the device. One epoch.
+  class Feed {
+   public:
+    Feed(BlockPhase& phase, size_t stage, int64_t epoch) : phase_(phase) {
+      const std::vector<Stream*> inputs = phase.training_inputs(stage);
+      const int64_t per_epoch = phase.steps_per_epoch_, batch = phase.config_.batch;
+      const auto rows = [&](size_t which, size_t among) {
+        std::vector<int32_t> chosen;
+        for (int64_t step = epoch * per_epoch; step < (epoch + 1) * per_epoch; ++step)
+          if (static_cast<size_t>(step) % among == which)
+            chosen.insert(chosen.end(), phase.host_order_.begin() + step * batch,
+                          phase.host_order_.begin() + (step + 1) * batch);
+        return chosen;
+      };
+      for (size_t i = 0; i < inputs.size(); ++i)
+        inputs_.push_back(reader(*inputs[i], i, rows(i, inputs.size())));
+      target_ = reader(*phase.target_, inputs.size(), rows(0, 1));
+    }
+
+    void next(int64_t step) {
+      Reader* const input = inputs_[static_cast<size_t>(step) % inputs_.size()].get();
+      if (input != nullptr) input->next();
+      if (target_) target_->next();
+    }
+
+   private:
+    std::unique_ptr<Reader> reader(Stream& stream, size_t ring, std::vector<int32_t> rows) {
+      if (stream.tier() == Tier::Device) return nullptr;  // the step gathers by itself
+      return std::make_unique<Reader>(phase_.backend_, stream, phase_.ring(ring), std::move(rows));
+    }
+
+    BlockPhase& phase_;
+    std::vector<std::unique_ptr<Reader>> inputs_;
+    std::unique_ptr<Reader> target_;
+  };
+
+  void make_streams(const StreamPlan& plan) {
+    const StreamShape shape = stream_shape(backend_, model_, config_);
+    for (Tier tier : plan.tiers)
+      store_.push_back(std::make_unique<Stream>(backend_, shape, tier, plan.scratch));
+    for (int i = 0; i < plan.rings; ++i)
+      rings_.push_back(std::make_unique<Ring>(backend_, shape, plan.uses(Tier::File)));
+    for (size_t t = 0; t <= config_.stages.size(); ++t) streams_.push_back(store_[t].get());
+    target_ = config_.input_stream == InputStream::Same ? streams_[0] : store_.back().get();
+  }
+
+  Ring* ring(size_t index) const { return index < rings_.size() ? rings_[index].get() : nullptr; }
+
+  // Reads rows [begin, end) in their order.
+  Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end) {
+    std::vector<int32_t> rows(static_cast<size_t>(end - begin));
+    std::iota(rows.begin(), rows.end(), static_cast<int32_t>(begin));
+    return Reader(backend_, stream, ring(ring_index), std::move(rows));
+  }
 
   // All streams start as the embedding of the training windows, then of the validation windows.
   void embed(const data::Windows& windows) {
@@ -121,39 +196,53 @@ class BlockPhase {
     ids.insert(ids.end(), windows.ids.end() - config_.val_samples * seq, windows.ids.end());
     const Tensor tokens = backend_.empty({rows_ * seq}, DType::I32);
     backend_.upload(tokens, ids.data());
-    const engine::Shape shape{rows_, seq, model_.d_model};
-    streams_.push_back(backend_.empty(shape, backend_.act()));
-    backend_.embed(streams_[0].view({rows_ * seq, model_.d_model}), tokens, model.embedding());
-    for (size_t t = 0; t < config_.stages.size(); ++t) {
-      streams_.push_back(backend_.empty(shape, backend_.act()));
-      backend_.copy(streams_.back(), streams_[0]);
-    }
-    target_ = same() ? streams_[0] : backend_.empty(shape, backend_.act());
-  }
-
-  Var forward(LlamaBlock& block, const Tensor& x) {
-    Tape tape(backend_, TapeMode::Inference);
-    return block.forward(tape, Var(x), nullptr);
-  }
-
-  // out = block(in), batch by batch; out may be in.
-  void advance(LlamaBlock& block, const Tensor& out, const Tensor& in) {
-    for (int64_t row = 0; row < rows_; row += config_.batch) {
-      const int64_t count = std::min(config_.batch, rows_ - row);
-      backend_.copy(out.rows(row, count), forward(block, in.rows(row, count)).value());
+    for (Stream* stream : streams_) {
+      Writer writer(backend_, *stream, ring(0));
+      for (int64_t row = 0; row < rows_; row += config_.batch) {
+        const int64_t count = std::min(config_.batch, rows_ - row);
+        const Tensor out = backend_.empty({count * seq, model_.d_model}, backend_.act());
+        backend_.embed(out, tokens.slice(row * seq, count * seq), model.embedding());
+        writer.write(row, out);
+      }
+      writer.finish();
     }
   }
 
-  void advance_teacher(int64_t layer, const Tensor& out) {
+  Tensor as_windows(const Tensor& rows) const {
+    return rows.view({rows.dim(0), config_.seq_len, model_.d_model});
+  }
+
+  Var forward(Tape& tape, LlamaBlock& block, const Tensor& rows) {
+    return block.forward(tape, Var(as_windows(rows)), nullptr);
+  }
+
+  // out = change(in), batch by batch; out may be in.
+  template <typename Change>
+  void rewrite(Stream& out, Stream& in, const Change& change) {
+    Reader reader = in_order(in, 0, 0, rows_);
+    Writer writer(backend_, out, ring(1));
+    for (int64_t row = 0; row < rows_; row += config_.batch)
+      writer.write(row, change(reader.next()));
+    writer.finish();
+  }
+
+  void advance(LlamaBlock& block, Stream& out, Stream& in) {
+    rewrite(out, in, [&](const Tensor& rows) {
+      Tape tape(backend_, TapeMode::Inference);
+      return forward(tape, block, rows).value();
+    });
+  }
+
+  void advance_teacher(int64_t layer, Stream& out) {
     LlamaBlock teacher(backend_, model_, layer, inv_freq_);
     teacher.load_float(source_);
-    advance(teacher, out, streams_[0]);
+    advance(teacher, out, *streams_[0]);
   }
 
   void advance_stage(size_t t, const BlockMasters& masters) {
     load(t, masters);
     work_->prepare();
-    advance(*work_, streams_[t + 1], streams_[t + 1]);
+    advance(*work_, *streams_[t + 1], *streams_[t + 1]);
   }
 
   void load(size_t t, const BlockMasters& masters) {
@@ -162,7 +251,7 @@ class BlockPhase {
   }
 
   void train_block(int64_t layer) {
-    advance_teacher(layer, target_);
+    advance_teacher(layer, *target_);
     std::vector<StageResult> results;
     for (size_t t = 0; t < stages_.size(); ++t) {
       load(t, t == 0 ? float_masters(source_, layer) : results.back().masters);
@@ -171,7 +260,8 @@ class BlockPhase {
     write(layer, results);
     if (layer + 1 == model_.layers) return;
     for (size_t t = 0; t < stages_.size(); ++t) advance_stage(t, results[t].masters);
-    if (!same()) backend_.copy(streams_[0], target_);
+    if (target_ != streams_[0])
+      rewrite(*streams_[0], *target_, [](const Tensor& rows) { return rows; });
   }
 
   StageResult train_stage(int64_t layer, size_t t) {
@@ -182,16 +272,17 @@ class BlockPhase {
     result.validation.push_back(validate(t));
     log_validation(layer, t, 0, result.validation.back());
     if (stage.steps.empty())
-      for (const Tensor& input : training_inputs(t))
-        stage.steps.push_back(
-            backend_.record([this, &stage, input] { step(stage, input, StepPart::Optimizer); }));
+      for (size_t i = 0; i < training_inputs(t).size(); ++i)
+        stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
 
     int64_t skipped = 0;
     std::optional<double> best;
     for (int64_t epoch = 0; epoch < config_.epochs; ++epoch) {
       const auto start = std::chrono::steady_clock::now();
+      Feed feed(*this, t, epoch);
       for (int64_t i = 0; i < steps_per_epoch_; ++i) {
         const size_t step = static_cast<size_t>(epoch * steps_per_epoch_ + i);
+        feed.next(static_cast<int64_t>(step));
         stage.steps[step % stage.steps.size()]->run();
         if (i % kStepsInFlight == 0) backend_.synchronize();
         ++steps_done_;
@@ -219,7 +310,7 @@ class BlockPhase {
     return result;
   }
 
-  std::vector<Tensor> training_inputs(size_t t) const {
+  std::vector<Stream*> training_inputs(size_t t) const {
     switch (config_.input_stream) {
       case InputStream::Same:
         return {streams_[t + 1]};
@@ -230,13 +321,21 @@ class BlockPhase {
     }
   }
 
+  // The rows of the cursor's step: gathered, or where the feed puts them.
+  Tensor step_batch(const Stream& stream, size_t ring_index) {
+    if (stream.tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
+    const Tensor batch =
+        backend_.empty({config_.batch, config_.seq_len, model_.d_model}, backend_.act());
+    backend_.gather_rows(batch, stream.resident(), order_, cursor_);
+    return batch;
+  }
+
   // Recorded: everything it reads lies on the device.
-  void step(StageStep& stage, const Tensor& input, StepPart last) {
-    const engine::Shape shape{config_.batch, config_.seq_len, model_.d_model};
-    const Tensor x = backend_.empty(shape, backend_.act());
-    const Tensor y = backend_.empty(shape, backend_.act());
-    backend_.gather_rows(x, input, order_, cursor_);
-    backend_.gather_rows(y, target_, order_, cursor_);
+  void step(size_t t, size_t input, StepPart last) {
+    StageStep& stage = *stages_[t];
+    const std::vector<Stream*> inputs = training_inputs(t);
+    const Tensor x = step_batch(*inputs[input], input);
+    const Tensor y = step_batch(*target_, inputs.size());
     work_->prepare();
     if (last == StepPart::Quantize) return;
     Tape tape(backend_, TapeMode::Training);
@@ -253,26 +352,27 @@ class BlockPhase {
   // A permutation an epoch; the samples beyond the last whole batch are left out.
   void upload_order(int64_t layer, size_t t) {
     engine::Rng rng(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t));
-    std::vector<int32_t> order;
+    host_order_.clear();
     for (int64_t epoch = 0; epoch < config_.epochs; ++epoch) {
       const std::vector<int32_t> permutation = rng.permutation(config_.samples);
-      order.insert(order.end(), permutation.begin(),
-                   permutation.begin() + steps_per_epoch_ * config_.batch);
+      host_order_.insert(host_order_.end(), permutation.begin(),
+                         permutation.begin() + steps_per_epoch_ * config_.batch);
     }
-    backend_.upload(order_, order.data());
+    backend_.upload(order_, host_order_.data());
     backend_.zero(cursor_);
   }
 
   // Mean squared error over the validation windows, on the first of the stage's training inputs.
   double validate(size_t t) {
-    const Tensor input = training_inputs(t)[0];
+    Reader inputs = in_order(*training_inputs(t)[0], 0, config_.samples, rows_);
+    Reader targets = in_order(*target_, 1, config_.samples, rows_);
     work_->prepare();
     backend_.zero(validation_);
     for (int64_t row = config_.samples; row < rows_; row += config_.batch) {
       const int64_t count = std::min(config_.batch, rows_ - row);
       Tape tape(backend_, TapeMode::Inference);
-      const Var y = work_->forward(tape, Var(input.rows(row, count)), nullptr);
-      const Var loss = autograd::mse(tape, y, target_.rows(row, count));
+      const Var y = forward(tape, *work_, inputs.next());
+      const Var loss = autograd::mse(tape, y, as_windows(targets.next()));
       backend_.sum(validation_, loss.value(),
                    static_cast<double>(count) / static_cast<double>(config_.val_samples),
                    Write::Add);
@@ -345,33 +445,34 @@ class BlockPhase {
   const int64_t rows_;  // N: training and validation windows
   const int64_t steps_per_epoch_;
 
-  std::vector<Tensor> streams_;  // 0: full precision; t + 1: stage t
-  Tensor target_;                // y
+  std::vector<std::unique_ptr<Ring>> rings_;  // none where every stream is on the device
+  std::vector<std::unique_ptr<Stream>> store_;
+  std::vector<Stream*> streams_;  // 0: full precision; t + 1: stage t
+  Stream* target_ = nullptr;      // y; in `same`, streams_[0]
   Tensor inv_freq_;
   ParameterSet parameters_;
   std::optional<LlamaBlock> work_;
-  Tensor best_;    // masters of the best validation loss
-  Tensor order_;   // I32: rows of all steps of a stage
-  Tensor cursor_;  // I32 (1): the step
-  Tensor log_;     // real (steps, kControlSize)
+  Tensor best_;                      // masters of the best validation loss
+  Tensor order_;                     // I32: rows of all steps of a stage
+  std::vector<int32_t> host_order_;  // the same
+  Tensor cursor_;                    // I32 (1): the step
+  Tensor log_;                       // real (steps, kControlSize)
   Tensor validation_;
   std::vector<std::unique_ptr<StageStep>> stages_;
   std::optional<engine::Progress> progress_;
   int64_t steps_done_ = 0;
 };
 
+// Of the device, for all but the streams.
 int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
   const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
   const int64_t stages = static_cast<int64_t>(config.stages.size());
   const int64_t recordings = config.input_stream == InputStream::Mix ? 2 * stages : stages;
-  const int64_t streams = stages + (config.input_stream == InputStream::Same ? 1 : 2);
-  const int64_t stream_bytes =
-      (config.samples + config.val_samples) * config.seq_len * model.d_model * act;
   // Masters, gradients, two moments and the best masters; the GEMMs' operands of work and teacher.
   const int64_t parameter_bytes = block_parameters(model) * (5 * real + 2 * act + 1);
   const int64_t table_bytes = 2 * model.vocab * model.d_model * act;
   // One recording for each stage, and the passes outside of them.
-  return streams * stream_bytes + parameter_bytes + table_bytes +
+  return parameter_bytes + table_bytes +
          (recordings + 1) * block_activation_bytes(backend, model, config.batch * config.seq_len);
 }
 
@@ -381,7 +482,8 @@ class BlockProbe final : public StepProbe {
              const TrainConfig& config)
       : config_(config),
         run_(config.out),
-        phase_(backend, source, windows, config_, run_, observer_) {
+        phase_(backend, source, windows, config_,
+               plan_block_memory(backend, source.config(), config_).streams, run_, observer_) {
     phase_.begin();
   }
   std::unique_ptr<Replay> record(StepPart last) override { return phase_.record(last); }
@@ -394,28 +496,45 @@ class BlockProbe final : public StepProbe {
   BlockPhase phase_;
 };
 
-void check_block_memory(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
-  check_memory(backend, memory_bytes(backend, model, config),
-               cat("block training on ", config.samples, " samples of ", config.seq_len, " tokens"),
-               "lower --samples, --seq-len or --batch");
-}
-
 }  // namespace
+
+BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
+                              const TrainConfig& config) {
+  BlockMemory memory;
+  memory.device_bytes = memory_bytes(backend, model, config);
+  check_memory(backend, memory.device_bytes, config.memory,
+               cat("block training, its streams aside, with ", config.batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               "lower --batch or --seq-len");
+  StreamRoom room;
+  const int64_t device_bytes = device_room(backend, config.memory);
+  room.device_bytes = device_bytes - memory.device_bytes;
+  room.host_bytes = engine::HostMemory::available_bytes() / 5 * 4;
+  if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
+    room.host_bytes = std::max<int64_t>(0, room.host_bytes - device_bytes);
+  if (config.memory.host_bytes > 0)
+    room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
+  room.scratch = config.memory.scratch;
+  if (!room.scratch.empty()) room.scratch_bytes = free_disk_bytes(room.scratch);
+  memory.streams = plan_streams(streams_of(config), rings_of(config),
+                                stream_shape(backend, model, config), room);
+  memory.device_bytes += memory.streams.device_bytes;
+  return memory;
+}
 
 std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
                                             const data::Windows& windows,
                                             const TrainConfig& config) {
-  check_block_memory(backend, source.config(), config);
   return std::make_unique<BlockProbe>(backend, source, windows, config);
 }
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                  const TrainConfig& config, const RunDirectory& run, const Observer& observer) {
+                  const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
+                  const Observer& observer) {
   const int64_t finished = run.finished_blocks(source.config().layers);
   if (finished == source.config().layers) return;
-  check_block_memory(backend, source.config(), config);
   run.keep_log([&](const Json& line) { return line.value("block", finished) < finished; });
-  BlockPhase(backend, source, windows, config, run, observer).run(finished);
+  BlockPhase(backend, source, windows, config, memory.streams, run, observer).run(finished);
 }
 
 }  // namespace bbb::train

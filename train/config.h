@@ -23,6 +23,13 @@ enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // masters to the middle of their bins first
 
+// What a run may take for itself. It decides where data lie, never what is computed.
+struct MemoryBudget {
+  int64_t device_bytes = 0;  // 0: what the device has left
+  int64_t host_bytes = 0;    // for streams; 0: four fifths of what the machine has left
+  std::string scratch;       // directory for streams that fit in neither; "": none
+};
+
 struct TrainConfig {
   std::string model;
   std::string data;
@@ -52,6 +59,7 @@ struct TrainConfig {
 
   std::optional<int32_t> doc_end;  // instead of the vocabulary's own end of document
   int threads = 0;                 // 0: all cores
+  MemoryBudget memory;
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
@@ -63,7 +71,7 @@ EndToEndLoss parse_e2e_loss(const std::string& text);
 EndToEndTrain parse_e2e_train(const std::string& text);
 Snap parse_snap(const std::string& text);
 
-// All fields but `out`, which is where the JSON lies, as indented text; and back.
+// All fields but `out`, which is where the JSON lies, and `memory`, as indented text; and back.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 

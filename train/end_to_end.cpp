@@ -75,7 +75,10 @@ class EndToEnd {
     const int64_t kept =
         model_.layers *
         block_activation_bytes(backend, model_, config.e2e_micro_batch * config.seq_len);
-    if (kept <= backend.memory_available_bytes() / 2) recompute_ = models::Recompute::None;
+    const int64_t budget = config_.memory.device_bytes;
+    if (kept <= backend.memory_available_bytes() / 2 &&
+        (budget == 0 || kept + end_to_end_memory_bytes(backend, model_, config_) <= budget))
+      recompute_ = models::Recompute::None;
   }
 
   void run() {
@@ -400,16 +403,6 @@ class EndToEndProbe final : public StepProbe {
   EndToEnd phase_;
 };
 
-void check_end_to_end_memory(Backend& backend, const LlamaConfig& model,
-                             const TrainConfig& config) {
-  check_memory(backend, end_to_end_memory_bytes(backend, model, config),
-               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
-                   config.seq_len, " tokens at once"),
-               config.e2e_train == EndToEndTrain::All
-                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
-                   : "lower --seq-len or --e2e-batch");
-}
-
 }  // namespace
 
 int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
@@ -429,6 +422,16 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
       models::head_chunk_rows(backend, model.vocab) * model.vocab * (2 * real + act);
   return trained + operands + tables + inputs_of_blocks + head +
          2 * block_activation_bytes(backend, model, tokens);
+}
+
+void check_end_to_end_memory(Backend& backend, const LlamaConfig& model,
+                             const TrainConfig& config) {
+  check_memory(backend, end_to_end_memory_bytes(backend, model, config), config.memory,
+               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               config.e2e_train == EndToEndTrain::All
+                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
+                   : "lower --seq-len or --e2e-batch");
 }
 
 std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,

@@ -23,6 +23,10 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
 int64_t end_to_end_memory_bytes(Backend& backend, const models::LlamaConfig& model,
                                 const TrainConfig& config);
 
+// Throws, saying what to change, where that is more than it may take.
+void check_end_to_end_memory(Backend& backend, const models::LlamaConfig& model,
+                             const TrainConfig& config);
+
 // The masters with which the phase starts, and which an export takes where there is no such phase:
 // those of the block's last stage, or the full-precision weights where no blocks were trained.
 models::BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,

@@ -14,6 +14,8 @@ namespace bbb::train {
 namespace {
 
 namespace fs = std::filesystem;
+using models::kInputNorm;
+using models::kPostNorm;
 
 std::string hex(uint64_t value) {
   char text[17];
@@ -52,9 +54,6 @@ void remove_leftovers(const std::string& path) {
   std::error_code ignored;
   for (const fs::path& leftover : leftovers) fs::remove(leftover, ignored);
 }
-
-constexpr const char* kInputNorm = "input_layernorm.weight";
-constexpr const char* kPostNorm = "post_attention_layernorm.weight";
 
 std::string weight_name(const models::LinearShape& linear) { return cat(linear.name, ".weight"); }
 
@@ -234,11 +233,18 @@ uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
   return data::checksum64(words, sizeof words);
 }
 
-void check_memory(engine::Backend& backend, int64_t bytes, const std::string& what,
-                  const std::string& advice) {
+int64_t device_room(engine::Backend& backend, const MemoryBudget& budget) {
   const int64_t available = backend.memory_available_bytes();
-  BBB_CHECK(bytes <= available, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
-            backend.device_name(), " has ", available >> 20, " MiB left: ", advice);
+  return budget.device_bytes > 0 ? std::min(available, budget.device_bytes) : available;
+}
+
+void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
+                  const std::string& what, const std::string& advice) {
+  const int64_t room = device_room(backend, budget);
+  const bool budgeted = room == budget.device_bytes;
+  BBB_CHECK(bytes <= room, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
+            backend.device_name(), budgeted ? " is to give " : " has ", room >> 20, " MiB",
+            budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
 }
 
 int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,

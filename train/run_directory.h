@@ -77,9 +77,11 @@ std::string layer_prefix(int64_t layer);
 // Independent random streams from one seed.
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
-// Throws, saying what to change, where `bytes` exceed what the device has left.
-void check_memory(engine::Backend& backend, int64_t bytes, const std::string& what,
-                  const std::string& advice);
+// Throws, saying what to change, where `bytes` exceed what a run may take of the device.
+void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
+                  const std::string& what, const std::string& advice);
+// What a run may take of the device.
+int64_t device_room(engine::Backend& backend, const MemoryBudget& budget);
 // Activations and their gradients of one block's training step, for `tokens` tokens.
 int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,
                                int64_t tokens);

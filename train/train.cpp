@@ -14,6 +14,30 @@ namespace bbb::train {
 
 using models::ExportLayer;
 
+namespace {
+
+void print_memory(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
+                  const BlockMemory* blocks) {
+  const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
+  if (blocks != nullptr) {
+    const StreamPlan& streams = blocks->streams;
+    const auto count = [&](Tier tier) {
+      return static_cast<int>(std::count(streams.tiers.begin(), streams.tiers.end(), tier));
+    };
+    std::printf(
+        "blocks: at most %.2f GB of the device, %.2f GB of host memory, %.2f GB of scratch files; "
+        "streams there: %d, %d, %d\n",
+        gigabytes(blocks->device_bytes), gigabytes(streams.host_bytes),
+        gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host),
+        count(Tier::File));
+  }
+  if (config.e2e_steps > 0)
+    std::printf("end to end: at most %.2f GB of the device\n",
+                gigabytes(end_to_end_memory_bytes(backend, model, config)));
+}
+
+}  // namespace
+
 void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
            TrainConfig config) {
   config = resolve(config, source.config(), backend.device());
@@ -45,12 +69,19 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                              backend.device_name(), model_checksum(source), data_checksum(windows)};
   if (!observer.quiet) std::printf("%s", identity.to_json().c_str());
   RunDirectory run(config.out);
-  run.create_or_resume(identity);
   if (run.finished(config, model.layers)) {
+    run.create_or_resume(identity);
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
-  if (!config.stages.empty()) train_blocks(backend, source, windows, config, run, observer);
+  // What cannot fit is refused before any work.
+  const bool blocks = !config.stages.empty() && run.finished_blocks(model.layers) < model.layers;
+  BlockMemory memory;
+  if (blocks) memory = plan_block_memory(backend, model, config);
+  if (config.e2e_steps > 0) check_end_to_end_memory(backend, model, config);
+  if (!observer.quiet) print_memory(backend, model, config, blocks ? &memory : nullptr);
+  run.create_or_resume(identity);
+  if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
   if (config.e2e_steps > 0) {
     if (config.e2e_snap == Snap::On && !observer.quiet)
       std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
@@ -114,7 +145,7 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
     const models::BlockMasters start = block_result(run, config, source, i);
     return {start.input_norm, start.post_norm, read_quantized(*final, i, model, spec)};
   };
-  engine::Progress progress("export", model.layers);
+  engine::Progress progress("export", 2 * model.layers);
   return models::export_model(out_directory, source, tokenizer, spec, format, layer,
                               data::read_file(run.run_file()),
                               [&](int64_t done) { progress.set(done); });
@@ -136,7 +167,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   record["model"] = source.path();
   record["model_checksum"] = model_checksum(source);
   Quantizer quantizer(backend, model, spec);
-  engine::Progress progress("export", model.layers);
+  engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
       out_directory, source, tokenizer, spec, format,
       [&](int64_t i) { return quantizer(float_masters(source, i)); }, record.dump(2) + "\n",
