@@ -223,9 +223,12 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
     prompt.insert(prompt.begin(), *bos);
   BBB_CHECK(!prompt.empty(), "the prompt is empty and this model has no BOS token to start from");
 
+  const int64_t n = static_cast<int64_t>(prompt.size()), positions = source->config().max_position;
+  BBB_CHECK(n < positions, "the prompt has ", n, " tokens, but the model knows ", positions,
+            " positions");
+  max_tokens = std::min(max_tokens, positions - n);
   models::Llama model(backend, *source, models::HeadRounding::None);
   model.load_blocks(*source);
-  const int64_t n = static_cast<int64_t>(prompt.size());
   Generator generator(backend, model, n + max_tokens);
   Report report;
   report.prompt_tokens = n;
@@ -236,8 +239,6 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const std::vector<int32_t> stops = tokenizer->end_of_turn();
   Sampler sampler(sampling);
   TextStream out;
-  std::vector<int32_t> generated;
-  std::string shown;
   while (report.generated < max_tokens) {
     const int32_t token = sampler.next(*logits);
     if (std::find(stops.begin(), stops.end(), token) != stops.end()) {

@@ -10,9 +10,10 @@ namespace bbb::tools {
 
 int export_command(const Arguments& arguments) {
   CommandLine line("export", "Write a trained run, or a rounded model, as a model directory");
-  line.options()                                                                               //
-      ("run", "directory of a finished bbb train", cxxopts::value<std::string>())              //
-      ("model", "with --rtn: directory or .gguf file", cxxopts::value<std::string>())          //
+  line.options()                                                                   //
+      ("run", "directory of a finished bbb train", cxxopts::value<std::string>())  //
+      ("model", "with --rtn: directory or .gguf file; with --run: where the run's model lies now",
+       cxxopts::value<std::string>())                                                          //
       ("rtn", "round --model to the nearest code, without training")                           //
       ("bits", "with --rtn: 2, 3, 4 or 8", cxxopts::value<std::string>()->default_value("2"))  //
       ("group-size", "with --rtn: 32, 64 or 128",
@@ -29,8 +30,8 @@ int export_command(const Arguments& arguments) {
 
   double bits_per_weight = 0;
   if (line.has("run")) {
-    if (line.has("model")) throw UsageError("--run knows its model: --model goes with --rtn");
-    bits_per_weight = train::export_run(*line.make_backend(), line.text("run"), out, format);
+    bits_per_weight =
+        train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
   } else {
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128};
     engine::GridSpec spec;

@@ -1,6 +1,8 @@
 // bbb train: blocks, stage by stage, then the whole model end to end.
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "tools/cli.h"
 #include "train/train.h"
 
@@ -59,12 +61,14 @@ int train_command(const Arguments& arguments) {
       ("input-stream", "what a stage is fed: same, higher or mix", value("same"));
   line.options("End to end")  //
       ("e2e-steps", "optimizer steps; 0: none; auto: two passes after blocks, four without",
-       value("auto"))                                                                            //
-      ("e2e-loss", "kl (to the full-precision model) or ce (the text)", value("kl"))             //
-      ("e2e-train", "all weights, or scales", value("all"))                                      //
-      ("e2e-lr", "learning rate; default: by the model's width", value("auto"))                  //
-      ("e2e-batch", "windows a step", value("16"))                                               //
-      ("e2e-snap", "masters to the middle of their bins first: auto, on or off", value("auto"))  //
+       value("auto"))                                                                 //
+      ("e2e-loss", "kl (to the full-precision model) or ce (the text)", value("kl"))  //
+      ("e2e-train", "all weights, or scales", value("all"))                           //
+      ("e2e-lr", "learning rate; default: by the model's width", value("auto"))       //
+      ("e2e-batch", "windows a step", value("16"))                                    //
+      ("e2e-micro-batch", "windows that go through the model at once; default: by device",
+       value("auto"))("e2e-snap", "masters to the middle of their bins first: auto, on or off",
+                      value("auto"))  //
       ("save-every", "end-to-end steps between saved states", value("100"));
   if (!line.parse(arguments)) return 0;
 
@@ -90,12 +94,15 @@ int train_command(const Arguments& arguments) {
   config.seed = static_cast<uint64_t>(line.integer("seed", 0));
   config.e2e_batch = line.integer("e2e-batch", 1);
   if (line.text("e2e-steps") == "auto")
-    config.e2e_steps = (config.stages.empty() ? 4 : 2) * (config.samples / config.e2e_batch);
+    config.e2e_steps =
+        (config.stages.empty() ? 4 : 2) * std::max<int64_t>(1, config.samples / config.e2e_batch);
   else
     config.e2e_steps = line.integer("e2e-steps", 0);
   config.e2e_loss = train::parse_e2e_loss(line.text("e2e-loss"));
   config.e2e_train = train::parse_e2e_train(line.text("e2e-train"));
   if (line.text("e2e-lr") != "auto") config.e2e_lr = line.real("e2e-lr", 1e-12, 1);
+  if (line.text("e2e-micro-batch") != "auto")
+    config.e2e_micro_batch = line.integer("e2e-micro-batch", 1);
   config.e2e_snap = train::parse_snap(line.text("e2e-snap"));
   config.save_every = line.integer("save-every", 1);
   if (line.has("doc-end"))

@@ -276,7 +276,9 @@ class BlockPhase {
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
 
     int64_t skipped = 0;
-    std::optional<double> best;
+    // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
+    double best = result.validation.front();
+    backend_.copy(best_, parameters_.masters());
     for (int64_t epoch = 0; epoch < config_.epochs; ++epoch) {
       const auto start = std::chrono::steady_clock::now();
       Feed feed(*this, t, epoch);
@@ -297,7 +299,7 @@ class BlockPhase {
       const double loss = validate(t);
       result.validation.push_back(loss);
       log_validation(layer, t, epoch + 1, loss);
-      if (!best || !std::isfinite(*best) || loss < *best) {
+      if (!std::isfinite(best) || loss < best) {
         best = loss;
         backend_.copy(best_, parameters_.masters());
       }

@@ -187,7 +187,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   }
   const int last = c.stages.empty() ? (c.bits == 0 ? 2 : c.bits) : c.stages.back().weight_bits;
   want(c.bits == 0 || c.bits == last,
-       cat("--bits ", c.bits, " is not the width of the last stage, ", last));
+       cat("the result has ", c.bits, " bits, but the last stage has ", last));
   want(trainable(last) && last <= 8, cat("the result cannot have ", last, " bits"));
   c.bits = last;
   want(c.group == 32 || c.group == 64 || c.group == 128,

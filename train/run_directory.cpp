@@ -120,12 +120,12 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
   const Json there = Json::parse(data::read_file(run_file()), nullptr, false);
   BBB_CHECK(there.is_object() && there.contains("config"), run_file(), ": not the record of a run");
   const Json here = Json::parse(identity.to_json());
-  for (const char* key : {"device", "model_checksum", "data_checksum"})
+  for (const char* key : {"program", "device", "device_name", "model_checksum", "data_checksum"})
     BBB_CHECK(there.value(key, "") == here[key].get<std::string>(), path_,
               ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
               here[key].get<std::string>(), "; name another --out");
   for (const auto& [key, value] : here["config"].items()) {
-    if (!decides(key)) continue;
+    if (!decides(key) || (key == "threads" && identity.device == "cuda")) continue;
     const Json other = there["config"].value(key, Json());
     BBB_CHECK(other == value, path_, ": holds a run with another configuration: ", key, " is ",
               other.dump(), " there and ", value.dump(), " here; name another --out");

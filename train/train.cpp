@@ -114,9 +114,10 @@ class Quantizer {
 
 }  // namespace
 
-double export_run(Backend& backend, const std::string& run_directory,
+double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
                   const std::string& out_directory, models::ExportFormat format) {
-  const std::string model = RunDirectory(run_directory).identity().config.model;
+  const std::string model =
+      model_path.empty() ? RunDirectory(run_directory).identity().config.model : model_path;
   return export_run(backend, *models::open_checkpoint(model), *data::load_tokenizer(model),
                     run_directory, out_directory, format);
 }

@@ -42,9 +42,9 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    TrainConfig config, const Observer& observer);
 
-// Exports a finished run; the model and its tokenizer are those named in run.json. Returns the true
-// bits per weight.
-double export_run(Backend& backend, const std::string& run_directory,
+// Exports a finished run. The model and its tokenizer are at `model_path`, or, where that is empty,
+// where run.json says; another model than the run's is refused. Returns the true bits per weight.
+double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
                   const std::string& out_directory, models::ExportFormat format);
 double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
                   const std::string& run_directory, const std::string& out_directory,
