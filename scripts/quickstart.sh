@@ -19,7 +19,7 @@ model=demo/SmolLM2-135M-Instruct.Q4_1.gguf
 # The budget: what fits ten minutes on two cores, or one minute on a GPU.
 if nvidia-smi -L >/dev/null 2>&1 && grep -q '^-- bbb: CUDA' build/configure.log; then
   name=gpu
-  train=(--stages "" --samples 128 --val-samples 0 --seq-len 1024 --e2e-steps 160 --e2e-batch 8)
+  train=(--stages "" --samples 120 --val-samples 0 --seq-len 1024 --e2e-steps 160 --e2e-batch 8)
   ppl=(--seq-len 1024 --max-windows 32)
 else
   name=cpu
