@@ -336,7 +336,7 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   small.hidden = large.hidden = 1536;
   CHECK(resolved(small, "w2a16", keep).lr == std::vector<double>{1e-3});
   const TrainConfig staged = resolved(small, "w8a16,w4a16,w2a16", keep);
-  CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 4e-4});
+  CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 1e-3});
   CHECK(staged.e2e_lr == Approx(1e-5));
   CHECK(staged.e2e_snap == train::Snap::Off);
   CHECK(resolved(small, "", keep).e2e_lr == Approx(1e-3));

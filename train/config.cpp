@@ -56,9 +56,8 @@ struct Anchor {
     return at_576 * std::pow(at_4096 / at_576, position);
   }
 };
-constexpr Anchor kStageHigh{1e-4, 1e-5};         // 3 bits and more
-constexpr Anchor kStageLowStraight{1e-3, 2e-5};  // 2 bits, from full precision
-constexpr Anchor kStageLowAfter{4e-4, 2e-5};     // 2 bits, after higher stages
+constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more
+constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
 constexpr Anchor kAllFromRounding{1e-3, 2e-5};
 constexpr Anchor kScales{1e-4, 1e-5};
@@ -70,9 +69,8 @@ void want(bool condition, const std::string& message) {
   if (!condition) throw UsageError(message);
 }
 
-double default_stage_lr(const std::vector<Stage>& stages, size_t t, int64_t width) {
-  if (stages[t].weight_bits > 2) return kStageHigh.at(width);
-  return (t == 0 ? kStageLowStraight : kStageLowAfter).at(width);
+double default_stage_lr(const Stage& stage, int64_t width) {
+  return (stage.weight_bits > 2 ? kStageHigh : kStageLow).at(width);
 }
 
 }  // namespace
@@ -212,7 +210,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     if (c.lr.size() == 1) c.lr.resize(c.stages.size(), c.lr[0]);
     if (c.lr.empty())
       for (size_t t = 0; t < c.stages.size(); ++t)
-        c.lr.push_back(default_stage_lr(c.stages, t, model.d_model));
+        c.lr.push_back(default_stage_lr(c.stages[t], model.d_model));
     want(c.lr.size() == c.stages.size(),
          cat("--lr has ", c.lr.size(), " values for ", c.stages.size(), " stages"));
     for (double lr : c.lr) want(lr > 0 && std::isfinite(lr), cat("--lr ", lr, " is not positive"));
