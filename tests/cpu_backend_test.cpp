@@ -127,11 +127,15 @@ TEST_CASE("the thread pool covers every index once and passes exceptions on") {
   engine::ThreadPool pool(4);
   for (const int64_t n : {0, 1, 31, 33, 1000}) {
     std::vector<std::atomic<int>> seen(static_cast<size_t>(n));
+    std::atomic<int64_t> nested{0};
     pool.parallel_for(n, 7, [&](int64_t begin, int64_t end) {
-      CHECK_NOTHROW(pool.parallel_for(1, 1, [](int64_t, int64_t) {}));  // from inside: serial
+      // From inside a loop: serial. Assertions wait until the threads are done: Catch takes one at
+      // a time.
+      pool.parallel_for(end - begin, 2, [&](int64_t b, int64_t e) { nested += e - b; });
       for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
     });
     for (const auto& count : seen) CHECK(count == 1);
+    CHECK(nested == n);
   }
   CHECK_THROWS_WITH(
       pool.parallel_for(100, 1, [](int64_t i, int64_t) { BBB_CHECK(i != 50, "fifty"); }), "fifty");
