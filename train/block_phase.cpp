@@ -410,12 +410,7 @@ class BlockPhase {
       Json line = log_line("block", layer, t);
       line["epoch"] = epoch;
       line["step"] = epoch * steps_per_epoch_ + i;
-      line["loss"] = control[engine::kLoss];
-      line["lr"] = control[engine::kLr];
-      line["grad_norm"] = control[engine::kGradNorm];
-      line["skipped"] = control[engine::kSkip] != 0;
-      line["tokens_per_s"] = std::llround(tokens);
-      line["memory_bytes"] = backend_.memory_peak_bytes();
+      add_measures(line, control, tokens, backend_.memory_peak_bytes());
       lines.push_back(std::move(line));
       skipped = std::llround(control[engine::kSkipped]);
     }

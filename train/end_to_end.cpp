@@ -263,12 +263,7 @@ class EndToEnd {
       Json line;
       line["phase"] = "e2e";
       line["step"] = i;
-      line["loss"] = control[engine::kLoss];
-      line["lr"] = control[engine::kLr];
-      line["grad_norm"] = control[engine::kGradNorm];
-      line["skipped"] = control[engine::kSkip] != 0;
-      line["tokens_per_s"] = std::llround(tokens);
-      line["memory_bytes"] = backend_.memory_peak_bytes();
+      add_measures(line, control, tokens, backend_.memory_peak_bytes());
       lines.push_back(std::move(line));
       last_loss_ = control[engine::kLoss];
       skipped_ = std::llround(control[engine::kSkipped]);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -58,6 +59,15 @@ void remove_leftovers(const std::string& path) {
 std::string weight_name(const models::LinearShape& linear) { return cat(linear.name, ".weight"); }
 
 }  // namespace
+
+void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes) {
+  line["loss"] = control[engine::kLoss];
+  line["lr"] = control[engine::kLr];
+  line["grad_norm"] = control[engine::kGradNorm];
+  line["skipped"] = control[engine::kSkip] != 0;
+  line["tokens_per_s"] = std::llround(tokens_per_s);
+  line["memory_bytes"] = memory_bytes;
+}
 
 std::string RunIdentity::to_json() const {
   Json j;

@@ -19,6 +19,9 @@ namespace bbb::train {
 
 using Json = nlohmann::ordered_json;
 
+// What every step's log line says: `control` holds the slots of engine::ControlSlot.
+void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes);
+
 // What a run computes and from what. Two runs with equal identities give equal bytes on equal
 // devices.
 struct RunIdentity {
