@@ -243,11 +243,25 @@ void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor&
                                const Tensor& v, const AttentionSpec& spec) {
   BBB_ASSERT(aligned(o, q, k, v));
   const int t = checked_int(q.dim(1));
-  attention_forward(stream_,
-                    {bf16_of(o), lse.data<float>(), bf16_of(q), bf16_of(k), bf16_of(v), nullptr,
-                     checked_int(q.dim(0)), t, t, checked_int(q.dim(2)), checked_int(k.dim(2)),
-                     window_of(spec.window)},
-                    q.dim(3));
+  const ForwardArgs args{bf16_of(o),
+                         lse.data<float>(),
+                         bf16_of(q),
+                         bf16_of(k),
+                         bf16_of(v),
+                         nullptr,
+                         checked_int(q.dim(0)),
+                         t,
+                         t,
+                         checked_int(q.dim(2)),
+                         checked_int(k.dim(2)),
+                         window_of(spec.window)};
+  if (has_warpgroup_products()) {
+    const Tensor queue = scratch(sizeof(unsigned));
+    attention_forward_hopper(stream_, args, q.dim(3), properties_.multiProcessorCount,
+                             static_cast<unsigned*>(queue.raw()));
+  } else {
+    attention_forward(stream_, args, q.dim(3));
+  }
 }
 
 }  // namespace bbb::cuda

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "quant/check.h"
+#include "quant/hd.h"
 
 namespace bbb::cuda {
 
@@ -29,7 +30,8 @@ inline int checked_int(int64_t n) {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Blocks of tiles x heads in an order that keeps the streamed rows of `group` heads in the L2 cache
-// and, within a group, starts the tiles of rank 0, the longest, first.
+// and, within a group, starts the tiles of rank 0, the longest, first. What fits the cache as a
+// whole is one group, so that only short tiles are left for the end.
 struct BlockOrder {
   int tiles = 0;
   int heads = 0;
@@ -38,12 +40,13 @@ struct BlockOrder {
   // Each head streams `rows` rows of two tensors.
   BlockOrder(int tile_count, int head_count, int rows, int d)
       : tiles(tile_count), heads(head_count) {
-    constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+    constexpr int64_t kStreamedBytes = int64_t{16} << 20, kWholeBytes = int64_t{40} << 20;
     const int64_t head_bytes = std::max<int64_t>(1, int64_t{rows} * d * 4);
-    group =
-        static_cast<int>(std::clamp<int64_t>(kStreamedBytes / head_bytes, 1, std::max(1, heads)));
+    group = heads * head_bytes <= kWholeBytes
+                ? std::max(1, heads)
+                : static_cast<int>(std::max<int64_t>(1, kStreamedBytes / head_bytes));
   }
-  unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
+  BBB_HD unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
 
 #ifdef __CUDACC__
   __device__ void find(int block, int& rank, int& head) const {
@@ -66,6 +69,31 @@ struct ForwardArgs {
   int batch, t, t_max, heads, kv_heads;
   int window;  // window_of()
 };
+
+// On sm_90a, by warpgroup products; `start` null, t_max = t. `sms`: multiprocessors; queue: a word
+// of scratch.
+void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
+                              unsigned* queue);
+
+// Rows x of one side of the backward pass stay, rows y of the other stream past them.
+enum class Side { Keys, Queries };
+
+constexpr int kTermRows = 128;  // lse2 and delta are padded to a multiple
+
+struct BackwardArgs {
+  __nv_bfloat16* dx1;  // dk or dq
+  __nv_bfloat16* dx2;  // dv or null
+  float* partial;      // null, or (H / K, 2, B, T, K, d): dk and dv of one query head each
+  const __nv_bfloat16 *q, *k, *v, *dout;
+  const float* lse2;   // (B, H, t_pad): log2 sum exp; infinite from T on, so that p is 0 there
+  const float* delta;  // (B, H, t_pad): rowsum(dout o); 0 from T on
+  int batch, t, t_pad, heads, kv_heads;
+  int heads_per_item;  // query heads that an item of the Keys side sums over
+  int window;
+};
+
+void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, Side side, int64_t d,
+                               int sms, unsigned* queue);
 
 // Query t sees keys max(0, start + t - window + 1) .. start + t.
 void attention_forward(cudaStream_t stream, const ForwardArgs& args, int64_t d);

@@ -28,19 +28,6 @@ namespace {
 constexpr int kRows = 128;  // rows x of a block
 constexpr int kTile = 64;   // rows y of a tile
 
-enum class Side { Keys, Queries };
-
-struct BackwardArgs {
-  bf16* dx1;       // dk or dq
-  bf16* dx2;       // dv or null
-  float* partial;  // null, or (H / K, 2, B, T, K, d): dk and dv of one query head each
-  const bf16 *q, *k, *v, *dout;
-  const float *lse, *delta;
-  int t, heads, kv_heads;
-  int heads_per_block;  // query heads that a block of the Keys side sums over
-  int window;
-};
-
 // Registers bound the rows of a warp: two blocks of 16 where the head is small, else one.
 template <int D, Side kSide>
 struct BackwardShape {
@@ -53,15 +40,22 @@ struct BackwardShape {
   static constexpr int64_t kSmemBytes = kTileBytes + 4 * kTile * sizeof(float);
 };
 
-// delta[b, h, t] = sum over d of dout o.   A row of D values per D / 8 lanes, 16 bytes a lane.
+// lse2 = lse log2(e), delta = sum over d of dout o, padded to t_pad rows: infinity and 0 there.
+// A row of D values per D / 8 lanes, 16 bytes a lane.
 template <int D>
-__global__ void attention_delta_kernel(float* __restrict__ delta, const bf16* __restrict__ dout,
-                                       const bf16* __restrict__ o, int rows, int t, int heads) {
+__global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restrict__ delta,
+                                       const float* __restrict__ lse, const bf16* __restrict__ dout,
+                                       const bf16* __restrict__ o, int rows, int t, int t_pad,
+                                       int heads) {
   const int lane = threadIdx.x % 16;
-  const int row = blockIdx.x * (blockDim.x / 16) + threadIdx.x / 16;  // (b, t, h)
+  const int row = blockIdx.x * (blockDim.x / 16) + threadIdx.x / 16;  // (b, padded t, h)
+  const int h = row % heads;
+  const int position = row / heads % t_pad;
+  const int b = row / heads / t_pad;
+  const bool inside = row < rows && position < t;
   float sum = 0.0f;
-  if (row < rows && lane < D / 8) {
-    const int64_t offset = int64_t{row} * D + lane * 8;
+  if (inside && lane < D / 8) {
+    const int64_t offset = ((int64_t{b} * t + position) * heads + h) * D + lane * 8;
     float left[8], right[8];
     load(left, dout + offset, 8);
     load(right, o + offset, 8);
@@ -72,10 +66,9 @@ __global__ void attention_delta_kernel(float* __restrict__ delta, const bf16* __
   for (int distance = 8; distance > 0; distance /= 2)
     sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   if (row < rows && lane == 0) {
-    const int h = row % heads;
-    const int position = row / heads % t;
-    const int b = row / heads / t;
-    delta[(int64_t{b} * heads + h) * t + position] = sum;
+    const int64_t at = (int64_t{b} * heads + h) * t_pad + position;
+    lse2[at] = inside ? lse[(int64_t{b} * heads + h) * t + position] * kLog2E : INFINITY;
+    delta[at] = sum;
   }
 }
 
@@ -97,9 +90,9 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   int rank, order_head;
   order.find(blockIdx.x, rank, order_head);
   const int x0 = (kKeys ? rank : order.tiles - 1 - rank) * kRows;
-  const int head_sets = kKeys ? args.heads / args.heads_per_block : args.heads;
+  const int head_sets = kKeys ? args.heads / args.heads_per_item : args.heads;
   const int b = order_head / head_sets;
-  const int head0 = order_head % head_sets * (kKeys ? args.heads_per_block : 1);
+  const int head0 = order_head % head_sets * (kKeys ? args.heads_per_item : 1);
   const int group = args.heads / args.kv_heads;
   const int kv_head = head0 / group;
 
@@ -113,7 +106,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
 
   unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   float* row_terms =
-      reinterpret_cast<float*>(smem + Config::kTileBytes);  // (stage, lse | delta, y)
+      reinterpret_cast<float*>(smem + Config::kTileBytes);  // (stage, lse2 | delta, y)
   const uint32_t base = shared_address(smem);
   const auto y_tile = [&](int stage, int which) {
     return SmemTile<D>{base + (2 * stage + which) * kTile * D * 2};
@@ -129,12 +122,10 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     load_tile_async<D, kTile, kThreads>(y_tile(stage, 1), (kKeys ? args.dout : args.v) + y_offset,
                                         y_stride, y0, args.t, thread);
     if (kKeys && thread < 2 * kTile) {
-      // Rows past the end get lse 0 and delta 0: with dout 0 their terms of dk and dv are 0.
-      const int y = y0 + thread % kTile;
-      const bool valid = y < args.t;
-      const float* from = (thread < kTile ? args.lse : args.delta) +
-                          (int64_t{batch} * args.heads + head0 + head) * args.t + (valid ? y : 0);
-      cp_async_4(shared_address(row_terms + stage * 2 * kTile + thread), from, valid);
+      const float* from = (thread < kTile ? args.lse2 : args.delta) +
+                          (int64_t{batch} * args.heads + head0 + head) * args.t_pad + y0 +
+                          thread % kTile;
+      cp_async_4(shared_address(row_terms + stage * 2 * kTile + thread), from, true);
     }
     cp_async_commit();
   };
@@ -167,7 +158,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   const int y_last = kKeys ? min(args.t - 1, x_last + args.window - 1) : x_last;
   const int first_tile = y_first / kTile;
   const int tiles = y_last / kTile + 1 - first_tile;
-  const int steps = tiles * (kKeys ? args.heads_per_block : 1);
+  const int steps = tiles * (kKeys ? args.heads_per_item : 1);
 
   const float scale = rsqrtf(static_cast<float>(D));
   const float scale_log2 = scale * kLog2E;
@@ -177,9 +168,9 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = (int64_t{b} * args.heads + head0) * args.t +
-                           min(x0 + warp_row + m * 16 + g + 8 * half, args.t - 1);
-        x_lse2[m][half] = args.lse[at] * kLog2E;
+        const int64_t at = (int64_t{b} * args.heads + head0) * args.t_pad + x0 + warp_row + m * 16 +
+                           g + 8 * half;
+        x_lse2[m][half] = args.lse2[at];
         x_delta[m][half] = args.delta[at];
       }
   }
@@ -243,7 +234,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
           const float* terms = row_terms + stage * 2 * kTile + sub + n * 8 + pair;
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            y_lse2[j] = terms[j] * kLog2E;
+            y_lse2[j] = terms[j];
             y_delta[j] = terms[kTile + j];
           }
         }
@@ -363,49 +354,61 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   // Two waves of blocks are enough to even out their lengths.
   const bool split =
       group > 1 && int64_t{batch} * kv_heads * tiles < 2 * properties_.multiProcessorCount;
-  const Tensor delta = scratch(lse.bytes());
+  const int t_pad = ceil_div(t, kTermRows) * kTermRows;
+  const int64_t terms = int64_t{batch} * heads * t_pad;
+  const Tensor lse2 = scratch(terms * int64_t{sizeof(float)}), delta = scratch(lse2.bytes());
   const Tensor partial = split ? scratch(group * 2 * k.numel() * int64_t{sizeof(float)}) : Tensor();
-  BackwardArgs args{bf16_of(dk),
-                    bf16_of(dv),
-                    static_cast<float*>(partial.raw()),
-                    bf16_of(q),
-                    bf16_of(k),
-                    bf16_of(v),
-                    bf16_of(dout),
-                    lse.data<float>(),
-                    static_cast<const float*>(delta.raw()),
-                    t,
-                    heads,
-                    kv_heads,
-                    split ? 1 : group,
-                    window_of(spec.window)};
+  BackwardArgs args{.dx1 = bf16_of(dk),
+                    .dx2 = bf16_of(dv),
+                    .partial = static_cast<float*>(partial.raw()),
+                    .q = bf16_of(q),
+                    .k = bf16_of(k),
+                    .v = bf16_of(v),
+                    .dout = bf16_of(dout),
+                    .lse2 = static_cast<const float*>(lse2.raw()),
+                    .delta = static_cast<const float*>(delta.raw()),
+                    .batch = batch,
+                    .t = t,
+                    .t_pad = t_pad,
+                    .heads = heads,
+                    .kv_heads = kv_heads,
+                    .heads_per_item = split ? 1 : group,
+                    .window = window_of(spec.window)};
+  const Tensor queue = scratch(sizeof(unsigned));
+  const auto run_side = [&](auto size, auto side) {
+    constexpr int D = size;
+    constexpr Side kSide = side;
+    if (has_warpgroup_products()) {
+      attention_backward_hopper(stream_, args, kSide, D, properties_.multiProcessorCount,
+                                static_cast<unsigned*>(queue.raw()));
+      return;
+    }
+    using Config = BackwardShape<D, kSide>;
+    const int heads_per_item = kSide == Side::Keys ? args.heads_per_item : 1;
+    const BlockOrder order(tiles, batch * heads / heads_per_item, t * heads_per_item, D);
+    launch(stream_, {order.blocks(), Config::kThreads, Config::kSmemBytes},
+           attention_backward_kernel<D, kSide>, args, order);
+  };
   with_head_size(q.dim(3), [&](auto size) {
     constexpr int D = size;
-    constexpr int kDeltaThreads = 256;
-    const int rows = checked_int(lse.numel());
-    launch(stream_, {static_cast<unsigned>(ceil_div(rows, kDeltaThreads / 16)), kDeltaThreads},
-           attention_delta_kernel<D>, static_cast<float*>(delta.raw()), bf16_of(dout), bf16_of(o),
-           rows, t, heads);
+    constexpr int kTermThreads = 256;
+    const int rows = checked_int(terms);
+    launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
+           attention_terms_kernel<D>, static_cast<float*>(lse2.raw()),
+           static_cast<float*>(delta.raw()), lse.data<float>(), bf16_of(dout), bf16_of(o), rows, t,
+           t_pad, heads);
 
-    using KeysShape = BackwardShape<D, Side::Keys>;
-    const BlockOrder key_order(tiles, batch * heads / args.heads_per_block,
-                               t * args.heads_per_block, D);
-    launch(stream_, {key_order.blocks(), KeysShape::kThreads, KeysShape::kSmemBytes},
-           attention_backward_kernel<D, Side::Keys>, args, key_order);
+    run_side(size, std::integral_constant<Side, Side::Keys>());
     if (split) {
       constexpr unsigned kSumThreads = 256;
       const int64_t quads = k.numel() / 2;  // of dk and dv together
       launch(stream_, {static_cast<unsigned>((quads + kSumThreads - 1) / kSumThreads), kSumThreads},
              sum_heads_kernel, args.dx1, args.dx2, args.partial, k.numel(), group);
     }
-
-    using QueriesShape = BackwardShape<D, Side::Queries>;
     args.dx1 = bf16_of(dq);
     args.dx2 = nullptr;
     args.partial = nullptr;
-    const BlockOrder query_order(tiles, batch * heads, t, D);
-    launch(stream_, {query_order.blocks(), QueriesShape::kThreads, QueriesShape::kSmemBytes},
-           attention_backward_kernel<D, Side::Queries>, args, query_order);
+    run_side(size, std::integral_constant<Side, Side::Queries>());
   });
 }
 

@@ -140,6 +140,15 @@ CudaBackend::~CudaBackend() {
   cudaStreamDestroy(stream_);
 }
 
+bool CudaBackend::has_warpgroup_products() const {
+#ifdef BBB_SM90A
+  static const bool generic = std::getenv("BBB_GENERIC_KERNELS") != nullptr;
+  return !generic && properties_.major == 9 && properties_.minor == 0;
+#else
+  return false;
+#endif
+}
+
 std::string CudaBackend::device_name() const { return properties_.name; }
 
 int64_t CudaBackend::memory_total_bytes() const {

@@ -62,6 +62,9 @@ class CudaBackend final : public engine::Backend {
 
   cudaStream_t stream() const { return stream_; }
   const cudaDeviceProp& properties() const { return properties_; }
+  // The kernels made for sm_90a are built in and run on this GPU. BBB_GENERIC_KERNELS in the
+  // environment turns them off, so that one GPU can test both.
+  bool has_warpgroup_products() const;
 
  private:
   // Scratch for the length of one op: freed in stream order when the Tensor dies.

@@ -100,6 +100,8 @@ TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", 
   check_case({1, 2048, 2, 1, 0}, 64);
   check_case({1, 2048, 2, 1, 0}, 128);
   check_case({1, 2048, 2, 1, 500}, 64);
+  check_case({1, 1000, 3, 1, 300}, 96);
+  check_case({3, 577, 6, 3, 129}, 128);
   // 2 x 12 x 11 blocks of keys: each sums its query heads itself.
   check_case({12, 129, 22, 11, 0}, 64);
 }

@@ -1,0 +1,356 @@
+// Causal attention on Hopper (sm_90a), forward: o = softmax(q k^T / sqrt(d)) v and lse, by the
+// online softmax of FlashAttention-2 (Dao, 2023) on warpgroup products fed by the copy engine, the
+// two products and the softmax overlapped as in FlashAttention-3 (Shah et al., 2024).
+//
+// Shapes: q, o (B, T, H, d); k, v (B, T, K, d); lse (B, H, T).
+// Thread mapping: one resident block an SM takes items of 128 queries (192 for head size 64) of one
+// head from a queue. Its first warpgroup's first thread copies queries, and keys and values in tiles
+// of 128 into a ring; each of the others owns 64 queries. A warpgroup has the scores of the next
+// tile and the output of the last one in flight while it computes neither, and the warpgroups take
+// turns at issuing products, so that one's softmax runs under another's products. The next item's
+// copies run under the end of this one.
+// Tiles go from the diagonal down to the window's edge; only tiles that cross either are masked.
+// Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
+// Saves lse for the backward pass; no T x T memory.
+#include "cuda/attention.h"
+#include "cuda/hopper.h"
+#include "cuda/mma.h"
+#include "quant/launch.h"
+
+namespace bbb::cuda {
+namespace {
+
+using quant::launch;
+
+template <int D>
+struct ForwardShape {
+  static constexpr int kWarpgroups = D == 64 ? 3 : 2;  // that compute
+  static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kRegisters = kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kRows = 64 * kWarpgroups;  // queries of an item
+  static constexpr int kKeys = 128;               // keys of a tile
+  static constexpr int kStages = 2;
+  using Queries = Operand<D, kRows>;
+  using Keys = Operand<D, kKeys>;
+  using Output = Operand<D, 64>;  // of one warpgroup
+  static constexpr int kKeysAt = Queries::kBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * Keys::kBytes;
+  static constexpr int kOutputAt = kValuesAt + kStages * Keys::kBytes;
+  static constexpr int kBarriersAt = kOutputAt + kWarpgroups * Output::kBytes;
+  static constexpr int kItemAt = kBarriersAt + 8 * (2 + 4 * kStages);  // int: the item's number
+  static constexpr int64_t kSmemBytes = 1024 + kItemAt + 8;
+};
+
+// One head's tile of queries and the tiles of keys that it meets.
+struct Item {
+  int batch, head, kv_head, row0, first_tile, last_tile;
+};
+
+template <int D>
+__device__ inline Item find_item(const ForwardArgs& args, const BlockOrder& order, int index) {
+  using Shape = ForwardShape<D>;
+  int rank, head_index;
+  order.find(index, rank, head_index);
+  Item item;
+  item.row0 = (order.tiles - 1 - rank) * Shape::kRows;  // later queries see more keys
+  item.batch = head_index / args.heads;
+  item.head = head_index % args.heads;
+  item.kv_head = item.head / (args.heads / args.kv_heads);
+  item.first_tile = max(0, item.row0 - args.window + 1) / Shape::kKeys;
+  item.last_tile = (min(item.row0 + Shape::kRows, args.t) - 1) / Shape::kKeys;
+  return item;
+}
+
+template <int D>
+struct ForwardBarriers {
+  uint32_t base;
+  __device__ uint32_t q_full() const { return base; }
+  __device__ uint32_t q_empty() const { return base + 8; }
+  __device__ uint32_t k_full(int s) const { return base + 16 + 8 * s; }
+  __device__ uint32_t k_empty(int s) const { return k_full(s + ForwardShape<D>::kStages); }
+  __device__ uint32_t v_full(int s) const { return k_full(s + 2 * ForwardShape<D>::kStages); }
+  __device__ uint32_t v_empty(int s) const { return k_full(s + 3 * ForwardShape<D>::kStages); }
+};
+
+// The copying thread: for each item its queries, then its tiles from the last to the first.
+template <int D>
+__device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                  const CUtensorMap& v_map, const ForwardArgs& args,
+                                  const BlockOrder& order, unsigned* queue, uint32_t smem) {
+  using Shape = ForwardShape<D>;
+  const ForwardBarriers<D> barriers{smem + Shape::kBarriersAt};
+  RingCursor<Shape::kStages> ring;
+  int q_parity = 0;
+  for (int index = static_cast<int>(blockIdx.x);; index = next_item(queue)) {
+    mbarrier_wait(barriers.q_empty(), q_parity ^ 1);
+    const bool more = index < static_cast<int>(order.blocks());
+    store_shared(smem + Shape::kItemAt, more ? index : -1);
+    if (!more) return mbarrier_arrive(barriers.q_full());
+    const Item item = find_item<D>(args, order, index);
+    mbarrier_expect(barriers.q_full(), Shape::Queries::kBytes);
+    copy_tile<D, Shape::kRows>(smem, q_map, barriers.q_full(), item.head, item.row0, item.batch);
+    q_parity ^= 1;
+    for (int tile = item.last_tile; tile >= item.first_tile; --tile) {
+      const int s = ring.stage, key0 = tile * Shape::kKeys;
+      mbarrier_wait(barriers.k_empty(s), ring.parity ^ 1);
+      mbarrier_expect(barriers.k_full(s), Shape::Keys::kBytes);
+      copy_tile<D, Shape::kKeys>(smem + Shape::kKeysAt + s * Shape::Keys::kBytes, k_map,
+                                 barriers.k_full(s), item.kv_head, key0, item.batch);
+      mbarrier_wait(barriers.v_empty(s), ring.parity ^ 1);
+      mbarrier_expect(barriers.v_full(s), Shape::Keys::kBytes);
+      copy_tile<D, Shape::kKeys>(smem + Shape::kValuesAt + s * Shape::Keys::kBytes, v_map,
+                                 barriers.v_full(s), item.kv_head, key0, item.batch);
+      ring.advance();
+    }
+  }
+}
+
+// One of the computing warpgroups, `own` counted from 0.
+template <int D>
+__device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs& args,
+                                    const BlockOrder& order, unsigned char* memory, uint32_t smem,
+                                    int own) {
+  using Shape = ForwardShape<D>;
+  using Queries = typename Shape::Queries;
+  using Keys = typename Shape::Keys;
+  using Output = typename Shape::Output;
+  constexpr int kKeys = Shape::kKeys;
+  constexpr int kTurn = 1, kOwn = kTurn + Shape::kWarpgroups;  // named barriers
+  const ForwardBarriers<D> barriers{smem + Shape::kBarriersAt};
+  const int thread = threadIdx.x % kWarpgroup;
+  const int lane = thread % 32;
+  const int g = lane / 4;
+  const int pair = lane % 4 * 2;
+  const int local_row = thread / 32 * 16 + g;  // this lane's rows: local_row and local_row + 8
+  const float scale = rsqrtf(static_cast<float>(D));
+  const float scale_log2 = scale * kLog2E;
+
+  const uint64_t q = Queries::template descriptor<Along::Columns>(smem, own * 64);
+  const auto keys = [&](int s) {
+    return Keys::template descriptor<Along::Columns>(smem + Shape::kKeysAt + s * Keys::kBytes);
+  };
+  const auto values = [&](int s) {
+    return Keys::template descriptor<Along::Rows>(smem + Shape::kValuesAt + s * Keys::kBytes);
+  };
+  const auto release = [&](uint32_t barrier) {
+    if (lane == 0) mbarrier_arrive(barrier);
+  };
+
+  RingCursor<Shape::kStages> ring;
+  int q_parity = 0;
+  if (own == 0) named_arrive(kTurn, 2 * kWarpgroup);  // the first turn
+  const auto take_turn = [&] { named_sync(kTurn + own, 2 * kWarpgroup); };
+  const auto pass_turn = [&] {
+    named_arrive(kTurn + (own + 1 == Shape::kWarpgroups ? 0 : own + 1), 2 * kWarpgroup);
+  };
+
+  while (true) {
+    mbarrier_wait(barriers.q_full(), q_parity);
+    q_parity ^= 1;
+    const int index = load_shared(smem + Shape::kItemAt);
+    if (index < 0) break;
+    const Item item = find_item<D>(args, order, index);
+    const int position0 = item.row0 + own * 64;  // of this warpgroup's first query
+
+    float s[kKeys / 8][4], acc[D / 8][4];
+    uint32_t p[kKeys / 16][4];
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.0f, 0.0f};
+    float correction[2];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+
+    // s = q k^T, left in flight.
+    const auto start_scores = [&](int stage) {
+      const uint64_t k = keys(stage);
+      accumulator_fence(s);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < D / 16; ++kk)
+        wgmma<Along::Columns>(s, q + Queries::template slice_offset<Along::Columns>(kk),
+                              k + Keys::template slice_offset<Along::Columns>(kk), kk != 0);
+      wgmma_commit();
+    };
+    // acc += p v, left in flight.
+    const auto start_output = [&](int stage) {
+      const uint64_t v = values(stage);
+      accumulator_fence(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < kKeys / 16; ++kk)
+        wgmma<Along::Rows>(acc, p[kk], v + Keys::template slice_offset<Along::Rows>(kk), 1);
+      wgmma_commit();
+    };
+    // s becomes exp(s - max) unnormalised; correction is what earlier terms are to be scaled by.
+    const auto softmax = [&](int tile) {
+      const int key0 = tile * kKeys;
+      if (key0 + kKeys - 1 > position0 || position0 + 63 - key0 >= args.window) {
+        const int corner = position0 + local_row - (key0 + pair);
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int distance = corner + i / 2 * 8 - (n * 8 + i % 2);
+            if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
+              s[n][i] = -INFINITY;
+          }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float maximum = row_max[half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+          maximum = fmaxf(maximum, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        maximum = quad_max(maximum);
+        // A row that has seen no key yet: any finite base makes its terms 0.
+        const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
+        correction[half] = exp2_approx(fmaf(row_max[half], scale_log2, -base));
+        row_max[half] = maximum;
+        float sum = row_sum[half] * correction[half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
+            sum += s[n][i];
+          }
+        row_sum[half] = sum;
+      }
+    };
+    const auto round_scores = [&] {
+#pragma unroll
+      for (int kk = 0; kk < kKeys / 16; ++kk) pack_a(p[kk], s[2 * kk], s[2 * kk + 1]);
+    };
+
+    mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
+    start_scores(ring.stage);
+    wgmma_wait<0>();
+    accumulator_fence(s);
+    release(barriers.k_empty(ring.stage));
+    softmax(item.last_tile);
+    round_scores();
+
+    for (int tile = item.last_tile - 1; tile >= item.first_tile; --tile) {
+      const RingCursor<Shape::kStages> before = ring;
+      ring.advance();
+      mbarrier_wait(barriers.k_full(ring.stage), ring.parity);
+      take_turn();
+      start_scores(ring.stage);
+      mbarrier_wait(barriers.v_full(before.stage), before.parity);
+      start_output(before.stage);
+      pass_turn();
+      wgmma_wait<1>();
+      accumulator_fence(s);
+      release(barriers.k_empty(ring.stage));
+      softmax(tile);
+      wgmma_wait<0>();
+      accumulator_fence(acc);
+      release(barriers.v_empty(before.stage));
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i / 2];
+      round_scores();
+    }
+    release(barriers.q_empty());
+    mbarrier_wait(barriers.v_full(ring.stage), ring.parity);
+    start_output(ring.stage);
+    wgmma_wait<0>();
+    accumulator_fence(acc);
+    release(barriers.v_empty(ring.stage));
+    ring.advance();
+
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(row_sum[half]);
+      inverse[half] = 1.0f / sum;
+      const int row = position0 + local_row + 8 * half;
+      if (args.lse != nullptr && pair == 0 && row < args.t)
+        args.lse[(int64_t{item.batch} * args.heads + item.head) * args.t + row] =
+            row_max[half] * scale + logf(sum);
+    }
+    // The output leaves through shared memory; the copy of the item before has left it.
+    const uint32_t output_at = Shape::kOutputAt + own * Output::kBytes;
+    if (thread == 0) store_wait_read();
+    named_sync(kOwn + own, kWarpgroup);
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(memory + output_at +
+                                     Output::chunk_offset(local_row + 8 * half, n) + pair * 2) =
+            pack_bf16(acc[n][2 * half] * inverse[half], acc[n][2 * half + 1] * inverse[half]);
+    async_proxy_fence();
+    named_sync(kOwn + own, kWarpgroup);
+    if (thread == 0 && position0 < args.t) {
+#pragma unroll
+      for (int panel = 0; panel < PanelShape<D>::kPanels; ++panel)
+        store_box(o_map, smem + output_at + panel * Output::kPanelBytes,
+                  panel * PanelShape<D>::kColumns, item.head, position0, item.batch);
+      store_commit();
+    }
+  }
+  if (thread == 0) store_wait_read();
+}
+
+template <int D>
+__global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forward_hopper_kernel(
+    const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap q_map,
+    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+    const __grid_constant__ ForwardArgs args, const __grid_constant__ BlockOrder order,
+    unsigned* __restrict__ queue) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Shape = ForwardShape<D>;
+  unsigned char* memory = swizzled_smem();
+  const uint32_t smem = shared_address(memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Shape::kWarpgroups;
+    const ForwardBarriers<D> barriers{smem + Shape::kBarriersAt};
+    mbarrier_init(barriers.q_full(), 1);
+    mbarrier_init(barriers.q_empty(), kWarps);
+    for (int s = 0; s < Shape::kStages; ++s) {
+      mbarrier_init(barriers.k_full(s), 1);
+      mbarrier_init(barriers.k_empty(s), kWarps);
+      mbarrier_init(barriers.v_full(s), 1);
+      mbarrier_init(barriers.v_empty(s), kWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    registers_down<Shape::kProducerRegisters>();
+    if (threadIdx.x == 0) copy_items<D>(q_map, k_map, v_map, args, order, queue, smem);
+  } else {
+    registers_up<Shape::kRegisters>();
+    attend_items<D>(o_map, args, order, memory, smem, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace
+
+void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
+                              unsigned* queue) {
+  BBB_ASSERT(args.start == nullptr && args.t == args.t_max);
+  with_head_size(d, [&](auto size) {
+    constexpr int D = size;
+    using Shape = ForwardShape<D>;
+    const BlockOrder order(ceil_div(args.t, Shape::kRows), args.batch * args.heads, args.t, D);
+    const auto map = [&](const __nv_bfloat16* x, int heads, int rows) {
+      return panel_map<D>(x, args.batch, args.t, heads, rows);
+    };
+    if (order.blocks() == 0) return;
+    BBB_CUDA(cudaMemsetAsync(queue, 0, sizeof *queue, stream));
+    launch(stream,
+           {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads,
+            Shape::kSmemBytes},
+           attention_forward_hopper_kernel<D>, map(args.o, args.heads, 64),
+           map(args.q, args.heads, Shape::kRows), map(args.k, args.kv_heads, Shape::kKeys),
+           map(args.v, args.kv_heads, Shape::kKeys), args, order, queue);
+  });
+}
+
+}  // namespace bbb::cuda

@@ -1,0 +1,302 @@
+// What the Hopper attention kernels are made of: barriers in shared memory, the tensor copy engine
+// (TMA), and warpgroup products (wgmma), all of them sm_90a only.
+//
+// A tile of bf16 in shared memory is panels of 64 columns (head sizes 64 and 128) or 32 (96), each
+// panel its rows one after another, rows of 128 or 64 bytes, 16-byte chunks swizzled as the copy
+// engine writes and wgmma reads them: the chunk index xor-ed with the low bits of the row (of the
+// row / 2 for rows of 64 bytes). PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
+// Layout". Every panel starts on 1024 bytes.
+//
+// Fragments of m64nNk16, warp w of the warpgroup, lane = 4 g + t:
+//     D (64 x N)   d[n][0], d[n][1]  (16 w + g, 8 n + 2t), (.., 8 n + 2t + 1)   d[n][2], d[n][3] at
+//                  row + 8: the C fragment of mma.sync for the warp's 16 rows
+//     A (64 x 16)  in registers: the A fragment of mma.sync for the warp's 16 rows
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/ptx.h"
+
+namespace bbb::cuda {
+
+constexpr int kWarpgroup = 128;  // threads
+
+template <int D>
+struct PanelShape {
+  static_assert(D == 64 || D == 96 || D == 128);
+  static constexpr int kColumns = D % 64 == 0 ? 64 : 32;
+  static constexpr int kPanels = D / kColumns;
+  static constexpr int kRowBytes = kColumns * 2;
+};
+
+// A map of x (B, T, heads, D) for boxes of `rows` positions of one head and one panel. Positions
+// outside of [0, T) read as zeros and are not written. x is aligned to 16 bytes.
+template <int D>
+CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int rows);
+
+#ifdef __CUDACC__
+
+// The block's dynamic shared memory from its first multiple of 1024 on.
+__device__ inline unsigned char* swizzled_smem() {
+  unsigned char* memory = reinterpret_cast<unsigned char*>(dynamic_smem());
+  return memory + (-shared_address(memory) & 1023u);
+}
+
+// --- barriers -----------------------------------------------------------------------------------
+
+__device__ inline void mbarrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine; a __syncthreads() follows.
+__device__ inline void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and has the phase wait for `bytes` of copies too.
+__device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity is complete.
+__device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+// Named barriers; 0 is __syncthreads().
+__device__ inline void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The place in a ring of kStages buffers and the parity of its round.
+template <int kStages>
+struct RingCursor {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The number of the next item of a persistent kernel; the first is the block's own. *queue: 0 at
+// the start. Which block computes an item does not change its result.
+__device__ inline int next_item(unsigned* queue) {
+  return static_cast<int>(gridDim.x + atomicAdd(queue, 1u));
+}
+
+__device__ inline void store_shared(uint32_t address, int value) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ inline int load_shared(uint32_t address) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// --- copies -------------------------------------------------------------------------------------
+
+// One box to shared memory; its bytes count towards `barrier`.
+__device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int column,
+                                int head, int position, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(head), "r"(position),
+      "r"(batch)
+      : "memory");
+}
+
+// A whole tile: its panels, each of kRows rows.
+template <int D, int kRows>
+__device__ inline void copy_tile(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int head,
+                                 int position, int batch) {
+  using Panel = PanelShape<D>;
+#pragma unroll
+  for (int p = 0; p < Panel::kPanels; ++p)
+    copy_box(dst + p * kRows * Panel::kRowBytes, map, barrier, p * Panel::kColumns, head, position,
+             batch);
+}
+
+// `bytes`, a multiple of 16, of consecutive memory; both addresses aligned to 16.
+__device__ inline void copy_bytes(uint32_t dst, const void* src, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(dst),
+      "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void store_box(const CUtensorMap& map, uint32_t src, int column, int head,
+                                 int position, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          reinterpret_cast<uint64_t>(&map)),
+      "r"(src), "r"(column), "r"(head), "r"(position), "r"(batch)
+      : "memory");
+}
+
+__device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until this thread's stores have read their shared memory.
+__device__ inline void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Orders this thread's ordinary writes to shared memory before later ones of the copy engine's and
+// wgmma's accesses to it; a barrier between the threads follows.
+__device__ inline void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- registers ----------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ inline void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// --- warpgroup products -------------------------------------------------------------------------
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until at most kPending committed groups are in flight.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of an accumulator across this point: it does not know that
+// wgmma writes its registers later than where it stands.
+template <int N>
+__device__ inline void accumulator_fence(float (&d)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
+}
+
+// Which way a tile is an operand: A or B^T with k along its columns, or B with k along its rows.
+enum class Along { Columns, Rows };
+
+// Descriptors of a tile of kRows rows at `base` (shared address, multiple of 1024).
+template <int D, int kRows>
+struct Operand {
+  using Panel = PanelShape<D>;
+  static constexpr int kPanelBytes = kRows * Panel::kRowBytes;
+  static constexpr int kBytes = kPanelBytes * Panel::kPanels;
+  static constexpr uint64_t kSwizzle = Panel::kRowBytes == 128 ? 1 : 2;
+
+  // From row `row` (a multiple of 8) on.
+  template <Along kAlong>
+  __device__ static uint64_t descriptor(uint32_t base, int row = 0) {
+    const uint64_t leading = kAlong == Along::Rows ? kPanelBytes / 16 : 1;
+    constexpr uint64_t kStride = 8 * Panel::kRowBytes / 16;  // between groups of 8 rows
+    return static_cast<uint64_t>((base + row * Panel::kRowBytes) / 16) | leading << 16 |
+           kStride << 32 | kSwizzle << 62;
+  }
+  // What a descriptor grows by for the product's k16 slice number `slice`.
+  template <Along kAlong>
+  __device__ static constexpr uint64_t slice_offset(int slice) {
+    if (kAlong == Along::Rows) return static_cast<uint64_t>(slice * 16 * Panel::kRowBytes / 16);
+    const int column = slice * 16;
+    return static_cast<uint64_t>(
+        (column / Panel::kColumns * kPanelBytes + column % Panel::kColumns * 2) / 16);
+  }
+  // Bytes from the tile's start to a 16-byte chunk.
+  __device__ static uint32_t chunk_offset(int row, int chunk) {
+    constexpr int kChunks = Panel::kColumns / 8;
+    const int key = Panel::kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
+    return static_cast<uint32_t>(chunk / kChunks * kPanelBytes + row * Panel::kRowBytes +
+                                 ((chunk % kChunks) ^ key) * 16);
+  }
+};
+
+#define BBB_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define BBB_ACC16(i) BBB_ACC4(i), BBB_ACC4(i + 1), BBB_ACC4(i + 2), BBB_ACC4(i + 3)
+#define BBB_ACC32 BBB_ACC16(0), BBB_ACC16(4)
+#define BBB_ACC48 BBB_ACC32, BBB_ACC16(8)
+#define BBB_ACC64 BBB_ACC48, BBB_ACC16(12)
+#define BBB_REG32                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BBB_REG48 \
+  BBB_REG32 ",%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define BBB_REG64 \
+  BBB_REG48 ",%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d (+)= a b for one k16 slice, overwriting d where `add` is 0. A from a descriptor (k along its
+// columns) or from registers; B as kAlong says. i0 .. i6: the numbers after the accumulator's.
+#define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                     \
+  template <Along kAlong>                                                                      \
+  __device__ inline void wgmma(float (&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                      \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers   \
+                 "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}"                             \
+                 : outputs                                                                     \
+                 : "l"(a), "l"(b), "r"(add), "n"(kAlong == Along::Rows ? 1 : 0));              \
+  }                                                                                            \
+  template <Along kAlong>                                                                      \
+  __device__ inline void wgmma(float (&d)[columns / 8][4], const uint32_t (&a)[4], uint64_t b, \
+                               int add) {                                                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                      \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers   \
+                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6       \
+                 ";\n}"                                                                        \
+                 : outputs                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),               \
+                   "n"(kAlong == Along::Rows ? 1 : 0));                                        \
+  }
+BBB_WGMMA(64, BBB_REG32, BBB_ACC32, 32, 33, 34, 35, 36, 37, 38)
+BBB_WGMMA(96, BBB_REG48, BBB_ACC48, 48, 49, 50, 51, 52, 53, 54)
+BBB_WGMMA(128, BBB_REG64, BBB_ACC64, 64, 65, 66, 67, 68, 69, 70)
+#undef BBB_WGMMA
+#undef BBB_REG32
+#undef BBB_REG48
+#undef BBB_REG64
+#undef BBB_ACC4
+#undef BBB_ACC16
+#undef BBB_ACC32
+#undef BBB_ACC48
+#undef BBB_ACC64
+
+#endif  // __CUDACC__
+
+}  // namespace bbb::cuda
