@@ -104,9 +104,9 @@ Var checkpoint(Tape& tape, const std::function<Var(Tape&, const Var&)>& fn, cons
     out.drop_grad();
     Tape again(backend, TapeMode::Training);
     const Var x_again = x.requires_grad() ? Var::input(x.value()) : Var(x.value());
-    const Var y = fn(again, x_again);
+    const Var y = fn(again, x_again).gradient_only();  // its value is here already
     if (!y.requires_grad()) return;
-    again.backward(y.gradient_only(), std::move(seed));
+    again.backward(y, std::move(seed));
     if (x_again.has_grad()) x.give_grad(backend, x_again.grad());
   });
   return out;

@@ -66,7 +66,7 @@ std::vector<QuantLinear*> LlamaBlock::linears() {
   return {&q_, &k_, &v_, &o_, &gate_, &up_, &down_};
 }
 
-Var LlamaBlock::attend(Tape& tape, const Var& x, KvCache* kv) {
+Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
   const Tensor start = kv ? kv->start : Tensor();
   const engine::AttentionSpec spec{config_.sliding_window};
@@ -82,7 +82,6 @@ Var LlamaBlock::attend(Tape& tape, const Var& x, KvCache* kv) {
 
   Var out;
   if (kv) {
-    BBB_ASSERT(!tape.recording());
     const size_t layer = static_cast<size_t>(layer_);
     backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), start);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
@@ -93,12 +92,21 @@ Var LlamaBlock::attend(Tape& tape, const Var& x, KvCache* kv) {
   return o_.forward(tape, reshape(tape, out, {b, t, config_.heads * d}), x);
 }
 
-Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv) {
-  const Var attended = attend(tape, x, kv);
-  Var g = rms_norm(tape, attended, post_norm_.var(), config_.rms_eps);
+Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
+  Var g = rms_norm(tape, x, post_norm_.var(), config_.rms_eps);
   const Var h = swiglu(tape, gate_.forward(tape, g, Var()), up_.forward(tape, g, Var()));
   g = Var();
-  return down_.forward(tape, h, attended);
+  return down_.forward(tape, h, x);
+}
+
+Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute) {
+  if (!tape.recording()) return mlp_half(tape, attention_half(tape, x, kv));
+  const auto attend = [this](Tape& t, const Var& in) { return attention_half(t, in, nullptr); };
+  const auto feed = [this](Tape& t, const Var& in) { return mlp_half(t, in); };
+  BBB_ASSERT(kv == nullptr);
+  const Var attended =
+      recompute == Recompute::None ? attend(tape, x) : checkpoint(tape, attend, x);
+  return recompute == Recompute::Block ? checkpoint(tape, feed, attended) : feed(tape, attended);
 }
 
 // Weights.
@@ -319,16 +327,7 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
 
 Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
   Var x = embed(tape, ids, embedding_);
-  for (auto& block : blocks_) {
-    if (recompute == Recompute::Block && tape.recording()) {
-      const auto forward = [&block = *block](Tape& inner, const Var& input) {
-        return block.forward(inner, input, nullptr);
-      };
-      x = checkpoint(tape, forward, x);
-    } else {
-      x = block->forward(tape, x, kv);
-    }
-  }
+  for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
   return rms_norm(tape, x, norm_.var(), config_.rms_eps);
 }
 

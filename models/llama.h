@@ -9,6 +9,7 @@
 
 #include "models/checkpoint.h"
 #include "models/quant_linear.h"
+#include "models/recompute.h"
 
 namespace bbb::models {
 
@@ -51,8 +52,9 @@ class LlamaBlock {
   // `config` must outlive the block.
   LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t layer, Tensor inv_freq);
 
-  // x act (B, T, D) -> (B, T, D). kv: keys and values are appended at kv->start and attended to.
-  Var forward(Tape& tape, const Var& x, KvCache* kv);
+  // x act (B, T, D) -> (B, T, D). kv: keys and values are appended at kv->start and attended to; on
+  // an inference tape only, which keeps nothing and heeds no `recompute`.
+  Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute);
 
   // Full-precision weights (rounded to act) from a checkpoint.
   void load_float(const Checkpoint& source);
@@ -84,7 +86,8 @@ class LlamaBlock {
   void load_norms(const Checkpoint& source);
   std::vector<float> load_linear(const Checkpoint& source, const QuantLinear& linear) const;
   std::vector<float> load_norm(const Checkpoint& source, const char* suffix) const;
-  Var attend(Tape& tape, const Var& x, KvCache* kv);
+  Var attention_half(Tape& tape, const Var& x, KvCache* kv);
+  Var mlp_half(Tape& tape, const Var& x);
 
   Backend& backend_;
   const LlamaConfig& config_;
@@ -95,7 +98,6 @@ class LlamaBlock {
   std::vector<Parameter*> declared_;  // the linears', then the norms', until they are bound
 };
 
-enum class Recompute { None, Block };
 // BFloat16 rounds embedding and head once, so that training, export and every later reader see the
 // same values (format.md); norms stay F32 throughout. On a device of bf16 activations both are bf16
 // either way.

@@ -19,6 +19,7 @@ using autograd::TapeMode;
 using autograd::Var;
 using engine::Rng;
 using engine::Write;
+using models::Recompute;
 
 namespace {
 
@@ -292,16 +293,11 @@ struct TrainedBlock {
     device.copy(parameter.master, make(device, parameter.master.shape(), device.real(), values));
   }
 
-  Var forward(Tape& tape, const Var& x, bool recompute) {
-    const auto fn = [this](Tape& t, const Var& in) { return block.forward(t, in, nullptr); };
-    return recompute ? checkpoint(tape, fn, x) : fn(tape, x);
-  }
-
   BlockRun run(const Shape& shape, const std::vector<double>& x, const std::vector<double>& seed,
-               bool recompute) {
+               Recompute recompute = Recompute::None) {
     Tape tape(device, TapeMode::Training);
     const Var input = Var::input(make(device, shape, device.act(), x));
-    const Var y = forward(tape, input, recompute);
+    const Var y = block.forward(tape, input, nullptr, recompute);
     BlockRun result;
     result.y = values_of(device, y.value());
     tape.backward(y, make(device, shape, device.act(), seed));
@@ -322,12 +318,13 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
     Rng rng(13);
     const std::vector<double> x = normal(rng, engine::numel_of(shape));
     const std::vector<double> weights = normal(rng, x.size());
-    const BlockRun run = trained.run(shape, x, weights, false);
+    const BlockRun run = trained.run(shape, x, weights);
 
     const auto value = [&](const std::vector<double>& at) {
       Tape tape(trained.device, TapeMode::Inference);
       trained.block.prepare();
-      const Var y = trained.forward(tape, Var(make(trained.device, shape, DType::F64, at)), false);
+      const Var y = trained.block.forward(tape, Var(make(trained.device, shape, DType::F64, at)),
+                                          nullptr, Recompute::None);
       return dot(values_of(trained.device, y.value()), weights);
     };
     const auto shifted = [](std::vector<double> at, const std::vector<double>& direction,
@@ -357,16 +354,19 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
   }
 }
 
-TEST_CASE("block: checkpoint gives the same value and gradients", "[autograd]") {
+TEST_CASE("block: recomputation gives the same value and gradients", "[autograd]") {
   TrainedBlock trained(backend(), 0, 2, engine::Rounding::Nearest);
   const Shape shape{2, 9, trained.config.d_model};
   Rng rng(14);
   const std::vector<double> x = normal(rng, engine::numel_of(shape)), seed = normal(rng, x.size());
-  const BlockRun kept = trained.run(shape, x, seed, false);
-  const BlockRun again = trained.run(shape, x, seed, true);
-  CHECK(kept.y == again.y);
-  CHECK(kept.dx == again.dx);
-  CHECK(kept.gradients == again.gradients);
+  const BlockRun kept = trained.run(shape, x, seed, Recompute::None);
+  for (const Recompute recompute : {Recompute::Attention, Recompute::Block}) {
+    CAPTURE(models::to_string(recompute));
+    const BlockRun again = trained.run(shape, x, seed, recompute);
+    CHECK(kept.y == again.y);
+    CHECK(kept.dx == again.dx);
+    CHECK(kept.gradients == again.gradients);
+  }
 }
 
 TEST_CASE("block: two micro-batches accumulate, whatever the order of their passes", "[autograd]") {
@@ -378,14 +378,15 @@ TEST_CASE("block: two micro-batches accumulate, whatever the order of their pass
     x.push_back(normal(rng, engine::numel_of(shape)));
     seed.push_back(normal(rng, x[0].size()));
   }
-  const BlockRun first = trained.run(shape, x[0], seed[0], false);
-  const BlockRun second = trained.run(shape, x[1], seed[1], false);
+  const BlockRun first = trained.run(shape, x[0], seed[0]);
+  const BlockRun second = trained.run(shape, x[1], seed[1]);
   // Both forwards before either backward.
   Tape tapes[2] = {{trained.device, TapeMode::Training}, {trained.device, TapeMode::Training}};
   Var y[2];
   for (int i = 0; i < 2; ++i)
-    y[i] = trained.forward(tapes[i], Var(make(trained.device, shape, trained.device.act(), x[i])),
-                           false);
+    y[i] = trained.block.forward(
+        tapes[i], Var(make(trained.device, shape, trained.device.act(), x[i])), nullptr,
+        Recompute::None);
   for (int i = 0; i < 2; ++i)
     tapes[i].backward(y[i], make(trained.device, shape, trained.device.act(), seed[i]));
   trained.block.finish_backward();
@@ -411,8 +412,8 @@ TEST_CASE("block: the device's backward against F64", "[autograd]") {
     Rng rng(16);
     const std::vector<double> x = round_bf16(normal(rng, engine::numel_of(shape)));
     const std::vector<double> seed = round_bf16(normal(rng, x.size()));
-    const BlockRun actual = device.run(shape, x, seed, false);
-    const BlockRun expected = reference.run(shape, x, seed, false);
+    const BlockRun actual = device.run(shape, x, seed);
+    const BlockRun expected = reference.run(shape, x, seed);
     // About ten roundings to act lie on any path through the block and back; masters are exact in
     // bf16, so the quantizer decides alike.
     const double tolerance = device.device.act() == DType::BF16 ? 4 * epsilon_of(DType::BF16)

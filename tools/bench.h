@@ -1,11 +1,13 @@
 // Benchmarks on random weights: the trainers' own steps, and packed matrix-vector products.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "engine/backend.h"
 #include "models/config.h"
+#include "models/recompute.h"
 #include "tools/measure.h"
 
 namespace bbb::tools {
@@ -16,6 +18,7 @@ struct TrainBench {
   int64_t batch = 8;        // windows a step
   int64_t seq_len = 2048;
   int64_t steps = 100;  // timed
+  std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
 };
 

@@ -8,6 +8,7 @@
 #include "data/files.h"
 #include "tools/bench.h"
 #include "tools/cli.h"
+#include "train/config.h"
 
 namespace bbb::tools {
 
@@ -35,6 +36,8 @@ int bench_train_command(const Arguments& arguments) {
       ("seq-len", "tokens a window", text()->default_value("2048"))                         //
       ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
       ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
+      ("recompute", "none, attention, block, or auto: the first that fits",
+       text()->default_value("auto"))  //
       ("json", "write the result to this file too", text());
   if (!line.parse(arguments)) return 0;
   const std::string name = line.required("synthetic");
@@ -44,6 +47,7 @@ int bench_train_command(const Arguments& arguments) {
   bench.batch = line.has("batch") ? line.integer("batch", 1) : bench.end_to_end ? 16 : 8;
   bench.seq_len = line.integer("seq-len", 2, bench.model.max_position);
   bench.steps = line.has("steps") ? line.integer("steps", 1) : bench.end_to_end ? 10 : 100;
+  bench.recompute = train::parse_recompute(line.text("recompute"));
   if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
 
   const auto backend = line.make_backend();

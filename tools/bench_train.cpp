@@ -32,6 +32,7 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   train::TrainConfig config;
   config.seq_len = bench.seq_len;
   config.samples = kBatches * bench.batch;
+  config.memory.recompute = bench.recompute;
   if (bench.end_to_end) {
     config.e2e_steps = steps;
     config.e2e_batch = bench.batch;
@@ -108,9 +109,10 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
 int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
   const train::TrainConfig config = config_for(backend, bench);
   const int64_t available = backend.memory_available_bytes();
+  const models::Recompute mode = bench.recompute.value_or(models::Recompute::Block);
   models::LlamaConfig model = bench.model;
   while (model.layers > 1 &&
-         train::end_to_end_memory_bytes(backend, model, config) > available / 10 * 9)
+         train::end_to_end_memory_bytes(backend, model, config, mode) > available)
     --model.layers;
   return model.layers;
 }

@@ -51,7 +51,11 @@ int train_command(const Arguments& arguments) {
        cxxopts::value<std::string>())  //
       ("host-memory", "GB of host memory for the streams between blocks; default: most of it",
        cxxopts::value<std::string>())  //
-      ("scratch", "directory for streams that fit in neither", cxxopts::value<std::string>());
+      ("scratch", "directory for streams that fit in neither", cxxopts::value<std::string>())  //
+      ("recompute",
+       "activations made again in the backward pass: none, attention, block (its halves), or auto: "
+       "the first that fits",
+       value("auto"));
   line.options("Block by block")  //
       ("stages", "widths of weights and activations, in order; \"\": no block phase",
        value("w2a16"))                                                                  //
@@ -116,6 +120,7 @@ int train_command(const Arguments& arguments) {
   config.memory.device_bytes = bytes("gpu-memory");
   config.memory.host_bytes = bytes("host-memory");
   if (line.has("scratch")) config.memory.scratch = line.required("scratch");
+  config.memory.recompute = train::parse_recompute(line.text("recompute"));
   if (config.stages.empty() && config.e2e_steps == 0)
     throw UsageError("nothing to train: --stages is empty and --e2e-steps is 0");
 

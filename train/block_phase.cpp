@@ -65,7 +65,7 @@ StreamShape stream_shape(const Backend& backend, const LlamaConfig& model,
 class BlockPhase {
  public:
   BlockPhase(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config, const StreamPlan& plan, const RunDirectory& run,
+             const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
              const Observer& observer)
       : backend_(backend),
         source_(source),
@@ -73,10 +73,11 @@ class BlockPhase {
         run_(run),
         observer_(observer),
         model_(source.config()),
+        recompute_(memory.recompute),
         rows_(config.samples + config.val_samples),
         steps_per_epoch_(config.samples / config.batch),
         parameters_(backend) {
-    make_streams(plan);
+    make_streams(memory.streams);
     embed(windows);
     work_.emplace(backend, model_, 0, inv_freq_);
     work_->declare_parameters(parameters_);
@@ -213,7 +214,7 @@ class BlockPhase {
   }
 
   Var forward(Tape& tape, LlamaBlock& block, const Tensor& rows) {
-    return block.forward(tape, Var(as_windows(rows)), nullptr);
+    return block.forward(tape, Var(as_windows(rows)), nullptr, models::Recompute::None);
   }
 
   // out = change(in), batch by batch; out may be in.
@@ -341,7 +342,7 @@ class BlockPhase {
     work_->prepare();
     if (last == StepPart::Quantize) return;
     Tape tape(backend_, TapeMode::Training);
-    const Var loss = autograd::mse(tape, work_->forward(tape, Var(x), nullptr), y);
+    const Var loss = autograd::mse(tape, work_->forward(tape, Var(x), nullptr, recompute_), y);
     if (last == StepPart::Forward) return;
     tape.backward(loss);
     work_->finish_backward();
@@ -411,6 +412,7 @@ class BlockPhase {
       line["epoch"] = epoch;
       line["step"] = epoch * steps_per_epoch_ + i;
       add_measures(line, control, tokens, backend_.memory_peak_bytes());
+      line["recompute"] = models::to_string(recompute_);
       lines.push_back(std::move(line));
       skipped = std::llround(control[engine::kSkipped]);
     }
@@ -439,6 +441,7 @@ class BlockPhase {
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
+  const models::Recompute recompute_;
   const int64_t rows_;  // N: training and validation windows
   const int64_t steps_per_epoch_;
 
@@ -461,16 +464,27 @@ class BlockPhase {
 };
 
 // Of the device, for all but the streams.
-int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConfig& config) {
+int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConfig& config,
+                     models::Recompute recompute) {
   const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
-  const int64_t stages = static_cast<int64_t>(config.stages.size());
-  const int64_t recordings = config.input_stream == InputStream::Mix ? 2 * stages : stages;
-  // Masters, gradients, two moments and the best masters; the GEMMs' operands of work and teacher.
-  const int64_t parameter_bytes = block_parameters(model) * (5 * real + 2 * act + 1);
-  const int64_t table_bytes = 2 * model.vocab * model.d_model * act;
-  // One recording for each stage, and the passes outside of them.
-  return parameter_bytes + table_bytes +
-         (recordings + 1) * block_activation_bytes(backend, model, config.batch * config.seq_len);
+  const int64_t parameters = block_parameters(model), tokens = config.batch * config.seq_len;
+  const int64_t steps = config.epochs * (config.samples / config.batch);
+  const models::ActivationMemory block =
+      models::activation_memory(backend, model, tokens, recompute);
+  // Masters, gradients, two moments, the best masters; wq, e and z; order and log of a stage.
+  const int64_t trained = parameters * (5 * real + act) + parameters / config.group * 2 +
+                          steps * (config.batch * 4 + engine::kControlSize * real);
+  const int64_t teacher = parameters * act + block.inference_bytes;
+  // A step's input and target, and its activations.
+  const int64_t step = 2 * tokens * model.d_model * act + block.kept_bytes + block.backward_bytes;
+  // What a recorded step allocates stays its own; without recording, the passes share.
+  const int64_t passes =
+      backend.device() == engine::DeviceType::Cuda ? teacher + step : std::max(teacher, step);
+  // Before the first block: embedding and head, one of them on its way in F32, a batch's rows.
+  const int64_t embedding =
+      model.vocab * model.d_model * (2 * act + 4) + tokens * model.d_model * act +
+      (config.samples + config.val_samples) * config.seq_len * 4;
+  return allocated_bytes(backend, std::max(trained + passes, embedding));
 }
 
 class BlockProbe final : public StepProbe {
@@ -480,7 +494,7 @@ class BlockProbe final : public StepProbe {
       : config_(config),
         run_(config.out),
         phase_(backend, source, windows, config_,
-               plan_block_memory(backend, source.config(), config_).streams, run_, observer_) {
+               plan_block_memory(backend, source.config(), config_), run_, observer_) {
     phase_.begin();
   }
   std::unique_ptr<Replay> record(StepPart last) override { return phase_.record(last); }
@@ -498,13 +512,20 @@ class BlockProbe final : public StepProbe {
 BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
                               const TrainConfig& config) {
   BlockMemory memory;
-  memory.device_bytes = memory_bytes(backend, model, config);
+  const StreamShape shape = stream_shape(backend, model, config);
+  const int64_t device_bytes = device_room(backend, config.memory);
+  memory.recompute =
+      choose_recompute(config.memory, device_bytes, [&](models::Recompute recompute) {
+        // Streams may lie elsewhere, but the batches in use may not.
+        return memory_bytes(backend, model, config, recompute) +
+               Ring::device_bytes(rings_of(config), shape);
+      });
+  memory.device_bytes = memory_bytes(backend, model, config, memory.recompute);
   check_memory(backend, memory.device_bytes, config.memory,
                cat("block training, its streams aside, with ", config.batch, " windows of ",
                    config.seq_len, " tokens at once"),
                "lower --batch or --seq-len");
   StreamRoom room;
-  const int64_t device_bytes = device_room(backend, config.memory);
   room.device_bytes = device_bytes - memory.device_bytes;
   room.host_bytes = engine::HostMemory::available_bytes() / 5 * 4;
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
@@ -513,8 +534,7 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
     room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
   room.scratch = config.memory.scratch;
   if (!room.scratch.empty()) room.scratch_bytes = free_disk_bytes(room.scratch);
-  memory.streams = plan_streams(streams_of(config), rings_of(config),
-                                stream_shape(backend, model, config), room);
+  memory.streams = plan_streams(streams_of(config), rings_of(config), shape, room);
   memory.device_bytes += memory.streams.device_bytes;
   return memory;
 }
@@ -531,7 +551,7 @@ void train_blocks(Backend& backend, const Checkpoint& source, const data::Window
   const int64_t finished = run.finished_blocks(source.config().layers);
   if (finished == source.config().layers) return;
   run.keep_log([&](const Json& line) { return line.value("block", finished) < finished; });
-  BlockPhase(backend, source, windows, config, memory.streams, run, observer).run(finished);
+  BlockPhase(backend, source, windows, config, memory, run, observer).run(finished);
 }
 
 }  // namespace bbb::train

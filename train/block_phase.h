@@ -21,6 +21,7 @@ namespace bbb::train {
 // The most that the phase will hold, and where its streams go.
 struct BlockMemory {
   int64_t device_bytes = 0;  // streams included
+  models::Recompute recompute = models::Recompute::None;
   StreamPlan streams;
 };
 

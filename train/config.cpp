@@ -25,6 +25,11 @@ constexpr Name<EndToEndLoss> kLosses[] = {{"kl", EndToEndLoss::Kl},
                                           {"ce", EndToEndLoss::CrossEntropy}};
 constexpr Name<EndToEndTrain> kTrains[] = {{"scales", EndToEndTrain::Scales},
                                            {"all", EndToEndTrain::All}};
+constexpr Name<std::optional<models::Recompute>> kRecomputes[] = {
+    {"auto", std::nullopt},
+    {"none", models::Recompute::None},
+    {"attention", models::Recompute::Attention},
+    {"block", models::Recompute::Block}};
 constexpr Name<Snap> kSnaps[] = {{"auto", Snap::Auto}, {"on", Snap::On}, {"off", Snap::Off}};
 
 template <typename E, size_t N>
@@ -110,6 +115,9 @@ EndToEndTrain parse_e2e_train(const std::string& text) {
   return parse_name(kTrains, text, "--e2e-train");
 }
 Snap parse_snap(const std::string& text) { return parse_name(kSnaps, text, "--e2e-snap"); }
+std::optional<models::Recompute> parse_recompute(const std::string& text) {
+  return parse_name(kRecomputes, text, "--recompute");
+}
 
 std::string to_json(const TrainConfig& c) {
   Json j;

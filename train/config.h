@@ -8,6 +8,7 @@
 
 #include "engine/tensor.h"
 #include "models/config.h"
+#include "models/recompute.h"
 
 namespace bbb::train {
 
@@ -28,6 +29,8 @@ struct MemoryBudget {
   int64_t device_bytes = 0;  // 0: what the device has left
   int64_t host_bytes = 0;    // for streams; 0: four fifths of what the machine has left
   std::string scratch;       // directory for streams that fit in neither; "": none
+  // Of both phases; empty: each keeps as many activations as there is room for.
+  std::optional<models::Recompute> recompute;
 };
 
 struct TrainConfig {
@@ -70,6 +73,8 @@ InputStream parse_input_stream(const std::string& text);
 EndToEndLoss parse_e2e_loss(const std::string& text);
 EndToEndTrain parse_e2e_train(const std::string& text);
 Snap parse_snap(const std::string& text);
+// "auto", "none", "attention", "block".
+std::optional<models::Recompute> parse_recompute(const std::string& text);
 
 // All fields but `out`, which is where the JSON lies, and `memory`, as indented text; and back.
 std::string to_json(const TrainConfig& config);

@@ -46,9 +46,11 @@ int64_t bytes_of(const std::vector<uint8_t>& values) { return static_cast<int64_
 class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-           const TrainConfig& config, const RunDirectory& run, const Observer& observer)
+           const TrainConfig& config, models::Recompute recompute, const RunDirectory& run,
+           const Observer& observer)
       : backend_(backend),
         config_(config),
+        recompute_(recompute),
         run_(run),
         observer_(observer),
         model_(source.config()),
@@ -71,14 +73,6 @@ class EndToEnd {
     log_ = backend.empty({config.e2e_steps, engine::kControlSize}, backend.real());
     loss_ = backend.empty({1}, backend.real());
     upload_windows(windows);
-    // Both give the same bytes: keeping activations is faster, where they leave room to spare.
-    const int64_t kept =
-        model_.layers *
-        block_activation_bytes(backend, model_, config.e2e_micro_batch * config.seq_len);
-    const int64_t budget = config_.memory.device_bytes;
-    if (kept <= backend.memory_available_bytes() / 2 &&
-        (budget == 0 || kept + end_to_end_memory_bytes(backend, model_, config_) <= budget))
-      recompute_ = models::Recompute::None;
   }
 
   void run() {
@@ -264,6 +258,7 @@ class EndToEnd {
       line["phase"] = "e2e";
       line["step"] = i;
       add_measures(line, control, tokens, backend_.memory_peak_bytes());
+      line["recompute"] = models::to_string(recompute_);
       lines.push_back(std::move(line));
       last_loss_ = control[engine::kLoss];
       skipped_ = std::llround(control[engine::kSkipped]);
@@ -360,6 +355,7 @@ class EndToEnd {
 
   Backend& backend_;
   const TrainConfig& config_;
+  const models::Recompute recompute_;
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
@@ -374,7 +370,6 @@ class EndToEnd {
   Tensor step_cursor_;    // I32 (1): the optimizer step
   Tensor log_;            // real (steps, kControlSize)
   Tensor loss_;           // real (1): of the whole step
-  models::Recompute recompute_ = models::Recompute::Block;
   float last_loss_ = 0;
   int64_t skipped_ = 0;
 };
@@ -385,7 +380,9 @@ class EndToEndProbe final : public StepProbe {
                 const TrainConfig& config)
       : config_(config),
         run_(config.out),
-        phase_(backend, source, windows, config_, run_, observer_) {
+        phase_(backend, source, windows, config_,
+               plan_end_to_end_memory(backend, source.config(), config_).recompute, run_,
+               observer_) {
     phase_.upload_cursors(0);
   }
   std::unique_ptr<engine::Replay> record(StepPart last) override { return phase_.record(last); }
@@ -401,7 +398,7 @@ class EndToEndProbe final : public StepProbe {
 }  // namespace
 
 int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
-                                const TrainConfig& config) {
+                                const TrainConfig& config, models::Recompute recompute) {
   const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
@@ -410,38 +407,62 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t trained = config.e2e_train == EndToEndTrain::All
                               ? parameters * 4 * real
                               : parameters * (real + 1) + parameters / config.group * 4 * real;
-  const int64_t operands = parameters * act * (kl ? 2 : 1);
-  const int64_t tables = 4 * model.vocab * model.d_model * act;
-  const int64_t inputs_of_blocks = model.layers * tokens * model.d_model * act;
+  const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
+  const int64_t table = model.vocab * model.d_model;
+  const int64_t tables = table * act * (model.tied_head ? 1 : 2) * (kl ? 2 : 1);
+  const int64_t texts = (2 * config.samples * config.seq_len + config.e2e_steps * config.e2e_batch) * 4 +
+                        config.e2e_steps * engine::kControlSize * real;
+
+  // Hidden states beside the blocks': the embedding's, behind the last norm, the teacher's.
+  const int64_t hidden = tokens * model.d_model * act;
+  const models::ActivationMemory block =
+      models::activation_memory(backend, model, tokens, recompute);
+  const int64_t kept = model.layers * block.kept_bytes + (kl ? 3 : 2) * hidden;
+  // Logits of a chunk of rows, the teacher's, their gradient; losses; the gradient that comes out.
+  const int64_t rows = std::min(models::head_chunk_rows(backend, model.vocab), tokens);
   const int64_t head =
-      models::head_chunk_rows(backend, model.vocab) * model.vocab * (2 * real + act);
-  return trained + operands + tables + inputs_of_blocks + head +
-         2 * block_activation_bytes(backend, model, tokens);
+      rows * model.vocab * (real * (kl ? 2 : 1) + act) + 3 * tokens * real + hidden;
+  const int64_t step = kept + std::max(block.backward_bytes, head);
+  // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
+  const int64_t arriving = std::max(
+      table * 4, config.e2e_train == EndToEndTrain::All
+                     ? 0
+                     : block_parameters(model) * (4 * real + 1));
+  return allocated_bytes(backend, trained + operands + tables + texts + std::max(step, arriving));
 }
 
-void check_end_to_end_memory(Backend& backend, const LlamaConfig& model,
-                             const TrainConfig& config) {
-  check_memory(backend, end_to_end_memory_bytes(backend, model, config), config.memory,
+EndToEndMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
+                                      const TrainConfig& config) {
+  const auto bytes = [&](models::Recompute recompute) {
+    return end_to_end_memory_bytes(backend, model, config, recompute);
+  };
+  EndToEndMemory memory;
+  memory.recompute =
+      choose_recompute(config.memory, device_room(backend, config.memory), bytes);
+  memory.device_bytes = bytes(memory.recompute);
+  std::string advice = "lower --seq-len or --e2e-micro-batch";
+  if (config.e2e_train == EndToEndTrain::All) advice += ", take --e2e-train scales";
+  if (config.memory.recompute && *config.memory.recompute != models::Recompute::Block)
+    advice += ", take --recompute block";
+  if (!config.stages.empty()) advice += ", or leave the phase out with --e2e-steps 0";
+  check_memory(backend, memory.device_bytes, config.memory,
                cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
                    config.seq_len, " tokens at once"),
-               config.e2e_train == EndToEndTrain::All
-                   ? "lower --seq-len or --e2e-batch, or take --e2e-train scales"
-                   : "lower --seq-len or --e2e-batch");
+               advice);
+  return memory;
 }
 
 std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
                                                  const data::Windows& windows,
                                                  const TrainConfig& config) {
   BBB_ASSERT(config.stages.empty());
-  check_end_to_end_memory(backend, source.config(), config);
   return std::make_unique<EndToEndProbe>(backend, source, windows, config);
 }
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, const RunDirectory& run,
-                      const Observer& observer) {
-  check_end_to_end_memory(backend, source.config(), config);
-  EndToEnd(backend, source, windows, config, run, observer).run();
+                      const TrainConfig& config, const EndToEndMemory& memory,
+                      const RunDirectory& run, const Observer& observer) {
+  EndToEnd(backend, source, windows, config, memory.recompute, run, observer).run();
 }
 
 BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,

@@ -4,8 +4,8 @@
 //   loss = mean over windows of the mean over their T - 1 predicted tokens of l_t
 //   l_t  = -log q_t[x_{t+1}]   or   sum_v p_t (log p_t - log q_t)
 //
-// An optimizer step takes e2e_batch windows, e2e_micro_batch at a time, gradients accumulating;
-// blocks are recomputed in the backward pass. The step is recorded once and replayed.
+// An optimizer step takes e2e_batch windows, e2e_micro_batch at a time, gradients accumulating. The
+// step is recorded once and replayed.
 #pragma once
 
 #include "engine/backend.h"
@@ -15,17 +15,23 @@
 
 namespace bbb::train {
 
+// The most that the phase will hold of the device.
+struct EndToEndMemory {
+  int64_t device_bytes = 0;
+  models::Recompute recompute = models::Recompute::None;
+};
+
+// What a model of these sizes needs in this mode.
+int64_t end_to_end_memory_bytes(Backend& backend, const models::LlamaConfig& model,
+                                const TrainConfig& config, models::Recompute recompute);
+// Throws, saying what to change, where the phase does not fit.
+EndToEndMemory plan_end_to_end_memory(Backend& backend, const models::LlamaConfig& model,
+                                      const TrainConfig& config);
+
 // Runs or resumes the phase and writes the run's final file.
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, const RunDirectory& run, const Observer& observer);
-
-// Device memory that the phase needs for a model of these sizes.
-int64_t end_to_end_memory_bytes(Backend& backend, const models::LlamaConfig& model,
-                                const TrainConfig& config);
-
-// Throws, saying what to change, where that is more than it may take.
-void check_end_to_end_memory(Backend& backend, const models::LlamaConfig& model,
-                             const TrainConfig& config);
+                      const TrainConfig& config, const EndToEndMemory& memory,
+                      const RunDirectory& run, const Observer& observer);
 
 // The masters with which the phase starts, and which an export takes where there is no such phase:
 // those of the block's last stage, or the full-precision weights where no blocks were trained.

@@ -257,13 +257,19 @@ void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& b
             budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
 }
 
-int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,
-                               int64_t tokens) {
-  // Kept by the forward pass: both norms' inputs and outputs, q, k, v, the attention's output,
-  // gate, up and their product. The backward pass holds at most as much again.
-  const int64_t kept = 6 * config.d_model + 2 * config.heads * config.head_dim +
-                       2 * config.kv_heads * config.head_dim + 3 * config.hidden;
-  return 2 * kept * tokens * engine::size_bytes(backend.act());
+int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes) {
+  // The CPU rounds a size up by an eighth of a power of two at most; a GPU to 2 MiB, beside gaps
+  // between blocks and the workspaces of its libraries.
+  if (backend.device() == engine::DeviceType::Cpu) return bytes + bytes / 8;
+  return bytes + bytes / 32 + (int64_t{64} << 20);
+}
+
+models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
+                                   const std::function<int64_t(models::Recompute)>& bytes) {
+  if (budget.recompute) return *budget.recompute;
+  for (models::Recompute mode : {models::Recompute::None, models::Recompute::Attention})
+    if (bytes(mode) <= room_bytes) return mode;
+  return models::Recompute::Block;
 }
 
 int64_t block_parameters(const models::LlamaConfig& config) {

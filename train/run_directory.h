@@ -85,9 +85,11 @@ void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& b
                   const std::string& what, const std::string& advice);
 // What a run may take of the device.
 int64_t device_room(engine::Backend& backend, const MemoryBudget& budget);
-// Activations and their gradients of one block's training step, for `tokens` tokens.
-int64_t block_activation_bytes(engine::Backend& backend, const models::LlamaConfig& config,
-                               int64_t tokens);
+// `bytes` of tensors and what the device's allocator adds to them.
+int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
+// The budget's mode, else the first one whose bytes are at most `room_bytes`, else the last.
+models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
+                                   const std::function<int64_t(models::Recompute)>& bytes);
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
 
 }  // namespace bbb::train

@@ -167,7 +167,7 @@ StreamPlan plan_streams(int64_t count, int rings, const StreamShape& shape,
   int64_t device = fit(room.device_bytes, on_device_bytes, count), host = 0;
   if (device < count) {
     plan.rings = rings;
-    plan.device_bytes = rings * (1 + Ring::kAhead) * shape.batch_rows * shape.row_bytes;
+    plan.device_bytes = Ring::device_bytes(rings, shape);
     device = fit(room.device_bytes - plan.device_bytes, on_device_bytes, count - 1);
     host = fit(room.host_bytes, elsewhere_bytes, count - device);
   }
@@ -203,6 +203,10 @@ StreamPlan plan_streams(int64_t count, int rings, const StreamShape& shape,
   plan.tiers.insert(plan.tiers.end(), static_cast<size_t>(host), Tier::Host);
   plan.tiers.insert(plan.tiers.end(), static_cast<size_t>(files), Tier::File);
   return plan;
+}
+
+int64_t Ring::device_bytes(int rings, const StreamShape& shape) {
+  return rings * (1 + kAhead) * shape.batch_rows * shape.row_bytes;
 }
 
 Ring::Ring(Backend& backend, const StreamShape& shape, bool staging) : backend_(backend) {

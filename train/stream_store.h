@@ -74,6 +74,8 @@ class Ring {
  public:
   static constexpr int kAhead = 2;
 
+  static int64_t device_bytes(int rings, const StreamShape& shape);
+
   Ring(engine::Backend& backend, const StreamShape& shape, bool staging);
   ~Ring();  // waits for what is under way
   Ring(const Ring&) = delete;

@@ -16,8 +16,18 @@ using models::ExportLayer;
 
 namespace {
 
-void print_memory(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-                  const BlockMemory* blocks) {
+const char* said(models::Recompute recompute) {
+  switch (recompute) {
+    case models::Recompute::None:
+      return "all activations kept";
+    case models::Recompute::Attention:
+      return "attention recomputed";
+    default:
+      return "both halves of a block recomputed";
+  }
+}
+
+void print_memory(const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
     const StreamPlan& streams = blocks->streams;
@@ -26,14 +36,14 @@ void print_memory(Backend& backend, const models::LlamaConfig& model, const Trai
     };
     std::printf(
         "blocks: at most %.2f GB of the device, %.2f GB of host memory, %.2f GB of scratch files; "
-        "streams there: %d, %d, %d\n",
+        "streams there: %d, %d, %d; %s\n",
         gigabytes(blocks->device_bytes), gigabytes(streams.host_bytes),
         gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host),
-        count(Tier::File));
+        count(Tier::File), said(blocks->recompute));
   }
-  if (config.e2e_steps > 0)
-    std::printf("end to end: at most %.2f GB of the device\n",
-                gigabytes(end_to_end_memory_bytes(backend, model, config)));
+  if (end_to_end != nullptr)
+    std::printf("end to end: at most %.2f GB of the device; %s\n",
+                gigabytes(end_to_end->device_bytes), said(end_to_end->recompute));
 }
 
 }  // namespace
@@ -78,14 +88,16 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   const bool blocks = !config.stages.empty() && run.finished_blocks(model.layers) < model.layers;
   BlockMemory memory;
   if (blocks) memory = plan_block_memory(backend, model, config);
-  if (config.e2e_steps > 0) check_end_to_end_memory(backend, model, config);
-  if (!observer.quiet) print_memory(backend, model, config, blocks ? &memory : nullptr);
+  EndToEndMemory whole;
+  if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
+  if (!observer.quiet)
+    print_memory(blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
   run.create_or_resume(identity);
   if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
   if (config.e2e_steps > 0) {
     if (config.e2e_snap == Snap::On && !observer.quiet)
       std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-    train_end_to_end(backend, source, windows, config, run, observer);
+    train_end_to_end(backend, source, windows, config, whole, run, observer);
   }
 }
 

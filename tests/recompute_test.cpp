@@ -1,0 +1,174 @@
+// Recomputation: the memory that is predicted for every mode against what a run then holds, and the
+// mode that a budget leads to.
+#include "models/recompute.h"
+
+#include <catch2/catch.hpp>
+#include <filesystem>
+
+#include "tests/support.h"
+#include "tests/tiny_model.h"
+#include "tests/tiny_run.h"
+#include "train/block_phase.h"
+#include "train/end_to_end.h"
+
+namespace bbb::tests {
+namespace {
+
+using Catch::Matchers::Contains;
+using models::Recompute;
+
+constexpr Recompute kModes[] = {Recompute::None, Recompute::Attention, Recompute::Block};
+
+// Wide and long enough that activations weigh as much as parameters.
+struct WideRun {
+  models::LlamaConfig model;
+  TempDir dir;
+  std::unique_ptr<models::Checkpoint> source;
+  data::Windows windows;
+  train::TrainConfig config;
+
+  WideRun() {
+    model = tiny_config();
+    model.vocab = 320;
+    model.d_model = 192;
+    model.hidden = 512;
+    model.heads = 3;
+    model.kv_heads = 1;
+    model.layers = 3;
+    model.max_position = 128;
+    std::filesystem::create_directory(dir / "model");
+    write_tiny_model(dir / "model", model, 7);
+    source = models::open_checkpoint(dir / "model");
+    windows.count = 12;
+    windows.seq_len = 128;
+    windows.ids = random_tokens(11, windows.count * windows.seq_len, model.vocab);
+    config.model = dir / "model";
+    config.data = "tokens";
+    config.samples = 8;
+    config.val_samples = 4;
+    config.seq_len = 128;
+    config.batch = 8;
+    config.epochs = 1;
+    config.threads = 1;
+    config.e2e_batch = 8;
+    config.e2e_micro_batch = 8;
+  }
+
+  train::TrainConfig resolved() const {
+    return train::resolve(config, model, backend().device());
+  }
+  train::BlockMemory plan_blocks() const {
+    return train::plan_block_memory(backend(), model, resolved());
+  }
+
+  // Runs, and returns the most that tensors held meanwhile.
+  int64_t measured_bytes(const std::string& out) {
+    config.out = dir / out;
+    backend().reset_memory_peak();
+    const int64_t before = backend().memory_peak_bytes();
+    train::Observer quiet;
+    quiet.quiet = true;
+    train::train_windows(backend(), *source, windows, config, quiet);
+    return backend().memory_peak_bytes() - before;
+  }
+};
+
+// Never too little; and no more than half as much again, a GPU's constant share aside.
+void check_prediction(int64_t predicted_bytes, int64_t measured_bytes) {
+  CAPTURE(predicted_bytes, measured_bytes);
+  CHECK(predicted_bytes >= measured_bytes);
+  const int64_t constant = train::allocated_bytes(backend(), 0);
+  CHECK(static_cast<double>(predicted_bytes - constant) <=
+        1.5 * static_cast<double>(measured_bytes));
+}
+
+}  // namespace
+
+TEST_CASE("recompute: the block phase holds what was predicted, and gives the same bytes",
+          "[train][recompute]") {
+  WideRun run;
+  std::map<std::string, std::string> expected;
+  for (const char* stages : {"w2a16", "w4a16,w2a16"}) {
+    run.config.stages = train::parse_stages(stages);
+    for (const Recompute recompute : kModes) {
+      CAPTURE(stages, models::to_string(recompute));
+      run.config.memory.recompute = recompute;
+      const train::BlockMemory memory = run.plan_blocks();
+      CHECK(memory.recompute == recompute);
+      const std::string out = cat(stages, models::to_string(recompute));
+      check_prediction(memory.device_bytes, run.measured_bytes(out));
+      const auto files = results(run.config.out);
+      if (recompute == Recompute::None) expected = files;
+      CHECK(files == expected);
+      for (const train::Json& line : log_lines(run.config.out, "block"))
+        CHECK(line["recompute"] == models::to_string(recompute));
+    }
+  }
+}
+
+TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives the same bytes",
+          "[train][recompute]") {
+  WideRun run;
+  run.config.stages.clear();
+  run.config.e2e_steps = 2;
+  std::map<std::string, std::string> expected;
+  for (const char* loss : {"kl", "ce"})
+    for (const char* what : {"all", "scales"}) {
+      run.config.e2e_loss = train::parse_e2e_loss(loss);
+      run.config.e2e_train = train::parse_e2e_train(what);
+      for (const Recompute recompute : kModes) {
+        CAPTURE(loss, what, models::to_string(recompute));
+        run.config.memory.recompute = recompute;
+        const train::EndToEndMemory memory =
+            train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+        const std::string out = cat(loss, what, models::to_string(recompute));
+        check_prediction(memory.device_bytes, run.measured_bytes(out));
+        const auto files = results(run.config.out);
+        if (recompute == Recompute::None) expected = files;
+        CHECK(files == expected);
+      }
+    }
+}
+
+TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode is refused",
+          "[train][recompute]") {
+  WideRun run;
+  run.config.stages = train::parse_stages("w2a16");
+  run.config.e2e_steps = 1;
+  const auto end_to_end = [&] {
+    return train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+  };
+  CHECK(run.plan_blocks().recompute == Recompute::None);
+  CHECK(end_to_end().recompute == Recompute::None);
+
+  const auto bytes_of = [&](Recompute mode) {
+    return train::end_to_end_memory_bytes(backend(), run.model, run.resolved(), mode);
+  };
+  CHECK(bytes_of(Recompute::None) > bytes_of(Recompute::Attention));
+  CHECK(bytes_of(Recompute::Attention) > bytes_of(Recompute::Block));
+  for (const Recompute mode : kModes) {
+    run.config.memory.device_bytes = bytes_of(mode);
+    CHECK(end_to_end().recompute == mode);
+  }
+  --run.config.memory.device_bytes;
+  CHECK_THROWS_WITH(end_to_end(), Contains("raise --gpu-memory") && Contains("--e2e-steps 0"));
+
+  // Blocks: streams go to host memory first; then the attention half is recomputed.
+  run.config.memory.device_bytes = 0;
+  run.config.memory.recompute = Recompute::Attention;
+  const train::BlockMemory attention = run.plan_blocks();
+  run.config.memory.recompute.reset();
+  run.config.memory.device_bytes = attention.device_bytes;
+  CHECK(run.plan_blocks().recompute != Recompute::None);
+  run.config.memory.device_bytes = 1 << 20;
+  CHECK_THROWS_WITH(run.plan_blocks(), Contains("raise --gpu-memory"));
+}
+
+TEST_CASE("recompute: a mode that is none is refused", "[recompute]") {
+  CHECK_FALSE(train::parse_recompute("auto"));
+  for (const Recompute mode : kModes)
+    CHECK(train::parse_recompute(models::to_string(mode)) == mode);
+  CHECK_THROWS_AS(train::parse_recompute("all"), UsageError);
+}
+
+}  // namespace bbb::tests
