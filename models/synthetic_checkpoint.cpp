@@ -1,7 +1,10 @@
 #include "models/synthetic_checkpoint.h"
 
+#include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
+#include <thread>
 #include <utility>
 
 #include "data/files.h"
@@ -13,19 +16,47 @@ namespace {
 
 using engine::Shape;
 
-// Sums of four 16-bit uniforms: near enough to normal, and one draw a value.
+constexpr int64_t kChunk = int64_t{1} << 20;  // values; one thread's work, from a seed of its own
+
+// An integer hash whose every output bit depends on every input bit ("lowbias32", C. Wellons,
+// "Prospecting for Hash Functions", 2018).
+uint32_t hash32(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// Sums of four 16-bit uniforms: near enough to normal. A value depends on its place alone, so that
+// the loop runs in vectors.
+void fill_chunk(float* values, int64_t count, uint64_t seed, float scale) {
+  const uint64_t key = engine::Rng(seed).next();
+  const auto low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+  constexpr int32_t kMean = 2 * 65535;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t u = hash32(static_cast<uint32_t>(i) + low),
+                   v = hash32(static_cast<uint32_t>(i) ^ high);
+    const auto sum = static_cast<int32_t>((u & 0xFFFF) + (u >> 16) + (v & 0xFFFF) + (v >> 16));
+    const float drawn = scale * static_cast<float>(sum - kMean);
+    values[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(drawn) & 0xFFFF0000u);
+  }
+}
+
 void fill_random(std::vector<float>& values, uint64_t seed, double deviation) {
   // A uniform of 2^16 steps has the variance 2^32 / 12; four of them 2^32 / 3.
   const float scale = static_cast<float>(deviation * std::sqrt(3.0) / 65536.0);
-  constexpr int32_t kMean = 2 * 65535;
-  engine::Rng rng(seed);
-  for (float& value : values) {
-    const uint64_t bits = rng.next();
-    const int32_t sum = static_cast<int32_t>((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) +
-                                             (bits >> 32 & 0xFFFF) + (bits >> 48));
-    const float drawn = scale * static_cast<float>(sum - kMean);
-    value = std::bit_cast<float>(std::bit_cast<uint32_t>(drawn) & 0xFFFF0000u);
-  }
+  const auto size = static_cast<int64_t>(values.size());
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t begin; (begin = next.fetch_add(kChunk)) < size;)
+      fill_chunk(values.data() + begin, std::min(kChunk, size - begin),
+                 seed + static_cast<uint64_t>(begin), scale);
+  };
+  std::vector<std::thread> helpers;
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  for (int64_t i = 1; i < std::min(cores, (size + kChunk - 1) / kChunk); ++i)
+    helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
 }
 
 class SyntheticCheckpoint final : public Checkpoint {
