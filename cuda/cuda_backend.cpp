@@ -79,7 +79,8 @@ int64_t count_kernels(cudaGraph_t graph) {
 
 class GraphReplay final : public Replay {
  public:
-  // `step` is kept for the tensors that it holds; `pool` for those that it allocated.
+  // `step` is kept for the tensors that it holds; `pool`, which all recordings share, for those
+  // that it allocated: what one run has freed is dead before another one starts on the same stream.
   GraphReplay(cudaStream_t stream, cudaGraph_t graph, std::function<void()> step,
               std::shared_ptr<MemoryPool> pool)
       : stream_(stream),
@@ -179,7 +180,11 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
   // Nothing can be given back to the driver while the stream records: do it now.
   synchronize();
   pool_->release_cached();
-  const auto own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
+  std::shared_ptr<MemoryPool> own = recordings_pool_.lock();
+  if (!own) {
+    own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
+    recordings_pool_ = own;
+  }
   cudaGraph_t graph = nullptr;
   {
     Capture capture(stream_, pool_, own);

@@ -2,7 +2,7 @@
 //
 // Memory comes from a caching pool (cuda/memory.cpp): a freed block is reused by later allocations
 // of the same stream order and given back to the driver only when an allocation fails. While a step
-// is recorded, allocations come from a pool of the Replay's own, so that its addresses stay valid.
+// is recorded, allocations come from a pool of the recordings' own, so that addresses stay valid.
 #pragma once
 
 #include <cublasLt.h>
@@ -135,7 +135,8 @@ class CudaBackend final : public engine::Backend {
                 const Tensor& control, const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
-  std::shared_ptr<MemoryPool> pool_;  // the current one: the Replay's own while recording
+  std::shared_ptr<MemoryPool> pool_;           // the current one
+  std::weak_ptr<MemoryPool> recordings_pool_;  // what pool_ is meanwhile; its Replays hold it
   std::unique_ptr<GemmPlanner> gemm_;
   std::unique_ptr<engine::Transfers> transfers_;
 };

@@ -1,31 +1,32 @@
 // MemoryPool: device memory kept for reuse, in the order of one stream.
 //
-// A request is rounded up to its bucket (512 bytes, above 1 MiB: 2 MiB) and served by the smallest
-// cached block that fits without wasting more than a quarter, else by the driver. A block given
-// back is reusable at once: whoever takes it next runs later on the same stream. Blocks go back to
-// the driver when an allocation fails, and when the pool dies; it outlives the backend while a
-// tensor still holds one of its blocks.
+// A request is rounded up (to 512 bytes, above 1 MiB to 2 MiB) and cut out of a free chunk of a
+// slab that the driver gave (chunks.h); where none is large enough, a new slab is asked for, as
+// large as the request. Small requests share slabs of their own. A chunk given back is reusable at
+// once: whoever takes it next runs later on the same stream. Free slabs go back to the driver when
+// an allocation fails, and when the pool dies; it outlives the backend while a tensor still holds
+// one of its chunks.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 
+#include "cuda/chunks.h"
 #include "engine/tensor.h"
 
 namespace bbb::cuda {
 
-// Bytes held by tensors, over every pool of a backend.
+// Over every pool of a backend: bytes held by tensors, and all that pools of recordings ever took.
 struct MemoryUsage {
   std::mutex mutex;
   int64_t held_bytes = 0;
   int64_t peak_bytes = 0;
 };
 
-// Never: a recorded graph holds the addresses, so not even an unused block may go.
+// Never: recorded graphs hold the addresses, so not even a free slab may go.
 enum class Reclaim { OnPressure, Never };
 
 class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
@@ -43,13 +44,16 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   const std::shared_ptr<MemoryUsage>& usage() const { return usage_; }
 
  private:
-  void* take(int64_t& block_bytes);
+  void* take(int64_t block_bytes);
   void give_back(void* block, int64_t block_bytes);
-  void free_blocks();
+  void free_slabs();
+  Chunks& chunks_for(int64_t block_bytes);
+  void hold(int64_t bytes);
 
-  std::shared_ptr<MemoryUsage> usage_;  // its mutex guards cached_ too
+  std::shared_ptr<MemoryUsage> usage_;  // its mutex guards the rest too
   Reclaim reclaim_;
-  std::multimap<int64_t, void*> cached_;  // by size
+  Chunks small_, large_;
+  int64_t reserved_bytes_ = 0;  // Reclaim::Never: of all slabs
 };
 
 }  // namespace bbb::cuda

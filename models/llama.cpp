@@ -104,8 +104,7 @@ Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompu
   const auto attend = [this](Tape& t, const Var& in) { return attention_half(t, in, nullptr); };
   const auto feed = [this](Tape& t, const Var& in) { return mlp_half(t, in); };
   BBB_ASSERT(kv == nullptr);
-  const Var attended =
-      recompute == Recompute::None ? attend(tape, x) : checkpoint(tape, attend, x);
+  const Var attended = recompute == Recompute::None ? attend(tape, x) : checkpoint(tape, attend, x);
   return recompute == Recompute::Block ? checkpoint(tape, feed, attended) : feed(tape, attended);
 }
 

@@ -384,9 +384,9 @@ TEST_CASE("block: two micro-batches accumulate, whatever the order of their pass
   Tape tapes[2] = {{trained.device, TapeMode::Training}, {trained.device, TapeMode::Training}};
   Var y[2];
   for (int i = 0; i < 2; ++i)
-    y[i] = trained.block.forward(
-        tapes[i], Var(make(trained.device, shape, trained.device.act(), x[i])), nullptr,
-        Recompute::None);
+    y[i] = trained.block.forward(tapes[i],
+                                 Var(make(trained.device, shape, trained.device.act(), x[i])),
+                                 nullptr, Recompute::None);
   for (int i = 0; i < 2; ++i)
     tapes[i].backward(y[i], make(trained.device, shape, trained.device.act(), seed[i]));
   trained.block.finish_backward();

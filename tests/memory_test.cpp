@@ -207,6 +207,34 @@ TEST_CASE("a recorded step replays what calling it does", "[record]") {
   }
 }
 
+TEST_CASE("recordings share the memory of what they free, and run in any order", "[record]") {
+  Backend& b = backend();
+  const int64_t n = 4 << 20;
+  std::vector<double> ones(static_cast<size_t>(n), 1);
+  const Tensor x = make(b, {n}, b.act(), ones), total = b.zeros({n}, b.act());
+  // total += 3 x or 4 x, through temporaries of other sizes.
+  const auto step = [&](int64_t parts) {
+    return [&b, x, total, n, parts] {
+      const Tensor sum = b.empty({n}, b.act());
+      b.add(sum, x, x);
+      for (int64_t part = 0; part < parts; ++part) {
+        const Tensor piece = b.empty({n / parts}, b.act());
+        b.copy(piece, x.slice(part * (n / parts), n / parts));
+        const Tensor target = sum.slice(part * (n / parts), n / parts);
+        b.add(target, target, piece);
+      }
+      if (parts == 4) b.add(sum, sum, x);
+      b.add(total, total, sum);
+    };
+  };
+  const auto two = b.record(step(2));
+  const int64_t peak = b.memory_peak_bytes();
+  const auto four = b.record(step(4));
+  CHECK(b.memory_peak_bytes() == peak);
+  for (const auto& replay : {&two, &four, &two}) (*replay)->run();
+  CHECK(values_of(b, total) == std::vector<double>(static_cast<size_t>(n), 3 + 4 + 3));
+}
+
 TEST_CASE("a step that throws leaves the backend as it was", "[record]") {
   Backend& b = backend();
   const Tensor t = make(b, {3}, b.act(), {1, 2, 3});

@@ -54,9 +54,7 @@ struct WideRun {
     config.e2e_micro_batch = 8;
   }
 
-  train::TrainConfig resolved() const {
-    return train::resolve(config, model, backend().device());
-  }
+  train::TrainConfig resolved() const { return train::resolve(config, model, backend().device()); }
   train::BlockMemory plan_blocks() const {
     return train::plan_block_memory(backend(), model, resolved());
   }

@@ -17,7 +17,7 @@ struct TrainBench {
   bool end_to_end = false;  // the whole model and its teacher; else one block
   int64_t batch = 8;        // windows a step
   int64_t seq_len = 2048;
-  int64_t steps = 100;  // timed
+  int64_t steps = 100;                         // timed
   std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
 };

@@ -50,7 +50,7 @@ int train_command(const Arguments& arguments) {
       ("gpu-memory", "GB of the device to use; default: what it has left",
        cxxopts::value<std::string>())  //
       ("host-memory", "GB of host memory for the streams between blocks; default: most of it",
-       cxxopts::value<std::string>())  //
+       cxxopts::value<std::string>())                                                          //
       ("scratch", "directory for streams that fit in neither", cxxopts::value<std::string>())  //
       ("recompute",
        "activations made again in the backward pass: none, attention, block (its halves), or auto: "

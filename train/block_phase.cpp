@@ -481,9 +481,9 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   const int64_t passes =
       backend.device() == engine::DeviceType::Cuda ? teacher + step : std::max(teacher, step);
   // Before the first block: embedding and head, one of them on its way in F32, a batch's rows.
-  const int64_t embedding =
-      model.vocab * model.d_model * (2 * act + 4) + tokens * model.d_model * act +
-      (config.samples + config.val_samples) * config.seq_len * 4;
+  const int64_t embedding = model.vocab * model.d_model * (2 * act + 4) +
+                            tokens * model.d_model * act +
+                            (config.samples + config.val_samples) * config.seq_len * 4;
   return allocated_bytes(backend, std::max(trained + passes, embedding));
 }
 

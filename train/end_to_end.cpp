@@ -410,8 +410,9 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
   const int64_t table = model.vocab * model.d_model;
   const int64_t tables = table * act * (model.tied_head ? 1 : 2) * (kl ? 2 : 1);
-  const int64_t texts = (2 * config.samples * config.seq_len + config.e2e_steps * config.e2e_batch) * 4 +
-                        config.e2e_steps * engine::kControlSize * real;
+  const int64_t texts =
+      (2 * config.samples * config.seq_len + config.e2e_steps * config.e2e_batch) * 4 +
+      config.e2e_steps * engine::kControlSize * real;
 
   // Hidden states beside the blocks': the embedding's, behind the last norm, the teacher's.
   const int64_t hidden = tokens * model.d_model * act;
@@ -424,10 +425,9 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
       rows * model.vocab * (real * (kl ? 2 : 1) + act) + 3 * tokens * real + hidden;
   const int64_t step = kept + std::max(block.backward_bytes, head);
   // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
-  const int64_t arriving = std::max(
-      table * 4, config.e2e_train == EndToEndTrain::All
-                     ? 0
-                     : block_parameters(model) * (4 * real + 1));
+  const int64_t arriving = std::max(table * 4, config.e2e_train == EndToEndTrain::All
+                                                   ? 0
+                                                   : block_parameters(model) * (4 * real + 1));
   return allocated_bytes(backend, trained + operands + tables + texts + std::max(step, arriving));
 }
 
@@ -437,8 +437,7 @@ EndToEndMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model
     return end_to_end_memory_bytes(backend, model, config, recompute);
   };
   EndToEndMemory memory;
-  memory.recompute =
-      choose_recompute(config.memory, device_room(backend, config.memory), bytes);
+  memory.recompute = choose_recompute(config.memory, device_room(backend, config.memory), bytes);
   memory.device_bytes = bytes(memory.recompute);
   std::string advice = "lower --seq-len or --e2e-micro-batch";
   if (config.e2e_train == EndToEndTrain::All) advice += ", take --e2e-train scales";

@@ -38,8 +38,8 @@ void print_memory(const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
         "blocks: at most %.2f GB of the device, %.2f GB of host memory, %.2f GB of scratch files; "
         "streams there: %d, %d, %d; %s\n",
         gigabytes(blocks->device_bytes), gigabytes(streams.host_bytes),
-        gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host),
-        count(Tier::File), said(blocks->recompute));
+        gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host), count(Tier::File),
+        said(blocks->recompute));
   }
   if (end_to_end != nullptr)
     std::printf("end to end: at most %.2f GB of the device; %s\n",

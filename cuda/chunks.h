@@ -1,0 +1,39 @@
+// Chunks: which parts of some slabs of memory are taken. It only counts: the memory itself is never
+// touched.
+//
+// A request takes the smallest free chunk that is large enough and cuts it to size; a chunk given
+// back joins its free neighbours. So what one size has left serves every other.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+namespace bbb::cuda {
+
+class Chunks {
+ public:
+  void add(void* slab, int64_t bytes);  // all of it free
+  void* take(int64_t bytes);            // nullptr where no free chunk is large enough
+  void give_back(void* chunk);
+  // The slabs of which nothing is taken; they belong to the caller from here on.
+  std::vector<void*> remove_free_slabs();
+  int64_t free_bytes() const;
+
+ private:
+  struct Chunk {
+    int64_t bytes;
+    bool begins_slab;
+    bool free;
+  };
+  using Place = std::map<char*, Chunk>::iterator;
+
+  void set_free(Place place);
+
+  std::map<char*, Chunk> chunks_;
+  std::set<std::pair<int64_t, char*>> free_;  // by size, then by address
+};
+
+}  // namespace bbb::cuda
