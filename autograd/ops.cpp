@@ -67,15 +67,13 @@ Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps) {
   if (!out.requires_grad()) return out;
   tape.record([&backend, x, w, inv_rms, out = out.gradient_only()] {
     if (!out.has_grad()) return;
-    // dx is always computed; where nobody wants it, into a buffer that is dropped.
     const Var::Slot dx =
-        x.requires_grad()
-            ? x.grad_slot(backend)
-            : Var::Slot{backend.empty(x.value().shape(), backend.act()), Write::Overwrite};
+        x.requires_grad() ? x.grad_slot(backend) : Var::Slot{Tensor(), Write::Overwrite};
     const Var::Slot dw =
         w.requires_grad() ? w.grad_slot(backend) : Var::Slot{Tensor(), Write::Overwrite};
-    backend.rms_norm_backward(matrix(dx.grad), dw.grad, matrix(out.grad()), matrix(x.value()),
-                              inv_rms, w.value(), dx.mode, dw.mode);
+    backend.rms_norm_backward(dx.grad.defined() ? matrix(dx.grad) : Tensor(), dw.grad,
+                              matrix(out.grad()), matrix(x.value()), inv_rms, w.value(), dx.mode,
+                              dw.mode);
   });
   return out;
 }

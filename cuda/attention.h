@@ -46,7 +46,9 @@ struct BlockOrder {
                 ? std::max(1, heads)
                 : static_cast<int>(std::max<int64_t>(1, kStreamedBytes / head_bytes));
   }
-  BBB_HD unsigned blocks() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads); }
+  BBB_HD unsigned blocks() const {
+    return static_cast<unsigned>(tiles) * static_cast<unsigned>(heads);
+  }
 
 #ifdef __CUDACC__
   __device__ void find(int block, int& rank, int& head) const {

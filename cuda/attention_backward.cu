@@ -168,8 +168,8 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = (int64_t{b} * args.heads + head0) * args.t_pad + x0 + warp_row + m * 16 +
-                           g + 8 * half;
+        const int64_t at =
+            (int64_t{b} * args.heads + head0) * args.t_pad + x0 + warp_row + m * 16 + g + 8 * half;
         x_lse2[m][half] = args.lse2[at];
         x_delta[m][half] = args.delta[at];
       }

@@ -4,14 +4,13 @@
 //
 // Shapes: q, o (B, T, H, d); k, v (B, T, K, d); lse (B, H, T).
 // Thread mapping: one resident block an SM takes items of 128 queries (192 for head size 64) of one
-// head from a queue. Its first warpgroup's first thread copies queries, and keys and values in tiles
-// of 128 into a ring; each of the others owns 64 queries. A warpgroup has the scores of the next
-// tile and the output of the last one in flight while it computes neither, and the warpgroups take
-// turns at issuing products, so that one's softmax runs under another's products. The next item's
-// copies run under the end of this one.
-// Tiles go from the diagonal down to the window's edge; only tiles that cross either are masked.
-// Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
-// Saves lse for the backward pass; no T x T memory.
+// head from a queue. Its first warpgroup's first thread copies queries, and keys and values in
+// tiles of 128 into a ring; each of the others owns 64 queries. A warpgroup has the scores of the
+// next tile and the output of the last one in flight while it computes neither, and the warpgroups
+// take turns at issuing products, so that one's softmax runs under another's products. The next
+// item's copies run under the end of this one. Tiles go from the diagonal down to the window's
+// edge; only tiles that cross either are masked. Bytes: q, o, lse once; k, v once for each query
+// tile, mostly from the L2 cache (BlockOrder). Saves lse for the backward pass; no T x T memory.
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
@@ -325,7 +324,8 @@ __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forwar
     if (threadIdx.x == 0) copy_items<D>(q_map, k_map, v_map, args, order, queue, smem);
   } else {
     registers_up<Shape::kRegisters>();
-    attend_items<D>(o_map, args, order, memory, smem, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    attend_items<D>(o_map, args, order, memory, smem,
+                    static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
 #endif
 }
@@ -344,12 +344,12 @@ void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int6
     };
     if (order.blocks() == 0) return;
     BBB_CUDA(cudaMemsetAsync(queue, 0, sizeof *queue, stream));
-    launch(stream,
-           {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads,
-            Shape::kSmemBytes},
-           attention_forward_hopper_kernel<D>, map(args.o, args.heads, 64),
-           map(args.q, args.heads, Shape::kRows), map(args.k, args.kv_heads, Shape::kKeys),
-           map(args.v, args.kv_heads, Shape::kKeys), args, order, queue);
+    launch(
+        stream,
+        {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads, Shape::kSmemBytes},
+        attention_forward_hopper_kernel<D>, map(args.o, args.heads, 64),
+        map(args.q, args.heads, Shape::kRows), map(args.k, args.kv_heads, Shape::kKeys),
+        map(args.v, args.kv_heads, Shape::kKeys), args, order, queue);
   });
 }
 

@@ -51,7 +51,9 @@ struct BackwardShape {
   }
   __device__ static uint32_t x_full(uint32_t smem) { return smem + kBarriersAt; }
   __device__ static uint32_t x_empty(uint32_t smem) { return smem + kBarriersAt + 8; }
-  __device__ static uint32_t y_full(uint32_t smem, int s) { return smem + kBarriersAt + 16 + 8 * s; }
+  __device__ static uint32_t y_full(uint32_t smem, int s) {
+    return smem + kBarriersAt + 16 + 8 * s;
+  }
   __device__ static uint32_t y_empty(uint32_t smem, int s) { return y_full(smem, s + kStages); }
 };
 
@@ -118,8 +120,7 @@ __device__ inline void copy_items(const CUtensorMap& x1_map, const CUtensorMap& 
       copy_tile<D, Shape::kTile>(Shape::y_at(smem, s, 1), y2_map, full, item.y_head0 + head, y0,
                                  item.batch);
       if constexpr (Shape::kKeys) {
-        const int64_t at =
-            (int64_t{item.batch} * args.heads + item.head0 + head) * args.t_pad + y0;
+        const int64_t at = (int64_t{item.batch} * args.heads + item.head0 + head) * args.t_pad + y0;
         copy_bytes(smem + Shape::terms_at(s, 0), args.lse2 + at, Shape::kTermBytes, full);
         copy_bytes(smem + Shape::terms_at(s, 1), args.delta + at, Shape::kTermBytes, full);
       }
@@ -311,9 +312,8 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(memory + at +
-                                       X::chunk_offset(own * 64 + local_row + 8 * half, n) +
-                                       pair * 2) =
+          *reinterpret_cast<uint32_t*>(
+              memory + at + X::chunk_offset(own * 64 + local_row + 8 * half, n) + pair * 2) =
               pack_bf16(dx[n][2 * half] * factor, dx[n][2 * half + 1] * factor);
     };
     stage_results(dx1, scale, 0);
@@ -340,13 +340,17 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
 }
 
 template <int D, Side kSide>
-__global__
-__launch_bounds__(BackwardShape<D, kSide>::kThreads, 1) void attention_backward_hopper_kernel(
-    const __grid_constant__ CUtensorMap dx1_map, const __grid_constant__ CUtensorMap dx2_map,
-    const __grid_constant__ CUtensorMap x1_map, const __grid_constant__ CUtensorMap x2_map,
-    const __grid_constant__ CUtensorMap y1_map, const __grid_constant__ CUtensorMap y2_map,
-    const __grid_constant__ BackwardArgs args, const __grid_constant__ BlockOrder order,
-    unsigned* __restrict__ queue) {
+__global__ __launch_bounds__(
+    BackwardShape<D, kSide>::kThreads,
+    1) void attention_backward_hopper_kernel(const __grid_constant__ CUtensorMap dx1_map,
+                                             const __grid_constant__ CUtensorMap dx2_map,
+                                             const __grid_constant__ CUtensorMap x1_map,
+                                             const __grid_constant__ CUtensorMap x2_map,
+                                             const __grid_constant__ CUtensorMap y1_map,
+                                             const __grid_constant__ CUtensorMap y2_map,
+                                             const __grid_constant__ BackwardArgs args,
+                                             const __grid_constant__ BlockOrder order,
+                                             unsigned* __restrict__ queue) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shape = BackwardShape<D, kSide>;
   unsigned char* memory = swizzled_smem();

@@ -39,8 +39,8 @@ CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int r
   const cuuint32_t element_strides[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status = encode_tiled()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(x), dims,
-      strides_bytes, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(x), dims, strides_bytes,
+      box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
       Panel::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   BBB_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", static_cast<int>(status),

@@ -262,27 +262,26 @@ struct Operand {
 
 // d (+)= a b for one k16 slice, overwriting d where `add` is 0. A from a descriptor (k along its
 // columns) or from registers; B as kAlong says. i0 .. i6: the numbers after the accumulator's.
-#define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                     \
-  template <Along kAlong>                                                                      \
-  __device__ inline void wgmma(float (&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                      \
-                 ", 0;\n"                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers   \
-                 "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}"                             \
-                 : outputs                                                                     \
-                 : "l"(a), "l"(b), "r"(add), "n"(kAlong == Along::Rows ? 1 : 0));              \
-  }                                                                                            \
-  template <Along kAlong>                                                                      \
-  __device__ inline void wgmma(float (&d)[columns / 8][4], const uint32_t (&a)[4], uint64_t b, \
-                               int add) {                                                      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                      \
-                 ", 0;\n"                                                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers   \
-                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6       \
-                 ";\n}"                                                                        \
-                 : outputs                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),               \
-                   "n"(kAlong == Along::Rows ? 1 : 0));                                        \
+#define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                      \
+  template <Along kAlong>                                                                       \
+  __device__ inline void wgmma(float(&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                       \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers    \
+                 "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}"                              \
+                 : outputs                                                                      \
+                 : "l"(a), "l"(b), "r"(add), "n"(kAlong == Along::Rows ? 1 : 0));               \
+  }                                                                                             \
+  template <Along kAlong>                                                                       \
+  __device__ inline void wgmma(float(&d)[columns / 8][4], const uint32_t(&a)[4], uint64_t b,    \
+                               int add) {                                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                       \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers    \
+                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}" \
+                 : outputs                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),                \
+                   "n"(kAlong == Along::Rows ? 1 : 0));                                         \
   }
 BBB_WGMMA(64, BBB_REG32, BBB_ACC32, 32, 33, 34, 35, 36, 37, 38)
 BBB_WGMMA(96, BBB_REG48, BBB_ACC48, 48, 49, 50, 51, 52, 53, 54)

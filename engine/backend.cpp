@@ -263,7 +263,7 @@ void Backend::rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor
   const Op op(*this, "rms_norm_backward");
   op.rank("x", x, 2);
   op.dtype("x", x, act());
-  op.is("dx", dx, act(), {x.dim(0), x.dim(1)});
+  op.is_or_undefined("dx", dx, act(), {x.dim(0), x.dim(1)});
   op.is_or_undefined("dw", dw, real(), {x.dim(1)});
   op.is("dy", dy, act(), {x.dim(0), x.dim(1)});
   op.is("inv_rms", inv_rms, real(), {x.dim(0)});

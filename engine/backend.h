@@ -144,8 +144,8 @@ class Backend {
   // r = 1 / sqrt(mean(x^2) + eps); y = x r w.   y, x act (M, D); inv_rms real (M); w real (D).
   void rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                 double eps);
-  // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act; dw real (D), undefined:
-  // not wanted.
+  // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act, dw real (D); either may be
+  // undefined: not wanted. dx may be dy's buffer.
   void rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
                          const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode);
   // h = silu(gate) * up.   all act, same shape.

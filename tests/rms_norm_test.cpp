@@ -104,6 +104,22 @@ TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
   CHECK(relative_error(without.dw, in.dw) <= real_epsilon());
 }
 
+TEST_CASE("a weight gradient without that of the input", "[rms_norm]") {
+  for (const NormCase& c : kCases) {
+    const Inputs in(c);
+    Backend& b = backend();
+    const Guarded dw(b, {c.d}, b.real());
+    const Tensor x = make(b, {c.m, c.d}, b.act(), in.x), w = make(b, {c.d}, b.real(), in.w);
+    const Tensor y = b.empty({c.m, c.d}, b.act()), inv_rms = b.empty({c.m}, b.real());
+    b.rms_norm(y, inv_rms, x, w, kEps);
+    b.rms_norm_backward(Tensor(), dw.tensor(), make(b, {c.m, c.d}, b.act(), in.dy), x, inv_rms, w,
+                        Write::Overwrite, Write::Overwrite);
+    CHECK(dw.untouched());
+    const Backward both = run_backward(b, c, in, true, Write::Overwrite, Write::Overwrite);
+    CHECK(values_of(b, dw.tensor()) == both.dw);
+  }
+}
+
 TEST_CASE("rms_norm keeps a NaN in its row, and a zero row finite", "[rms_norm]") {
   const NormCase c{3, 40};
   Inputs in(c);

@@ -47,8 +47,11 @@ void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, con
     if (part != nullptr) std::fill_n(part, d, T{0});
     for (int64_t m = begin; m < end; ++m) {
       const T *g = data(dy) + m * d, *in = data(x) + m * d;
-      T* out = data(dx) + m * d;
       const T r = data(inv_rms)[m];
+      if (part != nullptr)  // before dx, which may be dy's buffer
+        for (int64_t i = 0; i < d; ++i) part[i] += g[i] * in[i] * r;
+      if (!dx.defined()) continue;
+      T* out = data(dx) + m * d;
       const T dot = lane_sum<T>(d, [=](int64_t i) { return g[i] * weight[i] * in[i]; });
       const T pull = r * r * dot / static_cast<T>(d);
       if (dx_mode == Write::Add) {
@@ -56,8 +59,6 @@ void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, con
       } else {
         for (int64_t i = 0; i < d; ++i) out[i] = r * (g[i] * weight[i] - in[i] * pull);
       }
-      if (part != nullptr)
-        for (int64_t i = 0; i < d; ++i) part[i] += g[i] * in[i] * r;
     }
   });
   if (!dw.defined()) return;
