@@ -40,6 +40,4 @@ void ParameterSet::reset_moments() {
   backend_.zero(v_);
 }
 
-void ParameterSet::zero_grads() { backend_.zero(grads_); }
-
 }  // namespace bbb::autograd

@@ -37,7 +37,6 @@ class ParameterSet {
   const Tensor& m() const { return m_; }
   const Tensor& v() const { return v_; }
   void reset_moments();
-  void zero_grads();
 
  private:
   Backend& backend_;

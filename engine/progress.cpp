@@ -9,9 +9,10 @@ namespace bbb::engine {
 
 using Clock = std::chrono::steady_clock;
 
-Progress::Progress(std::string label, int64_t total)
+Progress::Progress(std::string label, int64_t total, double silent_s)
     : label_(std::move(label)),
       total_(std::max<int64_t>(total, 1)),
+      silent_s_(silent_s),
       start_(Clock::now()),
       first_(start_),
       last_(start_),
@@ -27,12 +28,13 @@ void Progress::set(int64_t done, const std::string& note) {
     first_done_ = done;
     first_ = now;
   }
+  const double elapsed = std::chrono::duration<double>(now - start_).count();
+  if (elapsed < silent_s_) return;
   const int tenth = static_cast<int>(10 * std::min(done, total_) / total_);
   const bool due = terminal_ ? std::chrono::duration<double>(now - last_).count() >= 0.1 : false;
   if (!due && tenth == last_tenth_) return;
   last_tenth_ = tenth;
   last_ = now;
-  const double elapsed = std::chrono::duration<double>(now - start_).count();
   const double left = static_cast<double>(std::max<int64_t>(total_ - done, 0));
   char eta[32] = "?";
   if (left == 0 || done > first_done_) {

@@ -253,7 +253,8 @@ Tensor Llama::packed_buffer() const {
   return backend_.empty({largest}, backend_.act());
 }
 
-void Llama::load_blocks(const Checkpoint& source) {
+void Llama::load_blocks(const Checkpoint& source,
+                        const std::function<void(int64_t done)>& progress) {
   const bool packed = source.kind() == CheckpointKind::Packed;
   const Tensor buffer = packed ? packed_buffer() : Tensor();
   for (auto& block : blocks_) {
@@ -261,6 +262,7 @@ void Llama::load_blocks(const Checkpoint& source) {
       block->load_packed(source, buffer);
     else
       block->load_float(source);
+    if (progress) progress(block->layer() + 1);
   }
 }
 

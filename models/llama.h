@@ -113,7 +113,9 @@ class Llama {
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
                                           GridSpec spec, uint64_t seed);
 
-  void load_blocks(const Checkpoint& source);  // float or packed, as the source is
+  // Float or packed, as the source is. `progress` hears how many blocks are loaded.
+  void load_blocks(const Checkpoint& source,
+                   const std::function<void(int64_t done)>& progress = nullptr);
 
   // ids I32 (B, T) -> hidden states after the final norm, act (B, T, D).
   Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);

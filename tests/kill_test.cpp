@@ -1,8 +1,9 @@
-// kill -9 at random moments: a run that goes on after each of them ends with the bytes of one that
-// was never interrupted.
+// kill -9 at random moments, a disk that fills up, two processes at once: a run that goes on after
+// each of them ends with the bytes of one that was never interrupted.
 //
 // The run lives in a process of its own, this binary again on the hidden test below: nothing of the
 // parent's threads or GPU context is in it.
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -22,15 +23,26 @@ using Clock = std::chrono::steady_clock;
 using Milliseconds = std::chrono::duration<double, std::milli>;
 
 constexpr const char* kOutVariable = "BBB_KILL_TEST_OUT";
+constexpr const char* kSaveVariable = "BBB_KILL_TEST_SAVE_EVERY";
+constexpr const char* kFileLimitVariable = "BBB_KILL_TEST_FILE_BYTES";
 constexpr const char* kChildTest = "[.kill-child]";
 constexpr double kPatience_ms = 60'000;
+constexpr int64_t kNoLimit = 0;
+constexpr int64_t kNever = 1000;  // no phase has so many steps
 
-pid_t start_child(const TempDir& scratch, const std::string& out) {
+struct ChildOptions {
+  int64_t save_every = 1;
+  int64_t file_bytes = kNoLimit;  // the largest file that it may write
+};
+
+pid_t start_child(const TempDir& scratch, const std::string& out, const ChildOptions& options) {
   std::fflush(nullptr);
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {
     setenv(kOutVariable, out.c_str(), 1);
+    setenv(kSaveVariable, std::to_string(options.save_every).c_str(), 1);
+    setenv(kFileLimitVariable, std::to_string(options.file_bytes).c_str(), 1);
     setenv("TMPDIR", scratch.path().c_str(), 1);  // what a killed child leaves goes with the test
     const std::string console = scratch / "console";
     if (std::freopen(console.c_str(), "w", stdout) == nullptr) _exit(126);
@@ -43,7 +55,7 @@ pid_t start_child(const TempDir& scratch, const std::string& out) {
 // True: the child ended by itself, within `limit_ms`. False: it was killed then.
 bool runs_to_the_end(const TempDir& scratch, const std::string& out, double limit_ms) {
   const auto start = Clock::now();
-  const pid_t child = start_child(scratch, out);
+  const pid_t child = start_child(scratch, out, {});
   int status = 0;
   while (waitpid(child, &status, WNOHANG) == 0) {
     if (Milliseconds(Clock::now() - start).count() >= limit_ms) {
@@ -60,6 +72,44 @@ bool runs_to_the_end(const TempDir& scratch, const std::string& out, double limi
   return true;
 }
 
+// Runs the child until it fails by itself; returns what it said.
+std::string failure_of(const TempDir& scratch, const std::string& out,
+                       const ChildOptions& options) {
+  int status = 0;
+  const pid_t child = start_child(scratch, out, options);
+  REQUIRE(waitpid(child, &status, 0) == child);
+  const std::string console = data::read_file(scratch / "console");
+  INFO(console);
+  REQUIRE(WIFEXITED(status));
+  REQUIRE(WEXITSTATUS(status) != 0);
+  return console;
+}
+
+// What a kill met.
+struct Met {
+  int nothing = 0;       // no run yet
+  int block_state = 0;   // a state inside a stage of a block
+  int between = 0;       // of blocks: results, and no newer state
+  int end_to_end = 0;    // a state of the whole model
+  int half_written = 0;  // a file under its temporary name
+};
+
+void count(Met& met, const std::string& out) {
+  const train::RunDirectory run(out);
+  if (!run.exists()) {
+    ++met.nothing;
+    return;
+  }
+  for (const auto& [name, bytes] : results(out))
+    if (name.find(".tmp-") != std::string::npos) ++met.half_written;
+  if (std::filesystem::exists(run.block_state_file()))
+    ++met.block_state;
+  else if (std::filesystem::exists(run.e2e_state_file()))
+    ++met.end_to_end;
+  else
+    ++met.between;
+}
+
 }  // namespace
 
 TEST_CASE("the run that is killed", "[.kill-child]") {
@@ -70,12 +120,24 @@ TEST_CASE("the run that is killed", "[.kill-child]") {
   config.out = out;
   config.model = "model";
   config.e2e_steps = 12;
-  config.save_every = 1;
-  fixture.run(config);
+  config.save_every = std::atoll(std::getenv(kSaveVariable));
+  const int64_t file_bytes = std::atoll(std::getenv(kFileLimitVariable));
+  if (file_bytes != kNoLimit) {
+    std::signal(SIGXFSZ, SIG_IGN);  // the write fails, as on a full disk
+    const rlim_t bytes = static_cast<rlim_t>(file_bytes);
+    const struct rlimit limit = {bytes, bytes};
+    REQUIRE(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+  }
+  try {
+    fixture.run(config);
+  } catch (const Error& error) {
+    std::printf("%s\n", error.what());  // Catch would wrap the line
+    throw;
+  }
 }
 
 TEST_CASE("a run killed at random moments ends with the same bytes", "[train][kill]") {
-  const int wanted = on_cuda() ? 5 : 30;
+  const int wanted = on_cuda() ? 5 : 30, wanted_inside = on_cuda() ? 1 : 5;
   const TempDir dir;
   const std::string whole = dir / "whole";
   const auto start = Clock::now();
@@ -83,20 +145,69 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   const double duration_ms = Milliseconds(Clock::now() - start).count();
   const auto expected = results(whole);
   const auto expected_log = log_lines(whole, "");
-  REQUIRE(expected.size() == 4);  // run.json, two blocks, the final file
+  REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
 
   // A fresh run whenever one reaches its end, so that kills fall into every part of it.
-  engine::Rng rng(5);
+  constexpr uint64_t kSeed = 5;
+  engine::Rng rng(kSeed);
+  Met met;
   int kills = 0;
-  for (int run = 0; kills < wanted; ++run) {
+  const auto enough = [&] { return kills >= wanted && met.block_state >= wanted_inside; };
+  for (int run = 0; !enough(); ++run) {
     REQUIRE(run < 10 * wanted);
     const std::string out = dir / ("run_" + std::to_string(run));
-    while (!runs_to_the_end(dir, out, kills < wanted ? rng.uniform() * duration_ms : kPatience_ms))
+    while (!runs_to_the_end(dir, out, enough() ? kPatience_ms : rng.uniform() * duration_ms)) {
       ++kills;
-    INFO("run " << run << " after " << kills << " kills");
+      count(met, out);
+    }
+    INFO("run " << run << " after " << kills << " kills, seed " << kSeed);
     CHECK(results(out) == expected);
     CHECK(log_lines(out, "") == expected_log);
   }
+  std::printf(
+      "%d kills, seed %d, of a run of %.0f ms: %d before it began, %d at results of blocks, %d "
+      "inside a stage of a block, %d end to end; %d while a file was written\n",
+      kills, static_cast<int>(kSeed), duration_ms, met.nothing, met.between, met.block_state,
+      met.end_to_end, met.half_written);
+}
+
+TEST_CASE("a full disk is one error, and the run goes on when there is room", "[train][kill]") {
+  const TempDir dir;
+  const std::string whole = dir / "whole", out = dir / "run";
+  REQUIRE(runs_to_the_end(dir, whole, kPatience_ms));
+  const auto expected = results(whole);
+
+  const int64_t stage_bytes =
+      static_cast<int64_t>(expected.at("blocks/block_000_stage_0.safetensors").size());
+  const auto stopped = [&](const ChildOptions& options, const std::string& at, size_t files) {
+    const std::string said = failure_of(dir, out, options);
+    CHECK_THAT(said, Catch::Matchers::Contains("cannot write " + out + at + ": File too large"));
+    const auto left = results(out);
+    CHECK(left.size() == files);
+    for (const auto& [name, bytes] : left) {
+      INFO(name);
+      CHECK(name.find(".tmp-") == std::string::npos);
+      if (name.find("state") == std::string::npos) CHECK(bytes == expected.at(name));
+    }
+  };
+  // A state is four or six times a stage's result: masters, moments, best; of two blocks.
+  stopped({1, stage_bytes * 2}, "/blocks/state.safetensors", 1);
+  stopped({kNever, stage_bytes / 2}, "/blocks/block_000_stage_0.safetensors", 1);
+  stopped({1, stage_bytes * 5}, "/e2e/state.safetensors", 5);
+  CHECK(runs_to_the_end(dir, out, kPatience_ms));
+  CHECK(results(out) == expected);
+  CHECK(log_lines(out, "") == log_lines(whole, ""));
+}
+
+TEST_CASE("a second process in the same directory is told so", "[train][kill]") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  std::filesystem::create_directory(out);
+  train::RunDirectory held(out);
+  held.lock();
+  CHECK_THAT(failure_of(dir, out, {}),
+             Catch::Matchers::Contains("another process is training in this directory"));
+  CHECK(results(out).empty());
 }
 
 }  // namespace bbb::tests

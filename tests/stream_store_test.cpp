@@ -214,8 +214,9 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
       // The end-to-end phase has a need of its own: the budget is for the blocks alone.
       other->e2e_steps = 0;
       fixture.run(*other);
-      for (const char* block : {"blocks/block_000.safetensors", "blocks/block_001.safetensors"})
-        CHECK(results(other->out).at(block) == expected.at(block));
+      for (const char* stage :
+           {"blocks/block_000_stage_1.safetensors", "blocks/block_001_stage_1.safetensors"})
+        CHECK(results(other->out).at(stage) == expected.at(stage));
     }
 
     // Begun on the device, gone on from files.

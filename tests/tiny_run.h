@@ -76,11 +76,13 @@ struct Fixture {
   train::TrainConfig config;
 };
 
-// Every result by its name below the run's directory: all but the log, which tells times.
+// Every result by its name below the run's directory: all but the log, which tells times, and the
+// lock.
 inline std::map<std::string, std::string> results(const std::string& run) {
   std::map<std::string, std::string> files;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(run))
-    if (entry.is_regular_file() && entry.path().filename() != "log.jsonl")
+    if (entry.is_regular_file() && entry.path().filename() != "log.jsonl" &&
+        entry.path().filename() != "lock")
       files[std::filesystem::relative(entry.path(), run).string()] =
           data::read_file(entry.path().string());
   return files;

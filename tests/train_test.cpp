@@ -3,6 +3,7 @@
 #include "train/train.h"
 
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <limits>
@@ -12,6 +13,7 @@
 #include "tests/support.h"
 #include "tests/tiny_run.h"
 #include "train/run_directory.h"
+#include "train/saved_state.h"
 
 namespace bbb::tests {
 namespace {
@@ -69,7 +71,7 @@ TEST_CASE("every stage of every block lowers its validation loss, whatever strea
       CHECK(losses.second < losses.first);
     }
     CHECK(log_lines(config.out, "block").size() == 2 * 2 * 3 * 4);
-    CHECK(fs::exists(config.out + "/blocks/block_001.safetensors"));
+    CHECK(fs::exists(config.out + "/blocks/block_001_stage_1.safetensors"));
   }
 }
 
@@ -109,7 +111,7 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
       config.e2e_train = train::parse_e2e_train(what);
       fixture.run(config);
       const auto expected = results(config.out);
-      REQUIRE(expected.size() == 4);  // run.json, two blocks, the final file
+      REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
 
       TrainConfig again = config;
       again.out = fixture.dir / (name + "_again");
@@ -124,7 +126,7 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
         if (block == 0) throw Killed();
       };
       CHECK_THROWS_AS(fixture.run(killed, observer), Killed);
-      CHECK(results(killed.out).size() == 2);
+      CHECK(results(killed.out).size() == 3);
       for (int64_t last : {1, 3}) {
         train::Observer at_step;
         at_step.after_e2e_step = [last](int64_t step) {
@@ -140,6 +142,139 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
     }
 }
 
+TEST_CASE("a run killed inside a block goes on from its newest state", "[train]") {
+  const Fixture fixture;
+  constexpr int64_t kSteps = 8;  // of a stage: 2 epochs of 16 windows by 4
+  struct Kill {
+    int64_t save_every, block, stage, step;  // killed behind this step
+    int64_t goes_on_stage, goes_on_step;     // with this one
+  };
+  const Kill kills[] = {
+      {2, 0, 0, 1, 0, 1},  // nothing is saved yet
+      {3, 0, 0, 5, 0, 4},  // in the first epoch's middle
+      {4, 0, 1, 4, 1, 1},  // an epoch's state waits for its validation
+      {4, 0, 1, 5, 1, 5},
+      {1, 1, 0, kSteps, 0, kSteps},      // the last step leads to a result, not to a state
+      {kSteps + 1, 1, 1, kSteps, 1, 1},  // the stage before is finished
+      {2, 1, 1, 7, 1, 7},
+  };
+  struct Case {
+    const char* stream;
+    double lr;  // of the last stage; at 1 training makes it worse, so its start stays the best
+  };
+  for (const Case& c : {Case{"same", 3e-3}, {"higher", 1}, {"mix", 1}}) {
+    TrainConfig config = fixture.both_phases(std::string(c.stream));
+    config.input_stream = train::parse_input_stream(c.stream);
+    config.lr = {1e-3, c.lr};
+    fixture.run(config);
+    const auto expected = results(config.out);
+
+    TrainConfig killed = config;
+    killed.out = config.out + "_killed";
+    std::vector<int64_t> goes_on{0, 0, 1};
+    for (const Kill& kill : kills) {
+      INFO(c.stream << ": block " << kill.block << ", stage " << kill.stage << ", step "
+                    << kill.step << ", saved every " << kill.save_every);
+      killed.save_every = kill.save_every;
+      std::vector<int64_t> first;
+      train::Observer observer;
+      observer.after_block_step = [&](int64_t block, int64_t stage, int64_t step) {
+        if (first.empty()) first = {block, stage, step};
+        if (block == kill.block && stage == kill.stage && step == kill.step) throw Killed();
+      };
+      CHECK_THROWS_AS(fixture.run(killed, observer), Killed);
+      CHECK(first == goes_on);
+      goes_on = {kill.block, kill.goes_on_stage, kill.goes_on_step};
+    }
+    fixture.run(killed);
+    CHECK(results(killed.out) == expected);
+    CHECK(log_lines(killed.out, "") == log_lines(config.out, ""));
+  }
+}
+
+TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one is removed",
+          "[train]") {
+  const Fixture fixture;
+  const auto kill_at = [&](const TrainConfig& config, int64_t at_block, int64_t at_step) {
+    train::Observer observer;
+    observer.after_block_step = [=](int64_t block, int64_t, int64_t step) {
+      if (block == at_block && step == at_step) throw Killed();
+    };
+    CHECK_THROWS_AS(fixture.run(config, observer), Killed);
+  };
+  const TrainConfig config = fixture.both_phases("run");
+  TrainConfig other = fixture.both_phases("other");
+  other.seed = 1;
+  const std::string state = "/blocks/state.safetensors";
+  kill_at(other, 0, 3);
+  kill_at(config, 0, 3);
+  const std::string early = data::read_file(config.out + state);
+
+  data::write_file_atomic(config.out + state, data::read_file(other.out + state));
+  CHECK_THROWS_WITH(fixture.run(config),
+                    Contains("state.safetensors: is the state of another run"));
+  data::write_file_atomic(config.out + state, early.substr(0, early.size() / 2));
+  CHECK_THROWS_WITH(fixture.run(config), Contains("state.safetensors"));
+  data::write_file_atomic(config.out + state, early);
+
+  // A result that went missing: nothing is trained on top of the hole.
+  kill_at(config, 1, 3);
+  const std::string lost = config.out + "/blocks/block_000_stage_1.safetensors";
+  fs::rename(lost, fixture.dir / "lost");
+  CHECK_THROWS_WITH(fixture.run(config), Contains("block_000_stage_1.safetensors is missing"));
+  fs::rename(fixture.dir / "lost", lost);
+
+  // Killed between a stage's file and the removal of its state.
+  data::write_file_atomic(config.out + state, early);
+  fixture.run(config);
+  const auto expected = results(config.out);
+  CHECK(expected.size() == 6);
+  data::write_file_atomic(config.out + state, early);
+  data::write_file_atomic(config.out + "/e2e/state.safetensors", early);
+  fixture.run(config);
+  CHECK(results(config.out) == expected);
+}
+
+TEST_CASE("one process at a time trains in a directory; others may read it", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  train::Observer observer;
+  observer.after_block = [&](int64_t) {
+    CHECK_THROWS_WITH(fixture.run(config),
+                      Contains("run/lock: another process is training in this directory"));
+    throw Killed();
+  };
+  CHECK_THROWS_AS(fixture.run(config, observer), Killed);
+  fixture.run(config);
+
+  train::RunDirectory run(config.out);
+  run.lock();
+  CHECK_THROWS_WITH(fixture.run(config), Contains("another process is training"));
+  train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
+                    ExportFormat::Packed);
+  CHECK(fs::exists(config.out + "_out"));
+}
+
+TEST_CASE("states are saved every so many steps, or by the clock at a twentieth of the time",
+          "[train]") {
+  using namespace std::chrono_literals;
+  train::SaveTimer steps(3);
+  CHECK(steps.due(3));
+  CHECK_FALSE(steps.due(4));
+
+  train::SaveTimer clock(0);
+  const train::SaveTimer::Clock::time_point start{};
+  clock.restart(start);
+  CHECK_FALSE(clock.due(7, start + 29s));
+  CHECK(clock.due(7, start + 30s));
+  clock.saved(start + 30s, start + 31s);  // a second: 30 s later still
+  CHECK_FALSE(clock.due(8, start + 60s));
+  CHECK(clock.due(8, start + 61s));
+  clock.saved(start + 70s, start + 75s);
+  CHECK_FALSE(clock.due(9, start + 174s));
+  CHECK(clock.due(9, start + 175s));
+}
+
 TEST_CASE("another seed trains other weights", "[train]") {
   const Fixture fixture;
   TrainConfig config = fixture.both_phases("first");
@@ -147,8 +282,8 @@ TEST_CASE("another seed trains other weights", "[train]") {
   other.seed = 1;
   fixture.run(config);
   fixture.run(other);
-  CHECK(results(config.out).at("blocks/block_000.safetensors") !=
-        results(other.out).at("blocks/block_000.safetensors"));
+  CHECK(results(config.out).at("blocks/block_000_stage_1.safetensors") !=
+        results(other.out).at("blocks/block_000_stage_1.safetensors"));
 }
 
 TEST_CASE("a finished run is left as it is", "[train]") {

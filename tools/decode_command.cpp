@@ -12,6 +12,7 @@
 
 #include "data/files.h"
 #include "data/tokenizer.h"
+#include "engine/progress.h"
 #include "models/llama.h"
 #include "tools/cli.h"
 #include "tools/measure.h"
@@ -228,7 +229,10 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
             " positions");
   max_tokens = std::min(max_tokens, positions - n);
   models::Llama model(backend, *source, models::HeadRounding::None);
-  model.load_blocks(*source);
+  {
+    engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
+    model.load_blocks(*source, [&](int64_t done) { progress.set(done); });
+  }
   Generator generator(backend, model, n + max_tokens);
   Report report;
   report.prompt_tokens = n;

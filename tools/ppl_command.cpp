@@ -36,7 +36,10 @@ int ppl_command(const Arguments& arguments) {
   windows.ids.resize(static_cast<size_t>(count * seq_len));
 
   models::Llama model(*backend, *source, models::HeadRounding::None);
-  model.load_blocks(*source);
+  {
+    engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
+    model.load_blocks(*source, [&](int64_t done) { progress.set(done); });
+  }
   const auto start = std::chrono::steady_clock::now();
   models::Perplexity result;
   {

@@ -44,6 +44,10 @@ int train_command(const Arguments& arguments) {
       ("seq-len", "tokens a window", value("2048"))                                               //
       ("val-samples", "validation windows, from the end of the text", value("64"))                //
       ("seed", "of every shuffle", value("0"))                                                    //
+      ("save-every",
+       "steps between states from which a killed run goes on; default: by the clock, at most a "
+       "twentieth of the time",
+       value("auto"))  //
       ("doc-end", "token id after each document, instead of the vocabulary's own",
        cxxopts::value<std::string>());
   line.options("Memory (results do not depend on it)")  //
@@ -72,8 +76,7 @@ int train_command(const Arguments& arguments) {
       ("e2e-batch", "windows a step", value("16"))                                    //
       ("e2e-micro-batch", "windows that go through the model at once; default: by device",
        value("auto"))("e2e-snap", "masters to the middle of their bins first: auto, on or off",
-                      value("auto"))  //
-      ("save-every", "end-to-end steps between saved states", value("100"));
+                      value("auto"));
   if (!line.parse(arguments)) return 0;
 
   train::TrainConfig config;
@@ -108,7 +111,7 @@ int train_command(const Arguments& arguments) {
   if (line.text("e2e-micro-batch") != "auto")
     config.e2e_micro_batch = line.integer("e2e-micro-batch", 1);
   config.e2e_snap = train::parse_snap(line.text("e2e-snap"));
-  config.save_every = line.integer("save-every", 1);
+  if (line.text("save-every") != "auto") config.save_every = line.integer("save-every", 1);
   if (line.has("doc-end"))
     config.doc_end = static_cast<int32_t>(line.integer("doc-end", 0, INT32_MAX));
   config.threads = line.threads();

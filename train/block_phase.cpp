@@ -2,13 +2,16 @@
 
 #include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 #include "autograd/ops.h"
 #include "engine/cpu/memory.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/saved_state.h"
 #include "train/step_probe.h"
 
 namespace bbb::train {
@@ -30,11 +33,6 @@ using models::LlamaConfig;
 
 constexpr int64_t kStepsInFlight = 16;  // steps queued before the progress bar waits for them
 
-struct StageResult {
-  BlockMasters masters;
-  std::vector<double> validation;  // before training, then after each epoch
-};
-
 // What one stage keeps from block to block.
 struct StageStep {
   explicit StageStep(ParameterSet& parameters, const Schedule& s)
@@ -43,6 +41,21 @@ struct StageStep {
   AdamW optimizer;
   std::vector<std::unique_ptr<Replay>> steps;  // one an input stream, taken in turn
 };
+
+// What a stage starts from is a candidate too: at 8 bits training may have nothing to add.
+bool better(double loss, double best) { return !std::isfinite(best) || loss < best; }
+
+double best_of(const std::vector<double>& losses) {
+  double best = losses.front();
+  for (double loss : losses)
+    if (better(loss, best)) best = loss;
+  return best;
+}
+
+int64_t stages_of(const TrainConfig& config) { return static_cast<int64_t>(config.stages.size()); }
+int64_t steps_per_stage(const TrainConfig& config) {
+  return config.epochs * (config.samples / config.batch);
+}
 
 // Rings that training takes at once: one for each input stream, one for the target.
 int rings_of(const TrainConfig& config) { return config.input_stream == InputStream::Mix ? 3 : 2; }
@@ -76,7 +89,8 @@ class BlockPhase {
         recompute_(memory.recompute),
         rows_(config.samples + config.val_samples),
         steps_per_epoch_(config.samples / config.batch),
-        parameters_(backend) {
+        parameters_(backend),
+        timer_(config.save_every) {
     make_streams(memory.streams);
     embed(windows);
     work_.emplace(backend, model_, 0, inv_freq_);
@@ -85,7 +99,7 @@ class BlockPhase {
     work_->bind_parameters(parameters_, {config.stages[0].weight_bits, config.group});
     best_ = backend.empty(parameters_.masters().shape(), backend.real());
 
-    const int64_t total = config.epochs * steps_per_epoch_;
+    const int64_t total = steps_per_stage(config);
     order_ = backend.empty({total * config.batch}, DType::I32);
     cursor_ = backend.zeros({1}, DType::I32);
     log_ = backend.empty({total, engine::kControlSize}, backend.real());
@@ -99,19 +113,15 @@ class BlockPhase {
     }
   }
 
-  void run(int64_t finished) {
-    for (int64_t block = 0; block < finished; ++block) {
-      const data::SafeTensors file(run_.block_file(block));
-      advance_teacher(block, *streams_[0]);
-      for (size_t t = 0; t < stages_.size(); ++t)
-        advance_stage(t, read_masters(file, stage_prefix(t), model_));
-    }
-    const int64_t steps_per_block =
-        static_cast<int64_t>(stages_.size()) * config_.epochs * steps_per_epoch_;
-    if (!observer_.quiet) progress_.emplace("blocks", model_.layers * steps_per_block);
-    for (int64_t block = finished; block < model_.layers; ++block) {
-      steps_done_ = block * steps_per_block;
-      train_block(block);
+  // From the first stage that is not finished, and from `saved` where that lies in it.
+  void run(int64_t finished_stages, std::optional<SavedState> saved) {
+    saved_ = std::move(saved);
+    const int64_t stages = stages_of(config_), first = finished_stages / stages;
+    recompute_streams(first);
+    if (!observer_.quiet)
+      progress_.emplace("blocks", model_.layers * stages * steps_per_stage(config_));
+    for (int64_t block = first; block < model_.layers; ++block) {
+      train_block(block, block == first ? finished_stages % stages : 0);
       if (observer_.after_block) observer_.after_block(block);
     }
   }
@@ -126,22 +136,23 @@ class BlockPhase {
   void rewind() {
     stages_[0]->optimizer.restart(stages_[0]->schedule);
     upload_order(0, 0);
-    Feed(*this, 0, 0).next(0);  // the batch that steps read where no stream is on the device
+    Feed(*this, 0, 0, steps_per_epoch_)
+        .next(0);  // the batch that steps read where no stream is on the device
   }
   std::unique_ptr<Replay> record(StepPart last) {
     return backend_.record([this, last] { step(0, 0, last); });
   }
 
  private:
-  // Hands a stage's steps their batches, those of streams that are not on the device. One epoch.
+  // Hands a stage's steps [begin, end) their batches, those of streams that are not on the device.
   class Feed {
    public:
-    Feed(BlockPhase& phase, size_t stage, int64_t epoch) : phase_(phase) {
+    Feed(BlockPhase& phase, size_t stage, int64_t begin, int64_t end) : phase_(phase) {
       const std::vector<Stream*> inputs = phase.training_inputs(stage);
-      const int64_t per_epoch = phase.steps_per_epoch_, batch = phase.config_.batch;
+      const int64_t batch = phase.config_.batch;
       const auto rows = [&](size_t which, size_t among) {
         std::vector<int32_t> chosen;
-        for (int64_t step = epoch * per_epoch; step < (epoch + 1) * per_epoch; ++step)
+        for (int64_t step = begin; step < end; ++step)
           if (static_cast<size_t>(step) % among == which)
             chosen.insert(chosen.end(), phase.host_order_.begin() + step * batch,
                           phase.host_order_.begin() + (step + 1) * batch);
@@ -251,66 +262,157 @@ class BlockPhase {
     work_->set_bits(config_.stages[t].weight_bits);
   }
 
-  void train_block(int64_t layer) {
+  BlockMasters finished_masters(int64_t layer, size_t t) const {
+    const data::SafeTensors file(run_.stage_file(layer, static_cast<int64_t>(t)));
+    return read_masters(file, layer_prefix(layer), model_);
+  }
+
+  // The streams behind the first `blocks` blocks, which are finished.
+  void recompute_streams(int64_t blocks) {
+    std::optional<engine::Progress> progress;
+    const int64_t passes = stages_of(config_) + 1;
+    if (!observer_.quiet && blocks > 0)
+      progress.emplace("resuming", blocks * passes, engine::Progress::kPatience_s);
+    const auto advanced = [&](int64_t block, int64_t done) {
+      backend_.synchronize();  // the time that it took is this pass's
+      if (progress) progress->set(block * passes + done, cat("block ", block + 1, "/", blocks));
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+      advance_teacher(block, *streams_[0]);
+      advanced(block, 1);
+      for (size_t t = 0; t < stages_.size(); ++t) {
+        advance_stage(t, finished_masters(block, t));
+        advanced(block, static_cast<int64_t>(t) + 2);
+      }
+    }
+  }
+
+  void train_block(int64_t layer, int64_t finished_stages) {
     advance_teacher(layer, *target_);
-    std::vector<StageResult> results;
+    std::vector<BlockMasters> results;
     for (size_t t = 0; t < stages_.size(); ++t) {
-      load(t, t == 0 ? float_masters(source_, layer) : results.back().masters);
+      if (static_cast<int64_t>(t) < finished_stages) {
+        results.push_back(finished_masters(layer, t));
+        continue;
+      }
+      load(t, t == 0 ? float_masters(source_, layer) : results.back());
       results.push_back(train_stage(layer, t));
     }
-    write(layer, results);
     if (layer + 1 == model_.layers) return;
-    for (size_t t = 0; t < stages_.size(); ++t) advance_stage(t, results[t].masters);
+    for (size_t t = 0; t < stages_.size(); ++t) advance_stage(t, results[t]);
     if (target_ != streams_[0])
       rewrite(*streams_[0], *target_, [](const Tensor& rows) { return rows; });
   }
 
-  StageResult train_stage(int64_t layer, size_t t) {
+  // Returns the masters of the best validation loss, which are in the stage's file then.
+  BlockMasters train_stage(int64_t layer, size_t t) {
     StageStep& stage = *stages_[t];
     stage.optimizer.restart(stage.schedule);
     upload_order(layer, t);
-    StageResult result;
-    result.validation.push_back(validate(t));
-    log_validation(layer, t, 0, result.validation.back());
+    const Position at = saved_ ? resume_stage(stage) : start_stage(layer, t);
     if (stage.steps.empty())
       for (size_t i = 0; i < training_inputs(t).size(); ++i)
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
+    const std::vector<double> validation = train_epochs(t, at);
 
-    int64_t skipped = 0;
-    // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
-    double best = result.validation.front();
+    backend_.copy(parameters_.masters(), best_);
+    BlockMasters result = work_->masters();
+    write(layer, t, result, validation);
+    std::filesystem::remove(run_.block_state_file());
+    return result;
+  }
+
+  Position start_stage(int64_t layer, size_t t) {
+    Position at{layer, static_cast<int64_t>(t), 0, {validate(t)}};
+    log_validation(at);
     backend_.copy(best_, parameters_.masters());
-    for (int64_t epoch = 0; epoch < config_.epochs; ++epoch) {
-      const auto start = std::chrono::steady_clock::now();
-      Feed feed(*this, t, epoch);
-      for (int64_t i = 0; i < steps_per_epoch_; ++i) {
-        const size_t step = static_cast<size_t>(epoch * steps_per_epoch_ + i);
-        feed.next(static_cast<int64_t>(step));
-        stage.steps[step % stage.steps.size()]->run();
-        if (i % kStepsInFlight == 0) backend_.synchronize();
-        ++steps_done_;
-        if (progress_)
-          progress_->set(steps_done_, cat("block ", layer + 1, "/", model_.layers, " w",
-                                          config_.stages[t].weight_bits));
-      }
-      backend_.synchronize();
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-      skipped = log_epoch(layer, t, epoch, elapsed.count());
+    return at;
+  }
 
+  Position resume_stage(const StageStep& stage) {
+    const Position at = saved_->position();
+    saved_->load(backend_, state(stage));
+    const int32_t step = static_cast<int32_t>(at.step);
+    backend_.upload(cursor_, &step);
+    work_->prepare();  // every buffer exists before the step is recorded
+    saved_.reset();
+    return at;
+  }
+
+  // All that a stage's steps change.
+  NamedTensors state(const StageStep& stage) const {
+    return {{"masters", parameters_.masters()},
+            {"m", parameters_.m()},
+            {"v", parameters_.v()},
+            {"best", best_},
+            {"control", stage.optimizer.control()}};
+  }
+
+  // From `at` to the stage's end; returns all validation losses.
+  std::vector<double> train_epochs(size_t t, Position at) {
+    const int64_t total = steps_per_stage(config_);
+    double best = best_of(at.validation);
+    int64_t skipped = 0;
+    timer_.restart();
+    while (at.step < total) {
+      skipped = finish_epoch(t, at);
       const double loss = validate(t);
-      result.validation.push_back(loss);
-      log_validation(layer, t, epoch + 1, loss);
-      if (!std::isfinite(best) || loss < best) {
+      at.validation.push_back(loss);
+      log_validation(at);
+      if (better(loss, best)) {
         best = loss;
         backend_.copy(best_, parameters_.masters());
       }
+      if (at.step < total && timer_.due(at.step)) save(t, at);
     }
-    BBB_CHECK(skipped < config_.epochs * steps_per_epoch_, "block ", layer, ", w",
-              config_.stages[t].weight_bits,
+    BBB_CHECK(skipped < total, "block ", at.block, ", w", config_.stages[t].weight_bits,
               ": every step was skipped, its loss or gradient was not finite");
-    backend_.copy(parameters_.masters(), best_);
-    result.masters = work_->masters();
-    return result;
+    return at.validation;
+  }
+
+  // Trains from `at` to the end of its epoch; returns the steps skipped so far in this stage.
+  int64_t finish_epoch(size_t t, Position& at) {
+    using Clock = std::chrono::steady_clock;
+    const std::vector<std::unique_ptr<Replay>>& steps = stages_[t]->steps;
+    const int64_t end = (at.step / steps_per_epoch_ + 1) * steps_per_epoch_;
+    Feed feed(*this, t, at.step, end);
+    int64_t logged = at.step, skipped = 0;
+    auto since = Clock::now();
+    const auto log = [&] {
+      backend_.synchronize();
+      skipped = log_steps(at, logged, std::chrono::duration<double>(Clock::now() - since).count());
+      logged = at.step;
+    };
+    while (at.step < end) {
+      feed.next(at.step);
+      steps[static_cast<size_t>(at.step) % steps.size()]->run();
+      if (at.step % kStepsInFlight == 0) backend_.synchronize();
+      ++at.step;
+      show(at);
+      if (at.step < end && timer_.due(at.step)) {
+        log();
+        save(t, at);
+        since = Clock::now();
+      }
+      if (observer_.after_block_step) observer_.after_block_step(at.block, at.stage, at.step);
+    }
+    log();
+    return skipped;
+  }
+
+  void save(size_t t, const Position& at) {
+    backend_.synchronize();
+    const auto begun = SaveTimer::Clock::now();
+    save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(*stages_[t]));
+    timer_.saved(begun);
+  }
+
+  void show(const Position& at) {
+    if (!progress_) return;
+    const int64_t stages = at.block * stages_of(config_) + at.stage;
+    progress_->set(stages * steps_per_stage(config_) + at.step,
+                   cat("block ", at.block + 1, "/", model_.layers, " w",
+                       config_.stages[static_cast<size_t>(at.stage)].weight_bits));
   }
 
   std::vector<Stream*> training_inputs(size_t t) const {
@@ -383,34 +485,33 @@ class BlockPhase {
     return models::download_floats(backend_, validation_)[0];
   }
 
-  Json log_line(const char* phase, int64_t layer, size_t t) const {
+  Json log_line(const char* phase, const Position& at, int64_t epoch) const {
     Json line;
     line["phase"] = phase;
-    line["block"] = layer;
-    line["stage"] = to_string({config_.stages[t]});
+    line["block"] = at.block;
+    line["stage"] = to_string({config_.stages[static_cast<size_t>(at.stage)]});
+    line["epoch"] = epoch;
     return line;
   }
 
-  void log_validation(int64_t layer, size_t t, int64_t epoch, double loss) const {
-    Json line = log_line("validation", layer, t);
-    line["epoch"] = epoch;
-    line["loss"] = loss;
+  void log_validation(const Position& at) const {
+    Json line = log_line("validation", at, at.step / steps_per_epoch_);
+    line["loss"] = at.validation.back();
     run_.append_log({line});
   }
 
-  // The log of the last epoch's steps; returns the steps skipped so far in this stage.
-  int64_t log_epoch(int64_t layer, size_t t, int64_t epoch, double seconds) const {
-    const std::vector<float> slots =
-        models::download_floats(backend_, log_.rows(epoch * steps_per_epoch_, steps_per_epoch_));
-    const double tokens =
-        static_cast<double>(steps_per_epoch_ * config_.batch * config_.seq_len) / seconds;
+  // Logs steps [begin, at.step), which took so many seconds; returns the steps skipped so far in
+  // this stage.
+  int64_t log_steps(const Position& at, int64_t begin, double seconds) const {
+    const int64_t count = at.step - begin;
+    const std::vector<float> slots = models::download_floats(backend_, log_.rows(begin, count));
+    const double tokens = static_cast<double>(count * config_.batch * config_.seq_len) / seconds;
     std::vector<Json> lines;
     int64_t skipped = 0;
-    for (int64_t i = 0; i < steps_per_epoch_; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const float* control = &slots[static_cast<size_t>(i * engine::kControlSize)];
-      Json line = log_line("block", layer, t);
-      line["epoch"] = epoch;
-      line["step"] = epoch * steps_per_epoch_ + i;
+      Json line = log_line("block", at, (begin + i) / steps_per_epoch_);
+      line["step"] = begin + i;
       add_measures(line, control, tokens, backend_.memory_peak_bytes());
       line["recompute"] = models::to_string(recompute_);
       lines.push_back(std::move(line));
@@ -420,18 +521,14 @@ class BlockPhase {
     return skipped;
   }
 
-  void write(int64_t layer, const std::vector<StageResult>& results) const {
+  void write(int64_t layer, size_t t, const BlockMasters& masters,
+             const std::vector<double>& validation) const {
     std::vector<data::SafeTensorsWriter::Entry> entries;
-    Json validation;
-    for (size_t t = 0; t < results.size(); ++t) {
-      declare_masters(entries, stage_prefix(t), model_);
-      validation.push_back(results[t].validation);
-    }
+    declare_masters(entries, layer_prefix(layer), model_);
     data::SafeTensorsWriter writer(
-        run_.block_file(layer), entries,
-        {{"stages", to_string(config_.stages)}, {"validation_loss", validation.dump()}});
-    for (size_t t = 0; t < results.size(); ++t)
-      add_masters(writer, stage_prefix(t), model_, results[t].masters);
+        run_.stage_file(layer, static_cast<int64_t>(t)), entries,
+        {{"stage", to_string({config_.stages[t]})}, {"validation_loss", Json(validation).dump()}});
+    add_masters(writer, layer_prefix(layer), model_, masters);
     writer.finish();
   }
 
@@ -459,8 +556,9 @@ class BlockPhase {
   Tensor log_;                       // real (steps, kControlSize)
   Tensor validation_;
   std::vector<std::unique_ptr<StageStep>> stages_;
+  std::optional<SavedState> saved_;  // until the stage in which it lies goes on from it
+  SaveTimer timer_;
   std::optional<engine::Progress> progress_;
-  int64_t steps_done_ = 0;
 };
 
 // Of the device, for all but the streams.
@@ -485,6 +583,28 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
                             tokens * model.d_model * act +
                             (config.samples + config.val_samples) * config.seq_len * 4;
   return allocated_bytes(backend, std::max(trained + passes, embedding));
+}
+
+// The state that a killed run left in its first unfinished stage, if it got that far.
+std::optional<SavedState> state_within(const TrainConfig& config, const RunDirectory& run,
+                                       int64_t finished_stages) {
+  const std::string file = run.block_state_file();
+  if (!std::filesystem::exists(file)) return std::nullopt;
+  std::optional<SavedState> saved(std::in_place, file, run.checksum());
+  const Position& at = saved->position();
+  const int64_t stage = at.block * stages_of(config) + at.stage;
+  const int64_t epoch = at.step / (config.samples / config.batch);
+  BBB_CHECK(at.block >= 0 && at.stage >= 0 && at.stage < stages_of(config) && at.step > 0 &&
+                at.step < steps_per_stage(config) &&
+                static_cast<int64_t>(at.validation.size()) == epoch + 1,
+            file, ": block ", at.block, ", stage ", at.stage, ", step ", at.step,
+            " is no place in this run");
+  BBB_CHECK(
+      stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage, ", but ",
+      run.stage_file(finished_stages / stages_of(config), finished_stages % stages_of(config)),
+      " is missing");
+  if (stage < finished_stages) saved.reset();  // its stage was finished since
+  return saved;
 }
 
 class BlockProbe final : public StepProbe {
@@ -548,10 +668,21 @@ std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                   const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
                   const Observer& observer) {
-  const int64_t finished = run.finished_blocks(source.config().layers);
-  if (finished == source.config().layers) return;
-  run.keep_log([&](const Json& line) { return line.value("block", finished) < finished; });
-  BlockPhase(backend, source, windows, config, memory, run, observer).run(finished);
+  const LlamaConfig& model = source.config();
+  const int64_t stages = stages_of(config), finished = run.finished_stages(config, model.layers);
+  if (finished == model.layers * stages) return;
+  std::optional<SavedState> saved = state_within(config, run, finished);
+  // A block's lines stand in the order of its work: those of whole stages, then the state's.
+  const int64_t lines_per_stage = steps_per_stage(config) + config.epochs + 1;
+  int64_t left = finished % stages * lines_per_stage;
+  if (saved)
+    left += saved->position().step + static_cast<int64_t>(saved->position().validation.size());
+  run.keep_log([&](const Json& line) {
+    const int64_t block = line.value("block", model.layers);
+    return block < finished / stages || (block == finished / stages && left-- > 0);
+  });
+  BlockPhase(backend, source, windows, config, memory, run, observer)
+      .run(finished, std::move(saved));
 }
 
 }  // namespace bbb::train

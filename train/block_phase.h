@@ -29,8 +29,9 @@ struct BlockMemory {
 BlockMemory plan_block_memory(Backend& backend, const models::LlamaConfig& model,
                               const TrainConfig& config);
 
-// Trains the blocks that `run` lacks. Finished ones are not touched; the streams behind them are
-// computed again by the code that computed them first.
+// Trains the stages that `run` lacks, the first of them from its saved state where there is one.
+// Finished ones are not touched; the streams behind them are computed again by the code that
+// computed them first. Throws where that state is of another run or runs ahead of the results.
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                   const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
                   const Observer& observer);

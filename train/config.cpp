@@ -238,7 +238,6 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     want(
         c.e2e_micro_batch > 0 && c.e2e_batch % c.e2e_micro_batch == 0,
         cat("--e2e-micro-batch ", c.e2e_micro_batch, " does not divide --e2e-batch ", c.e2e_batch));
-    want(c.save_every > 0, "--save-every must be at least 1");
     want(c.e2e_lr >= 0 && std::isfinite(c.e2e_lr), cat("--e2e-lr ", c.e2e_lr, " is not positive"));
     if (c.e2e_lr == 0)
       c.e2e_lr = (!all ? kScales : blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
@@ -246,6 +245,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     if (c.e2e_snap == Snap::Auto)
       c.e2e_snap = all && blocks && c.e2e_lr >= kSnapFrom.at(model.d_model) ? Snap::On : Snap::Off;
   }
+  want(c.save_every >= 0, "--save-every must not be negative");
   if (c.threads <= 0)
     c.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   return c;

@@ -58,9 +58,9 @@ struct TrainConfig {
   EndToEndTrain e2e_train = EndToEndTrain::All;
   double e2e_lr = 0;  // 0: by width and start
   Snap e2e_snap = Snap::Auto;
-  int64_t save_every = 100;  // end-to-end steps between saved states
 
   std::optional<int32_t> doc_end;  // instead of the vocabulary's own end of document
+  int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores
   MemoryBudget memory;
 };

@@ -9,6 +9,7 @@
 #include "autograd/ops.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/saved_state.h"
 #include "train/step_probe.h"
 
 namespace bbb::train {
@@ -56,14 +57,7 @@ class EndToEnd {
         model_(source.config()),
         student_(backend, source, models::HeadRounding::BFloat16),
         parameters_(backend) {
-    if (config.e2e_loss == EndToEndLoss::Kl) {
-      teacher_.emplace(backend, source, models::HeadRounding::BFloat16);
-      teacher_->load_blocks(source);
-    }
-    if (config.e2e_train == EndToEndTrain::All)
-      bind_masters(source);
-    else
-      bind_scales(source);
+    load(source);
 
     Schedule schedule;
     schedule.peak_lr = config.e2e_lr;
@@ -76,11 +70,12 @@ class EndToEnd {
   }
 
   void run() {
-    int64_t step = 0;
-    if (std::filesystem::exists(run_.state_file()))
-      step = load_state();
+    Position at;
+    if (std::filesystem::exists(run_.e2e_state_file()))
+      at = load_state();
     else if (config_.e2e_snap == Snap::On)
       snap();
+    int64_t& step = at.step;
     upload_cursors(step);
     run_.keep_log([&](const Json& line) {
       return line.value("phase", "") != "e2e" || line.value("step", int64_t{0}) < step;
@@ -90,17 +85,21 @@ class EndToEnd {
     std::optional<engine::Progress> progress;
     if (!observer_.quiet) progress.emplace("end to end", config_.e2e_steps);
     int64_t logged = step;
+    SaveTimer timer(config_.save_every);
     auto since = std::chrono::steady_clock::now();
     while (step < config_.e2e_steps) {
       replay->run();
       ++step;
-      const bool last = step == config_.e2e_steps, save = step % config_.save_every == 0 && !last;
+      const bool last = step == config_.e2e_steps, save = !last && timer.due(step);
       if (last || save || step % steps_per_reading(backend_) == 0) {
         backend_.synchronize();
         const auto now = std::chrono::steady_clock::now();
         log_steps(logged, step, std::chrono::duration<double>(now - since).count());
         logged = step;
-        if (save) save_state(step);
+        if (save) {
+          save_state(run_.e2e_state_file(), run_.checksum(), at, backend_, state());
+          timer.saved(now);
+        }
         since = std::chrono::steady_clock::now();
       }
       if (progress) progress->set(step, cat("loss ", last_loss_));
@@ -109,7 +108,7 @@ class EndToEnd {
     BBB_CHECK(skipped_ < config_.e2e_steps,
               "end to end: every step was skipped, its loss or gradient was not finite");
     write_final();
-    std::filesystem::remove(run_.state_file());
+    run_.remove_spent_states(config_, model_.layers);
   }
 
   // Puts the step's cursors before the step of this number.
@@ -128,18 +127,37 @@ class EndToEnd {
  private:
   engine::GridSpec spec() const { return {config_.bits, config_.group}; }
 
+  // Weights of the student, and of the teacher where there is one.
+  void load(const Checkpoint& source) {
+    const bool kl = config_.e2e_loss == EndToEndLoss::Kl;
+    std::optional<engine::Progress> progress;
+    if (!observer_.quiet)
+      progress.emplace("loading", (kl ? 2 : 1) * model_.layers, engine::Progress::kPatience_s);
+    const auto loaded = [&](int64_t layers) {
+      if (progress) progress->set(layers);
+    };
+    if (config_.e2e_train == EndToEndTrain::All)
+      bind_masters(source, loaded);
+    else
+      bind_scales(source, loaded);
+    if (!kl) return;
+    teacher_.emplace(backend_, source, models::HeadRounding::BFloat16);
+    teacher_->load_blocks(source, [&](int64_t layers) { loaded(model_.layers + layers); });
+  }
+
   // All: the blocks' linears, through the quantizer, and norms.
-  void bind_masters(const Checkpoint& source) {
+  void bind_masters(const Checkpoint& source, const std::function<void(int64_t)>& loaded) {
     for (auto& block : student_.blocks()) block->declare_parameters(parameters_);
     parameters_.allocate();
     for (auto& block : student_.blocks()) {
       block->bind_parameters(parameters_, spec());
       block->set_masters(block_result(run_, config_, source, block->layer()));
+      loaded(block->layer() + 1);
     }
   }
 
   // Scales: sigma over frozen codes. A block's masters live only until its codes are taken.
-  void bind_scales(const Checkpoint& source) {
+  void bind_scales(const Checkpoint& source, const std::function<void(int64_t)>& loaded) {
     std::vector<Parameter*> sigmas;
     for (auto& block : student_.blocks())
       for (QuantLinear* linear : block->linears())
@@ -160,6 +178,7 @@ class EndToEnd {
         backend_.copy(value, norm->value);
         norm->set_constant(value);
       }
+      loaded(block->layer() + 1);
     }
   }
 
@@ -266,50 +285,20 @@ class EndToEnd {
     run_.append_log(lines);
   }
 
-  // --- files ------------------------------------------------------------------------------------
-
-  std::vector<std::pair<std::string, Tensor>> state() const {
+  NamedTensors state() const {
     return {{"masters", parameters_.masters()},
             {"m", parameters_.m()},
             {"v", parameters_.v()},
             {"control", optimizer_->control()}};
   }
 
-  FileDType real_file_dtype() const {
-    return backend_.real() == DType::F64 ? FileDType::F64 : FileDType::F32;
-  }
-
-  void save_state(int64_t step) const {
-    std::vector<SafeTensorsWriter::Entry> entries{{"step", FileDType::I64, {1}}};
-    for (const auto& [name, tensor] : state())
-      entries.push_back({name, real_file_dtype(), tensor.shape()});
-    SafeTensorsWriter writer(run_.state_file(), entries);
-    writer.add("step", &step, sizeof step);
-    std::vector<uint8_t> host;
-    for (const auto& [name, tensor] : state()) {
-      host.resize(static_cast<size_t>(tensor.bytes()));
-      backend_.download(host.data(), tensor);
-      writer.add(name, host.data(), bytes_of(host));
-    }
-    writer.finish();
-  }
-
-  int64_t load_state() const {
-    const data::SafeTensors file(run_.state_file());
-    for (const auto& [name, tensor] : state()) {
-      const data::SafeTensor& saved = file.at(name);
-      BBB_CHECK(saved.dtype == real_file_dtype() && saved.shape == tensor.shape(),
-                run_.state_file(), ": ", name, " is of another model");
-      backend_.upload(tensor, saved.data);
-    }
-    const data::SafeTensor& saved = file.at("step");
-    int64_t step = 0;
-    BBB_CHECK(saved.dtype == FileDType::I64 && saved.bytes == sizeof step, run_.state_file(),
-              ": step is malformed");
-    std::memcpy(&step, saved.data, sizeof step);
-    BBB_CHECK(step > 0 && step < config_.e2e_steps, run_.state_file(), ": step ", step, " of ",
+  Position load_state() const {
+    const SavedState saved(run_.e2e_state_file(), run_.checksum());
+    const int64_t step = saved.position().step;
+    BBB_CHECK(step > 0 && step < config_.e2e_steps, run_.e2e_state_file(), ": step ", step, " of ",
               config_.e2e_steps);
-    return step;
+    saved.load(backend_, state());
+    return saved.position();
   }
 
   void write_final() {
@@ -467,8 +456,9 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
 BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,
                           const Checkpoint& source, int64_t layer) {
   if (config.stages.empty()) return float_masters(source, layer);
-  return read_masters(data::SafeTensors(run.block_file(layer)),
-                      stage_prefix(config.stages.size() - 1), source.config());
+  const int64_t last = static_cast<int64_t>(config.stages.size()) - 1;
+  return read_masters(data::SafeTensors(run.stage_file(layer, last)), layer_prefix(layer),
+                      source.config());
 }
 
 std::vector<QuantizedState> read_quantized(const data::SafeTensors& file, int64_t layer,

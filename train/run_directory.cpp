@@ -1,6 +1,10 @@
 // Files of a run: identity, log, blocks; and what both phases share.
 #include "train/run_directory.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
@@ -29,6 +33,8 @@ bool decides(const std::string& key) {
   return key != "model" && key != "data" && key != "save_every";
 }
 
+constexpr const char* kLockName = "lock";
+
 void make_directory(const std::string& path) {
   std::error_code error;
   fs::create_directories(path, error);
@@ -44,7 +50,8 @@ bool is_leftover(const fs::path& path) {
 bool holds_no_file(const std::string& path) {
   if (!fs::is_directory(path)) return false;
   for (const auto& entry : fs::recursive_directory_iterator(path))
-    if (!entry.is_directory() && !is_leftover(entry.path())) return false;
+    if (!entry.is_directory() && !is_leftover(entry.path()) && entry.path().filename() != kLockName)
+      return false;
   return true;
 }
 
@@ -117,10 +124,32 @@ std::string data_checksum(const data::Windows& windows) {
                               static_cast<int64_t>(windows.ids.size() * sizeof(int32_t))));
 }
 
+FileLock::FileLock(const std::string& path, const std::string& holder)
+    : fd_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+  BBB_CHECK(fd_ >= 0, path, ": cannot be opened: ", std::strerror(errno));
+  if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+  const int error = errno;
+  ::close(fd_);
+  BBB_CHECK(error != EWOULDBLOCK, path, ": ", holder);
+  BBB_CHECK(false, path, ": cannot be locked: ", std::strerror(error));
+}
+
+FileLock::~FileLock() { ::close(fd_); }
+
+bool RunDirectory::exists() const { return fs::exists(run_file()); }
+
+void RunDirectory::lock() {
+  if (!lock_)
+    lock_ =
+        std::make_unique<FileLock>(lock_file(), "another process is training in this directory");
+}
+
 void RunDirectory::create_or_resume(const RunIdentity& identity) {
-  if (!fs::exists(run_file())) {
-    BBB_CHECK(!fs::exists(path_) || holds_no_file(path_), path_,
-              ": exists, but holds no training run; name another --out");
+  BBB_CHECK(exists() || !fs::exists(path_) || holds_no_file(path_), path_,
+            ": exists, but holds no training run; name another --out");
+  make_directory(path_);
+  lock();
+  if (!exists()) {
     make_directory(path_ + "/blocks");
     make_directory(path_ + "/e2e");
     remove_leftovers(path_);
@@ -152,21 +181,38 @@ RunIdentity RunDirectory::identity() const {
   return RunIdentity::from_json(data::read_file(run_file()), run_file());
 }
 
-std::string RunDirectory::block_file(int64_t block) const {
-  char name[64];
-  std::snprintf(name, sizeof name, "/blocks/block_%03lld.safetensors",
-                static_cast<long long>(block));
+uint64_t RunDirectory::checksum() const {
+  const std::string record = data::read_file(run_file());
+  return data::checksum64(record.data(), static_cast<int64_t>(record.size()));
+}
+
+std::string RunDirectory::lock_file() const { return cat(path_, "/", kLockName); }
+
+std::string RunDirectory::stage_file(int64_t block, int64_t stage) const {
+  char name[80];
+  std::snprintf(name, sizeof name, "/blocks/block_%03lld_stage_%lld.safetensors",
+                static_cast<long long>(block), static_cast<long long>(stage));
   return path_ + name;
 }
 
-int64_t RunDirectory::finished_blocks(int64_t layers) const {
-  int64_t block = 0;
-  while (block < layers && fs::exists(block_file(block))) ++block;
-  return block;
+int64_t RunDirectory::finished_stages(const TrainConfig& config, int64_t layers) const {
+  const int64_t stages = static_cast<int64_t>(config.stages.size());
+  int64_t done = 0;
+  while (done < layers * stages && fs::exists(stage_file(done / stages, done % stages))) ++done;
+  return done;
+}
+
+bool RunDirectory::blocks_finished(const TrainConfig& config, int64_t layers) const {
+  return finished_stages(config, layers) == layers * static_cast<int64_t>(config.stages.size());
 }
 
 bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
-  return config.e2e_steps > 0 ? fs::exists(final_file()) : finished_blocks(layers) == layers;
+  return config.e2e_steps > 0 ? fs::exists(final_file()) : blocks_finished(config, layers);
+}
+
+void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {
+  if (blocks_finished(config, layers)) fs::remove(block_state_file());
+  if (fs::exists(final_file())) fs::remove(e2e_state_file());
 }
 
 void RunDirectory::append_log(const std::vector<Json>& lines) const {
@@ -235,7 +281,6 @@ models::BlockMasters float_masters(const models::Checkpoint& source, int64_t lay
   return masters;
 }
 
-std::string stage_prefix(size_t stage) { return cat("stages.", stage, "."); }
 std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); }
 
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {

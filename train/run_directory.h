@@ -1,10 +1,12 @@
 // RunDirectory: the files of one training run, and the rules by which a killed run goes on.
 //
-// Results appear by rename only, so whatever exists is whole. log.jsonl alone is appended to; a
-// resumed run first cuts it back to the work whose results exist.
+// Results and states appear by rename only, so whatever exists is whole. log.jsonl alone is
+// appended to, ahead of the result or state that it leads to; a resumed run first cuts it back to
+// the work that exists. One process at a time trains in a directory.
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -39,29 +41,55 @@ struct RunIdentity {
 std::string model_checksum(const models::Checkpoint& source);
 std::string data_checksum(const data::Windows& windows);
 
+// An exclusive lock on a file, made if it is not there and never removed. The system gives it back
+// when the process ends, however it ends.
+class FileLock {
+ public:
+  // Throws where another process holds it, saying that `holder` does, or it cannot be had.
+  FileLock(const std::string& path, const std::string& holder);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int fd_ = -1;
+};
+
 class RunDirectory {
  public:
   explicit RunDirectory(std::string path) : path_(std::move(path)) {}
 
-  // Creates the directory, or accepts one that holds a run of this identity. Throws, saying what
-  // differs, otherwise.
+  bool exists() const;  // has a run been created here?
+  // Keeps other processes from training in the directory, which must exist, as long as this object
+  // lives. Throws where one is at it already. Reading needs no lock.
+  void lock();
+  // Creates the directory, or accepts one that holds a run of this identity; takes the lock.
+  // Throws, saying what differs, otherwise.
   void create_or_resume(const RunIdentity& identity);
   RunIdentity identity() const;  // of an existing run
+  uint64_t checksum() const;     // of the identity, which the run's states carry
 
   const std::string& path() const { return path_; }
   std::string run_file() const { return path_ + "/run.json"; }
   std::string log_file() const { return path_ + "/log.jsonl"; }
-  std::string block_file(int64_t block) const;
-  std::string state_file() const { return path_ + "/e2e/state.safetensors"; }
+  std::string lock_file() const;
+  std::string stage_file(int64_t block, int64_t stage) const;
+  std::string block_state_file() const { return path_ + "/blocks/state.safetensors"; }
+  std::string e2e_state_file() const { return path_ + "/e2e/state.safetensors"; }
   std::string final_file() const { return path_ + "/e2e/final.safetensors"; }
-  int64_t finished_blocks(int64_t layers) const;  // the first one missing
+  // Stages of all blocks in order, up to the first one without a file.
+  int64_t finished_stages(const TrainConfig& config, int64_t layers) const;
+  bool blocks_finished(const TrainConfig& config, int64_t layers) const;
   bool finished(const TrainConfig& config, int64_t layers) const;
+  // Removes states of phases that are finished: a kill can come between a result and that.
+  void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 
   void append_log(const std::vector<Json>& lines) const;
   void keep_log(const std::function<bool(const Json& line)>& keep) const;
 
  private:
   std::string path_;
+  std::unique_ptr<FileLock> lock_;
 };
 
 // The seven masters and two norms of a block as file entries "<prefix>self_attn.q_proj.weight" ...
@@ -74,7 +102,6 @@ models::BlockMasters read_masters(const data::SafeTensors& file, const std::stri
 // The same from the full-precision model.
 models::BlockMasters float_masters(const models::Checkpoint& source, int64_t layer);
 
-std::string stage_prefix(size_t stage);  // of a block file's entries
 std::string layer_prefix(int64_t layer);
 
 // Independent random streams from one seed.

@@ -75,24 +75,30 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
               " is not in the model's vocabulary of ", model.vocab);
 
+  // A run that exists is taken before its model is read and memory is counted, a new one only once
+  // it is known to fit: what is refused leaves nothing behind.
+  RunDirectory run(config.out);
+  if (run.exists()) run.lock();
   const RunIdentity identity{config, backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
                              backend.device_name(), model_checksum(source), data_checksum(windows)};
   if (!observer.quiet) std::printf("%s", identity.to_json().c_str());
-  RunDirectory run(config.out);
-  if (run.finished(config, model.layers)) {
+  if (run.exists()) {
     run.create_or_resume(identity);
-    if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
-    return;
+    run.remove_spent_states(config, model.layers);
+    if (run.finished(config, model.layers)) {
+      if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
+      return;
+    }
   }
   // What cannot fit is refused before any work.
-  const bool blocks = !config.stages.empty() && run.finished_blocks(model.layers) < model.layers;
+  const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
   if (blocks) memory = plan_block_memory(backend, model, config);
   EndToEndMemory whole;
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
     print_memory(blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
-  run.create_or_resume(identity);
+  if (!run.exists()) run.create_or_resume(identity);
   if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
   if (config.e2e_steps > 0) {
     if (config.e2e_snap == Snap::On && !observer.quiet)

@@ -3,7 +3,9 @@
 // A run lives in one directory:
 //   run.json                      resolved configuration, checksums, program version, device
 //   log.jsonl                     one line a step
-//   blocks/block_000.safetensors  a finished block: the masters of every stage
+//   lock                          held by the process that trains
+//   blocks/block_000_stage_0.safetensors  a finished stage of a block: its masters
+//   blocks/state.safetensors      the newest state inside the stage that is being trained
 //   e2e/state.safetensors         the newest state of the end-to-end phase, while it runs
 //   e2e/final.safetensors         its result
 // Every file appears by a rename, so a run killed at any moment goes on from what is there and ends
@@ -30,6 +32,7 @@ using models::Checkpoint;
 struct Observer {
   bool quiet = false;
   std::function<void(int64_t block)> after_block;
+  std::function<void(int64_t block, int64_t stage, int64_t step)> after_block_step;
   std::function<void(int64_t step)> after_e2e_step;
 };
 

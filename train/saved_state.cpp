@@ -1,0 +1,101 @@
+#include "train/saved_state.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace bbb::train {
+namespace {
+
+using data::FileDType;
+using data::SafeTensor;
+using data::SafeTensorsWriter;
+using engine::DType;
+using engine::Tensor;
+
+constexpr const char* kRun = "run";
+constexpr const char* kPosition = "position";
+constexpr const char* kValidation = "validation";
+
+constexpr std::chrono::seconds kSaveAfter{30};
+constexpr int kSaveShare = 20;
+
+FileDType file_dtype(const Tensor& tensor) {
+  return tensor.dtype() == DType::F64 ? FileDType::F64 : FileDType::F32;
+}
+
+template <typename T>
+int64_t bytes_of(const std::vector<T>& values) {
+  return static_cast<int64_t>(values.size() * sizeof(T));
+}
+
+template <typename T>
+std::vector<T> values_of(const SafeTensor& tensor, FileDType dtype, const std::string& where) {
+  BBB_CHECK(tensor.dtype == dtype, where, ": is a ", name_of(tensor.dtype), ", but must be ",
+            name_of(dtype));
+  std::vector<T> values(static_cast<size_t>(tensor.numel()));
+  std::memcpy(values.data(), tensor.data, static_cast<size_t>(bytes_of(values)));
+  return values;
+}
+
+}  // namespace
+
+void save_state(const std::string& path, uint64_t run, const Position& position,
+                engine::Backend& backend, const NamedTensors& tensors) {
+  const std::vector<int64_t> where{position.block, position.stage, position.step};
+  const std::vector<double>& losses = position.validation;
+  std::vector<SafeTensorsWriter::Entry> entries{{kRun, FileDType::I64, {1}},
+                                                {kPosition, FileDType::I64, {3}}};
+  if (!losses.empty())
+    entries.push_back({kValidation, FileDType::F64, {static_cast<int64_t>(losses.size())}});
+  for (const auto& [name, tensor] : tensors)
+    entries.push_back({name, file_dtype(tensor), tensor.shape()});
+
+  SafeTensorsWriter writer(path, entries);
+  writer.add(kRun, &run, sizeof run);
+  writer.add(kPosition, where.data(), bytes_of(where));
+  if (!losses.empty()) writer.add(kValidation, losses.data(), bytes_of(losses));
+  std::vector<uint8_t> host;
+  for (const auto& [name, tensor] : tensors) {
+    host.resize(static_cast<size_t>(tensor.bytes()));
+    backend.download(host.data(), tensor);
+    writer.add(name, host.data(), bytes_of(host));
+  }
+  writer.finish();
+}
+
+SavedState::SavedState(const std::string& path, uint64_t run) : path_(path), file_(path) {
+  const auto numbers = [&](const char* name) {
+    return values_of<int64_t>(file_.at(name), FileDType::I64, path_ + ": " + name);
+  };
+  BBB_CHECK(numbers(kRun) == std::vector<int64_t>{static_cast<int64_t>(run)}, path_,
+            ": is the state of another run; remove it to go on without it");
+  const std::vector<int64_t> where = numbers(kPosition);
+  BBB_CHECK(where.size() == 3, path_, ": ", kPosition, " is malformed");
+  position_.block = where[0];
+  position_.stage = where[1];
+  position_.step = where[2];
+  if (file_.contains(kValidation))
+    position_.validation =
+        values_of<double>(file_.at(kValidation), FileDType::F64, path_ + ": " + kValidation);
+}
+
+void SavedState::load(engine::Backend& backend, const NamedTensors& tensors) const {
+  for (const auto& [name, tensor] : tensors) {
+    const SafeTensor& saved = file_.at(name);
+    BBB_CHECK(saved.dtype == file_dtype(tensor) && saved.shape == tensor.shape(), path_, ": ", name,
+              " is of another model");
+    backend.upload(tensor, saved.data);
+  }
+}
+
+bool SaveTimer::due(int64_t step, Clock::time_point now) const {
+  if (every_ > 0) return step % every_ == 0;
+  return now - since_ >= std::max<Clock::duration>(kSaveAfter, kSaveShare * cost_);
+}
+
+void SaveTimer::saved(Clock::time_point begun, Clock::time_point now) {
+  cost_ = now - begun;
+  restart(now);
+}
+
+}  // namespace bbb::train
