@@ -14,7 +14,7 @@ expect() {
   local code=$1 pattern=$2 got=0
   shift 2
   "$@" >"$work/out" 2>"$work/err" || got=$?
-  grep -vE '^(ppl|export) \[' "$work/err" >"$work/lines" || true
+  grep -vE '^(ppl|export|loading|blocks) \[' "$work/err" >"$work/lines" || true
   if [ "$got" != "$code" ] || [ "$(wc -l <"$work/lines")" != 1 ] || ! grep -qiE "$pattern" "$work/lines"; then
     echo "FAILED: $* -> exit code $got, expected $code and one line like /$pattern/; stderr:"
     cat "$work/err"
@@ -58,6 +58,14 @@ if [ -e "$work/run/run.json" ] || [ -e "$work/x" ]; then
   bad=1
 fi
 
+# One process at a time trains in a directory.
+seq 1 2000 >"$work/numbers.txt"
+tiny=(train --model "$model" --data "$work/numbers.txt" --samples 1 --val-samples 1 --seq-len 16
+  --batch 1 --epochs 1 --e2e-steps 0 --device cpu)
+mkdir "$work/held"
+expect 1 'held/lock: another process is training' \
+  flock "$work/held/lock" "$bbb" "${tiny[@]}" --out "$work/held"
+
 # A full disk and a read-only one, where we may mount them.
 if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/null; then
   expect 1 'small' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
@@ -65,6 +73,12 @@ if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/nu
     echo "FAILED: a full disk left $(ls -A "$work/small") behind"
     bad=1
   fi
+  expect 1 'small/run/blocks/block_000.*no space' "$bbb" "${tiny[@]}" --out "$work/small/run"
+  if [ ! -e "$work/small/run/run.json" ] || [ -n "$(find "$work/small" -name '*.tmp-*')" ]; then
+    echo "FAILED: a full disk left $(find "$work/small") behind"
+    bad=1
+  fi
+  rm -r "$work/small/run"
   mount -o remount,ro "$work/small"
   expect 1 'small/y.*read-only' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/y" --device cpu
   umount "$work/small"

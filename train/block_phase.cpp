@@ -42,7 +42,6 @@ struct StageStep {
   std::vector<std::unique_ptr<Replay>> steps;  // one an input stream, taken in turn
 };
 
-// What a stage starts from is a candidate too: at 8 bits training may have nothing to add.
 bool better(double loss, double best) { return !std::isfinite(best) || loss < best; }
 
 double best_of(const std::vector<double>& losses) {
@@ -325,6 +324,7 @@ class BlockPhase {
   Position start_stage(int64_t layer, size_t t) {
     Position at{layer, static_cast<int64_t>(t), 0, {validate(t)}};
     log_validation(at);
+    // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
     backend_.copy(best_, parameters_.masters());
     return at;
   }

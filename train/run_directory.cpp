@@ -130,8 +130,8 @@ FileLock::FileLock(const std::string& path, const std::string& holder)
   if (::flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
   const int error = errno;
   ::close(fd_);
-  BBB_CHECK(error != EWOULDBLOCK, path, ": ", holder);
-  BBB_CHECK(false, path, ": cannot be locked: ", std::strerror(error));
+  throw Error(error == EWOULDBLOCK ? cat(path, ": ", holder)
+                                   : cat(path, ": cannot be locked: ", std::strerror(error)));
 }
 
 FileLock::~FileLock() { ::close(fd_); }

@@ -45,7 +45,8 @@ std::string data_checksum(const data::Windows& windows);
 // when the process ends, however it ends.
 class FileLock {
  public:
-  // Throws where another process holds it, saying that `holder` does, or it cannot be had.
+  // Throws `holder`, which says who, where another process holds it, the cause where it cannot be
+  // had.
   FileLock(const std::string& path, const std::string& holder);
   ~FileLock();
   FileLock(const FileLock&) = delete;
