@@ -120,6 +120,7 @@ TEST_CASE("the run that is killed", "[.kill-child]") {
   config.out = out;
   config.model = "model";
   config.e2e_steps = 12;
+  config.lr.back() = 1;  // makes it worse: the best weights are not the newest ones
   config.save_every = std::atoll(std::getenv(kSaveVariable));
   const int64_t file_bytes = std::atoll(std::getenv(kFileLimitVariable));
   if (file_bytes != kNoLimit) {

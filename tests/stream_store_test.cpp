@@ -219,13 +219,16 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
         CHECK(results(other->out).at(stage) == expected.at(stage));
     }
 
-    // Begun on the device, gone on from files.
+    // Begun on the device, gone on from files, inside an epoch of the second block.
     train::TrainConfig resumed = files;
     resumed.out = fixture.dir / (std::string(input) + "_resumed");
     resumed.memory = {};
     train::Observer observer;
-    observer.after_block = [](int64_t) { throw std::runtime_error("killed"); };
+    observer.after_block_step = [](int64_t block, int64_t stage, int64_t step) {
+      if (block == 1 && stage == 1 && step == 7) throw std::runtime_error("killed");
+    };
     CHECK_THROWS(fixture.run(resumed, observer));
+    REQUIRE(std::filesystem::exists(resumed.out + "/blocks/state.safetensors"));
     resumed.memory = files.memory;
     fixture.run(resumed);
     for (const auto& [name, bytes] : results(files.out)) {
