@@ -133,6 +133,17 @@ void LlamaBlock::load_float(const Checkpoint& source) {
                                 backend_.act()));
 }
 
+void LlamaBlock::set_float(const BlockMasters& weights) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(weights.linears.size() == all.size());
+  for (size_t i = 0; i < all.size(); ++i)
+    all[i]->set_float(
+        upload_as(backend_, weights.linears[i], {all[i]->n(), all[i]->k()}, backend_.act()));
+  const Shape shape{config_.d_model};
+  input_norm_.set_constant(upload_as(backend_, weights.input_norm, shape, backend_.real()));
+  post_norm_.set_constant(upload_as(backend_, weights.post_norm, shape, backend_.real()));
+}
+
 void LlamaBlock::load_packed(const Checkpoint& source, Tensor buffer) {
   load_norms(source);
   for (QuantLinear* linear : linears()) {

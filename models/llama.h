@@ -56,8 +56,9 @@ class LlamaBlock {
   // an inference tape only, which keeps nothing and heeds no `recompute`.
   Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute);
 
-  // Full-precision weights (rounded to act) from a checkpoint.
+  // Full-precision weights (rounded to act): from a checkpoint, one at a time, or at hand already.
   void load_float(const Checkpoint& source);
+  void set_float(const BlockMasters& weights);
   // Exported linears; one that the export left alone is loaded as Float. `buffer` is shared.
   void load_packed(const Checkpoint& source, Tensor buffer);
 

@@ -98,6 +98,11 @@ TEST_CASE("recompute: the block phase holds what was predicted, and gives the sa
       const auto files = results(run.config.out);
       if (recompute == Recompute::None) expected = files;
       CHECK(files == expected);
+      int64_t bytes = 0;
+      for (const auto& [name, content] : files)
+        if (name != "run.json") bytes += static_cast<int64_t>(content.size());
+      CHECK(static_cast<double>(train::result_bytes(run.model, run.resolved())) ==
+            Approx(static_cast<double>(bytes)).epsilon(0.01));
       for (const train::Json& line : log_lines(run.config.out, "block"))
         CHECK(line["recompute"] == models::to_string(recompute));
     }
@@ -124,6 +129,9 @@ TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives t
         const auto files = results(run.config.out);
         if (recompute == Recompute::None) expected = files;
         CHECK(files == expected);
+        const auto final_bytes = static_cast<double>(files.at("e2e/final.safetensors").size());
+        CHECK(static_cast<double>(train::result_bytes(run.model, run.resolved())) ==
+              Approx(final_bytes).epsilon(0.01));
       }
     }
 }

@@ -66,7 +66,9 @@ int train_command(const Arguments& arguments) {
       ("epochs", "passes over the samples, each stage", value("2"))                     //
       ("batch", "windows a step", value("8"))                                           //
       ("lr", "one rate, or one a stage; default: by the model's width", value("auto"))  //
-      ("input-stream", "what a stage is fed: same, higher or mix", value("same"));
+      ("input-stream", "what a stage is fed: same, higher or mix", value("same"))       //
+      ("extrapolate", "SAMPLESxEPOCHS: say what so long a run would take, from this one's times",
+       cxxopts::value<std::string>());
   line.options("End to end")  //
       ("e2e-steps", "optimizer steps; 0: none; auto: two passes after blocks, four without",
        value("auto"))                                                                 //
@@ -97,6 +99,7 @@ int train_command(const Arguments& arguments) {
   config.epochs = line.integer("epochs", 1);
   config.batch = line.integer("batch", 1);
   if (line.text("lr") != "auto") config.lr = parse_rates(line.text("lr"));
+  if (line.has("extrapolate")) config.extrapolate = train::parse_extent(line.text("extrapolate"));
   config.input_stream = train::parse_input_stream(line.text("input-stream"));
   config.seed = static_cast<uint64_t>(line.integer("seed", 0));
   config.e2e_batch = line.integer("e2e-batch", 1);

@@ -2,7 +2,11 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
+#include <functional>
+#include <future>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -11,6 +15,7 @@
 #include "engine/cpu/memory.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/block_times.h"
 #include "train/saved_state.h"
 #include "train/step_probe.h"
 
@@ -123,12 +128,16 @@ class BlockPhase {
       train_block(block, block == first ? finished_stages % stages : 0);
       if (observer_.after_block) observer_.after_block(block);
     }
+    finish_write();
+    progress_.reset();  // ends its line
+    if (!observer_.quiet) report();
   }
 
   // For a probe: the first block stands before the first step of its first stage.
   void begin() {
-    advance_teacher(0, *target_);
-    load(0, float_masters(source_, 0));
+    const BlockMasters weights = full_precision(0);
+    advance_teacher(0, weights, *target_);
+    load(0, weights);
     work_->prepare();
     rewind();
   }
@@ -244,14 +253,33 @@ class BlockPhase {
     });
   }
 
-  void advance_teacher(int64_t layer, Stream& out) {
-    LlamaBlock teacher(backend_, model_, layer, inv_freq_);
-    teacher.load_float(source_);
-    advance(teacher, out, *streams_[0]);
+  // The original weights of a layer. Layers are asked for in order: the next one's are read, or
+  // made, beside the work on this one.
+  BlockMasters full_precision(int64_t layer) {
+    BlockMasters weights =
+        next_weights_.valid() ? next_weights_.get() : float_masters(source_, layer);
+    if (layer + 1 < model_.layers)
+      next_weights_ = std::async(std::launch::async, float_masters, std::cref(source_), layer + 1);
+    return weights;
   }
 
-  void advance_stage(size_t t, const BlockMasters& masters) {
-    load(t, masters);
+  // Adds the time that `work` takes, all that it queues included.
+  template <typename Work>
+  void timed(double& seconds, const Work& work) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    backend_.synchronize();
+    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  void advance_teacher(int64_t layer, const BlockMasters& weights, Stream& out) {
+    LlamaBlock teacher(backend_, model_, layer, inv_freq_);
+    timed(time_.weights_s, [&] { teacher.set_float(weights); });
+    timed(time_.streams_s, [&] { advance(teacher, out, *streams_[0]); });
+  }
+
+  // With the masters and the width that stand in the block.
+  void advance_stage(size_t t) {
     work_->prepare();
     advance(*work_, *streams_[t + 1], *streams_[t + 1]);
   }
@@ -277,34 +305,46 @@ class BlockPhase {
       if (progress) progress->set(block * passes + done, cat("block ", block + 1, "/", blocks));
     };
     for (int64_t block = 0; block < blocks; ++block) {
-      advance_teacher(block, *streams_[0]);
+      advance_teacher(block, full_precision(block), *streams_[0]);
       advanced(block, 1);
       for (size_t t = 0; t < stages_.size(); ++t) {
-        advance_stage(t, finished_masters(block, t));
+        load(t, finished_masters(block, t));
+        advance_stage(t);
         advanced(block, static_cast<int64_t>(t) + 2);
       }
     }
   }
 
   void train_block(int64_t layer, int64_t finished_stages) {
-    advance_teacher(layer, *target_);
-    std::vector<BlockMasters> results;
+    const bool from_its_start = finished_stages == 0 && !saved_;
+    time_ = BlockTime();
+    time_.stages.resize(stages_.size());
+    BlockMasters original;
+    timed(time_.weights_s, [&] { original = full_precision(layer); });
+    advance_teacher(layer, original, *target_);
+    std::vector<std::shared_ptr<const BlockMasters>> results;
     for (size_t t = 0; t < stages_.size(); ++t) {
       if (static_cast<int64_t>(t) < finished_stages) {
-        results.push_back(finished_masters(layer, t));
+        results.push_back(std::make_shared<BlockMasters>(finished_masters(layer, t)));
         continue;
       }
-      load(t, t == 0 ? float_masters(source_, layer) : results.back());
+      timed(time_.weights_s, [&] { load(t, t == 0 ? original : *results.back()); });
       results.push_back(train_stage(layer, t));
     }
     if (layer + 1 == model_.layers) return;
-    for (size_t t = 0; t < stages_.size(); ++t) advance_stage(t, results[t]);
+    // The last stage's masters stand in the block still.
+    for (size_t t = stages_.size(); t-- > 0;) {
+      if (t + 1 < stages_.size()) timed(time_.weights_s, [&] { load(t, *results[t]); });
+      timed(time_.streams_s, [&] { advance_stage(t); });
+    }
     if (target_ != streams_[0])
-      rewrite(*streams_[0], *target_, [](const Tensor& rows) { return rows; });
+      timed(time_.streams_s,
+            [&] { rewrite(*streams_[0], *target_, [](const Tensor& rows) { return rows; }); });
+    if (from_its_start) log_time(layer);
   }
 
-  // Returns the masters of the best validation loss, which are in the stage's file then.
-  BlockMasters train_stage(int64_t layer, size_t t) {
+  // Returns the masters of the best validation loss, which are on their way into the stage's file.
+  std::shared_ptr<const BlockMasters> train_stage(int64_t layer, size_t t) {
     StageStep& stage = *stages_[t];
     stage.optimizer.restart(stage.schedule);
     upload_order(layer, t);
@@ -314,15 +354,27 @@ class BlockPhase {
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
     const std::vector<double> validation = train_epochs(t, at);
 
-    backend_.copy(parameters_.masters(), best_);
-    BlockMasters result = work_->masters();
-    write(layer, t, result, validation);
-    std::filesystem::remove(run_.block_state_file());
+    std::shared_ptr<const BlockMasters> result;
+    timed(time_.weights_s, [&] {
+      backend_.copy(parameters_.masters(), best_);
+      result = std::make_shared<BlockMasters>(work_->masters());
+      finish_write();
+    });
+    writing_ = std::async(std::launch::async, [this, layer, t, result, validation] {
+      write(layer, t, *result, validation);
+      std::filesystem::remove(run_.block_state_file());
+    });
     return result;
   }
 
+  // One file at a time is written beside the training of what comes after it. Throws what went
+  // wrong there.
+  void finish_write() {
+    if (writing_.valid()) writing_.get();
+  }
+
   Position start_stage(int64_t layer, size_t t) {
-    Position at{layer, static_cast<int64_t>(t), 0, {validate(t)}};
+    Position at{layer, static_cast<int64_t>(t), 0, {timed_validation(t)}};
     log_validation(at);
     // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
     backend_.copy(best_, parameters_.masters());
@@ -356,7 +408,7 @@ class BlockPhase {
     timer_.restart();
     while (at.step < total) {
       skipped = finish_epoch(t, at);
-      const double loss = validate(t);
+      const double loss = timed_validation(t);
       at.validation.push_back(loss);
       log_validation(at);
       if (better(loss, best)) {
@@ -380,7 +432,9 @@ class BlockPhase {
     auto since = Clock::now();
     const auto log = [&] {
       backend_.synchronize();
-      skipped = log_steps(at, logged, std::chrono::duration<double>(Clock::now() - since).count());
+      const double seconds = std::chrono::duration<double>(Clock::now() - since).count();
+      time_.stages[t].train_s += seconds;
+      skipped = log_steps(at, logged, seconds);
       logged = at.step;
     };
     while (at.step < end) {
@@ -401,6 +455,7 @@ class BlockPhase {
   }
 
   void save(size_t t, const Position& at) {
+    finish_write();  // the state stands behind all that is finished
     backend_.synchronize();
     const auto begun = SaveTimer::Clock::now();
     save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(*stages_[t]));
@@ -467,6 +522,12 @@ class BlockPhase {
     backend_.zero(cursor_);
   }
 
+  double timed_validation(size_t t) {
+    double loss = 0;
+    timed(time_.stages[t].validation_s, [&] { loss = validate(t); });
+    return loss;
+  }
+
   // Mean squared error over the validation windows, on the first of the stage's training inputs.
   double validate(size_t t) {
     Reader inputs = in_order(*training_inputs(t)[0], 0, config_.samples, rows_);
@@ -521,6 +582,41 @@ class BlockPhase {
     return skipped;
   }
 
+  void log_time(int64_t layer) {
+    Json line;
+    line["phase"] = "time";
+    line["block"] = layer;
+    for (size_t t = 0; t < stages_.size(); ++t) {
+      Json stage;
+      stage["stage"] = to_string({config_.stages[t]});
+      stage["train_s"] = time_.stages[t].train_s;
+      stage["validation_s"] = time_.stages[t].validation_s;
+      line["stages"].push_back(stage);
+    }
+    line["streams_s"] = time_.streams_s;
+    line["weights_s"] = time_.weights_s;
+    run_.append_log({line});
+    times_.push_back(time_);
+  }
+
+  // Where a block's time went, and what a longer run would take.
+  void report() const {
+    if (times_.empty()) return;
+    const BlockTime middle = median(times_);
+    std::printf("blocks: median of %zu: %.3g s: %s\n", times_.size(), middle.total_s(),
+                to_string(middle, config_).c_str());
+    if (!config_.extrapolate) return;
+    const Extent& to = *config_.extrapolate;
+    const BlockTime longer = extrapolate(middle, config_, to);
+    std::printf(
+        "%lld samples x %lld tokens, %lld epochs, streams where they lie here: %.3g s a "
+        "block: %s; %.3g h for %lld blocks\n",
+        static_cast<long long>(to.samples), static_cast<long long>(config_.seq_len),
+        static_cast<long long>(to.epochs), longer.total_s(), to_string(longer, config_).c_str(),
+        longer.total_s() * static_cast<double>(model_.layers) / 3600,
+        static_cast<long long>(model_.layers));
+  }
+
   void write(int64_t layer, size_t t, const BlockMasters& masters,
              const std::vector<double>& validation) const {
     std::vector<data::SafeTensorsWriter::Entry> entries;
@@ -559,6 +655,11 @@ class BlockPhase {
   std::optional<SavedState> saved_;  // until the stage in which it lies goes on from it
   SaveTimer timer_;
   std::optional<engine::Progress> progress_;
+  BlockTime time_;                // of the block at hand
+  std::vector<BlockTime> times_;  // of the blocks trained whole by this process, but the last
+  // Last, so that what they run ends before anything that it uses.
+  std::future<BlockMasters> next_weights_;
+  std::future<void> writing_;  // the newest stage's file
 };
 
 // Of the device, for all but the streams.
@@ -572,7 +673,10 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   // Masters, gradients, two moments, the best masters; wq, e and z; order and log of a stage.
   const int64_t trained = parameters * (5 * real + act) + parameters / config.group * 2 +
                           steps * (config.batch * 4 + engine::kControlSize * real);
-  const int64_t teacher = parameters * act + block.inference_bytes;
+  int64_t largest = 0;  // of the linears: it arrives in F32
+  for (const models::LinearShape& linear : models::block_linears(model))
+    largest = std::max(largest, linear.n * linear.k);
+  const int64_t teacher = parameters * act + std::max(block.inference_bytes, largest * 4);
   // A step's input and target, and its activations.
   const int64_t step = 2 * tokens * model.d_model * act + block.kept_bytes + block.backward_bytes;
   // What a recorded step allocates stays its own; without recording, the passes share.
@@ -647,7 +751,10 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
                "lower --batch or --seq-len");
   StreamRoom room;
   room.device_bytes = device_bytes - memory.device_bytes;
-  room.host_bytes = engine::HostMemory::available_bytes() / 5 * 4;
+  // Beside streams the host holds a block's weights: this one's, the next one's, every stage's.
+  const int64_t weights_bytes = (2 + stages_of(config)) * block_parameters(model) * 4;
+  room.host_bytes =
+      std::max<int64_t>(0, engine::HostMemory::available_bytes() / 5 * 4 - weights_bytes);
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - device_bytes);
   if (config.memory.host_bytes > 0)

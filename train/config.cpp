@@ -119,6 +119,15 @@ std::optional<models::Recompute> parse_recompute(const std::string& text) {
   return parse_name(kRecomputes, text, "--recompute");
 }
 
+Extent parse_extent(const std::string& text) {
+  long long samples = 0, epochs = 0;
+  int used = 0;
+  const bool good = std::sscanf(text.c_str(), "%9lldx%9lld%n", &samples, &epochs, &used) == 2 &&
+                    used == static_cast<int>(text.size()) && samples > 0 && epochs > 0;
+  want(good, cat("--extrapolate is '", text, "'; samples and epochs look like 4096x6"));
+  return {samples, epochs};
+}
+
 std::string to_json(const TrainConfig& c) {
   Json j;
   j["model"] = c.model;
@@ -221,6 +230,8 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
         c.lr.push_back(default_stage_lr(c.stages[t], model.d_model));
     want(c.lr.size() == c.stages.size(),
          cat("--lr has ", c.lr.size(), " values for ", c.stages.size(), " stages"));
+    want(!c.extrapolate || c.extrapolate->samples >= c.batch,
+         cat("--extrapolate asks for fewer samples than --batch ", c.batch));
     for (double lr : c.lr) want(lr > 0 && std::isfinite(lr), cat("--lr ", lr, " is not positive"));
   }
 

@@ -24,6 +24,12 @@ enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // masters to the middle of their bins first
 
+// How long a run is: windows, and passes over them in every stage.
+struct Extent {
+  int64_t samples = 0;
+  int64_t epochs = 0;
+};
+
 // What a run may take for itself. It decides where data lie, never what is computed.
 struct MemoryBudget {
   int64_t device_bytes = 0;  // 0: what the device has left
@@ -63,6 +69,7 @@ struct TrainConfig {
   int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores
   MemoryBudget memory;
+  std::optional<Extent> extrapolate;  // what so long a run would take is said behind the blocks
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
@@ -75,8 +82,10 @@ EndToEndTrain parse_e2e_train(const std::string& text);
 Snap parse_snap(const std::string& text);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
+Extent parse_extent(const std::string& text);  // "4096x6"; UsageError otherwise
 
-// All fields but `out`, which is where the JSON lies, and `memory`, as indented text; and back.
+// All fields but `out`, which is where the JSON lies, `memory` and `extrapolate`, which decide
+// nothing, as indented text; and back.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 

@@ -317,6 +317,16 @@ models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_byte
   return models::Recompute::Block;
 }
 
+int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config) {
+  const int64_t parameters = model.layers * block_parameters(model);
+  int64_t bytes = static_cast<int64_t>(config.stages.size()) * parameters * 4;
+  if (config.e2e_steps > 0)  // masters; or codes, with a scale and a zero point a group
+    bytes += config.e2e_train == EndToEndTrain::All
+                 ? parameters * 4
+                 : model.linear_parameters() / config.group * (config.group + 2);
+  return bytes;
+}
+
 int64_t block_parameters(const models::LlamaConfig& config) {
   int64_t total = 2 * config.d_model;
   for (const models::LinearShape& linear : models::block_linears(config))

@@ -119,5 +119,7 @@ int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
 models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
                                    const std::function<int64_t(models::Recompute)>& bytes);
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
+// Of the files that a finished run holds, their headers and the log aside.
+int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config);
 
 }  // namespace bbb::train

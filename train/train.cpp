@@ -27,7 +27,8 @@ const char* said(models::Recompute recompute) {
   }
 }
 
-void print_memory(const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
+void print_plan(const models::LlamaConfig& model, const TrainConfig& config,
+                const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
     const StreamPlan& streams = blocks->streams;
@@ -44,6 +45,9 @@ void print_memory(const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
   if (end_to_end != nullptr)
     std::printf("end to end: at most %.2f GB of the device; %s\n",
                 gigabytes(end_to_end->device_bytes), said(end_to_end->recompute));
+  std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config)),
+              config.out.c_str());
+  std::fflush(stdout);  // it is read before the run is over
 }
 
 }  // namespace
@@ -97,7 +101,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   EndToEndMemory whole;
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
-    print_memory(blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
+    print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
   if (!run.exists()) run.create_or_resume(identity);
   if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
   if (config.e2e_steps > 0) {
