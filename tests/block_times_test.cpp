@@ -49,7 +49,7 @@ TEST_CASE("block times: a longer run takes more steps and windows, and as many w
   CHECK(longer.streams_s == Approx(4096 + 16));
   CHECK(longer.weights_s == 5);
   CHECK(train::to_string(block_of(1, 0.25, 3, 4), two_stages()) ==
-        "w4a16 1 s, w2a16 2 s, validation 0.5 s, streams 3 s, weights 4 s");
+        "10.5 s a block: w4a16 1 s, w2a16 2 s, validation 0.5 s, streams 3 s, weights 4 s");
 }
 
 TEST_CASE("block times: samples and epochs are read, or refused", "[times]") {

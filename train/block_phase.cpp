@@ -603,16 +603,16 @@ class BlockPhase {
   void report() const {
     if (times_.empty()) return;
     const BlockTime middle = median(times_);
-    std::printf("blocks: median of %zu: %.3g s: %s\n", times_.size(), middle.total_s(),
-                to_string(middle, config_).c_str());
+    std::printf("blocks: %s, the median of %zu\n", to_string(middle, config_).c_str(),
+                times_.size());
     if (!config_.extrapolate) return;
     const Extent& to = *config_.extrapolate;
     const BlockTime longer = extrapolate(middle, config_, to);
     std::printf(
-        "%lld samples x %lld tokens, %lld epochs, streams where they lie here: %.3g s a "
-        "block: %s; %.3g h for %lld blocks\n",
+        "%lld samples x %lld tokens, %lld epochs a stage, streams where they lie here: %s; %.2f h "
+        "for %lld blocks\n",
         static_cast<long long>(to.samples), static_cast<long long>(config_.seq_len),
-        static_cast<long long>(to.epochs), longer.total_s(), to_string(longer, config_).c_str(),
+        static_cast<long long>(to.epochs), to_string(longer, config_).c_str(),
         longer.total_s() * static_cast<double>(model_.layers) / 3600,
         static_cast<long long>(model_.layers));
   }

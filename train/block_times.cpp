@@ -19,7 +19,7 @@ double median_of(const std::vector<BlockTime>& blocks, const Part& part) {
 
 std::string seconds(double value) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.3g s", value);
+  std::snprintf(text, sizeof text, value < 100 ? "%.3g s" : "%.0f s", value);
   return text;
 }
 
@@ -67,7 +67,7 @@ BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, cons
 }
 
 std::string to_string(const BlockTime& time, const TrainConfig& config) {
-  std::string text;
+  std::string text = cat(seconds(time.total_s()), " a block: ");
   for (size_t t = 0; t < time.stages.size(); ++t)
     text += cat(to_string({config.stages[t]}), " ", seconds(time.stages[t].train_s), ", ");
   return text + cat("validation ", seconds(time.validation_s()), ", streams ",
