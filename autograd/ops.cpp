@@ -189,17 +189,18 @@ Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const
   Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {h});
   const bool backward = out.requires_grad();
-  // Scratch of one chunk, whatever M is. Losses want more digits than activations have.
-  Tensor logits = backend.empty({chunk, v}, backend.real());
-  Tensor teacher = teacher_h.defined() ? backend.empty({chunk, v}, backend.real()) : Tensor();
-  Tensor dlogits = backward ? backend.empty({chunk, v}, backend.act()) : Tensor();
+  // Scratch of one chunk, whatever M is. Training keeps logits as activations, and their gradient
+  // in the same place; a loss that is only measured wants more digits than activations have.
+  const DType dtype = backward ? backend.act() : backend.real();
+  Tensor logits = backend.empty({chunk, v}, dtype);
+  Tensor teacher = teacher_h.defined() ? backend.empty({chunk, v}, dtype) : Tensor();
   Tensor dh = backward ? backend.empty(h.value().shape(), backend.act()) : Tensor();
   Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, backend.real());
 
   for (int64_t begin = 0; begin < m; begin += chunk) {
     const int64_t rows = std::min(chunk, m - begin);
     const Tensor chunk_logits = logits.rows(0, rows);
-    const Tensor chunk_dlogits = backward ? dlogits.rows(0, rows) : Tensor();
+    const Tensor chunk_dlogits = backward ? chunk_logits : Tensor();
     const Tensor chunk_losses = losses.rows(begin, rows);
     const Tensor chunk_targets = targets.rows(begin, rows);
     backend.gemm_nt(chunk_logits, h.value().rows(begin, rows), head, Tensor(), Tensor());

@@ -2,9 +2,10 @@
 // dlogits = scale (q - p).   loss F32 (M); dlogits bf16 (M, V) or undefined; logits, teacher bf16
 // or F32 (M, V), both alike; targets I32 (M), where a negative one gives loss 0 and gradient 0.
 //
-// One block a row: a pass over each input for its maximum and sum, then one over both for the loss
-// and the gradient. The loss is summed after both log sums are known: its terms are small where the
-// two agree. dlogits may be the buffer of bf16 logits. 10 bytes moved a pair of bf16 logits.
+// One block a row and an SM: a pass over both inputs for their maxima and sums, then one for the
+// loss and the gradient. So few rows are under way at a time that the second pass reads them from
+// the L2 cache. The loss is summed after both log sums are known: its terms are small where the two
+// agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a pair of bf16 logits.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/softmax_row.h"
@@ -12,13 +13,13 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWide = 8;
 
 template <int kWidth, typename T>
-__global__ void kl_divergence_kernel(float* __restrict__ loss, bf16* dlogits, const T* logits,
-                                     const T* __restrict__ teacher,
-                                     const int32_t* __restrict__ targets, int64_t v, float scale) {
+__global__ __launch_bounds__(kThreads, 1) void kl_divergence_kernel(
+    float* __restrict__ loss, bf16* dlogits, const T* logits, const T* __restrict__ teacher,
+    const int32_t* __restrict__ targets, int64_t v, float scale) {
   __shared__ float shared[32];
   const int64_t m = blockIdx.x;
   const T* const srow = logits + m * v;
@@ -29,10 +30,20 @@ __global__ void kl_divergence_kernel(float* __restrict__ loss, bf16* dlogits, co
     if (drow != nullptr) zero_row<kWidth>(drow, v);
     return;
   }
-  const ExpSum es = row_exp_sum<kWidth>(srow, v);
-  const ExpSum et = row_exp_sum<kWidth>(trow, v);
+  ExpSum es, et;
+#pragma unroll 2
+  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
+    float s[kWidth], t[kWidth];
+    load(s, srow + i, kWidth);
+    load(t, trow + i, kWidth);
+    es.add(s);
+    et.add(t);
+  }
+  es = block_exp_sum(es);
+  et = block_exp_sum(et);
   const float log_sum_s = logf(es.sum), log_sum_t = logf(et.sum);
   float sum = 0.0f;
+#pragma unroll 2
   for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
     float s[kWidth], t[kWidth];
     load(s, srow + i, kWidth);

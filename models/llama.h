@@ -141,8 +141,9 @@ class Llama {
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
 };
 
-// Rows of the head that are computed at once, so that logits stay within a fixed budget.
-int64_t head_chunk_rows(const Backend& backend, int64_t vocab);
+// Rows of the head that are computed at once, so that logits of this type stay within a fixed
+// budget.
+int64_t head_chunk_rows(const Backend& backend, int64_t vocab, engine::DType logits);
 
 // method.md section 5 over windows (count, seq_len): each window's mean NLL over its seq_len - 1
 // shifted tokens; perplexity = exp(mean over windows).

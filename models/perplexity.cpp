@@ -8,10 +8,12 @@ namespace bbb::models {
 
 using engine::DType;
 
-int64_t head_chunk_rows(const Backend& backend, int64_t vocab) {
+int64_t head_chunk_rows(const Backend& backend, int64_t vocab, DType logits) {
   const int64_t budget_bytes =
       backend.device() == engine::DeviceType::Cuda ? int64_t{512} << 20 : int64_t{64} << 20;
-  return std::max<int64_t>(1, budget_bytes / (vocab * static_cast<int64_t>(sizeof(float))));
+  constexpr int64_t kProductRows = 256;  // whole tiles of a matrix product
+  const int64_t rows = budget_bytes / (vocab * engine::size_bytes(logits));
+  return std::max<int64_t>(1, rows < kProductRows ? rows : rows / kProductRows * kProductRows);
 }
 
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
@@ -42,7 +44,8 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     Tape tape(backend, autograd::TapeMode::Inference);
     const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
-              model.head(), targets, Tensor(), 1.0, head_chunk_rows(backend, vocab), losses);
+              model.head(), targets, Tensor(), 1.0, head_chunk_rows(backend, vocab, backend.real()),
+              losses);
 
     const std::vector<float> host = download_floats(backend, losses);
     for (int64_t w = 0; w < batch; ++w) {

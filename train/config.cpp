@@ -241,8 +241,11 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     want(c.e2e_batch > 0 && c.e2e_batch <= c.samples,
          cat("--e2e-batch is ", c.e2e_batch, ", but must lie between 1 and --samples ", c.samples));
     if (c.e2e_micro_batch == 0) {
-      // Enough rows to keep the device's matrix products efficient, few enough to fit.
-      const int64_t tokens = device == engine::DeviceType::Cuda ? 8 * 2048 : 1024;
+      // Enough rows to keep the device's matrix products efficient, few enough to fit: narrow
+      // models need more.
+      const int64_t tokens = device != engine::DeviceType::Cuda ? 1024
+                             : model.d_model <= 1024            ? 16 * 2048
+                                                                : 8 * 2048;
       c.e2e_micro_batch = std::clamp<int64_t>(tokens / c.seq_len, 1, c.e2e_batch);
       while (c.e2e_batch % c.e2e_micro_batch != 0) --c.e2e_micro_batch;
     }

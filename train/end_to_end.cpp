@@ -257,9 +257,9 @@ class EndToEnd {
                                     {tokens, model_.d_model});
     const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
-    const Var loss =
-        autograd::head_loss(tape, kind, h, student_.head(), targets.view({tokens}), teacher_h,
-                            scale, models::head_chunk_rows(backend_, model_.vocab), Tensor());
+    const Var loss = autograd::head_loss(
+        tape, kind, h, student_.head(), targets.view({tokens}), teacher_h, scale,
+        models::head_chunk_rows(backend_, model_.vocab, backend_.act()), Tensor());
     if (last == StepPart::Forward) return;
     tape.backward(loss);
     backend_.sum(loss_, loss.value(), 1.0, mode);
@@ -408,10 +408,11 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const models::ActivationMemory block =
       models::activation_memory(backend, model, tokens, recompute);
   const int64_t kept = model.layers * block.kept_bytes + (kl ? 3 : 2) * hidden;
-  // Logits of a chunk of rows, the teacher's, their gradient; losses; the gradient that comes out.
-  const int64_t rows = std::min(models::head_chunk_rows(backend, model.vocab), tokens);
-  const int64_t head =
-      rows * model.vocab * (real * (kl ? 2 : 1) + act) + 3 * tokens * real + hidden;
+  // Logits of a chunk of rows, their gradient in their place, the teacher's; losses; the gradient
+  // that comes out.
+  const int64_t rows =
+      std::min(models::head_chunk_rows(backend, model.vocab, backend.act()), tokens);
+  const int64_t head = rows * model.vocab * act * (kl ? 2 : 1) + 3 * tokens * real + hidden;
   const int64_t step = kept + std::max(block.backward_bytes, head);
   // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
   const int64_t arriving = std::max(table * 4, config.e2e_train == EndToEndTrain::All
