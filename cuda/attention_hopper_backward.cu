@@ -183,102 +183,126 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       }
     }
 
-    int tile = item.first_tile;
-    for (int step = 0; step < item.steps; ++step) {
-      const int stage = ring.stage, y0 = tile * kTile;
-      mbarrier_wait(Shape::y_full(smem, stage), ring.parity);
-      ring.advance();
-      if (++tile == item.first_tile + item.tiles) tile = item.first_tile;
-      // Distances i - j from key j to query i within the warpgroup's scores.
-      const int least = kKeys ? y0 - (own_x0 + 63) : own_x0 - (y0 + kTile - 1);
-      const int greatest = kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + 63 - y0;
-      if (greatest >= 0 && least < args.window) {
-        float s[kTile / 8][4], ds[kTile / 8][4];
-        const uint32_t y1_at = Shape::y_at(smem, stage, 0), y2_at = Shape::y_at(smem, stage, 1);
-        {
-          const uint64_t y1 = Y::template descriptor<Along::Columns>(y1_at);
-          const uint64_t y2 = Y::template descriptor<Along::Columns>(y2_at);
-          wgmma_fence();
+    // The tile in work, and the one after it.
+    float s[kTile / 8][4], ds[kTile / 8][4];
+    int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
+    const auto release = [&](int left) {
+      if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, left));
+    };
+    // Distances i - j from key j to query i within the warpgroup's scores.
+    const auto least = [&] { return kKeys ? y0 - (own_x0 + 63) : own_x0 - (y0 + kTile - 1); };
+    const auto greatest = [&] { return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + 63 - y0; };
+    // Moves stage and y0 to the next tile that this warpgroup sees, past those that it does not.
+    // Between two of them lies at most one (at the end of a window or the start of a head, on the
+    // side of the keys), so that the ring has a stage for it while the one before is still held.
+    const auto find_tile = [&] {
+      while (step < item.steps) {
+        stage = ring.stage;
+        y0 = tile * kTile;
+        mbarrier_wait(Shape::y_full(smem, stage), ring.parity);
+        ring.advance();
+        ++step;
+        if (++tile == item.first_tile + item.tiles) tile = item.first_tile;
+        if (greatest() >= 0 && least() < args.window) return true;
+        // Rows behind the text may see none. They take the last, masked.
+        if (own_x0 >= args.t && step == item.steps) return true;
+        release(stage);
+      }
+      return false;
+    };
+    // a b^T, left in flight.
+    const auto start_scores = [&](float(&scores)[kTile / 8][4], uint64_t x, int which) {
+      const uint64_t y = Y::template descriptor<Along::Columns>(Shape::y_at(smem, stage, which));
+      accumulator_fence(scores);
+      wgmma_fence();
 #pragma unroll
-          for (int kk = 0; kk < D / 16; ++kk)
-            wgmma<Along::Columns>(s, x1 + X::template slice_offset<Along::Columns>(kk),
-                                  y1 + Y::template slice_offset<Along::Columns>(kk), kk != 0);
-          wgmma_commit();
-#pragma unroll
-          for (int kk = 0; kk < D / 16; ++kk)
-            wgmma<Along::Columns>(ds, x2 + X::template slice_offset<Along::Columns>(kk),
-                                  y2 + Y::template slice_offset<Along::Columns>(kk), kk != 0);
-          wgmma_commit();
-        }
+      for (int kk = 0; kk < D / 16; ++kk)
+        wgmma<Along::Columns>(scores, x + X::template slice_offset<Along::Columns>(kk),
+                              y + Y::template slice_offset<Along::Columns>(kk), kk != 0);
+      wgmma_commit();
+    };
 
-        // s becomes p.
-        wgmma_wait<1>();
-        accumulator_fence(s);
-        const float* lse2 = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 0));
-        const float* delta = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 1));
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-          float2 across = {};
-          if constexpr (kKeys) across = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_lse2[i / 2];
-            s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
-          }
-        }
-        if (least < 0 || greatest >= args.window) {
-          const int corner = y0 + pair - (own_x0 + local_row);
-#pragma unroll
-          for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int ahead = corner + n * 8 + i % 2 - i / 2 * 8;
-              const int distance = kKeys ? ahead : -ahead;
-              if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
-                s[n][i] = 0.0f;
-            }
-        }
+    find_tile();  // there is one: the diagonal's, or the last
+    start_scores(s, x1, 0);
+    while (true) {
+      start_scores(ds, x2, 1);
 
-        // ds, until now t, becomes ds; both are rounded for the sums.
-        wgmma_wait<0>();
-        accumulator_fence(ds);
-        uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
+      // s becomes p.
+      wgmma_wait<1>();
+      accumulator_fence(s);
+      const float* lse2 = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 0));
+      const float* delta = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 1));
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-          float2 across = {};
-          if constexpr (kKeys) across = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
+      for (int n = 0; n < kTile / 8; ++n) {
+        float2 across = {};
+        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_delta[i / 2];
-            ds[n][i] = s[n][i] * (ds[n][i] - base);
-          }
-          if (n % 2 == 1) {
-            if constexpr (kKeys) pack_a(p_a[n / 2], s[n - 1], s[n]);
-            pack_a(ds_a[n / 2], ds[n - 1], ds[n]);
-          }
-        }
-
-        {
-          const uint64_t y1 = Y::template descriptor<Along::Rows>(y1_at);
-          const uint64_t y2 = Y::template descriptor<Along::Rows>(y2_at);
-          accumulator_fence(dx1);
-          if constexpr (kKeys) accumulator_fence(dx2);
-          wgmma_fence();
-          if constexpr (kKeys) {
-#pragma unroll
-            for (int kk = 0; kk < kTile / 16; ++kk)
-              wgmma<Along::Rows>(dx2, p_a[kk], y2 + Y::template slice_offset<Along::Rows>(kk), 1);
-          }
-#pragma unroll
-          for (int kk = 0; kk < kTile / 16; ++kk)
-            wgmma<Along::Rows>(dx1, ds_a[kk], y1 + Y::template slice_offset<Along::Rows>(kk), 1);
-          wgmma_commit();
-          wgmma_wait<0>();
-          accumulator_fence(dx1);
-          if constexpr (kKeys) accumulator_fence(dx2);
+        for (int i = 0; i < 4; ++i) {
+          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_lse2[i / 2];
+          s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
         }
       }
-      if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, stage));
+      if (least() < 0 || greatest() >= args.window) {
+        const int corner = y0 + pair - (own_x0 + local_row);
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int ahead = corner + n * 8 + i % 2 - i / 2 * 8;
+            const int distance = kKeys ? ahead : -ahead;
+            if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
+              s[n][i] = 0.0f;
+          }
+      }
+
+      // ds, until now t, becomes ds; both are rounded for the sums.
+      wgmma_wait<0>();
+      accumulator_fence(ds);
+      uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
+#pragma unroll
+      for (int n = 0; n < kTile / 8; ++n) {
+        float2 across = {};
+        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_delta[i / 2];
+          ds[n][i] = s[n][i] * (ds[n][i] - base);
+        }
+        if (n % 2 == 1) {
+          if constexpr (kKeys) pack_a(p_a[n / 2], s[n - 1], s[n]);
+          pack_a(ds_a[n / 2], ds[n - 1], ds[n]);
+        }
+      }
+
+      const uint64_t y1 = Y::template descriptor<Along::Rows>(Shape::y_at(smem, stage, 0));
+      const uint64_t y2 = Y::template descriptor<Along::Rows>(Shape::y_at(smem, stage, 1));
+      accumulator_fence(dx1);
+      if constexpr (kKeys) accumulator_fence(dx2);
+      wgmma_fence();
+      if constexpr (kKeys) {
+#pragma unroll
+        for (int kk = 0; kk < kTile / 16; ++kk)
+          wgmma<Along::Rows>(dx2, p_a[kk], y2 + Y::template slice_offset<Along::Rows>(kk), 1);
+      }
+#pragma unroll
+      for (int kk = 0; kk < kTile / 16; ++kk)
+        wgmma<Along::Rows>(dx1, ds_a[kk], y1 + Y::template slice_offset<Along::Rows>(kk), 1);
+      wgmma_commit();
+
+      // The next tile's scores queue up behind the sums.
+      const int left = stage;
+      if (!find_tile()) {
+        wgmma_wait<0>();
+        accumulator_fence(dx1);
+        if constexpr (kKeys) accumulator_fence(dx2);
+        release(left);
+        break;
+      }
+      start_scores(s, x1, 0);
+      wgmma_wait<1>();
+      accumulator_fence(dx1);
+      if constexpr (kKeys) accumulator_fence(dx2);
+      release(left);
     }
 
     if (kKeys && args.partial != nullptr) {
