@@ -24,12 +24,6 @@ int gpu_count() {
   return count;
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  BBB_CUDA(cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 // While it lives the stream records instead of executing, and allocations come from `own`.
 class Capture {
  public:
@@ -51,11 +45,11 @@ class Capture {
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
 
-  cudaGraph_t end() {
+  GraphHandle end() {
     ended_ = true;
     cudaGraph_t graph = nullptr;
     BBB_CUDA(cudaStreamEndCapture(stream_, &graph));
-    return graph;
+    return GraphHandle(graph);
   }
 
  private:
@@ -87,16 +81,15 @@ class GraphReplay final : public Replay {
         step_(std::move(step)),
         pool_(std::move(pool)),
         kernels_(count_kernels(graph)) {
-    const cudaError_t status = cudaGraphInstantiate(&executable_, graph, 0);
-    cudaGraphDestroy(graph);
-    BBB_CUDA(status);
+    cudaGraphExec_t executable = nullptr;
+    BBB_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+    executable_.reset(executable);
   }
   ~GraphReplay() override {
     cudaDeviceSynchronize();  // the last run may still be using the pool
-    cudaGraphExecDestroy(executable_);
     cudaGetLastError();
   }
-  void run() override { BBB_CUDA(cudaGraphLaunch(executable_, stream_)); }
+  void run() override { BBB_CUDA(cudaGraphLaunch(executable_.get(), stream_)); }
   int64_t kernels() const override { return kernels_; }
 
  private:
@@ -104,7 +97,7 @@ class GraphReplay final : public Replay {
   std::function<void()> step_;
   std::shared_ptr<MemoryPool> pool_;
   int64_t kernels_ = 0;
-  cudaGraphExec_t executable_ = nullptr;
+  Handle<cudaGraphExec_t, cudaGraphExecDestroy> executable_;
 };
 
 // Under BBB_SYNC_LAUNCHES every launch is waited for, which a recording stream cannot do.
@@ -119,6 +112,12 @@ class DirectReplay final : public Replay {
 
 }  // namespace
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  BBB_CUDA(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 CudaBackend::CudaBackend(int device) {
   const int count = gpu_count();
   BBB_CHECK(count > 0, "no usable NVIDIA GPU: the CUDA driver finds none (try --device cpu)");
@@ -128,18 +127,15 @@ CudaBackend::CudaBackend(int device) {
   BBB_CHECK(properties_.major >= kOldestMajor, "GPU ", device, " (", properties_.name, ", sm_",
             properties_.major, properties_.minor, ") is too old: bbb needs sm_80 or newer");
   BBB_CUDA(cudaSetDevice(device));
-  BBB_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  own_stream_ = make_stream();
+  stream_ = own_stream_.get();
   pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);
-  gemm_ = std::make_unique<GemmPlanner>(stream_);
+  gemm_ = std::make_unique<GemmPlanner>(stream_, pool_);
   transfers_ = std::make_unique<CudaTransfers>(stream_);
 }
 
-CudaBackend::~CudaBackend() {
-  cudaStreamSynchronize(stream_);
-  transfers_.reset();
-  gemm_.reset();
-  cudaStreamDestroy(stream_);
-}
+// Members go in reverse order, the stream last.
+CudaBackend::~CudaBackend() { cudaStreamSynchronize(stream_); }
 
 bool CudaBackend::has_warpgroup_products() const {
 #ifdef BBB_SM90A
@@ -174,24 +170,46 @@ void CudaBackend::reset_memory_peak() {
 
 void CudaBackend::synchronize() { BBB_CUDA(cudaStreamSynchronize(stream_)); }
 
+std::string CudaBackend::gemm_library() const {
+  return cat("cuBLASLt ", cublasLtGetVersion(), " on ", device_name());
+}
+
+void CudaBackend::tune_gemms(std::optional<engine::GemmTuning> tuning) {
+  BBB_ASSERT(!tuning || !gemm_->tuned());
+  if (tuning) {
+    engine::GemmChoices& known = tuning->known;
+    BBB_CHECK(known.algorithms.empty() || known.made_by == gemm_library(), tuning->where,
+              ": GEMM algorithms chosen by ", known.made_by, "; here is ", gemm_library());
+    known.made_by = gemm_library();
+  }
+  gemm_->tune(std::move(tuning));
+}
+
 std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
   BBB_CHECK(!is_capturing(stream_), "a step is being recorded already");
   if (quant::sync_launches()) return std::make_unique<DirectReplay>(std::move(step));
-  // Nothing can be given back to the driver while the stream records: do it now.
-  synchronize();
-  pool_->release_cached();
-  std::shared_ptr<MemoryPool> own = recordings_pool_.lock();
-  if (!own) {
-    own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
-    recordings_pool_ = own;
+  for (;;) {
+    // Nothing can be given back to the driver while the stream records: do it now.
+    synchronize();
+    pool_->release_cached();
+    std::shared_ptr<MemoryPool> own = recordings_pool_.lock();
+    if (!own) {
+      own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
+      recordings_pool_ = own;
+    }
+    GraphHandle graph;
+    {
+      Capture capture(stream_, pool_, own);
+      step();
+      graph = capture.end();
+    }
+    if (!gemm_->has_unsettled())
+      return std::make_unique<GraphReplay>(stream_, graph.get(), std::move(step), std::move(own));
+    // Timing takes memory: what this recording took goes back first, unless others hold it too.
+    graph.reset();
+    own.reset();
+    gemm_->settle_recorded();
   }
-  cudaGraph_t graph = nullptr;
-  {
-    Capture capture(stream_, pool_, own);
-    step();
-    graph = capture.end();
-  }
-  return std::make_unique<GraphReplay>(stream_, graph, std::move(step), own);
 }
 
 Tensor CudaBackend::do_empty(Shape shape, DType dtype) {

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 
+#include "cuda/handle.h"
 #include "engine/backend.h"
 #include "quant/launch.h"
 
@@ -40,6 +41,8 @@ using quant::LaunchShape;
 using quant::launch;
 #endif
 
+bool is_capturing(cudaStream_t stream);  // a step is being recorded
+
 class MemoryPool;   // cuda/memory.h
 class GemmPlanner;  // cuda/gemm.h
 
@@ -59,6 +62,8 @@ class CudaBackend final : public engine::Backend {
   void synchronize() override;
   engine::Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
+  std::string gemm_library() const override;
+  void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
   cudaStream_t stream() const { return stream_; }
   const cudaDeviceProp& properties() const { return properties_; }
@@ -134,7 +139,8 @@ class CudaBackend final : public engine::Backend {
   void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
                 const Tensor& control, const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
-  cudaStream_t stream_ = nullptr;
+  StreamHandle own_stream_;
+  cudaStream_t stream_ = nullptr;              // the same
   std::shared_ptr<MemoryPool> pool_;           // the current one
   std::weak_ptr<MemoryPool> recordings_pool_;  // what pool_ is meanwhile; its Replays hold it
   std::unique_ptr<GemmPlanner> gemm_;

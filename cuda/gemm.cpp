@@ -4,13 +4,13 @@
 #include "cuda/gemm.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cuda/cuda_backend.h"
 
 namespace bbb::cuda {
 namespace {
 
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 constexpr float kHostConstants[2] = {0.0f, 1.0f};
 
 int alignment_of(const void* p) {
@@ -52,42 +52,42 @@ const float* pointer_or_null(const Tensor& alpha) {
 
 }  // namespace
 
-GemmPlanner::GemmPlanner(cudaStream_t stream) : stream_(stream) {
-  BBB_CUBLAS(cublasLtCreate(&handle_));
-  BBB_CUDA(
-      cudaMalloc(reinterpret_cast<void**>(&workspace_), kWorkspaceBytes + sizeof kHostConstants));
-  constants_ = reinterpret_cast<float*>(workspace_ + kWorkspaceBytes);
+GemmPlanner::GemmPlanner(cudaStream_t stream, std::shared_ptr<MemoryPool> pool)
+    : stream_(stream), pool_(std::move(pool)) {
+  cublasLtHandle_t handle = nullptr;
+  BBB_CUBLAS(cublasLtCreate(&handle));
+  handle_.reset(handle);
+  void* workspace = nullptr;
+  BBB_CUDA(cudaMalloc(&workspace, kGemmWorkspaceBytes + sizeof kHostConstants));
+  workspace_.reset(static_cast<char*>(workspace));
+  constants_ = reinterpret_cast<float*>(workspace_.get() + kGemmWorkspaceBytes);
   BBB_CUDA(cudaMemcpyAsync(constants_, kHostConstants, sizeof kHostConstants,
                            cudaMemcpyHostToDevice, stream_));
   BBB_CUDA(cudaStreamSynchronize(stream_));
 }
 
-GemmPlanner::~GemmPlanner() {
-  plans_.clear();
-  cudaFree(workspace_);
-  if (handle_ != nullptr) cublasLtDestroy(handle_);
-}
-
-GemmPlanner::Plan::~Plan() {
-  if (product != nullptr) cublasLtMatmulDescDestroy(product);
-  for (cublasLtMatrixLayout_t layout : {a, b, out})
-    if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
-}
-
-void GemmPlanner::prepare(Plan& plan, const GemmShape& s) const {
+GemmPlanner::Plan GemmPlanner::make_plan(const GemmShape& s) const {
   const bool plain_a = s.op_a == CUBLAS_OP_N, plain_b = s.op_b == CUBLAS_OP_N;
-  BBB_CUBLAS(cublasLtMatmulDescCreate(&plan.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-  set(plan.product, CUBLASLT_MATMUL_DESC_TRANSA, s.op_a);
-  set(plan.product, CUBLASLT_MATMUL_DESC_TRANSB, s.op_b);
-  set(plan.product, CUBLASLT_MATMUL_DESC_POINTER_MODE,
+  Plan plan;
+  cublasLtMatmulDesc_t product = nullptr;
+  BBB_CUBLAS(cublasLtMatmulDescCreate(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  plan.product.reset(product);
+  set(product, CUBLASLT_MATMUL_DESC_TRANSA, s.op_a);
+  set(product, CUBLASLT_MATMUL_DESC_TRANSB, s.op_b);
+  set(product, CUBLASLT_MATMUL_DESC_POINTER_MODE,
       s.alpha_on_device ? CUBLASLT_POINTER_MODE_DEVICE : CUBLASLT_POINTER_MODE_HOST);
-  plan.a = packed_layout(CUDA_R_16BF, plain_a ? s.m : s.k, plain_a ? s.k : s.m);
-  plan.b = packed_layout(CUDA_R_16BF, plain_b ? s.k : s.n, plain_b ? s.n : s.k);
-  plan.out = packed_layout(s.out, s.m, s.n);
+  plan.a.reset(packed_layout(CUDA_R_16BF, plain_a ? s.m : s.k, plain_a ? s.k : s.m));
+  plan.b.reset(packed_layout(CUDA_R_16BF, plain_b ? s.k : s.n, plain_b ? s.n : s.k));
+  plan.out.reset(packed_layout(s.out, s.m, s.n));
+  plan.algorithm = suggestions(plan, s, 1).front();
+  return plan;
+}
 
+std::vector<GemmAlgorithm> GemmPlanner::suggestions(const Plan& plan, const GemmShape& s,
+                                                    int at_most) const {
   const Preference preference;
   set(preference.handle, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-      static_cast<uint64_t>(kWorkspaceBytes));
+      static_cast<uint64_t>(kGemmWorkspaceBytes));
   // Split-K partials meet in the workspace, in FP32: neither atomics nor a rounding in between.
   set(preference.handle, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
       static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
@@ -100,15 +100,38 @@ void GemmPlanner::prepare(Plan& plan, const GemmShape& s) const {
   set(preference.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
       static_cast<uint32_t>(s.align_d));
 
-  cublasLtMatmulHeuristicResult_t best{};
+  std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(at_most));
   int found = 0;
-  const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(handle_, plan.product, plan.a, plan.b, plan.out, plan.out,
-                                     preference.handle, 1, &best, &found);
-  BBB_CHECK(status == CUBLAS_STATUS_SUCCESS && found == 1,
-            "cuBLASLt has no algorithm for a product of ", s.m, " x ", s.k, " by ", s.k, " x ", s.n,
-            " (", cublasLtGetStatusString(status), ")");
-  plan.algorithm = best.algo;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      handle_.get(), plan.product.get(), plan.a.get(), plan.b.get(), plan.out.get(), plan.out.get(),
+      preference.handle, at_most, results.data(), &found);
+  std::vector<GemmAlgorithm> algorithms;
+  for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < found; ++i)
+    if (results[static_cast<size_t>(i)].state == CUBLAS_STATUS_SUCCESS)
+      algorithms.push_back(results[static_cast<size_t>(i)].algo);
+  BBB_CHECK(!algorithms.empty(), "cuBLASLt has no algorithm for a product of ", s.m, " x ", s.k,
+            " by ", s.k, " x ", s.n, " (", cublasLtGetStatusString(status), ")");
+  return algorithms;
+}
+
+const GemmPlanner::Plan& GemmPlanner::plan_for(const GemmShape& shape) {
+  auto found = plans_.find(shape);
+  if (found == plans_.end()) {
+    Plan plan = make_plan(shape);
+    apply_tuning(plan, shape);
+    found = plans_.emplace(shape, std::move(plan)).first;
+  }
+  if (!found->second.settled && !is_capturing(stream_)) settle();
+  return found->second;
+}
+
+void GemmPlanner::launch(const Plan& plan, const GemmShape& shape, const GemmAlgorithm& algorithm,
+                         void* d, const void* a, const void* b, const void* c, const float* alpha) {
+  const float* constants = shape.alpha_on_device ? constants_ : kHostConstants;
+  BBB_CUBLAS(cublasLtMatmul(
+      handle_.get(), plan.product.get(), shape.alpha_on_device ? alpha : &constants[1], a,
+      plan.a.get(), b, plan.b.get(), &constants[shape.accumulate ? 1 : 0], c, plan.out.get(), d,
+      plan.out.get(), &algorithm, workspace_.get(), kGemmWorkspaceBytes, stream_));
 }
 
 void GemmPlanner::run(GemmShape shape, void* d, const void* a, const void* b, const void* c,
@@ -118,21 +141,8 @@ void GemmPlanner::run(GemmShape shape, void* d, const void* a, const void* b, co
   shape.align_b = alignment_of(b);
   shape.align_c = alignment_of(c);
   shape.align_d = alignment_of(d);
-  auto found = plans_.find(shape);
-  if (found == plans_.end()) {
-    found = plans_.try_emplace(shape).first;
-    try {
-      prepare(found->second, shape);
-    } catch (...) {
-      plans_.erase(found);
-      throw;
-    }
-  }
-  const Plan& plan = found->second;
-  const float* constants = shape.alpha_on_device ? constants_ : kHostConstants;
-  BBB_CUBLAS(cublasLtMatmul(handle_, plan.product, shape.alpha_on_device ? alpha : &constants[1], a,
-                            plan.a, b, plan.b, &constants[shape.accumulate ? 1 : 0], c, plan.out, d,
-                            plan.out, &plan.algorithm, workspace_, kWorkspaceBytes, stream_));
+  const Plan& plan = plan_for(shape);
+  launch(plan, shape, plan.algorithm, d, a, b, c, alpha);
   if (quant::sync_launches()) BBB_CUDA(cudaStreamSynchronize(stream_));
 }
 

@@ -1,9 +1,13 @@
 // GemmPlanner: cuBLASLt behind the three matrix products.
 //
 // A row-major (R, C) matrix is the column-major (C, R) one, so each product is written for its
-// transposed output. Plans are kept per shape; the algorithm is the heuristics' first among those
-// that sum split-K partials in a fixed order, so the same inputs give the same bytes. One
-// workspace, allocated once, serves every product of the stream and stays put for recorded graphs.
+// transposed output. Plans are kept per shape. Only algorithms that sum split-K partials in a fixed
+// order are taken, so the same inputs give the same bytes. One workspace, allocated once, serves
+// every product of the stream and stays put for recorded graphs.
+//
+// The algorithm is the heuristics' first. While tuned, a large product instead takes the fastest
+// of the heuristics' suggestions, timed when it is first met (gemm_tuning.cpp). A product met while
+// the stream records cannot be timed there: its plan stays unsettled until settle_recorded().
 #pragma once
 
 #include <cublasLt.h>
@@ -11,8 +15,18 @@
 #include <compare>
 #include <cstdint>
 #include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/handle.h"
+#include "cuda/memory.h"
+#include "engine/gemm_choices.h"
 
 namespace bbb::cuda {
+
+inline constexpr int64_t kGemmWorkspaceBytes = int64_t{32} << 20;
 
 // D (m, n) = alpha * op(A) op(B) + beta * C, column-major and packed; A, B bf16.
 struct GemmShape {
@@ -24,36 +38,66 @@ struct GemmShape {
   int align_a = 0, align_b = 0, align_c = 0, align_d = 0;  // bytes, at most 16: found by run()
 
   auto operator<=>(const GemmShape&) const = default;
+  double flops() const { return 2.0 * static_cast<double>(m) * static_cast<double>(n * k); }
 };
+
+// Names the product in GemmChoices; different shapes have different names.
+std::string to_string(const GemmShape& shape);
+
+using GemmAlgorithm = cublasLtMatmulAlgo_t;  // plain bytes that the library's version gives meaning
 
 class GemmPlanner {
  public:
-  explicit GemmPlanner(cudaStream_t stream);
-  ~GemmPlanner();
-  GemmPlanner(const GemmPlanner&) = delete;
-  GemmPlanner& operator=(const GemmPlanner&) = delete;
+  // `pool` lends the memory that timing takes.
+  GemmPlanner(cudaStream_t stream, std::shared_ptr<MemoryPool> pool);
 
   // `alpha` on the device, or nullptr for 1. `c` is read only where shape.accumulate; may be `d`.
   void run(GemmShape shape, void* d, const void* a, const void* b, const void* c,
            const float* alpha);
 
+  // What Backend::tune_gemms promises. Every plan is made anew.
+  void tune(std::optional<engine::GemmTuning> tuning);
+  bool tuned() const { return tuning_.has_value(); }
+  // A recording has met products that are to be timed: record again after settle_recorded().
+  bool has_unsettled() const;
+  void settle_recorded();
+  // All that a choice can be for this product, the heuristics' first in front.
+  std::vector<std::string> candidates(const GemmShape& shape) const;
+
  private:
   struct Plan {
-    cublasLtMatmulDesc_t product = nullptr;
-    cublasLtMatrixLayout_t a = nullptr, b = nullptr, out = nullptr;
-    cublasLtMatmulAlgo_t algorithm{};
-    Plan() = default;
-    ~Plan();
-    Plan(const Plan&) = delete;
-    Plan& operator=(const Plan&) = delete;
+    Handle<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> product;
+    Handle<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> a, b, out;
+    GemmAlgorithm algorithm{};
+    bool settled = false;  // `algorithm` is the one that the product keeps
   };
-  void prepare(Plan& plan, const GemmShape& shape) const;
+  Plan make_plan(const GemmShape& shape) const;
+  const Plan& plan_for(const GemmShape& shape);
+  // At least one, in increasing time as the heuristics estimate it.
+  std::vector<GemmAlgorithm> suggestions(const Plan& plan, const GemmShape& shape,
+                                         int at_most) const;
+  void launch(const Plan& plan, const GemmShape& shape, const GemmAlgorithm& algorithm, void* d,
+              const void* a, const void* b, const void* c, const float* alpha);
+
+  void apply_tuning(Plan& plan, const GemmShape& shape) const;
+  GemmAlgorithm known_algorithm(const Plan& plan, const std::string& name,
+                                const std::string& text) const;
+  void settle();
+  GemmAlgorithm fastest(const Plan& plan, const GemmShape& shape);
+  void fill_with_normals(void* device, int64_t bytes);
+  void say(const std::string& line) const;
 
   cudaStream_t stream_;
-  cublasLtHandle_t handle_ = nullptr;
-  char* workspace_ = nullptr;
-  float* constants_ = nullptr;  // on the device: 0, 1
+  std::shared_ptr<MemoryPool> pool_;
+  Handle<cublasLtHandle_t, cublasLtDestroy> handle_;
+  Handle<char*, cudaFree> workspace_;
+  float* constants_ = nullptr;  // on the device, behind the workspace: 0, 1
   std::map<GemmShape, Plan> plans_;
+
+  std::optional<engine::GemmTuning> tuning_;  // its `known` grows by what is timed
+  std::vector<uint16_t> normals_;             // bf16: what operands are filled with
+  int64_t timed_ = 0, improved_ = 0;          // products, since tune()
+  double timing_s_ = 0;
 };
 
 }  // namespace bbb::cuda

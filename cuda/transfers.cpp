@@ -9,35 +9,25 @@ namespace {
 
 class EventFence final : public engine::Fence {
  public:
-  explicit EventFence(cudaStream_t stream) {
-    BBB_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync));
-    const cudaError_t status = cudaEventRecord(event_, stream);
-    if (status != cudaSuccess) cudaEventDestroy(event_);
-    BBB_CUDA(status);
+  explicit EventFence(cudaStream_t stream)
+      : event_(make_event(cudaEventDisableTiming | cudaEventBlockingSync)) {
+    BBB_CUDA(cudaEventRecord(event(), stream));
   }
-  ~EventFence() override { cudaEventDestroy(event_); }  // work that follows it still does
-  EventFence(const EventFence&) = delete;
-  EventFence& operator=(const EventFence&) = delete;
 
-  void wait() override { BBB_CUDA(cudaEventSynchronize(event_)); }
-  cudaEvent_t event() const { return event_; }
+  void wait() override { BBB_CUDA(cudaEventSynchronize(event())); }
+  cudaEvent_t event() const { return event_.get(); }
 
  private:
-  cudaEvent_t event_ = nullptr;
+  EventHandle event_;  // work that follows it still does once it is destroyed
 };
 
 }  // namespace
 
-CudaTransfers::CudaTransfers(cudaStream_t compute) : compute_(compute) {
-  BBB_CUDA(cudaStreamCreateWithFlags(&load_, cudaStreamNonBlocking));
-  BBB_CUDA(cudaStreamCreateWithFlags(&store_, cudaStreamNonBlocking));
-}
+CudaTransfers::CudaTransfers(cudaStream_t compute)
+    : compute_(compute), load_(make_stream()), store_(make_stream()) {}
 
 CudaTransfers::~CudaTransfers() {
-  for (cudaStream_t stream : {load_, store_}) {
-    cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
-  }
+  for (cudaStream_t stream : {load_.get(), store_.get()}) cudaStreamSynchronize(stream);
 }
 
 std::shared_ptr<engine::Storage> CudaTransfers::host_buffer(int64_t bytes) {
@@ -54,12 +44,12 @@ std::shared_ptr<engine::Storage> CudaTransfers::host_buffer(int64_t bytes) {
 
 void CudaTransfers::load(const engine::Tensor& dst, const void* src) {
   BBB_CUDA(cudaMemcpyAsync(dst.raw(), src, static_cast<size_t>(dst.bytes()), cudaMemcpyHostToDevice,
-                           load_));
+                           load_.get()));
 }
 
 void CudaTransfers::store(void* dst, const engine::Tensor& src) {
   BBB_CUDA(cudaMemcpyAsync(dst, src.raw(), static_cast<size_t>(src.bytes()), cudaMemcpyDeviceToHost,
-                           store_));
+                           store_.get()));
 }
 
 std::shared_ptr<engine::Fence> CudaTransfers::mark(engine::Lane lane) {
@@ -73,9 +63,9 @@ void CudaTransfers::follow(engine::Lane lane, engine::Fence& fence) {
 cudaStream_t CudaTransfers::stream_of(engine::Lane lane) const {
   switch (lane) {
     case engine::Lane::Load:
-      return load_;
+      return load_.get();
     case engine::Lane::Store:
-      return store_;
+      return store_.get();
     default:
       return compute_;
   }

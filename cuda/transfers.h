@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/handle.h"
 #include "engine/transfers.h"
 
 namespace bbb::cuda {
@@ -24,8 +25,7 @@ class CudaTransfers final : public engine::Transfers {
   cudaStream_t stream_of(engine::Lane lane) const;
 
   cudaStream_t compute_;  // the backend's
-  cudaStream_t load_ = nullptr;
-  cudaStream_t store_ = nullptr;
+  StreamHandle load_, store_;
 };
 
 }  // namespace bbb::cuda

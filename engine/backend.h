@@ -21,8 +21,11 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 
+#include "engine/gemm_choices.h"
 #include "engine/tensor.h"
 #include "engine/transfers.h"
 #include "quant/spec.h"
@@ -139,6 +142,12 @@ class Backend {
                Write mode);
   // dw (+)= dy^T x.                 dw real (N, K); dy act (M, N); x act (M, K).
   void gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode);
+  // What chooses among algorithms: library, version and device; "" where a product has only one.
+  virtual std::string gemm_library() const = 0;
+  // From here on every large product takes the fastest of its algorithms. It is timed when first
+  // met: before it runs, or, within record(), before the step is recorded for good (`step` is then
+  // called twice). nullopt: the library's first suggestions again, as from the start.
+  virtual void tune_gemms(std::optional<GemmTuning> tuning) = 0;
 
   // --- norms, activations, positions ------------------------------------------------------------
   // r = 1 / sqrt(mean(x^2) + eps); y = x r w.   y, x act (M, D); inv_rms real (M); w real (D).
@@ -302,6 +311,20 @@ class Backend {
                                const Tensor& norm_squared, const Schedule& schedule) = 0;
   virtual void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
                         const Tensor& control, const AdamWSpec& spec) = 0;
+};
+
+// Products are tuned while it lives; one at a time.
+class GemmTuningScope {
+ public:
+  GemmTuningScope(Backend& backend, GemmTuning tuning) : backend_(backend) {
+    backend.tune_gemms(std::move(tuning));
+  }
+  ~GemmTuningScope() { backend_.tune_gemms(std::nullopt); }
+  GemmTuningScope(const GemmTuningScope&) = delete;
+  GemmTuningScope& operator=(const GemmTuningScope&) = delete;
+
+ private:
+  Backend& backend_;
 };
 
 // `threads` 0: all cores.

@@ -1,7 +1,12 @@
 // gemm_nt, gemm_nn, gemm_tn against the F64 oracle, over shapes with and without ragged edges.
 #include <catch2/catch.hpp>
+#include <functional>
+#include <iostream>
 #include <limits>
 
+#ifdef BBB_HAS_CUDA
+#include "cuda/gemm.h"
+#endif
 #include "tests/op_test.h"
 
 namespace bbb::tests {
@@ -157,5 +162,80 @@ TEST_CASE("the same product gives the same bytes", "[gemm]") {
   const auto once = run_tn(backend(), c, in, Write::Overwrite);
   for (int i = 0; i < 3; ++i) CHECK(run_tn(backend(), c, in, Write::Overwrite) == once);
 }
+
+#ifdef BBB_HAS_CUDA
+namespace {
+
+// Runs `product` under every algorithm that tuning may choose for it, and returns their number.
+int64_t under_every_algorithm(const cuda::GemmShape& shape, const std::function<void()>& product) {
+  const auto usage = std::make_shared<cuda::MemoryUsage>();
+  const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
+  const cuda::StreamHandle stream = cuda::make_stream();
+  const std::vector<std::string> all = cuda::GemmPlanner(stream.get(), pool).candidates(shape);
+  for (const std::string& algorithm : all) {
+    CAPTURE(cuda::to_string(shape), algorithm);
+    engine::GemmTuning tuning;
+    tuning.known.made_by = backend().gemm_library();
+    tuning.known.algorithms[cuda::to_string(shape)] = algorithm;
+    tuning.where = "the test";
+    tuning.least_flops = 0;
+    tuning.memory_bytes = 64 << 20;
+    tuning.keep = [](const engine::GemmChoices&) { FAIL("another product ran"); };
+    const engine::GemmTuningScope scope(backend(), std::move(tuning));
+    product();
+  }
+  return static_cast<int64_t>(all.size());
+}
+
+cuda::GemmShape shape_of(cublasOperation_t op_a, cublasOperation_t op_b, int64_t m, int64_t n,
+                         int64_t k, DType out, bool with_alpha, bool accumulate) {
+  return {op_a,       op_b,       m,  n,  k,  out == DType::BF16 ? CUDA_R_16BF : CUDA_R_32F,
+          with_alpha, accumulate, 16, 16, 16, 16};
+}
+
+}  // namespace
+
+TEST_CASE("every algorithm of a product gives it", "[gemm]") {
+  if (!on_cuda()) {
+    std::cout << "SKIPPED: this device has one algorithm a product\n";
+    return;
+  }
+  // A few rows, ragged tiles, and sums long enough to be split.
+  const GemmCase cases[] = {{8, 192, 1536}, {257, 72, 40}, {2048, 96, 192}, {128, 576, 4096}};
+  int64_t algorithms = 0, products = 0;
+  for (const GemmCase& c : cases) {
+    const Inputs in(c);
+    for (const bool with_alpha : {false, true})
+      for (const bool added : {false, true}) {
+        CAPTURE(c.m, c.n, c.k, with_alpha, added);
+        const Write mode = added ? Write::Add : Write::Overwrite;
+        for (const DType out : {DType::BF16, DType::F32}) {
+          const auto y = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, added);
+          algorithms += under_every_algorithm(
+              shape_of(CUBLAS_OP_T, CUBLAS_OP_N, c.n, c.m, c.k, out, with_alpha, added), [&] {
+                const auto got = run_nt(backend(), c, in, out, with_alpha, added);
+                CHECK(relative_error(got, y) <= tolerance(out, c.k));
+              });
+        }
+        const auto dx = run_nn(oracle_f64(), c, in, with_alpha, mode);
+        algorithms += under_every_algorithm(
+            shape_of(CUBLAS_OP_N, CUBLAS_OP_N, c.k, c.m, c.n, DType::BF16, with_alpha, added), [&] {
+              const auto got = run_nn(backend(), c, in, with_alpha, mode);
+              CHECK(relative_error(got, dx) <= tolerance(DType::BF16, c.n));
+            });
+        products += 3;
+        if (with_alpha) continue;
+        const auto dw = run_tn(oracle_f64(), c, in, mode);
+        algorithms += under_every_algorithm(
+            shape_of(CUBLAS_OP_N, CUBLAS_OP_T, c.k, c.n, c.m, DType::F32, false, added), [&] {
+              const auto got = run_tn(backend(), c, in, mode);
+              CHECK(relative_error(got, dw) <= tolerance(DType::F32, c.m));
+            });
+        ++products;
+      }
+  }
+  CHECK(algorithms > 2 * products);  // there is something to choose
+}
+#endif
 
 }  // namespace bbb::tests

@@ -1,6 +1,7 @@
 // Benchmarks on random weights: the trainers' own steps, and packed matrix-vector products.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "models/config.h"
 #include "models/recompute.h"
 #include "tools/measure.h"
+#include "train/config.h"
 
 namespace bbb::tools {
 
@@ -20,6 +22,8 @@ struct TrainBench {
   int64_t steps = 100;                         // timed
   std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
+  train::GemmAlgorithms gemm_algorithms = train::GemmAlgorithms::Timed;  // of the step
+  std::function<void(const std::string&)> say;  // what timing them reports; may be empty
 };
 
 struct TrainBenchResult {

@@ -37,7 +37,8 @@ int bench_train_command(const Arguments& arguments) {
       ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
       ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
       ("recompute", "none, attention, block, or auto: the first that fits",
-       text()->default_value("auto"))  //
+       text()->default_value("auto"))                                                      //
+      ("deterministic", "no algorithm of the step's matrix products is chosen by timing")  //
       ("json", "write the result to this file too", text());
   if (!line.parse(arguments)) return 0;
   const std::string name = line.required("synthetic");
@@ -48,6 +49,8 @@ int bench_train_command(const Arguments& arguments) {
   bench.seq_len = line.integer("seq-len", 2, bench.model.max_position);
   bench.steps = line.has("steps") ? line.integer("steps", 1) : bench.end_to_end ? 10 : 100;
   bench.recompute = train::parse_recompute(line.text("recompute"));
+  if (line.has("deterministic")) bench.gemm_algorithms = train::GemmAlgorithms::Heuristic;
+  bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
   if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
 
   const auto backend = line.make_backend();

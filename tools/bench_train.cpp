@@ -1,10 +1,13 @@
 // A training step, timed as a run replays it, on a synthetic model and random tokens.
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 #include "engine/rng.h"
 #include "models/synthetic_checkpoint.h"
 #include "tools/bench.h"
 #include "train/end_to_end.h"
+#include "train/gemm_choices.h"
 #include "train/step_probe.h"
 
 namespace bbb::tools {
@@ -82,6 +85,13 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
                  static_cast<double>(bench.batch * bench.seq_len);
   {
+    std::optional<engine::GemmTuningScope> tuned;
+    if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
+      engine::GemmTuning tuning;
+      tuning.memory_bytes = train::gemm_timing_bytes(backend, model, config);
+      tuning.say = bench.say;
+      tuned.emplace(backend, std::move(tuning));
+    }
     backend.reset_memory_peak();
     const auto probe = bench.end_to_end
                            ? train::probe_end_to_end_step(backend, *source, windows, config)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "engine/rng.h"
 
@@ -105,6 +106,9 @@ Tensor random_bytes(Backend& backend, int64_t count, int first, int choices, uin
 }
 
 double measure_gemm_peak(Backend& backend, const std::vector<GemmShape>& shapes) {
+  engine::GemmTuning tuning;
+  tuning.memory_bytes = backend.memory_available_bytes() / 4;
+  const engine::GemmTuningScope tuned(backend, std::move(tuning));
   double best = 0;
   for (const GemmShape& shape : shapes)
     best = std::max(best, shape.flops() / measure_gemm(backend, shape));

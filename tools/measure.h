@@ -35,7 +35,8 @@ struct GemmShape {
   int64_t m, n, k;
   double flops() const { return 2.0 * static_cast<double>(m) * static_cast<double>(n * k); }
 };
-// Floating-point operations a second of gemm_nt: the best shape's median, buffers rotating.
+// Floating-point operations a second of gemm_nt: the best shape's median, buffers rotating, the
+// algorithms chosen by timing.
 double measure_gemm_peak(engine::Backend& backend, const std::vector<GemmShape>& shapes);
 // The shapes at which a GPU comes near its peak; small ones for a CPU.
 std::vector<GemmShape> peak_shapes(const engine::Backend& backend);

@@ -49,7 +49,8 @@ int train_command(const Arguments& arguments) {
        "twentieth of the time",
        value("auto"))  //
       ("doc-end", "token id after each document, instead of the vocabulary's own",
-       cxxopts::value<std::string>());
+       cxxopts::value<std::string>())  //
+      ("deterministic", "no algorithm of a matrix product is chosen by timing");
   line.options("Memory (results do not depend on it)")  //
       ("gpu-memory", "GB of the device to use; default: what it has left",
        cxxopts::value<std::string>())  //
@@ -118,6 +119,7 @@ int train_command(const Arguments& arguments) {
   if (line.has("doc-end"))
     config.doc_end = static_cast<int32_t>(line.integer("doc-end", 0, INT32_MAX));
   config.threads = line.threads();
+  if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
   constexpr double kMostGigabytes = 1e6;
   const auto bytes = [&](const char* option) {
     return line.has(option) ? static_cast<int64_t>(line.real(option, 1e-6, kMostGigabytes) * 1e9)

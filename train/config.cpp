@@ -30,6 +30,8 @@ constexpr Name<std::optional<models::Recompute>> kRecomputes[] = {
     {"none", models::Recompute::None},
     {"attention", models::Recompute::Attention},
     {"block", models::Recompute::Block}};
+constexpr Name<GemmAlgorithms> kGemmAlgorithms[] = {{"timed", GemmAlgorithms::Timed},
+                                                    {"heuristic", GemmAlgorithms::Heuristic}};
 constexpr Name<Snap> kSnaps[] = {{"auto", Snap::Auto}, {"on", Snap::On}, {"off", Snap::Off}};
 
 template <typename E, size_t N>
@@ -153,6 +155,7 @@ std::string to_json(const TrainConfig& c) {
   j["save_every"] = c.save_every;
   if (c.doc_end) j["doc_end"] = *c.doc_end;
   j["threads"] = c.threads;
+  j["gemm_algorithms"] = name_of(kGemmAlgorithms, c.gemm_algorithms);
   return j.dump(2);
 }
 
@@ -183,6 +186,8 @@ TrainConfig config_from_json(const std::string& json, const std::string& where) 
     j.at("save_every").get_to(c.save_every);
     if (j.contains("doc_end")) c.doc_end = j.at("doc_end").get<int32_t>();
     j.at("threads").get_to(c.threads);
+    c.gemm_algorithms =
+        parse_name(kGemmAlgorithms, j.at("gemm_algorithms").get<std::string>(), "gemm_algorithms");
     return c;
   } catch (const nlohmann::json::exception& error) {
     throw Error(cat(where, ": not a training configuration: ", error.what()));
@@ -260,6 +265,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
       c.e2e_snap = all && blocks && c.e2e_lr >= kSnapFrom.at(model.d_model) ? Snap::On : Snap::Off;
   }
   want(c.save_every >= 0, "--save-every must not be negative");
+  if (device == engine::DeviceType::Cpu) c.gemm_algorithms = GemmAlgorithms::Heuristic;
   if (c.threads <= 0)
     c.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   return c;

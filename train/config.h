@@ -23,6 +23,8 @@ enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // masters to the middle of their bins first
+// Timed: of several for one product the fastest here; two runs may then differ in the last bits.
+enum class GemmAlgorithms { Timed, Heuristic };
 
 // How long a run is: windows, and passes over them in every stage.
 struct Extent {
@@ -68,6 +70,7 @@ struct TrainConfig {
   std::optional<int32_t> doc_end;  // instead of the vocabulary's own end of document
   int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores
+  GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
   std::optional<Extent> extrapolate;  // what so long a run would take is said behind the blocks
 };

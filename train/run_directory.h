@@ -25,7 +25,7 @@ using Json = nlohmann::ordered_json;
 void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes);
 
 // What a run computes and from what. Two runs with equal identities give equal bytes on equal
-// devices.
+// devices, where the algorithms of their matrix products (gemm.json) are equal too.
 struct RunIdentity {
   TrainConfig config;  // resolved
   std::string device;  // "cpu float32"
@@ -73,6 +73,7 @@ class RunDirectory {
   const std::string& path() const { return path_; }
   std::string run_file() const { return path_ + "/run.json"; }
   std::string log_file() const { return path_ + "/log.jsonl"; }
+  std::string gemm_file() const { return path_ + "/gemm.json"; }
   std::string lock_file() const;
   std::string stage_file(int64_t block, int64_t stage) const;
   std::string block_state_file() const { return path_ + "/blocks/state.safetensors"; }

@@ -8,6 +8,7 @@
 #include "engine/progress.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
+#include "train/gemm_choices.h"
 #include "train/run_directory.h"
 
 namespace bbb::train {
@@ -103,6 +104,14 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (!observer.quiet)
     print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
   if (!run.exists()) run.create_or_resume(identity);
+  std::optional<engine::GemmTuningScope> tuning;
+  if (config.gemm_algorithms == GemmAlgorithms::Timed)
+    tuning.emplace(backend, stored_gemm_tuning(backend, run.gemm_file(),
+                                               gemm_timing_bytes(backend, model, config),
+                                               [&](const std::string& line) {
+                                                 if (!observer.quiet)
+                                                   std::printf("%s\n", line.c_str());
+                                               }));
   if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
   if (config.e2e_steps > 0) {
     if (config.e2e_snap == Snap::On && !observer.quiet)

@@ -2,6 +2,7 @@
 //
 // A run lives in one directory:
 //   run.json                      resolved configuration, checksums, program version, device
+//   gemm.json                     algorithms of matrix products, where they were timed
 //   log.jsonl                     one line a step
 //   lock                          held by the process that trains
 //   blocks/block_000_stage_0.safetensors  a finished stage of a block: its masters

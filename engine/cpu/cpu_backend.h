@@ -42,6 +42,8 @@ class CpuBackend final : public Backend {
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
+  std::string gemm_library() const override { return ""; }
+  void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
  private:
   // Calls fn(begin, end) on ranges of `grain` of [0, n), spread over the threads.

@@ -1,0 +1,241 @@
+// Timing the algorithms of a product, and the choices that come of it.
+//
+// Candidates take turns, so that a clock that drifts slows all of them alike; each is judged by its
+// median. Operands are random normals (zeros would run faster) and rotate through more memory than
+// the L2 cache holds, as they come to a product in a training step. Every round starts with
+// products that are not timed: the GPU then runs behind the host, and no wait for a launch is
+// measured.
+#ifdef BBB_HAS_CUDA
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cstdio>
+#include <iterator>
+#include <utility>
+
+#include "cuda/cuda_backend.h"
+#include "cuda/gemm.h"
+#include "engine/bf16.h"
+#include "engine/rng.h"
+
+namespace bbb::cuda {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kMostCandidates = 8;
+constexpr double kWorthwhile = 0.98;  // of the first suggestion's time: less than that is noise
+constexpr int kFewestRounds = 5, kMostRounds = 15;
+constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
+constexpr int kUntimedProducts = 2;         // ahead of a round
+constexpr int64_t kNormals = 1 << 18;
+constexpr int64_t kAlignBytes = 512;
+
+static_assert(sizeof(GemmAlgorithm) == sizeof(uint64_t[8]));
+constexpr size_t kHexDigits = 16;  // of each word
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignBytes - 1) / kAlignBytes * kAlignBytes; }
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+std::string to_text(const GemmAlgorithm& algorithm) {
+  std::string text;
+  for (const uint64_t word : algorithm.data) {
+    char digits[kHexDigits + 1];
+    std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(word));
+    text += digits;
+  }
+  return text;
+}
+
+// False where the text is not such an algorithm's.
+bool from_text(GemmAlgorithm& algorithm, const std::string& text) {
+  if (text.size() != kHexDigits * std::size(algorithm.data)) return false;
+  const char* digits = text.data();
+  for (uint64_t& word : algorithm.data) {
+    const auto [end, error] = std::from_chars(digits, digits + kHexDigits, word, 16);
+    if (error != std::errc() || end != digits + kHexDigits) return false;
+    digits = end;
+  }
+  return true;
+}
+
+int64_t l2_bytes() {
+  int device = 0, bytes = 0;
+  BBB_CUDA(cudaGetDevice(&device));
+  BBB_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return bytes;
+}
+
+float median(std::vector<float> values) {
+  const auto middle = values.begin() + static_cast<int64_t>(values.size()) / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+}  // namespace
+
+std::string to_string(const GemmShape& s) {
+  const auto letter = [](cublasOperation_t op) { return op == CUBLAS_OP_N ? 'N' : 'T'; };
+  return cat(letter(s.op_a), letter(s.op_b), " ", s.m, "x", s.n, "x", s.k,
+             s.out == CUDA_R_16BF ? " bf16" : " f32", s.alpha_on_device ? " scaled" : "",
+             s.accumulate ? " added" : "", " aligned ", s.align_a, " ", s.align_b, " ", s.align_c,
+             " ", s.align_d);
+}
+
+void GemmPlanner::tune(std::optional<engine::GemmTuning> tuning) {
+  plans_.clear();
+  timed_ = improved_ = 0;
+  timing_s_ = 0;
+  tuning_ = std::move(tuning);
+}
+
+void GemmPlanner::say(const std::string& line) const {
+  if (tuning_->say) tuning_->say(line);
+}
+
+std::vector<std::string> GemmPlanner::candidates(const GemmShape& shape) const {
+  std::vector<std::string> texts;
+  for (const GemmAlgorithm& algorithm : suggestions(make_plan(shape), shape, kMostCandidates))
+    texts.push_back(to_text(algorithm));
+  return texts;
+}
+
+// Settles a new plan that needs no timing.
+void GemmPlanner::apply_tuning(Plan& plan, const GemmShape& shape) const {
+  plan.settled = true;
+  if (!tuning_) return;
+  const std::string name = to_string(shape);
+  const auto known = tuning_->known.algorithms.find(name);
+  if (known != tuning_->known.algorithms.end())
+    plan.algorithm = known_algorithm(plan, name, known->second);
+  else
+    plan.settled = shape.flops() < tuning_->least_flops;
+}
+
+GemmAlgorithm GemmPlanner::known_algorithm(const Plan& plan, const std::string& name,
+                                           const std::string& text) const {
+  GemmAlgorithm algorithm{};
+  BBB_CHECK(from_text(algorithm, text), tuning_->where, ": the algorithm of the product ", name,
+            " is malformed");
+  cublasLtMatmulHeuristicResult_t needs{};
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoCheck(handle_.get(), plan.product.get(), plan.a.get(), plan.b.get(),
+                              plan.out.get(), plan.out.get(), &algorithm, &needs);
+  BBB_CHECK(status == CUBLAS_STATUS_SUCCESS &&
+                needs.workspaceSize <= static_cast<size_t>(kGemmWorkspaceBytes),
+            tuning_->where, ": the algorithm of the product ", name, " does not run here (",
+            cublasLtGetStatusString(status), ", ", needs.workspaceSize, " bytes of workspace)");
+  return algorithm;
+}
+
+bool GemmPlanner::has_unsettled() const {
+  return std::any_of(plans_.begin(), plans_.end(),
+                     [](const auto& entry) { return !entry.second.settled; });
+}
+
+void GemmPlanner::settle_recorded() {
+  settle();
+  char seconds[32];
+  std::snprintf(seconds, sizeof seconds, "%.2f s", timing_s_);
+  say(cat("matrix products: algorithms of ", timed_, " timed in ", seconds, ", ", improved_,
+          " do not take the library's first suggestion"));
+}
+
+// Times what is not settled.
+void GemmPlanner::settle() {
+  const auto start = Clock::now();
+  std::vector<Plan*> settled;
+  for (auto& [shape, plan] : plans_) {
+    if (plan.settled) continue;
+    const std::string first = to_text(plan.algorithm);
+    plan.algorithm = fastest(plan, shape);
+    const std::string text = to_text(plan.algorithm);
+    tuning_->known.algorithms[to_string(shape)] = text;
+    improved_ += text != first ? 1 : 0;
+    settled.push_back(&plan);
+  }
+  timed_ += static_cast<int64_t>(settled.size());
+  pool_->release_cached();
+  if (tuning_->keep) tuning_->keep(tuning_->known);
+  for (Plan* plan : settled) plan->settled = true;
+  timing_s_ += seconds_since(start);
+}
+
+GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
+  const std::vector<GemmAlgorithm> candidates = suggestions(plan, shape, kMostCandidates);
+  if (candidates.size() == 1) return candidates[0];
+  const int64_t element_bytes = shape.out == CUDA_R_16BF ? 2 : 4;
+  const int64_t a_bytes = aligned(2 * shape.m * shape.k), b_bytes = aligned(2 * shape.n * shape.k);
+  const int64_t set_bytes = a_bytes + b_bytes + aligned(element_bytes * shape.m * shape.n);
+  if (set_bytes > tuning_->memory_bytes) {
+    say(cat("matrix products: ", to_string(shape), " is not timed: its operands take ",
+            set_bytes >> 20, " MiB, ", tuning_->memory_bytes >> 20, " may be taken"));
+    return candidates[0];
+  }
+  const int64_t sets = std::min(tuning_->memory_bytes / set_bytes, 2 + 2 * l2_bytes() / set_bytes);
+  const std::shared_ptr<engine::Storage> memory = pool_->allocate(sets * set_bytes);
+  fill_with_normals(memory->data(), memory->bytes());
+
+  int64_t turn = 0;
+  const auto multiply = [&](const GemmAlgorithm& algorithm) {
+    char* const a = static_cast<char*>(memory->data()) + turn++ % sets * set_bytes;
+    char* const b = a + a_bytes;
+    char* const d = b + b_bytes;
+    launch(plan, shape, algorithm, d, a, b, d, &constants_[1]);
+  };
+  const size_t count = candidates.size();
+  std::vector<EventHandle> events;  // the i-th product of a round lies between events i and i + 1
+  for (size_t i = 0; i <= count; ++i) events.push_back(make_event(cudaEventDefault));
+  std::vector<std::vector<float>> times_ms(count);
+
+  for (const GemmAlgorithm& algorithm : candidates) multiply(algorithm);  // loads the kernels
+  BBB_CUDA(cudaStreamSynchronize(stream_));
+  const auto start = Clock::now();
+  for (int round = 0;
+       round < kFewestRounds || (round < kMostRounds && seconds_since(start) < kSecondsPerProduct);
+       ++round) {
+    // Nobody always follows the same neighbour.
+    const auto candidate = [&](size_t i) { return (i + static_cast<size_t>(round)) % count; };
+    for (int i = 0; i < kUntimedProducts; ++i) multiply(candidates[0]);
+    BBB_CUDA(cudaEventRecord(events[0].get(), stream_));
+    for (size_t i = 0; i < count; ++i) {
+      multiply(candidates[candidate(i)]);
+      BBB_CUDA(cudaEventRecord(events[i + 1].get(), stream_));
+    }
+    BBB_CUDA(cudaStreamSynchronize(stream_));
+    for (size_t i = 0; i < count; ++i) {
+      float elapsed_ms = 0;
+      BBB_CUDA(cudaEventElapsedTime(&elapsed_ms, events[i].get(), events[i + 1].get()));
+      times_ms[candidate(i)].push_back(elapsed_ms);
+    }
+  }
+  std::vector<float> medians_ms;
+  for (const std::vector<float>& times : times_ms) medians_ms.push_back(median(times));
+  const auto best = std::min_element(medians_ms.begin(), medians_ms.end());
+  if (*best > kWorthwhile * medians_ms[0]) return candidates[0];
+  return candidates[static_cast<size_t>(best - medians_ms.begin())];
+}
+
+// A stretch of normals, repeated. Two of them read as one F32 are a finite value too.
+void GemmPlanner::fill_with_normals(void* device, int64_t bytes) {
+  if (normals_.empty()) {
+    engine::Rng rng(0);
+    for (int64_t i = 0; i < kNormals; ++i)
+      normals_.push_back(engine::to_bf16(static_cast<float>(rng.normal())));
+  }
+  const int64_t stretch = std::min<int64_t>(bytes, kNormals * int64_t{sizeof normals_[0]});
+  BBB_CUDA(cudaMemcpyAsync(device, normals_.data(), static_cast<size_t>(stretch),
+                           cudaMemcpyHostToDevice, stream_));
+  for (int64_t done = stretch; done < bytes;) {
+    const int64_t more = std::min(done, bytes - done);
+    BBB_CUDA(cudaMemcpyAsync(static_cast<char*>(device) + done, device, static_cast<size_t>(more),
+                             cudaMemcpyDeviceToDevice, stream_));
+    done += more;
+  }
+}
+
+}  // namespace bbb::cuda
+#endif

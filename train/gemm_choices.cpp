@@ -1,0 +1,88 @@
+// {"made_by": library and device, "algorithms": {product: algorithm, ..}, "checksum": of both}
+#include "train/gemm_choices.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "data/files.h"
+#include "data/json.h"
+#include "models/llama.h"
+#include "train/run_directory.h"
+
+namespace bbb::train {
+
+using engine::GemmChoices;
+
+namespace {
+
+// An algorithm is opaque bytes to all but its library, which need not survive wrong ones.
+std::string checksum(const GemmChoices& choices) {
+  std::string text = choices.made_by;
+  for (const auto& [product, algorithm] : choices.algorithms)
+    text += cat("\n", product, "\n", algorithm);
+  return std::to_string(data::checksum64(text.data(), static_cast<int64_t>(text.size())));
+}
+
+}  // namespace
+
+void save_gemm_choices(const std::string& path, const GemmChoices& choices) {
+  Json json;
+  json["made_by"] = choices.made_by;
+  json["algorithms"] = choices.algorithms;
+  json["checksum"] = checksum(choices);
+  data::write_file_atomic(path, json.dump(1) + "\n");
+}
+
+GemmChoices load_gemm_choices(const std::string& path) {
+  const nlohmann::json json = data::parse_json(data::read_file(path), path);
+  GemmChoices choices;
+  try {
+    json.at("made_by").get_to(choices.made_by);
+    json.at("algorithms").get_to(choices.algorithms);
+    BBB_CHECK(json.at("checksum").get<std::string>() == checksum(choices), path,
+              ": damaged: its checksum does not fit");
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(cat(path, ": not the GEMM algorithms of a run: ", error.what()));
+  }
+  return choices;
+}
+
+engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std::string& path,
+                                      int64_t memory_bytes,
+                                      std::function<void(const std::string&)> say) {
+  engine::GemmTuning tuning;
+  if (std::filesystem::exists(path)) {
+    tuning.known = load_gemm_choices(path);
+    if (tuning.known.made_by != backend.gemm_library()) {
+      say(cat(path, ": GEMM algorithms chosen by ", tuning.known.made_by, ", here is ",
+              backend.gemm_library(), ": timed anew; the last bits of the result may differ"));
+      tuning.known = GemmChoices();
+    }
+  }
+  tuning.where = path;
+  tuning.memory_bytes = memory_bytes;
+  tuning.keep = [path](const GemmChoices& choices) { save_gemm_choices(path, choices); };
+  tuning.say = std::move(say);
+  return tuning;
+}
+
+int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& model,
+                          const TrainConfig& config) {
+  const auto backward_bytes = [&](int64_t windows) {
+    return models::activation_memory(backend, model, windows * config.seq_len,
+                                     models::Recompute::Block)
+        .backward_bytes;
+  };
+  int64_t bytes = config.stages.empty() ? 0 : backward_bytes(config.batch);
+  if (config.e2e_steps > 0) {
+    const int64_t rows = std::min(models::head_chunk_rows(backend, model.vocab, backend.act()),
+                                  config.e2e_micro_batch * config.seq_len);
+    const int64_t logits = rows * model.vocab * (config.e2e_loss == EndToEndLoss::Kl ? 2 : 1);
+    bytes = std::max({bytes, backward_bytes(config.e2e_micro_batch),
+                      logits * engine::size_bytes(backend.act())});
+  }
+  return bytes;
+}
+
+}  // namespace bbb::train

@@ -1,0 +1,29 @@
+// gemm.json: the algorithms of a run's matrix products, so that the run that goes on after a kill
+// takes the same ones and ends with the same bytes. A run without timed products has none.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "engine/backend.h"
+#include "models/config.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+void save_gemm_choices(const std::string& path, const engine::GemmChoices& choices);
+// Throws, naming the file, where it is damaged.
+engine::GemmChoices load_gemm_choices(const std::string& path);
+
+// Takes over the choices in `path`, where there are any, and stores new ones there before they are
+// used. Another library's or device's are left: `say` tells, and products are timed anew.
+engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std::string& path,
+                                      int64_t memory_bytes,
+                                      std::function<void(const std::string&)> say);
+
+// What timing may take of the device: as much as a step's backward pass through one half of a block
+// or its logits, which are not there where a product is first met. So a run's planned memory holds.
+int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& model,
+                          const TrainConfig& config);
+
+}  // namespace bbb::train
