@@ -1,4 +1,4 @@
-// AdamW over a ParameterSet: three passes over flat buffers, nothing waits for the host.
+// AdamW over a ParameterSet: two passes over flat buffers, nothing waits for the host.
 #include <utility>
 
 #include "autograd/parameter.h"
@@ -9,8 +9,7 @@ AdamW::AdamW(ParameterSet& parameters, engine::AdamWSpec spec, engine::Schedule 
     : parameters_(parameters),
       spec_(spec),
       schedule_(std::move(schedule)),
-      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())),
-      norm_squared_(parameters.backend().empty({1}, parameters.backend().real())) {}
+      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())) {}
 
 void AdamW::restart(engine::Schedule schedule) {
   schedule_ = std::move(schedule);
@@ -20,10 +19,10 @@ void AdamW::restart(engine::Schedule schedule) {
 
 void AdamW::step(const Tensor& loss) {
   Backend& backend = parameters_.backend();
-  backend.sum_squares(norm_squared_, parameters_.grads());
-  backend.step_control(control_, loss, norm_squared_, schedule_);
+  const engine::FakeQuantWeights& quantized = parameters_.quantized();
+  backend.step_control(control_, loss, parameters_.grads(), quantized.clipped, schedule_);
   backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),
-                control_, spec_);
+                control_, quantized, spec_);
 }
 
 }  // namespace bbb::autograd

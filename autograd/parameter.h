@@ -1,7 +1,12 @@
 // Parameters and the optimizer over them.
 //
 // A ParameterSet lays masters, gradients and both moments of all its parameters in four flat
-// buffers, so that the norm, AdamW and zeroing are one pass each, whatever the model's shape.
+// buffers, and what the quantizer makes of those that stand behind it beside them, so that
+// quantizing, the norm and AdamW are one pass each, whatever the model's shape.
+//
+// S of a weight comes from the range of its widest group. Whoever writes masters calls prepare(),
+// which measures the ranges and quantizes; AdamW alone keeps them up to date by itself, so that a
+// training step can start with quantize(), which reads the masters once.
 #pragma once
 
 #include <memory>
@@ -19,7 +24,15 @@ using engine::Tensor;
 struct Parameter {
   std::string name;
   Tensor master;  // real
-  Tensor grad;    // real, same shape
+  Tensor grad;    // real, same shape; of a quantized parameter dL/dW^, before the clipped ones go
+  int64_t slot = 0;  // its number in the set
+};
+
+// What the quantizer makes of one parameter (N, K): W^ = S wq.
+struct QuantizedParameter {
+  Tensor wq;    // act (N, K)
+  Tensor e, z;  // U8 (N, K/G)
+  Tensor s;     // real (1)
 };
 
 class ParameterSet {
@@ -30,22 +43,39 @@ class ParameterSet {
   Parameter& add(std::string name, Shape shape);
   void allocate();
 
+  // Puts a parameter (N, K) of this set behind the quantizer, after allocate(); prepare() then
+  // fills what this returns. All of a set share group and rounding; bits may be kNoQuantizer.
+  QuantizedParameter add_quantizer(const Parameter& parameter, engine::GridSpec spec,
+                                   engine::Rounding rounding);
+  void set_bits(const Parameter& parameter, int bits);  // takes effect in prepare()
+  // Quantizes masters that anything may have written.
+  void prepare();
+  // The same where nothing but AdamW has written them since prepare(): the start of a step.
+  void quantize();
+
   Backend& backend() const { return backend_; }
   std::vector<std::unique_ptr<Parameter>>& parameters() { return parameters_; }
   const Tensor& masters() const { return masters_; }  // flat, each parameter padded to 64 elements
   const Tensor& grads() const { return grads_; }
   const Tensor& m() const { return m_; }
   const Tensor& v() const { return v_; }
+  const engine::FakeQuantWeights& quantized() const;  // after prepare(), if any parameter is
   void reset_moments();
 
  private:
+  void upload_tiles();
+
   Backend& backend_;
   std::vector<std::unique_ptr<Parameter>> parameters_;
   std::vector<Shape> shapes_;
   Tensor masters_, grads_, m_, v_;
+  std::vector<quant::WeightTile> tiles_;
+  bool tiles_changed_ = false;  // since they were uploaded
+  engine::FakeQuantWeights quantized_;
 };
 
-// One optimizer step, all on the device: gradient norm, schedule, clip, guard, AdamW.
+// One optimizer step, all on the device: gradient norm, schedule, clip, guard, AdamW. Gradients of
+// weights that the last quantize() clipped count as 0.
 class AdamW {
  public:
   AdamW(ParameterSet& parameters, engine::AdamWSpec spec, engine::Schedule schedule);
@@ -58,7 +88,6 @@ class AdamW {
   engine::AdamWSpec spec_;
   engine::Schedule schedule_;
   Tensor control_;
-  Tensor norm_squared_;
 };
 
 }  // namespace bbb::autograd

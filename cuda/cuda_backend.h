@@ -27,6 +27,7 @@ using engine::AdamWSpec;
 using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
+using engine::FakeQuantWeights;
 using engine::GridSpec;
 using engine::PackedWeight;
 using engine::Replay;
@@ -119,11 +120,8 @@ class CudaBackend final : public engine::Backend {
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& teacher, const Tensor& targets, double scale) override;
   void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
-  void do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) override;
-  void do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
-                     const Tensor& s, const GridSpec& spec, Rounding rounding) override;
-  void do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
-                       const Tensor& s, const GridSpec& spec) override;
+  void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) override;
+  void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) override;
   void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                          const Tensor& s, const GridSpec& spec) override;
   void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
@@ -133,11 +131,10 @@ class CudaBackend final : public engine::Backend {
   void do_unpack(const Tensor& wq, const PackedWeight& w) override;
   void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                       const Tensor& addend) override;
-  void do_sum_squares(const Tensor& out, const Tensor& x) override;
-  void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
-                       const Schedule& schedule) override;
+  void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
+                       const Tensor& clipped, const Schedule& schedule) override;
   void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                const Tensor& control, const AdamWSpec& spec) override;
+                const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
   StreamHandle own_stream_;
   cudaStream_t stream_ = nullptr;              // the same

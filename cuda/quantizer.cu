@@ -4,20 +4,22 @@
 
 namespace bbb::cuda {
 
-void CudaBackend::do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
-  quant::launch_master_scale(stream_, s.data<float>(), w.data<float>(), w.numel(), spec);
+namespace {
+const quant::WeightTile* tiles_of(const FakeQuantWeights& q) {
+  return static_cast<const quant::WeightTile*>(q.tiles.raw());
+}
+}  // namespace
+
+void CudaBackend::do_widest_groups(const FakeQuantWeights& q, const Tensor& w) {
+  quant::launch_widest_groups(stream_, q.widest.data<float>(), q.widest.numel(), w.data<float>(),
+                              tiles_of(q), q.tiles.dim(0), q.group);
 }
 
-void CudaBackend::do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
-                                const Tensor& s, const GridSpec& spec, Rounding rounding) {
-  quant::launch_fake_quant(stream_, bf16_of(wq), e.data<uint8_t>(), z.data<uint8_t>(),
-                           w.data<float>(), s.data<float>(), w.numel(), spec, rounding);
-}
-
-void CudaBackend::do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e,
-                                  const Tensor& z, const Tensor& s, const GridSpec& spec) {
-  quant::launch_ste_backward(stream_, dw.data<float>(), w.data<float>(), e.data<uint8_t>(),
-                             z.data<uint8_t>(), s.data<float>(), w.numel(), spec);
+void CudaBackend::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
+  quant::launch_fake_quant(stream_, bf16_of(q.wq), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
+                           q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
+                           q.widest.data<float>(), tiles_of(q), q.tiles.dim(0), q.group,
+                           q.rounding);
 }
 
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,

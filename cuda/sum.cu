@@ -1,7 +1,6 @@
-// out (+)= scale * sum(x); out = sum(x^2).   x F32, any shape; out F32 (1).
+// out (+)= scale * sum(x).   x F32, any shape; out F32 (1).
 //
-// The two stages of reduce.h, FP32 sums; x is read once. Where a square or a partial sum overflows
-// FP32 the result is Inf, which step_control takes as the sign to skip the step, as it does NaN.
+// The two stages of reduce.h, FP32 sums; x is read once.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
@@ -12,17 +11,9 @@ namespace {
 constexpr int kWide = 4;
 constexpr int kFinishThreads = 1024;
 
-struct Identity {
-  __device__ float operator()(float x) const { return x; }
-};
-struct Square {
-  __device__ float operator()(float x) const { return x * x; }
-};
-
 // One partial a block.
-template <int kWidth, typename Map>
-__global__ void sum_kernel(float* __restrict__ partials, const float* __restrict__ x, int64_t n,
-                           Map map) {
+template <int kWidth>
+__global__ void sum_kernel(float* __restrict__ partials, const float* __restrict__ x, int64_t n) {
   __shared__ float shared[32];
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kWidth;
   float sum = 0.0f;
@@ -30,7 +21,7 @@ __global__ void sum_kernel(float* __restrict__ partials, const float* __restrict
     float v[kWidth];
     load(v, x + i, n - i);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += map(v[j]);
+    for (int j = 0; j < kWidth; ++j) sum += v[j];
   }
   sum = block_sum(sum, shared);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
@@ -46,17 +37,6 @@ __global__ void finish_sum_kernel(float* __restrict__ out, const float* __restri
   if (threadIdx.x == 0) out[0] = add ? out[0] + sum : sum;
 }
 
-template <typename Map>
-int64_t partial_sums(cudaStream_t stream, const Tensor& partials, const Tensor& x, Map map) {
-  const int64_t n = x.numel();
-  const bool wide = aligned(x);
-  const int64_t count = partials_for(n, wide ? kWide : 1);
-  launch(stream, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
-         wide ? sum_kernel<kWide, Map> : sum_kernel<1, Map>, static_cast<float*>(partials.raw()),
-         x.data<float>(), n, map);
-  return count;
-}
-
 }  // namespace
 
 void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t count, double scale,
@@ -67,15 +47,13 @@ void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t 
 
 void CudaBackend::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
   const Tensor partials = scratch(kPartials * int64_t{sizeof(float)});
-  const int64_t count = partial_sums(stream_, partials, x, Identity{});
+  const int64_t n = x.numel();
+  const bool wide = aligned(x);
+  const int64_t count = partials_for(n, wide ? kWide : 1);
+  launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
+         wide ? sum_kernel<kWide> : sum_kernel<1>, static_cast<float*>(partials.raw()),
+         x.data<float>(), n);
   finish_sum(stream_, out.data<float>(), static_cast<float*>(partials.raw()), count, scale, mode);
-}
-
-void CudaBackend::do_sum_squares(const Tensor& out, const Tensor& x) {
-  const Tensor partials = scratch(kPartials * int64_t{sizeof(float)});
-  const int64_t count = partial_sums(stream_, partials, x, Square{});
-  finish_sum(stream_, out.data<float>(), static_cast<float*>(partials.raw()), count, 1.0,
-             Write::Overwrite);
 }
 
 }  // namespace bbb::cuda

@@ -86,6 +86,25 @@ class Op {
               spec.group);
   }
 
+  // `count` elements of masters, or of what lies beside them.
+  void flat(const char* what, const Tensor& t, int64_t count) const {
+    is(what, t, backend_.real(), {count});
+    BBB_CHECK(count % quant::kTileAlign == 0, name_, ": ", what, " has ", count,
+              " elements, no multiple of ", quant::kTileAlign);
+  }
+
+  // What every op on masters of `count` elements reads of q.
+  void tiled(const FakeQuantWeights& q, int64_t count) const {
+    BBB_CHECK(q.group == 32 || q.group == 64 || q.group == 128, name_,
+              ": group must be 32, 64 or 128, got ", q.group);
+    rank("tiles", q.tiles, 2);
+    is("tiles", q.tiles, DType::I32, {q.tiles.dim(0), 4});
+    rank("widest", q.widest, 1);
+    dtype("widest", q.widest, backend_.real());
+    is("s", q.s, backend_.real(), {q.widest.dim(0)});
+    is("clipped", q.clipped, DType::U8, {count / 8});
+  }
+
   // q (B, T, H, d) against k and v (B, S, K, d).
   void heads(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec) const {
     const DType act = backend_.act();
@@ -406,41 +425,22 @@ void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) 
 
 // Quantizer.
 
-void Backend::master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
-  const Op op(*this, "master_scale");
-  op.rank("w", w, 2);
-  op.grid(spec, w.dim(1));
-  op.dtype("w", w, real());
-  op.is("s", s, real(), {1});
-  do_master_scale(s, w, spec);
+void Backend::widest_groups(const FakeQuantWeights& q, const Tensor& w) {
+  const Op op(*this, "widest_groups");
+  op.flat("w", w, w.numel());
+  op.tiled(q, w.numel());
+  do_widest_groups(q, w);
 }
 
-void Backend::fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
-                         const Tensor& s, const GridSpec& spec, Rounding rounding) {
+void Backend::fake_quant(const FakeQuantWeights& q, const Tensor& w) {
   const Op op(*this, "fake_quant");
-  op.rank("w", w, 2);
-  const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
-  op.dtype("w", w, real());
-  op.is("wq", wq, act(), {n, k});
-  op.is("e", e, DType::U8, {n, k / spec.group});
-  op.is("z", z, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
-  do_fake_quant(wq, e, z, w, s, spec, rounding);
-}
-
-void Backend::ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
-                           const Tensor& s, const GridSpec& spec) {
-  const Op op(*this, "ste_backward");
-  op.rank("w", w, 2);
-  const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
-  op.dtype("w", w, real());
-  op.is("dw", dw, real(), {n, k});
-  op.is("e", e, DType::U8, {n, k / spec.group});
-  op.is("z", z, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
-  do_ste_backward(dw, w, e, z, s, spec);
+  const int64_t p = w.numel();
+  op.flat("w", w, p);
+  op.tiled(q, p);
+  op.is("wq", q.wq, act(), {p});
+  op.is("e", q.e, DType::U8, {p / q.group});
+  op.is("z", q.z, DType::U8, {p / q.group});
+  do_fake_quant(q, w);
 }
 
 void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
@@ -509,36 +509,28 @@ void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& 
 
 // Optimizer.
 
-void Backend::sum_squares(const Tensor& out, const Tensor& x) {
-  const Op op(*this, "sum_squares");
-  op.is("out", out, real(), {1});
-  op.dtype("x", x, real());
-  do_sum_squares(out, x);
-}
-
-void Backend::step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
-                           const Schedule& schedule) {
+void Backend::step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
+                           const Tensor& clipped, const Schedule& schedule) {
   const Op op(*this, "step_control");
   op.is("control", control, real(), {kControlSize});
   op.is("loss", loss, real(), {1});
-  op.is("norm_squared", norm_squared, real(), {1});
+  op.flat("g", g, g.numel());
+  op.is("clipped", clipped, DType::U8, {g.numel() / 8});
   BBB_CHECK(schedule.total_steps > 0, "step_control: total_steps must be positive, got ",
             schedule.total_steps);
-  do_step_control(control, loss, norm_squared, schedule);
+  do_step_control(control, loss, g, clipped, schedule);
 }
 
 void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                    const Tensor& control, const AdamWSpec& spec) {
+                    const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) {
   const Op op(*this, "adamw");
-  op.dtype("w", w, real());
-  op.dtype("m", m, real());
-  op.dtype("v", v, real());
-  op.dtype("g", g, real());
-  op.same_numel("m", m, w);
-  op.same_numel("v", v, w);
-  op.same_numel("g", g, w);
+  op.flat("w", w, w.numel());
+  op.flat("m", m, w.numel());
+  op.flat("v", v, w.numel());
+  op.flat("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
-  do_adamw(w, m, v, g, control, spec);
+  op.tiled(q, w.numel());
+  do_adamw(w, m, v, g, control, q, spec);
 }
 
 }  // namespace bbb::engine

@@ -29,6 +29,7 @@
 #include "engine/tensor.h"
 #include "engine/transfers.h"
 #include "quant/spec.h"
+#include "quant/tiles.h"
 
 namespace bbb::engine {
 
@@ -59,6 +60,20 @@ struct PackedWeight {
   GridSpec spec;
   int64_t n = 0;
   int64_t k = 0;
+};
+
+// Everything that the quantizer makes of a model's masters: flat buffers laid out as the P elements
+// of the masters are, P a multiple of quant::kTileAlign. A parameter's place in `widest` and `s` is
+// its slot in the tiles. wq, e and z are undefined where no parameter is quantized.
+struct FakeQuantWeights {
+  Tensor tiles;    // I32 (tiles, 4): quant::WeightTile, covering all parameters
+  Tensor widest;   // real (slots): mx - mn of the widest group of the masters
+  Tensor s;        // real (slots): the master scale S
+  Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
+  Tensor wq;       // act (P)
+  Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
+  int group = 32;
+  Rounding rounding = Rounding::Nearest;
 };
 
 // The state of the optimizer's schedule, on the device, so that a step never waits for the host.
@@ -202,17 +217,14 @@ class Backend {
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
   // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
-  // S = 2^ceil(log2(max over groups of s_raw / 448)), 1 where the maximum is 0. S real (1); w real
-  // (N, K), K % G == 0.
-  void master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec);
-  // wq = (q - z) e; W^ = S wq.   wq act (N, K); e U8 E4M3 bytes (N, K/G); z U8 (N, K/G) one a byte.
-  // Rounding::Identity leaves q unrounded and unclipped (gradient checks): wq = w / S.
-  void fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
-                  const Tensor& s, const GridSpec& spec, Rounding rounding);
-  // dw, the gradient with respect to W^, becomes that with respect to w: 0 where round(w/s) + z
-  // left [0, 2^b - 1].
-  void ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
-                    const Tensor& s, const GridSpec& spec);
+  // q.widest from masters that anything but adamw has changed. w real (P).
+  void widest_groups(const FakeQuantWeights& q, const Tensor& w);
+  // All of q's weights at once: S = 2^ceil(log2(s_raw / 448)) with the s_raw of q.widest, 1 where
+  // that is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
+  // [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1, nothing is clipped, and e and z are left alone.
+  // w real (P), those that q.widest is of. Rounding::Identity leaves codes unrounded and unclipped
+  // (gradient checks): wq = w / S.
+  void fake_quant(const FakeQuantWeights& q, const Tensor& w);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                       const Tensor& s, const GridSpec& spec);
@@ -234,17 +246,19 @@ class Backend {
   static constexpr int64_t kMaxPackedRows = 8;
 
   // --- optimizer --------------------------------------------------------------------------------
-  // out = sum(x^2). out real (1); x real; fixed order.
-  void sum_squares(const Tensor& out, const Tensor& x);
-  // Reads loss and squared gradient norm, both real (1), and writes the slots of `control`: the
-  // learning rate of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) *
-  // (1 + cos(pi t / total)) / 2); the gradient factor is min(1, clip / norm).
-  void step_control(const Tensor& control, const Tensor& loss, const Tensor& norm_squared,
-                    const Schedule& schedule);
-  // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; nothing changes where kSkip is
-  // set. w, m, v, g real, same numel; control as step_control left it.
+  // Straight through the quantizer, the gradient of a weight is that of W^, and 0 where `clipped`
+  // says so: both ops below take g so.
+  //
+  // Reads loss, real (1), and the norm of g, and writes the slots of `control`: the learning rate
+  // of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) * (1 + cos(pi t /
+  // total)) / 2); the gradient factor is min(1, clip / norm). g real (P); clipped U8 (P / 8); fixed
+  // order.
+  void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
+                    const Tensor& clipped, const Schedule& schedule);
+  // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
+  // set. Leaves q.widest of w as it then is. w, m, v, g real (P); control as step_control left it.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-             const Tensor& control, const AdamWSpec& spec);
+             const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec);
 
  private:
   virtual Tensor do_empty(Shape shape, DType dtype) = 0;
@@ -291,11 +305,8 @@ class Backend {
   virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                 const Tensor& teacher, const Tensor& targets, double scale) = 0;
   virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) = 0;
-  virtual void do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) = 0;
-  virtual void do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& w,
-                             const Tensor& s, const GridSpec& spec, Rounding rounding) = 0;
-  virtual void do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e, const Tensor& z,
-                               const Tensor& s, const GridSpec& spec) = 0;
+  virtual void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) = 0;
+  virtual void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) = 0;
   virtual void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
                                  const Tensor& z, const Tensor& s, const GridSpec& spec) = 0;
   virtual void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
@@ -306,11 +317,11 @@ class Backend {
   virtual void do_unpack(const Tensor& wq, const PackedWeight& w) = 0;
   virtual void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                               const Tensor& addend) = 0;
-  virtual void do_sum_squares(const Tensor& out, const Tensor& x) = 0;
-  virtual void do_step_control(const Tensor& control, const Tensor& loss,
-                               const Tensor& norm_squared, const Schedule& schedule) = 0;
+  virtual void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
+                               const Tensor& clipped, const Schedule& schedule) = 0;
   virtual void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                        const Tensor& control, const AdamWSpec& spec) = 0;
+                        const Tensor& control, const FakeQuantWeights& q,
+                        const AdamWSpec& spec) = 0;
 };
 
 // Products are tuned while it lives; one at a time.

@@ -176,7 +176,8 @@ void LlamaBlock::declare_parameters(ParameterSet& set) {
 void LlamaBlock::bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(set.masters().defined() && declared_.size() == all.size() + 2);
-  for (size_t i = 0; i < all.size(); ++i) all[i]->set_fake_quant(*declared_[i], spec, rounding);
+  for (size_t i = 0; i < all.size(); ++i)
+    all[i]->set_fake_quant(set, *declared_[i], spec, rounding);
   input_norm_.set_parameter(*declared_[all.size()]);
   post_norm_.set_parameter(*declared_[all.size() + 1]);
   declared_.clear();
@@ -211,8 +212,8 @@ void LlamaBlock::set_bits(int bits) {
   for (QuantLinear* linear : linears()) linear->set_bits(bits);
 }
 
-void LlamaBlock::prepare() {
-  for (QuantLinear* linear : linears()) linear->prepare();
+void LlamaBlock::prepare_scales() {
+  for (QuantLinear* linear : linears()) linear->prepare_scales();
 }
 
 void LlamaBlock::finish_backward() {

@@ -13,8 +13,6 @@
 
 namespace bbb::models {
 
-using autograd::ParameterSet;
-
 // Keys and values of one sequence for every layer, and the position at which the next token stands.
 // forward() writes behind `start` and leaves it alone: the caller moves it on (set_start, or the
 // backend's advance inside a recorded step).
@@ -73,7 +71,7 @@ class LlamaBlock {
   void set_masters(const BlockMasters& saved);
 
   void set_bits(int bits);
-  void prepare();
+  void prepare_scales();  // after every linear's set_scales()
   void finish_backward();
   void snap();
   std::vector<QuantizedState> quantized_state();

@@ -55,6 +55,7 @@ QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t 
 void QuantLinear::set_float(Tensor weight) {
   BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
   state_ = LinearState::Float;
+  set_ = nullptr;
   parameter_ = nullptr;
   weight_ = std::move(weight);
   leaf_ = Var(weight_);
@@ -62,18 +63,20 @@ void QuantLinear::set_float(Tensor weight) {
   packed_ = PackedWeight();
 }
 
-void QuantLinear::set_fake_quant(Parameter& master, GridSpec spec, Rounding rounding) {
+void QuantLinear::set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
+                                 Rounding rounding) {
   BBB_ASSERT(master.master.shape() == (Shape{n_, k_}));
   BBB_CHECK(k_ % spec.group == 0, name_, ": ", k_, " input features are no multiple of the group ",
             spec.group);
   state_ = LinearState::FakeQuant;
   spec_ = spec;
-  rounding_ = rounding;
+  set_ = &set;
   parameter_ = &master;
-  weight_ = backend_.empty({n_, k_}, backend_.act());
-  master_scale_ = backend_.empty({1}, backend_.real());
-  e_ = backend_.empty({n_, k_ / spec.group}, DType::U8);
-  z_ = backend_.empty({n_, k_ / spec.group}, DType::U8);
+  autograd::QuantizedParameter quantized = set.add_quantizer(master, spec, rounding);
+  weight_ = std::move(quantized.wq);
+  master_scale_ = std::move(quantized.s);
+  e_ = std::move(quantized.e);
+  z_ = std::move(quantized.z);
   codes_ = buffer_ = Tensor();
   packed_ = PackedWeight();
   dweight_ = master.grad;
@@ -83,6 +86,7 @@ void QuantLinear::set_fake_quant(Parameter& master, GridSpec spec, Rounding roun
 void QuantLinear::set_bits(int bits) {
   BBB_ASSERT(state_ == LinearState::FakeQuant);
   spec_.bits = bits;
+  set_->set_bits(*parameter_, bits);
 }
 
 void QuantLinear::set_scales(Parameter& sigma) {
@@ -95,6 +99,7 @@ void QuantLinear::set_scales(Parameter& sigma) {
 
   codes_ = current_codes();
   state_ = LinearState::Scales;
+  set_ = nullptr;
   parameter_ = &sigma;
   dweight_ = backend_.empty({n_, k_}, backend_.real());
   fresh_leaf();
@@ -104,6 +109,7 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   BBB_ASSERT(weight.n == n_ && weight.k == k_ && buffer.numel() >= n_ * k_);
   state_ = LinearState::Packed;
   spec_ = weight.spec;
+  set_ = nullptr;
   parameter_ = nullptr;
   weight_ = e_ = z_ = codes_ = dweight_ = Tensor();
   leaf_ = Var();
@@ -115,15 +121,9 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
 
 void QuantLinear::fresh_leaf() { leaf_ = Var::leaf(weight_, dweight_, Write::Overwrite); }
 
-void QuantLinear::prepare() {
-  if (state_ == LinearState::Scales) {
-    backend_.scale_codes(weight_, e_, master_scale_, codes_, z_, parameter_->master, spec_);
-  } else if (state_ == LinearState::FakeQuant && quantizes()) {
-    backend_.master_scale(master_scale_, parameter_->master, spec_);
-    backend_.fake_quant(weight_, e_, z_, parameter_->master, master_scale_, spec_, rounding_);
-  } else if (state_ == LinearState::FakeQuant) {
-    backend_.cast(weight_, parameter_->master);
-  }
+void QuantLinear::prepare_scales() {
+  BBB_ASSERT(state_ == LinearState::Scales);
+  backend_.scale_codes(weight_, e_, master_scale_, codes_, z_, parameter_->master, spec_);
 }
 
 void QuantLinear::finish_backward() {
@@ -134,8 +134,6 @@ void QuantLinear::finish_backward() {
   }
   if (state_ == LinearState::Scales)
     backend_.scale_codes_backward(parameter_->grad, dweight_, codes_, z_, spec_, Write::Overwrite);
-  else if (quantizes() && rounding_ == Rounding::Nearest)  // Identity clips nothing
-    backend_.ste_backward(parameter_->grad, parameter_->master, e_, z_, master_scale_, spec_);
   fresh_leaf();
 }
 

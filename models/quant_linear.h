@@ -5,11 +5,12 @@
 //   Scales     frozen codes and zero points behind learned group scales sigma
 //   Packed     the exported bytes; never expanded beyond one shared layer buffer
 //
-// Training: prepare() once per optimizer step turns the parameter into wq, e, z, S; any number of
-// forward and backward passes leave dW^ in the parameter's gradient (FakeQuant) or in a scratch
-// (Scales); finish_backward() turns that into the parameter's own gradient, or zeroes it where no
-// pass used the parameter. The buffers that prepare() fills are allocated once, so that a recorded
-// step keeps its addresses.
+// Training: once per optimizer step the parameter becomes wq, e, z, S: of all FakeQuant linears at
+// once by ParameterSet::prepare() or quantize(), of one in Scales by prepare_scales(). Any number
+// of forward and backward passes leave dW^ in the parameter's gradient (FakeQuant), where the
+// optimizer drops what was clipped, or in a scratch (Scales). finish_backward() turns the scratch
+// into the gradient of sigma, and zeroes a gradient where no pass used the parameter. All buffers
+// are allocated once, so that a recorded step keeps its addresses.
 #pragma once
 
 #include <memory>
@@ -22,6 +23,7 @@
 namespace bbb::models {
 
 using autograd::Parameter;
+using autograd::ParameterSet;
 using autograd::Tape;
 using autograd::Var;
 using engine::Backend;
@@ -30,8 +32,7 @@ using engine::PackedWeight;
 using engine::Rounding;
 using engine::Tensor;
 using engine::Write;
-
-constexpr int kNoQuantizer = 16;  // bits of a FakeQuant linear that trains in full precision
+using quant::kNoQuantizer;
 
 enum class LinearState { Float, FakeQuant, Scales, Packed };
 
@@ -58,15 +59,17 @@ class QuantLinear {
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
   void set_float(Tensor weight);  // act (N, K)
-  void set_fake_quant(Parameter& master, GridSpec spec, Rounding rounding = Rounding::Nearest);
-  void set_bits(int bits);  // FakeQuant: the next stage's width
+  // `master` is a parameter of `set`, which must outlive this state.
+  void set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
+                      Rounding rounding = Rounding::Nearest);
+  void set_bits(int bits);  // FakeQuant: the next stage's width, from the set's next prepare() on
   // From the current FakeQuant codes and scales (after prepare()): sigma is the parameter, (N,
   // K/G), initialised here.
   void set_scales(Parameter& sigma);
   // `buffer`: act, at least N K elements, shared by all layers; used for products of many rows.
   void set_packed(PackedWeight weight, Tensor buffer);
 
-  void prepare();
+  void prepare_scales();  // Scales only
   void finish_backward();
   // Masters to the middle of their bins: master = S e (q - z). FakeQuant only, after prepare().
   void snap();
@@ -93,7 +96,7 @@ class QuantLinear {
   int64_t n_, k_;
   LinearState state_ = LinearState::Float;
   GridSpec spec_;
-  Rounding rounding_ = Rounding::Nearest;
+  ParameterSet* set_ = nullptr;  // FakeQuant
   Parameter* parameter_ = nullptr;
   Tensor weight_;  // act: the GEMM's operand (Float: W; else wq)
   Tensor master_scale_, e_, z_, codes_;

@@ -1,6 +1,7 @@
 // The quantizer's kernels and those on packed weights, as plain launch functions on device memory.
 //
-// w, dw, sigma, dsigma FP32; wq, x, addend bf16; e, z, codes bytes; S one FP32 on the device.
+// w, dw, sigma, dsigma FP32; wq, x, addend bf16; e, z, codes bytes; clipped one bit an element; S
+// one FP32 on the device.
 // Matrices are contiguous with whole groups of 32, 64 or 128 along a row, so the quantizer's own
 // kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes.
 #pragma once
@@ -11,19 +12,20 @@
 #include <cstdint>
 
 #include "quant/spec.h"
+#include "quant/tiles.h"
 
 namespace bbb::quant {
 
-// S of `count` masters: a memset and two kernels.
-void launch_master_scale(cudaStream_t stream, float* s, const float* w, int64_t count,
-                         GridSpec spec);
-// wq = (q - z) e, e, z in one pass over the masters.
+// Over all parameters in one flat buffer, cut into tiles (tiles.h): widest[slot] = the width of the
+// widest group of the parameter, NaN if any element is; 0 for one that is not quantized. A memset
+// and one kernel.
+void launch_widest_groups(cudaStream_t stream, float* widest, int64_t slots, const float* w,
+                          const WeightTile* tiles, int64_t tile_count, int group);
+// S from the widest group, wq = (q - z) e, e, z and the clipped bits in one pass over the masters;
+// at kNoQuantizer wq = w, S = 1, nothing is clipped and e and z stay.
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
-                       const float* w, const float* s, int64_t count, GridSpec spec,
-                       Rounding rounding);
-// In place: dw = 0 where the master was clipped.
-void launch_ste_backward(cudaStream_t stream, float* dw, const float* w, const uint8_t* e,
-                         const uint8_t* z, const float* s, int64_t count, GridSpec spec);
+                       uint8_t* clipped, float* s, const float* w, const float* widest,
+                       const WeightTile* tiles, int64_t tile_count, int group, Rounding rounding);
 void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
                            const uint8_t* z, const float* s, int64_t count, GridSpec spec);
 // S from the sigmas, then e = E4M3(sigma / S) and wq = (codes - z) e.

@@ -113,10 +113,10 @@ BBB_HD Real unclamped_code(Real x, Real step, uint8_t z) {
   return round_half_up(x / step) + Real(z);
 }
 
+// The clamp moves this code: its weight takes no gradient. A NaN is not moved.
 template <typename Real>
-BBB_HD bool is_clipped(Real x, Real step, uint8_t z, int bits) {
-  const Real q = unclamped_code(x, step, z);
-  return q < Real(0) || q > Real(max_code(bits));
+BBB_HD bool is_clipped(Real unclamped, int bits) {
+  return unclamped < Real(0) || unclamped > Real(max_code(bits));
 }
 
 template <typename Real>
@@ -129,5 +129,44 @@ template <typename Real>
 BBB_HD Real level_of(Real q, uint8_t z, Real e) {
   return (q - Real(z)) * e;
 }
+
+// One group's parameters and levels without a division for each weight; the same bits as
+// group_params and level_of(code_of(x)), for float.
+//
+// x / S is exact, S being a power of two, unless it is too small for its code to be anything but z.
+// With r = RN(1 / e) and q = RN(r x / S), RN(q + r (x / S - q e)) is the quotient to nearest
+// (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", IBM J.
+// Res. Dev. 34, 1990). Wants |x / s| < 2^100, which holds for every x of a group whose range is
+// given and whose tensor S belongs to.
+class GroupLevels {
+ public:
+  BBB_HD GroupLevels(const Range<float>& range, float master_scale, int bits)
+      : params_{encode_scale(raw_scale(range.width(), bits), master_scale, bits), 0},
+        inverse_master_(1.0f / master_scale),
+        scale_(e4m3_decode(params_.e)),
+        inverse_scale_(1.0f / scale_) {
+    params_.z = static_cast<uint8_t>(clamp_code(steps(-range.mn), float(max_code(bits))));
+    lowest_ = float(-int{params_.z});  // negated as an integer: z = 0 must not give -0
+    highest_ = float(max_code(bits) - int{params_.z});
+  }
+
+  BBB_HD const GroupParams& params() const { return params_; }
+  // x / s to nearest.
+  BBB_HD float quotient(float x) const {
+    const float scaled = x * inverse_master_;
+    const float q = scaled * inverse_scale_;
+    return std::fma(std::fma(-q, scale_, scaled), inverse_scale_, q);
+  }
+  BBB_HD float steps(float x) const { return round_half_up(quotient(x)); }
+  BBB_HD bool is_clipped(float steps) const { return steps < lowest_ || steps > highest_; }
+  BBB_HD float level(float steps) const {
+    return std::fmin(std::fmax(steps, lowest_), highest_) * scale_;
+  }
+
+ private:
+  GroupParams params_;
+  float inverse_master_, scale_, inverse_scale_;
+  float lowest_, highest_;  // the steps of the codes 0 and 2^b - 1
+};
 
 }  // namespace bbb::quant

@@ -1,5 +1,6 @@
 #include "quant/host.h"
 
+#include <cstring>
 #include <vector>
 
 #include "quant/pack.h"
@@ -14,11 +15,11 @@ static Range<Real> range_of(const Real* x, int group) {
 }
 
 template <typename Real>
-Real largest_raw_scale(const Real* w, Rows rows, int64_t k, GridSpec spec) {
+Real widest_group(const Real* w, Rows rows, int64_t k, int group) {
   Real widest = 0;
-  for (int64_t i = rows.begin * k; i < rows.end * k; i += spec.group)
-    widest = max_or_nan(widest, range_of(w + i, spec.group).width());
-  return raw_scale(widest, spec.bits);  // division is monotone: the largest of the quotients
+  for (int64_t i = rows.begin * k; i < rows.end * k; i += group)
+    widest = max_or_nan(widest, range_of(w + i, group).width());
+  return widest;
 }
 
 template <typename Real>
@@ -29,33 +30,33 @@ Real largest(const Real* x, int64_t count) {
 }
 
 template <typename Real>
-void fake_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, Rows rows, int64_t k,
-                Real master_scale, GridSpec spec, Rounding rounding) {
+void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
+                int64_t k, Real master_scale, GridSpec spec, Rounding rounding) {
+  constexpr int kLargestGroup = 128;
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real* x = w + g * group;
     Real* out = wq + g * group;
+    uint8_t* bits = clipped + g * group / 8;
     const GroupParams p = group_params(range_of(x, group), master_scale, spec.bits);
     e[g] = p.e;
     z[g] = p.z;
     if (rounding == Rounding::Identity) {
       for (int i = 0; i < group; ++i) out[i] = x[i] / master_scale;
+      std::memset(bits, 0, static_cast<size_t>(group / 8));
       continue;
     }
     const Real step = step_of(p.e, master_scale), scale = Real(e4m3_decode(p.e));
-    for (int i = 0; i < group; ++i)
-      out[i] = level_of(code_of(x[i], step, p.z, spec.bits), p.z, scale);
-  }
-}
-
-template <typename Real>
-void ste_backward(Real* dw, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows, int64_t k,
-                  Real master_scale, GridSpec spec) {
-  const int group = spec.group;
-  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
-    const Real step = step_of(e[g], master_scale);
-    for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      if (is_clipped(w[i], step, z[g], spec.bits)) dw[i] = 0;
+    Real codes[kLargestGroup];
+    for (int i = 0; i < group; ++i) {
+      codes[i] = unclamped_code(x[i], step, p.z);
+      out[i] = level_of(clamp_code(codes[i], Real(max_code(spec.bits))), p.z, scale);
+    }
+    for (int i = 0; i < group; i += 8) {
+      int byte = 0;
+      for (int j = 0; j < 8; ++j) byte |= int{is_clipped(codes[i + j], spec.bits)} << j;
+      bits[i / 8] = static_cast<uint8_t>(byte);
+    }
   }
 }
 
@@ -145,12 +146,10 @@ void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend
 }
 
 #define BBB_INSTANTIATE(Real)                                                                     \
-  template Real largest_raw_scale(const Real*, Rows, int64_t, GridSpec);                          \
+  template Real widest_group(const Real*, Rows, int64_t, int);                                    \
   template Real largest(const Real*, int64_t);                                                    \
-  template void fake_quant(Real*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, GridSpec, \
-                           Rounding);                                                             \
-  template void ste_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,   \
-                             Real, GridSpec);                                                     \
+  template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, \
+                           GridSpec, Rounding);                                                   \
   template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
                                int64_t, Real, GridSpec);                                          \
   template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \

@@ -1,7 +1,8 @@
 // The quantizer's ops on host memory, on rows [begin, end) of a matrix, for float and double: the
 // loops behind CpuBackend, and what the CUDA kernels are compared with.
 //
-// w, wq, dw (N, K); e, z, sigma (N, K/G); codes (N, K), one a byte; pointers are to row 0.
+// w, wq, dw (N, K); e, z, sigma (N, K/G); codes (N, K), one a byte; clipped one bit an element, bit
+// i % 8 of byte i / 8; pointers are to row 0.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +16,17 @@ struct Rows {
   int64_t begin, end;
 };
 
-// The largest s_raw over the rows' groups, NaN if any element is not a number. The parts of a
-// matrix are joined by max_or_nan, and master_scale_of makes S of the whole.
+// The width of the widest group of the rows, NaN if any element is. The parts of a matrix are
+// joined by max_or_nan; raw_scale and then master_scale_of make S of the whole.
 template <typename Real>
-Real largest_raw_scale(const Real* w, Rows rows, int64_t k, GridSpec spec);
+Real widest_group(const Real* w, Rows rows, int64_t k, int group);
 // The largest of count values, at least 0; NaN if any is.
 template <typename Real>
 Real largest(const Real* x, int64_t count);
 
 template <typename Real>
-void fake_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, Rows rows, int64_t k,
-                Real master_scale, GridSpec spec, Rounding rounding);
-template <typename Real>
-void ste_backward(Real* dw, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows, int64_t k,
-                  Real master_scale, GridSpec spec);
+void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
+                int64_t k, Real master_scale, GridSpec spec, Rounding rounding);
 template <typename Real>
 void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
                     int64_t k, Real master_scale, GridSpec spec);

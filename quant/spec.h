@@ -4,9 +4,11 @@
 namespace bbb::quant {
 
 struct GridSpec {
-  int bits = 2;    // 2, 3, 4 or 8
+  int bits = 2;    // 2, 3, 4 or 8; kNoQuantizer where an op says so
   int group = 32;  // input features that share a scale and a zero point: 32, 64 or 128
 };
+
+constexpr int kNoQuantizer = 16;  // bits of a weight that trains in full precision
 
 enum class Rounding {
   Nearest,   // round(x) = floor(x + 1/2)

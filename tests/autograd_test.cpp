@@ -286,7 +286,7 @@ struct TrainedBlock {
       upload(*parameter, values);
       masters.push_back(values);
     }
-    block.prepare();
+    set.prepare();
   }
 
   void upload(autograd::Parameter& parameter, const std::vector<double>& values) {
@@ -322,7 +322,7 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
 
     const auto value = [&](const std::vector<double>& at) {
       Tape tape(trained.device, TapeMode::Inference);
-      trained.block.prepare();
+      trained.set.prepare();
       const Var y = trained.block.forward(tape, Var(make(trained.device, shape, DType::F64, at)),
                                           nullptr, Recompute::None);
       return dot(values_of(trained.device, y.value()), weights);

@@ -43,7 +43,15 @@ TEST_CASE("a wrong call names its op and the shapes") {
   const auto i = [&](Shape shape) { return b.zeros(std::move(shape), DType::I32); };
   const auto u = [&](Shape shape) { return b.zeros(std::move(shape), DType::U8); };
   const Tensor none;
-  const GridSpec grid;
+  const engine::FakeQuantWeights weights{.tiles = i({1, 4}),
+                                         .widest = r({1}),
+                                         .s = r({1}),
+                                         .clipped = u({16}),
+                                         .wq = a({128}),
+                                         .e = u({4}),
+                                         .z = u({3}),
+                                         .group = 32,
+                                         .rounding = Rounding::Nearest};
   const std::vector<BadCall> calls = {
       {"copy", "(2, 3)",
        [&] {
@@ -143,21 +151,19 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.kl_divergence(r({2}), none, a({2, 9}), a({2, 8}), i({2}), 1.0);
        }},
       {"sum", "out must be", [&] { b.sum(r({2}), r({4}), 1.0, Write::Overwrite); }},
-      {"master_scale", "33 features are not whole groups of 32",
-       [&] {
-         b.master_scale(r({1}), r({2, 33}), grid);
-       }},
-      {"fake_quant", "z must be U8 (2, 2)",
-       [&] {
-         b.fake_quant(a({2, 64}), u({2, 2}), u({2, 3}), r({2, 64}), r({1}), grid,
-                      Rounding::Nearest);
-       }},
+      {"widest_groups", "130 elements, no multiple of 128",
+       [&] { b.widest_groups(weights, r({130})); }},
+      {"widest_groups", "clipped must be U8 (32)", [&] { b.widest_groups(weights, r({256})); }},
+      {"fake_quant", "z must be U8 (4)", [&] { b.fake_quant(weights, r({128})); }},
       {"quantize_codes", "bits must be 2, 3, 4 or 8, got 5",
        [&] {
          b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), GridSpec{5, 32});
        }},
-      {"adamw", "(5)", [&] { b.adamw(r({4}), r({4}), r({5}), r({4}), r({kControlSize}), {}); }},
-      {"step_control", "control", [&] { b.step_control(r({3}), r({1}), r({1}), {}); }},
+      {"adamw", "v must be",
+       [&] { b.adamw(r({128}), r({128}), r({256}), r({128}), r({kControlSize}), weights, {}); }},
+      {"step_control", "control", [&] { b.step_control(r({3}), r({1}), r({128}), u({16}), {}); }},
+      {"step_control", "clipped must be U8 (16)",
+       [&] { b.step_control(r({kControlSize}), r({1}), r({128}), u({128}), {}); }},
   };
   for (const BadCall& bad : calls) {
     const std::string error = error_of(bad.call);

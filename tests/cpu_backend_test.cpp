@@ -447,7 +447,7 @@ TEST_CASE("the losses' values, at the ends of F32 too") {
 
 TEST_CASE("the same bytes from any number of threads, and from any run") {
   engine::Rng rng(9);
-  constexpr int64_t kRows = 150, kWidth = 200;
+  constexpr int64_t kRows = 150, kWidth = 200, kPadded = 30080;
   const std::vector<double> x = normal(rng, kRows * kWidth), w = normal(rng, kWidth);
   std::vector<std::vector<uint8_t>> results;
   for (const int threads : {1, 2, 3, 3}) {
@@ -456,12 +456,14 @@ TEST_CASE("the same bytes from any number of threads, and from any run") {
                  tw = make(*b, {kWidth}, DType::F32, w);
     const Tensor y = b->empty({kRows, kWidth}, DType::F32), r = b->empty({kRows}, DType::F32);
     const Tensor dx = b->empty({kRows, kWidth}, DType::F32), dw = b->empty({kWidth}, DType::F32);
-    const Tensor total = b->empty({1}, DType::F32);
+    const Tensor control = b->zeros({engine::kControlSize}, DType::F32);
+    const Tensor clipped = b->zeros({kPadded / 8}, DType::U8), g = b->zeros({kPadded}, DType::F32);
     b->rms_norm(y, r, tx, tw, 1e-6);
     b->rms_norm_backward(dx, dw, y, tx, r, tw, Write::Overwrite, Write::Overwrite);
-    b->sum_squares(total, dx);
+    b->copy(g.slice(0, dx.numel()), dx);
+    b->step_control(control, r.slice(0, 1), g, clipped, engine::Schedule{});
     std::vector<uint8_t> all;
-    for (const Tensor& t : {y, dx, dw, total})
+    for (const Tensor& t : {y, dx, dw, control})
       for (const uint8_t byte : bytes_of(*b, t)) all.push_back(byte);
     results.push_back(all);
   }

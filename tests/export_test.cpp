@@ -51,8 +51,8 @@ struct Trained {
     for (auto& block : model->blocks()) {
       block->bind_parameters(set, {bits, 32});
       block->load_masters(*source);
-      block->prepare();
     }
+    set.prepare();
   }
 
   ExportLayer layer(int64_t i) {

@@ -3,6 +3,7 @@
 #include "quant/grid.h"
 
 #include <algorithm>
+#include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
@@ -26,9 +27,11 @@ Quantized quantize(const Values& w, quant::GridSpec spec) {
   const auto k = static_cast<int64_t>(w.size());
   const size_t groups = w.size() / static_cast<size_t>(spec.group);
   Quantized out{0, std::vector<uint8_t>(groups), std::vector<uint8_t>(groups), Values(w.size())};
-  out.s = quant::master_scale_of(quant::host::largest_raw_scale(w.data(), {0, 1}, k, spec));
-  quant::host::fake_quant(out.wq.data(), out.e.data(), out.z.data(), w.data(), {0, 1}, k, out.s,
-                          spec, quant::Rounding::Nearest);
+  std::vector<uint8_t> clipped(w.size() / 8);
+  const float widest = quant::host::widest_group(w.data(), {0, 1}, k, spec.group);
+  out.s = quant::master_scale_of(quant::raw_scale(widest, spec.bits));
+  quant::host::fake_quant(out.wq.data(), out.e.data(), out.z.data(), clipped.data(), w.data(),
+                          {0, 1}, k, out.s, spec, quant::Rounding::Nearest);
   return out;
 }
 
@@ -153,6 +156,66 @@ TEST_CASE("ties round up, zero and constant groups stay finite", "[grid]") {
   const Quantized tiny = quantize(Values(32, 1e-41f), {2, 32});
   CHECK(tiny.s == std::numeric_limits<float>::min());
   for (const float v : tiny.wq) CHECK(std::isfinite(v));
+}
+
+// A group whose scale is exactly S e: one end at 0, the other at L S e.
+quant::GroupLevels levels_of_scale(uint8_t e, float master_scale, int bits) {
+  quant::Range<float> range;
+  range.include(float(quant::max_code(bits)) * quant::e4m3_decode(e) * master_scale);
+  return {range, master_scale, bits};
+}
+
+TEST_CASE("a corrected product is the quotient of every float by every scale", "[grid]") {
+  // Scaling x or s by a power of two scales both sides: eight mantissas of e, and all of x.
+  for (int e = 0x38; e < 0x40; ++e) {
+    const quant::GroupLevels group = levels_of_scale(static_cast<uint8_t>(e), 0x1p-9f, 2);
+    REQUIRE(group.params().e == e);
+    const float step = 0x1p-9f * quant::e4m3_decode(static_cast<uint8_t>(e));
+    int64_t wrong = 0;
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
+      const float x = std::bit_cast<float>(0x3C000000u | mantissa);
+      wrong += group.quotient(x) != x / step;
+      wrong += group.quotient(-x) != -x / step;
+    }
+    CAPTURE(e);
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
+  engine::Rng rng(12);
+  const auto bits_of = [](float x) { return std::bit_cast<uint32_t>(x); };
+  for (const int bits : {2, 3, 4, 8})
+    for (const float master_scale : {0x1p-126f, 0x1p-100f, 0x1p-12f, 1.0f, 0x1p100f})
+      for (int trial = 0; trial < 3000; ++trial) {
+        // Ranges from below the smallest scale to the largest, some of them one-sided.
+        const double size = std::ldexp(448.0 * master_scale, -static_cast<int>(rng.below(24)));
+        quant::Range<float> range;
+        if (trial % 5 != 1) range.include(static_cast<float>(-rng.uniform() * size));
+        if (trial % 5 != 2) range.include(static_cast<float>(rng.uniform() * size));
+        const quant::GroupParams want = quant::group_params(range, master_scale, bits);
+        const quant::GroupLevels group(range, master_scale, bits);
+        REQUIRE(group.params().e == want.e);
+        REQUIRE(group.params().z == want.z);
+        const float step = quant::step_of(want.e, master_scale);
+        const auto check = [&](float x) {
+          const float unclamped = quant::unclamped_code(x, step, want.z);
+          const float level = quant::level_of(quant::code_of(x, step, want.z, bits), want.z,
+                                              quant::e4m3_decode(want.e));
+          const float steps = group.steps(x);
+          CAPTURE(bits, master_scale, want.e, want.z, x);
+          REQUIRE(bits_of(group.level(steps)) == bits_of(level));
+          REQUIRE(group.is_clipped(steps) == quant::is_clipped(unclamped, bits));
+        };
+        for (int i = 0; i < 8; ++i)
+          check(static_cast<float>(range.mn + rng.uniform() * (range.mx - range.mn)));
+        for (int q = -3; q < 4; ++q) {  // ties, and the floats beside them
+          const float tie = (static_cast<float>(q) + 0.5f) * step;
+          for (const float x : {tie, std::nextafter(tie, 2 * tie), std::nextafter(tie, 0.0f)})
+            check(x);
+        }
+        for (const float x : {0.0f, -0.0f, 1e-45f, -1e-45f, range.mn, range.mx}) check(x);
+      }
 }
 
 TEST_CASE("NaN and infinity in a master reach every weight", "[grid]") {

@@ -149,8 +149,8 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
   for (auto& block : tiny.model->blocks()) {
     block->bind_parameters(set, {2, 32});
     block->load_masters(*tiny.source);
-    block->prepare();
   }
+  set.prepare();
   const int64_t t = 9;
   const Tensor ids = make_ids(device, {2, t}, random_tokens(6, 2 * t, config.vocab));
   const Tensor targets = make_ids(device, {2 * t}, random_tokens(7, 2 * t, config.vocab));

@@ -1,11 +1,13 @@
 // The quantizer's ops on the device under test against CpuBackend<float>: scales, zero points,
 // codes, levels and clipping masks must be equal, not close.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "quant/grid.h"
+#include "tests/flat_weights.h"
 #include "tests/op_test.h"
 
 namespace bbb::tests {
@@ -16,10 +18,10 @@ using engine::Rounding;
 using engine::Write;
 using Values = std::vector<double>;
 
-// (rows, groups a row): a single group, part of a warp, warps that end inside a block, and several
-// blocks with a tail.
-const std::vector<std::pair<int64_t, int64_t>> kSizes = {
-    {1, 1}, {3, 1}, {1, 31}, {33, 18}, {7, 129}};
+// (rows, groups a row): a single group, part of a warp, warps that end inside a tile, a whole tile,
+// and several tiles with a tail.
+const std::vector<std::pair<int64_t, int64_t>> kSizes = {{1, 1},  {3, 1},   {1, 31},
+                                                         {1, 32}, {33, 18}, {7, 129}};
 
 // F32 values: normal, with groups of very different sizes and some outliers.
 Values masters(engine::Rng& rng, int64_t n, int64_t k, int group) {
@@ -34,19 +36,36 @@ Values masters(engine::Rng& rng, int64_t n, int64_t k, int group) {
   return w;
 }
 
-// Everything the quantizer makes of w, on one backend.
+// Everything the quantizer makes of w, on one backend; w stands between two norms.
 struct Quantized {
   Tensor w, s, wq, e, z, codes;
+  std::vector<uint8_t> clipped;
+  double widest;
+  bool untouched;
 };
 
 Quantized quantize(Backend& b, int64_t n, int64_t k, const Values& w, GridSpec spec,
                    Rounding rounding = Rounding::Nearest) {
   const int64_t groups = k / spec.group;
-  Quantized q{make(b, {n, k}, b.real(), w),    b.empty({1}, b.real()),
-              b.empty({n, k}, b.act()),        b.empty({n, groups}, DType::U8),
-              b.empty({n, groups}, DType::U8), b.empty({n, k}, DType::U8)};
-  b.master_scale(q.s, q.w, spec);
-  b.fake_quant(q.wq, q.e, q.z, q.w, q.s, spec, rounding);
+  const FlatWeights flat(
+      b, {{5, quant::kNotQuantized}, {n * k, spec.bits}, {130, quant::kNotQuantized}}, spec.group,
+      rounding);
+  flat.set(flat.w.tensor(), 1, w);
+  b.widest_groups(flat.q, flat.w.tensor());
+  b.fake_quant(flat.q, flat.w.tensor());
+  const int64_t begin = flat.begins[1];
+  const auto scales = [&](const Tensor& t) {
+    return t.slice(begin / spec.group, n * groups).view({n, groups});
+  };
+  Quantized q{.w = flat.w.tensor().slice(begin, n * k).view({n, k}),
+              .s = flat.s.tensor().slice(1, 1),
+              .wq = flat.wq.tensor().slice(begin, n * k).view({n, k}),
+              .e = scales(flat.e.tensor()),
+              .z = scales(flat.z.tensor()),
+              .codes = b.empty({n, k}, DType::U8),
+              .clipped = bytes_of(b, flat.clipped.tensor().slice(begin / 8, n * k / 8)),
+              .widest = values_of(b, flat.widest.tensor())[1],
+              .untouched = flat.untouched()};
   b.quantize_codes(q.codes, q.w, q.e, q.z, q.s, spec);
   return q;
 }
@@ -79,7 +98,10 @@ TEST_CASE("master scale, codes and levels equal the reference", "[quantizer]") {
     const Values w = masters(rng, n, k, spec.group);
     const Quantized got = quantize(backend(), n, k, w, spec);
     const Quantized want = quantize(oracle(), n, k, w, spec);
+    CHECK(got.untouched);
+    CHECK(got.widest == want.widest);
     CHECK(values_of(backend(), got.s) == values_of(oracle(), want.s));
+    CHECK(got.clipped == want.clipped);
     CHECK(bytes_of(backend(), got.e) == bytes_of(oracle(), want.e));
     CHECK(bytes_of(backend(), got.z) == bytes_of(oracle(), want.z));
     CHECK(bytes_of(backend(), got.codes) == bytes_of(oracle(), want.codes));
@@ -89,17 +111,53 @@ TEST_CASE("master scale, codes and levels equal the reference", "[quantizer]") {
   });
 }
 
-TEST_CASE("a large master scale reduction finds its maximum anywhere", "[quantizer]") {
-  engine::Rng rng(22);
+TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]") {
+  engine::Rng rng(28);
+  for (const int group : {32, 64, 128}) {
+    CAPTURE(group);
+    const std::vector<FlatParameter> parameters = {
+        {33 * 18 * group, 2}, {7, quant::kNotQuantized},
+        {group, 8},           {5 * group, quant::kNoQuantizer},
+        {3 * group, 3},       {300, quant::kNotQuantized},
+        {601 * group, 4}};
+    std::vector<Values> w;
+    for (const FlatParameter& p : parameters)
+      w.push_back(p.bits == quant::kNotQuantized ? Values(static_cast<size_t>(p.count), 1.0)
+                                                 : masters(rng, 1, p.count, group));
+    // Twice: the second time everything stands there already.
+    const auto run = [&](Backend& b, int passes) {
+      FlatWeights flat(b, parameters, group);
+      for (size_t p = 0; p < parameters.size(); ++p) flat.set(flat.w.tensor(), p, w[p]);
+      for (int pass = 0; pass < passes; ++pass) {
+        b.widest_groups(flat.q, flat.w.tensor());
+        b.fake_quant(flat.q, flat.w.tensor());
+      }
+      CHECK(flat.untouched());
+      return flat;
+    };
+    const FlatWeights got = run(backend(), 2), want = run(oracle(), 1);
+    CHECK(values_of(backend(), got.widest.tensor()) == values_of(oracle(), want.widest.tensor()));
+    CHECK(values_of(backend(), got.s.tensor()) == values_of(oracle(), want.s.tensor()));
+    CHECK(bytes_of(backend(), got.e.tensor()) == bytes_of(oracle(), want.e.tensor()));
+    CHECK(bytes_of(backend(), got.z.tensor()) == bytes_of(oracle(), want.z.tensor()));
+    CHECK(bytes_of(backend(), got.clipped.tensor()) == bytes_of(oracle(), want.clipped.tensor()));
+    CHECK(values_of(backend(), got.wq.tensor()) == as_act(values_of(oracle(), want.wq.tensor())));
+    CHECK(values_of(backend(), got.s.tensor())[3] == 1);  // no quantizer: the weight itself
+    CHECK(values_of(backend(), got.wq.tensor().slice(got.begins[3], 5 * group)) == as_act(w[3]));
+    CHECK(values_of(backend(), got.widest.tensor())[1] == 0);
+    CHECK(values_of(backend(), got.wq.tensor().slice(got.begins[1], 7)) == Values(7, 0.0));
+  }
+}
+
+TEST_CASE("the widest group is found anywhere in a large matrix", "[quantizer]") {
   const int64_t n = 1030, k = 1056;
   Values w(static_cast<size_t>(n * k), 0.001);
   for (const int64_t at : {int64_t{0}, n * k / 2 + 5, n * k - 1}) {
     w[static_cast<size_t>(at)] = -3.0;
-    Tensor s = backend().empty({1}, backend().real());
-    const Tensor masters = make(backend(), {n, k}, backend().real(), w);
-    backend().master_scale(s, masters, {2, 32});
-    const float raw = (0.001f + 3.0f) / 3.0f;
-    CHECK(values_of(backend(), s)[0] == quant::master_scale_of(raw));
+    const FlatWeights flat(backend(), {{n * k, 2}}, 32);
+    flat.set(flat.w.tensor(), 0, w);
+    backend().widest_groups(flat.q, flat.w.tensor());
+    CHECK(values_of(backend(), flat.widest.tensor())[0] == 0.001f + 3.0f);
     w[static_cast<size_t>(at)] = 0.001;
   }
 }
@@ -115,34 +173,31 @@ TEST_CASE("without rounding the quantizer is the identity", "[quantizer]") {
   CHECK(values_of(backend(), q.wq) == as_act(expected));
 }
 
-TEST_CASE("the straight-through gradient is 0 exactly where a master was clipped", "[quantizer]") {
+TEST_CASE("a bit is set exactly where the grid does not reach a master", "[quantizer]") {
   engine::Rng rng(24);
+  int64_t clipped_of_all = 0;
   for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
-    Values w = masters(rng, n, k, spec.group), dw = normal(rng, n * k);
-    for (double& v : dw) v = static_cast<float>(v);
-    // Scales of the masters before they moved: the ends are now clipped by more than half a step.
+    const Values w = masters(rng, n, k, spec.group);
     const Quantized q = quantize(backend(), n, k, w, spec);
-    for (double& v : w) v = static_cast<float>(v * 1.75);
-    const Tensor moved = make(backend(), {n, k}, backend().real(), w);
-    Guarded guarded(backend(), {n, k}, backend().real());
-    backend().copy(guarded.tensor(), make(backend(), {n, k}, backend().real(), dw));
-    backend().ste_backward(guarded.tensor(), moved, q.e, q.z, q.s, spec);
-
     const auto e = bytes_of(backend(), q.e), z = bytes_of(backend(), q.z);
     const float s = static_cast<float>(values_of(backend(), q.s)[0]);
     const float top = static_cast<float>((1 << spec.bits) - 1);
-    Values expected = dw;
-    int64_t clipped = 0;
+    int64_t clipped = 0, wrong = 0;
     for (size_t i = 0; i < w.size(); ++i) {
       const size_t g = i / static_cast<size_t>(spec.group);
       const float x = static_cast<float>(w[i]);
       const float level = std::floor(x / (s * quant::e4m3_decode(e[g])) + 0.5f) + float(z[g]);
-      if (level < 0 || level > top) expected[i] = 0, ++clipped;
+      const bool outside = level < 0 || level > top;
+      clipped += outside;
+      wrong += outside != bit_of(q.clipped, i);
     }
-    CHECK(clipped > 0);
-    CHECK(values_of(backend(), guarded.tensor()) == expected);
-    CHECK(guarded.untouched());
+    CHECK(wrong == 0);
+    clipped_of_all += clipped;
   });
+  CHECK(clipped_of_all > 0);
+  const Quantized identity =
+      quantize(backend(), 3, 96, masters(rng, 3, 96, 32), {2, 32}, Rounding::Identity);
+  CHECK(std::count(identity.clipped.begin(), identity.clipped.end(), 0) == 3 * 96 / 8);
 }
 
 TEST_CASE("NaN and infinity in one master poison every level", "[quantizer]") {
@@ -156,18 +211,15 @@ TEST_CASE("NaN and infinity in one master poison every level", "[quantizer]") {
   }
 }
 
-TEST_CASE("the quantizer writes inside its outputs only", "[quantizer]") {
+TEST_CASE("codes are written inside their output only", "[quantizer]") {
   engine::Rng rng(26);
   for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
     Backend& b = backend();
-    const int64_t groups = k / spec.group;
-    const Tensor w = make(b, {n, k}, b.real(), masters(rng, n, k, spec.group));
-    Guarded s(b, {1}, b.real()), wq(b, {n, k}, b.act()), e(b, {n, groups}, DType::U8),
-        z(b, {n, groups}, DType::U8), codes(b, {n, k}, DType::U8);
-    b.master_scale(s.tensor(), w, spec);
-    b.fake_quant(wq.tensor(), e.tensor(), z.tensor(), w, s.tensor(), spec, Rounding::Nearest);
-    b.quantize_codes(codes.tensor(), w, e.tensor(), z.tensor(), s.tensor(), spec);
-    CHECK((s.untouched() && wq.untouched() && e.untouched() && z.untouched() && codes.untouched()));
+    const Quantized q = quantize(b, n, k, masters(rng, n, k, spec.group), spec);
+    const Guarded codes(b, {n, k}, DType::U8);
+    b.quantize_codes(codes.tensor(), q.w, q.e, q.z, q.s, spec);
+    CHECK(codes.untouched());
+    CHECK(bytes_of(b, codes.tensor()) == bytes_of(b, q.codes));
   });
 }
 

@@ -325,17 +325,17 @@ TEST_CASE("snapping moves masters onto their own grid", "[train]") {
   autograd::Parameter& master = parameters.add("w", {64, 96});
   parameters.allocate();
   models::QuantLinear linear(backend(), "w", 64, 96);
-  linear.set_fake_quant(master, {2, 32});
+  linear.set_fake_quant(parameters, master, {2, 32});
   const std::vector<double> values = normal(rng, 64 * 96, 0.05);
   models::upload_into(backend(), master.master, {values.begin(), values.end()});
-  linear.prepare();
+  parameters.prepare();
   const models::QuantizedState before = linear.quantized_state();
   linear.snap();
   CHECK(models::download_floats(backend(), master.master) == before.dequantize());
 
   // A group that does not reach both ends of its grid gets a narrower one from its snapped masters;
   // every other group keeps its codes.
-  linear.prepare();
+  parameters.prepare();
   const models::QuantizedState after = linear.quantized_state();
   for (size_t g = 0; g < before.scales.size(); ++g) {
     const auto begin = before.codes.begin() + static_cast<int64_t>(32 * g);

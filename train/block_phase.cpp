@@ -138,7 +138,7 @@ class BlockPhase {
     const BlockMasters weights = full_precision(0);
     advance_teacher(0, weights, *target_);
     load(0, weights);
-    work_->prepare();
+    parameters_.prepare();
     rewind();
   }
   void rewind() {
@@ -280,7 +280,7 @@ class BlockPhase {
 
   // With the masters and the width that stand in the block.
   void advance_stage(size_t t) {
-    work_->prepare();
+    parameters_.prepare();
     advance(*work_, *streams_[t + 1], *streams_[t + 1]);
   }
 
@@ -386,7 +386,7 @@ class BlockPhase {
     saved_->load(backend_, state(stage));
     const int32_t step = static_cast<int32_t>(at.step);
     backend_.upload(cursor_, &step);
-    work_->prepare();  // every buffer exists before the step is recorded
+    parameters_.prepare();  // every buffer exists before the step is recorded
     saved_.reset();
     return at;
   }
@@ -428,6 +428,7 @@ class BlockPhase {
     const std::vector<std::unique_ptr<Replay>>& steps = stages_[t]->steps;
     const int64_t end = (at.step / steps_per_epoch_ + 1) * steps_per_epoch_;
     Feed feed(*this, t, at.step, end);
+    parameters_.prepare();  // the steps trust the ranges of the masters that they find
     int64_t logged = at.step, skipped = 0;
     auto since = Clock::now();
     const auto log = [&] {
@@ -490,13 +491,14 @@ class BlockPhase {
     return batch;
   }
 
-  // Recorded: everything it reads lies on the device.
+  // Recorded: everything it reads lies on the device. It starts from masters that prepare() or the
+  // step before it left.
   void step(size_t t, size_t input, StepPart last) {
     StageStep& stage = *stages_[t];
     const std::vector<Stream*> inputs = training_inputs(t);
     const Tensor x = step_batch(*inputs[input], input);
     const Tensor y = step_batch(*target_, inputs.size());
-    work_->prepare();
+    parameters_.quantize();
     if (last == StepPart::Quantize) return;
     Tape tape(backend_, TapeMode::Training);
     const Var loss = autograd::mse(tape, work_->forward(tape, Var(x), nullptr, recompute_), y);
@@ -532,7 +534,7 @@ class BlockPhase {
   double validate(size_t t) {
     Reader inputs = in_order(*training_inputs(t)[0], 0, config_.samples, rows_);
     Reader targets = in_order(*target_, 1, config_.samples, rows_);
-    work_->prepare();
+    parameters_.prepare();
     backend_.zero(validation_);
     for (int64_t row = config_.samples; row < rows_; row += config_.batch) {
       const int64_t count = std::min(config_.batch, rows_ - row);

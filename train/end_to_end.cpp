@@ -120,7 +120,7 @@ class EndToEnd {
   }
 
   std::unique_ptr<engine::Replay> record(StepPart last) {
-    prepare();  // every buffer exists before the step is recorded
+    prepare();  // a step finds every buffer, and the ranges of the masters as they are
     return backend_.record([this, last] { step(last); });
   }
 
@@ -171,7 +171,7 @@ class EndToEnd {
       masters.allocate();
       block->bind_parameters(masters, spec());
       block->set_masters(block_result(run_, config_, source, block->layer()));
-      block->prepare();
+      masters.prepare();
       for (QuantLinear* linear : block->linears()) linear->set_scales(*sigmas[next++]);
       for (models::NormWeight* norm : {&block->input_norm(), &block->post_norm()}) {
         const Tensor value = backend_.empty(norm->value.shape(), backend_.real());
@@ -183,14 +183,24 @@ class EndToEnd {
   }
 
   void snap() {
-    for (auto& block : student_.blocks()) {
-      block->prepare();
-      block->snap();
-    }
+    parameters_.prepare();
+    for (auto& block : student_.blocks()) block->snap();
   }
 
+  // The GEMMs' operands from parameters that anything may have written.
   void prepare() {
-    for (auto& block : student_.blocks()) block->prepare();
+    if (config_.e2e_train == EndToEndTrain::All)
+      parameters_.prepare();
+    else
+      for (auto& block : student_.blocks()) block->prepare_scales();
+  }
+
+  // The same at the start of a step: nothing but the optimizer has written them since prepare().
+  void quantize() {
+    if (config_.e2e_train == EndToEndTrain::All)
+      parameters_.quantize();
+    else
+      prepare();
   }
 
   // Windows, their shifted targets (-1 behind the last token) and the order of all steps.
@@ -225,7 +235,7 @@ class EndToEnd {
 
   // Recorded: one optimizer step.
   void step(StepPart last) {
-    prepare();
+    quantize();
     for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
       accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
     if (last < StepPart::Backward) return;
@@ -392,9 +402,10 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
   const bool kl = config.e2e_loss == EndToEndLoss::Kl;
-  // All: masters, gradients, two moments. Scales: dW^, codes, and those four once a group.
+  // All: masters, gradients, two moments; e, z and clipped bits. Scales: dW^, codes, and those four
+  // once a group.
   const int64_t trained = config.e2e_train == EndToEndTrain::All
-                              ? parameters * 4 * real
+                              ? parameters * 4 * real + parameters / 4
                               : parameters * (real + 1) + parameters / config.group * 4 * real;
   const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
   const int64_t table = model.vocab * model.d_model;

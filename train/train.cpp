@@ -134,7 +134,7 @@ class Quantizer {
 
   ExportLayer operator()(const models::BlockMasters& masters) {
     block_.set_masters(masters);
-    block_.prepare();
+    parameters_.prepare();
     return {masters.input_norm, masters.post_norm, block_.quantized_state()};
   }
 

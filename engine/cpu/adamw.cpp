@@ -1,5 +1,6 @@
 // The optimizer step: step_control decides the step's learning rate, gradient factor and whether it
-// counts; adamw applies it. With g' = kScale g and t = kApplied (Loshchilov & Hutter, 2019):
+// counts, adding the squares in double and in a fixed order; adamw applies it. With g' = kScale g,
+// 0 where the quantizer clipped, and t = kApplied (Loshchilov & Hutter, 2019):
 //
 //     m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
@@ -8,12 +9,23 @@
 #include <numbers>
 
 #include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/vector_math.h"
 
 namespace bbb::engine {
 
+static bool bit_of(const uint8_t* bits, int64_t i) { return bits[i / 8] >> (i % 8) & 1; }
+
 template <typename T>
-void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss,
-                                    const Tensor& norm_squared, const Schedule& schedule) {
+void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
+                                    const Tensor& clipped, const Schedule& schedule) {
+  const T* gradient = data(g);
+  const auto* mask = clipped.data<uint8_t>();
+  const double squared = ordered_sum(g.numel(), [=](int64_t begin, int64_t end) {
+    return lane_sum<double>(end - begin, [=](int64_t i) {
+      const auto value = static_cast<double>(gradient[begin + i]);
+      return bit_of(mask, begin + i) ? 0.0 : value * value;
+    });
+  });
   T* slot = data(control);
   const auto t = static_cast<double>(slot[kStep]);
   const auto total = static_cast<double>(schedule.total_steps);
@@ -22,8 +34,7 @@ void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss,
                             : 1.0;
   const double cosine = (1 + std::cos(std::numbers::pi * std::min(t, total) / total)) / 2;
   const double decay = schedule.final_ratio + (1 - schedule.final_ratio) * cosine;
-  const auto squared = static_cast<double>(*data(norm_squared));
-  const double norm = std::sqrt(squared);
+  const double norm = std::sqrt(static_cast<double>(static_cast<T>(squared)));
   const bool skip = !std::isfinite(*data(loss)) || !std::isfinite(norm);
   const bool clips = schedule.clip_norm > 0 && norm > schedule.clip_norm;
 
@@ -38,7 +49,8 @@ void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss,
 
 template <typename T>
 void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                             const Tensor& control, const AdamWSpec& spec) {
+                             const Tensor& control, const FakeQuantWeights& q,
+                             const AdamWSpec& spec) {
   const T* slot = data(control);
   if (slot[kSkip] != 0) return;
   const auto t = static_cast<double>(slot[kApplied]);
@@ -50,9 +62,10 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
   const T eps = static_cast<T>(spec.epsilon), decay = static_cast<T>(spec.weight_decay);
   T *weight = data(w), *first = data(m), *second = data(v);
   const T* gradient = data(g);
+  const auto* clipped = q.clipped.data<uint8_t>();
   parallel_for(w.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T grad = scale * gradient[i];
+      const T grad = bit_of(clipped, i) ? T{0} : scale * gradient[i];
       const T mean = b1 * first[i] + rest1 * grad;
       const T square = b2 * second[i] + rest2 * (grad * grad);
       const T old = weight[i];
@@ -61,10 +74,12 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
       weight[i] = old - lr * (mean * unbias1 / (std::sqrt(square * unbias2) + eps) + decay * old);
     }
   });
+  do_widest_groups(q, w);
 }
 
-BBB_CPU_INSTANTIATE(do_step_control, const Tensor&, const Tensor&, const Tensor&, const Schedule&);
+BBB_CPU_INSTANTIATE(do_step_control, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    const Schedule&);
 BBB_CPU_INSTANTIATE(do_adamw, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AdamWSpec&);
+                    const Tensor&, const FakeQuantWeights&, const AdamWSpec&);
 
 }  // namespace bbb::engine

@@ -1,5 +1,5 @@
-// The quantizer's ops (numerics.md sections 1 and 2): quant/host.cpp over threads, a range of rows
-// each.
+// The quantizer's ops (numerics.md sections 1 and 2): quant/host.cpp over threads, a few tiles or a
+// range of rows each.
 #include <algorithm>
 #include <vector>
 
@@ -10,39 +10,60 @@ namespace bbb::engine {
 
 namespace host = quant::host;
 
+static constexpr int64_t kTileGrain = kElementGrain / quant::kTileElements;
+
 static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
 
-template <typename T>
-void CpuBackend<T>::do_master_scale(const Tensor& s, const Tensor& w, const GridSpec& spec) {
-  const int64_t n = w.dim(0), k = w.dim(1), grain = row_grain(k);
-  std::vector<T> parts(static_cast<size_t>((n + grain - 1) / grain), T(0));
-  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
-    parts[static_cast<size_t>(begin / grain)] =
-        host::largest_raw_scale(w.data<T>(), {begin, end}, k, spec);
-  });
-  T largest = 0;
-  for (const T part : parts) largest = quant::max_or_nan(largest, part);
-  *s.data<T>() = quant::master_scale_of(largest);
+static const quant::WeightTile* tiles_of(const FakeQuantWeights& q) {
+  return static_cast<const quant::WeightTile*>(q.tiles.raw());
+}
+
+// A tile as rows of one group each.
+static host::Rows groups_of(const quant::WeightTile& tile, int group) {
+  const int64_t begin = tile.begin * quant::kTileAlign / group;
+  return {begin, begin + tile.count / group};
 }
 
 template <typename T>
-void CpuBackend<T>::do_fake_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
-                                  const Tensor& w, const Tensor& s, const GridSpec& spec,
-                                  Rounding rounding) {
-  const int64_t k = w.dim(1);
-  parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
-    host::fake_quant(wq.data<T>(), e.data<uint8_t>(), z.data<uint8_t>(), w.data<T>(), {begin, end},
-                     k, *s.data<T>(), spec, rounding);
+void CpuBackend<T>::do_widest_groups(const FakeQuantWeights& q, const Tensor& w) {
+  const quant::WeightTile* tiles = tiles_of(q);
+  std::vector<T> parts(static_cast<size_t>(q.tiles.dim(0)), T(0));
+  parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (tiles[i].bits != quant::kNotQuantized)
+        parts[static_cast<size_t>(i)] =
+            host::widest_group(w.data<T>(), groups_of(tiles[i], q.group), q.group, q.group);
   });
+  T* widest = q.widest.data<T>();
+  std::fill_n(widest, q.widest.numel(), T(0));
+  for (size_t i = 0; i < parts.size(); ++i)
+    widest[tiles[i].slot] = quant::max_or_nan(widest[tiles[i].slot], parts[i]);
 }
 
 template <typename T>
-void CpuBackend<T>::do_ste_backward(const Tensor& dw, const Tensor& w, const Tensor& e,
-                                    const Tensor& z, const Tensor& s, const GridSpec& spec) {
-  const int64_t k = w.dim(1);
-  parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
-    host::ste_backward(dw.data<T>(), w.data<T>(), e.data<uint8_t>(), z.data<uint8_t>(),
-                       {begin, end}, k, *s.data<T>(), spec);
+void CpuBackend<T>::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
+  const quant::WeightTile* tiles = tiles_of(q);
+  for (int64_t i = 0; i < q.tiles.dim(0); ++i) {
+    if (tiles[i].bits == quant::kNotQuantized) continue;
+    q.s.data<T>()[tiles[i].slot] = tiles[i].bits == quant::kNoQuantizer
+                                       ? T(1)
+                                       : quant::master_scale_of(quant::raw_scale(
+                                             q.widest.data<T>()[tiles[i].slot], tiles[i].bits));
+  }
+  parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const quant::WeightTile& tile = tiles[i];
+      const int64_t first = tile.begin * quant::kTileAlign;
+      if (tile.bits == quant::kNotQuantized) continue;
+      if (tile.bits == quant::kNoQuantizer) {
+        std::copy_n(w.data<T>() + first, tile.count, q.wq.data<T>() + first);
+        std::fill_n(q.clipped.data<uint8_t>() + first / 8, tile.count / 8, uint8_t{0});
+        continue;
+      }
+      host::fake_quant(q.wq.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
+                       q.clipped.data<uint8_t>(), w.data<T>(), groups_of(tile, q.group), q.group,
+                       q.s.data<T>()[tile.slot], {tile.bits, q.group}, q.rounding);
+    }
   });
 }
 
@@ -79,11 +100,8 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
   });
 }
 
-BBB_CPU_INSTANTIATE(do_master_scale, const Tensor&, const Tensor&, const GridSpec&);
-BBB_CPU_INSTANTIATE(do_fake_quant, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const GridSpec&, Rounding);
-BBB_CPU_INSTANTIATE(do_ste_backward, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const GridSpec&);
+BBB_CPU_INSTANTIATE(do_widest_groups, const FakeQuantWeights&, const Tensor&);
+BBB_CPU_INSTANTIATE(do_fake_quant, const FakeQuantWeights&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_quantize_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, const GridSpec&);
 BBB_CPU_INSTANTIATE(do_scale_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

@@ -1,4 +1,4 @@
-// sum: out (+)= scale * sum(x). sum_squares: out = sum(x^2). Added in double, in a fixed order.
+// out (+)= scale * sum(x), added in double, in a fixed order.
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/vector_math.h"
 
@@ -16,18 +16,6 @@ void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Wri
   to = static_cast<T>(mode == Write::Add ? static_cast<double>(to) + total : total);
 }
 
-template <typename T>
-void CpuBackend<T>::do_sum_squares(const Tensor& out, const Tensor& x) {
-  const T* in = data(x);
-  *data(out) = static_cast<T>(ordered_sum(x.numel(), [=](int64_t begin, int64_t end) {
-    return lane_sum<double>(end - begin, [=](int64_t i) {
-      const auto value = static_cast<double>(in[begin + i]);
-      return value * value;
-    });
-  }));
-}
-
 BBB_CPU_INSTANTIATE(do_sum, const Tensor&, const Tensor&, double, Write);
-BBB_CPU_INSTANTIATE(do_sum_squares, const Tensor&, const Tensor&);
 
 }  // namespace bbb::engine

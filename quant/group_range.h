@@ -1,0 +1,77 @@
+// The ranges of groups in registers, and their maximum over a block: what the quantizer's kernels
+// and the optimizer's share. A group lies in consecutive lanes of one warp, kPerThread consecutive
+// elements in each.
+#pragma once
+
+#include <type_traits>
+
+#include "quant/check.h"
+#include "quant/grid.h"
+#include "quant/tiles.h"
+
+namespace bbb::quant {
+
+constexpr int kTileThreads = 256;  // threads of a block that handles one tile
+
+// Calls fn with the group size as a compile-time constant.
+template <typename Fn>
+void with_group(int group, const Fn& fn) {
+  switch (group) {
+    case 32:
+      return fn(std::integral_constant<int, 32>());
+    case 64:
+      return fn(std::integral_constant<int, 64>());
+    default:
+      BBB_ASSERT(group == 128);
+      return fn(std::integral_constant<int, 128>());
+  }
+}
+
+#ifdef __CUDACC__
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+// Range::include for both ends, in one instruction each: NaN if either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+  return least;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
+// The range of the group that this lane belongs to; the whole warp takes part.
+template <int kGroup, int kPerThread>
+__device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]) {
+  Range<float> range;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    range.mn = min_nan(range.mn, x[i]);
+    range.mx = max_nan(range.mx, x[i]);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kGroup / kPerThread; lanes *= 2) {
+    range.mn = min_nan(range.mn, __shfl_xor_sync(kFullWarp, range.mn, lanes));
+    range.mx = max_nan(range.mx, __shfl_xor_sync(kFullWarp, range.mx, lanes));
+  }
+  return range;
+}
+
+// slot = max(slot, value) over the values, none negative, of a block of kTileThreads. As unsigned
+// integers, the bits of such floats are in order, and infinity and every NaN come after the finite
+// ones; a maximum does not depend on the order of its operands, so the atomic is deterministic.
+__device__ __forceinline__ void block_max(float* slot, float value) {
+  unsigned bits = __reduce_max_sync(kFullWarp, __float_as_uint(value));
+  __shared__ unsigned warps[kTileThreads / 32];
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = bits;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  bits = threadIdx.x < kTileThreads / 32 ? warps[threadIdx.x] : 0u;
+  bits = __reduce_max_sync(kFullWarp, bits);
+  if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(slot), bits);
+}
+#endif
+
+}  // namespace bbb::quant

@@ -1,0 +1,49 @@
+// Tiles: how kernels walk flat buffers in which the parameters of a model lie side by side.
+//
+// Every parameter starts on a multiple of kTileAlign elements and is padded to one, so that it
+// holds whole groups of any size; its padding is zeros. A tile is a stretch of one parameter, which
+// one block of threads handles; the table of tiles covers the buffer and lies in device memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "quant/check.h"
+#include "quant/spec.h"
+
+namespace bbb::quant {
+
+constexpr int64_t kTileAlign = 128;      // elements
+constexpr int64_t kTileElements = 4096;  // at most, in one tile
+constexpr int kNotQuantized = 0;         // bits of a parameter that is no weight: a norm
+
+struct alignas(16) WeightTile {
+  int32_t begin;  // first element / kTileAlign
+  int32_t count;  // elements, a multiple of kTileAlign
+  int32_t slot;   // of the parameter: where its S and its widest group stand
+  int32_t bits;   // GridSpec's, or kNotQuantized
+};
+static_assert(sizeof(WeightTile) == 4 * sizeof(int32_t));
+
+inline int64_t padded_elements(int64_t count) {
+  return (count + kTileAlign - 1) / kTileAlign * kTileAlign;
+}
+
+// The tiles of parameters that follow each other: `counts` elements each before padding, slot i for
+// parameter i, all kNotQuantized. Throws above 2^31 tile units, which is 2^38 elements.
+inline std::vector<WeightTile> make_tiles(const std::vector<int64_t>& counts) {
+  std::vector<WeightTile> tiles;
+  int64_t at = 0;
+  for (size_t slot = 0; slot < counts.size(); ++slot) {
+    const int64_t end = at + padded_elements(counts[slot]);
+    BBB_CHECK(end / kTileAlign <= INT32_MAX, "a model of ", end, " elements is too large");
+    for (; at < end; at += tiles.back().count)
+      tiles.push_back({static_cast<int32_t>(at / kTileAlign),
+                       static_cast<int32_t>(std::min(kTileElements, end - at)),
+                       static_cast<int32_t>(slot), kNotQuantized});
+  }
+  return tiles;
+}
+
+}  // namespace bbb::quant

@@ -1,0 +1,81 @@
+// Flat buffers of a few parameters and of what the quantizer makes of them, laid out as a model's
+// are, with poisoned guards around every output.
+#pragma once
+
+#include <vector>
+
+#include "tests/support.h"
+
+namespace bbb::tests {
+
+struct FlatParameter {
+  int64_t count;  // elements: whole groups, but for a norm
+  int bits;       // quant::kNotQuantized for a norm
+};
+
+struct FlatWeights {
+  static int64_t padded(const std::vector<FlatParameter>& parameters) {
+    int64_t total = 0;
+    for (const FlatParameter& p : parameters) total += quant::padded_elements(p.count);
+    return total;
+  }
+
+  FlatWeights(Backend& b, std::vector<FlatParameter> of, int group,
+              engine::Rounding rounding = engine::Rounding::Nearest)
+      : backend(b),
+        parameters(std::move(of)),
+        total(padded(parameters)),
+        slots(static_cast<int64_t>(parameters.size())),
+        w(b, {total}, b.real()),
+        widest(b, {slots}, b.real()),
+        s(b, {slots}, b.real()),
+        clipped(b, {total / 8}, DType::U8),
+        wq(b, {total}, b.act()),
+        e(b, {total / group}, DType::U8),
+        z(b, {total / group}, DType::U8) {
+    for (const Guarded* out : {&w, &widest, &s, &clipped, &wq, &e, &z}) b.zero(out->tensor());
+    std::vector<int64_t> counts;
+    for (const FlatParameter& p : parameters) {
+      begins.push_back(counts.empty() ? 0 : begins.back() + quant::padded_elements(counts.back()));
+      counts.push_back(p.count);
+    }
+    std::vector<quant::WeightTile> tiles = quant::make_tiles(counts);
+    for (quant::WeightTile& tile : tiles)
+      tile.bits = parameters[static_cast<size_t>(tile.slot)].bits;
+    q = {.tiles = b.empty({static_cast<int64_t>(tiles.size()), 4}, DType::I32),
+         .widest = widest.tensor(),
+         .s = s.tensor(),
+         .clipped = clipped.tensor(),
+         .wq = wq.tensor(),
+         .e = e.tensor(),
+         .z = z.tensor(),
+         .group = group,
+         .rounding = rounding};
+    b.upload(q.tiles, tiles.data());
+  }
+
+  // Values of one parameter, into the flat masters or a buffer beside them.
+  void set(const Tensor& flat, size_t parameter, const std::vector<double>& values) const {
+    backend.copy(flat.slice(begins[parameter], parameters[parameter].count),
+                 make(backend, {parameters[parameter].count}, backend.real(), values));
+  }
+
+  bool untouched() const {
+    for (const Guarded* out : {&w, &widest, &s, &clipped, &wq, &e, &z})
+      if (!out->untouched()) return false;
+    return true;
+  }
+
+  Backend& backend;
+  std::vector<FlatParameter> parameters;
+  std::vector<int64_t> begins;  // first element of each
+  int64_t total, slots;
+  Guarded w, widest, s, clipped, wq, e, z;
+  engine::FakeQuantWeights q;
+};
+
+inline bool bit_of(const std::vector<uint8_t>& bits, size_t i) {
+  return bits[i / 8] >> (i % 8) & 1;
+}
+
+}  // namespace bbb::tests
