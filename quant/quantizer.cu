@@ -1,12 +1,10 @@
 // The quantizer on FP32 masters: the formulas are in quant/grid.h, one function call each here.
 //
-//   widest_groups         the widest group of each parameter     4 B read an element
-//   fake_quant            wq, e, z, clipped bits, S              4 B read, 2 B written (+ 1/8 B,
-//   and
-//                                                                2 B a group)
-//   quantize_codes        codes                                  4 B read, 1 B written
-//   scale_codes           e, wq from sigma                       1 B read, 2 B written
-//   scale_codes_backward  dsigma                                 5 B read, 4 B a group written
+//   widest_groups         the widest group of each parameter   4 B an element read
+//   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written
+//   quantize_codes        codes                                4 B read, 1 B written
+//   scale_codes           e, wq from sigma                     1 B read, 2 B written
+//   scale_codes_backward  dsigma                               5 B read, 4 B a group written
 //
 // Thread mapping. The first two take all matrices of a model in one launch, a block for each tile
 // (quant/tiles.h), eight consecutive elements a thread and G / 8 lanes a group. The others take one

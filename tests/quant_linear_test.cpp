@@ -3,6 +3,7 @@
 
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "quant/grid.h"
@@ -317,6 +318,18 @@ TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that 
       measured.set.prepare();
       REQUIRE(recorded.state() == measured.state());
     }
+}
+
+TEST_CASE("quant_linear: quantizing and the optimizer are four kernels for any number of linears",
+          "[quant_linear]") {
+  TwoLinears trained(backend(), 2, 32, 33, 96);
+  trained.set.prepare();
+  const auto replay = backend().record([&] {
+    trained.set.quantize();
+    trained.adamw.step(trained.loss);
+  });
+  const bool graph = on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr;
+  CHECK(replay->kernels() == (graph ? 4 : 0));
 }
 
 TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linear]") {

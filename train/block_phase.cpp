@@ -672,9 +672,10 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   const int64_t steps = config.epochs * (config.samples / config.batch);
   const models::ActivationMemory block =
       models::activation_memory(backend, model, tokens, recompute);
-  // Masters, gradients, two moments, the best masters; wq, e and z; order and log of a stage.
+  // Masters, gradients, two moments, the best masters; wq, e, z and clipped bits; order and log of
+  // a stage.
   const int64_t trained = parameters * (5 * real + act) + parameters / config.group * 2 +
-                          steps * (config.batch * 4 + engine::kControlSize * real);
+                          parameters / 8 + steps * (config.batch * 4 + engine::kControlSize * real);
   int64_t largest = 0;  // of the linears: it arrives in F32
   for (const models::LinearShape& linear : models::block_linears(model))
     largest = std::max(largest, linear.n * linear.k);

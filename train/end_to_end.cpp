@@ -402,10 +402,10 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
   const bool kl = config.e2e_loss == EndToEndLoss::Kl;
-  // All: masters, gradients, two moments; e, z and clipped bits. Scales: dW^, codes, and those four
-  // once a group.
+  // All: masters, gradients, two moments; clipped bits. Scales: dW^, codes, and those four once a
+  // group.
   const int64_t trained = config.e2e_train == EndToEndTrain::All
-                              ? parameters * 4 * real + parameters / 4
+                              ? parameters * 4 * real + parameters / 8
                               : parameters * (real + 1) + parameters / config.group * 4 * real;
   const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
   const int64_t table = model.vocab * model.d_model;
