@@ -73,20 +73,20 @@ int64_t count_kernels(cudaGraph_t graph) {
 
 class GraphReplay final : public Replay {
  public:
-  // `step` is kept for the tensors that it holds; `pool`, which all recordings share, for those
+  // `step` is kept for the tensors that it holds; `pools`, which all recordings share, for those
   // that it allocated: what one run has freed is dead before another one starts on the same stream.
   GraphReplay(cudaStream_t stream, cudaGraph_t graph, std::function<void()> step,
-              std::shared_ptr<MemoryPool> pool)
+              std::shared_ptr<RecordingPools> pools)
       : stream_(stream),
         step_(std::move(step)),
-        pool_(std::move(pool)),
+        pools_(std::move(pools)),
         kernels_(count_kernels(graph)) {
     cudaGraphExec_t executable = nullptr;
     BBB_CUDA(cudaGraphInstantiate(&executable, graph, 0));
     executable_.reset(executable);
   }
   ~GraphReplay() override {
-    cudaDeviceSynchronize();  // the last run may still be using the pool
+    cudaDeviceSynchronize();  // the last run may still be using the pools
     cudaGetLastError();
   }
   void run() override { BBB_CUDA(cudaGraphLaunch(executable_.get(), stream_)); }
@@ -95,7 +95,7 @@ class GraphReplay final : public Replay {
  private:
   cudaStream_t stream_;
   std::function<void()> step_;
-  std::shared_ptr<MemoryPool> pool_;
+  std::shared_ptr<RecordingPools> pools_;
   int64_t kernels_ = 0;
   Handle<cudaGraphExec_t, cudaGraphExecDestroy> executable_;
 };
@@ -192,14 +192,14 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
     // Nothing can be given back to the driver while the stream records: do it now.
     synchronize();
     pool_->release_cached();
-    std::shared_ptr<MemoryPool> own = recordings_pool_.lock();
+    std::shared_ptr<RecordingPools> own = recordings_.lock();
     if (!own) {
-      own = std::make_shared<MemoryPool>(pool_->usage(), Reclaim::Never);
-      recordings_pool_ = own;
+      own = std::make_shared<RecordingPools>(pool_->usage());
+      recordings_ = own;
     }
     GraphHandle graph;
     {
-      Capture capture(stream_, pool_, own);
+      Capture capture(stream_, pool_, own->main);
       step();
       graph = capture.end();
     }
@@ -210,6 +210,43 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
     own.reset();
     gemm_->settle_recorded();
   }
+}
+
+void CudaBackend::beside(const std::function<void()>& side, const std::function<void()>& main) {
+  const std::shared_ptr<RecordingPools> pools = recordings_.lock();
+  if (!is_capturing(stream_) || !pools || pool_ != pools->main) {
+    side();
+    main();
+    return;
+  }
+  if (!side_stream_) {
+    side_stream_ = make_stream();
+    void* workspace = nullptr;
+    BBB_CUDA(cudaMalloc(&workspace, kGemmWorkspaceBytes));
+    side_workspace_.reset(static_cast<char*>(workspace));
+  }
+  const cudaStream_t main_stream = stream_, side_stream = side_stream_.get();
+  const EventHandle fork = make_event(cudaEventDisableTiming);
+  const EventHandle join = make_event(cudaEventDisableTiming);
+  BBB_CUDA(cudaEventRecord(fork.get(), main_stream));
+  BBB_CUDA(cudaStreamWaitEvent(side_stream, fork.get(), 0));
+  const auto go_back = [&] {
+    stream_ = main_stream;
+    pool_ = pools->main;
+  };
+  stream_ = side_stream;
+  pool_ = pools->side;
+  try {
+    const GemmPlanner::OnStream products(*gemm_, side_stream, side_workspace_.get());
+    side();
+  } catch (...) {
+    go_back();
+    throw;
+  }
+  go_back();
+  BBB_CUDA(cudaEventRecord(join.get(), side_stream));
+  main();
+  BBB_CUDA(cudaStreamWaitEvent(main_stream, join.get(), 0));
 }
 
 Tensor CudaBackend::do_empty(Shape shape, DType dtype) {

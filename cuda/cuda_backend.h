@@ -44,8 +44,9 @@ using quant::launch;
 
 bool is_capturing(cudaStream_t stream);  // a step is being recorded
 
-class MemoryPool;   // cuda/memory.h
-class GemmPlanner;  // cuda/gemm.h
+class MemoryPool;       // cuda/memory.h
+struct RecordingPools;  // there too
+class GemmPlanner;      // cuda/gemm.h
 
 class CudaBackend final : public engine::Backend {
  public:
@@ -63,6 +64,7 @@ class CudaBackend final : public engine::Backend {
   void synchronize() override;
   engine::Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
+  void beside(const std::function<void()>& side, const std::function<void()>& main) override;
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
@@ -137,9 +139,11 @@ class CudaBackend final : public engine::Backend {
                 const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
   StreamHandle own_stream_;
-  cudaStream_t stream_ = nullptr;              // the same
-  std::shared_ptr<MemoryPool> pool_;           // the current one
-  std::weak_ptr<MemoryPool> recordings_pool_;  // what pool_ is meanwhile; its Replays hold it
+  cudaStream_t stream_ = nullptr;             // the same
+  StreamHandle side_stream_;                  // of beside()
+  Handle<char*, cudaFree> side_workspace_;    // the GEMMs' on it
+  std::shared_ptr<MemoryPool> pool_;          // the current one
+  std::weak_ptr<RecordingPools> recordings_;  // what pool_ is among meanwhile; held by the Replays
   std::unique_ptr<GemmPlanner> gemm_;
   std::unique_ptr<engine::Transfers> transfers_;
 };

@@ -59,8 +59,9 @@ GemmPlanner::GemmPlanner(cudaStream_t stream, std::shared_ptr<MemoryPool> pool)
   handle_.reset(handle);
   void* workspace = nullptr;
   BBB_CUDA(cudaMalloc(&workspace, kGemmWorkspaceBytes + sizeof kHostConstants));
-  workspace_.reset(static_cast<char*>(workspace));
-  constants_ = reinterpret_cast<float*>(workspace_.get() + kGemmWorkspaceBytes);
+  own_workspace_.reset(static_cast<char*>(workspace));
+  workspace_ = own_workspace_.get();
+  constants_ = reinterpret_cast<float*>(workspace_ + kGemmWorkspaceBytes);
   BBB_CUDA(cudaMemcpyAsync(constants_, kHostConstants, sizeof kHostConstants,
                            cudaMemcpyHostToDevice, stream_));
   BBB_CUDA(cudaStreamSynchronize(stream_));
@@ -131,7 +132,7 @@ void GemmPlanner::launch(const Plan& plan, const GemmShape& shape, const GemmAlg
   BBB_CUBLAS(cublasLtMatmul(
       handle_.get(), plan.product.get(), shape.alpha_on_device ? alpha : &constants[1], a,
       plan.a.get(), b, plan.b.get(), &constants[shape.accumulate ? 1 : 0], c, plan.out.get(), d,
-      plan.out.get(), &algorithm, workspace_.get(), kGemmWorkspaceBytes, stream_));
+      plan.out.get(), &algorithm, workspace_, kGemmWorkspaceBytes, stream_));
 }
 
 void GemmPlanner::run(GemmShape shape, void* d, const void* a, const void* b, const void* c,

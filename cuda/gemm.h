@@ -55,6 +55,27 @@ class GemmPlanner {
   void run(GemmShape shape, void* d, const void* a, const void* b, const void* c,
            const float* alpha);
 
+  // Products run on this stream, with this workspace of kGemmWorkspaceBytes, until the object dies.
+  class OnStream {
+   public:
+    OnStream(GemmPlanner& planner, cudaStream_t stream, char* workspace)
+        : planner_(planner), stream_(planner.stream_), workspace_(planner.workspace_) {
+      planner.stream_ = stream;
+      planner.workspace_ = workspace;
+    }
+    ~OnStream() {
+      planner_.stream_ = stream_;
+      planner_.workspace_ = workspace_;
+    }
+    OnStream(const OnStream&) = delete;
+    OnStream& operator=(const OnStream&) = delete;
+
+   private:
+    GemmPlanner& planner_;
+    cudaStream_t stream_;
+    char* workspace_;
+  };
+
   // What Backend::tune_gemms promises. Every plan is made anew.
   void tune(std::optional<engine::GemmTuning> tuning);
   bool tuned() const { return tuning_.has_value(); }
@@ -90,7 +111,8 @@ class GemmPlanner {
   cudaStream_t stream_;
   std::shared_ptr<MemoryPool> pool_;
   Handle<cublasLtHandle_t, cublasLtDestroy> handle_;
-  Handle<char*, cudaFree> workspace_;
+  Handle<char*, cudaFree> own_workspace_;
+  char* workspace_ = nullptr;
   float* constants_ = nullptr;  // on the device, behind the workspace: 0, 1
   std::map<GemmShape, Plan> plans_;
 

@@ -56,4 +56,13 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   int64_t reserved_bytes_ = 0;  // Reclaim::Never: of all slabs
 };
 
+// What recorded steps allocate from, and all their replays hold: each of a step's two streams has a
+// pool of its own, since the order of one says nothing about the other.
+struct RecordingPools {
+  explicit RecordingPools(const std::shared_ptr<MemoryUsage>& usage)
+      : main(std::make_shared<MemoryPool>(usage, Reclaim::Never)),
+        side(std::make_shared<MemoryPool>(usage, Reclaim::Never)) {}
+  std::shared_ptr<MemoryPool> main, side;
+};
+
 }  // namespace bbb::cuda

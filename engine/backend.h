@@ -134,6 +134,9 @@ class Backend {
   // Records `step` and returns it ready to run(); recording does not execute it. Tensors that
   // `step` allocates belong to the Replay. On the CPU run() simply calls `step`.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
+  // Runs both. In a recorded step on a GPU what they queue may run at the same time, so neither
+  // uses what the other writes, and what `side` reads lives until this returns.
+  virtual void beside(const std::function<void()>& side, const std::function<void()>& main) = 0;
 
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).

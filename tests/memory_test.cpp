@@ -254,6 +254,53 @@ TEST_CASE("a step that throws leaves the backend as it was", "[record]") {
   CHECK(values_of(b, t)[2] == 2 * before);
 }
 
+TEST_CASE("what runs beside a step sees what was before, and is seen by what follows", "[record]") {
+  Backend& b = backend();
+  // Each side squares its way through large temporaries that it drops at once, so that one side's
+  // memory taken by the other would show.
+  const int64_t m = 256, d = 256;
+  engine::Rng rng(72);
+  const auto w = activations(rng, d * d, 0.06), x0 = activations(rng, m * d);
+  const auto run = [&](bool recorded) {
+    const Tensor x = make(b, {m, d}, b.act(), x0), weight = make(b, {d, d}, b.act(), w);
+    const Tensor out = b.zeros({m, d}, b.act());
+    const auto chain = [&](int length) {
+      Tensor h = x;
+      for (int i = 0; i < length; ++i) {
+        const Tensor y = b.empty({m, d}, b.act());
+        b.gemm_nt(y, h, weight, Tensor(), x);
+        h = y;
+      }
+      return h;
+    };
+    const auto step = [&] {
+      for (int round = 0; round < 2; ++round) {
+        b.add(x, x, out);
+        Tensor side, main;
+        b.beside([&] { side = chain(12); }, [&] { main = chain(9); });
+        b.add(out, side, main);
+      }
+    };
+    if (recorded) {
+      const auto replay = b.record(step);
+      for (int i = 0; i < 3; ++i) replay->run();
+      b.synchronize();
+    } else {
+      for (int i = 0; i < 3; ++i) step();
+    }
+    return values_of(b, out);
+  };
+  CHECK(run(true) == run(false));
+  // An error in either leaves the backend as it was.
+  const auto nothing = [] {};
+  const auto broken = [] { throw Error("one side is broken"); };
+  CHECK_THROWS_WITH(b.record([&] { b.beside(broken, nothing); })->run(),
+                    Catch::Contains("one side is broken"));
+  CHECK_THROWS_WITH(b.record([&] { b.beside(nothing, broken); })->run(),
+                    Catch::Contains("one side is broken"));
+  CHECK(run(true) == run(false));
+}
+
 TEST_CASE("a dead recording leaves no memory held", "[record]") {
   Backend& b = backend();
   b.reset_memory_peak();

@@ -255,16 +255,21 @@ class EndToEnd {
     backend_.advance(cursor_);
     if (last == StepPart::Quantize) return;
 
+    Tape tape(backend_, TapeMode::Training);
     Tensor teacher_h;
-    if (teacher_) {
+    Var h;
+    const auto teach = [&] {
+      if (!teacher_) return;
       Tape inference(backend_, TapeMode::Inference);
       teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
                       .value()
                       .view({tokens, model_.d_model});
-    }
-    Tape tape(backend_, TapeMode::Training);
-    const Var h = autograd::reshape(tape, student_.forward(tape, ids, nullptr, recompute_),
-                                    {tokens, model_.d_model});
+    };
+    const auto study = [&] {
+      h = autograd::reshape(tape, student_.forward(tape, ids, nullptr, recompute_),
+                            {tokens, model_.d_model});
+    };
+    backend_.beside(teach, study);
     const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
     const Var loss = autograd::head_loss(
@@ -424,7 +429,10 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t rows =
       std::min(models::head_chunk_rows(backend, model.vocab, backend.act()), tokens);
   const int64_t head = rows * model.vocab * act * (kl ? 2 : 1) + 3 * tokens * real + hidden;
-  const int64_t step = kept + std::max(block.backward_bytes, head);
+  // On a GPU the teacher runs beside the student, in memory of its own.
+  const int64_t teacher =
+      kl && backend.device() == engine::DeviceType::Cuda ? block.inference_bytes : 0;
+  const int64_t step = kept + teacher + std::max(block.backward_bytes, head);
   // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
   const int64_t arriving = std::max(table * 4, config.e2e_train == EndToEndTrain::All
                                                    ? 0

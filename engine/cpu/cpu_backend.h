@@ -42,6 +42,10 @@ class CpuBackend final : public Backend {
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
+  void beside(const std::function<void()>& side, const std::function<void()>& main) override {
+    side();
+    main();
+  }
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
