@@ -39,6 +39,7 @@ struct ForwardShape {
   static constexpr int kBarriersAt = kOutputAt + kWarpgroups * Output::kBytes;
   static constexpr int kItemAt = kBarriersAt + 8 * (2 + 4 * kStages);  // int: the item's number
   static constexpr int64_t kSmemBytes = 1024 + kItemAt + 8;
+  static_assert(kSmemBytes <= 227 * 1024);
 };
 
 // One head's tile of queries and the tiles of keys that it meets.

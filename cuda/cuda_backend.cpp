@@ -3,6 +3,7 @@
 #include "cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 

@@ -1,15 +1,15 @@
-// CudaBackend: one GPU, one stream, bf16 activations, FP32 everywhere that accumulates.
+// CudaBackend: one GPU, bf16 activations, FP32 everywhere that accumulates. Everything runs on one
+// stream but the side of beside() in a recorded step, which has a second one.
 //
-// Memory comes from a caching pool (cuda/memory.cpp): a freed block is reused by later allocations
-// of the same stream order and given back to the driver only when an allocation fails. While a step
-// is recorded, allocations come from a pool of the recordings' own, so that addresses stay valid.
+// Memory comes from a caching pool (cuda/memory.h): a freed block is reused by later allocations of
+// the same stream order. While a step is recorded, allocations come from pools of the recordings'
+// own, one a stream, so that addresses stay valid.
 #pragma once
 
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
-#include <map>
 #include <memory>
 
 #include "cuda/handle.h"

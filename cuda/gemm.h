@@ -2,8 +2,8 @@
 //
 // A row-major (R, C) matrix is the column-major (C, R) one, so each product is written for its
 // transposed output. Plans are kept per shape. Only algorithms that sum split-K partials in a fixed
-// order are taken, so the same inputs give the same bytes. One workspace, allocated once, serves
-// every product of the stream and stays put for recorded graphs.
+// order are taken, so the same inputs give the same bytes. One workspace a stream, allocated
+// once, serves every product on it and stays put for recorded graphs.
 //
 // The algorithm is the heuristics' first. While tuned, a large product instead takes the fastest
 // of the heuristics' suggestions, timed when it is first met (gemm_tuning.cpp). A product met while

@@ -176,7 +176,13 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     return candidates[0];
   }
   const int64_t sets = std::min(tuning_->memory_bytes / set_bytes, 2 + 2 * l2_bytes() / set_bytes);
-  const std::shared_ptr<engine::Storage> memory = pool_->allocate(sets * set_bytes);
+  std::shared_ptr<engine::Storage> memory;
+  try {
+    memory = pool_->allocate(sets * set_bytes);
+  } catch (const Error& error) {  // another program has taken what was free
+    say(cat("matrix products: ", to_string(shape), " is not timed: ", error.what()));
+    return candidates[0];
+  }
   fill_with_normals(memory->data(), memory->bytes());
 
   int64_t turn = 0;

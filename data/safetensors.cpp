@@ -245,6 +245,7 @@ struct SafeTensorsWriter::Impl {
   AtomicFile file;
   std::vector<Entry> entries;
   size_t next = 0;
+  int64_t added_bytes = 0;  // of the next entry
 };
 
 SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entries,
@@ -271,10 +272,15 @@ SafeTensorsWriter::~SafeTensorsWriter() = default;
 
 void SafeTensorsWriter::add(const std::string& name, const void* data, int64_t bytes) {
   BBB_ASSERT(impl_->next < impl_->entries.size());
-  const Entry& entry = impl_->entries[impl_->next++];
+  const Entry& entry = impl_->entries[impl_->next];
+  const int64_t whole_bytes = engine::numel_of(entry.shape) * size_bytes(entry.dtype);
   BBB_ASSERT(entry.name == name);
-  BBB_ASSERT(bytes == engine::numel_of(entry.shape) * size_bytes(entry.dtype));
+  BBB_ASSERT(bytes <= whole_bytes - impl_->added_bytes);
   impl_->file.write(data, bytes);
+  impl_->added_bytes += bytes;
+  if (impl_->added_bytes < whole_bytes) return;
+  impl_->added_bytes = 0;
+  ++impl_->next;
 }
 
 void SafeTensorsWriter::finish() {

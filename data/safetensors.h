@@ -80,7 +80,8 @@ class SafeTensorsWriter {
   SafeTensorsWriter(std::string path, std::vector<Entry> entries,
                     std::map<std::string, std::string> metadata = {});
   ~SafeTensorsWriter();
-  void add(const std::string& name, const void* data, int64_t bytes);  // entries in order
+  // Entries in order, each whole or in consecutive pieces.
+  void add(const std::string& name, const void* data, int64_t bytes);
   void finish();
 
  private:

@@ -131,8 +131,9 @@ class Backend {
   void zero(const Tensor& dst);
   virtual void synchronize() = 0;
   virtual Transfers& transfers() = 0;  // copies from and to host memory that run beside the ops
-  // Records `step` and returns it ready to run(); recording does not execute it. Tensors that
-  // `step` allocates belong to the Replay. On the CPU run() simply calls `step`.
+  // Records `step` and returns it ready to run(); recording does not execute it. Memory that `step`
+  // allocates lives as long as the Replay; what it lets go of may be overwritten by another Replay.
+  // On the CPU run() simply calls `step`.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
   // Runs both. In a recorded step on a GPU what they queue may run at the same time, so neither
   // uses what the other writes, and what `side` reads lives until this returns.
@@ -164,7 +165,7 @@ class Backend {
   virtual std::string gemm_library() const = 0;
   // From here on every large product takes the fastest of its algorithms. It is timed when first
   // met: before it runs, or, within record(), before the step is recorded for good (`step` is then
-  // called twice). nullopt: the library's first suggestions again, as from the start.
+  // called again). nullopt: the library's first suggestions again, as from the start.
   virtual void tune_gemms(std::optional<GemmTuning> tuning) = 0;
 
   // --- norms, activations, positions ------------------------------------------------------------

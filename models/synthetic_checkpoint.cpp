@@ -51,12 +51,11 @@ void fill_random(std::vector<float>& values, uint64_t seed, double deviation) {
       fill_chunk(values.data() + begin, std::min(kChunk, size - begin),
                  seed + static_cast<uint64_t>(begin), scale);
   };
-  std::vector<std::thread> helpers;
+  std::vector<std::jthread> helpers;
   const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
   for (int64_t i = 1; i < std::min(cores, (size + kChunk - 1) / kChunk); ++i)
     helpers.emplace_back(work);
   work();
-  for (std::thread& helper : helpers) helper.join();
 }
 
 class SyntheticCheckpoint final : public Checkpoint {

@@ -372,6 +372,11 @@ class BlockPhase {
   void finish_write() {
     if (writing_.valid()) writing_.get();
   }
+  // So that a full disk ends the run when it is met, not a stage later.
+  void finish_write_if_done() {
+    if (writing_.valid() && writing_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
+      writing_.get();
+  }
 
   Position start_stage(int64_t layer, size_t t) {
     Position at{layer, static_cast<int64_t>(t), 0, {timed_validation(t)}};
@@ -441,7 +446,10 @@ class BlockPhase {
     while (at.step < end) {
       feed.next(at.step);
       steps[static_cast<size_t>(at.step) % steps.size()]->run();
-      if (at.step % kStepsInFlight == 0) backend_.synchronize();
+      if (at.step % kStepsInFlight == 0) {
+        backend_.synchronize();
+        finish_write_if_done();
+      }
       ++at.step;
       show(at);
       if (at.step < end && timer_.due(at.step)) {

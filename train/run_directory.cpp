@@ -12,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <regex>
 
 #include "data/files.h"
 
@@ -41,24 +42,28 @@ void make_directory(const std::string& path) {
   BBB_CHECK(!error, path, ": cannot be created: ", error.message());
 }
 
-// Atomic writers work under such a name; a kill leaves it behind.
+// Atomic writers work under NAME.tmp-PROCESS-ATTEMPT; a kill leaves it behind.
 bool is_leftover(const fs::path& path) {
-  return path.filename().string().find(".tmp-") != std::string::npos;
+  static const std::regex form(".+\\.tmp-[0-9]+-[0-9]+");
+  return std::regex_match(path.filename().string(), form);
 }
 
 // What a run killed before its first file leaves.
 bool holds_no_file(const std::string& path) {
   if (!fs::is_directory(path)) return false;
   for (const auto& entry : fs::recursive_directory_iterator(path))
-    if (!entry.is_directory() && !is_leftover(entry.path()) && entry.path().filename() != kLockName)
+    if (!entry.is_directory() && !is_leftover(entry.path()) &&
+        entry.path() != fs::path(path) / kLockName)
       return false;
   return true;
 }
 
+// In the places where a run writes.
 void remove_leftovers(const std::string& path) {
   std::vector<fs::path> leftovers;
-  for (const auto& entry : fs::recursive_directory_iterator(path))
-    if (entry.is_regular_file() && is_leftover(entry.path())) leftovers.push_back(entry.path());
+  for (const char* folder : {"", "blocks", "e2e"})
+    for (const auto& entry : fs::directory_iterator(fs::path(path) / folder))
+      if (entry.is_regular_file() && is_leftover(entry.path())) leftovers.push_back(entry.path());
   std::error_code ignored;
   for (const fs::path& leftover : leftovers) fs::remove(leftover, ignored);
 }

@@ -28,7 +28,7 @@ void add_measures(Json& line, const float* control, double tokens_per_s, int64_t
 // devices, where the algorithms of their matrix products (gemm.json) are equal too.
 struct RunIdentity {
   TrainConfig config;  // resolved
-  std::string device;  // "cpu float32"
+  std::string device;  // "cpu" or "cuda"
   std::string device_name;
   std::string model_checksum;
   std::string data_checksum;

@@ -54,11 +54,18 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
   writer.add(kRun, &run, sizeof run);
   writer.add(kPosition, where.data(), bytes_of(where));
   if (!losses.empty()) writer.add(kValidation, losses.data(), bytes_of(losses));
+  // In pieces: a whole model's weights may be more than the host has to spare.
+  constexpr int64_t kPieceBytes = int64_t{64} << 20;
   std::vector<uint8_t> host;
   for (const auto& [name, tensor] : tensors) {
-    host.resize(static_cast<size_t>(tensor.bytes()));
-    backend.download(host.data(), tensor);
-    writer.add(name, host.data(), bytes_of(host));
+    const Tensor flat = tensor.view({tensor.numel()});
+    const int64_t piece = kPieceBytes / engine::size_bytes(tensor.dtype());
+    for (int64_t begin = 0; begin < flat.numel(); begin += piece) {
+      const Tensor part = flat.slice(begin, std::min(piece, flat.numel() - begin));
+      host.resize(static_cast<size_t>(part.bytes()));
+      backend.download(host.data(), part);
+      writer.add(name, host.data(), bytes_of(host));
+    }
   }
   writer.finish();
 }

@@ -103,7 +103,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
     print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
-  if (!run.exists()) run.create_or_resume(identity);
+  run.create_or_resume(identity);  // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;
   if (config.gemm_algorithms == GemmAlgorithms::Timed)
     tuning.emplace(backend, stored_gemm_tuning(backend, run.gemm_file(),

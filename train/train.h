@@ -9,8 +9,8 @@
 //   blocks/state.safetensors      the newest state inside the stage that is being trained
 //   e2e/state.safetensors         the newest state of the end-to-end phase, while it runs
 //   e2e/final.safetensors         its result
-// Every file appears by a rename, so a run killed at any moment goes on from what is there and ends
-// with the same bytes.
+// Every result and state appears by a rename, so a run killed at any moment goes on from what is
+// there and ends with the same bytes.
 #pragma once
 
 #include <functional>
