@@ -134,7 +134,6 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     return Keys::template descriptor<Along::Rows>(smem + Shape::kValuesAt + s * Keys::kBytes);
   };
   const auto release = [&](uint32_t barrier) {
-    __syncwarp();  // every lane has read what it frees
     if (lane == 0) mbarrier_arrive(barrier);
   };
 

@@ -187,7 +187,6 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
     float s[kTile / 8][4], ds[kTile / 8][4];
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
     const auto release = [&](int left) {
-      __syncwarp();  // every lane has read what it frees
       if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, left));
     };
     // Distances i - j from key j to query i within the warpgroup's scores.
