@@ -76,6 +76,27 @@ TEST_CASE("safetensors: what the writer writes the reader reads") {
   CHECK_THROWS_WITH(floats(read.at("scalar")), Contains("is U8, not a floating-point"));
 }
 
+TEST_CASE("safetensors: a tensor written in pieces is the same file") {
+  const tests::TempDir dir;
+  const uint8_t bytes[] = {1, 2, 3, 4, 5, 6, 7};
+  const auto write = [&](const std::string& name, const std::vector<int64_t>& pieces) {
+    data::SafeTensorsWriter writer(
+        dir / name,
+        {{"a", FileDType::U8, {7}}, {"none", FileDType::U8, {0}}, {"b", FileDType::U8, {7}}});
+    for (const char* tensor : {"a", "b"}) {
+      int64_t begin = 0;
+      for (const int64_t piece : pieces) {
+        writer.add(tensor, bytes + begin, piece);
+        begin += piece;
+      }
+      if (tensor[0] == 'a') writer.add("none", bytes, 0);
+    }
+    writer.finish();
+    return data::read_file(dir / name);
+  };
+  CHECK(write("pieces", {3, 1, 3}) == write("whole", {7}));
+}
+
 TEST_CASE("safetensors: a writer without finish() leaves nothing") {
   const tests::TempDir dir;
   { data::SafeTensorsWriter writer(dir / "f", {{"a", FileDType::U8, {1}}}); }
