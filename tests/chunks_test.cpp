@@ -12,6 +12,8 @@ namespace {
 using cuda::Chunks;
 
 char* const kSlab = reinterpret_cast<char*>(uintptr_t{1} << 40);
+// A char* would be printed as the text that it points at.
+void* at(int64_t offset) { return kSlab + offset; }
 
 }  // namespace
 
@@ -19,10 +21,10 @@ TEST_CASE("chunks: what one size has left serves the others", "[chunks]") {
   Chunks chunks;
   CHECK(chunks.take(1) == nullptr);
   chunks.add(kSlab, 110);
-  CHECK(chunks.take(40) == kSlab);
-  CHECK(chunks.take(40) == kSlab + 40);
+  CHECK(chunks.take(40) == at(0));
+  CHECK(chunks.take(40) == at(40));
   CHECK(chunks.take(40) == nullptr);
-  CHECK(chunks.take(30) == kSlab + 80);
+  CHECK(chunks.take(30) == at(80));
   CHECK(chunks.free_bytes() == 0);
   // Neighbours join in whatever order they come back.
   chunks.give_back(kSlab);
@@ -30,9 +32,9 @@ TEST_CASE("chunks: what one size has left serves the others", "[chunks]") {
   CHECK(chunks.take(41) == nullptr);
   CHECK(chunks.remove_free_slabs().empty());
   chunks.give_back(kSlab + 40);
-  CHECK(chunks.take(110) == kSlab);
+  CHECK(chunks.take(110) == at(0));
   chunks.give_back(kSlab);
-  CHECK(chunks.remove_free_slabs() == std::vector<void*>{kSlab});
+  CHECK(chunks.remove_free_slabs() == std::vector<void*>{at(0)});
   CHECK(chunks.free_bytes() == 0);
   CHECK(chunks.take(1) == nullptr);
 }
@@ -41,13 +43,13 @@ TEST_CASE("chunks: the smallest one that fits is cut, and slabs stay apart", "[c
   Chunks chunks;
   chunks.add(kSlab, 100);
   chunks.add(kSlab + 100, 50);  // right behind it, yet another slab
-  CHECK(chunks.take(50) == kSlab + 100);
+  CHECK(chunks.take(50) == at(100));
   chunks.give_back(kSlab + 100);
   CHECK(chunks.take(120) == nullptr);
-  CHECK(chunks.take(60) == kSlab);
-  CHECK(chunks.take(40) == kSlab + 60);
+  CHECK(chunks.take(60) == at(0));
+  CHECK(chunks.take(40) == at(60));
   chunks.give_back(kSlab + 60);
-  CHECK(chunks.take(50) == kSlab + 100);
+  CHECK(chunks.take(50) == at(100));
   CHECK(chunks.free_bytes() == 40);
 }
 
@@ -73,8 +75,8 @@ TEST_CASE("chunks: random requests never overlap, and all comes back whole", "[c
       }
       const auto after = taken.lower_bound(chunk);
       REQUIRE((after == taken.end() || chunk + bytes <= after->first));
-      REQUIRE((after == taken.begin() ||
-               std::prev(after)->first + std::prev(after)->second <= chunk));
+      REQUIRE(
+          (after == taken.begin() || std::prev(after)->first + std::prev(after)->second <= chunk));
       REQUIRE((chunk - kSlab) / kSlabBytes == (chunk + bytes - 1 - kSlab) / kSlabBytes);
       taken.emplace(chunk, bytes);
     }
