@@ -16,6 +16,7 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/gemm.h"
 #include "engine/bf16.h"
+#include "engine/median.h"
 #include "engine/rng.h"
 
 namespace bbb::cuda {
@@ -67,12 +68,6 @@ int64_t l2_bytes() {
   BBB_CUDA(cudaGetDevice(&device));
   BBB_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
   return bytes;
-}
-
-float median(std::vector<float> values) {
-  const auto middle = values.begin() + static_cast<int64_t>(values.size()) / 2;
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
 }
 
 }  // namespace
@@ -219,7 +214,7 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     }
   }
   std::vector<float> medians_ms;
-  for (const std::vector<float>& times : times_ms) medians_ms.push_back(median(times));
+  for (const std::vector<float>& times : times_ms) medians_ms.push_back(engine::median(times));
   const auto best = std::min_element(medians_ms.begin(), medians_ms.end());
   if (*best > kWorthwhile * medians_ms[0]) return candidates[0];
   return candidates[static_cast<size_t>(best - medians_ms.begin())];

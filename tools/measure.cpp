@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "engine/median.h"
 #include "engine/rng.h"
 
 namespace bbb::tools {
@@ -48,12 +49,7 @@ double measure_gemm(Backend& backend, const GemmShape& shape) {
 
 }  // namespace
 
-double median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size()) / 2,
-                   values.end());
-  return values[values.size() / 2];
-}
+double median(std::vector<double> values) { return engine::median(std::move(values)); }
 
 double measure_seconds(Backend& backend, const Repeats& repeats, const std::function<void()>& run) {
   for (int64_t i = 0; i < repeats.warmup; ++i) run();

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
+#include "engine/median.h"
 #include "quant/check.h"
 
 namespace bbb::train {
@@ -12,9 +14,7 @@ template <typename Part>
 double median_of(const std::vector<BlockTime>& blocks, const Part& part) {
   std::vector<double> values;
   for (const BlockTime& block : blocks) values.push_back(part(block));
-  const auto middle = values.begin() + static_cast<int64_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  return engine::median(std::move(values));
 }
 
 std::string seconds(double value) {
