@@ -99,6 +99,8 @@ class CudaBackend final : public engine::Backend {
   void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
                             const Tensor& inv_rms, const Tensor& w, Write dx_mode,
                             Write dw_mode) override;
+  void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
+                               const Tensor& alpha, const Tensor& dw, Write mode) override;
   void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) override;
   void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
                           const Tensor& gate, const Tensor& up) override;

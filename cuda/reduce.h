@@ -45,6 +45,27 @@ __device__ inline float block_sum(float x, float* shared) {
   __syncthreads();
   return x;
 }
+// sum_k partials[k, c] of partials (chunks, D), in a fixed order, by a block of kSumThreads for the
+// 32 columns c = 32 blockIdx.x + lane: every eighth chunk a warp. Returned by the first warp where
+// c < D; other threads get 0.
+__device__ inline float chunk_sum(const float* __restrict__ partials, int64_t chunks, int64_t d) {
+  constexpr int kWarps = kSumThreads / 32;
+  __shared__ float sums[kWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = int64_t{blockIdx.x} * 32 + lane;
+  float sum = 0.0f;
+  if (c < d) {
+#pragma unroll 8
+    for (int64_t k = warp; k < chunks; k += kWarps) sum += partials[k * d + c];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0) return 0.0f;
+  float total = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) total += sums[k][lane];
+  return total;
+}
 #endif
 
 }  // namespace bbb::cuda

@@ -13,7 +13,7 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kSumThreads;
 constexpr int kWide = 8;
 constexpr int64_t kWarpColumns = 2048;
 constexpr int64_t kMinChunkRows = 8;
@@ -121,25 +121,12 @@ __global__ void rms_norm_backward_kernel(bf16* dx, float* __restrict__ partials,
   }
 }
 
-// dw (+)= the sum of `chunks` partial rows: 32 columns a block, every eighth chunk a warp.
+// dw (+)= the sum of `chunks` partial rows.
 __global__ void rms_norm_dw_kernel(float* __restrict__ dw, const float* __restrict__ partials,
                                    int64_t chunks, int64_t d, bool add) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ float sums[kWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t c = int64_t{blockIdx.x} * 32 + lane;
-  float sum = 0.0f;
-  if (c < d) {
-#pragma unroll 8
-    for (int64_t k = warp; k < chunks; k += kWarps) sum += partials[k * d + c];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= d) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kWarps; ++k) total += sums[k][lane];
-  dw[c] = add ? dw[c] + total : total;
+  const float sum = chunk_sum(partials, chunks, d);
+  const int64_t c = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  if (threadIdx.x < 32 && c < d) dw[c] = add ? dw[c] + sum : sum;
 }
 
 // The kernel for (whole block or warp a row, wide or not), in that order of tables.

@@ -290,6 +290,18 @@ void Backend::rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor
   do_rms_norm_backward(dx, dw, dy, x, inv_rms, w, dx_mode, dw_mode);
 }
 
+void Backend::input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
+                                   const Tensor& alpha, const Tensor& dw, Write mode) {
+  const Op op(*this, "input_scale_gradient");
+  op.rank("w", w, 2);
+  op.dtype("w", w, act());
+  op.is("ds", ds, real(), {w.dim(1)});
+  op.is("s", s, real(), {w.dim(1)});
+  op.is_or_undefined("alpha", alpha, real(), {1});
+  op.is("dw", dw, real(), {w.dim(0), w.dim(1)});
+  do_input_scale_gradient(ds, s, w, alpha, dw, mode);
+}
+
 void Backend::swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) {
   const Op op(*this, "swiglu");
   op.dtype("gate", gate, act());

@@ -176,6 +176,13 @@ class Backend {
   // undefined: not wanted. dx may be dy's buffer.
   void rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
                          const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode);
+  // The gradient of a scale s on the input features of a linear, from that of its weight W^ alone:
+  // for y = (s . x) W^^T, dL/ds_k = sum_n W^[n, k] dW^[n, k] / s_k; 0 where s_k is 0, which hides
+  // it. The weight of a norm is such a scale; this saves the product that makes dL/d(s . x). ds
+  // (+)= that, real (K); s real (K); W^ = alpha w: alpha real (1) or undefined (1), w act (N, K);
+  // dw real (N, K).
+  void input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w, const Tensor& alpha,
+                            const Tensor& dw, Write mode);
   // h = silu(gate) * up.   all act, same shape.
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
@@ -286,6 +293,8 @@ class Backend {
   virtual void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
                                     const Tensor& x, const Tensor& inv_rms, const Tensor& w,
                                     Write dx_mode, Write dw_mode) = 0;
+  virtual void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
+                                       const Tensor& alpha, const Tensor& dw, Write mode) = 0;
   virtual void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) = 0;
   virtual void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
                                   const Tensor& gate, const Tensor& up) = 0;

@@ -66,7 +66,8 @@ class LlamaBlock {
   // After set.allocate().
   void bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding = Rounding::Nearest);
   void load_masters(const Checkpoint& source);  // full precision into the parameters
-  // What the parameters hold now, masters or scales, and back.
+  // What the parameters hold now, masters or scales, and back. Loading turns an input norm's zeros
+  // into 2^-60: its gradient is found by dividing through it.
   BlockMasters masters();
   void set_masters(const BlockMasters& saved);
 
@@ -87,12 +88,14 @@ class LlamaBlock {
   std::vector<float> load_norm(const Checkpoint& source, const char* suffix) const;
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
+  void finish_input_norm();
 
   Backend& backend_;
   const LlamaConfig& config_;
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
+  bool norm_through_products_ = false;  // input_norm_'s gradient comes from its products' weights
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::vector<Parameter*> declared_;  // the linears', then the norms', until they are bound
 };

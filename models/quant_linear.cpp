@@ -126,6 +126,12 @@ void QuantLinear::prepare_scales() {
   backend_.scale_codes(weight_, e_, master_scale_, codes_, z_, parameter_->master, spec_);
 }
 
+bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const {
+  if (!leaf_.has_grad()) return false;
+  backend_.input_scale_gradient(ds, s, weight_, multiplier(), dweight_, mode);
+  return true;
+}
+
 void QuantLinear::finish_backward() {
   if (!parameter_) return;
   if (!leaf_.has_grad()) {
@@ -167,7 +173,7 @@ void QuantLinear::snap() {
 Var QuantLinear::forward(Tape& tape, const Var& x, const Var& residual) {
   if (state_ == LinearState::Packed) return forward_packed(tape, x, residual);
   BBB_ASSERT(leaf_.defined());
-  return linear(tape, x, leaf_, parameter_ && quantizes() ? master_scale_ : Tensor(), residual);
+  return linear(tape, x, leaf_, multiplier(), residual);
 }
 
 Var QuantLinear::forward_packed(Tape& tape, const Var& x, const Var& residual) {

@@ -70,6 +70,9 @@ class QuantLinear {
   void set_packed(PackedWeight weight, Tensor buffer);
 
   void prepare_scales();  // Scales only
+  // ds (+)= the gradient of a scale s, real (K), on the input features, from what the backward
+  // passes since the last finish_backward() left in dW^. False, and ds as it was, where none did.
+  bool input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const;
   void finish_backward();
   // Masters to the middle of their bins: master = S e (q - z). FakeQuant only, after prepare().
   void snap();
@@ -87,6 +90,7 @@ class QuantLinear {
 
  private:
   bool quantizes() const { return state_ == LinearState::Scales || spec_.bits < kNoQuantizer; }
+  Tensor multiplier() const { return parameter_ && quantizes() ? master_scale_ : Tensor(); }
   Var forward_packed(Tape& tape, const Var& x, const Var& residual);
   Tensor current_codes() const;  // U8 (N, K)
   void fresh_leaf();             // the weight's Var, whose gradient nothing has written yet

@@ -39,9 +39,11 @@ struct TrainBenchResult {
 // in the linears, T seq_len:
 //   block        6 P + 7 T H d        linears: forward, dx, dw, 2 P each. Causal attention: scores
 //                                     and values over T / 2 keys, 2 T H d forward, 2.5 times that
-//                                     backward.
-//   end to end   all blocks' sum, 2 P + 2 T H d for the teacher, and the head: 6 V D for logits,
-//                their gradient with respect to h and the teacher's logits.
+//                                     backward. Less 2 for each weight of q, k and v: a block's
+//                                     input takes no gradient, and no dx is made for it.
+//   end to end   all blocks' sum, where only the first saves those dx; 2 P + 2 T H d for the
+//                teacher; and the head: 6 V D for logits, their gradient with respect to h and the
+//                teacher's logits.
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len, bool end_to_end);
 
 // model.layers blocks, end to end; otherwise the first one alone. Every part of a step is the

@@ -62,15 +62,19 @@ data::Windows random_windows(const train::TrainConfig& config, int64_t vocab) {
 
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len,
                                 bool end_to_end) {
-  double weights = 0;
+  double weights = 0, first_weights = 0;
   for (const models::LinearShape& linear : models::block_linears(model))
     weights += static_cast<double>(linear.n * linear.k);
+  for (size_t i = 0; i < 3; ++i) {  // q, k, v
+    const models::LinearShape linear = models::block_linears(model)[i];
+    first_weights += static_cast<double>(linear.n * linear.k);
+  }
   const double attention = 2.0 * static_cast<double>(seq_len * model.heads * model.head_dim);
   const double block = 6 * weights + 3.5 * attention;
-  if (!end_to_end) return block;
+  if (!end_to_end) return block - 2 * first_weights;
   const double teacher = 2 * weights + attention;
   const double head = 6.0 * static_cast<double>(model.vocab * model.d_model);
-  return static_cast<double>(model.layers) * (block + teacher) + head;
+  return static_cast<double>(model.layers) * (block + teacher) - 2 * first_weights + head;
 }
 
 TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
