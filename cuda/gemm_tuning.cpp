@@ -36,8 +36,9 @@ constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spe
 constexpr int kUntimedProducts = 2;         // ahead of a round
 constexpr float kLong_ms = 0.25f;           // a product that may meet the power limit
 constexpr float kContender = 1.08f;         // of the least time: who may still win by energy
-constexpr float kAlone_ms = 40.0f;  // of products that are not timed, then as long of timed ones
-constexpr int kAlonePasses = 2;     // the second in reverse: both ends of a drift
+constexpr float kSettle_ms = 70.0f;  // of products that are not timed: as long as a clock takes
+constexpr float kAlone_ms = 40.0f;   // of timed ones
+constexpr int kAlonePasses = 2;      // the second in reverse: both ends of a drift
 constexpr int64_t kNormals = 1 << 18;
 constexpr int64_t kAlignBytes = 512;
 
@@ -124,8 +125,8 @@ std::vector<float> times_alone(cudaStream_t stream, std::vector<size_t> contende
   for (size_t i : contenders) times_ms[i] = 0;
   for (int pass = 0; pass < kAlonePasses; ++pass) {
     for (size_t i : contenders) {
+      for (float ms = 0; ms < kSettle_ms; ms += about_ms[i]) multiply(i);
       const int products = 1 + static_cast<int>(kAlone_ms / about_ms[i]);
-      for (int p = 0; p < products; ++p) multiply(i);
       BBB_CUDA(cudaEventRecord(begin.get(), stream));
       for (int p = 0; p < products; ++p) multiply(i);
       BBB_CUDA(cudaEventRecord(end.get(), stream));
