@@ -24,8 +24,9 @@ void ParameterSet::allocate() {
     total += quant::padded_elements(counts.back());
   }
   // Zeros, so that the padding is and stays 0 under every pass over the whole buffer.
-  for (Tensor* buffer : {&masters_, &grads_, &m_, &v_})
-    *buffer = backend_.zeros({total}, backend_.real());
+  for (Tensor* buffer : {&masters_, &m_, &v_}) *buffer = backend_.zeros({total}, backend_.real());
+  grads_ =
+      backend_.zeros({total}, passes_ == GradientPasses::One ? backend_.act() : backend_.real());
   for (size_t i = 0; i < shapes_.size(); ++i) {
     parameters_[i]->master = masters_.slice(offsets[i], counts[i]).view(shapes_[i]);
     parameters_[i]->grad = grads_.slice(offsets[i], counts[i]).view(shapes_[i]);

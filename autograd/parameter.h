@@ -24,7 +24,9 @@ using engine::Tensor;
 struct Parameter {
   std::string name;
   Tensor master;  // real
-  Tensor grad;    // real, same shape; of a quantized parameter dL/dW^, before the clipped ones go
+  // Same shape, dtype by the set's GradientPasses; of a quantized parameter dL/dW^, before the
+  // clipped ones go.
+  Tensor grad;
   int64_t slot = 0;  // its number in the set
 };
 
@@ -35,9 +37,14 @@ struct QuantizedParameter {
   Tensor s;     // real (1)
 };
 
+// The backward passes that make the gradients of one optimizer step. One writes them as act: a
+// rounding of a sum of products of act, half the bytes. Several are added to each other, where act
+// would lose the digits of the smaller one: real.
+enum class GradientPasses { One, Several };
+
 class ParameterSet {
  public:
-  explicit ParameterSet(Backend& backend) : backend_(backend) {}
+  ParameterSet(Backend& backend, GradientPasses passes) : backend_(backend), passes_(passes) {}
 
   // Declare every parameter, then allocate() once. The reference stays valid.
   Parameter& add(std::string name, Shape shape);
@@ -66,6 +73,7 @@ class ParameterSet {
   void upload_tiles();
 
   Backend& backend_;
+  GradientPasses passes_;
   std::vector<std::unique_ptr<Parameter>> parameters_;
   std::vector<Shape> shapes_;
   Tensor masters_, grads_, m_, v_;

@@ -1,17 +1,20 @@
 // The optimizer's device side: the norm and the step's schedule, then the decoupled update.
 //
+// The gradient g is bf16 or F32.
+//
 // step_control, two launches. The first adds the squares of the gradients that were not clipped,
-//     in the fixed order of reduce.h: 4.1 bytes an element. The second, one block, adds the partial
-//     sums and writes the slots: with t = control[kStep], lr = peak min(1, (t + 1) / warmup)
-//     (f + (1 - f) (1 + cos(pi t / total)) / 2), factor = min(1, clip / |g|). A loss or norm that
-//     is not finite, a square that overflows FP32 included, sets kSkip, and the step changes
-//     nothing.
+//     in the fixed order of reduce.h: 2.1 bytes an element of bf16. The second, one block, adds the
+//     partial sums and writes the slots: with t = control[kStep], lr = peak min(1, (t + 1) /
+//     warmup) (f + (1 - f) (1 + cos(pi t / total)) / 2), factor = min(1, clip / |g|). A loss or
+//     norm that is not finite, a square that overflows FP32 included, sets kSkip, and the step
+//     changes nothing.
 // adamw (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), t =
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
 //     A block for each tile (quant/tiles.h), four neighbouring elements a thread at a time; the new
-//     weights' groups are joined while they are in registers. 28.1 bytes an element.
+//     weights' groups are joined while they are in registers. 26.1 bytes an element where g is
+//     bf16.
 #include <cmath>
 
 #include "cuda/cuda_backend.h"
@@ -30,8 +33,9 @@ constexpr int kMaskedWide = 8;  // elements of one byte of the mask
 constexpr int kControlThreads = 1024;
 
 // One partial a block. n is a multiple of kMaskedWide.
+template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
-    masked_squares_kernel(float* __restrict__ partials, const float* __restrict__ g,
+    masked_squares_kernel(float* __restrict__ partials, const T* __restrict__ g,
                           const uint8_t* __restrict__ clipped, int64_t n) {
   __shared__ float shared[32];
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kMaskedWide;
@@ -80,10 +84,10 @@ struct AdamWConstants {
   float epsilon, weight_decay;
 };
 
-template <int kGroup>
+template <int kGroup, typename T>
 __global__ void __launch_bounds__(kTileThreads)
     adamw_kernel(float* __restrict__ w, float* __restrict__ m, float* __restrict__ v,
-                 float* __restrict__ widest, const float* __restrict__ g,
+                 float* __restrict__ widest, const T* __restrict__ g,
                  const uint8_t* __restrict__ clipped, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, AdamWConstants c) {
   const WeightTile tile = tiles[blockIdx.x];
@@ -132,8 +136,10 @@ void CudaBackend::do_step_control(const Tensor& control, const Tensor& loss, con
   const Tensor scratch_sums = scratch(kPartials * int64_t{sizeof(float)});
   float* const partials = static_cast<float*>(scratch_sums.raw());
   const int64_t count = partials_for(g.numel(), kMaskedWide);
-  launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)}, masked_squares_kernel,
-         partials, g.data<float>(), clipped.data<uint8_t>(), g.numel());
+  with_elements(g, [&]<typename T>(const T* gradient) {
+    launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
+           masked_squares_kernel<T>, partials, gradient, clipped.data<uint8_t>(), g.numel());
+  });
   launch(stream_, {dim3(1), dim3(kControlThreads)}, step_control_kernel, control.data<float>(),
          loss.data<float>(), partials, static_cast<int>(count), schedule);
 }
@@ -153,11 +159,13 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
   };
   // The step's forward has turned the old maxima into S; a skipped step finds them again.
   BBB_CUDA(cudaMemsetAsync(q.widest.raw(), 0, static_cast<size_t>(q.widest.bytes()), stream_));
-  quant::with_group(q.group, [&](auto size) {
-    launch(stream_, {dim3(static_cast<unsigned>(q.tiles.dim(0))), dim3(kTileThreads)},
-           adamw_kernel<size>, w.data<float>(), m.data<float>(), v.data<float>(),
-           q.widest.data<float>(), g.data<float>(), q.clipped.data<uint8_t>(),
-           control.data<float>(), static_cast<const WeightTile*>(q.tiles.raw()), constants);
+  with_elements(g, [&]<typename T>(const T* gradient) {
+    quant::with_group(q.group, [&](auto size) {
+      launch(stream_, {dim3(static_cast<unsigned>(q.tiles.dim(0))), dim3(kTileThreads)},
+             adamw_kernel<size, T>, w.data<float>(), m.data<float>(), v.data<float>(),
+             q.widest.data<float>(), gradient, q.clipped.data<uint8_t>(), control.data<float>(),
+             static_cast<const WeightTile*>(q.tiles.raw()), constants);
+    });
   });
 }
 

@@ -151,5 +151,13 @@ class CudaBackend final : public engine::Backend {
 };
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
+// Calls fn with the elements of a tensor that is act or real.
+template <typename Fn>
+void with_elements(const Tensor& t, const Fn& fn) {
+  if (t.dtype() == DType::BF16)
+    fn(bf16_of(t));
+  else
+    fn(t.data<float>());
+}
 
 }  // namespace bbb::cuda

@@ -1,9 +1,9 @@
-// ds_k (+)= alpha / s_k sum_n w[n, k] dw[n, k], 0 where s_k is 0.   w bf16, dw F32 (N, K); ds, s
-// F32 (K); alpha F32 (1) or null (1).
+// ds_k (+)= alpha / s_k sum_n w[n, k] dw[n, k], 0 where s_k is 0.   w bf16, dw bf16 or F32 (N, K);
+// ds, s F32 (K); alpha F32 (1) or null (1).
 //
 // A block takes a chunk of rows of as many columns as a warp loads at once, eight rows at a time, a
 // warp each, and leaves their sum; a second kernel adds the chunks in order. Chunks depend on the
-// shape alone, so that runs repeat on any GPU. 6 bytes moved an element.
+// shape alone, so that runs repeat on any GPU. 4 or 6 bytes moved an element.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
@@ -15,10 +15,10 @@ constexpr int kWarps = kSumThreads / 32;
 constexpr int kWide = 8;
 constexpr int64_t kBlocks = 1024;  // enough to fill a GPU
 
-template <int kWidth>
+template <int kWidth, typename T>
 __global__ void __launch_bounds__(kSumThreads)
     column_products_kernel(float* __restrict__ partials, const bf16* __restrict__ w,
-                           const float* __restrict__ dw, int64_t rows, int64_t columns,
+                           const T* __restrict__ dw, int64_t rows, int64_t columns,
                            int64_t chunk_rows) {
   __shared__ float shared[kWarps][32 * kWidth];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -70,11 +70,12 @@ void CudaBackend::do_input_scale_gradient(const Tensor& ds, const Tensor& s, con
   const int64_t chunk_rows = std::max<int64_t>(kWarps, (rows * stripes + kBlocks - 1) / kBlocks);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
   const Tensor partials = scratch(chunks * columns * int64_t{sizeof(float)});
-  launch(stream_,
-         {dim3(static_cast<unsigned>(stripes), static_cast<unsigned>(chunks)), dim3(kSumThreads)},
-         wide ? column_products_kernel<kWide> : column_products_kernel<1>,
-         static_cast<float*>(partials.raw()), bf16_of(w), dw.data<float>(), rows, columns,
-         chunk_rows);
+  with_elements(dw, [&]<typename T>(const T* gradient) {
+    launch(stream_,
+           {dim3(static_cast<unsigned>(stripes), static_cast<unsigned>(chunks)), dim3(kSumThreads)},
+           wide ? column_products_kernel<kWide, T> : column_products_kernel<1, T>,
+           static_cast<float*>(partials.raw()), bf16_of(w), gradient, rows, columns, chunk_rows);
+  });
   launch(stream_, {blocks_for(columns, 32, 1), dim3(kSumThreads)}, input_scale_gradient_kernel,
          ds.data<float>(), s.data<float>(), alpha.defined() ? alpha.data<float>() : nullptr,
          static_cast<const float*>(partials.raw()), chunks, columns, mode == Write::Add);

@@ -39,9 +39,11 @@ void CudaBackend::do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor
 void CudaBackend::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw,
                                           const Tensor& codes, const Tensor& z,
                                           const GridSpec& spec, Write mode) {
-  quant::launch_scale_codes_backward(stream_, dsigma.data<float>(), dw.data<float>(),
-                                     codes.data<uint8_t>(), z.data<uint8_t>(), codes.numel(), spec,
-                                     mode == Write::Add);
+  with_elements(dw, [&]<typename T>(T* gradient) {
+    quant::launch_scale_codes_backward<T>(stream_, static_cast<T*>(dsigma.raw()), gradient,
+                                          codes.data<uint8_t>(), z.data<uint8_t>(), codes.numel(),
+                                          spec, mode == Write::Add);
+  });
 }
 
 }  // namespace bbb::cuda

@@ -1,5 +1,5 @@
 // r = 1 / sqrt(mean(x^2) + eps);  y = x r w.   x, y bf16 (M, D); r F32 (M), saved; w F32 (D).
-// Backward: dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r.
+// Backward: dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r.   dw bf16 or F32 (D).
 //
 // Rows: a warp each up to kWarpColumns columns, else a block each; two passes over the row, the
 // second out of the cache. Backward, a block walks through a chunk of rows and keeps its share of
@@ -122,11 +122,12 @@ __global__ void rms_norm_backward_kernel(bf16* dx, float* __restrict__ partials,
 }
 
 // dw (+)= the sum of `chunks` partial rows.
-__global__ void rms_norm_dw_kernel(float* __restrict__ dw, const float* __restrict__ partials,
+template <typename T>
+__global__ void rms_norm_dw_kernel(T* __restrict__ dw, const float* __restrict__ partials,
                                    int64_t chunks, int64_t d, bool add) {
   const float sum = chunk_sum(partials, chunks, d);
   const int64_t c = int64_t{blockIdx.x} * 32 + threadIdx.x;
-  if (threadIdx.x < 32 && c < d) dw[c] = add ? dw[c] + sum : sum;
+  if (threadIdx.x < 32 && c < d) from_float(dw[c], add ? to_float(dw[c]) + sum : sum);
 }
 
 // The kernel for (whole block or warp a row, wide or not), in that order of tables.
@@ -170,9 +171,11 @@ void CudaBackend::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const
       {blocks_for(chunks, 1, 1), dim3(kThreads), want_dw ? lanes * d * int64_t{sizeof(float)} : 0},
       kernel, bf16_of(dx), static_cast<float*>(partials.raw()), bf16_of(dy), bf16_of(x),
       inv_rms.data<float>(), w.data<float>(), rows, d, chunk_rows, dx_mode == Write::Add);
-  if (want_dw)
-    launch(stream_, {blocks_for(d, 32, 1), dim3(kThreads)}, rms_norm_dw_kernel, dw.data<float>(),
+  if (!want_dw) return;
+  with_elements(dw, [&]<typename T>(T* gradient) {
+    launch(stream_, {blocks_for(d, 32, 1), dim3(kThreads)}, rms_norm_dw_kernel<T>, gradient,
            static_cast<const float*>(partials.raw()), chunks, d, dw_mode == Write::Add);
+  });
 }
 
 }  // namespace bbb::cuda

@@ -53,6 +53,13 @@ class Op {
               name_of(backend_.real()), " ", to_string(Shape(dims)), ", got ", describe(t));
   }
 
+  // Of parameters: real where it may be added to.
+  void gradient(const char* what, const Tensor& t, Dims dims, Write mode) const {
+    is_act_or_real(what, t, dims);
+    BBB_CHECK(mode == Write::Overwrite || t.dtype() == backend_.real(), name_, ": ", what,
+              " must be ", name_of(backend_.real()), " to be added to, got ", describe(t));
+  }
+
   void like(const char* what, const Tensor& t, DType dtype, const Shape& shape) const {
     here(what, t);
     BBB_CHECK(t.dtype() == dtype && t.shape() == shape, name_, ": ", what, " must be ",
@@ -89,6 +96,13 @@ class Op {
   // `count` elements of masters, or of what lies beside them.
   void flat(const char* what, const Tensor& t, int64_t count) const {
     is(what, t, backend_.real(), {count});
+    whole_units(what, count);
+  }
+  void flat_gradient(const char* what, const Tensor& t, int64_t count) const {
+    gradient(what, t, {count}, Write::Overwrite);
+    whole_units(what, count);
+  }
+  void whole_units(const char* what, int64_t count) const {
     BBB_CHECK(count % quant::kTileAlign == 0, name_, ": ", what, " has ", count,
               " elements, no multiple of ", quant::kTileAlign);
   }
@@ -259,7 +273,7 @@ void Backend::gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write
   op.rank("x", x, 2);
   op.dtype("dy", dy, act());
   op.is("x", x, act(), {dy.dim(0), x.dim(1)});
-  op.is("dw", dw, real(), {dy.dim(1), x.dim(1)});
+  op.gradient("dw", dw, {dy.dim(1), x.dim(1)}, mode);
   do_gemm_tn(dw, dy, x, mode);
 }
 
@@ -283,7 +297,7 @@ void Backend::rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor
   op.rank("x", x, 2);
   op.dtype("x", x, act());
   op.is_or_undefined("dx", dx, act(), {x.dim(0), x.dim(1)});
-  op.is_or_undefined("dw", dw, real(), {x.dim(1)});
+  if (dw.defined()) op.gradient("dw", dw, {x.dim(1)}, dw_mode);
   op.is("dy", dy, act(), {x.dim(0), x.dim(1)});
   op.is("inv_rms", inv_rms, real(), {x.dim(0)});
   op.is("w", w, real(), {x.dim(1)});
@@ -298,7 +312,7 @@ void Backend::input_scale_gradient(const Tensor& ds, const Tensor& s, const Tens
   op.is("ds", ds, real(), {w.dim(1)});
   op.is("s", s, real(), {w.dim(1)});
   op.is_or_undefined("alpha", alpha, real(), {1});
-  op.is("dw", dw, real(), {w.dim(0), w.dim(1)});
+  op.is_act_or_real("dw", dw, {w.dim(0), w.dim(1)});
   do_input_scale_gradient(ds, s, w, alpha, dw, mode);
 }
 
@@ -491,8 +505,8 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
   const int64_t n = codes.dim(0), k = codes.dim(1);
   op.grid(spec, k);
   op.dtype("codes", codes, DType::U8);
-  op.is("dsigma", dsigma, real(), {n, k / spec.group});
-  op.is("dw", dw, real(), {n, k});
+  op.gradient("dw", dw, {n, k}, mode);
+  op.is("dsigma", dsigma, dw.dtype(), {n, k / spec.group});
   op.is("z", z, DType::U8, {n, k / spec.group});
   do_scale_codes_backward(dsigma, dw, codes, z, spec, mode);
 }
@@ -526,7 +540,7 @@ void Backend::step_control(const Tensor& control, const Tensor& loss, const Tens
   const Op op(*this, "step_control");
   op.is("control", control, real(), {kControlSize});
   op.is("loss", loss, real(), {1});
-  op.flat("g", g, g.numel());
+  op.flat_gradient("g", g, g.numel());
   op.is("clipped", clipped, DType::U8, {g.numel() / 8});
   BBB_CHECK(schedule.total_steps > 0, "step_control: total_steps must be positive, got ",
             schedule.total_steps);
@@ -539,7 +553,7 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
   op.flat("w", w, w.numel());
   op.flat("m", m, w.numel());
   op.flat("v", v, w.numel());
-  op.flat("g", g, w.numel());
+  op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
   op.tiled(q, w.numel());
   do_adamw(w, m, v, g, control, q, spec);

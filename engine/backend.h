@@ -6,7 +6,8 @@
 // memory.
 //
 // Dtypes: act() is the dtype of activations and of the weights that enter a GEMM; real() is that of
-// masters, gradients of parameters, norm weights, losses and scales.
+// masters, norm weights, losses and scales. A gradient of parameters is act where one pass writes
+// it, real where passes are added to each other, which in act would lose digits.
 //     CpuBackend<float>   act F32   real F32        the reference
 //     CpuBackend<double>  act F64   real F64        gradient checks
 //     CudaBackend         act BF16  real F32
@@ -159,7 +160,8 @@ class Backend {
   // dx (+)= alpha * dy w.           dx act (M, K); dy act (M, N); w act (N, K).
   void gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
                Write mode);
-  // dw (+)= dy^T x.                 dw real (N, K); dy act (M, N); x act (M, K).
+  // dw (+)= dy^T x.                 dw act (Overwrite only) or real (N, K); dy act (M, N); x act
+  // (M, K).
   void gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode);
   // What chooses among algorithms: library, version and device; "" where a product has only one.
   virtual std::string gemm_library() const = 0;
@@ -172,15 +174,15 @@ class Backend {
   // r = 1 / sqrt(mean(x^2) + eps); y = x r w.   y, x act (M, D); inv_rms real (M); w real (D).
   void rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                 double eps);
-  // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act, dw real (D); either may be
-  // undefined: not wanted. dx may be dy's buffer.
+  // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act, dw act (Overwrite only) or
+  // real (D); either may be undefined: not wanted. dx may be dy's buffer.
   void rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
                          const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode);
   // The gradient of a scale s on the input features of a linear, from that of its weight W^ alone:
   // for y = (s . x) W^^T, dL/ds_k = sum_n W^[n, k] dW^[n, k] / s_k; 0 where s_k is 0, which hides
   // it. The weight of a norm is such a scale; this saves the product that makes dL/d(s . x). ds
   // (+)= that, real (K); s real (K); W^ = alpha w: alpha real (1) or undefined (1), w act (N, K);
-  // dw real (N, K).
+  // dw act or real (N, K).
   void input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w, const Tensor& alpha,
                             const Tensor& dw, Write mode);
   // h = silu(gate) * up.   all act, same shape.
@@ -243,7 +245,8 @@ class Backend {
   // (N, K/G).
   void scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
                    const Tensor& z, const Tensor& sigma, const GridSpec& spec);
-  // dsigma (+)= sum over the group of dw (codes - z), straight through E4M3. dw real (N, K).
+  // dsigma (+)= sum over the group of dw (codes - z), straight through E4M3. dw (N, K) and dsigma
+  // (N, K/G) both act (Overwrite only) or both real.
   void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
                             const Tensor& z, const GridSpec& spec, Write mode);
 
@@ -262,12 +265,13 @@ class Backend {
   //
   // Reads loss, real (1), and the norm of g, and writes the slots of `control`: the learning rate
   // of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) * (1 + cos(pi t /
-  // total)) / 2); the gradient factor is min(1, clip / norm). g real (P); clipped U8 (P / 8); fixed
-  // order.
+  // total)) / 2); the gradient factor is min(1, clip / norm). g act or real (P); clipped U8
+  // (P / 8); fixed order.
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
   // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
-  // set. Leaves q.widest of w as it then is. w, m, v, g real (P); control as step_control left it.
+  // set. Leaves q.widest of w as it then is. w, m, v real (P); g act or real (P); control as
+  // step_control left it.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec);
 

@@ -242,10 +242,14 @@ void LlamaBlock::finish_backward() {
 
 void LlamaBlock::finish_input_norm() {
   const Tensor& gradient = input_norm_.parameter->grad;
+  const Tensor sum = backend_.empty(gradient.shape(), backend_.real());  // rounded once, at the end
   Write mode = Write::Overwrite;
   for (const QuantLinear* linear : {&q_, &k_, &v_})
-    if (linear->input_scale_gradient(gradient, input_norm_.value, mode)) mode = Write::Add;
-  if (mode == Write::Overwrite) backend_.zero(gradient);
+    if (linear->input_scale_gradient(sum, input_norm_.value, mode)) mode = Write::Add;
+  if (mode == Write::Overwrite)
+    backend_.zero(gradient);
+  else
+    backend_.cast(gradient, sum);
 }
 
 void LlamaBlock::snap() {

@@ -101,7 +101,7 @@ void QuantLinear::set_scales(Parameter& sigma) {
   state_ = LinearState::Scales;
   set_ = nullptr;
   parameter_ = &sigma;
-  dweight_ = backend_.empty({n_, k_}, backend_.real());
+  dweight_ = backend_.empty({n_, k_}, sigma.grad.dtype());
   fresh_leaf();
 }
 

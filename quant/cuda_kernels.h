@@ -1,7 +1,7 @@
 // The quantizer's kernels and those on packed weights, as plain launch functions on device memory.
 //
-// w, dw, sigma, dsigma FP32; wq, x, addend bf16; e, z, codes bytes; clipped one bit an element; S
-// one FP32 on the device.
+// w, sigma FP32; dw, dsigma FP32 or bf16; wq, x, addend bf16; e, z, codes bytes; clipped one bit an
+// element; S one FP32 on the device.
 // Matrices are contiguous with whole groups of 32, 64 or 128 along a row, so the quantizer's own
 // kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes.
 #pragma once
@@ -32,9 +32,10 @@ void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, 
 void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
                         const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
                         GridSpec spec);
-void launch_scale_codes_backward(cudaStream_t stream, float* dsigma, const float* dw,
-                                 const uint8_t* codes, const uint8_t* z, int64_t count,
-                                 GridSpec spec, bool accumulate);
+// T is float or __nv_bfloat16.
+template <typename T>
+void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
+                                 const uint8_t* z, int64_t count, GridSpec spec, bool accumulate);
 
 // A packed matrix (format.md) in device memory.
 struct PackedView {

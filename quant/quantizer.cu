@@ -4,7 +4,8 @@
 //   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written
 //   quantize_codes        codes                                4 B read, 1 B written
 //   scale_codes           e, wq from sigma                     1 B read, 2 B written
-//   scale_codes_backward  dsigma                               5 B read, 4 B a group written
+//   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
+//                                                              written
 //
 // Thread mapping. The first two take all matrices of a model in one launch, a block for each tile
 // (quant/tiles.h), eight consecutive elements a thread and G / 8 lanes a group. The others take one
@@ -181,9 +182,21 @@ __global__ void __launch_bounds__(kThreads)
               level_of(float(q.z), zero, scale), level_of(float(q.w), zero, scale)});
 }
 
-template <int kGroup>
+__device__ __forceinline__ float4 load_quad(const float* x, int64_t quad) {
+  return reinterpret_cast<const float4*>(x)[quad];
+}
+__device__ __forceinline__ float4 load_quad(const __nv_bfloat16* x, int64_t quad) {
+  const __nv_bfloat162* const pair = reinterpret_cast<const __nv_bfloat162*>(x) + 2 * quad;
+  const float2 low = __bfloat1622float2(pair[0]), high = __bfloat1622float2(pair[1]);
+  return {low.x, low.y, high.x, high.y};
+}
+
+__device__ __forceinline__ void put(float* out, float x) { *out = x; }
+__device__ __forceinline__ void put(__nv_bfloat16* out, float x) { *out = __float2bfloat16_rn(x); }
+
+template <int kGroup, typename T>
 __global__ void __launch_bounds__(kThreads)
-    scale_codes_backward_kernel(float* __restrict__ dsigma, const float4* __restrict__ dw,
+    scale_codes_backward_kernel(T* __restrict__ dsigma, const T* __restrict__ dw,
                                 const uchar4* __restrict__ codes, const uint8_t* __restrict__ z,
                                 int64_t quads, bool accumulate) {
   constexpr int kLanes = kGroup / kPerThread;
@@ -191,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0.0f;
   if (i < quads) {
     const float zero = z[i / kLanes];
-    const float4 d = dw[i];
+    const float4 d = load_quad(dw, i);
     const uchar4 q = codes[i];
     sum = (d.x * (float(q.x) - zero) + d.y * (float(q.y) - zero)) +
           (d.z * (float(q.z) - zero) + d.w * (float(q.w) - zero));
@@ -199,8 +212,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
   if (i >= quads || i % kLanes != 0) return;
-  float* out = dsigma + i / kLanes;
-  *out = accumulate ? *out + sum : sum;
+  T* out = dsigma + i / kLanes;
+  put(out, accumulate ? float(*out) + sum : sum);
 }
 
 LaunchShape one_quad_a_thread(int64_t count) {
@@ -255,13 +268,17 @@ void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, floa
   });
 }
 
-void launch_scale_codes_backward(cudaStream_t stream, float* dsigma, const float* dw,
-                                 const uint8_t* codes, const uint8_t* z, int64_t count,
-                                 GridSpec spec, bool accumulate) {
+template <typename T>
+void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
+                                 const uint8_t* z, int64_t count, GridSpec spec, bool accumulate) {
   with_group(spec.group, [&](auto group) {
-    launch(stream, one_quad_a_thread(count), scale_codes_backward_kernel<group>, dsigma,
-           quads_of(dw), quads_of(codes), z, count / kPerThread, accumulate);
+    launch(stream, one_quad_a_thread(count), scale_codes_backward_kernel<group, T>, dsigma, dw,
+           quads_of(codes), z, count / kPerThread, accumulate);
   });
 }
+template void launch_scale_codes_backward(cudaStream_t, float*, const float*, const uint8_t*,
+                                          const uint8_t*, int64_t, GridSpec, bool);
+template void launch_scale_codes_backward(cudaStream_t, __nv_bfloat16*, const __nv_bfloat16*,
+                                          const uint8_t*, const uint8_t*, int64_t, GridSpec, bool);
 
 }  // namespace bbb::quant

@@ -52,7 +52,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
                                          .z = u({3}),
                                          .group = 32,
                                          .rounding = Rounding::Nearest};
-  const std::vector<BadCall> calls = {
+  std::vector<BadCall> calls = {
       {"copy", "(2, 3)",
        [&] {
          b.copy(a({2, 3}), a({5}));
@@ -165,6 +165,30 @@ TEST_CASE("a wrong call names its op and the shapes") {
       {"step_control", "clipped must be U8 (16)",
        [&] { b.step_control(r({kControlSize}), r({1}), r({128}), u({128}), {}); }},
   };
+  if (act != real) {
+    const BadCall added[] = {
+        {"gemm_tn", "dw must be F32 to be added to",
+         [&] {
+           b.gemm_tn(a({5, 3}), a({2, 5}), a({2, 3}), Write::Add);
+         }},
+        {"rms_norm_backward", "dw must be F32 to be added to",
+         [&] {
+           b.rms_norm_backward(a({2, 4}), a({4}), a({2, 4}), a({2, 4}), r({2}), r({4}),
+                               Write::Overwrite, Write::Add);
+         }},
+        {"scale_codes_backward", "dw must be F32 to be added to",
+         [&] {
+           b.scale_codes_backward(a({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), GridSpec{2, 32},
+                                  Write::Add);
+         }},
+        {"scale_codes_backward", "dsigma must be BF16 (2, 1)",
+         [&] {
+           b.scale_codes_backward(r({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), GridSpec{2, 32},
+                                  Write::Overwrite);
+         }},
+    };
+    calls.insert(calls.end(), std::begin(added), std::end(added));
+  }
   for (const BadCall& bad : calls) {
     const std::string error = error_of(bad.call);
     INFO(bad.op << " said: " << error);

@@ -40,7 +40,8 @@ struct Trained {
   std::unique_ptr<Llama> model;
   autograd::ParameterSet set;
 
-  Trained(Backend& device, bool tied, int bits) : config(tiny_config()), set(device) {
+  Trained(Backend& device, bool tied, int bits)
+      : config(tiny_config()), set(device, autograd::GradientPasses::One) {
     config.tied_head = tied;
     fs::create_directory(directory / "source");
     write_tiny_model(directory / "source", config, 1);

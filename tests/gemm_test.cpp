@@ -65,9 +65,9 @@ std::vector<double> run_nn(Backend& b, const GemmCase& c, const Inputs& in, bool
   return values_of(b, dx.tensor());
 }
 
-std::vector<double> run_tn(Backend& b, const GemmCase& c, const Inputs& in, Write mode) {
-  const Guarded dw(b, {c.n, c.k}, b.real());
-  b.copy(dw.tensor(), make(b, {c.n, c.k}, b.real(), in.dw));
+std::vector<double> run_tn(Backend& b, const GemmCase& c, const Inputs& in, DType out, Write mode) {
+  const Guarded dw(b, {c.n, c.k}, out);
+  b.copy(dw.tensor(), make(b, {c.n, c.k}, out, in.dw));
   b.gemm_tn(dw.tensor(), make(b, {c.m, c.n}, b.act(), in.dy), make(b, {c.m, c.k}, b.act(), in.x),
             mode);
   CHECK(dw.untouched());
@@ -107,12 +107,14 @@ TEST_CASE("gemm_nn is alpha dy w, written or added", "[gemm]") {
 TEST_CASE("gemm_tn is dy^T x, written or added", "[gemm]") {
   for (const GemmCase& c : kCases) {
     const Inputs in(c);
-    for (const Write mode : {Write::Overwrite, Write::Add}) {
-      CAPTURE(c.m, c.n, c.k, mode == Write::Add);
-      const auto got = run_tn(backend(), c, in, mode);
-      const auto want = run_tn(oracle_f64(), c, in, mode);
-      CHECK(relative_error(got, want) <= tolerance(backend().real(), c.m));
-    }
+    for (const Write mode : {Write::Overwrite, Write::Add})
+      for (const DType out : gradient_dtypes()) {
+        if (mode == Write::Add && out != backend().real()) continue;
+        CAPTURE(c.m, c.n, c.k, mode == Write::Add, out == backend().real());
+        const auto got = run_tn(backend(), c, in, out, mode);
+        const auto want = run_tn(oracle_f64(), c, in, DType::F64, mode);
+        CHECK(relative_error(got, want) <= tolerance(out, c.m));
+      }
   }
 }
 
@@ -120,11 +122,14 @@ TEST_CASE("a product that overwrites does not read what was there", "[gemm]") {
   const GemmCase c{33, 64, 96};
   Inputs in(c);
   const auto dx = run_nn(backend(), c, in, true, Write::Overwrite);
-  const auto dw = run_tn(backend(), c, in, Write::Overwrite);
+  std::vector<std::vector<double>> dw;
+  for (const DType out : gradient_dtypes())
+    dw.push_back(run_tn(backend(), c, in, out, Write::Overwrite));
   for (auto* old : {&in.dx, &in.dw})
     std::fill(old->begin(), old->end(), std::numeric_limits<double>::quiet_NaN());
   CHECK(run_nn(backend(), c, in, true, Write::Overwrite) == dx);
-  CHECK(run_tn(backend(), c, in, Write::Overwrite) == dw);
+  for (size_t i = 0; i < dw.size(); ++i)
+    CHECK(run_tn(backend(), c, in, gradient_dtypes()[i], Write::Overwrite) == dw[i]);
 }
 
 TEST_CASE("a NaN or Inf reaches its own row of the product and no other", "[gemm]") {
@@ -159,8 +164,10 @@ TEST_CASE("products on rows inside a larger tensor, at any alignment", "[gemm]")
 TEST_CASE("the same product gives the same bytes", "[gemm]") {
   const GemmCase c{64, 96, 512};
   const Inputs in(c);
-  const auto once = run_tn(backend(), c, in, Write::Overwrite);
-  for (int i = 0; i < 3; ++i) CHECK(run_tn(backend(), c, in, Write::Overwrite) == once);
+  for (const DType out : gradient_dtypes()) {
+    const auto once = run_tn(backend(), c, in, out, Write::Overwrite);
+    for (int i = 0; i < 3; ++i) CHECK(run_tn(backend(), c, in, out, Write::Overwrite) == once);
+  }
 }
 
 #ifdef BBB_HAS_CUDA
@@ -225,13 +232,16 @@ TEST_CASE("every algorithm of a product gives it", "[gemm]") {
             });
         products += 3;
         if (with_alpha) continue;
-        const auto dw = run_tn(oracle_f64(), c, in, mode);
-        algorithms += under_every_algorithm(
-            shape_of(CUBLAS_OP_N, CUBLAS_OP_T, c.k, c.n, c.m, DType::F32, false, added), [&] {
-              const auto got = run_tn(backend(), c, in, mode);
-              CHECK(relative_error(got, dw) <= tolerance(DType::F32, c.m));
-            });
-        ++products;
+        const auto dw = run_tn(oracle_f64(), c, in, DType::F64, mode);
+        for (const DType out : {DType::BF16, DType::F32}) {
+          if (added && out == DType::BF16) continue;
+          algorithms += under_every_algorithm(
+              shape_of(CUBLAS_OP_N, CUBLAS_OP_T, c.k, c.n, c.m, out, false, added), [&] {
+                const auto got = run_tn(backend(), c, in, out, mode);
+                CHECK(relative_error(got, dw) <= tolerance(out, c.m));
+              });
+          ++products;
+        }
       }
   }
   CHECK(algorithms > 2 * products);  // there is something to choose

@@ -28,14 +28,13 @@ struct Inputs {
   std::vector<double> ds, s, w, dw;
 };
 
-std::vector<double> run(Backend& b, const ScaleCase& c, const Inputs& in, bool with_alpha,
+std::vector<double> run(Backend& b, const ScaleCase& c, const Inputs& in, DType dw, bool with_alpha,
                         Write mode) {
   const Guarded ds(b, {c.k}, b.real());
   b.copy(ds.tensor(), make(b, {c.k}, b.real(), in.ds));
-  b.input_scale_gradient(ds.tensor(), make(b, {c.k}, b.real(), in.s),
-                         make(b, {c.n, c.k}, b.act(), in.w),
-                         with_alpha ? make(b, {1}, b.real(), {0.25}) : Tensor(),
-                         make(b, {c.n, c.k}, b.real(), in.dw), mode);
+  b.input_scale_gradient(
+      ds.tensor(), make(b, {c.k}, b.real(), in.s), make(b, {c.n, c.k}, b.act(), in.w),
+      with_alpha ? make(b, {1}, b.real(), {0.25}) : Tensor(), make(b, {c.n, c.k}, dw, in.dw), mode);
   CHECK(ds.untouched());
   return values_of(b, ds.tensor());
 }
@@ -45,16 +44,17 @@ std::vector<double> run(Backend& b, const ScaleCase& c, const Inputs& in, bool w
 TEST_CASE("input_scale_gradient", "[input_scale_gradient]") {
   for (const ScaleCase& c : kCases) {
     const Inputs in(c);
-    for (const Write mode : {Write::Overwrite, Write::Add})
-      for (const bool with_alpha : {false, true}) {
-        CAPTURE(c.n, c.k, mode == Write::Add, with_alpha);
-        const std::vector<double> got = run(backend(), c, in, with_alpha, mode);
-        // A sum over the rows in another order.
-        CHECK(relative_error(got, run(oracle_f64(), c, in, with_alpha, mode)) <=
-              32 * real_epsilon());
-        if (c.k > 2) CHECK(got[1] == (mode == Write::Add ? Approx(in.ds[1]) : Approx(0.0)));
-        CHECK(got == run(backend(), c, in, with_alpha, mode));
-      }
+    for (const DType dw : gradient_dtypes())
+      for (const Write mode : {Write::Overwrite, Write::Add})
+        for (const bool with_alpha : {false, true}) {
+          CAPTURE(c.n, c.k, dw == backend().real(), mode == Write::Add, with_alpha);
+          const std::vector<double> got = run(backend(), c, in, dw, with_alpha, mode);
+          // A sum over the rows in another order.
+          CHECK(relative_error(got, run(oracle_f64(), c, in, DType::F64, with_alpha, mode)) <=
+                32 * real_epsilon());
+          if (c.k > 2) CHECK(got[1] == (mode == Write::Add ? Approx(in.ds[1]) : Approx(0.0)));
+          CHECK(got == run(backend(), c, in, dw, with_alpha, mode));
+        }
   }
 }
 
@@ -82,7 +82,7 @@ TEST_CASE("input_scale_gradient keeps a NaN in its column", "[input_scale_gradie
   const ScaleCase c{40, 40};
   Inputs in(c);
   in.dw[3 * 40 + 7] = std::numeric_limits<double>::quiet_NaN();
-  const std::vector<double> got = run(backend(), c, in, true, Write::Overwrite);
+  const std::vector<double> got = run(backend(), c, in, backend().real(), true, Write::Overwrite);
   for (size_t i = 0; i < got.size(); ++i) CHECK(std::isnan(got[i]) == (i == 7));
 }
 

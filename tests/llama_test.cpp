@@ -143,7 +143,7 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
   Backend& device = backend();
   const LlamaConfig config = tiny_config();
   TinyModel tiny(device, config);
-  autograd::ParameterSet set(device);
+  autograd::ParameterSet set(device, autograd::GradientPasses::One);
   for (auto& block : tiny.model->blocks()) block->declare_parameters(set);
   set.allocate();
   for (auto& block : tiny.model->blocks()) {
@@ -180,7 +180,7 @@ TEST_CASE("llama: a block's masters leave and come back", "[llama]") {
   Backend& device = backend();
   TinyModel tiny(device, tiny_config());
   models::LlamaBlock& block = *tiny.model->blocks()[1];
-  autograd::ParameterSet set(device);
+  autograd::ParameterSet set(device, autograd::GradientPasses::One);
   block.declare_parameters(set);
   set.allocate();
   block.bind_parameters(set, {2, 32});

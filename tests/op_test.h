@@ -15,6 +15,12 @@ inline std::vector<double> activations(engine::Rng& rng, int64_t n, double scale
   return backend().act() == DType::BF16 ? round_bf16(std::move(values)) : values;
 }
 
+// Those that a gradient of parameters may have, each once.
+inline std::vector<DType> gradient_dtypes() {
+  if (backend().act() == backend().real()) return {backend().real()};
+  return {backend().act(), backend().real()};
+}
+
 inline double act_epsilon() { return epsilon_of(backend().act()); }
 inline double real_epsilon() { return epsilon_of(backend().real()); }
 

@@ -20,12 +20,9 @@ Tensor bits(Backend& b, const std::vector<uint8_t>& clipped) {
 }
 
 // Runs step_control once on `control` and returns its slots.
-std::vector<double> control_step(Backend& b, const Tensor& control, double loss,
-                                 const std::vector<double>& g, const std::vector<uint8_t>& clipped,
-                                 const Schedule& schedule) {
-  b.step_control(control, make(b, {1}, b.real(), {loss}),
-                 make(b, {static_cast<int64_t>(g.size())}, b.real(), g), bits(b, clipped),
-                 schedule);
+std::vector<double> control_step(Backend& b, const Tensor& control, double loss, const Tensor& g,
+                                 const std::vector<uint8_t>& clipped, const Schedule& schedule) {
+  b.step_control(control, make(b, {1}, b.real(), {loss}), g, bits(b, clipped), schedule);
   return values_of(b, control);
 }
 
@@ -34,7 +31,8 @@ std::vector<double> control_step(Backend& b, const Tensor& control, double loss,
                                  const Schedule& schedule) {
   std::vector<double> g(quant::kTileAlign, 0.0);
   g[77] = norm;
-  return control_step(b, control, loss, g, std::vector<uint8_t>(quant::kTileAlign / 8), schedule);
+  return control_step(b, control, loss, make(b, {quant::kTileAlign}, b.real(), g),
+                      std::vector<uint8_t>(quant::kTileAlign / 8), schedule);
 }
 
 double learning_rate(const Schedule& s, double t) {
@@ -67,30 +65,33 @@ void adamw_by_hand(Moments& s, const std::vector<double>& g, double lr, double f
 TEST_CASE("the gradient norm leaves out what was clipped", "[step_control]") {
   Backend& b = backend();
   Schedule schedule;
-  for (const int64_t n : {128, 384, 4224, 1500032}) {
-    CAPTURE(n);
-    engine::Rng rng(47);
-    auto g = normal(rng, n, 1e-3);
-    std::vector<uint8_t> clipped(static_cast<size_t>(n / 8));
-    for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
-    double want = 0.0;
-    for (size_t i = 0; i < g.size(); ++i)
-      if (bit_of(clipped, i))
-        g[i] = i % 3 == 0 ? kNan : kInf;  // is not even looked at
-      else
-        want += g[i] * g[i];
-    const Guarded control(b, {engine::kControlSize}, b.real());
-    std::vector<double> norms;
-    for (int repeat = 0; repeat < 2; ++repeat) {
-      b.zero(control.tensor());
-      const auto slots = control_step(b, control.tensor(), 1.0, g, clipped, schedule);
-      CHECK(slots[engine::kSkip] == 0);
-      norms.push_back(slots[engine::kGradNorm]);
+  for (const DType dtype : gradient_dtypes())
+    for (const int64_t n : {128, 384, 4224, 1500032}) {
+      CAPTURE(n, dtype == b.real());
+      engine::Rng rng(47);
+      auto g = normal(rng, n, 1e-3);
+      std::vector<uint8_t> clipped(static_cast<size_t>(n / 8));
+      for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
+      if (dtype == DType::BF16) g = round_bf16(g);  // the norm is that of what adamw applies
+      double want = 0.0;
+      for (size_t i = 0; i < g.size(); ++i)
+        if (bit_of(clipped, i))
+          g[i] = i % 3 == 0 ? kNan : kInf;  // is not even looked at
+        else
+          want += g[i] * g[i];
+      const Guarded control(b, {engine::kControlSize}, b.real());
+      std::vector<double> norms;
+      for (int repeat = 0; repeat < 2; ++repeat) {
+        b.zero(control.tensor());
+        const auto slots =
+            control_step(b, control.tensor(), 1.0, make(b, {n}, dtype, g), clipped, schedule);
+        CHECK(slots[engine::kSkip] == 0);
+        norms.push_back(slots[engine::kGradNorm]);
+      }
+      CHECK(norms[0] == Approx(std::sqrt(want)).epsilon(64 * real_epsilon()));
+      CHECK(norms[0] == norms[1]);
+      CHECK(control.untouched());
     }
-    CHECK(norms[0] == Approx(std::sqrt(want)).epsilon(64 * real_epsilon()));
-    CHECK(norms[0] == norms[1]);
-    CHECK(control.untouched());
-  }
 }
 
 TEST_CASE("step_control follows warm-up and cosine, and clips", "[step_control]") {
@@ -150,89 +151,94 @@ TEST_CASE("adamw is the published update", "[adamw]") {
   Schedule schedule;
   schedule.peak_lr = 1e-2;
   schedule.total_steps = 20;
-  for (const int group : {32, 64, 128}) {
-    // A weight within a warp, one of several tiles with a tail, norms between, no quantizer.
-    const FlatWeights flat(b,
-                           {{5, quant::kNotQuantized},
-                            {3 * group, 2},
-                            {131, quant::kNotQuantized},
-                            {77 * group, 4},
-                            {9 * group, quant::kNoQuantizer}},
-                           group);
-    CAPTURE(group);
-    engine::Rng rng(53);
-    const int64_t n = flat.total;
-    const auto size = static_cast<size_t>(n);
-    Moments want{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
-    // Padding is 0 and has no gradient, so it stays.
-    const auto draw = [&](double scale) {
-      std::vector<double> x(size, 0.0);
-      for (size_t p = 0; p < flat.parameters.size(); ++p)
-        for (int64_t i = 0; i < flat.parameters[p].count; ++i)
-          x[static_cast<size_t>(flat.begins[p] + i)] = scale * rng.normal();
-      return x;
-    };
-    want.w = draw(1.0);
-    const Guarded m(b, {n}, b.real()), v(b, {n}, b.real());
-    b.copy(flat.w.tensor(), make(b, {n}, b.real(), want.w));
-    b.zero(m.tensor());
-    b.zero(v.tensor());
-    b.widest_groups(flat.q, flat.w.tensor());
-    const Tensor control = b.zeros({engine::kControlSize}, b.real());
-    int applied = 0;
-    for (int t = 0; t < 6; ++t) {
-      CAPTURE(t);
-      auto g = draw(1e-2);
-      std::vector<uint8_t> clipped(size / 8);
-      for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
-      b.copy(flat.clipped.tensor(), bits(b, clipped));
-      const bool skip = t == 2;
-      control_step(b, control, skip ? kNan : 1.0, 4.0, schedule);  // clipped: a factor of a quarter
-      const auto before = bytes_of(b, flat.w.tensor()), before_m = bytes_of(b, m.tensor()),
-                 before_v = bytes_of(b, v.tensor());
-      for (size_t i = 0; i < size; ++i)
-        if (bit_of(clipped, i)) g[i] = kNan;
-      b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, b.real(), g), control, flat.q,
-              spec);
-      if (skip) {
-        CHECK(bytes_of(b, flat.w.tensor()) == before);
-        CHECK(bytes_of(b, m.tensor()) == before_m);
-        CHECK(bytes_of(b, v.tensor()) == before_v);
-      } else {
-        for (size_t i = 0; i < size; ++i)
-          if (bit_of(clipped, i)) g[i] = 0;
-        adamw_by_hand(want, g, learning_rate(schedule, t), 0.25, ++applied, spec);
-      }
-      // The weight moves by lr a step; the moments take a few roundings each.
-      CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
-      CHECK(relative_error(values_of(b, m.tensor()), want.m) <= 32 * real_epsilon());
-      CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
-      // What it leaves for the next S is what the masters give.
-      const auto left = bytes_of(b, flat.widest.tensor());
+  for (const DType dtype : gradient_dtypes())
+    for (const int group : {32, 64, 128}) {
+      // A weight within a warp, one of several tiles with a tail, norms between, no quantizer.
+      const FlatWeights flat(b,
+                             {{5, quant::kNotQuantized},
+                              {3 * group, 2},
+                              {131, quant::kNotQuantized},
+                              {77 * group, 4},
+                              {9 * group, quant::kNoQuantizer}},
+                             group);
+      CAPTURE(group, dtype == b.real());
+      engine::Rng rng(53);
+      const int64_t n = flat.total;
+      const auto size = static_cast<size_t>(n);
+      Moments want{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
+      // Padding is 0 and has no gradient, so it stays.
+      const auto draw = [&](double scale) {
+        std::vector<double> x(size, 0.0);
+        for (size_t p = 0; p < flat.parameters.size(); ++p)
+          for (int64_t i = 0; i < flat.parameters[p].count; ++i)
+            x[static_cast<size_t>(flat.begins[p] + i)] = scale * rng.normal();
+        return x;
+      };
+      want.w = draw(1.0);
+      const Guarded m(b, {n}, b.real()), v(b, {n}, b.real());
+      b.copy(flat.w.tensor(), make(b, {n}, b.real(), want.w));
+      b.zero(m.tensor());
+      b.zero(v.tensor());
       b.widest_groups(flat.q, flat.w.tensor());
-      CHECK(left == bytes_of(b, flat.widest.tensor()));
-      CHECK(values_of(b, flat.widest.tensor())[3] > 0);
+      const Tensor control = b.zeros({engine::kControlSize}, b.real());
+      int applied = 0;
+      for (int t = 0; t < 6; ++t) {
+        CAPTURE(t);
+        auto g = draw(1e-2);
+        if (dtype == DType::BF16) g = round_bf16(g);
+        std::vector<uint8_t> clipped(size / 8);
+        for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
+        b.copy(flat.clipped.tensor(), bits(b, clipped));
+        const bool skip = t == 2;
+        control_step(b, control, skip ? kNan : 1.0, 4.0,
+                     schedule);  // clipped: a factor of a quarter
+        const auto before = bytes_of(b, flat.w.tensor()), before_m = bytes_of(b, m.tensor()),
+                   before_v = bytes_of(b, v.tensor());
+        for (size_t i = 0; i < size; ++i)
+          if (bit_of(clipped, i)) g[i] = kNan;
+        b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.q,
+                spec);
+        if (skip) {
+          CHECK(bytes_of(b, flat.w.tensor()) == before);
+          CHECK(bytes_of(b, m.tensor()) == before_m);
+          CHECK(bytes_of(b, v.tensor()) == before_v);
+        } else {
+          for (size_t i = 0; i < size; ++i)
+            if (bit_of(clipped, i)) g[i] = 0;
+          adamw_by_hand(want, g, learning_rate(schedule, t), 0.25, ++applied, spec);
+        }
+        // The weight moves by lr a step; the moments take a few roundings each.
+        CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
+        CHECK(relative_error(values_of(b, m.tensor()), want.m) <= 32 * real_epsilon());
+        CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
+        // What it leaves for the next S is what the masters give.
+        const auto left = bytes_of(b, flat.widest.tensor());
+        b.widest_groups(flat.q, flat.w.tensor());
+        CHECK(left == bytes_of(b, flat.widest.tensor()));
+        CHECK(values_of(b, flat.widest.tensor())[3] > 0);
+      }
+      CHECK((flat.untouched() && m.untouched() && v.untouched()));
     }
-    CHECK((flat.untouched() && m.untouched() && v.untouched()));
-  }
 }
 
 TEST_CASE("a skipped step lets no NaN gradient through", "[adamw]") {
   Backend& b = backend();
-  const FlatWeights flat(b, {{96, 2}, {37, quant::kNotQuantized}}, 32);
-  const int64_t n = flat.total;
-  engine::Rng rng(59);
-  const auto values = normal(rng, n);
-  const Tensor w = make(b, {n}, b.real(), values), m = make(b, {n}, b.real(), values);
-  const Tensor v = b.zeros({n}, b.real());
-  const auto before_w = values_of(b, w), before_m = values_of(b, m), before_v = values_of(b, v);
-  const Tensor g = make(b, {n}, b.real(), std::vector<double>(static_cast<size_t>(n), kNan));
-  const Tensor control = b.zeros({engine::kControlSize}, b.real());
-  b.step_control(control, make(b, {1}, b.real(), {1.0}), g, flat.q.clipped, Schedule{});
-  b.adamw(w, m, v, g, control, flat.q, AdamWSpec{});
-  CHECK(values_of(b, w) == before_w);
-  CHECK(values_of(b, m) == before_m);
-  CHECK(values_of(b, v) == before_v);
+  for (const DType dtype : gradient_dtypes()) {
+    const FlatWeights flat(b, {{96, 2}, {37, quant::kNotQuantized}}, 32);
+    const int64_t n = flat.total;
+    engine::Rng rng(59);
+    const auto values = normal(rng, n);
+    const Tensor w = make(b, {n}, b.real(), values), m = make(b, {n}, b.real(), values);
+    const Tensor v = b.zeros({n}, b.real());
+    const auto before_w = values_of(b, w), before_m = values_of(b, m), before_v = values_of(b, v);
+    const Tensor g = make(b, {n}, dtype, std::vector<double>(static_cast<size_t>(n), kNan));
+    const Tensor control = b.zeros({engine::kControlSize}, b.real());
+    b.step_control(control, make(b, {1}, b.real(), {1.0}), g, flat.q.clipped, Schedule{});
+    b.adamw(w, m, v, g, control, flat.q, AdamWSpec{});
+    CHECK(values_of(b, w) == before_w);
+    CHECK(values_of(b, m) == before_m);
+    CHECK(values_of(b, v) == before_v);
+  }
 }
 
 TEST_CASE("a weight that is not finite shows in the widest group that adamw leaves", "[adamw]") {

@@ -232,12 +232,11 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
     std::vector<uint8_t> codes(static_cast<size_t>(n * k)), zeros(static_cast<size_t>(n * groups));
     for (auto* bytes : {&codes, &zeros})
       for (uint8_t& v : *bytes) v = static_cast<uint8_t>(rng.below(int64_t{1} << spec.bits));
-    Values dw = normal(rng, n * k), before = normal(rng, n * groups);
-    for (double& v : dw) v = static_cast<float>(v);
+    Values dw = round_bf16(normal(rng, n * k)), before = normal(rng, n * groups);
     for (double& v : before) v = static_cast<float>(v);
 
     struct Result {
-      Values s, wq, dsigma, added;
+      Values s, wq, dsigma, rounded, added;
       std::vector<uint8_t> e;
     };
     const auto run = [&](Backend& b) {
@@ -245,14 +244,18 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
       const Tensor d = make(b, {n, k}, b.real(), dw);
       const Tensor added = make(b, {n, groups}, b.real(), before);
       Guarded wq(b, {n, k}, b.act()), e(b, {n, groups}, DType::U8), s(b, {1}, b.real()),
-          dsigma(b, {n, groups}, b.real());
+          dsigma(b, {n, groups}, b.real()), rounded(b, {n, groups}, b.act());
       b.scale_codes(wq.tensor(), e.tensor(), s.tensor(), q, z,
                     make(b, {n, groups}, b.real(), sigma), spec);
       b.scale_codes_backward(dsigma.tensor(), d, q, z, spec, Write::Overwrite);
+      b.scale_codes_backward(rounded.tensor(), make(b, {n, k}, b.act(), dw), q, z, spec,
+                             Write::Overwrite);
       b.scale_codes_backward(added, d, q, z, spec, Write::Add);
-      CHECK((wq.untouched() && e.untouched() && s.untouched() && dsigma.untouched()));
-      return Result{values_of(b, s.tensor()), values_of(b, wq.tensor()),
-                    values_of(b, dsigma.tensor()), values_of(b, added), bytes_of(b, e.tensor())};
+      CHECK((wq.untouched() && e.untouched() && s.untouched() && dsigma.untouched() &&
+             rounded.untouched()));
+      return Result{values_of(b, s.tensor()),      values_of(b, wq.tensor()),
+                    values_of(b, dsigma.tensor()), values_of(b, rounded.tensor()),
+                    values_of(b, added),           bytes_of(b, e.tensor())};
     };
     const Result got = run(backend()), want = run(oracle()), exact = run(oracle_f64());
     CHECK(got.s == want.s);
@@ -262,6 +265,8 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
     // errors grow as sqrt(G) <= 12; the terms are as large as the sum times sqrt(G) at worst.
     const double tolerance = 16 * real_epsilon();
     CHECK(relative_error(got.dsigma, exact.dsigma) < tolerance);
+    // The same sum of the same terms, rounded.
+    CHECK(got.rounded == as_act(got.dsigma));
     CHECK(relative_error(got.added, exact.added) < tolerance);
   });
 }

@@ -136,6 +136,20 @@ TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives t
     }
 }
 
+TEST_CASE("recompute: micro-batches take room for gradients that are added", "[train][recompute]") {
+  WideRun run;
+  run.config.stages.clear();
+  run.config.e2e_steps = 2;
+  run.config.e2e_micro_batch = 4;
+  for (const char* what : {"all", "scales"}) {
+    CAPTURE(what);
+    run.config.e2e_train = train::parse_e2e_train(what);
+    const train::EndToEndMemory memory =
+        train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+    check_prediction(memory.device_bytes, run.measured_bytes(what));
+  }
+}
+
 TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode is refused",
           "[train][recompute]") {
   WideRun run;

@@ -49,11 +49,11 @@ struct Backward {
   std::vector<double> dx, dw;
 };
 
-Backward run_backward(Backend& b, const NormCase& c, const Inputs& in, bool want_dw, Write dx_mode,
-                      Write dw_mode) {
-  const Guarded dx(b, {c.m, c.d}, b.act()), dw(b, {c.d}, b.real());
+Backward run_backward(Backend& b, const NormCase& c, const Inputs& in, bool want_dw, DType dw_dtype,
+                      Write dx_mode, Write dw_mode) {
+  const Guarded dx(b, {c.m, c.d}, b.act()), dw(b, {c.d}, dw_dtype);
   b.copy(dx.tensor(), make(b, {c.m, c.d}, b.act(), in.dx));
-  b.copy(dw.tensor(), make(b, {c.d}, b.real(), in.dw));
+  b.copy(dw.tensor(), make(b, {c.d}, dw_dtype, in.dw));
   const Tensor x = make(b, {c.m, c.d}, b.act(), in.x), w = make(b, {c.d}, b.real(), in.w);
   const Tensor y = b.empty({c.m, c.d}, b.act()), inv_rms = b.empty({c.m}, b.real());
   b.rms_norm(y, inv_rms, x, w, kEps);
@@ -80,26 +80,34 @@ TEST_CASE("rms_norm", "[rms_norm]") {
 TEST_CASE("rms_norm backward", "[rms_norm]") {
   for (const NormCase& c : kCases) {
     const Inputs in(c);
-    for (const Write dx_mode : {Write::Overwrite, Write::Add})
-      for (const Write dw_mode : {Write::Overwrite, Write::Add}) {
-        CAPTURE(c.m, c.d, dx_mode == Write::Add, dw_mode == Write::Add);
-        const Backward got = run_backward(backend(), c, in, true, dx_mode, dw_mode);
-        const Backward want = run_backward(oracle_f64(), c, in, true, dx_mode, dw_mode);
-        // dx loses digits where its two terms cancel: wholly at d = 1, up to eps / x^2.
-        const double cancelled =
-            c.d == 1 && dx_mode == Write::Overwrite ? 64 / kEps * real_epsilon() : 0.0;
-        CHECK(relative_error(got.dx, want.dx) <= act_epsilon() + 16 * real_epsilon() + cancelled);
-        CHECK(relative_error(got.dw, want.dw) <= 32 * real_epsilon());  // a sum over the rows
-      }
+    for (const DType dw_dtype : gradient_dtypes())
+      for (const Write dx_mode : {Write::Overwrite, Write::Add})
+        for (const Write dw_mode : {Write::Overwrite, Write::Add}) {
+          if (dw_mode == Write::Add && dw_dtype != backend().real()) continue;
+          CAPTURE(c.m, c.d, dw_dtype == backend().real(), dx_mode == Write::Add,
+                  dw_mode == Write::Add);
+          const Backward got = run_backward(backend(), c, in, true, dw_dtype, dx_mode, dw_mode);
+          const Backward want =
+              run_backward(oracle_f64(), c, in, true, DType::F64, dx_mode, dw_mode);
+          // dx loses digits where its two terms cancel: wholly at d = 1, up to eps / x^2.
+          const double cancelled =
+              c.d == 1 && dx_mode == Write::Overwrite ? 64 / kEps * real_epsilon() : 0.0;
+          CHECK(relative_error(got.dx, want.dx) <= act_epsilon() + 16 * real_epsilon() + cancelled);
+          // A sum over the rows, rounded.
+          const double rounding = dw_dtype == backend().real() ? 0.0 : act_epsilon();
+          CHECK(relative_error(got.dw, want.dw) <= 32 * real_epsilon() + rounding);
+        }
   }
 }
 
 TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
   const NormCase c{33, 64};
   const Inputs in(c);
-  const Backward with = run_backward(backend(), c, in, true, Write::Overwrite, Write::Overwrite);
+  const DType real = backend().real();
+  const Backward with =
+      run_backward(backend(), c, in, true, real, Write::Overwrite, Write::Overwrite);
   const Backward without =
-      run_backward(backend(), c, in, false, Write::Overwrite, Write::Overwrite);
+      run_backward(backend(), c, in, false, real, Write::Overwrite, Write::Overwrite);
   CHECK(with.dx == without.dx);
   CHECK(relative_error(without.dw, in.dw) <= real_epsilon());
 }
@@ -115,7 +123,8 @@ TEST_CASE("a weight gradient without that of the input", "[rms_norm]") {
     b.rms_norm_backward(Tensor(), dw.tensor(), make(b, {c.m, c.d}, b.act(), in.dy), x, inv_rms, w,
                         Write::Overwrite, Write::Overwrite);
     CHECK(dw.untouched());
-    const Backward both = run_backward(b, c, in, true, Write::Overwrite, Write::Overwrite);
+    const Backward both =
+        run_backward(b, c, in, true, b.real(), Write::Overwrite, Write::Overwrite);
     CHECK(values_of(b, dw.tensor()) == both.dw);
   }
 }

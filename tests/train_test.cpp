@@ -321,7 +321,7 @@ TEST_CASE("a run whose every step is skipped says so", "[train]") {
 
 TEST_CASE("snapping moves masters onto their own grid", "[train]") {
   engine::Rng rng(3);
-  autograd::ParameterSet parameters(backend());
+  autograd::ParameterSet parameters(backend(), autograd::GradientPasses::One);
   autograd::Parameter& master = parameters.add("w", {64, 96});
   parameters.allocate();
   models::QuantLinear linear(backend(), "w", 64, 96);

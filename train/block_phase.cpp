@@ -23,6 +23,7 @@ namespace bbb::train {
 namespace {
 
 using autograd::AdamW;
+using autograd::GradientPasses;
 using autograd::ParameterSet;
 using autograd::Tape;
 using autograd::TapeMode;
@@ -93,7 +94,7 @@ class BlockPhase {
         recompute_(memory.recompute),
         rows_(config.samples + config.val_samples),
         steps_per_epoch_(config.samples / config.batch),
-        parameters_(backend),
+        parameters_(backend, GradientPasses::One),
         timer_(config.save_every) {
     make_streams(memory.streams);
     embed(windows);
@@ -680,9 +681,9 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   const int64_t steps = config.epochs * (config.samples / config.batch);
   const models::ActivationMemory block =
       models::activation_memory(backend, model, tokens, recompute);
-  // Masters, gradients, two moments, the best masters; wq, e, z and clipped bits; order and log of
-  // a stage.
-  const int64_t trained = parameters * (5 * real + act) + parameters / config.group * 2 +
+  // Masters, two moments, the best masters; gradients of one pass, wq; e, z and clipped bits; order
+  // and log of a stage.
+  const int64_t trained = parameters * (4 * real + 2 * act) + parameters / config.group * 2 +
                           parameters / 8 + steps * (config.batch * 4 + engine::kControlSize * real);
   int64_t largest = 0;  // of the linears: it arrives in F32
   for (const models::LinearShape& linear : models::block_linears(model))

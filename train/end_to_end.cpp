@@ -16,6 +16,7 @@ namespace bbb::train {
 namespace {
 
 using autograd::AdamW;
+using autograd::GradientPasses;
 using autograd::LossKind;
 using autograd::Parameter;
 using autograd::ParameterSet;
@@ -40,6 +41,10 @@ int64_t steps_per_reading(const Backend& backend) {
   return backend.device() == engine::DeviceType::Cuda ? 20 : 1;
 }
 
+GradientPasses gradient_passes(const TrainConfig& config) {
+  return config.e2e_batch == config.e2e_micro_batch ? GradientPasses::One : GradientPasses::Several;
+}
+
 constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
 
 int64_t bytes_of(const std::vector<uint8_t>& values) { return static_cast<int64_t>(values.size()); }
@@ -56,7 +61,7 @@ class EndToEnd {
         observer_(observer),
         model_(source.config()),
         student_(backend, source, models::HeadRounding::BFloat16),
-        parameters_(backend) {
+        parameters_(backend, gradient_passes(config)) {
     load(source);
 
     Schedule schedule;
@@ -166,7 +171,7 @@ class EndToEnd {
     parameters_.allocate();
     size_t next = 0;
     for (auto& block : student_.blocks()) {
-      ParameterSet masters(backend_);
+      ParameterSet masters(backend_, GradientPasses::One);
       block->declare_parameters(masters);
       masters.allocate();
       block->bind_parameters(masters, spec());
@@ -407,11 +412,13 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
   const bool kl = config.e2e_loss == EndToEndLoss::Kl;
-  // All: masters, gradients, two moments; clipped bits. Scales: dW^, codes, and those four once a
+  // All: masters, two moments, gradients; clipped bits. Scales: dW^, codes, and those four once a
   // group.
-  const int64_t trained = config.e2e_train == EndToEndTrain::All
-                              ? parameters * 4 * real + parameters / 8
-                              : parameters * (real + 1) + parameters / config.group * 4 * real;
+  const int64_t gradient = gradient_passes(config) == GradientPasses::One ? act : real;
+  const int64_t trained =
+      config.e2e_train == EndToEndTrain::All
+          ? parameters * (3 * real + gradient) + parameters / 8
+          : parameters * (gradient + 1) + parameters / config.group * (3 * real + gradient);
   const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
   const int64_t table = model.vocab * model.d_model;
   const int64_t tables = table * act * (model.tied_head ? 1 : 2) * (kl ? 2 : 1);
@@ -434,9 +441,9 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
       kl && backend.device() == engine::DeviceType::Cuda ? block.inference_bytes : 0;
   const int64_t step = kept + teacher + std::max(block.backward_bytes, head);
   // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
-  const int64_t arriving = std::max(table * 4, config.e2e_train == EndToEndTrain::All
-                                                   ? 0
-                                                   : block_parameters(model) * (4 * real + 1));
+  const int64_t arriving = std::max(
+      table * 4,
+      config.e2e_train == EndToEndTrain::All ? 0 : block_parameters(model) * (3 * real + act + 1));
   return allocated_bytes(backend, trained + operands + tables + texts + std::max(step, arriving));
 }
 

@@ -126,7 +126,8 @@ namespace {
 class Quantizer {
  public:
   Quantizer(Backend& backend, const models::LlamaConfig& model, GridSpec spec)
-      : parameters_(backend), block_(backend, model, 0, engine::Tensor()) {
+      : parameters_(backend, autograd::GradientPasses::One),
+        block_(backend, model, 0, engine::Tensor()) {
     block_.declare_parameters(parameters_);
     parameters_.allocate();
     block_.bind_parameters(parameters_, spec);
