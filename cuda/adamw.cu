@@ -12,10 +12,12 @@
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
-//     A block for each tile (quant/tiles.h), four neighbouring elements a thread at a time; the new
-//     weights' groups are joined while they are in registers. 26.1 bytes an element where g is
-//     bf16.
+//     Each block walks through a stretch of tiles (quant/tiles.h), four neighbouring elements a
+//     thread at a time; the new weights' groups are joined while they are in registers. 26.1 bytes
+//     an element where g is bf16.
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
@@ -25,12 +27,47 @@
 namespace bbb::cuda {
 namespace {
 
-using quant::kTileThreads;
 using quant::WeightTile;
 
 constexpr int kWide = 4;
 constexpr int kMaskedWide = 8;  // elements of one byte of the mask
+constexpr int kDepth = 4;       // loads of the norm's that a thread waits for at once
 constexpr int kControlThreads = 1024;
+constexpr int kAdamWThreads = 256, kAdamWBlocksPerProcessor = 4;
+
+// For what no kernel reads again while the cache would still hold it.
+template <typename T, int kWidth>
+__device__ Vector<T, kWidth> load_streaming(const T* p) {
+  using Word = std::conditional_t<sizeof(T) * kWidth == 16, uint4, uint2>;
+  static_assert(sizeof(Word) == sizeof(Vector<T, kWidth>));
+  const Word word = __ldcs(reinterpret_cast<const Word*>(p));
+  return reinterpret_cast<const Vector<T, kWidth>&>(word);
+}
+__device__ void store_streaming(float* p, const float (&x)[kWide]) {
+  __stcs(reinterpret_cast<float4*>(p), float4{x[0], x[1], x[2], x[3]});
+}
+
+// sum + the squares of kCount times kMaskedWide elements, `stride` apart from i on, in that order;
+// all of them are loaded before the first is added.
+template <int kCount, typename T>
+__device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int64_t i,
+                             int64_t stride) {
+  Vector<T, kMaskedWide> d[kCount];
+  unsigned mask[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    d[k] = *reinterpret_cast<const Vector<T, kMaskedWide>*>(g + i + k * stride);
+    mask[k] = clipped[(i + k * stride) / 8];
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+#pragma unroll
+    for (int j = 0; j < kMaskedWide; ++j) {
+      const float x = to_float(d[k].v[j]);
+      sum += mask[k] >> j & 1u ? 0.0f : x * x;
+    }
+  return sum;
+}
 
 // One partial a block. n is a multiple of kMaskedWide.
 template <typename T>
@@ -39,14 +76,11 @@ __global__ void __launch_bounds__(kSumThreads)
                           const uint8_t* __restrict__ clipped, int64_t n) {
   __shared__ float shared[32];
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kMaskedWide;
+  int64_t i = first_element<kMaskedWide>();
   float sum = 0.0f;
-  for (int64_t i = first_element<kMaskedWide>(); i < n; i += stride) {
-    float d[kMaskedWide];
-    load(d, g + i, n - i);
-    const unsigned mask = clipped[i / 8];
-#pragma unroll
-    for (int j = 0; j < kMaskedWide; ++j) sum += mask >> j & 1u ? 0.0f : d[j] * d[j];
-  }
+  for (; i + (kDepth - 1) * stride < n; i += kDepth * stride)
+    sum = add_squares<kDepth>(sum, g, clipped, i, stride);
+  for (; i < n; i += stride) sum = add_squares<1>(sum, g, clipped, i, stride);
   sum = block_sum(sum, shared);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
@@ -84,49 +118,114 @@ struct AdamWConstants {
   float epsilon, weight_decay;
 };
 
+// A thread's four elements as they lie in memory.
+template <typename T>
+struct Quad {
+  Vector<float, kWide> w, m, v;
+  Vector<T, kWide> g;
+  uint8_t clipped;
+};
+
+// The widest groups of the parameters that a warp passes on its way through the buffer, 128
+// neighbouring elements at a time.
+template <int kGroup>
+class WidestSoFar {
+ public:
+  __device__ WidestSoFar(float* widest, const WeightTile* tile) : widest_(widest), next_(tile) {}
+
+  // The warp's next stretch begins at element i.
+  __device__ void include(const float (&weight)[kWide], int64_t i) {
+    const int unit = static_cast<int>(i / quant::kTileAlign);
+    if (unit >= end_) move_to(unit);
+    if (quantized_) most_ = quant::max_nan(most_, quant::group_range<kGroup>(weight).width());
+  }
+  __device__ void finish() {
+    if (quantized_) quant::warp_max(widest_ + slot_, most_);
+  }
+
+ private:
+  __device__ void move_to(int unit) {
+    WeightTile tile;
+    do {
+      tile = *next_++;
+      end_ = tile.begin + tile.count / static_cast<int>(quant::kTileAlign);
+    } while (unit >= end_);
+    if (tile.slot == slot_) return;
+    finish();
+    most_ = 0.0f;
+    slot_ = tile.slot;
+    quantized_ = tile.bits != quant::kNotQuantized;
+  }
+
+  float* widest_;
+  const WeightTile* next_;
+  int end_ = 0, slot_ = -1;  // of the tile that the warp is in: its end in units of kTileAlign
+  bool quantized_ = false;
+  float most_ = 0.0f;
+};
+
+// Blocks share out the tiles evenly. A thread asks for its next elements before it works on those
+// that have come, so that the memory is never without a request.
 template <int kGroup, typename T>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, float* __restrict__ m, float* __restrict__ v,
                  float* __restrict__ widest, const T* __restrict__ g,
                  const uint8_t* __restrict__ clipped, const float* __restrict__ control,
-                 const WeightTile* __restrict__ tiles, AdamWConstants c) {
-  const WeightTile tile = tiles[blockIdx.x];
-  const bool skip = control[engine::kSkip] != 0.0f;
-  const bool quantized = tile.bits != quant::kNotQuantized;
-  if (skip && !quantized) return;
+                 const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
+  // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
+  static_assert(quant::kTileAlign == 32 * kWide);
+  constexpr int64_t kStride = int64_t{kAdamWThreads} * kWide;
+  const WeightTile* const first = tiles + tile_count * blockIdx.x / gridDim.x;
+  const WeightTile last = tiles[tile_count * (blockIdx.x + 1) / gridDim.x - 1];
+  const int64_t end = last.begin * quant::kTileAlign + last.count;
+  int64_t i = first->begin * quant::kTileAlign + threadIdx.x * kWide;
+  WidestSoFar<kGroup> most(widest, first);
+  if (control[engine::kSkip] != 0.0f) {
+    for (; i < end; i += kStride) {
+      float weight[kWide];
+      load(weight, w + i, kWide);
+      most.include(weight, i);
+    }
+    most.finish();
+    return;
+  }
+
   const float lr = control[engine::kLr], factor = control[engine::kScale];
   const float t = control[engine::kApplied];
   // 1 - beta^t without the cancellation of the first steps.
   const float correction1 = -expm1f(t * c.log_beta1), correction2 = -expm1f(t * c.log_beta2);
-  float most = 0.0f;
-  // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
-  static_assert(quant::kTileAlign == 32 * kWide);
-  for (int at = static_cast<int>(threadIdx.x) * kWide; at < tile.count;
-       at += kTileThreads * kWide) {
-    const int64_t i = tile.begin * quant::kTileAlign + at;
-    float weight[kWide];
-    load(weight, w + i, kWide);
-    if (!skip) {
-      float first[kWide], second[kWide], gradient[kWide];
-      load(first, m + i, kWide);
-      load(second, v + i, kWide);
-      load(gradient, g + i, kWide);
-      const unsigned mask = clipped[i / 8] >> (i % 8);
+  Quad<T> next{};
+  const auto request = [&] {
+    if (i >= end) return;
+    next.w = load_streaming<float, kWide>(w + i);
+    next.m = load_streaming<float, kWide>(m + i);
+    next.v = load_streaming<float, kWide>(v + i);
+    next.g = load_streaming<T, kWide>(g + i);
+    next.clipped = clipped[i / 8];
+  };
+  request();
+  while (i < end) {
+    const Quad<T> now = next;
+    const int64_t at = i;
+    i += kStride;
+    request();
+    float weight[kWide], first_moment[kWide], second_moment[kWide];
+    const unsigned mask = now.clipped >> (at % 8);
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-        const float d = mask >> j & 1u ? 0.0f : factor * gradient[j];
-        first[j] = c.beta1 * first[j] + c.one_minus_beta1 * d;
-        second[j] = c.beta2 * second[j] + c.one_minus_beta2 * d * d;
-        const float update = first[j] / correction1 / (sqrtf(second[j] / correction2) + c.epsilon);
-        weight[j] -= lr * (update + c.weight_decay * weight[j]);
-      }
-      store(w + i, weight, kWide);
-      store(m + i, first, kWide);
-      store(v + i, second, kWide);
+    for (int j = 0; j < kWide; ++j) {
+      const float d = mask >> j & 1u ? 0.0f : factor * to_float(now.g.v[j]);
+      first_moment[j] = c.beta1 * now.m.v[j] + c.one_minus_beta1 * d;
+      second_moment[j] = c.beta2 * now.v.v[j] + c.one_minus_beta2 * d * d;
+      const float update =
+          first_moment[j] / correction1 / (sqrtf(second_moment[j] / correction2) + c.epsilon);
+      weight[j] = now.w.v[j] - lr * (update + c.weight_decay * now.w.v[j]);
     }
-    if (quantized) most = quant::max_nan(most, quant::group_range<kGroup>(weight).width());
+    store_streaming(w + at, weight);
+    store_streaming(m + at, first_moment);
+    store_streaming(v + at, second_moment);
+    most.include(weight, at);
   }
-  if (quantized) quant::block_max(widest + tile.slot, most);
+  most.finish();
 }
 
 }  // namespace
@@ -159,12 +258,15 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
   };
   // The step's forward has turned the old maxima into S; a skipped step finds them again.
   BBB_CUDA(cudaMemsetAsync(q.widest.raw(), 0, static_cast<size_t>(q.widest.bytes()), stream_));
+  const int64_t tiles = q.tiles.dim(0);
+  const int64_t blocks =
+      std::min<int64_t>(tiles, int64_t{properties_.multiProcessorCount} * kAdamWBlocksPerProcessor);
   with_elements(g, [&]<typename T>(const T* gradient) {
     quant::with_group(q.group, [&](auto size) {
-      launch(stream_, {dim3(static_cast<unsigned>(q.tiles.dim(0))), dim3(kTileThreads)},
+      launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
              adamw_kernel<size, T>, w.data<float>(), m.data<float>(), v.data<float>(),
              q.widest.data<float>(), gradient, q.clipped.data<uint8_t>(), control.data<float>(),
-             static_cast<const WeightTile*>(q.tiles.raw()), constants);
+             static_cast<const WeightTile*>(q.tiles.raw()), tiles, constants);
     });
   });
 }

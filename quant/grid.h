@@ -130,8 +130,8 @@ BBB_HD Real level_of(Real q, uint8_t z, Real e) {
   return (q - Real(z)) * e;
 }
 
-// One group's parameters and levels without a division for each weight; the same bits as
-// group_params and level_of(code_of(x)), for float.
+// One group's levels without a division for each weight; the same bits as level_of(code_of(x)), for
+// float.
 //
 // x / S is exact, S being a power of two, unless it is too small for its code to be anything but z.
 // With r = RN(1 / e) and q = RN(r x / S), RN(q + r (x / S - q e)) is the quotient to nearest
@@ -140,17 +140,27 @@ BBB_HD Real level_of(Real q, uint8_t z, Real e) {
 // given and whose tensor S belongs to.
 class GroupLevels {
  public:
-  BBB_HD GroupLevels(const Range<float>& range, float master_scale, int bits)
-      : params_{encode_scale(raw_scale(range.width(), bits), master_scale, bits), 0},
-        inverse_master_(1.0f / master_scale),
-        scale_(e4m3_decode(params_.e)),
-        inverse_scale_(1.0f / scale_) {
-    params_.z = static_cast<uint8_t>(clamp_code(steps(-range.mn), float(max_code(bits))));
-    lowest_ = float(-int{params_.z});  // negated as an integer: z = 0 must not give -0
-    highest_ = float(max_code(bits) - int{params_.z});
+  BBB_HD GroupLevels(uint8_t e, float master_scale)
+      : inverse_master_(1.0f / master_scale),
+        scale_(e4m3_decode(e)),
+        inverse_scale_(1.0f / scale_) {}
+
+  BBB_HD void set_zero_point(uint8_t z, int bits) {
+    lowest_ = float(-int{z});  // negated as an integer: z = 0 must not give -0
+    highest_ = float(max_code(bits) - int{z});
+  }
+  // The levels of another group of the same tensor, held elsewhere: `fetch` gives its number for
+  // one of this group's.
+  template <typename Fetch>
+  BBB_HD GroupLevels fetched(int bits, const Fetch& fetch) const {
+    GroupLevels other = *this;
+    other.scale_ = fetch(scale_);
+    other.inverse_scale_ = fetch(inverse_scale_);
+    other.lowest_ = fetch(lowest_);
+    other.highest_ = other.lowest_ + float(max_code(bits));  // integers: exact
+    return other;
   }
 
-  BBB_HD const GroupParams& params() const { return params_; }
   // x / s to nearest.
   BBB_HD float quotient(float x) const {
     const float scaled = x * inverse_master_;
@@ -164,9 +174,22 @@ class GroupLevels {
   }
 
  private:
-  GroupParams params_;
   float inverse_master_, scale_, inverse_scale_;
-  float lowest_, highest_;  // the steps of the codes 0 and 2^b - 1
+  float lowest_ = 0, highest_ = 0;  // the steps of the codes 0 and 2^b - 1
 };
+
+struct QuantizedGroup {
+  GroupParams params;
+  GroupLevels levels;
+};
+
+// The same params as group_params, without its division by the step.
+BBB_HD QuantizedGroup quantize_group(const Range<float>& range, float master_scale, int bits) {
+  const uint8_t e = encode_scale(raw_scale(range.width(), bits), master_scale, bits);
+  GroupLevels levels(e, master_scale);
+  const float z = clamp_code(levels.steps(-range.mn), float(max_code(bits)));
+  levels.set_zero_point(static_cast<uint8_t>(z), bits);
+  return {{e, static_cast<uint8_t>(z)}, levels};
+}
 
 }  // namespace bbb::quant

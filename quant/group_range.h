@@ -11,8 +11,6 @@
 
 namespace bbb::quant {
 
-constexpr int kTileThreads = 256;  // threads of a block that handles one tile
-
 // Calls fn with the group size as a compile-time constant.
 template <typename Fn>
 void with_group(int group, const Fn& fn) {
@@ -59,18 +57,23 @@ __device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]
   return range;
 }
 
-// slot = max(slot, value) over the values, none negative, of a block of kTileThreads. As unsigned
-// integers, the bits of such floats are in order, and infinity and every NaN come after the finite
-// ones; a maximum does not depend on the order of its operands, so the atomic is deterministic.
+// slot = max(slot, value) over the values, none negative, of a warp. As unsigned integers, the bits
+// of such floats are in order, and infinity and every NaN come after the finite ones; a maximum
+// does not depend on the order of its operands, so the atomic is deterministic.
+__device__ __forceinline__ void warp_max(float* slot, float value) {
+  const unsigned bits = __reduce_max_sync(kFullWarp, __float_as_uint(value));
+  if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<unsigned*>(slot), bits);
+}
+
+// The same over a block of kThreads.
+template <int kThreads>
 __device__ __forceinline__ void block_max(float* slot, float value) {
-  unsigned bits = __reduce_max_sync(kFullWarp, __float_as_uint(value));
-  __shared__ unsigned warps[kTileThreads / 32];
+  const unsigned bits = __reduce_max_sync(kFullWarp, __float_as_uint(value));
+  __shared__ unsigned warps[kThreads / 32];
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = bits;
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  bits = threadIdx.x < kTileThreads / 32 ? warps[threadIdx.x] : 0u;
-  bits = __reduce_max_sync(kFullWarp, bits);
-  if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(slot), bits);
+  if (threadIdx.x < 32)
+    warp_max(slot, __uint_as_float(threadIdx.x < kThreads / 32 ? warps[threadIdx.x] : 0u));
 }
 #endif
 

@@ -8,10 +8,10 @@
 //                                                              written
 //
 // Thread mapping. The first two take all matrices of a model in one launch, a block for each tile
-// (quant/tiles.h), eight consecutive elements a thread and G / 8 lanes a group. The others take one
-// matrix, four elements a thread and G / 4 lanes a group. Groups are joined by shuffles; one lies
-// inside one warp, and the number of elements is a multiple of the group, so that it is inside the
-// matrix as a whole or not at all.
+// (quant/tiles.h), which it takes in rounds that are all loaded at once: eight consecutive elements
+// a thread and G / 8 lanes a group. The others take one matrix, four elements a thread and G / 4
+// lanes a group. Groups are joined by shuffles; one lies inside one warp, and the number of
+// elements is a multiple of the group, so that it is inside the matrix as a whole or not at all.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -25,7 +25,7 @@ namespace bbb::quant {
 
 namespace {
 
-constexpr int kThreads = kTileThreads;
+constexpr int kThreads = 128;
 constexpr int kPerThread = 4;
 constexpr int kWide = 8;  // elements a thread takes at once from a tile
 constexpr int64_t kMaxReduceBlocks = 1024;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   float most = 0.0f;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) most = max_nan(most, group_range<kGroup>(x[r]).width());
-  block_max(widest + tile.slot, most);
+  block_max<kThreads>(widest + tile.slot, most);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   float largest = 0.0f;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = thread_index(); i < count; i += stride) largest = max_or_nan(largest, x[i]);
-  block_max(slot, largest);
+  block_max<kThreads>(slot, largest);
 }
 
 // s holds the largest of the scales; leaves S.
@@ -106,10 +106,11 @@ __global__ void __launch_bounds__(kThreads)
   const WeightTile tile = tiles[blockIdx.x];
   if (tile.bits == kNotQuantized) return;
   const int64_t begin = tile.begin * kTileAlign;
+  w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
   float x[kRounds][kWide];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r)
-    load_wide(x[r], w + begin + wide_offset(r), wide_offset(r) < tile.count);
+    load_wide(x[r], w + wide_offset(r), wide_offset(r) < tile.count);
 
   __shared__ float shared_scale;
   if (threadIdx.x == 0) {
@@ -120,18 +121,31 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const float master_scale = shared_scale;
 
+  // A thread has an element in one group each round; the lanes of a group share out the rounds, so
+  // that what a group takes is worked out once and not in every lane.
+  constexpr int kLanes = kGroup / kWide;
+  static_assert(kLanes % kRounds == 0);
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, own_round = lane % kRounds;
+  Range<float> range;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const Range<float> range = group_range<kGroup>(x[r]);
-    if (wide_offset(r) >= tile.count) continue;
-    const int64_t at = begin + wide_offset(r);
+    const Range<float> joined = group_range<kGroup>(x[r]);
+    if (r == own_round) range = joined;
+  }
+  const QuantizedGroup own = quantize_group(range, master_scale, tile.bits);
+  if (lane < kRounds && wide_offset(own_round) < tile.count && tile.bits != kNoQuantizer) {
+    e[wide_offset(own_round) / kGroup] = own.params.e;
+    z[wide_offset(own_round) / kGroup] = own.params.z;
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const GroupLevels group = own.levels.fetched(
+        tile.bits, [&](float number) { return __shfl_sync(kFullWarp, number, r, kLanes); });
+    const int at = wide_offset(r);
+    if (at >= tile.count) continue;
     unsigned mask = 0;
     if (tile.bits != kNoQuantizer) {
-      const GroupLevels group(range, master_scale, tile.bits);
-      if (at % kGroup == 0) {
-        e[at / kGroup] = group.params().e;
-        z[at / kGroup] = group.params().z;
-      }
 #pragma unroll
       for (int i = 0; i < kWide; ++i) {
         if constexpr (kRounding == Rounding::Identity) {

@@ -159,17 +159,18 @@ TEST_CASE("ties round up, zero and constant groups stay finite", "[grid]") {
 }
 
 // A group whose scale is exactly S e: one end at 0, the other at L S e.
-quant::GroupLevels levels_of_scale(uint8_t e, float master_scale, int bits) {
+quant::QuantizedGroup group_of_scale(uint8_t e, float master_scale, int bits) {
   quant::Range<float> range;
   range.include(float(quant::max_code(bits)) * quant::e4m3_decode(e) * master_scale);
-  return {range, master_scale, bits};
+  return quant::quantize_group(range, master_scale, bits);
 }
 
 TEST_CASE("a corrected product is the quotient of every float by every scale", "[grid]") {
   // Scaling x or s by a power of two scales both sides: eight mantissas of e, and all of x.
   for (int e = 0x38; e < 0x40; ++e) {
-    const quant::GroupLevels group = levels_of_scale(static_cast<uint8_t>(e), 0x1p-9f, 2);
-    REQUIRE(group.params().e == e);
+    const quant::QuantizedGroup made = group_of_scale(static_cast<uint8_t>(e), 0x1p-9f, 2);
+    REQUIRE(made.params.e == e);
+    const quant::GroupLevels& group = made.levels;
     const float step = 0x1p-9f * quant::e4m3_decode(static_cast<uint8_t>(e));
     int64_t wrong = 0;
     for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
@@ -194,9 +195,10 @@ TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
         if (trial % 5 != 1) range.include(static_cast<float>(-rng.uniform() * size));
         if (trial % 5 != 2) range.include(static_cast<float>(rng.uniform() * size));
         const quant::GroupParams want = quant::group_params(range, master_scale, bits);
-        const quant::GroupLevels group(range, master_scale, bits);
-        REQUIRE(group.params().e == want.e);
-        REQUIRE(group.params().z == want.z);
+        const quant::QuantizedGroup made = quant::quantize_group(range, master_scale, bits);
+        REQUIRE(made.params.e == want.e);
+        REQUIRE(made.params.z == want.z);
+        const quant::GroupLevels group = made.levels.fetched(bits, [](float x) { return x; });
         const float step = quant::step_of(want.e, master_scale);
         const auto check = [&](float x) {
           const float unclamped = quant::unclamped_code(x, step, want.z);
