@@ -16,6 +16,7 @@
 //     thread at a time; the new weights' groups are joined while they are in registers. 26.1 bytes
 //     an element where g is bf16.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -41,7 +42,7 @@ __device__ Vector<T, kWidth> load_streaming(const T* p) {
   using Word = std::conditional_t<sizeof(T) * kWidth == 16, uint4, uint2>;
   static_assert(sizeof(Word) == sizeof(Vector<T, kWidth>));
   const Word word = __ldcs(reinterpret_cast<const Word*>(p));
-  return reinterpret_cast<const Vector<T, kWidth>&>(word);
+  return std::bit_cast<Vector<T, kWidth>>(word);
 }
 __device__ void store_streaming(float* p, const float (&x)[kWide]) {
   __stcs(reinterpret_cast<float4*>(p), float4{x[0], x[1], x[2], x[3]});

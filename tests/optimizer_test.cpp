@@ -60,6 +60,72 @@ void adamw_by_hand(Moments& s, const std::vector<double>& g, double lr, double f
   }
 }
 
+// Steps of which the third is skipped, through parameters of these sizes.
+void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType dtype, int steps) {
+  Backend& b = backend();
+  CAPTURE(parameters.size(), group, dtype == b.real());
+  AdamWSpec spec;
+  spec.weight_decay = 0.1;
+  Schedule schedule;
+  schedule.peak_lr = 1e-2;
+  schedule.total_steps = 20;
+  const FlatWeights flat(b, parameters, group);
+  engine::Rng rng(53);
+  const int64_t n = flat.total;
+  const auto size = static_cast<size_t>(n);
+  Moments want{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
+  // Padding is 0 and has no gradient, so it stays.
+  const auto draw = [&](double scale) {
+    std::vector<double> x(size, 0.0);
+    for (size_t p = 0; p < flat.parameters.size(); ++p)
+      for (int64_t i = 0; i < flat.parameters[p].count; ++i)
+        x[static_cast<size_t>(flat.begins[p] + i)] = scale * rng.normal();
+    return x;
+  };
+  want.w = draw(1.0);
+  const Guarded m(b, {n}, b.real()), v(b, {n}, b.real());
+  b.copy(flat.w.tensor(), make(b, {n}, b.real(), want.w));
+  b.zero(m.tensor());
+  b.zero(v.tensor());
+  b.widest_groups(flat.q, flat.w.tensor());
+  const Tensor control = b.zeros({engine::kControlSize}, b.real());
+  int applied = 0;
+  for (int t = 0; t < steps; ++t) {
+    CAPTURE(t);
+    auto g = draw(1e-2);
+    if (dtype == DType::BF16) g = round_bf16(g);
+    std::vector<uint8_t> clipped(size / 8);
+    for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
+    b.copy(flat.clipped.tensor(), bits(b, clipped));
+    const bool skip = t == 2;
+    control_step(b, control, skip ? kNan : 1.0, 4.0,
+                 schedule);  // clipped: a factor of a quarter
+    const auto before = bytes_of(b, flat.w.tensor()), before_m = bytes_of(b, m.tensor()),
+               before_v = bytes_of(b, v.tensor());
+    for (size_t i = 0; i < size; ++i)
+      if (bit_of(clipped, i)) g[i] = kNan;
+    b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.q, spec);
+    if (skip) {
+      CHECK(bytes_of(b, flat.w.tensor()) == before);
+      CHECK(bytes_of(b, m.tensor()) == before_m);
+      CHECK(bytes_of(b, v.tensor()) == before_v);
+    } else {
+      for (size_t i = 0; i < size; ++i)
+        if (bit_of(clipped, i)) g[i] = 0;
+      adamw_by_hand(want, g, learning_rate(schedule, t), 0.25, ++applied, spec);
+    }
+    // The weight moves by lr a step; the moments take a few roundings each.
+    CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
+    CHECK(relative_error(values_of(b, m.tensor()), want.m) <= 32 * real_epsilon());
+    CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
+    // What it leaves for the next S is what the masters give.
+    const auto left = bytes_of(b, flat.widest.tensor());
+    b.widest_groups(flat.q, flat.w.tensor());
+    CHECK(left == bytes_of(b, flat.widest.tensor()));
+  }
+  CHECK((flat.untouched() && m.untouched() && v.untouched()));
+}
+
 }  // namespace
 
 TEST_CASE("the gradient norm leaves out what was clipped", "[step_control]") {
@@ -145,80 +211,26 @@ TEST_CASE("step_control counts a step that is not finite, and applies nothing", 
 }
 
 TEST_CASE("adamw is the published update", "[adamw]") {
-  Backend& b = backend();
-  AdamWSpec spec;
-  spec.weight_decay = 0.1;
-  Schedule schedule;
-  schedule.peak_lr = 1e-2;
-  schedule.total_steps = 20;
   for (const DType dtype : gradient_dtypes())
-    for (const int group : {32, 64, 128}) {
+    for (const int group : {32, 64, 128})
       // A weight within a warp, one of several tiles with a tail, norms between, no quantizer.
-      const FlatWeights flat(b,
-                             {{5, quant::kNotQuantized},
-                              {3 * group, 2},
-                              {131, quant::kNotQuantized},
-                              {77 * group, 4},
-                              {9 * group, quant::kNoQuantizer}},
-                             group);
-      CAPTURE(group, dtype == b.real());
-      engine::Rng rng(53);
-      const int64_t n = flat.total;
-      const auto size = static_cast<size_t>(n);
-      Moments want{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
-      // Padding is 0 and has no gradient, so it stays.
-      const auto draw = [&](double scale) {
-        std::vector<double> x(size, 0.0);
-        for (size_t p = 0; p < flat.parameters.size(); ++p)
-          for (int64_t i = 0; i < flat.parameters[p].count; ++i)
-            x[static_cast<size_t>(flat.begins[p] + i)] = scale * rng.normal();
-        return x;
-      };
-      want.w = draw(1.0);
-      const Guarded m(b, {n}, b.real()), v(b, {n}, b.real());
-      b.copy(flat.w.tensor(), make(b, {n}, b.real(), want.w));
-      b.zero(m.tensor());
-      b.zero(v.tensor());
-      b.widest_groups(flat.q, flat.w.tensor());
-      const Tensor control = b.zeros({engine::kControlSize}, b.real());
-      int applied = 0;
-      for (int t = 0; t < 6; ++t) {
-        CAPTURE(t);
-        auto g = draw(1e-2);
-        if (dtype == DType::BF16) g = round_bf16(g);
-        std::vector<uint8_t> clipped(size / 8);
-        for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
-        b.copy(flat.clipped.tensor(), bits(b, clipped));
-        const bool skip = t == 2;
-        control_step(b, control, skip ? kNan : 1.0, 4.0,
-                     schedule);  // clipped: a factor of a quarter
-        const auto before = bytes_of(b, flat.w.tensor()), before_m = bytes_of(b, m.tensor()),
-                   before_v = bytes_of(b, v.tensor());
-        for (size_t i = 0; i < size; ++i)
-          if (bit_of(clipped, i)) g[i] = kNan;
-        b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.q,
-                spec);
-        if (skip) {
-          CHECK(bytes_of(b, flat.w.tensor()) == before);
-          CHECK(bytes_of(b, m.tensor()) == before_m);
-          CHECK(bytes_of(b, v.tensor()) == before_v);
-        } else {
-          for (size_t i = 0; i < size; ++i)
-            if (bit_of(clipped, i)) g[i] = 0;
-          adamw_by_hand(want, g, learning_rate(schedule, t), 0.25, ++applied, spec);
-        }
-        // The weight moves by lr a step; the moments take a few roundings each.
-        CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
-        CHECK(relative_error(values_of(b, m.tensor()), want.m) <= 32 * real_epsilon());
-        CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
-        // What it leaves for the next S is what the masters give.
-        const auto left = bytes_of(b, flat.widest.tensor());
-        b.widest_groups(flat.q, flat.w.tensor());
-        CHECK(left == bytes_of(b, flat.widest.tensor()));
-        CHECK(values_of(b, flat.widest.tensor())[3] > 0);
-      }
-      CHECK((flat.untouched() && m.untouched() && v.untouched()));
-    }
+      check_adamw({{5, quant::kNotQuantized},
+                   {3 * group, 2},
+                   {131, quant::kNotQuantized},
+                   {77 * group, 4},
+                   {9 * group, quant::kNoQuantizer}},
+                  group, dtype, 6);
+}
+
+// More tiles than a GPU runs blocks at once, so that a block takes several.
+TEST_CASE("adamw on many small parameters, and on large ones", "[adamw]") {
+  std::vector<FlatParameter> small;
+  for (int i = 0; i < 2000; ++i)
+    small.push_back({32 * (1 + i * 7 % 19), i % 3 == 1 ? quant::kNotQuantized : 2});
+  for (const DType dtype : gradient_dtypes()) {
+    check_adamw(small, 32, dtype, 3);
+    check_adamw({{1300000, 2}, {77, quant::kNotQuantized}, {1500032, 4}, {4096, 8}}, 32, dtype, 3);
+  }
 }
 
 TEST_CASE("a skipped step lets no NaN gradient through", "[adamw]") {
