@@ -27,6 +27,116 @@ void record_loss(Tape& tape, const Var& loss, const Var& x, const Tensor& dx) {
   });
 }
 
+HeadChunks within(HeadChunks chunks, int64_t rows, int64_t vocab) {
+  return {std::min(chunks.rows, rows), std::min(chunks.vocab, vocab)};
+}
+
+int64_t state_size(LossKind kind) {
+  return kind == LossKind::Kl ? Backend::kKlState : Backend::kCrossEntropyState;
+}
+
+// head_loss of the rows that are taken at once, with scratch for one chunk, whatever M and V are.
+class HeadLoss {
+ public:
+  struct Rows {
+    Tensor losses;
+    Tensor dh;  // undefined: not wanted
+    Tensor h, teacher_h, targets;
+  };
+
+  HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, HeadChunks chunks,
+           TapeMode mode)
+      : backend_(backend), kind_(kind), head_(head), scale_(scale), words_(chunks.vocab) {
+    // Training keeps logits as activations, and their gradient in the same place; a loss that is
+    // only measured wants more digits than activations have.
+    const DType dtype = mode == TapeMode::Training ? backend.act() : backend.real();
+    logits_ = backend.empty({chunks.rows * words_}, dtype);
+    if (kind == LossKind::Kl) teacher_ = backend.empty({chunks.rows * words_}, dtype);
+    if (words_ == head.dim(0)) return;
+    state_ = backend.empty({chunks.rows, state_size(kind)}, backend.real());
+    if (mode == TapeMode::Training)
+      dh_sum_ = backend.empty({chunks.rows, head.dim(1)}, backend.real());
+  }
+
+  void run(const Rows& rows) const {
+    if (words_ == head_.dim(0))
+      run_whole(rows);
+    else
+      run_in_chunks(rows);
+  }
+
+ private:
+  struct Logits {
+    Tensor student, teacher;
+  };
+
+  // The logits of words [first, first + words_), or as many as there are, in the scratch.
+  Logits logits_of(const Rows& rows, int64_t first) const {
+    const Tensor words = head_.rows(first, std::min(words_, head_.dim(0) - first));
+    const Shape shape{rows.h.dim(0), words.dim(0)};
+    const auto product = [&](const Tensor& scratch, const Tensor& h) {
+      const Tensor logits = scratch.slice(0, engine::numel_of(shape)).view(shape);
+      backend_.gemm_nt(logits, h, words, Tensor(), Tensor());
+      return logits;
+    };
+    Logits logits{product(logits_, rows.h), Tensor()};
+    if (kind_ == LossKind::Kl) logits.teacher = product(teacher_, rows.teacher_h);
+    return logits;
+  }
+
+  void run_whole(const Rows& rows) const {
+    const Logits logits = logits_of(rows, 0);
+    const Tensor dlogits = rows.dh.defined() ? logits.student : Tensor();
+    if (kind_ == LossKind::Kl)
+      backend_.kl_divergence(rows.losses, dlogits, logits.student, logits.teacher, rows.targets,
+                             scale_);
+    else
+      backend_.cross_entropy(rows.losses, dlogits, logits.student, rows.targets, scale_);
+    if (rows.dh.defined()) backend_.gemm_nn(rows.dh, dlogits, head_, Tensor(), Write::Overwrite);
+  }
+
+  // The gradient of a logit needs what the whole row sums to: a pass over the chunks for that, then
+  // one back over the same logits made again, which starts with those that are still at hand.
+  void run_in_chunks(const Rows& rows) const {
+    const int64_t m = rows.h.dim(0), last = (head_.dim(0) - 1) / words_ * words_;
+    const Tensor state = state_.rows(0, m);
+    Logits logits;
+    for (int64_t first = 0; first <= last; first += words_) {
+      const Write mode = first == 0 ? Write::Overwrite : Write::Add;
+      logits = logits_of(rows, first);
+      if (kind_ == LossKind::Kl)
+        backend_.kl_divergence_chunk(rows.losses, state, logits.student, logits.teacher,
+                                     rows.targets, mode);
+      else
+        backend_.cross_entropy_chunk(rows.losses, state, logits.student, rows.targets, first, mode);
+    }
+    if (!rows.dh.defined()) return;
+
+    const Tensor dh_sum = dh_sum_.rows(0, m);
+    for (int64_t first = last; first >= 0; first -= words_) {
+      if (first != last) logits = logits_of(rows, first);
+      const Tensor& dlogits = logits.student;
+      if (kind_ == LossKind::Kl)
+        backend_.kl_divergence_chunk_backward(dlogits, logits.student, logits.teacher, state,
+                                              rows.targets, scale_);
+      else
+        backend_.cross_entropy_chunk_backward(dlogits, logits.student, state, rows.targets, first,
+                                              scale_);
+      backend_.gemm_nn(dh_sum, dlogits, head_.rows(first, dlogits.dim(1)), Tensor(),
+                       first == last ? Write::Overwrite : Write::Add);
+    }
+    backend_.cast(rows.dh, dh_sum);
+  }
+
+  Backend& backend_;
+  const LossKind kind_;
+  const Tensor head_;
+  const double scale_;
+  const int64_t words_;      // of a chunk
+  Tensor logits_, teacher_;  // of a chunk; the teacher's for Kl
+  Tensor state_, dh_sum_;    // running values over the chunks, where there are several
+};
+
 }  // namespace
 
 Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual) {
@@ -180,44 +290,38 @@ Var mse(Tape& tape, const Var& x, const Tensor& y) {
 }
 
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, int64_t chunk_rows, const Tensor& row_loss) {
+              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss) {
   Backend& backend = tape.backend();
-  const int64_t m = h.value().dim(0), v = head.dim(0);
-  const int64_t chunk = std::min(chunk_rows, m);
-  BBB_ASSERT(chunk > 0 && (kind == LossKind::Kl) == teacher_h.defined());
+  const int64_t m = h.value().dim(0);
+  chunks = within(chunks, m, head.dim(0));
+  BBB_ASSERT(chunks.rows > 0 && chunks.vocab > 0);
+  BBB_ASSERT((kind == LossKind::Kl) == teacher_h.defined());
 
   Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {h});
   const bool backward = out.requires_grad();
-  // Scratch of one chunk, whatever M is. Training keeps logits as activations, and their gradient
-  // in the same place; a loss that is only measured wants more digits than activations have.
-  const DType dtype = backward ? backend.act() : backend.real();
-  Tensor logits = backend.empty({chunk, v}, dtype);
-  Tensor teacher = teacher_h.defined() ? backend.empty({chunk, v}, dtype) : Tensor();
+  HeadLoss chunk(backend, kind, head, scale, chunks,
+                 backward ? TapeMode::Training : TapeMode::Inference);
   Tensor dh = backward ? backend.empty(h.value().shape(), backend.act()) : Tensor();
   Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, backend.real());
-
-  for (int64_t begin = 0; begin < m; begin += chunk) {
-    const int64_t rows = std::min(chunk, m - begin);
-    const Tensor chunk_logits = logits.rows(0, rows);
-    const Tensor chunk_dlogits = backward ? chunk_logits : Tensor();
-    const Tensor chunk_losses = losses.rows(begin, rows);
-    const Tensor chunk_targets = targets.rows(begin, rows);
-    backend.gemm_nt(chunk_logits, h.value().rows(begin, rows), head, Tensor(), Tensor());
-    if (kind == LossKind::Kl) {
-      const Tensor chunk_teacher = teacher.rows(0, rows);
-      backend.gemm_nt(chunk_teacher, teacher_h.rows(begin, rows), head, Tensor(), Tensor());
-      backend.kl_divergence(chunk_losses, chunk_dlogits, chunk_logits, chunk_teacher, chunk_targets,
-                            scale);
-    } else {
-      backend.cross_entropy(chunk_losses, chunk_dlogits, chunk_logits, chunk_targets, scale);
-    }
-    if (backward)
-      backend.gemm_nn(dh.rows(begin, rows), chunk_dlogits, head, Tensor(), Write::Overwrite);
+  for (int64_t begin = 0; begin < m; begin += chunks.rows) {
+    const auto rows = [&](const Tensor& t) {
+      return t.defined() ? t.rows(begin, std::min(chunks.rows, m - begin)) : Tensor();
+    };
+    chunk.run({rows(losses), rows(dh), rows(h.value()), rows(teacher_h), rows(targets)});
   }
   backend.sum(loss, losses, scale, Write::Overwrite);
   if (backward) record_loss(tape, out, h, dh);
   return out;
+}
+
+int64_t head_loss_bytes(const Backend& backend, LossKind kind, int64_t m, int64_t d, int64_t v,
+                        HeadChunks chunks) {
+  const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
+  chunks = within(chunks, m, v);
+  const int64_t logits = chunks.rows * chunks.vocab * act * (kind == LossKind::Kl ? 2 : 1);
+  const int64_t running = chunks.vocab < v ? chunks.rows * (state_size(kind) + d) * real : 0;
+  return logits + running + m * (d * act + real);
 }
 
 }  // namespace bbb::autograd

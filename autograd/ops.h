@@ -29,12 +29,23 @@ Var mse(Tape& tape, const Var& x, const Tensor& y);
 
 enum class LossKind { CrossEntropy, Kl };
 
-// The loss of a language model's head over all rows, without ever holding all logits: rows are
-// taken `chunk_rows` at a time, and the head's input gradient is made in the same pass. h (M, D);
-// head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D), for Kl, else
-// undefined. Returns the sum over rows of the loss times `scale`, real (1). Where given, row_loss
-// real (M) receives the unscaled losses.
+// What of the (M, V) logits is held at once; more than there is means all.
+struct HeadChunks {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+};
+
+// The loss of a language model's head over all rows, without ever holding all logits: they are made
+// chunk by chunk, and the head's input gradient with them. Where a chunk has not the whole
+// vocabulary, a gradient takes the products with the head a second time, all but the last chunk's.
+// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D), for Kl,
+// else undefined. Returns the sum over rows of the loss times `scale`, real (1). Where given,
+// row_loss real (M) receives the unscaled losses.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, int64_t chunk_rows, const Tensor& row_loss);
+              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss);
+// The most that head_loss holds beside its arguments while it makes a gradient of h (M, D), that
+// gradient included. head (V, D).
+int64_t head_loss_bytes(const Backend& backend, LossKind kind, int64_t m, int64_t d, int64_t v,
+                        HeadChunks chunks);
 
 }  // namespace bbb::autograd

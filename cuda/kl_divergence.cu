@@ -6,6 +6,13 @@
 // loss and the gradient. So few rows are under way at a time that the second pass reads them from
 // the L2 cache. The loss is summed after both log sums are known: its terms are small where the two
 // agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a pair of bf16 logits.
+//
+// Over chunks of the vocabulary the two passes are two kernels (4 and 6 bytes a pair), with the
+// running values of every row between them, and the loss has to come from the first:
+//     loss = E_p[t - s] - (lse(t) - lse(s)),   of teacher t and student s.
+// Where the two agree this cancels no more than the terms above. lse(t) - lse(s) is taken as the
+// difference of maxima and log(sum / sum): no large logarithm is rounded, the error is an epsilon
+// of 1 + |t - s|. So is that of the mean; and t - s itself comes with the error of its logits.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/softmax_row.h"
@@ -15,6 +22,57 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWide = 8;
+
+// The logarithm of a softmax, its sum known.
+struct LogSoftmax {
+  float max, log_sum;
+
+  __device__ explicit LogSoftmax(const ExpSum& e) : max(e.max), log_sum(logf(e.sum)) {}
+  __device__ float operator()(float x) const { return x - max - log_sum; }
+};
+
+// This thread's part of the loss of a row, and drow = scale (q - p), unless that is null.
+template <int kWidth, typename T>
+__device__ float loss_and_gradient_row(bf16* drow, const T* srow, const T* __restrict__ trow,
+                                       int64_t v, ExpSum es, ExpSum et, float scale) {
+  const LogSoftmax student(es), teacher(et);
+  float sum = 0.0f;
+#pragma unroll 2
+  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
+    float s[kWidth], t[kWidth];
+    load(s, srow + i, kWidth);
+    load(t, trow + i, kWidth);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float log_q = student(s[j]), log_p = teacher(t[j]);
+      const float p = expf(log_p);
+      sum += p == 0.0f ? 0.0f : p * (log_p - log_q);  // 0 log 0 = 0, and NaN stays NaN
+      s[j] = scale * (expf(log_q) - p);
+    }
+    if (drow != nullptr) store(drow + i, s, kWidth);
+  }
+  return sum;
+}
+
+// What the state holds of a row.
+struct RunningRow {
+  ExpSum student, teacher;
+  float weighted = 0.0f;  // sum e^(t - teacher.max) (t - s)
+
+  __device__ float loss() const {
+    const float lse_difference = (teacher.max - student.max) + logf(teacher.sum / student.sum);
+    return weighted / teacher.sum - lse_difference;
+  }
+};
+static_assert(sizeof(RunningRow) == engine::Backend::kKlState * sizeof(float));
+
+// A sum of terms e^(t - from) (t - s) as one of terms e^(t - to) (t - s). Words whose probability
+// underflows add nothing, even where the student's logit is -Inf.
+__device__ float rescaled(float weighted, float from, float to) {
+  if (from == to) return weighted;  // where both are -Inf, too
+  const float factor = expf(from - to);
+  return factor == 0.0f ? 0.0f : weighted * factor;
+}
 
 template <int kWidth, typename T>
 __global__ __launch_bounds__(kThreads, 1) void kl_divergence_kernel(
@@ -41,25 +99,58 @@ __global__ __launch_bounds__(kThreads, 1) void kl_divergence_kernel(
   }
   es = block_exp_sum(es);
   et = block_exp_sum(et);
-  const float log_sum_s = logf(es.sum), log_sum_t = logf(et.sum);
-  float sum = 0.0f;
-#pragma unroll 2
-  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
-    float s[kWidth], t[kWidth];
-    load(s, srow + i, kWidth);
-    load(t, trow + i, kWidth);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const float log_q = s[j] - es.max - log_sum_s;
-      const float log_p = t[j] - et.max - log_sum_t;
-      const float p = expf(log_p);
-      sum += p == 0.0f ? 0.0f : p * (log_p - log_q);  // 0 log 0 = 0, and NaN stays NaN
-      s[j] = scale * (expf(log_q) - p);
-    }
-    if (drow != nullptr) store(drow + i, s, kWidth);
-  }
-  sum = block_sum(sum, shared);
+  const float sum =
+      block_sum(loss_and_gradient_row<kWidth>(drow, srow, trow, v, es, et, scale), shared);
   if (threadIdx.x == 0) loss[m] = sum;
+}
+
+template <int kWidth, typename T>
+__global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_kernel(
+    float* __restrict__ loss, RunningRow* __restrict__ state, const T* __restrict__ logits,
+    const T* __restrict__ teacher, const int32_t* __restrict__ targets, int64_t c, Write mode) {
+  __shared__ float shared[32];
+  const int64_t m = blockIdx.x;
+  if (targets[m] < 0) {
+    if (threadIdx.x == 0) loss[m] = 0.0f;
+    return;
+  }
+  RunningRow own;
+#pragma unroll 2
+  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < c; i += int64_t{kThreads} * kWidth) {
+    float s[kWidth], t[kWidth];
+    load(s, logits + m * c + i, kWidth);
+    load(t, teacher + m * c + i, kWidth);
+    own.student.add(s);
+    const float before = own.teacher.max;
+    float part = 0.0f;
+    const float top = own.teacher.add(
+        t, [&](int j, float weight) { part += weight == 0.0f ? 0.0f : weight * (t[j] - s[j]); });
+    own.weighted =
+        rescaled(own.weighted, before, own.teacher.max) + rescaled(part, top, own.teacher.max);
+  }
+  const ExpSum es = block_exp_sum(own.student), et = block_exp_sum(own.teacher);
+  const float weighted = block_sum(rescaled(own.weighted, own.teacher.max, et.max), shared);
+  if (threadIdx.x != 0) return;
+  RunningRow row = mode == Write::Add ? state[m] : RunningRow{};
+  const float before = row.teacher.max;
+  row.student.merge(es.max, es.sum);
+  row.teacher.merge(et.max, et.sum);
+  row.weighted =
+      rescaled(row.weighted, before, row.teacher.max) + rescaled(weighted, et.max, row.teacher.max);
+  state[m] = row;
+  loss[m] = row.loss();
+}
+
+template <int kWidth, typename T>
+__global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_backward_kernel(
+    bf16* dlogits, const T* logits, const T* __restrict__ teacher,
+    const RunningRow* __restrict__ state, const int32_t* __restrict__ targets, int64_t c,
+    float scale) {
+  const int64_t m = blockIdx.x;
+  bf16* const drow = dlogits + m * c;
+  if (targets[m] < 0) return zero_row<kWidth>(drow, c);
+  loss_and_gradient_row<kWidth>(drow, logits + m * c, teacher + m * c, c, state[m].student,
+                                state[m].teacher, scale);
 }
 
 template <typename T>
@@ -74,6 +165,36 @@ void kl_divergence_as(cudaStream_t stream, const Tensor& loss, const Tensor& dlo
          static_cast<const T*>(teacher.raw()), targets.data<int32_t>(), v, scale);
 }
 
+RunningRow* running_rows(const Tensor& state) {
+  return reinterpret_cast<RunningRow*>(state.data<float>());
+}
+
+template <typename T>
+void kl_divergence_chunk_as(cudaStream_t stream, const Tensor& loss, const Tensor& state,
+                            const Tensor& logits, const Tensor& teacher, const Tensor& targets,
+                            Write mode) {
+  const int64_t rows = logits.dim(0), c = logits.dim(1);
+  const bool wide = c % kWide == 0 && aligned(logits, teacher);
+  launch(stream, {blocks_for(rows, 1, 1), dim3(kThreads)},
+         wide ? kl_divergence_chunk_kernel<kWide, T> : kl_divergence_chunk_kernel<1, T>,
+         loss.data<float>(), running_rows(state), static_cast<const T*>(logits.raw()),
+         static_cast<const T*>(teacher.raw()), targets.data<int32_t>(), c, mode);
+}
+
+template <typename T>
+void kl_divergence_chunk_backward_as(cudaStream_t stream, const Tensor& dlogits,
+                                     const Tensor& logits, const Tensor& teacher,
+                                     const Tensor& state, const Tensor& targets, double scale) {
+  const int64_t rows = logits.dim(0), c = logits.dim(1);
+  const bool wide = c % kWide == 0 && aligned(dlogits, logits, teacher);
+  launch(stream, {blocks_for(rows, 1, 1), dim3(kThreads)},
+         wide ? kl_divergence_chunk_backward_kernel<kWide, T>
+              : kl_divergence_chunk_backward_kernel<1, T>,
+         bf16_of(dlogits), static_cast<const T*>(logits.raw()),
+         static_cast<const T*>(teacher.raw()), running_rows(state), targets.data<int32_t>(), c,
+         scale);
+}
+
 }  // namespace
 
 void CudaBackend::do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
@@ -81,6 +202,23 @@ void CudaBackend::do_kl_divergence(const Tensor& loss, const Tensor& dlogits, co
   if (logits.dtype() == DType::BF16)
     return kl_divergence_as<bf16>(stream_, loss, dlogits, logits, teacher, targets, scale);
   kl_divergence_as<float>(stream_, loss, dlogits, logits, teacher, targets, scale);
+}
+
+void CudaBackend::do_kl_divergence_chunk(const Tensor& loss, const Tensor& state,
+                                         const Tensor& logits, const Tensor& teacher,
+                                         const Tensor& targets, Write mode) {
+  if (logits.dtype() == DType::BF16)
+    return kl_divergence_chunk_as<bf16>(stream_, loss, state, logits, teacher, targets, mode);
+  kl_divergence_chunk_as<float>(stream_, loss, state, logits, teacher, targets, mode);
+}
+
+void CudaBackend::do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                                  const Tensor& teacher, const Tensor& state,
+                                                  const Tensor& targets, double scale) {
+  if (logits.dtype() == DType::BF16)
+    return kl_divergence_chunk_backward_as<bf16>(stream_, dlogits, logits, teacher, state, targets,
+                                                 scale);
+  kl_divergence_chunk_backward_as<float>(stream_, dlogits, logits, teacher, state, targets, scale);
 }
 
 }  // namespace bbb::cuda

@@ -25,16 +25,27 @@ struct ExpSum {
     max = top;
   }
 
-  template <int kWidth>
-  __device__ void add(const float (&x)[kWidth]) {
+  // each(i, e^(x[i] - top)) is called on the way; returns top, the maximum of x.
+  template <int kWidth, typename Each>
+  __device__ float add(const float (&x)[kWidth], const Each& each) {
     float top = x[0];
 #pragma unroll
     for (int i = 1; i < kWidth; ++i) top = fmaxf(top, x[i]);
     const float shift = top == -INFINITY ? 0.0f : top;
     float part = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) part += expf(x[i] - shift);
+    for (int i = 0; i < kWidth; ++i) {
+      const float term = expf(x[i] - shift);
+      part += term;
+      each(i, term);
+    }
     merge(top, part);
+    return top;
+  }
+
+  template <int kWidth>
+  __device__ void add(const float (&x)[kWidth]) {
+    add(x, [](int, float) {});
   }
 };
 

@@ -262,7 +262,7 @@ void Backend::gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const
   op.rank("w", w, 2);
   op.dtype("dy", dy, act());
   op.is("w", w, act(), {dy.dim(1), w.dim(1)});
-  op.is("dx", dx, act(), {dy.dim(0), w.dim(1)});
+  op.is_act_or_real("dx", dx, {dy.dim(0), w.dim(1)});
   op.is_or_undefined("alpha", alpha, real(), {1});
   do_gemm_nn(dx, dy, w, alpha, mode);
 }
@@ -440,6 +440,60 @@ void Backend::kl_divergence(const Tensor& loss, const Tensor& dlogits, const Ten
   op.is_or_undefined("dlogits", dlogits, act(), {m, v});
   op.is("targets", targets, DType::I32, {m});
   do_kl_divergence(loss, dlogits, logits, teacher, targets, scale);
+}
+
+void Backend::cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                                  const Tensor& targets, int64_t first_word, Write mode) {
+  const Op op(*this, "cross_entropy_chunk");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0);
+  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
+  op.is("loss", loss, real(), {m});
+  op.is("state", state, real(), {m, kCrossEntropyState});
+  op.is("targets", targets, DType::I32, {m});
+  BBB_CHECK(first_word >= 0, "cross_entropy_chunk: first_word is ", first_word);
+  do_cross_entropy_chunk(loss, state, logits, targets, first_word, mode);
+}
+
+void Backend::kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                                  const Tensor& teacher, const Tensor& targets, Write mode) {
+  const Op op(*this, "kl_divergence_chunk");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0);
+  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
+  op.like("teacher", teacher, logits.dtype(), logits.shape());
+  op.is("loss", loss, real(), {m});
+  op.is("state", state, real(), {m, kKlState});
+  op.is("targets", targets, DType::I32, {m});
+  do_kl_divergence_chunk(loss, state, logits, teacher, targets, mode);
+}
+
+void Backend::cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                           const Tensor& state, const Tensor& targets,
+                                           int64_t first_word, double scale) {
+  const Op op(*this, "cross_entropy_chunk_backward");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0);
+  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
+  op.like("dlogits", dlogits, act(), logits.shape());
+  op.is("state", state, real(), {m, kCrossEntropyState});
+  op.is("targets", targets, DType::I32, {m});
+  BBB_CHECK(first_word >= 0, "cross_entropy_chunk_backward: first_word is ", first_word);
+  do_cross_entropy_chunk_backward(dlogits, logits, state, targets, first_word, scale);
+}
+
+void Backend::kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                           const Tensor& teacher, const Tensor& state,
+                                           const Tensor& targets, double scale) {
+  const Op op(*this, "kl_divergence_chunk_backward");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0);
+  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
+  op.like("teacher", teacher, logits.dtype(), logits.shape());
+  op.like("dlogits", dlogits, act(), logits.shape());
+  op.is("state", state, real(), {m, kKlState});
+  op.is("targets", targets, DType::I32, {m});
+  do_kl_divergence_chunk_backward(dlogits, logits, teacher, state, targets, scale);
 }
 
 void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) {

@@ -157,7 +157,7 @@ class Backend {
   // undefined or act (M, N).
   void gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
                const Tensor& addend);
-  // dx (+)= alpha * dy w.           dx act (M, K); dy act (M, N); w act (N, K).
+  // dx (+)= alpha * dy w.           dx act or real (M, K); dy act (M, N); w act (N, K).
   void gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
                Write mode);
   // dw (+)= dy^T x.                 dw act (Overwrite only) or real (N, K); dy act (M, N); x act
@@ -226,6 +226,28 @@ class Backend {
   // (q - p). Rows with targets[m] < 0 give loss 0 and gradient 0.
   void kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& teacher, const Tensor& targets, double scale);
+  // Both losses of logits that come C words of the vocabulary at a time, each chunk once and in any
+  // order. `state`, real, holds a row's running values, and `loss` its loss over the words so far:
+  // Overwrite begins with this chunk, Add goes on. first_word is that of the chunk's first column;
+  // a target in no chunk gives an infinite loss.
+  // loss real (M); state (M, kCrossEntropyState) or (M, kKlState); logits, teacher act or real
+  // (M, C), both alike; targets I32 (M).
+  void cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                           const Tensor& targets, int64_t first_word, Write mode);
+  void kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                           const Tensor& teacher, const Tensor& targets, Write mode);
+  // The gradient of one chunk, from the state that has seen all of them. dlogits act (M, C), which
+  // may be the buffer of logits of act.
+  void cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                    const Tensor& state, const Tensor& targets, int64_t first_word,
+                                    double scale);
+  void kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                    const Tensor& teacher, const Tensor& state,
+                                    const Tensor& targets, double scale);
+  // The maximum, the sum of e^(x - maximum) and the target's logit.
+  static constexpr int64_t kCrossEntropyState = 3;
+  // Maximum and sum of the logits and of the teacher, and sum e^(t - maximum) (t - s).
+  static constexpr int64_t kKlState = 5;
   // out (+)= scale * sum(x).   out real (1); x real, any shape; fixed order.
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
@@ -321,6 +343,16 @@ class Backend {
                                 const Tensor& targets, double scale) = 0;
   virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                 const Tensor& teacher, const Tensor& targets, double scale) = 0;
+  virtual void do_cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                                      const Tensor& targets, int64_t first_word, Write mode) = 0;
+  virtual void do_kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                                      const Tensor& teacher, const Tensor& targets, Write mode) = 0;
+  virtual void do_cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                               const Tensor& state, const Tensor& targets,
+                                               int64_t first_word, double scale) = 0;
+  virtual void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                               const Tensor& teacher, const Tensor& state,
+                                               const Tensor& targets, double scale) = 0;
   virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) = 0;
   virtual void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) = 0;
   virtual void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) = 0;

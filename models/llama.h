@@ -142,9 +142,19 @@ class Llama {
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
 };
 
-// Rows of the head that are computed at once, so that logits of this type stay within a fixed
-// budget.
-int64_t head_chunk_rows(const Backend& backend, int64_t vocab, engine::DType logits);
+// What one buffer of logits may take, and how many rows make a product with the head worth it.
+struct HeadBudget {
+  int64_t bytes = 0;
+  int64_t least_rows = 0;
+};
+// Follows the device, not what is free on it: chunks decide the last bits of a loss.
+HeadBudget head_budget(const Backend& backend);
+// The chunks in which (M, V) logits of this type stay within the budget. The whole vocabulary for
+// as many rows as fit, in whole tiles of a product, where these are least_rows or all rows there
+// are; else least_rows rows and equal parts of the vocabulary, multiples of 128 words but for the
+// last. Only a budget below 128 words for those rows is exceeded.
+autograd::HeadChunks head_chunks(const HeadBudget& budget, int64_t rows, int64_t vocab,
+                                 engine::DType logits);
 
 // method.md section 5 over windows (count, seq_len): each window's mean NLL over its seq_len - 1
 // shifted tokens; perplexity = exp(mean over windows).

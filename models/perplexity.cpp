@@ -6,14 +6,32 @@
 
 namespace bbb::models {
 
+using autograd::HeadChunks;
 using engine::DType;
 
-int64_t head_chunk_rows(const Backend& backend, int64_t vocab, DType logits) {
-  const int64_t budget_bytes =
-      backend.device() == engine::DeviceType::Cuda ? int64_t{512} << 20 : int64_t{64} << 20;
-  constexpr int64_t kProductRows = 256;  // whole tiles of a matrix product
-  const int64_t rows = budget_bytes / (vocab * engine::size_bytes(logits));
-  return std::max<int64_t>(1, rows < kProductRows ? rows : rows / kProductRows * kProductRows);
+namespace {
+
+constexpr int64_t kProductRows = 256, kProductWords = 128;  // whole tiles of a matrix product
+
+}  // namespace
+
+HeadBudget head_budget(const Backend& backend) {
+  if (backend.device() == engine::DeviceType::Cpu) return {int64_t{64} << 20, 64};
+  // A card of less than 16 GB gives a thirty-second of itself.
+  return {std::min(int64_t{512} << 20, backend.memory_total_bytes() / 32), 1024};
+}
+
+HeadChunks head_chunks(const HeadBudget& budget, int64_t rows, int64_t vocab, DType logits) {
+  const int64_t elements = budget.bytes / engine::size_bytes(logits);
+  const int64_t least_rows = std::min(rows, budget.least_rows), whole_rows = elements / vocab;
+  if (whole_rows >= least_rows) {
+    const bool tiles = whole_rows >= kProductRows;
+    return {std::min(rows, tiles ? whole_rows / kProductRows * kProductRows : whole_rows), vocab};
+  }
+  const auto tiles_of = [](int64_t words) { return (words + kProductWords - 1) / kProductWords; };
+  const int64_t most_tiles = std::max<int64_t>(1, elements / least_rows / kProductWords);
+  const int64_t chunks = (tiles_of(vocab) + most_tiles - 1) / most_tiles;
+  return {least_rows, tiles_of((vocab + chunks - 1) / chunks) * kProductWords};
 }
 
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
@@ -44,8 +62,8 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     Tape tape(backend, autograd::TapeMode::Inference);
     const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
-              model.head(), targets, Tensor(), 1.0, head_chunk_rows(backend, vocab, backend.real()),
-              losses);
+              model.head(), targets, Tensor(), 1.0,
+              head_chunks(head_budget(backend), rows, vocab, backend.real()), losses);
 
     const std::vector<float> host = download_floats(backend, losses);
     for (int64_t w = 0; w < batch; ++w) {

@@ -15,6 +15,7 @@
 using namespace bbb;
 using namespace bbb::tests;
 using autograd::GradientPasses;
+using autograd::HeadChunks;
 using autograd::Tape;
 using autograd::TapeMode;
 using autograd::Var;
@@ -177,14 +178,15 @@ TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd
       },
       true);
   for (const bool kl : {false, true})
-    for (const int64_t chunk_rows : {3, 100})
+    for (const HeadChunks chunks :
+         {HeadChunks{3, 11}, {100, 100}, {100, 4}, {3, 4}, {2, 1}})  // 11 words: 4, 4 and 3
       check_gradients(
           {h},
           [&](Tape& tape, const std::vector<Var>& in) {
             Backend& cpu = oracle_f64();
             return head_loss(tape, kl ? autograd::LossKind::Kl : autograd::LossKind::CrossEntropy,
                              in[0], make(cpu, {11, 6}, DType::F64, table), make_ids(cpu, {7}, ids),
-                             kl ? make(cpu, {7, 6}, DType::F64, other) : Tensor(), 0.2, chunk_rows,
+                             kl ? make(cpu, {7, 6}, DType::F64, other) : Tensor(), 0.2, chunks,
                              Tensor());
           },
           true);
@@ -214,11 +216,140 @@ TEST_CASE("head_loss: the value, against a softmax written out", "[autograd]") {
   const Var loss =
       head_loss(tape, autograd::LossKind::CrossEntropy, Var(make(device, {m, d}, device.act(), h)),
                 make(device, {v, d}, device.act(), w), make_ids(device, {m}, targets), Tensor(),
-                0.5, 2, row_loss);
+                0.5, {2, v}, row_loss);
   // Inputs are exact in act; logits and the loss are FP32: a dozen roundings.
   const double tolerance = 16 * epsilon_of(DType::F32);
   CHECK(relative_error(values_of(device, row_loss), expected_rows) < tolerance);
   CHECK(relative_error(values_of(device, loss.value()), {expected}) < tolerance);
+}
+
+namespace {
+
+// A head whose rows and words come in uneven chunks.
+struct HeadCase {
+  static constexpr int64_t kRows = 37, kWidth = 64, kWords = 1000;
+  autograd::LossKind kind;
+  std::vector<double> h, teacher, table;
+  std::vector<int32_t> targets;
+
+  explicit HeadCase(autograd::LossKind kind_) : kind(kind_) {
+    Rng rng(12);
+    const auto exact = [&](int64_t n, double scale) { return round_bf16(normal(rng, n, scale)); };
+    h = exact(kRows * kWidth, 1.0);
+    teacher = exact(kRows * kWidth, 1.0);
+    table = exact(kWords * kWidth, 0.25);  // logits of deviation 2
+    for (int64_t i = 0; i < kRows; ++i)
+      targets.push_back(i % 9 == 4 ? -1 : static_cast<int32_t>(rng.below(kWords)));
+  }
+};
+
+struct HeadResult {
+  std::vector<double> loss, row_loss, dh;  // dh: in training
+};
+
+enum class Call { Direct, Recorded };
+
+HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chunks, Call call) {
+  const Shape rows{HeadCase::kRows, HeadCase::kWidth};
+  const Tensor h = make(b, rows, b.act(), c.h);
+  const Tensor teacher =
+      c.kind == autograd::LossKind::Kl ? make(b, rows, b.act(), c.teacher) : Tensor();
+  const Tensor table = make(b, {HeadCase::kWords, HeadCase::kWidth}, b.act(), c.table);
+  const Tensor targets = make_ids(b, {HeadCase::kRows}, c.targets);
+  const Guarded row_loss(b, {HeadCase::kRows}, b.real());
+  const Tensor loss = b.empty({1}, b.real()), dh = b.empty(rows, b.act());
+  const auto step = [&] {
+    Tape tape(b, mode);
+    const Var x = Var::input(h);
+    const Var out =
+        head_loss(tape, c.kind, x, table, targets, teacher, 0.125, chunks, row_loss.tensor());
+    b.copy(loss, out.value());
+    if (mode == TapeMode::Inference) return;
+    tape.backward(out);
+    b.copy(dh, x.grad());
+  };
+  if (call == Call::Recorded)
+    b.record(step)->run();
+  else
+    step();
+  HeadResult result{values_of(b, loss), values_of(b, row_loss.tensor()), {}};
+  if (mode == TapeMode::Training) result.dh = values_of(b, dh);
+  CHECK(row_loss.untouched());
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("head_loss: chunks of the vocabulary give what the whole gives", "[autograd]") {
+  for (const auto kind : {autograd::LossKind::CrossEntropy, autograd::LossKind::Kl})
+    for (const TapeMode mode : {TapeMode::Inference, TapeMode::Training}) {
+      const HeadCase c(kind);
+      const HeadResult whole =
+          run_head(backend(), c, mode, {HeadCase::kRows, HeadCase::kWords}, Call::Direct);
+      // The oracle never rounds; training rounds logits of up to about 8 to activations, which the
+      // losses average over the words.
+      const HeadResult exact =
+          run_head(oracle_f64(), c, mode, {HeadCase::kRows, HeadCase::kWords}, Call::Direct);
+      const double logit_error =
+          8 * (mode == TapeMode::Training ? epsilon_of(backend().act()) : 0) +
+          128 * epsilon_of(backend().real());
+      for (const HeadChunks chunks :
+           {HeadChunks{16, HeadCase::kWords}, {100, 384}, {16, 384}, {16, 104}, {37, 999}}) {
+        CAPTURE(kind == autograd::LossKind::Kl, mode == TapeMode::Training, chunks.rows,
+                chunks.vocab);
+        const HeadResult got = run_head(backend(), c, mode, chunks, Call::Direct);
+        for (size_t i = 0; i < c.targets.size(); ++i) {
+          CHECK(std::abs(got.row_loss[i] - whole.row_loss[i]) <= logit_error);
+          CHECK(std::abs(got.row_loss[i] - exact.row_loss[i]) <= logit_error);
+          if (c.targets[i] < 0) CHECK(got.row_loss[i] == 0);
+        }
+        CHECK(std::abs(got.loss[0] - exact.loss[0]) <= 0.125 * HeadCase::kRows * logit_error);
+        if (mode == TapeMode::Training) {
+          // Each logit's gradient is off by its logit's error at most, relatively, and is rounded
+          // once; so is the sum.
+          CHECK(relative_error(got.dh, exact.dh) <= logit_error + 2 * epsilon_of(backend().act()));
+          for (int64_t i = 0; i < HeadCase::kRows; ++i)
+            for (int64_t j = 0; j < HeadCase::kWidth && c.targets[i] < 0; ++j)
+              CHECK(got.dh[i * HeadCase::kWidth + j] == 0);
+        }
+        // The same bytes again, and as a recorded step.
+        for (const Call call : {Call::Direct, Call::Recorded}) {
+          const HeadResult again = run_head(backend(), c, mode, chunks, call);
+          CHECK(again.row_loss == got.row_loss);
+          CHECK(again.loss == got.loss);
+          CHECK(again.dh == got.dh);
+        }
+      }
+    }
+}
+
+TEST_CASE("head_loss: it holds what head_loss_bytes says, whatever the vocabulary", "[autograd]") {
+  Backend& b = backend();
+  const int64_t m = 512, d = 256;
+  const Tensor h = b.zeros({m, d}, b.act());
+  const Tensor targets = b.zeros({m}, DType::I32);
+  for (const auto kind : {autograd::LossKind::CrossEntropy, autograd::LossKind::Kl}) {
+    const Tensor teacher = kind == autograd::LossKind::Kl ? h : Tensor();
+    std::vector<int64_t> bytes;
+    for (const int64_t v : {int64_t{16384}, int64_t{32768}, int64_t{50000}})
+      for (const HeadChunks chunks : {HeadChunks{256, 8192}, HeadChunks{128, v}}) {
+        CAPTURE(kind == autograd::LossKind::Kl, v, chunks.rows, chunks.vocab);
+        const Tensor table = b.zeros({v, d}, b.act());
+        b.reset_memory_peak();
+        const int64_t before = b.memory_peak_bytes();
+        Tape tape(b, TapeMode::Training);
+        tape.backward(
+            head_loss(tape, kind, Var::input(h), table, targets, teacher, 1.0, chunks, Tensor()));
+        const int64_t held = b.memory_peak_bytes() - before;
+        const int64_t predicted = autograd::head_loss_bytes(b, kind, m, d, v, chunks);
+        // The allocator rounds every tensor up: by an eighth, or a GPU's two large ones to 2 MiB.
+        CHECK(held >= predicted);
+        CHECK(held <= predicted + predicted / 8 + (on_cuda() ? 4 << 20 : 64 << 10));
+        if (chunks.vocab < v) bytes.push_back(predicted);
+      }
+    CHECK(bytes.size() == 3);
+    CHECK(bytes[0] == bytes[2]);
+  }
 }
 
 TEST_CASE("tape: an inference tape makes no gradients, an unused output sends none", "[autograd]") {

@@ -150,6 +150,31 @@ TEST_CASE("a wrong call names its op and the shapes") {
        [&] {
          b.kl_divergence(r({2}), none, a({2, 9}), a({2, 8}), i({2}), 1.0);
        }},
+      {"cross_entropy_chunk", "state must be",
+       [&] {
+         b.cross_entropy_chunk(r({2}), r({2, Backend::kKlState}), a({2, 9}), i({2}), 0,
+                               Write::Overwrite);
+       }},
+      {"cross_entropy_chunk", "first_word is -1",
+       [&] {
+         b.cross_entropy_chunk(r({2}), r({2, Backend::kCrossEntropyState}), a({2, 9}), i({2}), -1,
+                               Write::Overwrite);
+       }},
+      {"cross_entropy_chunk_backward", "dlogits must be",
+       [&] {
+         b.cross_entropy_chunk_backward(a({2, 8}), a({2, 9}), r({2, Backend::kCrossEntropyState}),
+                                        i({2}), 0, 1.0);
+       }},
+      {"kl_divergence_chunk", "loss must be",
+       [&] {
+         b.kl_divergence_chunk(r({3}), r({2, Backend::kKlState}), a({2, 9}), a({2, 9}), i({2}),
+                               Write::Add);
+       }},
+      {"kl_divergence_chunk_backward", "teacher must be",
+       [&] {
+         b.kl_divergence_chunk_backward(a({2, 9}), a({2, 9}), a({2, 8}), r({2, Backend::kKlState}),
+                                        i({2}), 1.0);
+       }},
       {"sum", "out must be", [&] { b.sum(r({2}), r({4}), 1.0, Write::Overwrite); }},
       {"widest_groups", "130 elements, no multiple of 128",
        [&] { b.widest_groups(weights, r({130})); }},

@@ -55,10 +55,10 @@ std::vector<double> run_nt(Backend& b, const GemmCase& c, const Inputs& in, DTyp
   return values_of(b, y.tensor());
 }
 
-std::vector<double> run_nn(Backend& b, const GemmCase& c, const Inputs& in, bool with_alpha,
-                           Write mode) {
-  const Guarded dx(b, {c.m, c.k}, b.act());
-  b.copy(dx.tensor(), make(b, {c.m, c.k}, b.act(), in.dx));
+std::vector<double> run_nn(Backend& b, const GemmCase& c, const Inputs& in, DType out,
+                           bool with_alpha, Write mode) {
+  const Guarded dx(b, {c.m, c.k}, out);
+  b.copy(dx.tensor(), make(b, {c.m, c.k}, out, in.dx));
   b.gemm_nn(dx.tensor(), make(b, {c.m, c.n}, b.act(), in.dy), make(b, {c.n, c.k}, b.act(), in.w),
             alpha_of(b, with_alpha), mode);
   CHECK(dx.untouched());
@@ -95,12 +95,14 @@ TEST_CASE("gemm_nn is alpha dy w, written or added", "[gemm]") {
   for (const GemmCase& c : kCases) {
     const Inputs in(c);
     for (const bool with_alpha : {false, true})
-      for (const Write mode : {Write::Overwrite, Write::Add}) {
-        CAPTURE(c.m, c.n, c.k, with_alpha, mode == Write::Add);
-        const auto got = run_nn(backend(), c, in, with_alpha, mode);
-        const auto want = run_nn(oracle_f64(), c, in, with_alpha, mode);
-        CHECK(relative_error(got, want) <= tolerance(backend().act(), c.n));
-      }
+      for (const Write mode : {Write::Overwrite, Write::Add})
+        for (const bool wide_out : {false, true}) {
+          CAPTURE(c.m, c.n, c.k, wide_out, with_alpha, mode == Write::Add);
+          const DType out = wide_out ? backend().real() : backend().act();
+          const auto got = run_nn(backend(), c, in, out, with_alpha, mode);
+          const auto want = run_nn(oracle_f64(), c, in, DType::F64, with_alpha, mode);
+          CHECK(relative_error(got, want) <= tolerance(out, c.n));
+        }
   }
 }
 
@@ -121,13 +123,13 @@ TEST_CASE("gemm_tn is dy^T x, written or added", "[gemm]") {
 TEST_CASE("a product that overwrites does not read what was there", "[gemm]") {
   const GemmCase c{33, 64, 96};
   Inputs in(c);
-  const auto dx = run_nn(backend(), c, in, true, Write::Overwrite);
+  const auto dx = run_nn(backend(), c, in, backend().act(), true, Write::Overwrite);
   std::vector<std::vector<double>> dw;
   for (const DType out : gradient_dtypes())
     dw.push_back(run_tn(backend(), c, in, out, Write::Overwrite));
   for (auto* old : {&in.dx, &in.dw})
     std::fill(old->begin(), old->end(), std::numeric_limits<double>::quiet_NaN());
-  CHECK(run_nn(backend(), c, in, true, Write::Overwrite) == dx);
+  CHECK(run_nn(backend(), c, in, backend().act(), true, Write::Overwrite) == dx);
   for (size_t i = 0; i < dw.size(); ++i)
     CHECK(run_tn(backend(), c, in, gradient_dtypes()[i], Write::Overwrite) == dw[i]);
 }
@@ -216,21 +218,21 @@ TEST_CASE("every algorithm of a product gives it", "[gemm]") {
       for (const bool added : {false, true}) {
         CAPTURE(c.m, c.n, c.k, with_alpha, added);
         const Write mode = added ? Write::Add : Write::Overwrite;
+        const auto y = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, added);
+        const auto dx = run_nn(oracle_f64(), c, in, DType::F64, with_alpha, mode);
         for (const DType out : {DType::BF16, DType::F32}) {
-          const auto y = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, added);
           algorithms += under_every_algorithm(
               shape_of(CUBLAS_OP_T, CUBLAS_OP_N, c.n, c.m, c.k, out, with_alpha, added), [&] {
                 const auto got = run_nt(backend(), c, in, out, with_alpha, added);
                 CHECK(relative_error(got, y) <= tolerance(out, c.k));
               });
+          algorithms += under_every_algorithm(
+              shape_of(CUBLAS_OP_N, CUBLAS_OP_N, c.k, c.m, c.n, out, with_alpha, added), [&] {
+                const auto got = run_nn(backend(), c, in, out, with_alpha, mode);
+                CHECK(relative_error(got, dx) <= tolerance(out, c.n));
+              });
+          products += 2;
         }
-        const auto dx = run_nn(oracle_f64(), c, in, with_alpha, mode);
-        algorithms += under_every_algorithm(
-            shape_of(CUBLAS_OP_N, CUBLAS_OP_N, c.k, c.m, c.n, DType::BF16, with_alpha, added), [&] {
-              const auto got = run_nn(backend(), c, in, with_alpha, mode);
-              CHECK(relative_error(got, dx) <= tolerance(DType::BF16, c.n));
-            });
-        products += 3;
         if (with_alpha) continue;
         const auto dw = run_tn(oracle_f64(), c, in, DType::F64, mode);
         for (const DType out : {DType::BF16, DType::F32}) {

@@ -139,6 +139,77 @@ TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama
   CHECK_THROWS_AS(models::perplexity(*tiny.model, {1, 53, 3}, 1, 3, nullptr), Error);
 }
 
+TEST_CASE("llama: chunks of the head stay within a budget that neither rows nor words move",
+          "[llama]") {
+  const models::HeadBudget card{int64_t{512} << 20, 1024};
+  const auto chunks = [&](int64_t rows, int64_t vocab, DType dtype) {
+    const autograd::HeadChunks c = models::head_chunks(card, rows, vocab, dtype);
+    return std::vector<int64_t>{c.rows, c.vocab};
+  };
+  // Whole vocabularies, as many rows as fit.
+  CHECK(chunks(1 << 20, 49152, DType::BF16) == std::vector<int64_t>{5376, 49152});
+  CHECK(chunks(1 << 20, 128256, DType::BF16) == std::vector<int64_t>{2048, 128256});
+  CHECK(chunks(1 << 20, 128256, DType::F32) == std::vector<int64_t>{1024, 128256});
+  CHECK(chunks(1 << 20, 262144, DType::BF16) == std::vector<int64_t>{1024, 262144});
+  CHECK(chunks(300, 128256, DType::BF16) == std::vector<int64_t>{300, 128256});
+  CHECK(chunks(900, 262144, DType::F32) == std::vector<int64_t>{900, 131072});
+  // Equal parts of what is too wide.
+  CHECK(chunks(1 << 20, 262208, DType::BF16) == std::vector<int64_t>{1024, 131200});
+  CHECK(chunks(1 << 20, 1000000, DType::BF16) == std::vector<int64_t>{1024, 250112});
+  CHECK(chunks(100, 4 << 20, DType::F32) == std::vector<int64_t>{100, 1048576});
+
+  for (const int64_t bytes : {int64_t{64} << 10, int64_t{1} << 20, int64_t{64} << 20})
+    for (const int64_t rows : {1, 7, 100, 1000, 100000})
+      for (const int64_t vocab : {1, 53, 1000, 32000, 151936, 3000001})
+        for (const DType dtype : {DType::BF16, DType::F32}) {
+          CAPTURE(bytes, rows, vocab, engine::name_of(dtype));
+          const models::HeadBudget budget{bytes, 64};
+          const autograd::HeadChunks c = models::head_chunks(budget, rows, vocab, dtype);
+          CHECK(c.rows * std::min(c.vocab, vocab) * engine::size_bytes(dtype) <= bytes);
+          CHECK(c.rows <= rows);
+          CHECK(c.rows >= std::min<int64_t>(rows, 64));
+          if (c.vocab < vocab) {
+            CHECK(c.vocab % 128 == 0);
+            // No fewer chunks would do, and the last is as long as tiles allow.
+            const int64_t count = (vocab + c.vocab - 1) / c.vocab;
+            const int64_t fit = bytes / engine::size_bytes(dtype) / c.rows / 128 * 128;
+            CHECK((count - 1) * fit < vocab);
+            CHECK(c.vocab - 128 < (vocab + count - 1) / count);
+          } else {
+            CHECK(c.vocab == vocab);
+          }
+        }
+}
+
+TEST_CASE("llama: perplexity over a vocabulary that no budget holds whole", "[llama]") {
+  Backend& device = backend();
+  LlamaConfig config = tiny_config();
+  config.vocab = 300001;
+  config.d_model = 32;
+  config.layers = 1;
+  config.tied_head = true;
+  TinyModel tiny(device, config);
+  const int64_t count = 8, seq_len = 64, rows = count * seq_len;
+  const int64_t batch_rows = on_cuda() ? rows : seq_len;
+  CHECK(models::head_chunks(models::head_budget(device), batch_rows, config.vocab, device.real())
+            .vocab < config.vocab);
+  const std::vector<int32_t> ids = random_tokens(5, rows, config.vocab);
+
+  std::vector<int32_t> next(ids.begin() + 1, ids.end());
+  next.push_back(-1);
+  for (int64_t i = seq_len - 1; i < rows; i += seq_len) next[static_cast<size_t>(i)] = -1;
+  Tape tape(device, TapeMode::Inference);
+  const Var h = tiny.model->forward(tape, make_ids(device, {count, seq_len}, ids), nullptr,
+                                    models::Recompute::None);
+  const Var whole =
+      head_loss(tape, autograd::LossKind::CrossEntropy, Var(h.value().view({rows, config.d_model})),
+                tiny.model->head(), make_ids(device, {rows}, next), Tensor(),
+                1.0 / (count * (seq_len - 1)), {32, config.vocab}, Tensor());
+  const models::Perplexity result = models::perplexity(*tiny.model, ids, count, seq_len, nullptr);
+  // The same products in other shapes; losses of about 12 with the error of a long sum.
+  CHECK(result.nll == Approx(values_of(device, whole.value())[0]).epsilon(1e-5));
+}
+
 TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[llama]") {
   Backend& device = backend();
   const LlamaConfig config = tiny_config();
@@ -161,7 +232,7 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
     const Var h = tiny.model->forward(tape, ids, nullptr, recompute);
     const Var rows = reshape(tape, h, {2 * t, config.d_model});
     const Var loss = head_loss(tape, autograd::LossKind::CrossEntropy, rows, tiny.model->head(),
-                               targets, Tensor(), 1.0 / (2 * t), 5, Tensor());
+                               targets, Tensor(), 1.0 / (2 * t), {5, config.vocab}, Tensor());
     losses.push_back(values_of(device, loss.value()));
     tape.backward(loss);
     for (auto& block : tiny.model->blocks()) block->finish_backward();

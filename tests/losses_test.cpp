@@ -71,6 +71,77 @@ LossAndGradient run_kl(Backend& b, const LogitCase& c, DType dtype,
   return {values_of(b, loss.tensor()), values_of(b, dlogits.tensor())};
 }
 
+// Words [first, first + n) of every row.
+std::vector<double> words_of(const std::vector<double>& logits, const LogitCase& c, int64_t first,
+                             int64_t n) {
+  std::vector<double> words;
+  for (int64_t m = 0; m < c.m; ++m) {
+    const auto row = logits.begin() + m * c.v + first;
+    words.insert(words.end(), row, row + n);
+  }
+  return words;
+}
+
+enum class ChunkOrder { FirstToLast, LastToFirst };
+
+// The loss of chunks of `chunk` words, cross-entropy where there is no teacher; and the gradient,
+// written over the logits where these are of its dtype.
+LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
+                           const std::vector<double>& logits, const std::vector<double>& teacher,
+                           const std::vector<int32_t>& targets, double scale, int64_t chunk,
+                           ChunkOrder order = ChunkOrder::FirstToLast) {
+  const bool kl = !teacher.empty();
+  const Guarded loss(b, {c.m}, b.real());
+  const Guarded state(b, {c.m, kl ? Backend::kKlState : Backend::kCrossEntropyState}, b.real());
+  const Tensor ids = make_ids(b, {c.m}, targets);
+  std::vector<int64_t> firsts;
+  for (int64_t first = 0; first < c.v; first += chunk) firsts.push_back(first);
+  if (order == ChunkOrder::LastToFirst) std::reverse(firsts.begin(), firsts.end());
+
+  const auto words = [&](const std::vector<double>& values, int64_t first) {
+    const int64_t n = std::min(chunk, c.v - first);
+    return make(b, {c.m, n}, dtype, words_of(values, c, first, n));
+  };
+  for (const int64_t first : firsts) {
+    const Write mode = first == firsts[0] ? Write::Overwrite : Write::Add;
+    if (kl)
+      b.kl_divergence_chunk(loss.tensor(), state.tensor(), words(logits, first),
+                            words(teacher, first), ids, mode);
+    else
+      b.cross_entropy_chunk(loss.tensor(), state.tensor(), words(logits, first), ids, first, mode);
+  }
+  LossAndGradient result{values_of(b, loss.tensor()),
+                         std::vector<double>(static_cast<size_t>(c.m * c.v))};
+  for (const int64_t first : firsts) {
+    const Tensor x = words(logits, first);
+    const Guarded dlogits(b, x.shape(), b.act());
+    if (dtype == b.act()) b.copy(dlogits.tensor(), x);
+    const Tensor& in = dtype == b.act() ? dlogits.tensor() : x;
+    if (kl)
+      b.kl_divergence_chunk_backward(dlogits.tensor(), in, words(teacher, first), state.tensor(),
+                                     ids, scale);
+    else
+      b.cross_entropy_chunk_backward(dlogits.tensor(), in, state.tensor(), ids, first, scale);
+    CHECK(dlogits.untouched());
+    const auto part = values_of(b, dlogits.tensor());
+    for (int64_t m = 0; m < c.m; ++m)
+      std::copy_n(part.begin() + m * x.dim(1), x.dim(1), result.gradient.begin() + m * c.v + first);
+  }
+  CHECK(loss.untouched());
+  CHECK(state.untouched());
+  return result;
+}
+
+struct ChunkCase {
+  LogitCase logits;
+  int64_t chunk;
+};
+// One word at a time, uneven last chunks, narrow and wide, wider than a block's one step, and more
+// words than there are.
+const ChunkCase kChunkCases[] = {{{1, 3}, 1},         {{5, 33}, 32},      {{7, 1000}, 384},
+                                 {{3, 49152}, 16384}, {{3, 20001}, 8192}, {{4, 5000}, 1667},
+                                 {{2, 1000}, 4096}};
+
 std::vector<DType> logit_types() {
   if (backend().act() == backend().real()) return {backend().act()};
   return {backend().act(), backend().real()};
@@ -201,6 +272,151 @@ TEST_CASE("kl_divergence is 0 where student and teacher agree, and a NaN shows",
   CHECK_FALSE(std::isnan(got.loss[0]));
   CHECK(std::isnan(got.loss[1]));
   CHECK_FALSE(std::isnan(got.loss[2]));
+}
+
+TEST_CASE("cross_entropy over chunks of the vocabulary", "[cross_entropy]") {
+  for (const ChunkCase& chunks : kChunkCases)
+    for (const DType dtype : logit_types()) {
+      const LogitCase& c = chunks.logits;
+      CAPTURE(c.m, c.v, chunks.chunk, engine::name_of(dtype));
+      engine::Rng rng(53);
+      const auto logits = activations(rng, c.m * c.v, 4.0);
+      const auto targets = targets_of(c, rng);
+      const auto want = run_cross_entropy(oracle_f64(), c, DType::F64, logits, targets, 0.125);
+      for (const ChunkOrder order : {ChunkOrder::FirstToLast, ChunkOrder::LastToFirst}) {
+        const auto got =
+            run_chunks(backend(), c, dtype, logits, {}, targets, 0.125, chunks.chunk, order);
+        // As for the whole vocabulary: chunks add a few roundings to the sum.
+        for (size_t i = 0; i < want.loss.size(); ++i)
+          CHECK(std::abs(got.loss[i] - want.loss[i]) <= 64 * real_epsilon());
+        CHECK(relative_error(got.gradient, want.gradient) <= act_epsilon() + 64 * real_epsilon());
+        if (c.m > 1) {
+          CHECK(got.loss[1] == 0.0);
+          for (int64_t i = c.v; i < 2 * c.v; ++i)
+            CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+        }
+        const auto again =
+            run_chunks(backend(), c, dtype, logits, {}, targets, 0.125, chunks.chunk, order);
+        CHECK(again.loss == got.loss);
+        CHECK(again.gradient == got.gradient);
+      }
+    }
+}
+
+TEST_CASE("cross_entropy over chunks: extreme logits, and a target that is nowhere",
+          "[cross_entropy]") {
+  const LogitCase c{6, 40};
+  std::vector<double> logits(static_cast<size_t>(c.m * c.v), 0.0);
+  const auto row = [&](int64_t m) { return logits.begin() + m * c.v; };
+  std::fill(row(0) + 1, row(1), -kInf);   // one word is possible, in the first chunk
+  std::fill(row(1), row(1) + 39, -kInf);  // in the last
+  row(2)[3] = 1e4;                        // e^x overflows without the maximum
+  row(3)[37] = kNan;
+  std::fill(row(5), row(5) + 16, -1e4);  // the first chunk underflows against the second
+  const auto got =
+      run_chunks(backend(), c, backend().real(), logits, {}, {0, 39, 3, 0, 40, 20}, 1.0, 16);
+  CHECK(got.loss[0] == 0.0);
+  CHECK(got.loss[1] == 0.0);
+  CHECK(got.loss[2] == 0.0);
+  CHECK(std::isnan(got.loss[3]));
+  CHECK(got.loss[4] == kInf);
+  CHECK(got.loss[5] == Approx(std::log(24.0)).epsilon(1e-6));
+  for (int64_t i = 0; i < c.m * c.v; ++i)
+    CHECK(std::isfinite(got.gradient[static_cast<size_t>(i)]) == (i / c.v != 3));
+}
+
+TEST_CASE("kl_divergence over chunks of the vocabulary", "[kl_divergence]") {
+  for (const ChunkCase& chunks : kChunkCases)
+    for (const DType dtype : logit_types()) {
+      const LogitCase& c = chunks.logits;
+      CAPTURE(c.m, c.v, chunks.chunk, engine::name_of(dtype));
+      engine::Rng rng(59);
+      const auto logits = activations(rng, c.m * c.v, 3.0);
+      const auto teacher = activations(rng, c.m * c.v, 3.0);
+      const auto targets = targets_of(c, rng);
+      const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 0.5);
+      for (const ChunkOrder order : {ChunkOrder::FirstToLast, ChunkOrder::LastToFirst}) {
+        const auto got =
+            run_chunks(backend(), c, dtype, logits, teacher, targets, 0.5, chunks.chunk, order);
+        // As for the whole vocabulary.
+        for (size_t i = 0; i < want.loss.size(); ++i)
+          CHECK(std::abs(got.loss[i] - want.loss[i]) <= 128 * real_epsilon());
+        CHECK(relative_error(got.gradient, want.gradient) <= act_epsilon() + 128 * real_epsilon());
+        if (c.m > 1) {
+          CHECK(got.loss[1] == 0.0);
+          for (int64_t i = c.v; i < 2 * c.v; ++i)
+            CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+        }
+        const auto again =
+            run_chunks(backend(), c, dtype, logits, teacher, targets, 0.5, chunks.chunk, order);
+        CHECK(again.loss == got.loss);
+        CHECK(again.gradient == got.gradient);
+      }
+    }
+}
+
+TEST_CASE("kl_divergence over chunks where student and teacher agree, or nearly",
+          "[kl_divergence]") {
+  const LogitCase c{3, 20001};
+  engine::Rng rng(61);
+  const auto teacher = activations(rng, c.m * c.v, 3.0);
+  const std::vector<int32_t> targets{1, 2, 3};
+  const auto same = run_chunks(backend(), c, backend().act(), teacher, teacher, targets, 1.0, 8192);
+  // Both sides take the same steps; a compiler may contract them otherwise.
+  for (const double loss : same.loss) CHECK(std::abs(loss) <= 4 * real_epsilon());
+  for (const double d : same.gradient) CHECK(std::abs(d) <= 4 * real_epsilon());
+
+  // Apart by a hundredth, and by a shift that changes no probability: a loss of half the variance,
+  // 5e-5. The log of the ratio of sums has the error of two sums of positive terms, some tens of
+  // roundings that mostly cancel; the mean of t - s one of its own size.
+  for (const double shift : {0.0, 0.25, -16.0}) {
+    CAPTURE(shift);
+    std::vector<double> logits(teacher.size());
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double noise = static_cast<float>(1e-2 * rng.normal());
+      logits[i] = static_cast<float>(teacher[i] + shift + noise);
+    }
+    const auto got =
+        run_chunks(backend(), c, backend().real(), logits, teacher, targets, 1.0, 8192);
+    const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 1.0);
+    for (size_t i = 0; i < want.loss.size(); ++i) {
+      const double tolerance = 16 * (1 + std::abs(shift)) * real_epsilon();
+      CHECK(want.loss[i] > tolerance);
+      CHECK(std::abs(got.loss[i] - want.loss[i]) <= tolerance);
+    }
+  }
+}
+
+TEST_CASE("kl_divergence over chunks: impossible words, and a NaN", "[kl_divergence]") {
+  const LogitCase c{6, 40};
+  engine::Rng rng(67);
+  auto logits = activations(rng, c.m * c.v, 3.0), teacher = activations(rng, c.m * c.v, 3.0);
+  const auto at = [&](std::vector<double>& x, int64_t m) { return x.begin() + m * c.v; };
+  std::fill(at(teacher, 0), at(teacher, 0) + 16, -kInf);  // a chunk of the teacher's is impossible
+  std::fill(at(logits, 1) + 16, at(logits, 1) + 32, -kInf);  // of the student's
+  std::fill(at(teacher, 2), at(teacher, 2) + 20, -kInf);     // of both
+  std::fill(at(logits, 2), at(logits, 2) + 20, -kInf);
+  logits[static_cast<size_t>(3 * c.v + 39)] = kNan;
+  teacher[static_cast<size_t>(4 * c.v)] = kNan;
+  // Possible until a later chunk makes it all but impossible to the teacher.
+  at(logits, 5)[0] = -kInf;
+  std::fill(at(teacher, 5), at(teacher, 5) + 16, -1e4);
+  const std::vector<int32_t> targets(6, 0);
+  const DType real = backend().real();
+  const auto got = run_chunks(backend(), c, real, logits, teacher, targets, 1.0, 16);
+  const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 1.0);
+  for (const size_t i : {0, 2, 5}) {
+    CHECK(std::isfinite(want.loss[i]));
+    CHECK(got.loss[i] == Approx(want.loss[i]).epsilon(128 * real_epsilon()));
+  }
+  CHECK(want.loss[1] == kInf);
+  CHECK(got.loss[1] == kInf);
+  CHECK(std::isnan(got.loss[3]));
+  CHECK(std::isnan(got.loss[4]));
+  for (int64_t i = 0; i < c.m * c.v; ++i) {
+    const auto at_i = static_cast<size_t>(i);
+    CHECK(std::isnan(got.gradient[at_i]) == std::isnan(want.gradient[at_i]));
+  }
 }
 
 TEST_CASE("sum, scaled, written or added", "[sum]") {

@@ -150,6 +150,39 @@ TEST_CASE("recompute: micro-batches take room for gradients that are added", "[t
   }
 }
 
+TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repeats its bytes",
+          "[train][recompute]") {
+  WideRun run;
+  run.model.vocab = 300032;
+  run.model.d_model = 32;
+  run.model.hidden = 96;
+  run.model.layers = 1;
+  run.model.tied_head = true;
+  std::filesystem::create_directory(run.dir / "vocabulary");
+  write_tiny_model(run.dir / "vocabulary", run.model, 7);
+  run.source = models::open_checkpoint(run.dir / "vocabulary");
+  run.config.model = run.dir / "vocabulary";
+  run.config.stages.clear();
+  run.config.e2e_steps = 1;
+  run.config.e2e_batch = run.config.e2e_micro_batch = on_cuda() ? 8 : 1;
+  const int64_t tokens = run.config.e2e_micro_batch * run.config.seq_len;
+  const autograd::HeadChunks chunks =
+      models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());
+  CHECK(chunks.vocab < run.model.vocab);
+  for (const char* loss : {"kl", "ce"}) {
+    CAPTURE(loss);
+    run.config.e2e_loss = train::parse_e2e_loss(loss);
+    const train::EndToEndMemory memory =
+        train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+    check_prediction(memory.device_bytes, run.measured_bytes(cat(loss, "1")));
+    const auto files = results(run.config.out);
+    run.measured_bytes(cat(loss, "2"));
+    CHECK(results(run.config.out) == files);
+    for (const train::Json& line : log_lines(run.config.out, "e2e"))
+      CHECK(std::isfinite(line["loss"].get<double>()));
+  }
+}
+
 TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode is refused",
           "[train][recompute]") {
   WideRun run;

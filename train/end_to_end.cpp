@@ -279,7 +279,8 @@ class EndToEnd {
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
     const Var loss = autograd::head_loss(
         tape, kind, h, student_.head(), targets.view({tokens}), teacher_h, scale,
-        models::head_chunk_rows(backend_, model_.vocab, backend_.act()), Tensor());
+        models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
+        Tensor());
     if (last == StepPart::Forward) return;
     tape.backward(loss);
     backend_.sum(loss_, loss.value(), 1.0, mode);
@@ -431,11 +432,12 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const models::ActivationMemory block =
       models::activation_memory(backend, model, tokens, recompute);
   const int64_t kept = model.layers * block.kept_bytes + (kl ? 3 : 2) * hidden;
-  // Logits of a chunk of rows, their gradient in their place, the teacher's; losses; the gradient
-  // that comes out.
-  const int64_t rows =
-      std::min(models::head_chunk_rows(backend, model.vocab, backend.act()), tokens);
-  const int64_t head = rows * model.vocab * act * (kl ? 2 : 1) + 3 * tokens * real + hidden;
+  const models::HeadBudget budget = models::head_budget(backend);
+  const int64_t head =
+      autograd::head_loss_bytes(backend, kl ? LossKind::Kl : LossKind::CrossEntropy, tokens,
+                                model.d_model, model.vocab,
+                                models::head_chunks(budget, tokens, model.vocab, backend.act())) +
+      2 * tokens * engine::size_bytes(DType::I32);  // ids, targets
   // On a GPU the teacher runs beside the student, in memory of its own.
   const int64_t teacher =
       kl && backend.device() == engine::DeviceType::Cuda ? block.inference_bytes : 0;

@@ -76,9 +76,11 @@ int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& m
   };
   int64_t bytes = config.stages.empty() ? 0 : backward_bytes(config.batch);
   if (config.e2e_steps > 0) {
-    const int64_t rows = std::min(models::head_chunk_rows(backend, model.vocab, backend.act()),
-                                  config.e2e_micro_batch * config.seq_len);
-    const int64_t logits = rows * model.vocab * (config.e2e_loss == EndToEndLoss::Kl ? 2 : 1);
+    const autograd::HeadChunks chunks =
+        models::head_chunks(models::head_budget(backend), config.e2e_micro_batch * config.seq_len,
+                            model.vocab, backend.act());
+    const int64_t logits =
+        chunks.rows * chunks.vocab * (config.e2e_loss == EndToEndLoss::Kl ? 2 : 1);
     bytes = std::max({bytes, backward_bytes(config.e2e_micro_batch),
                       logits * engine::size_bytes(backend.act())});
   }

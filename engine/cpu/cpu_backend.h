@@ -120,6 +120,16 @@ class CpuBackend final : public Backend {
                         const Tensor& targets, double scale) override;
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& teacher, const Tensor& targets, double scale) override;
+  void do_cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                              const Tensor& targets, int64_t first_word, Write mode) override;
+  void do_kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
+                              const Tensor& teacher, const Tensor& targets, Write mode) override;
+  void do_cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                       const Tensor& state, const Tensor& targets,
+                                       int64_t first_word, double scale) override;
+  void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                       const Tensor& teacher, const Tensor& state,
+                                       const Tensor& targets, double scale) override;
   void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
   void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) override;
   void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) override;

@@ -5,8 +5,14 @@
 //                    dlogits = scale (q - p)
 //
 // A row without a target (-1) gives loss 0 and gradient 0. dlogits may be the logits themselves.
+//
+// Over chunks of the vocabulary, KL is E_p[t - s] - (lse(t) - lse(s)) of teacher t and student s.
+// Near agreement this cancels no more than the terms p (log p - log q) do: lse(t) - lse(s) is taken
+// as the difference of maxima and log(sum / sum), so that its error is an epsilon of |t - s| + 1,
+// and so is that of the mean; t - s itself has the error that the logits came with.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/vector_math.h"
@@ -14,11 +20,97 @@
 namespace bbb::engine {
 namespace {
 
+// What e^x is divided by: finite where all of a row, or a part of it, is -Inf.
 template <typename T>
-T log_sum_exp(const T* x, int64_t n) {
-  const T most = lane_max(x, n);
-  const T shift = std::isfinite(most) ? most : T{0};
-  return shift + std::log(lane_sum<T>(n, [=](int64_t i) { return vector_exp(x[i] - shift); }));
+T shift_of(T max) {
+  return std::isfinite(max) ? max : T{0};
+}
+
+// Terms e^(x - from) times this are terms e^(x - to). -Inf - -Inf must not be taken.
+template <typename T>
+T rescaling(T from, T to) {
+  return from == to ? T{1} : vector_exp(from - to);
+}
+
+// sum_i e^(x_i - max) and the maximum, of the elements so far.
+template <typename T>
+struct ExpSum {
+  T max = -std::numeric_limits<T>::infinity();
+  T sum = 0;
+
+  T log() const { return shift_of(max) + std::log(sum); }
+
+  void merge(const ExpSum& other) {
+    const T top = std::max(max, other.max);
+    sum = sum * rescaling(max, top) + other.sum * rescaling(other.max, top);
+    max = top;
+  }
+};
+
+template <typename T>
+ExpSum<T> exp_sum(const T* x, int64_t n) {
+  const T max = lane_max(x, n), shift = shift_of(max);
+  return {max, lane_sum<T>(n, [=](int64_t i) { return vector_exp(x[i] - shift); })};
+}
+
+// Running values of a row for kl_divergence, as they lie in its state.
+template <typename T>
+struct KlSums {
+  ExpSum<T> student, teacher;
+  T weighted = 0;  // sum e^(t - teacher.max) (t - s)
+
+  void merge(const KlSums& other) {
+    const T top = std::max(teacher.max, other.teacher.max);
+    weighted = part(*this, top) + part(other, top);
+    student.merge(other.student);
+    teacher.merge(other.teacher);
+  }
+
+  T loss() const {
+    const T lse_difference =
+        (shift_of(teacher.max) - shift_of(student.max)) + std::log(teacher.sum / student.sum);
+    return weighted / teacher.sum - lse_difference;
+  }
+
+ private:
+  // Words whose probability underflows add nothing, even where the student's logit is -Inf.
+  static T part(const KlSums& sums, T top) {
+    const T factor = rescaling(sums.teacher.max, top);
+    return factor == 0 ? T{0} : sums.weighted * factor;
+  }
+};
+static_assert(sizeof(KlSums<float>) == Backend::kKlState * sizeof(float));
+
+template <typename T>
+KlSums<T> kl_sums(const T* student, const T* teacher, int64_t n) {
+  KlSums<T> sums{exp_sum(student, n), exp_sum(teacher, n)};
+  const T shift = shift_of(sums.teacher.max);
+  sums.weighted = lane_sum<T>(n, [=](int64_t i) {
+    const T weight = vector_exp(teacher[i] - shift), term = weight * (teacher[i] - student[i]);
+    return weight == 0 ? T{0} : term;
+  });
+  return sums;
+}
+
+// Running values of a row for cross_entropy, as they lie in its state.
+template <typename T>
+struct CrossEntropySums {
+  ExpSum<T> all;
+  T target_logit = -std::numeric_limits<T>::infinity();  // until its chunk comes
+};
+static_assert(sizeof(CrossEntropySums<float>) == Backend::kCrossEntropyState * sizeof(float));
+
+// `target` counts from x[0] and may lie outside [0, n).
+template <typename T>
+void cross_entropy_gradient(T* grad, const T* x, int64_t n, T lse, int64_t target, T factor) {
+  for (int64_t i = 0; i < n; ++i) grad[i] = factor * vector_exp(x[i] - lse);
+  if (target >= 0 && target < n) grad[target] -= factor;
+}
+
+template <typename T>
+void kl_gradient(T* grad, const T* x, const T* y, int64_t n, T lse_q, T lse_p, T factor) {
+  for (int64_t i = 0; i < n; ++i)
+    grad[i] = factor * (vector_exp(x[i] - lse_q) - vector_exp(y[i] - lse_p));
 }
 
 int64_t row_grain(int64_t vocabulary) {
@@ -43,11 +135,9 @@ void CpuBackend<T>::do_cross_entropy(const Tensor& loss, const Tensor& dlogits,
         if (grad != nullptr) std::fill_n(grad, v, T{0});
         continue;
       }
-      const T lse = log_sum_exp(x, v);
+      const T lse = exp_sum(x, v).log();
       data(loss)[m] = lse - x[target];
-      if (grad == nullptr) continue;
-      for (int64_t i = 0; i < v; ++i) grad[i] = factor * vector_exp(x[i] - lse);
-      grad[target] -= factor;
+      if (grad != nullptr) cross_entropy_gradient(grad, x, v, lse, target, factor);
     }
   });
 }
@@ -67,15 +157,89 @@ void CpuBackend<T>::do_kl_divergence(const Tensor& loss, const Tensor& dlogits,
         if (grad != nullptr) std::fill_n(grad, v, T{0});
         continue;
       }
-      const T lse_q = log_sum_exp(x, v), lse_p = log_sum_exp(y, v);
+      const T lse_q = exp_sum(x, v).log(), lse_p = exp_sum(y, v).log();
       data(loss)[m] = lane_sum<T>(v, [=](int64_t i) {
         const T p = vector_exp(y[i] - lse_p);
         const T term = p * ((y[i] - lse_p) - (x[i] - lse_q));
         return p == 0 ? T{0} : term;
       });
-      if (grad == nullptr) continue;
-      for (int64_t i = 0; i < v; ++i)
-        grad[i] = factor * (vector_exp(x[i] - lse_q) - vector_exp(y[i] - lse_p));
+      if (grad != nullptr) kl_gradient(grad, x, y, v, lse_q, lse_p, factor);
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_cross_entropy_chunk(const Tensor& loss, const Tensor& state,
+                                           const Tensor& logits, const Tensor& targets,
+                                           int64_t first_word, Write mode) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  auto* const states = reinterpret_cast<CrossEntropySums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t target = targets.data<int32_t>()[m], column = target - first_word;
+      data(loss)[m] = 0;
+      if (target < 0) continue;
+      const T* x = data(logits) + m * n;
+      CrossEntropySums<T> sums = mode == Write::Add ? states[m] : CrossEntropySums<T>{};
+      sums.all.merge(exp_sum(x, n));
+      if (column >= 0 && column < n) sums.target_logit = x[column];
+      states[m] = sums;
+      data(loss)[m] = sums.all.log() - sums.target_logit;
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                                    const Tensor& state, const Tensor& targets,
+                                                    int64_t first_word, double scale) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  const auto* const states = reinterpret_cast<const CrossEntropySums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t target = targets.data<int32_t>()[m];
+      T* grad = data(dlogits) + m * n;
+      if (target < 0)
+        std::fill_n(grad, n, T{0});
+      else
+        cross_entropy_gradient(grad, data(logits) + m * n, n, states[m].all.log(),
+                               target - first_word, static_cast<T>(scale));
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_kl_divergence_chunk(const Tensor& loss, const Tensor& state,
+                                           const Tensor& logits, const Tensor& teacher,
+                                           const Tensor& targets, Write mode) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  auto* const states = reinterpret_cast<KlSums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      data(loss)[m] = 0;
+      if (targets.data<int32_t>()[m] < 0) continue;
+      KlSums<T> sums = mode == Write::Add ? states[m] : KlSums<T>{};
+      sums.merge(kl_sums(data(logits) + m * n, data(teacher) + m * n, n));
+      states[m] = sums;
+      data(loss)[m] = sums.loss();
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                                    const Tensor& teacher, const Tensor& state,
+                                                    const Tensor& targets, double scale) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  const auto* const states = reinterpret_cast<const KlSums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      T* grad = data(dlogits) + m * n;
+      if (targets.data<int32_t>()[m] < 0)
+        std::fill_n(grad, n, T{0});
+      else
+        kl_gradient(grad, data(logits) + m * n, data(teacher) + m * n, n, states[m].student.log(),
+                    states[m].teacher.log(), static_cast<T>(scale));
     }
   });
 }
@@ -84,5 +248,13 @@ BBB_CPU_INSTANTIATE(do_cross_entropy, const Tensor&, const Tensor&, const Tensor
                     double);
 BBB_CPU_INSTANTIATE(do_kl_divergence, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, double);
+BBB_CPU_INSTANTIATE(do_cross_entropy_chunk, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, int64_t, Write);
+BBB_CPU_INSTANTIATE(do_cross_entropy_chunk_backward, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, int64_t, double);
+BBB_CPU_INSTANTIATE(do_kl_divergence_chunk, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, const Tensor&, Write);
+BBB_CPU_INSTANTIATE(do_kl_divergence_chunk_backward, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, const Tensor&, double);
 
 }  // namespace bbb::engine
