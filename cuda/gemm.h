@@ -6,8 +6,9 @@
 // once, serves every product on it and stays put for recorded graphs.
 //
 // The algorithm is the heuristics' first. While tuned, a large product instead takes the fastest
-// of the heuristics' suggestions, timed when it is first met (gemm_tuning.cpp). A product met while
-// the stream records cannot be timed there: its plan stays unsettled until settle_recorded().
+// of the heuristics' suggestions and of the library's other kernels (gemm_search.cpp), timed when
+// it is first met (gemm_tuning.cpp). A product met while the stream records cannot be timed there:
+// its plan stays unsettled until settle_recorded().
 #pragma once
 
 #include <cublasLt.h>
@@ -97,6 +98,13 @@ class GemmPlanner {
   // At least one, in increasing time as the heuristics estimate it.
   std::vector<GemmAlgorithm> suggestions(const Plan& plan, const GemmShape& shape,
                                          int at_most) const;
+  // Of the same family as plan.algorithm, best estimates first; all run.
+  std::vector<GemmAlgorithm> explored(const Plan& plan, const GemmShape& shape) const;
+  // Suggestions, then the explored ones.
+  std::vector<GemmAlgorithm> all_candidates(const Plan& plan, const GemmShape& shape) const;
+  // Whether the algorithm serves this product within the workspace; fills `needs`.
+  bool runs(const Plan& plan, const GemmAlgorithm& algorithm,
+            cublasLtMatmulHeuristicResult_t& needs) const;
   void launch(const Plan& plan, const GemmShape& shape, const GemmAlgorithm& algorithm, void* d,
               const void* a, const void* b, const void* c, const float* alpha);
 

@@ -1,10 +1,11 @@
 // Timing the algorithms of a product, and the choices that come of it.
 //
-// First, candidates take turns, so that a clock that drifts slows all of them alike; each is judged
-// by its median. Operands are random normals (zeros would run faster) and rotate through more
-// memory than the L2 cache holds, as they come to a product in a training step. Every round starts
-// with products that are not timed: the GPU then runs behind the host, and no wait for a launch is
-// measured.
+// Candidates are the library's suggestions and its other kernels (gemm_search.cpp), of which a
+// first look keeps the best. Then candidates take turns, so that a clock that drifts slows all of
+// them alike; each is judged by its median. Operands are random normals (zeros would run faster)
+// and rotate through more memory than the L2 cache holds, as they come to a product in a training
+// step. Every round starts with products that are not timed: the GPU then runs behind the host, and
+// no wait for a launch is measured.
 //
 // A long product keeps a GPU at its power limit, which sets the clock by what the work takes: the
 // algorithm of least energy is then the fastest, even if it needs more cycles. That shows only
@@ -13,9 +14,11 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "cuda/cuda_backend.h"
@@ -29,7 +32,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kMostCandidates = 8;
+constexpr int kMostSuggestions = 8;
+constexpr size_t kMostInTurn = 12;    // candidates that the first look leaves
+constexpr int kLooks = 2;             // the least of two times: one may have met something else
 constexpr double kWorthwhile = 0.99;  // of the first suggestion's time: less than that is noise
 constexpr int kFewestRounds = 5, kMostRounds = 15;
 constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
@@ -38,8 +43,10 @@ constexpr float kLong_ms = 0.25f;           // a product that may meet the power
 constexpr float kContender = 1.08f;         // of the least time: who may still win by energy
 constexpr float kSettle_ms = 70.0f;  // of products that are not timed: as long as a clock takes
 constexpr float kAlone_ms = 40.0f;   // of timed ones
-constexpr int kAlonePasses = 2;      // the second in reverse: both ends of a drift
+constexpr size_t kMostAlone = 6;
+constexpr int kAlonePasses = 2;  // the second in reverse: both ends of a drift
 constexpr int64_t kNormals = 1 << 18;
+constexpr int64_t kCompared = 1 << 16;  // values at either end of D
 constexpr int64_t kAlignBytes = 512;
 
 static_assert(sizeof(GemmAlgorithm) == sizeof(uint64_t[8]));
@@ -87,6 +94,43 @@ float elapsed_ms(const EventHandle& begin, const EventHandle& end) {
   float ms = 0;
   BBB_CUDA(cudaEventElapsedTime(&ms, begin.get(), end.get()));
   return ms;
+}
+
+// The first candidate and those that take least among the others, each run by itself. One that the
+// library has checked may still be refused when it is to start: it is left out.
+std::vector<GemmAlgorithm> best_at_first_look(cudaStream_t stream,
+                                              std::vector<GemmAlgorithm> candidates,
+                                              const Multiply& multiply) {
+  if (candidates.size() <= kMostInTurn) return candidates;
+  const EventHandle begin = make_event(cudaEventDefault), end = make_event(cudaEventDefault);
+  std::vector<float> times_ms(candidates.size(), INFINITY);
+  std::vector<bool> refused(candidates.size(), false);
+  const auto starts = [&](size_t i) {
+    try {
+      multiply(i);  // loads the kernel, too
+      return true;
+    } catch (const Error&) {
+      return false;
+    }
+  };
+  for (int look = 0; look < kLooks; ++look)
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      if (look == 0 && !starts(i)) refused[i] = true;
+      if (refused[i]) continue;
+      BBB_CUDA(cudaEventRecord(begin.get(), stream));
+      multiply(i);
+      BBB_CUDA(cudaEventRecord(end.get(), stream));
+      BBB_CUDA(cudaStreamSynchronize(stream));
+      times_ms[i] = std::min(times_ms[i], elapsed_ms(begin, end));
+    }
+  std::vector<size_t> order(candidates.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin() + 1, order.end(),
+            [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; });
+  std::vector<GemmAlgorithm> best;
+  for (size_t i = 0; i < kMostInTurn && !refused[order[i]]; ++i)
+    best.push_back(candidates[order[i]]);
+  return best;
 }
 
 // The median of every candidate.
@@ -138,6 +182,42 @@ std::vector<float> times_alone(cudaStream_t stream, std::vector<size_t> contende
   return times_ms;
 }
 
+// The first and the last values of D.
+std::vector<float> both_ends(cudaStream_t stream, const char* d, const GemmShape& shape) {
+  const int64_t total = shape.m * shape.n, count = std::min(total, kCompared);
+  std::vector<float> values;
+  for (const int64_t begin : {int64_t{0}, total - count}) {
+    const auto fetch = [&](auto element) {
+      std::vector<decltype(element)> ends(static_cast<size_t>(count));
+      BBB_CUDA(cudaMemcpyAsync(ends.data(), d + begin * int64_t{sizeof element},
+                               ends.size() * sizeof element, cudaMemcpyDeviceToHost, stream));
+      BBB_CUDA(cudaStreamSynchronize(stream));
+      for (const auto value : ends) {
+        if constexpr (sizeof element == sizeof(float))
+          values.push_back(value);
+        else
+          values.push_back(engine::from_bf16(value));
+      }
+    };
+    if (shape.out == CUDA_R_16BF)
+      fetch(uint16_t{});
+    else
+      fetch(float{});
+  }
+  return values;
+}
+
+// The same sums in another order, each rounded once.
+bool agree(const std::vector<float>& a, const std::vector<float>& b, cudaDataType_t dtype) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    error += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    norm += std::pow(static_cast<double>(b[i]), 2);
+  }
+  const double tolerance = dtype == CUDA_R_16BF ? 0x1p-7 : 0x1p-13;
+  return error <= tolerance * tolerance * norm;  // false where a NaN is
+}
+
 }  // namespace
 
 std::string to_string(const GemmShape& s) {
@@ -161,7 +241,7 @@ void GemmPlanner::say(const std::string& line) const {
 
 std::vector<std::string> GemmPlanner::candidates(const GemmShape& shape) const {
   std::vector<std::string> texts;
-  for (const GemmAlgorithm& algorithm : suggestions(make_plan(shape), shape, kMostCandidates))
+  for (const GemmAlgorithm& algorithm : all_candidates(make_plan(shape), shape))
     texts.push_back(to_text(algorithm));
   return texts;
 }
@@ -184,14 +264,27 @@ GemmAlgorithm GemmPlanner::known_algorithm(const Plan& plan, const std::string& 
   BBB_CHECK(from_text(algorithm, text), tuning_->where, ": the algorithm of the product ", name,
             " is malformed");
   cublasLtMatmulHeuristicResult_t needs{};
-  const cublasStatus_t status =
+  BBB_CHECK(runs(plan, algorithm, needs), tuning_->where, ": the algorithm of the product ", name,
+            " does not run here (", cublasLtGetStatusString(needs.state), ", ", needs.workspaceSize,
+            " bytes of workspace)");
+  return algorithm;
+}
+
+bool GemmPlanner::runs(const Plan& plan, const GemmAlgorithm& algorithm,
+                       cublasLtMatmulHeuristicResult_t& needs) const {
+  needs.state =
       cublasLtMatmulAlgoCheck(handle_.get(), plan.product.get(), plan.a.get(), plan.b.get(),
                               plan.out.get(), plan.out.get(), &algorithm, &needs);
-  BBB_CHECK(status == CUBLAS_STATUS_SUCCESS &&
-                needs.workspaceSize <= static_cast<size_t>(kGemmWorkspaceBytes),
-            tuning_->where, ": the algorithm of the product ", name, " does not run here (",
-            cublasLtGetStatusString(status), ", ", needs.workspaceSize, " bytes of workspace)");
-  return algorithm;
+  return needs.state == CUBLAS_STATUS_SUCCESS &&
+         needs.workspaceSize <= static_cast<size_t>(kGemmWorkspaceBytes);
+}
+
+std::vector<GemmAlgorithm> GemmPlanner::all_candidates(const Plan& plan,
+                                                       const GemmShape& shape) const {
+  std::vector<GemmAlgorithm> all = suggestions(plan, shape, kMostSuggestions);
+  const std::vector<GemmAlgorithm> more = explored(plan, shape);
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
 }
 
 bool GemmPlanner::has_unsettled() const {
@@ -228,7 +321,7 @@ void GemmPlanner::settle() {
 }
 
 GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
-  const std::vector<GemmAlgorithm> candidates = suggestions(plan, shape, kMostCandidates);
+  std::vector<GemmAlgorithm> candidates = all_candidates(plan, shape);
   if (candidates.size() == 1) return candidates[0];
   const int64_t element_bytes = shape.out == CUDA_R_16BF ? 2 : 4;
   const int64_t a_bytes = aligned(2 * shape.m * shape.k), b_bytes = aligned(2 * shape.n * shape.k);
@@ -255,16 +348,36 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     char* const d = b + b_bytes;
     launch(plan, shape, candidates[candidate], d, a, b, d, &constants_[1]);
   };
+  candidates = best_at_first_look(stream_, std::move(candidates), multiply);
   std::vector<float> times_ms = times_in_turn(stream_, candidates.size(), multiply);
   const float least_ms = *std::min_element(times_ms.begin(), times_ms.end());
-  std::vector<size_t> contenders = {0};
-  for (size_t i = 1; i < candidates.size(); ++i)
+  std::vector<size_t> contenders;  // the fastest first
+  for (size_t i = 0; i < candidates.size(); ++i)
     if (times_ms[i] <= kContender * least_ms) contenders.push_back(i);
-  if (least_ms >= kLong_ms) times_ms = times_alone(stream_, contenders, times_ms, multiply);
-  const size_t best =
-      *std::min_element(contenders.begin(), contenders.end(),
-                        [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; });
-  return candidates[times_ms[best] > kWorthwhile * times_ms[0] ? 0 : best];
+  const auto faster = [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; };
+  std::sort(contenders.begin(), contenders.end(), faster);
+  if (least_ms >= kLong_ms) {
+    contenders.resize(std::min(contenders.size(), kMostAlone));
+    if (std::find(contenders.begin(), contenders.end(), 0) == contenders.end())
+      contenders.push_back(0);
+    times_ms = times_alone(stream_, contenders, times_ms, multiply);
+    std::sort(contenders.begin(), contenders.end(), faster);
+  }
+  const auto result = [&](size_t candidate) {
+    turn = 0;
+    char* const d = static_cast<char*>(memory->data()) + a_bytes + b_bytes;
+    BBB_CUDA(
+        cudaMemsetAsync(d, 0, static_cast<size_t>(element_bytes * shape.m * shape.n), stream_));
+    multiply(candidate);
+    return both_ends(stream_, d, shape);
+  };
+  for (size_t i : contenders) {
+    if (i == 0 || times_ms[i] > kWorthwhile * times_ms[0]) break;
+    if (agree(result(i), result(0), shape.out)) return candidates[i];
+    say(cat("matrix products: ", to_string(shape), ": the algorithm ", to_text(candidates[i]),
+            " is left out: it does not give what the library's first suggestion gives"));
+  }
+  return candidates[0];
 }
 
 // A stretch of normals, repeated. Two of them read as one F32 are a finite value too.

@@ -1,0 +1,113 @@
+// Algorithms that the library has but does not suggest: its kernels by tile, cluster and variant.
+//
+// A product is as many tiles as cover D, worked on in waves of one a multiprocessor. Where the last
+// wave is nearly full and a tile is large, so that an operand that was fetched meets many others,
+// less time and less energy goes into it. The library's suggestions are drawn from a few shapes of
+// tiles; for each product this looks through all that its kernels come in, best estimates first.
+// What an estimate is worth shows in the timing that follows (gemm_tuning.cpp).
+#ifdef BBB_HAS_CUDA
+#include <algorithm>
+
+#include "cuda/cuda_backend.h"
+#include "cuda/gemm.h"
+
+namespace bbb::cuda {
+namespace {
+
+constexpr size_t kTiles = 20;  // with the best estimates: these are looked at
+
+// Rows and columns of D, column-major.
+struct Tile {
+  int m, n;
+  cublasLtMatmulTile_t id;
+};
+
+#define BBB_TILE(m, n) \
+  Tile { m, n, CUBLASLT_MATMUL_TILE_##m##x##n }
+// Two warpgroups of 128 threads hold a tile's sums in registers, which bounds its area; one side is
+// a whole number of their 64 rows, the other any multiple of 8.
+constexpr Tile kShapes[] = {
+    BBB_TILE(128, 128), BBB_TILE(128, 136), BBB_TILE(128, 144), BBB_TILE(128, 152),
+    BBB_TILE(128, 160), BBB_TILE(128, 168), BBB_TILE(128, 176), BBB_TILE(128, 184),
+    BBB_TILE(128, 192), BBB_TILE(128, 200), BBB_TILE(128, 208), BBB_TILE(128, 216),
+    BBB_TILE(128, 224), BBB_TILE(128, 232), BBB_TILE(128, 240), BBB_TILE(128, 248),
+    BBB_TILE(128, 256), BBB_TILE(128, 272), BBB_TILE(128, 288), BBB_TILE(128, 304),
+    BBB_TILE(128, 320), BBB_TILE(128, 336), BBB_TILE(192, 96),  BBB_TILE(192, 112),
+    BBB_TILE(192, 128), BBB_TILE(192, 144), BBB_TILE(192, 160), BBB_TILE(192, 176),
+    BBB_TILE(192, 192), BBB_TILE(192, 208), BBB_TILE(192, 224), BBB_TILE(256, 64),
+    BBB_TILE(256, 72),  BBB_TILE(256, 80),  BBB_TILE(256, 88),  BBB_TILE(256, 96),
+    BBB_TILE(256, 104), BBB_TILE(256, 112), BBB_TILE(256, 120), BBB_TILE(256, 128),
+    BBB_TILE(256, 136), BBB_TILE(256, 144), BBB_TILE(256, 152), BBB_TILE(256, 160),
+    BBB_TILE(256, 168), BBB_TILE(320, 64),  BBB_TILE(320, 80),  BBB_TILE(320, 96),
+    BBB_TILE(320, 112), BBB_TILE(320, 128), BBB_TILE(136, 128), BBB_TILE(144, 128),
+    BBB_TILE(152, 128), BBB_TILE(160, 128), BBB_TILE(168, 128), BBB_TILE(176, 128),
+    BBB_TILE(184, 128), BBB_TILE(200, 128), BBB_TILE(208, 128), BBB_TILE(216, 128),
+    BBB_TILE(224, 128), BBB_TILE(232, 128), BBB_TILE(240, 128), BBB_TILE(248, 128),
+    BBB_TILE(272, 128), BBB_TILE(288, 128), BBB_TILE(304, 128), BBB_TILE(336, 128),
+    BBB_TILE(96, 192),  BBB_TILE(112, 192), BBB_TILE(128, 192), BBB_TILE(144, 192),
+    BBB_TILE(160, 192), BBB_TILE(176, 192), BBB_TILE(208, 192), BBB_TILE(224, 192),
+    BBB_TILE(64, 256),  BBB_TILE(80, 256),  BBB_TILE(96, 256),  BBB_TILE(112, 256),
+    BBB_TILE(136, 256), BBB_TILE(144, 256), BBB_TILE(152, 256), BBB_TILE(160, 256),
+    BBB_TILE(168, 256), BBB_TILE(96, 320),  BBB_TILE(112, 320)};
+#undef BBB_TILE
+constexpr cublasLtClusterShape_t kClusters[] = {CUBLASLT_CLUSTER_SHAPE_2x1x1,
+                                                CUBLASLT_CLUSTER_SHAPE_1x2x1};
+
+// Proportional to the time of all waves; a multiply-add's share of the fetching falls with the
+// tile's sides.
+double estimate(const Tile& tile, const GemmShape& shape, int processors) {
+  const int64_t tiles = ((shape.m + tile.m - 1) / tile.m) * ((shape.n + tile.n - 1) / tile.n);
+  const double waves = static_cast<double>((tiles + processors - 1) / processors);
+  const double area = static_cast<double>(tile.m * tile.n);
+  constexpr double kFetch = 32;
+  return waves * area * (1 + kFetch / tile.m + kFetch / tile.n);
+}
+
+template <typename T>
+bool set(GemmAlgorithm& algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute, T value) {
+  return cublasLtMatmulAlgoConfigSetAttribute(&algorithm, attribute, &value, sizeof value) ==
+         CUBLAS_STATUS_SUCCESS;
+}
+
+// The greatest number of a kernel family's variants; 0 where it says nothing.
+int last_variant(const GemmAlgorithm& algorithm) {
+  int last = 0;
+  size_t written = 0;
+  if (cublasLtMatmulAlgoCapGetAttribute(&algorithm, CUBLASLT_ALGO_CAP_CUSTOM_OPTION_MAX, &last,
+                                        sizeof last, &written) != CUBLAS_STATUS_SUCCESS)
+    return 0;
+  return last;
+}
+
+}  // namespace
+
+std::vector<GemmAlgorithm> GemmPlanner::explored(const Plan& plan, const GemmShape& shape) const {
+  int device = 0, processors = 0;
+  BBB_CUDA(cudaGetDevice(&device));
+  BBB_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  std::vector<Tile> tiles(std::begin(kShapes), std::end(kShapes));
+  const auto better = [&](const Tile& a, const Tile& b) {
+    return estimate(a, shape, processors) < estimate(b, shape, processors);
+  };
+  std::partial_sort(tiles.begin(), tiles.begin() + kTiles, tiles.end(), better);
+  tiles.resize(kTiles);
+
+  // Of the first suggestion's family, whose other attributes stay as they are.
+  const int variants = last_variant(plan.algorithm);
+  std::vector<GemmAlgorithm> found;
+  for (const Tile& tile : tiles)
+    for (const cublasLtClusterShape_t cluster : kClusters)
+      for (int variant = 0; variant <= variants; ++variant) {
+        GemmAlgorithm algorithm = plan.algorithm;
+        cublasLtMatmulHeuristicResult_t needs{};
+        if (set(algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID, static_cast<uint32_t>(tile.id)) &&
+            set(algorithm, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, static_cast<uint16_t>(cluster)) &&
+            set(algorithm, CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, static_cast<uint32_t>(variant)) &&
+            runs(plan, algorithm, needs))
+          found.push_back(algorithm);
+      }
+  return found;
+}
+
+}  // namespace bbb::cuda
+#endif
