@@ -115,7 +115,7 @@ std::vector<GemmAlgorithm> best_at_first_look(cudaStream_t stream,
   };
   for (int look = 0; look < kLooks; ++look)
     for (size_t i = 0; i < candidates.size(); ++i) {
-      if (look == 0 && !starts(i)) refused[i] = true;
+      if (look == 0 && i > 0) refused[i] = !starts(i);
       if (refused[i]) continue;
       BBB_CUDA(cudaEventRecord(begin.get(), stream));
       multiply(i);
