@@ -99,7 +99,7 @@ float elapsed_ms(const EventHandle& begin, const EventHandle& end) {
 // The first candidate and those that take least among the others, each run by itself. One that the
 // library has checked may still be refused when it is to start: it is left out.
 std::vector<GemmAlgorithm> best_at_first_look(cudaStream_t stream,
-                                              std::vector<GemmAlgorithm> candidates,
+                                              const std::vector<GemmAlgorithm>& candidates,
                                               const Multiply& multiply) {
   if (candidates.size() <= kMostInTurn) return candidates;
   const EventHandle begin = make_event(cudaEventDefault), end = make_event(cudaEventDefault);
@@ -348,7 +348,7 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     char* const d = b + b_bytes;
     launch(plan, shape, candidates[candidate], d, a, b, d, &constants_[1]);
   };
-  candidates = best_at_first_look(stream_, std::move(candidates), multiply);
+  candidates = best_at_first_look(stream_, candidates, multiply);
   std::vector<float> times_ms = times_in_turn(stream_, candidates.size(), multiply);
   const float least_ms = *std::min_element(times_ms.begin(), times_ms.end());
   std::vector<size_t> contenders;  // the fastest first
