@@ -205,35 +205,26 @@ Var swiglu(Tape& tape, const Var& gate, const Var& up) {
   return out;
 }
 
-Var rope(Tape& tape, const Var& x, const Tensor& inv_freq, const Tensor& start) {
+Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,
+              const AttentionSpec& spec) {
   Backend& backend = tape.backend();
-  backend.rope(x.value(), inv_freq, start, Rotation::Forward);
-  Var out = tape.output(x.value(), {x});
-  if (!out.requires_grad()) return out;
-  // A rotation's transpose is its inverse: the gradient turns back in its own buffer.
-  tape.record([&backend, x = x.gradient_only(), inv_freq, start, out = out.gradient_only()] {
-    if (!out.has_grad()) return;
-    backend.rope(out.grad(), inv_freq, start, Rotation::Inverse);
-    x.give_grad(backend, out.grad());
-  });
-  return out;
-}
-
-Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSpec& spec) {
-  Backend& backend = tape.backend();
+  if (inv_freq.defined()) {
+    backend.rope(q.value(), inv_freq, Tensor(), Rotation::Forward);
+    backend.rope(k.value(), inv_freq, Tensor(), Rotation::Forward);
+  }
   const Shape& shape = q.value().shape();  // (B, T, H, d)
   Tensor o = backend.empty(shape, backend.act());
   Tensor lse = backend.empty({shape[0], shape[2], shape[1]}, backend.real());
   backend.attention(o, lse, q.value(), k.value(), v.value(), spec);
   Var out = tape.output(o, {q, k, v});
   if (!out.requires_grad()) return out;
-  tape.record([&backend, q, k, v, o, lse, spec, out = out.gradient_only()] {
+  tape.record([&backend, q, k, v, o, lse, inv_freq, spec, out = out.gradient_only()] {
     if (!out.has_grad()) return;
     Tensor dq = backend.empty(q.value().shape(), backend.act());
     Tensor dk = backend.empty(k.value().shape(), backend.act());
     Tensor dv = backend.empty(v.value().shape(), backend.act());
     backend.attention_backward(dq, dk, dv, out.grad(), q.value(), k.value(), v.value(), o, lse,
-                               spec);
+                               inv_freq, spec);
     q.give_grad(backend, dq);
     k.give_grad(backend, dk);
     v.give_grad(backend, dv);

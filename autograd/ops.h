@@ -15,10 +15,10 @@ Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Va
 // x (..., D), w real (D).
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
 Var swiglu(Tape& tape, const Var& gate, const Var& up);
-// x (B, T, H, d); rotates x's own buffer: x must not be used again.
-Var rope(Tape& tape, const Var& x, const Tensor& inv_freq, const Tensor& start);
-// q (B, T, H, d), k and v (B, T, K, d).
-Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSpec& spec);
+// q (B, T, H, d), k and v (B, T, K, d). inv_freq: undefined, or F32 (d/2): attention of q and k
+// rotated by their positions, in their own buffers: neither must be used again.
+Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,
+              const AttentionSpec& spec);
 Var add(Tape& tape, const Var& a, const Var& b);
 // Same elements, other shape.
 Var reshape(Tape& tape, const Var& x, engine::Shape shape);

@@ -80,7 +80,7 @@ void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int6
 // Rows x of one side of the backward pass stay, rows y of the other stream past them.
 enum class Side { Keys, Queries };
 
-constexpr int kTermRows = 128;  // lse2 and delta are padded to a multiple
+constexpr int kTermRows = 128;  // lse2, delta and rotations are padded to a multiple
 
 struct BackwardArgs {
   __nv_bfloat16* dx1;  // dk or dq
@@ -89,6 +89,8 @@ struct BackwardArgs {
   const __nv_bfloat16 *q, *k, *v, *dout;
   const float* lse2;   // (B, H, t_pad): log2 sum exp; infinite from T on, so that p is 0 there
   const float* delta;  // (B, H, t_pad): rowsum(dout o); 0 from T on
+  // (t_pad, d/2): what dx1's pairs (i, i + d/2) turn by before they are rounded; null: not at all.
+  const float2* rotations;
   int batch, t, t_pad, heads, kv_heads;
   int heads_per_item;  // query heads that an item of the Keys side sums over
   int window;

@@ -4,6 +4,10 @@
 //     ds = p (dp - delta)                      dv = p^T dout
 //     dq = ds k / sqrt(d)                      dk = ds^T q / sqrt(d)
 //
+// Where q and k are rotated ones, dq and dk turn back in the registers that summed them, before
+// they are rounded: the pair (a, b) = (x[i], x[i + d/2]) becomes a cos + b sin, b cos - a sin with
+// the angles of cuda/rope.cu, whose sines and cosines a kernel writes to a table first.
+//
 // Shapes: q, o, dout, dq (B, T, H, d); k, v, dk, dv (B, T, K, d); lse, delta F32 (B, H, T).
 // Scores are computed twice, once for dq and once for dk and dv: seven products instead of five, in
 // exchange for no partial dq in memory. Both passes are one kernel seen from two sides. A block
@@ -20,6 +24,7 @@
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
+#include "cuda/rotation.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {
@@ -70,6 +75,13 @@ __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restri
     lse2[at] = inside ? lse[(int64_t{b} * heads + h) * t + position] * kLog2E : INFINITY;
     delta[at] = sum;
   }
+}
+
+// rotations (count / half, half): by what the gradients of every position turn back.
+__global__ void rotations_kernel(float2* __restrict__ rotations, const float* __restrict__ inv_freq,
+                                 int64_t count, int64_t half) {
+  const int64_t i = first_element<1>();
+  if (i < count) rotations[i] = rotation(i / half, inv_freq[i % half], -1.0f);
 }
 
 template <int D, Side kSide>
@@ -284,6 +296,12 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     }
   }
 
+  if (args.rotations != nullptr) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+      turn_accumulator<D>(dx1[m], args.rotations, warp_x0 + m * 16 + g, pair);
+  }
+
   if (kKeys && args.partial != nullptr) {
     const int64_t size = int64_t{order.heads} / head_sets * args.t * x_stride;
     float* target = args.partial + head0 % group * 2 * size + x_offset;
@@ -344,7 +362,7 @@ __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
 void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                         const Tensor& dout, const Tensor& q, const Tensor& k,
                                         const Tensor& v, const Tensor& o, const Tensor& lse,
-                                        const AttentionSpec& spec) {
+                                        const Tensor& inv_freq, const AttentionSpec& spec) {
   const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
   const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k.dim(2));
   if (q.numel() == 0) return;
@@ -357,6 +375,9 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   const int t_pad = ceil_div(t, kTermRows) * kTermRows;
   const int64_t terms = int64_t{batch} * heads * t_pad;
   const Tensor lse2 = scratch(terms * int64_t{sizeof(float)}), delta = scratch(lse2.bytes());
+  const int64_t rotations_count = inv_freq.defined() ? t_pad * inv_freq.numel() : 0;
+  const Tensor rotations =
+      inv_freq.defined() ? scratch(rotations_count * int64_t{sizeof(float2)}) : Tensor();
   const Tensor partial = split ? scratch(group * 2 * k.numel() * int64_t{sizeof(float)}) : Tensor();
   BackwardArgs args{.dx1 = bf16_of(dk),
                     .dx2 = bf16_of(dv),
@@ -367,6 +388,7 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
                     .dout = bf16_of(dout),
                     .lse2 = static_cast<const float*>(lse2.raw()),
                     .delta = static_cast<const float*>(delta.raw()),
+                    .rotations = static_cast<const float2*>(rotations.raw()),
                     .batch = batch,
                     .t = t,
                     .t_pad = t_pad,
@@ -374,6 +396,12 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
                     .kv_heads = kv_heads,
                     .heads_per_item = split ? 1 : group,
                     .window = window_of(spec.window)};
+  if (inv_freq.defined()) {
+    constexpr int kRotationThreads = 256;
+    launch(stream_, {blocks_for(rotations_count, kRotationThreads, 1), kRotationThreads},
+           rotations_kernel, static_cast<float2*>(rotations.raw()), inv_freq.data<float>(),
+           rotations_count, inv_freq.numel());
+  }
   const Tensor queue = scratch(sizeof(unsigned));
   const auto run_side = [&](auto size, auto side) {
     constexpr int D = size;

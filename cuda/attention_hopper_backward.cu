@@ -10,10 +10,13 @@
 // that p and ds rounded to bf16 are, in the registers where they are, the A operands of the sums.
 // One resident block an SM takes items from a queue; the first warpgroup's first thread copies.
 // While one warpgroup turns scores into ds the other's products run.
+// Where gradients turn back by rotary positions, dx1 does so in its registers, in which columns c
+// and c + d/2 are of one lane; an item reads its rows of the table from the L2 cache once.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
+#include "cuda/rotation.h"
 #include "quant/launch.h"
 
 namespace bbb::cuda {
@@ -304,6 +307,9 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       if constexpr (kKeys) accumulator_fence(dx2);
       release(left);
     }
+
+    if (args.rotations != nullptr)
+      turn_accumulator<D>(dx1, args.rotations, own_x0 + local_row, pair);
 
     if (kKeys && args.partial != nullptr) {
       const int64_t x_stride = int64_t{args.kv_heads} * D;

@@ -111,7 +111,7 @@ class CudaBackend final : public engine::Backend {
                     const Tensor& v, const AttentionSpec& spec) override;
   void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                              const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const Tensor& o, const Tensor& lse,
+                             const Tensor& o, const Tensor& lse, const Tensor& inv_freq,
                              const AttentionSpec& spec) override;
   void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                     const Tensor& start) override;

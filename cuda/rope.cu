@@ -4,10 +4,10 @@
 // x bf16 (B, T, H, d); inv_freq F32 (d/2); start I32 (1) or nullptr for 0.
 //
 // A block takes kTokens tokens: its threads first compute the sines of each (token, i) into shared
-// memory, then walk the pairs of all heads, up to eight neighbouring pairs a thread and step. The
-// angle is one FP32 product and sincosf reduces it fully, so that long contexts keep their phase.
+// memory, then walk the pairs of all heads, up to eight neighbouring pairs a thread and step.
 // 4 bytes moved an element.
 #include "cuda/cuda_backend.h"
+#include "cuda/rotation.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {
@@ -21,15 +21,13 @@ template <int kWidth>
 __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_freq,
                             const int32_t* __restrict__ start, int64_t tokens, int64_t t_count,
                             int64_t heads, int64_t half, float sign) {
-  extern __shared__ float2 rotation[];  // (kTokens, d/2): cos, sin
+  extern __shared__ float2 rotations[];  // (kTokens, d/2)
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int64_t count = min(kTokens, tokens - first);
   const int64_t begin = start == nullptr ? 0 : start[0];
   for (int64_t j = threadIdx.x; j < count * half; j += kThreads) {
     const int64_t position = begin + (first + j / half) % t_count;
-    float sine, cosine;
-    sincosf(static_cast<float>(position) * inv_freq[j % half], &sine, &cosine);
-    rotation[j] = make_float2(cosine, sign * sine);
+    rotations[j] = rotation(position, inv_freq[j % half], sign);
   }
   __syncthreads();
 
@@ -38,17 +36,12 @@ __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_
     const int64_t i = j % chunks * kWidth;
     const int64_t row = j / chunks;  // (token, head)
     bf16* const low = x + (first * heads + row) * 2 * half + i;
-    const float2* const turn = rotation + row / heads * half + i;
+    const float2* const r = rotations + row / heads * half + i;
     float a[kWidth], b[kWidth];
     load(a, low, kWidth);
     load(b, low + half, kWidth);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const float2 r = turn[k];
-      const float rotated = a[k] * r.x - b[k] * r.y;
-      b[k] = b[k] * r.x + a[k] * r.y;
-      a[k] = rotated;
-    }
+    for (int k = 0; k < kWidth; ++k) turn(a[k], b[k], r[k]);
     store(low, a, kWidth);
     store(low + half, b, kWidth);
   }

@@ -132,6 +132,12 @@ class Op {
     BBB_CHECK(spec.window >= 0, name_, ": window must not be negative, got ", spec.window);
   }
 
+  // The frequencies of the pairs (i, i + d/2) of x (B, T, H, d).
+  void pairs(const Tensor& x, const Tensor& inv_freq) const {
+    BBB_CHECK(x.dim(3) % 2 == 0, name_, ": ", to_string(x.shape()), " has an odd head dimension");
+    is("inv_freq", inv_freq, DType::F32, {x.dim(3) / 2});
+  }
+
   void packed(const PackedWeight& w) const {
     grid(w.spec, w.k);
     const int64_t groups = w.k / w.spec.group, bits = w.spec.bits;
@@ -340,8 +346,7 @@ void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
   const Op op(*this, "rope");
   op.rank("x", x, 4);
   op.dtype("x", x, act());
-  BBB_CHECK(x.dim(3) % 2 == 0, "rope: x ", to_string(x.shape()), " has an odd head dimension");
-  op.is("inv_freq", inv_freq, DType::F32, {x.dim(3) / 2});
+  op.pairs(x, inv_freq);
   op.is_or_undefined("start", start, DType::I32, {1});
   do_rope(x, inv_freq, start, direction);
 }
@@ -369,7 +374,7 @@ void Backend::attention(const Tensor& o, const Tensor& lse, const Tensor& q, con
 void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                  const Tensor& dout, const Tensor& q, const Tensor& k,
                                  const Tensor& v, const Tensor& o, const Tensor& lse,
-                                 const AttentionSpec& spec) {
+                                 const Tensor& inv_freq, const AttentionSpec& spec) {
   const Op op(*this, "attention_backward");
   op.heads(q, k, v, spec);
   op.is("k", k, act(), {q.dim(0), q.dim(1), k.dim(2), q.dim(3)});
@@ -379,7 +384,8 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
   op.like("dout", dout, act(), q.shape());
   op.like("o", o, act(), q.shape());
   op.is("lse", lse, real(), {q.dim(0), q.dim(2), q.dim(1)});
-  do_attention_backward(dq, dk, dv, dout, q, k, v, o, lse, spec);
+  if (inv_freq.defined()) op.pairs(q, inv_freq);
+  do_attention_backward(dq, dk, dv, dout, q, k, v, o, lse, inv_freq, spec);
 }
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,

@@ -201,10 +201,12 @@ class Backend {
   // k, v act (B, T, K, d).
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
-  // All three gradients, overwritten. Deterministic.
+  // All three gradients, overwritten. Deterministic. inv_freq: undefined, or F32 (d/2): q and k are
+  // what rope made of some q' and k' with it, position t of each from 0, and dq and dk come out as
+  // the gradients of those: turned back before they are rounded.
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
-                          const Tensor& lse, const AttentionSpec& spec);
+                          const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
   // the device.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
@@ -332,7 +334,7 @@ class Backend {
   virtual void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                      const Tensor& dout, const Tensor& q, const Tensor& k,
                                      const Tensor& v, const Tensor& o, const Tensor& lse,
-                                     const AttentionSpec& spec) = 0;
+                                     const Tensor& inv_freq, const AttentionSpec& spec) = 0;
   virtual void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                             const Tensor& v, const Tensor& start) = 0;
   virtual void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,

@@ -81,7 +81,6 @@ std::vector<QuantLinear*> LlamaBlock::linears() {
 
 Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
-  const Tensor start = kv ? kv->start : Tensor();
   const engine::AttentionSpec spec{config_.sliding_window};
 
   norm_through_products_ = tape.recording() && !x.requires_grad() && input_norm_.parameter;
@@ -90,19 +89,21 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const auto heads = [&](QuantLinear& linear, int64_t count) {
     return reshape(tape, linear.forward(tape, h, Var()), {b, t, count, d});
   };
-  const Var q = rope(tape, heads(q_, config_.heads), inv_freq_, start);
-  const Var k = rope(tape, heads(k_, config_.kv_heads), inv_freq_, start);
+  const Var q = heads(q_, config_.heads);
+  const Var k = heads(k_, config_.kv_heads);
   const Var v = heads(v_, config_.kv_heads);
   h = Var();
 
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
-    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), start);
+    for (const Var* turned : {&q, &k})
+      backend_.rope(turned->value(), inv_freq_, kv->start, engine::Rotation::Forward);
+    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
-    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], start, spec);
+    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec);
   } else {
-    out = attention(tape, q, k, v, spec);
+    out = attention(tape, q, k, v, inv_freq_, spec);
   }
   return o_.forward(tape, reshape(tape, out, {b, t, config_.heads * d}), x);
 }

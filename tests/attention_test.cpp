@@ -30,20 +30,25 @@ struct Inputs {
   std::vector<double> q, k, v, dout;
 };
 
+// Whether q and k are taken for rotated ones, and their gradients turned back.
+enum class Positions { None, Rotary };
+
 struct Results {
   std::vector<double> o, lse, dq, dk, dv;
 };
 
-Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in) {
+Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in,
+            Positions positions = Positions::None) {
   const Shape queries = {c.b, c.t, c.h, d}, keys = {c.b, c.t, c.k, d};
   const AttentionSpec spec{c.window};
+  const Tensor inv_freq = positions == Positions::Rotary ? frequencies(b, d) : Tensor();
   const Tensor q = make(b, queries, b.act(), in.q), k = make(b, keys, b.act(), in.k);
   const Tensor v = make(b, keys, b.act(), in.v), dout = make(b, queries, b.act(), in.dout);
   const Guarded o(b, queries, b.act()), lse(b, {c.b, c.h, c.t}, b.real());
   const Guarded dq(b, queries, b.act()), dk(b, keys, b.act()), dv(b, keys, b.act());
   b.attention(o.tensor(), lse.tensor(), q, k, v, spec);
   b.attention_backward(dq.tensor(), dk.tensor(), dv.tensor(), dout, q, k, v, o.tensor(),
-                       lse.tensor(), spec);
+                       lse.tensor(), inv_freq, spec);
   for (const Guarded* output : {&o, &lse, &dq, &dk, &dv}) CHECK(output->untouched());
   return {values_of(b, o.tensor()), values_of(b, lse.tensor()), values_of(b, dq.tensor()),
           values_of(b, dk.tensor()), values_of(b, dv.tensor())};
@@ -53,16 +58,19 @@ Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in) {
 // 2048 terms lie far below their bound.
 double forward_tolerance() { return act_epsilon() + 64 * real_epsilon(); }
 
-// Of the gradients: their own rounding, that of p or ds, and that of o inside delta.
-double backward_tolerance() { return 2 * act_epsilon() + 128 * real_epsilon(); }
+// Of the gradients: their own rounding, that of p or ds, and that of o inside delta; and that of
+// the angles by which they turn, one FP32 product off by an epsilon of the position.
+double backward_tolerance(const AttentionCase& c) {
+  return 2 * act_epsilon() + real_epsilon() * (128 + static_cast<double>(c.t));
+}
 
 void check(const Results& got, const Results& expected, const AttentionCase& c, int64_t d) {
   CHECK(relative_error(got.o, expected.o) <= forward_tolerance());
   CHECK(relative_error(got.lse, expected.lse) <= 64 * real_epsilon());
-  CHECK(relative_error(got.dv, expected.dv) <= backward_tolerance());
+  CHECK(relative_error(got.dv, expected.dv) <= backward_tolerance(c));
   if (c.t > 1 && c.window != 1) {
-    CHECK(relative_error(got.dq, expected.dq) <= backward_tolerance());
-    CHECK(relative_error(got.dk, expected.dk) <= backward_tolerance());
+    CHECK(relative_error(got.dq, expected.dq) <= backward_tolerance(c));
+    CHECK(relative_error(got.dk, expected.dk) <= backward_tolerance(c));
     return;
   }
   // A lone key: ds = dp - delta is 0 but for the order of two sums of d terms.
@@ -78,7 +86,10 @@ void check(const Results& got, const Results& expected, const AttentionCase& c, 
 void check_case(const AttentionCase& c, int64_t d) {
   CAPTURE(c.b, c.t, c.h, c.k, c.window, d);
   const Inputs in(c, d);
-  check(run(backend(), c, d, in), run(oracle_f64(), c, d, in), c, d);
+  for (const Positions positions : {Positions::None, Positions::Rotary}) {
+    CAPTURE(positions == Positions::Rotary);
+    check(run(backend(), c, d, in, positions), run(oracle_f64(), c, d, in, positions), c, d);
+  }
 }
 
 }  // namespace
@@ -109,13 +120,44 @@ TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", 
 TEST_CASE("attention gives the same bytes twice", "[attention]") {
   for (const AttentionCase& c : {AttentionCase{2, 200, 4, 2, 0}, AttentionCase{1, 300, 9, 3, 17}}) {
     const Inputs in(c, 64);
-    const Results first = run(backend(), c, 64, in), second = run(backend(), c, 64, in);
-    CHECK(first.o == second.o);
-    CHECK(first.lse == second.lse);
-    CHECK(first.dq == second.dq);
-    CHECK(first.dk == second.dk);
-    CHECK(first.dv == second.dv);
+    for (const Positions positions : {Positions::None, Positions::Rotary}) {
+      const Results first = run(backend(), c, 64, in, positions);
+      const Results second = run(backend(), c, 64, in, positions);
+      CHECK(first.o == second.o);
+      CHECK(first.lse == second.lse);
+      CHECK(first.dq == second.dq);
+      CHECK(first.dk == second.dk);
+      CHECK(first.dv == second.dv);
+    }
   }
+}
+
+TEST_CASE("attention of rotated q and k: the gradients turn back, v's stays", "[attention]") {
+  Backend& cpu = oracle_f64();
+  for (const AttentionCase& c : {AttentionCase{2, 65, 4, 2, 0}, AttentionCase{1, 200, 9, 3, 17}})
+    for (const int64_t d : {64, 96, 128}) {
+      CAPTURE(c.t, d);
+      const Inputs in(c, d);
+      const Results plain = run(backend(), c, d, in);
+      const Results turned = run(backend(), c, d, in, Positions::Rotary);
+      CHECK(turned.dv == plain.dv);
+      const auto turned_back = [&](const std::vector<double>& gradient, int64_t heads) {
+        const Tensor x = make(cpu, {c.b, c.t, heads, d}, DType::F64, gradient);
+        cpu.rope(x, frequencies(cpu, d), Tensor(), engine::Rotation::Inverse);
+        return values_of(cpu, x);
+      };
+      // Each side was rounded once, and the angles.
+      const double tolerance = act_epsilon() + real_epsilon() * (4 + static_cast<double>(c.t));
+      CHECK(relative_error(turned.dq, turned_back(plain.dq, c.h)) <= tolerance);
+      CHECK(relative_error(turned.dk, turned_back(plain.dk, c.k)) <= tolerance);
+      CHECK(relative_error(turned.dq, plain.dq) > 0.1);
+      CHECK(relative_error(turned.dk, plain.dk) > 0.1);
+      const Results exact = run(cpu, c, d, in),
+                    exact_turned = run(cpu, c, d, in, Positions::Rotary);
+      const double rounding = 4 * epsilon_of(DType::F64);
+      CHECK(relative_error(exact_turned.dq, turned_back(exact.dq, c.h)) <= rounding);
+      CHECK(relative_error(exact_turned.dk, turned_back(exact.dk, c.k)) <= rounding);
+    }
 }
 
 TEST_CASE("attention does not look ahead", "[attention]") {

@@ -145,25 +145,22 @@ TEST_CASE("rms_norm, swiglu, add, reshape: gradients", "[autograd]") {
                   });
 }
 
-TEST_CASE("rope: gradients, from a start position", "[autograd]") {
-  Rng rng(6);
-  check_gradients({random_input(rng, {2, 3, 2, 4})}, [](Tape& tape, const std::vector<Var>& in) {
-    Backend& cpu = oracle_f64();
-    const Tensor inv_freq = make(cpu, {2}, DType::F32, {1.0, 0.25});
-    const Tensor zero = cpu.zeros(in[0].value().shape(), DType::F64);
-    // rope turns its input in place: a copy of it.
-    return rope(tape, add(tape, in[0], Var(zero)), inv_freq, make_ids(cpu, {1}, {5}));
-  });
-}
-
-TEST_CASE("attention: gradients with grouped queries and a window", "[autograd]") {
+TEST_CASE("attention: gradients with grouped queries, a window and rotary positions",
+          "[autograd]") {
   Rng rng(8);
-  for (int64_t window : {0, 3})
-    check_gradients({random_input(rng, {2, 7, 4, 6}), random_input(rng, {2, 7, 2, 6}),
-                     random_input(rng, {2, 7, 2, 6})},
-                    [&](Tape& tape, const std::vector<Var>& in) {
-                      return attention(tape, in[0], in[1], in[2], {window});
-                    });
+  Backend& cpu = oracle_f64();
+  const Tensor frequencies = make(cpu, {3}, DType::F32, {1.0, 0.25, 0.0625});
+  for (const Tensor& inv_freq : {Tensor(), frequencies})
+    for (int64_t window : {0, 3})
+      check_gradients({random_input(rng, {2, 7, 4, 6}), random_input(rng, {2, 7, 2, 6}),
+                       random_input(rng, {2, 7, 2, 6})},
+                      [&](Tape& tape, const std::vector<Var>& in) {
+                        // q and k are turned in place: copies of them.
+                        const auto copy = [&](const Var& x) {
+                          return add(tape, x, Var(cpu.zeros(x.value().shape(), DType::F64)));
+                        };
+                        return attention(tape, copy(in[0]), copy(in[1]), in[2], inv_freq, {window});
+                      });
 }
 
 TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd]") {

@@ -134,6 +134,11 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.attention(a({1, 4, 2, 8}), r({1, 4, 2}), a({1, 4, 2, 8}), a({1, 4, 2, 8}),
                      a({1, 4, 2, 8}), {});
        }},
+      {"attention_backward", "inv_freq must be F32 (4)",
+       [&] {
+         const Tensor x = a({1, 4, 2, 8});
+         b.attention_backward(x, x, x, x, x, x, x, x, r({1, 2, 4}), r({8}), {});
+       }},
       {"append_kv", "(1, 9, 2, 4)",
        [&] {
          b.append_kv(a({1, 9, 2, 4}), a({1, 9, 2, 4}), a({1, 1, 2, 8}), a({1, 1, 2, 8}), i({1}));

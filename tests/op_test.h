@@ -21,6 +21,14 @@ inline std::vector<DType> gradient_dtypes() {
   return {backend().act(), backend().real()};
 }
 
+// inv_freq of a head of size d: F32, for the oracle too.
+inline Tensor frequencies(Backend& b, int64_t d) {
+  std::vector<double> f(static_cast<size_t>(d / 2));
+  for (size_t i = 0; i < f.size(); ++i)
+    f[i] = std::pow(1e4, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+  return make(b, {d / 2}, DType::F32, f);
+}
+
 inline double act_epsilon() { return epsilon_of(backend().act()); }
 inline double real_epsilon() { return epsilon_of(backend().real()); }
 

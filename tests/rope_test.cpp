@@ -16,21 +16,13 @@ struct RopeCase {
 const RopeCase kCases[] = {{1, 1, 1, 2},   {1, 1, 9, 64},  {2, 31, 3, 6},
                            {1, 33, 4, 64}, {3, 5, 2, 256}, {1, 130, 1, 16}};
 
-std::vector<double> frequencies(int64_t d) {
-  std::vector<double> f(static_cast<size_t>(d / 2));
-  for (size_t i = 0; i < f.size(); ++i)  // as F32 holds them, the oracle too
-    f[i] =
-        static_cast<float>(std::pow(1e4, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
-  return f;
-}
-
 // `start` negative: undefined.
 std::vector<double> run(Backend& b, const RopeCase& c, const std::vector<double>& values, int start,
                         Rotation direction) {
   const Guarded x(b, {c.b, c.t, c.h, c.d}, b.act());
   b.copy(x.tensor(), make(b, {c.b, c.t, c.h, c.d}, b.act(), values));
-  b.rope(x.tensor(), make(b, {c.d / 2}, DType::F32, frequencies(c.d)),
-         start < 0 ? Tensor() : make_ids(b, {1}, {start}), direction);
+  b.rope(x.tensor(), frequencies(b, c.d), start < 0 ? Tensor() : make_ids(b, {1}, {start}),
+         direction);
   CHECK(x.untouched());
   return values_of(b, x.tensor());
 }

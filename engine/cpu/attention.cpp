@@ -8,7 +8,8 @@
 // corner that causality and the window hide is set to zero after the exponential.
 //
 // Backward: a task owns one kv-head of one batch row, and with it dk and dv; it walks the group's
-// query heads and their blocks in order, so every sum has one order.
+// query heads and their blocks in order, so every sum has one order. Gradients of rotated q and k
+// are turned back at the end, in place.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -91,7 +92,7 @@ template <typename T>
 void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                           const Tensor& dout, const Tensor& q, const Tensor& k,
                                           const Tensor& v, const Tensor& o, const Tensor& lse,
-                                          const AttentionSpec& spec) {
+                                          const Tensor& inv_freq, const AttentionSpec& spec) {
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t kv_heads = k.dim(2), group = heads / kv_heads, ldq = heads * d, ldk = kv_heads * d;
   const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(d)));
@@ -140,6 +141,10 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
                   data(dq) + at_q, ldq);
       }
   });
+  if (!inv_freq.defined()) return;
+  // dk is whole only here. A gradient is kept as it is summed: turning it rounds nothing twice.
+  for (const Tensor* gradient : {&dq, &dk})
+    do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse);
 }
 
 template <typename T>
@@ -196,7 +201,7 @@ BBB_CPU_INSTANTIATE(do_attention, const Tensor&, const Tensor&, const Tensor&, c
                     const Tensor&, const AttentionSpec&);
 BBB_CPU_INSTANTIATE(do_attention_backward, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AttentionSpec&);
+                    const Tensor&, const Tensor&, const AttentionSpec&);
 BBB_CPU_INSTANTIATE(do_append_kv, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&);
 BBB_CPU_INSTANTIATE(do_attention_cached, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
