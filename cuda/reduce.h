@@ -55,7 +55,7 @@ __device__ inline float chunk_sum(const float* __restrict__ partials, int64_t ch
   const int64_t c = int64_t{blockIdx.x} * 32 + lane;
   float sum = 0.0f;
   if (c < d) {
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t k = warp; k < chunks; k += kWarps) sum += partials[k * d + c];
   }
   sums[warp][lane] = sum;

@@ -1,11 +1,14 @@
 // r = 1 / sqrt(mean(x^2) + eps);  y = x r w.   x, y bf16 (M, D); r F32 (M), saved; w F32 (D).
 // Backward: dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r.   dw bf16 or F32 (D).
 //
-// Rows: a warp each up to kWarpColumns columns, else a block each; two passes over the row, the
-// second out of the cache. Backward, a block walks through a chunk of rows and keeps its share of
-// dw in shared memory, a sum for every warp that has rows of its own; a second kernel adds the
-// blocks' partial sums in order. Chunks depend on the shape alone, so that runs repeat on any GPU.
-// 4 bytes moved an element forward, 6 backward.
+// A block walks through a chunk of rows; chunks depend on the shape alone, so that runs repeat on
+// any GPU. Up to kMaxColumns columns a thread keeps its columns of a row in registers, the same
+// ones of every row, and with them w and its share of dw. A row takes as many warps as it fills,
+// and a block of narrow rows takes several at once. The next row is under way while one is summed,
+// so that the memory never waits for a sum. Wider rows, and those that do not split into 16 bytes,
+// are walked twice, the second time out of the cache, with dw in shared memory. dw is a partial sum
+// a block; a second kernel adds those in order. Bytes moved an element: 4 forward; 6 backward, 8
+// where it adds to dx.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
@@ -15,35 +18,230 @@ namespace {
 
 constexpr int kThreads = kSumThreads;
 constexpr int kWide = 8;
-constexpr int64_t kWarpColumns = 2048;
-constexpr int64_t kMinChunkRows = 8;
-constexpr int64_t kMaxChunks = 512;  // enough blocks to fill a GPU
+constexpr int64_t kWarpColumns = 32 * kWide;          // one piece a thread
+constexpr int64_t kNarrowColumns = 3 * kWarpColumns;  // up to here one piece a thread, then two
+constexpr int64_t kMaxColumns = 16 * 2 * kWarpColumns;
+constexpr int64_t kForwardChunks = 2048;
+constexpr int64_t kBackwardChunks = 512;  // fewer: each leaves a row of sums to add
+constexpr int64_t kMinChunkRows = 8;      // backward
 
-// Sum over the threads that share a row: a warp, or the whole block.
-template <int kRowThreads>
-__device__ float row_sum(float x) {
-  if constexpr (kRowThreads == 32) return warp_sum(x);
-  __shared__ float shared[32];
-  return block_sum(x, shared);
+using Piece = uint4;  // kWide bf16, kept packed: half the registers
+static_assert(sizeof(Piece) == kWide * sizeof(bf16));
+
+__device__ void unpack(float (&x)[kWide], const Piece& piece) {
+  const unsigned pairs[kWide / 2] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < kWide / 2; ++i) {
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
 }
 
-template <int kRowThreads, int kWidth>
-__global__ void rms_norm_kernel(bf16* __restrict__ y, float* __restrict__ inv_rms,
-                                const bf16* __restrict__ x, const float* __restrict__ w,
-                                int64_t rows, int64_t d, float eps) {
-  const int64_t m = int64_t{blockIdx.x} * (kThreads / kRowThreads) + threadIdx.x / kRowThreads;
-  if (m >= rows) return;  // whole warps leave, whole blocks never do
-  const int64_t begin = threadIdx.x % kRowThreads * kWidth;
+// How a thread of a block walks through the block's rows: turn by turn, several rows a turn, each
+// in row_warps neighbouring warps.
+template <int kPieces>
+class Walk {
+ public:
+  __device__ Walk(int64_t rows, int d, int row_warps, int64_t chunk_rows)
+      : d_(d),
+        row_warps_(row_warps),
+        at_once_(static_cast<int>(blockDim.x) / 32 / row_warps),
+        place_(static_cast<int>(threadIdx.x) / 32 / row_warps),
+        column_((static_cast<int>(threadIdx.x) - place_ * row_warps * 32) * kWide),
+        begin_(int64_t{blockIdx.x} * chunk_rows),
+        count_(static_cast<int>(min(chunk_rows, rows - begin_))) {}
+
+  __device__ int at_once() const { return at_once_; }  // rows of a turn
+  __device__ int place() const { return place_; }      // of the thread's row among them
+  __device__ int turns() const { return (count_ + at_once_ - 1) / at_once_; }
+  __device__ bool has(int turn) const { return turn * at_once_ + place_ < count_; }
+  __device__ int64_t row(int turn) const { return begin_ + turn * at_once_ + place_; }
+  __device__ int column(int piece) const { return column_ + piece * row_warps_ * 32 * kWide; }
+  __device__ bool holds(int piece) const { return column(piece) < d_; }
+
+  // A thread without a row this turn, or without this piece of it, loads one that is there and is
+  // not used: free of conditions, all loads of a turn are under way together.
+  __device__ int64_t row_to_load(int turn) const { return has(turn) ? row(turn) : begin_; }
+  __device__ void load_row(Piece (&out)[kPieces], const bf16* from, int turn) const {
+    from += row_to_load(turn) * d_;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p)
+      out[p] = *reinterpret_cast<const Piece*>(from + (holds(p) ? column(p) : 0));
+  }
+  __device__ void store_row(bf16* to, int turn, int piece, const float (&x)[kWide]) const {
+    store(to + row(turn) * d_ + column(piece), x, kWide);
+  }
+  __device__ void load_weight(float (&out)[kPieces][kWide], const float* w) const {
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) load(out[p], w + column(p), holds(p) ? kWide : 0);
+  }
+
+  // Sum over the threads that share a row; the whole block calls it, once a turn. Turns take the
+  // halves of `shared` alternately, so that one barrier will do.
+  __device__ float row_sum(float x, float (&shared)[2][32], int turn) const {
+    x = warp_sum(x);
+    if (row_warps_ == 1) return x;
+    float* const sums = shared[turn % 2];
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum(lane < row_warps_ ? sums[place_ * row_warps_ + lane] : 0.0f);
+  }
+
+ private:
+  int d_;
+  int row_warps_;
+  int at_once_;
+  int place_;
+  int column_;
+  int64_t begin_;
+  int count_;
+};
+
+// Threads of a block at most, and blocks that an SM is to have registers for: 768 threads of one
+// piece or 512 of two, with 30 to 50 KB under way.
+template <int kPieces>
+constexpr int kBlockThreads = kPieces == 1 ? 192 : 512;
+template <int kPieces>
+constexpr int kBlocksPerSm = kPieces == 1 ? 4 : 1;
+
+template <int kPieces>
+__global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
+    rms_norm_kernel(bf16* __restrict__ y, float* __restrict__ inv_rms, const bf16* __restrict__ x,
+                    const float* __restrict__ w, int64_t rows, int d, float eps, int row_warps,
+                    int64_t chunk_rows) {
+  __shared__ float shared[2][32];
+  const Walk<kPieces> walk(rows, d, row_warps, chunk_rows);
+  float g[kPieces][kWide];
+  walk.load_weight(g, w);
+  Piece in[kPieces], next[kPieces];
+  walk.load_row(next, x, 0);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) in[p] = next[p];
+    if (turn + 1 < walk.turns()) walk.load_row(next, x, turn + 1);
+    float v[kWide], sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (!walk.holds(p)) continue;
+      unpack(v, in[p]);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) sum += v[j] * v[j];
+    }
+    const float mean = walk.row_sum(sum, shared, turn) / static_cast<float>(d);
+    const float r = 1.0f / sqrtf(mean + eps);
+    if (!walk.has(turn)) continue;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (!walk.holds(p)) continue;
+      unpack(v, in[p]);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) v[j] = v[j] * r * g[p][j];
+      walk.store_row(y, turn, p, v);
+    }
+    if (walk.column(0) == 0) inv_rms[walk.row(turn)] = r;
+  }
+}
+
+// What a thread reads of a row, backward.
+template <int kPieces>
+struct BackwardRow {
+  // dx is read where it is added to.
+  __device__ void load(const Walk<kPieces>& walk, const bf16* dx, const bf16* dy, const bf16* x,
+                       const float* inv_rms, int turn, bool add) {
+    walk.load_row(in, x, turn);
+    walk.load_row(gradient, dy, turn);
+    if (add) walk.load_row(before, dx, turn);
+    r = inv_rms[walk.row_to_load(turn)];
+  }
+
+  Piece in[kPieces];
+  Piece gradient[kPieces];
+  Piece before[kPieces];
+  float r;
+};
+
+// dx may be the buffer of dy: a thread has its elements of a row before it writes them, and rows
+// ahead are not written yet. Null: not wanted, and nothing is added to it.
+// partials (chunks, D): the sum over rows [chunk * chunk_rows, ...) of dy x r; null: not wanted.
+template <int kPieces>
+__global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
+    rms_norm_backward_kernel(bf16* dx, float* __restrict__ partials, const bf16* dy,
+                             const bf16* __restrict__ x, const float* __restrict__ inv_rms,
+                             const float* __restrict__ w, int64_t rows, int d, int row_warps,
+                             int64_t chunk_rows, bool add) {
+  __shared__ float shared[2][32];
+  const Walk<kPieces> walk(rows, d, row_warps, chunk_rows);
+  float g[kPieces][kWide], dw[kPieces][kWide] = {};
+  walk.load_weight(g, w);
+  BackwardRow<kPieces> row, next;
+  next.load(walk, dx, dy, x, inv_rms, 0, add);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    row = next;
+    if (turn + 1 < walk.turns()) next.load(walk, dx, dy, x, inv_rms, turn + 1, add);
+    float u[kWide], v[kWide], sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (!walk.holds(p)) continue;
+      unpack(u, row.gradient[p]);
+      unpack(v, row.in[p]);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) sum += u[j] * g[p][j] * v[j];
+    }
+    const float mean = walk.row_sum(sum, shared, turn) / static_cast<float>(d);
+    const float pull = row.r * row.r * mean;
+    if (!walk.has(turn)) continue;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      if (!walk.holds(p)) continue;
+      unpack(u, row.gradient[p]);
+      unpack(v, row.in[p]);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        dw[p][j] += u[j] * v[j] * row.r;
+        u[j] = row.r * (u[j] * g[p][j] - v[j] * pull);
+      }
+      if (dx == nullptr) continue;
+      if (add) {
+        unpack(v, row.before[p]);
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) u[j] += v[j];
+      }
+      walk.store_row(dx, turn, p, u);
+    }
+  }
+  if (partials == nullptr) return;
+  extern __shared__ float4 dynamic[];
+  float* const sums = reinterpret_cast<float*>(dynamic);  // (rows at once, D)
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p)
+    if (walk.holds(p)) store(sums + walk.place() * d + walk.column(p), dw[p], kWide);
+  __syncthreads();
+  for (int c = threadIdx.x; c < d; c += blockDim.x) {
+    float total = 0.0f;
+    for (int k = 0; k < walk.at_once(); ++k) total += sums[k * d + c];
+    partials[int64_t{blockIdx.x} * d + c] = total;
+  }
+}
+
+// A row a block, of any width and at any address.
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_any_kernel(bf16* __restrict__ y, float* __restrict__ inv_rms,
+                        const bf16* __restrict__ x, const float* __restrict__ w, int64_t d,
+                        float eps) {
+  __shared__ float shared[32];
+  const int64_t m = blockIdx.x, begin = threadIdx.x * kWidth;
   const bf16* const row = x + m * d;
   float v[kWidth], g[kWidth];
   float sum = 0.0f;
-  for (int64_t i = begin; i < d; i += kRowThreads * kWidth) {
+  for (int64_t i = begin; i < d; i += kThreads * kWidth) {
     load(v, row + i, d - i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum += v[j] * v[j];
   }
-  const float r = 1.0f / sqrtf(row_sum<kRowThreads>(sum) / static_cast<float>(d) + eps);
-  for (int64_t i = begin; i < d; i += kRowThreads * kWidth) {
+  const float r = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(d) + eps);
+  for (int64_t i = begin; i < d; i += kThreads * kWidth) {
     load(v, row + i, d - i);
     load(g, w + i, d - i);
 #pragma unroll
@@ -53,51 +251,47 @@ __global__ void rms_norm_kernel(bf16* __restrict__ y, float* __restrict__ inv_rm
   if (begin == 0) inv_rms[m] = r;
 }
 
-// dx may be the buffer of dy: a thread reads its elements before it writes them. Null: not wanted.
-// partials (chunks, D): the sum over rows [chunk * chunk_rows, ...) of dy x r; null: not wanted.
-template <int kRowThreads, int kWidth>
-__global__ void rms_norm_backward_kernel(bf16* dx, float* __restrict__ partials, const bf16* dy,
-                                         const bf16* __restrict__ x,
-                                         const float* __restrict__ inv_rms,
-                                         const float* __restrict__ w, int64_t rows, int64_t d,
-                                         int64_t chunk_rows, bool add) {
-  constexpr int kLanes = kThreads / kRowThreads;  // rows at once
+// As rms_norm_backward_kernel.
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_any_backward_kernel(bf16* dx, float* __restrict__ partials, const bf16* dy,
+                                 const bf16* __restrict__ x, const float* __restrict__ inv_rms,
+                                 const float* __restrict__ w, int64_t rows, int64_t d,
+                                 int64_t chunk_rows, bool add) {
+  __shared__ float shared[32];
   extern __shared__ float4 dynamic[];
-  float* const sums =
-      reinterpret_cast<float*>(dynamic);  // (kLanes, D), each thread its own columns
-  const int row_lane = threadIdx.x / kRowThreads;
-  float* const own = sums + row_lane * d;
-  const int64_t begin = threadIdx.x % kRowThreads * kWidth;
+  float* const sums = reinterpret_cast<float*>(dynamic);  // (D), each thread its own columns
+  const int64_t begin = threadIdx.x * kWidth;
   const int64_t end = min(rows, (int64_t{blockIdx.x} + 1) * chunk_rows);
   float v[kWidth], u[kWidth], g[kWidth];
   if (partials != nullptr) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) v[j] = 0.0f;
-    for (int64_t i = begin; i < d; i += kRowThreads * kWidth) store(own + i, v, d - i);
+    for (int64_t i = begin; i < d; i += kThreads * kWidth) store(sums + i, v, d - i);
   }
-  for (int64_t m = int64_t{blockIdx.x} * chunk_rows + row_lane; m < end; m += kLanes) {
+  for (int64_t m = int64_t{blockIdx.x} * chunk_rows; m < end; ++m) {
     const int64_t base = m * d;
     const float r = inv_rms[m];
     float pull = 0.0f;
     if (dx != nullptr) {
       float sum = 0.0f;
-      for (int64_t i = begin; i < d; i += kRowThreads * kWidth) {
+      for (int64_t i = begin; i < d; i += kThreads * kWidth) {
         load(v, x + base + i, d - i);
         load(u, dy + base + i, d - i);
         load(g, w + i, d - i);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) sum += u[j] * g[j] * v[j];
       }
-      pull = r * r * (row_sum<kRowThreads>(sum) / static_cast<float>(d));
+      pull = r * r * (block_sum(sum, shared) / static_cast<float>(d));
     }
-    for (int64_t i = begin; i < d; i += kRowThreads * kWidth) {
+    for (int64_t i = begin; i < d; i += kThreads * kWidth) {
       load(v, x + base + i, d - i);
       load(u, dy + base + i, d - i);
       if (partials != nullptr) {
-        load(g, own + i, d - i);
+        load(g, sums + i, d - i);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) g[j] += u[j] * v[j] * r;
-        store(own + i, g, d - i);
+        store(sums + i, g, d - i);
       }
       if (dx == nullptr) continue;
       load(g, w + i, d - i);
@@ -112,12 +306,9 @@ __global__ void rms_norm_backward_kernel(bf16* dx, float* __restrict__ partials,
     }
   }
   if (partials == nullptr) return;
-  __syncthreads();
-  for (int64_t c = threadIdx.x; c < d; c += kThreads) {
-    float total = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) total += sums[k * d + c];
-    partials[blockIdx.x * d + c] = total;
+  for (int64_t i = begin; i < d; i += kThreads * kWidth) {
+    load(v, sums + i, d - i);
+    store(partials + blockIdx.x * d + i, v, d - i);
   }
 }
 
@@ -130,51 +321,74 @@ __global__ void rms_norm_dw_kernel(T* __restrict__ dw, const float* __restrict__
   if (threadIdx.x < 32 && c < d) from_float(dw[c], add ? to_float(dw[c]) + sum : sum);
 }
 
-// The kernel for (whole block or warp a row, wide or not), in that order of tables.
-template <typename Kernel>
-Kernel pick(bool block_per_row, bool wide, Kernel block_wide, Kernel block_narrow, Kernel warp_wide,
-            Kernel warp_narrow) {
-  if (block_per_row) return wide ? block_wide : block_narrow;
-  return wide ? warp_wide : warp_narrow;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How blocks take rows of d columns.
+struct RowShape {
+  RowShape(int64_t d, bool wide)
+      : pieces(!wide || d > kMaxColumns ? 0
+               : d <= kNarrowColumns    ? 1
+                                        : 2),
+        warps(pieces == 0 ? kThreads / 32 : static_cast<int>(ceil_div(d, kWarpColumns * pieces))),
+        at_once(std::max(1, (pieces == 1 ? kBlockThreads<1> : kThreads) / 32 / warps)) {}
+
+  dim3 block() const { return dim3(static_cast<unsigned>(32 * warps * at_once)); }
+  // `chunks` of them at most, and whole turns.
+  int64_t chunk_rows(int64_t rows, int64_t chunks, int64_t least) const {
+    return ceil_div(std::max(least, ceil_div(rows, chunks)), at_once) * at_once;
+  }
+
+  int pieces;   // that a thread keeps in registers; 0: not in registers
+  int warps;    // that share a row
+  int at_once;  // rows of a block
+};
 
 }  // namespace
 
 void CudaBackend::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x,
                               const Tensor& w, double eps) {
   const int64_t d = w.numel(), rows = inv_rms.numel();
-  const bool block_per_row = d > kWarpColumns;
   const bool wide = d % kWide == 0 && aligned(y, x, w);
-  const auto kernel =
-      pick(block_per_row, wide, rms_norm_kernel<kThreads, kWide>, rms_norm_kernel<kThreads, 1>,
-           rms_norm_kernel<32, kWide>, rms_norm_kernel<32, 1>);
-  launch(stream_, {blocks_for(rows, block_per_row ? 1 : kThreads / 32, 1), dim3(kThreads)}, kernel,
-         bf16_of(y), inv_rms.data<float>(), bf16_of(x), w.data<float>(), rows, d, eps);
+  const RowShape shape(d, wide);
+  if (shape.pieces == 0) {
+    launch(stream_, {blocks_for(rows, 1, 1), shape.block()},
+           wide ? rms_norm_any_kernel<kWide> : rms_norm_any_kernel<1>, bf16_of(y),
+           inv_rms.data<float>(), bf16_of(x), w.data<float>(), d, eps);
+    return;
+  }
+  const int64_t chunk_rows = shape.chunk_rows(rows, kForwardChunks, 1);
+  launch(stream_, {blocks_for(ceil_div(rows, chunk_rows), 1, 1), shape.block()},
+         shape.pieces == 1 ? rms_norm_kernel<1> : rms_norm_kernel<2>, bf16_of(y),
+         inv_rms.data<float>(), bf16_of(x), w.data<float>(), rows, d, eps, shape.warps, chunk_rows);
 }
 
 void CudaBackend::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
                                        const Tensor& x, const Tensor& inv_rms, const Tensor& w,
                                        Write dx_mode, Write dw_mode) {
   const int64_t d = w.numel(), rows = inv_rms.numel();
-  const bool block_per_row = d > kWarpColumns;
-  const bool wide = d % kWide == 0 && aligned(dx, dy, x, w);
-  const int64_t chunk_rows = std::max(kMinChunkRows, (rows + kMaxChunks - 1) / kMaxChunks);
-  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const int64_t lanes = block_per_row ? 1 : kThreads / 32;
-  const bool want_dw = dw.defined();
-  const Tensor partials = want_dw ? scratch(chunks * d * int64_t{sizeof(float)}) : Tensor();
-  const auto kernel = pick(block_per_row, wide, rms_norm_backward_kernel<kThreads, kWide>,
-                           rms_norm_backward_kernel<kThreads, 1>,
-                           rms_norm_backward_kernel<32, kWide>, rms_norm_backward_kernel<32, 1>);
-  launch(
-      stream_,
-      {blocks_for(chunks, 1, 1), dim3(kThreads), want_dw ? lanes * d * int64_t{sizeof(float)} : 0},
-      kernel, bf16_of(dx), static_cast<float*>(partials.raw()), bf16_of(dy), bf16_of(x),
-      inv_rms.data<float>(), w.data<float>(), rows, d, chunk_rows, dx_mode == Write::Add);
+  const bool wide = d % kWide == 0 && aligned(dx, dy, x, w), want_dw = dw.defined();
+  const RowShape shape(d, wide);
+  const int64_t chunk_rows = shape.chunk_rows(rows, kBackwardChunks, kMinChunkRows);
+  const int64_t chunks = ceil_div(rows, chunk_rows), row_bytes = d * int64_t{sizeof(float)};
+  const Tensor partials = want_dw ? scratch(chunks * row_bytes) : Tensor();
+  float* const sums = static_cast<float*>(partials.raw());
+  const LaunchShape grid{blocks_for(chunks, 1, 1), shape.block(),
+                         want_dw ? shape.at_once * row_bytes : 0};
+  const bool add = dx.defined() && dx_mode == Write::Add;
+  if (shape.pieces == 0)
+    launch(stream_, grid,
+           wide ? rms_norm_any_backward_kernel<kWide> : rms_norm_any_backward_kernel<1>,
+           bf16_of(dx), sums, bf16_of(dy), bf16_of(x), inv_rms.data<float>(), w.data<float>(), rows,
+           d, chunk_rows, add);
+  else
+    launch(stream_, grid,
+           shape.pieces == 1 ? rms_norm_backward_kernel<1> : rms_norm_backward_kernel<2>,
+           bf16_of(dx), sums, bf16_of(dy), bf16_of(x), inv_rms.data<float>(), w.data<float>(), rows,
+           d, shape.warps, chunk_rows, add);
   if (!want_dw) return;
   with_elements(dw, [&]<typename T>(T* gradient) {
-    launch(stream_, {blocks_for(d, 32, 1), dim3(kThreads)}, rms_norm_dw_kernel<T>, gradient,
-           static_cast<const float*>(partials.raw()), chunks, d, dw_mode == Write::Add);
+    launch(stream_, {blocks_for(d, 32, 1), dim3(kThreads)}, rms_norm_dw_kernel<T>, gradient, sums,
+           chunks, d, dw_mode == Write::Add);
   });
 }
 

@@ -1,4 +1,4 @@
-// rms_norm and its backward against the F64 oracle: a warp a row, a block a row, wide and narrow.
+// rms_norm and its backward against the F64 oracle, in every way that rows are shared out.
 #include <catch2/catch.hpp>
 #include <limits>
 
@@ -15,10 +15,13 @@ struct NormCase {
   int64_t m, d;
 };
 
-// 2048 is the last width of a warp; widths that are not multiples of 8 are narrow; 200 rows are
-// several chunks of the weight gradient.
-const NormCase kCases[] = {{1, 1},    {3, 31},   {33, 33},  {200, 64},  {31, 576},
-                           {2, 2048}, {3, 2049}, {5, 2056}, {130, 100}, {1, 8192}};
+// Rows in registers are of multiples of 8 columns up to 8192: one piece a thread up to 768, six,
+// three or two of them at once, then two pieces, four, two or one at once, in up to 16 warps. The
+// others are walked twice. The last turn of a chunk is not full; 12388 rows are several turns of it
+// forward, and more than its least number backward.
+const NormCase kCases[] = {{1, 1},     {3, 31},    {33, 33},   {130, 100}, {3, 2049}, {3, 8200},
+                           {12388, 8}, {200, 64},  {9, 264},   {31, 576},  {7, 768},  {13, 776},
+                           {11, 1280}, {21, 2048}, {10, 2056}, {9, 4096},  {1, 4104}, {10, 8192}};
 
 struct Inputs {
   explicit Inputs(const NormCase& c) {
@@ -31,6 +34,12 @@ struct Inputs {
   }
   std::vector<double> x, dy, dx, w, dw;
 };
+
+// The values, off every address that wide loads want.
+Tensor unaligned(Backend& b, const NormCase& c, std::vector<double> values) {
+  values.insert(values.begin(), 0.0);
+  return make(b, {c.m * c.d + 1}, b.act(), values).slice(1, c.m * c.d).view({c.m, c.d});
+}
 
 struct Forward {
   std::vector<double> y, inv_rms;
@@ -96,8 +105,57 @@ TEST_CASE("rms_norm backward", "[rms_norm]") {
           // A sum over the rows, rounded.
           const double rounding = dw_dtype == backend().real() ? 0.0 : act_epsilon();
           CHECK(relative_error(got.dw, want.dw) <= 32 * real_epsilon() + rounding);
+          const Backward again = run_backward(backend(), c, in, true, dw_dtype, dx_mode, dw_mode);
+          CHECK(again.dx == got.dx);
+          CHECK(again.dw == got.dw);
         }
   }
+}
+
+TEST_CASE("rms_norm walks through more rows than there are blocks", "[rms_norm]") {
+  const NormCase c{2100, 2056};
+  const Inputs in(c);
+  const Forward got = run(backend(), c, in), want = run(oracle_f64(), c, in);
+  CHECK(relative_error(got.y, want.y) <= act_epsilon() + 8 * real_epsilon());
+  CHECK(relative_error(got.inv_rms, want.inv_rms) <= 8 * real_epsilon());
+}
+
+TEST_CASE("rms_norm backward may write over the gradient that it reads", "[rms_norm]") {
+  Backend& b = backend();
+  for (const NormCase& c : kCases) {
+    CAPTURE(c.m, c.d);
+    const Inputs in(c);
+    const Backward want =
+        run_backward(b, c, in, true, b.real(), Write::Overwrite, Write::Overwrite);
+    const Tensor x = make(b, {c.m, c.d}, b.act(), in.x), w = make(b, {c.d}, b.real(), in.w);
+    const Tensor y = b.empty({c.m, c.d}, b.act()), inv_rms = b.empty({c.m}, b.real());
+    const Tensor dy = make(b, {c.m, c.d}, b.act(), in.dy), dw = b.empty({c.d}, b.real());
+    b.rms_norm(y, inv_rms, x, w, kEps);
+    b.rms_norm_backward(dy, dw, dy, x, inv_rms, w, Write::Overwrite, Write::Overwrite);
+    CHECK(values_of(b, dy) == want.dx);
+    CHECK(values_of(b, dw) == want.dw);
+  }
+}
+
+TEST_CASE("rms_norm of rows at odd addresses", "[rms_norm]") {
+  const NormCase c{11, 576};
+  const Inputs in(c);
+  Backend& b = backend();
+  const Forward want = run(oracle_f64(), c, in);
+  const Backward want_backward =
+      run_backward(oracle_f64(), c, in, true, DType::F64, Write::Overwrite, Write::Overwrite);
+  const Tensor x = unaligned(b, c, in.x), dy = unaligned(b, c, in.dy);
+  const Tensor w = make(b, {c.d}, b.real(), in.w), dw = b.empty({c.d}, b.real());
+  const Guarded y(b, {c.m, c.d}, b.act()), dx(b, {c.m, c.d}, b.act());
+  const Tensor inv_rms = b.empty({c.m}, b.real());
+  b.rms_norm(y.tensor(), inv_rms, x, w, kEps);
+  b.rms_norm_backward(dx.tensor(), dw, dy, x, inv_rms, w, Write::Overwrite, Write::Overwrite);
+  CHECK(y.untouched());
+  CHECK(dx.untouched());
+  CHECK(relative_error(values_of(b, y.tensor()), want.y) <= act_epsilon() + 8 * real_epsilon());
+  CHECK(relative_error(values_of(b, dx.tensor()), want_backward.dx) <=
+        act_epsilon() + 16 * real_epsilon());
+  CHECK(relative_error(values_of(b, dw), want_backward.dw) <= 32 * real_epsilon());
 }
 
 TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
