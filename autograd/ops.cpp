@@ -270,7 +270,7 @@ Var embed(Tape& tape, const Tensor& ids, const Tensor& table) {
   return tape.output(out, {});
 }
 
-Var mse(Tape& tape, const Var& x, const Tensor& y) {
+Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
   Backend& backend = tape.backend();
   Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {x});

@@ -24,8 +24,8 @@ Var add(Tape& tape, const Var& a, const Var& b);
 Var reshape(Tape& tape, const Var& x, engine::Shape shape);
 // ids I32 (B, T) -> (B, T, D); the table is a constant.
 Var embed(Tape& tape, const Tensor& ids, const Tensor& table);
-// mean((x - y)^2), real (1); y a constant.
-Var mse(Tape& tape, const Var& x, const Tensor& y);
+// mean((x - y)^2), real (1); y a constant: of x's shape, or x's first dimension in rows.
+Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
 enum class LossKind { CrossEntropy, Kl };
 

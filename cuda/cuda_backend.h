@@ -33,6 +33,7 @@ using engine::PackedWeight;
 using engine::Replay;
 using engine::Rotation;
 using engine::Rounding;
+using engine::Rows;
 using engine::Schedule;
 using engine::Shape;
 using engine::Tensor;
@@ -85,8 +86,7 @@ class CudaBackend final : public engine::Backend {
   void do_cast(const Tensor& dst, const Tensor& src) override;
   void do_zero(const Tensor& dst) override;
   void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) override;
-  void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                      const Tensor& cursor) override;
+  void do_gather_rows(const Tensor& out, const Rows& batch) override;
   void do_advance(const Tensor& cursor) override;
   void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) override;
   void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
@@ -118,7 +118,7 @@ class CudaBackend final : public engine::Backend {
   void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                            const Tensor& v_cache, const Tensor& start,
                            const AttentionSpec& spec) override;
-  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) override;
   void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& targets, double scale) override;
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,

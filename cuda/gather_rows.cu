@@ -40,30 +40,28 @@ __global__ void log_control_kernel(float* __restrict__ log, const float* __restr
 }
 
 template <typename Unit>
-void gather_as(cudaStream_t stream, const Tensor& out, const Tensor& src, const Tensor& order,
-               const Tensor& cursor) {
+void gather_as(cudaStream_t stream, const Tensor& out, const Rows& batch) {
   const int64_t count = out.dim(0);
   const int64_t units = out.bytes() / count / int64_t{sizeof(Unit)};
   dim3 grid = blocks_for(units, kThreads, kUnitsPerThread);
   grid.y = static_cast<unsigned>(std::min(count, kMaxGridY));
   launch(stream, {grid, dim3(kThreads)}, gather_rows_kernel<Unit>, static_cast<Unit*>(out.raw()),
-         static_cast<const Unit*>(src.raw()), order.data<int32_t>(), cursor.data<int32_t>(), count,
-         units);
+         static_cast<const Unit*>(batch.src.raw()), batch.order.data<int32_t>(),
+         batch.cursor.data<int32_t>(), count, units);
 }
 
 }  // namespace
 
-void CudaBackend::do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                                 const Tensor& cursor) {
+void CudaBackend::do_gather_rows(const Tensor& out, const Rows& batch) {
   if (out.numel() == 0) return;
   const int64_t row_bytes = out.bytes() / out.dim(0);
   const auto divides = [&](int64_t unit) {
     return row_bytes % unit == 0 && reinterpret_cast<uintptr_t>(out.raw()) % unit == 0 &&
-           reinterpret_cast<uintptr_t>(src.raw()) % unit == 0;
+           reinterpret_cast<uintptr_t>(batch.src.raw()) % unit == 0;
   };
-  if (divides(sizeof(uint4))) return gather_as<uint4>(stream_, out, src, order, cursor);
-  if (divides(sizeof(uint32_t))) return gather_as<uint32_t>(stream_, out, src, order, cursor);
-  gather_as<uint8_t>(stream_, out, src, order, cursor);
+  if (divides(sizeof(uint4))) return gather_as<uint4>(stream_, out, batch);
+  if (divides(sizeof(uint32_t))) return gather_as<uint32_t>(stream_, out, batch);
+  gather_as<uint8_t>(stream_, out, batch);
 }
 
 void CudaBackend::do_advance(const Tensor& cursor) {

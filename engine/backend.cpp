@@ -45,6 +45,18 @@ class Op {
     if (t.defined()) is(what, t, dtype, dims);
   }
 
+  // A batch whose rows, taken in their order, are as long as those of `t` and of its dtype.
+  void batch(const char* what, const Rows& rows, const char* other, const Tensor& t) const {
+    dtype(what, rows.src, t.dtype());
+    rank("order", rows.order, 1);
+    dtype("order", rows.order, DType::I32);
+    is("cursor", rows.cursor, DType::I32, {1});
+    BBB_CHECK(t.rank() > 0 && rows.src.rank() > 0 && t.dim(0) > 0 && rows.src.dim(0) > 0 &&
+                  t.numel() / t.dim(0) == rows.src.numel() / rows.src.dim(0),
+              name_, ": rows of ", other, " ", describe(t), " and ", what, " ", describe(rows.src),
+              " differ");
+  }
+
   // Activations, or real where the op also writes or reads full precision.
   void is_act_or_real(const char* what, const Tensor& t, Dims dims) const {
     here(what, t);
@@ -217,18 +229,11 @@ void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   do_embed(out, ids, table);
 }
 
-void Backend::gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                          const Tensor& cursor) {
+void Backend::gather_rows(const Tensor& out, const Rows& batch) {
   const Op op(*this, "gather_rows");
   op.here("out", out);
-  op.dtype("src", src, out.dtype());
-  op.rank("order", order, 1);
-  op.dtype("order", order, DType::I32);
-  op.is("cursor", cursor, DType::I32, {1});
-  BBB_CHECK(out.rank() > 0 && src.rank() > 0 && out.dim(0) > 0 && src.dim(0) > 0 &&
-                out.numel() / out.dim(0) == src.numel() / src.dim(0),
-            "gather_rows: rows of out ", describe(out), " and src ", describe(src), " differ");
-  do_gather_rows(out, src, order, cursor);
+  op.batch("src", batch, "out", out);
+  do_gather_rows(out, batch);
 }
 
 void Backend::advance(const Tensor& cursor) {
@@ -413,10 +418,13 @@ void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k
 
 // Losses.
 
-void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) {
+void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) {
   const Op op(*this, "mse");
   op.dtype("x", x, act());
-  op.like("y", y, act(), x.shape());
+  if (y.order.defined())
+    op.batch("y", y, "x", x);
+  else
+    op.like("y", y.src, act(), x.shape());
   if (dx.defined()) op.like("dx", dx, act(), x.shape());
   op.is("loss", loss, real(), {1});
   BBB_CHECK(x.numel() > 0, "mse: x ", to_string(x.shape()), " is empty");

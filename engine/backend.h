@@ -48,6 +48,18 @@ class Replay {
   virtual int64_t kernels() const { return 0; }  // that one run launches on a GPU, as one graph
 };
 
+// Rows of src, (n, ...): all of them as they lie, or, where `order` is defined, a batch that only
+// the device knows: row i of `count` is src[order[cursor * count + i]].
+struct Rows {
+  Rows(Tensor all) : src(std::move(all)) {}
+  Rows(Tensor from, Tensor by, Tensor at)
+      : src(std::move(from)), order(std::move(by)), cursor(std::move(at)) {}
+
+  Tensor src;
+  Tensor order;   // I32 (n)
+  Tensor cursor;  // I32 (1), (cursor + 1) * count <= n
+};
+
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
 };
@@ -143,9 +155,8 @@ class Backend {
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
-  // out[i] = src[order[cursor * count + i]] for i < count = out.dim(0); rows of equal bytes, same
-  // dtype. order I32 (n); cursor I32 (1) on the device, (cursor + 1) * count <= n.
-  void gather_rows(const Tensor& out, const Tensor& src, const Tensor& order, const Tensor& cursor);
+  // out = the rows of a batch, count = out.dim(0); of equal bytes, same dtype.
+  void gather_rows(const Tensor& out, const Rows& batch);
   // cursor += 1, I32 (1).
   void advance(const Tensor& cursor);
   // log[cursor] = control, real (n, kControlSize) and (kControlSize).
@@ -217,8 +228,10 @@ class Backend {
                         const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
 
   // --- losses -----------------------------------------------------------------------------------
-  // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x, y act; dx act or undefined.
-  void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y);
+  // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x act; dx act or undefined; y
+  // act, of x's shape, or x.dim(0) rows in an order, which give the bytes that a copy of them
+  // would.
+  void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y);
   // loss[m] = log sum exp(logits[m]) - logits[m, target]; dlogits = scale * (softmax - onehot).
   // loss real (M); dlogits act (M, V) or undefined; logits act or real (M, V); targets I32 (M), -1:
   // loss 0, gradient 0.
@@ -307,8 +320,7 @@ class Backend {
   virtual void do_cast(const Tensor& dst, const Tensor& src) = 0;
   virtual void do_zero(const Tensor& dst) = 0;
   virtual void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) = 0;
-  virtual void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                              const Tensor& cursor) = 0;
+  virtual void do_gather_rows(const Tensor& out, const Rows& batch) = 0;
   virtual void do_advance(const Tensor& cursor) = 0;
   virtual void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) = 0;
   virtual void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
@@ -340,7 +352,7 @@ class Backend {
   virtual void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                    const Tensor& v_cache, const Tensor& start,
                                    const AttentionSpec& spec) = 0;
-  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) = 0;
+  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) = 0;
   virtual void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                 const Tensor& targets, double scale) = 0;
   virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,

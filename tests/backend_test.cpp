@@ -70,7 +70,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
        }},
       {"gather_rows", "(4, 3)",
        [&] {
-         b.gather_rows(a({2, 2}), a({4, 3}), i({4}), i({1}));
+         b.gather_rows(a({2, 2}), {a({4, 3}), i({4}), i({1})});
        }},
       {"advance", "cursor must be I32 (1)", [&] { b.advance(i({2})); }},
       {"log_control", "control",
@@ -146,6 +146,14 @@ TEST_CASE("a wrong call names its op and the shapes") {
       {"mse", "(2, 3)",
        [&] {
          b.mse(r({1}), none, a({2, 3}), a({3, 2}));
+       }},
+      {"mse", "rows of x",
+       [&] {
+         b.mse(r({1}), none, a({2, 3}), {a({4, 2}), i({4}), i({1})});
+       }},
+      {"mse", "cursor must be I32 (1)",
+       [&] {
+         b.mse(r({1}), none, a({2, 3}), {a({4, 3}), i({4}), i({2})});
        }},
       {"cross_entropy", "targets must be I32 (2)",
        [&] {

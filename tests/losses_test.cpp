@@ -171,6 +171,41 @@ TEST_CASE("mse and its gradient", "[mse]") {
   }
 }
 
+TEST_CASE("mse reads rows in an order as if they were gathered first, byte for byte", "[mse]") {
+  Backend& b = backend();
+  struct Case {
+    int64_t count, row;
+  };
+  // Rows of single elements, of whole pieces and of neither; many to a block's one step of the sum,
+  // and longer than it. Rows end within a thread's range and at its end.
+  for (const Case& c : {Case{3, 1}, Case{40, 5}, Case{11, 24}, Case{3, 1001}, Case{4, 32768},
+                        Case{100000, 24}, Case{9, 40003}, Case{3, 800000}})
+    for (const int64_t offset : {0, 1}) {
+      CAPTURE(c.count, c.row, offset);
+      engine::Rng rng(47);
+      const int64_t rows = 2 * c.count + 1;
+      const Tensor x = make(b, {c.count, c.row}, b.act(), activations(rng, c.count * c.row));
+      const Tensor all =
+          make(b, {rows * c.row + offset}, b.act(), activations(rng, rows * c.row + offset));
+      const engine::Rows y(all.slice(offset, rows * c.row).view({rows, c.row}),
+                           make_ids(b, {rows}, rng.permutation(rows)), make_ids(b, {1}, {1}));
+      const Tensor gathered = b.empty({c.count, c.row}, b.act());
+      b.gather_rows(gathered, y);
+      const auto values = [&](const Tensor& dx, const engine::Rows& target) {
+        const Guarded loss(b, {1}, b.real());
+        b.mse(loss.tensor(), dx, x, target);
+        CHECK(loss.untouched());
+        return values_of(b, loss.tensor());
+      };
+      const Guarded got(b, {c.count, c.row}, b.act()), want(b, {c.count, c.row}, b.act());
+      const auto loss = values(want.tensor(), gathered);
+      CHECK(values(got.tensor(), y) == loss);
+      CHECK(values(Tensor(), y) == loss);
+      CHECK(got.untouched());
+      CHECK(values_of(b, got.tensor()) == values_of(b, want.tensor()));
+    }
+}
+
 TEST_CASE("mse of equal tensors is 0, and NaN and Inf show", "[mse]") {
   std::vector<double> x(100, 0.5), y = x;
   CHECK(run_mse(backend(), x, y).loss[0] == 0.0);

@@ -98,7 +98,7 @@ TEST_CASE("gather_rows takes the cursor's batch, whatever a row holds", "[gather
     const Tensor ids = make_ids(b, {n}, order), cursor = make_ids(b, {1}, {0});
     for (int64_t step = 0; step < n / count; ++step) {
       const Guarded out(b, batch, rows.dtype);
-      b.gather_rows(out.tensor(), src, ids, cursor);
+      b.gather_rows(out.tensor(), {src, ids, cursor});
       b.advance(cursor);
       std::vector<uint8_t> want, got(static_cast<size_t>(count * row_bytes));
       for (int64_t i = 0; i < count; ++i) {
@@ -187,7 +187,7 @@ TEST_CASE("a recorded step replays what calling it does", "[record]") {
       }
       const Tensor unused = b.zeros({m, d}, b.act());  // takes the block that h left
       b.add(s.x, y, unused);
-      b.gather_rows(s.picked, s.x, s.ids, s.cursor);
+      b.gather_rows(s.picked, {s.x, s.ids, s.cursor});
       b.advance(s.cursor);
     };
   };

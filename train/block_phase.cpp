@@ -491,13 +491,18 @@ class BlockPhase {
     }
   }
 
-  // The rows of the cursor's step: gathered, or where the feed puts them.
-  Tensor step_batch(const Stream& stream, size_t ring_index) {
+  // The input of the cursor's step: gathered, or where the feed puts it.
+  Tensor step_input(const Stream& stream, size_t ring_index) {
     if (stream.tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
     const Tensor batch =
         backend_.empty({config_.batch, config_.seq_len, model_.d_model}, backend_.act());
-    backend_.gather_rows(batch, stream.resident(), order_, cursor_);
+    backend_.gather_rows(batch, {stream.resident(), order_, cursor_});
     return batch;
+  }
+  // Its target, which only the loss reads: in the stream, or where the feed puts it.
+  engine::Rows step_target(size_t ring_index) {
+    if (target_->tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
+    return {target_->resident(), order_, cursor_};
   }
 
   // Recorded: everything it reads lies on the device. It starts from masters that prepare() or the
@@ -505,8 +510,8 @@ class BlockPhase {
   void step(size_t t, size_t input, StepPart last) {
     StageStep& stage = *stages_[t];
     const std::vector<Stream*> inputs = training_inputs(t);
-    const Tensor x = step_batch(*inputs[input], input);
-    const Tensor y = step_batch(*target_, inputs.size());
+    const Tensor x = step_input(*inputs[input], input);
+    const engine::Rows y = step_target(inputs.size());
     parameters_.quantize();
     if (last == StepPart::Quantize) return;
     Tape tape(backend_, TapeMode::Training);
@@ -689,8 +694,8 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   for (const models::LinearShape& linear : models::block_linears(model))
     largest = std::max(largest, linear.n * linear.k);
   const int64_t teacher = parameters * act + std::max(block.inference_bytes, largest * 4);
-  // A step's input and target, and its activations.
-  const int64_t step = 2 * tokens * model.d_model * act + block.kept_bytes + block.backward_bytes;
+  // A step's input, and its activations.
+  const int64_t step = tokens * model.d_model * act + block.kept_bytes + block.backward_bytes;
   // What a recorded step allocates stays its own; without recording, the passes share.
   const int64_t passes =
       backend.device() == engine::DeviceType::Cuda ? teacher + step : std::max(teacher, step);

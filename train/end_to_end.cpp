@@ -255,8 +255,8 @@ class EndToEnd {
     const int64_t rows = config_.e2e_micro_batch, seq = config_.seq_len, tokens = rows * seq;
     const Tensor ids = backend_.empty({rows, seq}, DType::I32);
     const Tensor targets = backend_.empty({rows, seq}, DType::I32);
-    backend_.gather_rows(ids, ids_, order_, cursor_);
-    backend_.gather_rows(targets, targets_, order_, cursor_);
+    backend_.gather_rows(ids, {ids_, order_, cursor_});
+    backend_.gather_rows(targets, {targets_, order_, cursor_});
     backend_.advance(cursor_);
     if (last == StepPart::Quantize) return;
 

@@ -72,6 +72,9 @@ class CpuBackend final : public Backend {
     return total;
   }
 
+  // The order of the batch's `count` rows, each of which is there. `op` names who asks.
+  static const int32_t* order_of(const char* op, const Rows& batch, int64_t count);
+
   int threads() const { return pool_.threads(); }
   static T* data(const Tensor& t) { return t.data<T>(); }
 
@@ -82,8 +85,7 @@ class CpuBackend final : public Backend {
   void do_cast(const Tensor& dst, const Tensor& src) override;
   void do_zero(const Tensor& dst) override;
   void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) override;
-  void do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                      const Tensor& cursor) override;
+  void do_gather_rows(const Tensor& out, const Rows& batch) override;
   void do_advance(const Tensor& cursor) override;
   void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) override;
   void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
@@ -115,7 +117,7 @@ class CpuBackend final : public Backend {
   void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                            const Tensor& v_cache, const Tensor& start,
                            const AttentionSpec& spec) override;
-  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& y) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) override;
   void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& targets, double scale) override;
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,

@@ -8,20 +8,25 @@
 namespace bbb::engine {
 
 template <typename T>
-void CpuBackend<T>::do_gather_rows(const Tensor& out, const Tensor& src, const Tensor& order,
-                                   const Tensor& cursor) {
+const int32_t* CpuBackend<T>::order_of(const char* op, const Rows& batch, int64_t count) {
+  const int64_t first = *batch.cursor.data<int32_t>() * count;
+  BBB_CHECK(first >= 0 && first + count <= batch.order.numel(), op, ": rows ", first, " to ",
+            first + count, " of an order of ", batch.order.numel());
+  const int32_t* row = batch.order.data<int32_t>() + first;
+  for (int64_t i = 0; i < count; ++i)
+    BBB_CHECK(row[i] >= 0 && row[i] < batch.src.dim(0), op, ": row ", row[i], " of src ",
+              to_string(batch.src.shape()));
+  return row;
+}
+
+template <typename T>
+void CpuBackend<T>::do_gather_rows(const Tensor& out, const Rows& batch) {
   const int64_t count = out.dim(0), row_bytes = out.bytes() / count;
-  const int64_t first = *cursor.data<int32_t>() * count;
-  BBB_CHECK(first >= 0 && first + count <= order.numel(), "gather_rows: rows ", first, " to ",
-            first + count, " of an order of ", order.numel());
-  const int32_t* row = order.data<int32_t>() + first;
+  const int32_t* row = order_of("gather_rows", batch, count);
   auto* to = static_cast<uint8_t*>(out.raw());
-  const auto* from = static_cast<const uint8_t*>(src.raw());
-  for (int64_t i = 0; i < count; ++i) {
-    BBB_CHECK(row[i] >= 0 && row[i] < src.dim(0), "gather_rows: row ", row[i], " of src ",
-              to_string(src.shape()));
+  const auto* from = static_cast<const uint8_t*>(batch.src.raw());
+  for (int64_t i = 0; i < count; ++i)
     std::memcpy(to + i * row_bytes, from + row[i] * row_bytes, static_cast<size_t>(row_bytes));
-  }
 }
 
 template <typename T>
@@ -37,7 +42,9 @@ void CpuBackend<T>::do_log_control(const Tensor& log, const Tensor& control, con
   std::copy_n(data(control), kControlSize, data(log) + row * kControlSize);
 }
 
-BBB_CPU_INSTANTIATE(do_gather_rows, const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+template const int32_t* CpuBackend<float>::order_of(const char*, const Rows&, int64_t);
+template const int32_t* CpuBackend<double>::order_of(const char*, const Rows&, int64_t);
+BBB_CPU_INSTANTIATE(do_gather_rows, const Tensor&, const Rows&);
 BBB_CPU_INSTANTIATE(do_advance, const Tensor&);
 BBB_CPU_INSTANTIATE(do_log_control, const Tensor&, const Tensor&, const Tensor&);
 
