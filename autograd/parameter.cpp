@@ -36,6 +36,7 @@ void ParameterSet::allocate() {
   quantized_.tiles = backend_.empty({static_cast<int64_t>(tiles_.size()), 4}, engine::DType::I32);
   quantized_.widest = backend_.zeros({slots}, backend_.real());
   quantized_.s = backend_.zeros({slots}, backend_.real());
+  quantized_.ahead = backend_.zeros({slots}, backend_.real());
   quantized_.clipped = backend_.zeros({total / 8}, engine::DType::U8);
   upload_tiles();
 }

@@ -6,7 +6,8 @@
 //
 // S of a weight comes from the range of its widest group. Whoever writes masters calls prepare(),
 // which measures the ranges and quantizes; AdamW alone keeps them up to date by itself, so that a
-// training step can start with quantize(), which reads the masters once.
+// training step can start with quantize(). On a GPU it quantizes too, by the S that it finds, and
+// quantize() reads masters only where S has changed.
 #pragma once
 
 #include <memory>

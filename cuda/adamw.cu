@@ -13,8 +13,10 @@
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
 //     Each block walks through a stretch of tiles (quant/tiles.h), four neighbouring elements a
-//     thread at a time; the new weights' groups are joined while they are in registers. 26.1 bytes
-//     an element where g is bf16.
+//     thread at a time. The new weights' groups are joined while they are in registers, for the
+//     next S, and quantized by the last one, which is almost always the same: so the next step need
+//     not read its masters to quantize them. 28.4 bytes an element where g is bf16. This file is
+//     compiled without contraction, as the quantizer's are.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -36,13 +38,14 @@ constexpr int kDepth = 4;       // loads of the norm's that a thread waits for a
 constexpr int kControlThreads = 1024;
 constexpr int kAdamWThreads = 256, kAdamWBlocksPerProcessor = 4;
 
+// kWide elements as they come from memory: taken apart, they would be waited for.
+template <typename T>
+using Words = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+
 // For what no kernel reads again while the cache would still hold it.
-template <typename T, int kWidth>
-__device__ Vector<T, kWidth> load_streaming(const T* p) {
-  using Word = std::conditional_t<sizeof(T) * kWidth == 16, uint4, uint2>;
-  static_assert(sizeof(Word) == sizeof(Vector<T, kWidth>));
-  const Word word = __ldcs(reinterpret_cast<const Word*>(p));
-  return std::bit_cast<Vector<T, kWidth>>(word);
+template <typename T>
+__device__ Words<T> load_streaming(const T* p) {
+  return __ldcs(reinterpret_cast<const Words<T>*>(p));
 }
 __device__ void store_streaming(float* p, const float (&x)[kWide]) {
   __stcs(reinterpret_cast<float4*>(p), float4{x[0], x[1], x[2], x[3]});
@@ -65,7 +68,7 @@ __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int6
 #pragma unroll
     for (int j = 0; j < kMaskedWide; ++j) {
       const float x = to_float(d[k].v[j]);
-      sum += mask[k] >> j & 1u ? 0.0f : x * x;
+      sum = mask[k] >> j & 1u ? sum : fmaf(x, x, sum);
     }
   return sum;
 }
@@ -119,29 +122,48 @@ struct AdamWConstants {
   float epsilon, weight_decay;
 };
 
-// A thread's four elements as they lie in memory.
+// A thread's four elements, and the mask's byte in which their bits are.
 template <typename T>
 struct Quad {
-  Vector<float, kWide> w, m, v;
-  Vector<T, kWide> g;
-  uint8_t clipped;
+  Words<float> w, m, v;
+  Words<T> g;
+  unsigned clipped;
 };
 
-// The widest groups of the parameters that a warp passes on its way through the buffer, 128
-// neighbouring elements at a time.
-template <int kGroup>
-class WidestSoFar {
- public:
-  __device__ WidestSoFar(float* widest, const WeightTile* tile) : widest_(widest), next_(tile) {}
+template <typename T>
+__device__ Vector<T, kWide> elements(const Words<T>& words) {
+  return std::bit_cast<Vector<T, kWide>>(words);
+}
 
-  // The warp's next stretch begins at element i.
-  __device__ void include(const float (&weight)[kWide], int64_t i) {
+// Where the step's quantizer stands in memory (engine::FakeQuantWeights).
+struct QuantizerBuffers {
+  float *widest, *ahead;
+  const float* s;  // null: quantize nothing ahead
+  __nv_bfloat16* wq;
+  uint8_t *e, *z, *clipped;
+};
+
+// Quantizes the parameters that a warp passes on its way through the buffer, 128 neighbouring
+// elements at a time, by the S that each has, and finds their widest groups.
+template <int kGroup>
+class QuantizerAhead {
+ public:
+  __device__ QuantizerAhead(const QuantizerBuffers& q, const WeightTile* tile)
+      : q_(q), next_(tile) {}
+
+  // Of the warp's next stretch this thread has the elements from i on.
+  __device__ void take(const float (&weight)[kWide], int64_t i) {
     const int unit = static_cast<int>(i / quant::kTileAlign);
     if (unit >= end_) move_to(unit);
-    if (quantized_) most_ = quant::max_nan(most_, quant::group_range<kGroup>(weight).width());
+    if (bits_ == quant::kNotQuantized) return;
+    const quant::Range<float> range = quant::group_range<kGroup>(weight);
+    most_ = quant::max_nan(most_, range.width());
+    if (scale_ != 0.0f) quantize(weight, range, i);
   }
   __device__ void finish() {
-    if (quantized_) quant::warp_max(widest_ + slot_, most_);
+    if (bits_ == quant::kNotQuantized) return;
+    quant::warp_max(q_.widest + slot_, most_);
+    if (threadIdx.x % 32 == 0) q_.ahead[slot_] = scale_;  // all warps write the same
   }
 
  private:
@@ -155,23 +177,49 @@ class WidestSoFar {
     finish();
     most_ = 0.0f;
     slot_ = tile.slot;
-    quantized_ = tile.bits != quant::kNotQuantized;
+    bits_ = tile.bits;
+    scale_ = 0.0f;
+    if (bits_ == quant::kNotQuantized || q_.s == nullptr) return;
+    const float s = q_.s[slot_];
+    if (s > 0.0f) scale_ = s;  // NaN is S of no weights that could be quantized
+    inverse_scale_ = 1.0f / s;
   }
 
-  float* widest_;
+  // The whole warp takes part: the mask's bytes are two threads' elements.
+  __device__ void quantize(const float (&weight)[kWide], const quant::Range<float>& range,
+                           int64_t i) {
+    float level[kWide];
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) level[j] = weight[j];
+    unsigned mask = 0;
+    if (bits_ != quant::kNoQuantizer) {
+      const quant::QuantizedGroup group = quant::quantize_group(range, inverse_scale_, bits_);
+      mask = quant::replace_by_levels(level, group.levels);
+      if (i % kGroup == 0) {
+        q_.e[i / kGroup] = group.params.e;
+        q_.z[i / kGroup] = group.params.z;
+      }
+    }
+    store(q_.wq + i, level, kWide);
+    mask |= __shfl_down_sync(quant::kFullWarp, mask, 1) << kWide;
+    if (i % kMaskedWide == 0) q_.clipped[i / kMaskedWide] = static_cast<uint8_t>(mask);
+  }
+
+  const QuantizerBuffers q_;
   const WeightTile* next_;
-  int end_ = 0, slot_ = -1;  // of the tile that the warp is in: its end in units of kTileAlign
-  bool quantized_ = false;
+  int end_ = 0;  // of the tile that the warp is in, in units of kTileAlign
+  int slot_ = -1, bits_ = quant::kNotQuantized;
+  float scale_ = 0.0f, inverse_scale_ = 0.0f;  // S by which it is quantized ahead; 0: it is not
   float most_ = 0.0f;
 };
 
 // Blocks share out the tiles evenly. A thread asks for its next elements before it works on those
-// that have come, so that the memory is never without a request.
+// that have come, so that the memory is never without a request. What was clipped is read before it
+// is replaced, by the warp that replaces it.
 template <int kGroup, typename T>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, float* __restrict__ m, float* __restrict__ v,
-                 float* __restrict__ widest, const T* __restrict__ g,
-                 const uint8_t* __restrict__ clipped, const float* __restrict__ control,
+                 QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
   // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
   static_assert(quant::kTileAlign == 32 * kWide);
@@ -180,29 +228,30 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   const WeightTile last = tiles[tile_count * (blockIdx.x + 1) / gridDim.x - 1];
   const int64_t end = last.begin * quant::kTileAlign + last.count;
   int64_t i = first->begin * quant::kTileAlign + threadIdx.x * kWide;
-  WidestSoFar<kGroup> most(widest, first);
+  QuantizerAhead<kGroup> quantizer(q, first);
   if (control[engine::kSkip] != 0.0f) {
     for (; i < end; i += kStride) {
       float weight[kWide];
       load(weight, w + i, kWide);
-      most.include(weight, i);
+      quantizer.take(weight, i);
     }
-    most.finish();
+    quantizer.finish();
     return;
   }
 
   const float lr = control[engine::kLr], factor = control[engine::kScale];
   const float t = control[engine::kApplied];
   // 1 - beta^t without the cancellation of the first steps.
-  const float correction1 = -expm1f(t * c.log_beta1), correction2 = -expm1f(t * c.log_beta2);
+  const float correction1 = 1.0f / -expm1f(t * c.log_beta1);
+  const float correction2 = 1.0f / -expm1f(t * c.log_beta2);
   Quad<T> next{};
   const auto request = [&] {
     if (i >= end) return;
-    next.w = load_streaming<float, kWide>(w + i);
-    next.m = load_streaming<float, kWide>(m + i);
-    next.v = load_streaming<float, kWide>(v + i);
-    next.g = load_streaming<T, kWide>(g + i);
-    next.clipped = clipped[i / 8];
+    next.w = load_streaming(w + i);
+    next.m = load_streaming(m + i);
+    next.v = load_streaming(v + i);
+    next.g = load_streaming(g + i);
+    next.clipped = q.clipped[i / kMaskedWide];
   };
   request();
   while (i < end) {
@@ -210,23 +259,26 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     const int64_t at = i;
     i += kStride;
     request();
+    const auto old_weight = elements<float>(now.w), old_first = elements<float>(now.m),
+               old_second = elements<float>(now.v);
+    const auto gradient = elements<T>(now.g);
     float weight[kWide], first_moment[kWide], second_moment[kWide];
-    const unsigned mask = now.clipped >> (at % 8);
+    const unsigned mask = now.clipped >> (at % kMaskedWide);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
-      const float d = mask >> j & 1u ? 0.0f : factor * to_float(now.g.v[j]);
-      first_moment[j] = c.beta1 * now.m.v[j] + c.one_minus_beta1 * d;
-      second_moment[j] = c.beta2 * now.v.v[j] + c.one_minus_beta2 * d * d;
+      const float d = mask >> j & 1u ? 0.0f : factor * to_float(gradient.v[j]);
+      first_moment[j] = fmaf(c.beta1, old_first.v[j], c.one_minus_beta1 * d);
+      second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
       const float update =
-          first_moment[j] / correction1 / (sqrtf(second_moment[j] / correction2) + c.epsilon);
-      weight[j] = now.w.v[j] - lr * (update + c.weight_decay * now.w.v[j]);
+          first_moment[j] * correction1 / (sqrtf(second_moment[j] * correction2) + c.epsilon);
+      weight[j] = fmaf(-lr, fmaf(c.weight_decay, old_weight.v[j], update), old_weight.v[j]);
     }
     store_streaming(w + at, weight);
     store_streaming(m + at, first_moment);
     store_streaming(v + at, second_moment);
-    most.include(weight, at);
+    quantizer.take(weight, at);
   }
-  most.finish();
+  quantizer.finish();
 }
 
 }  // namespace
@@ -257,6 +309,14 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
       .epsilon = static_cast<float>(spec.epsilon),
       .weight_decay = static_cast<float>(spec.weight_decay),
   };
+  const bool ahead = q.wq.defined() && q.rounding == quant::Rounding::Nearest;
+  const QuantizerBuffers buffers{.widest = q.widest.data<float>(),
+                                 .ahead = q.ahead.data<float>(),
+                                 .s = ahead ? q.s.data<float>() : nullptr,
+                                 .wq = ahead ? bf16_of(q.wq) : nullptr,
+                                 .e = ahead ? q.e.data<uint8_t>() : nullptr,
+                                 .z = ahead ? q.z.data<uint8_t>() : nullptr,
+                                 .clipped = q.clipped.data<uint8_t>()};
   // The step's forward has turned the old maxima into S; a skipped step finds them again.
   BBB_CUDA(cudaMemsetAsync(q.widest.raw(), 0, static_cast<size_t>(q.widest.bytes()), stream_));
   const int64_t tiles = q.tiles.dim(0);
@@ -265,9 +325,9 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
   with_elements(g, [&]<typename T>(const T* gradient) {
     quant::with_group(q.group, [&](auto size) {
       launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
-             adamw_kernel<size, T>, w.data<float>(), m.data<float>(), v.data<float>(),
-             q.widest.data<float>(), gradient, q.clipped.data<uint8_t>(), control.data<float>(),
-             static_cast<const WeightTile*>(q.tiles.raw()), tiles, constants);
+             adamw_kernel<size, T>, w.data<float>(), m.data<float>(), v.data<float>(), buffers,
+             gradient, control.data<float>(), static_cast<const WeightTile*>(q.tiles.raw()), tiles,
+             constants);
     });
   });
 }

@@ -11,15 +11,16 @@ const quant::WeightTile* tiles_of(const FakeQuantWeights& q) {
 }  // namespace
 
 void CudaBackend::do_widest_groups(const FakeQuantWeights& q, const Tensor& w) {
-  quant::launch_widest_groups(stream_, q.widest.data<float>(), q.widest.numel(), w.data<float>(),
-                              tiles_of(q), q.tiles.dim(0), q.group);
+  quant::launch_widest_groups(stream_, q.widest.data<float>(), q.ahead.data<float>(),
+                              q.widest.numel(), w.data<float>(), tiles_of(q), q.tiles.dim(0),
+                              q.group);
 }
 
 void CudaBackend::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
   quant::launch_fake_quant(stream_, bf16_of(q.wq), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                            q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
-                           q.widest.data<float>(), tiles_of(q), q.tiles.dim(0), q.group,
-                           q.rounding);
+                           q.widest.data<float>(), q.ahead.data<float>(), tiles_of(q),
+                           q.tiles.dim(0), q.group, q.rounding);
 }
 
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,

@@ -128,7 +128,14 @@ class Op {
     rank("widest", q.widest, 1);
     dtype("widest", q.widest, backend_.real());
     is("s", q.s, backend_.real(), {q.widest.dim(0)});
+    is("ahead", q.ahead, backend_.real(), {q.widest.dim(0)});
     is("clipped", q.clipped, DType::U8, {count / 8});
+  }
+  // What the quantizer makes of them.
+  void quantized(const FakeQuantWeights& q, int64_t count) const {
+    is("wq", q.wq, backend_.act(), {count});
+    is("e", q.e, DType::U8, {count / q.group});
+    is("z", q.z, DType::U8, {count / q.group});
   }
 
   // q (B, T, H, d) against k and v (B, S, K, d).
@@ -528,12 +535,9 @@ void Backend::widest_groups(const FakeQuantWeights& q, const Tensor& w) {
 
 void Backend::fake_quant(const FakeQuantWeights& q, const Tensor& w) {
   const Op op(*this, "fake_quant");
-  const int64_t p = w.numel();
-  op.flat("w", w, p);
-  op.tiled(q, p);
-  op.is("wq", q.wq, act(), {p});
-  op.is("e", q.e, DType::U8, {p / q.group});
-  op.is("z", q.z, DType::U8, {p / q.group});
+  op.flat("w", w, w.numel());
+  op.tiled(q, w.numel());
+  op.quantized(q, w.numel());
   do_fake_quant(q, w);
 }
 
@@ -624,6 +628,7 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
   op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
   op.tiled(q, w.numel());
+  if (q.wq.defined()) op.quantized(q, w.numel());
   do_adamw(w, m, v, g, control, q, spec);
 }
 

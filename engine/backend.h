@@ -76,12 +76,16 @@ struct PackedWeight {
 };
 
 // Everything that the quantizer makes of a model's masters: flat buffers laid out as the P elements
-// of the masters are, P a multiple of quant::kTileAlign. A parameter's place in `widest` and `s` is
-// its slot in the tiles. wq, e and z are undefined where no parameter is quantized.
+// of the masters are, P a multiple of quant::kTileAlign. A parameter's place in `widest`, `s` and
+// `ahead` is its slot in the tiles. wq, e and z are undefined where no parameter is quantized.
+//
+// The S of a step is almost always that of the step before. So adamw may quantize ahead: by `s`, as
+// soon as it has the new masters, and fake_quant does that again only where S has changed.
 struct FakeQuantWeights {
   Tensor tiles;    // I32 (tiles, 4): quant::WeightTile, covering all parameters
   Tensor widest;   // real (slots): mx - mn of the widest group of the masters
-  Tensor s;        // real (slots): the master scale S
+  Tensor s;        // real (slots): the master scale S that fake_quant found; 0 before it has
+  Tensor ahead;    // real (slots): S by which adamw has quantized the masters; 0: it has not
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
@@ -267,12 +271,13 @@ class Backend {
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
   // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
-  // q.widest from masters that anything but adamw has changed. w real (P).
+  // q.widest from masters that anything but adamw has changed; q.ahead = 0. w real (P).
   void widest_groups(const FakeQuantWeights& q, const Tensor& w);
   // All of q's weights at once: S = 2^ceil(log2(s_raw / 448)) with the s_raw of q.widest, 1 where
   // that is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
   // [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1, nothing is clipped, and e and z are left alone.
-  // w real (P), those that q.widest is of. Rounding::Identity leaves codes unrounded and unclipped
+  // w real (P), those that q.widest is of; not read for a parameter whose S stands in q.ahead: its
+  // wq, e, z and clipped bits are there. Rounding::Identity leaves codes unrounded and unclipped
   // (gradient checks): wq = w / S.
   void fake_quant(const FakeQuantWeights& q, const Tensor& w);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
@@ -307,8 +312,9 @@ class Backend {
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
   // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
-  // set. Leaves q.widest of w as it then is. w, m, v real (P); g act or real (P); control as
-  // step_control left it.
+  // set. Leaves q.widest of w as it then is. May quantize that w ahead, by q.s: wq, e, z and clipped
+  // are then replaced and q.ahead is q.s, else q.ahead is 0; either way they are of no use before
+  // the next fake_quant. w, m, v real (P); g act or real (P); control as step_control left it.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec);
 

@@ -17,15 +17,17 @@
 namespace bbb::quant {
 
 // Over all parameters in one flat buffer, cut into tiles (tiles.h): widest[slot] = the width of the
-// widest group of the parameter, NaN if any element is; 0 for one that is not quantized. A memset
-// and one kernel.
-void launch_widest_groups(cudaStream_t stream, float* widest, int64_t slots, const float* w,
-                          const WeightTile* tiles, int64_t tile_count, int group);
+// widest group of the parameter, NaN if any element is; 0 for one that is not quantized. ahead = 0.
+// Two memsets and one kernel.
+void launch_widest_groups(cudaStream_t stream, float* widest, float* ahead, int64_t slots,
+                          const float* w, const WeightTile* tiles, int64_t tile_count, int group);
 // S from the widest group, wq = (q - z) e, e, z and the clipped bits in one pass over the masters;
-// at kNoQuantizer wq = w, S = 1, nothing is clipped and e and z stay.
+// at kNoQuantizer wq = w, S = 1, nothing is clipped and e and z stay. A parameter whose S stands in
+// `ahead` has all of that already: its masters are not read.
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
                        uint8_t* clipped, float* s, const float* w, const float* widest,
-                       const WeightTile* tiles, int64_t tile_count, int group, Rounding rounding);
+                       const float* ahead, const WeightTile* tiles, int64_t tile_count, int group,
+                       Rounding rounding);
 void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
                            const uint8_t* z, const float* s, int64_t count, GridSpec spec);
 // S from the sigmas, then e = E4M3(sigma / S) and wq = (codes - z) e.

@@ -82,11 +82,16 @@ BBB_HD Real master_scale_of(Real largest) {
   return static_cast<Real>(std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23));
 }
 
-// E4M3(scale / S), at least 2^-9.
+// E4M3(ratio), at least 2^-9.
+template <typename Real>
+BBB_HD uint8_t encode_ratio(Real ratio, int bits) {
+  const uint8_t e = e4m3_encode(ratio, scale_rounding(bits));
+  return e == 0 || (e > 0x7F && e != 0xFF) ? kE4m3SmallestCode : e & 0x7F;
+}
+
 template <typename Real>
 BBB_HD uint8_t encode_scale(Real scale, Real master_scale, int bits) {
-  const uint8_t e = e4m3_encode(scale / master_scale, scale_rounding(bits));
-  return e == 0 || (e > 0x7F && e != 0xFF) ? kE4m3SmallestCode : e & 0x7F;
+  return encode_ratio(scale / master_scale, bits);
 }
 
 template <typename Real>
@@ -140,10 +145,8 @@ BBB_HD Real level_of(Real q, uint8_t z, Real e) {
 // given and whose tensor S belongs to.
 class GroupLevels {
  public:
-  BBB_HD GroupLevels(uint8_t e, float master_scale)
-      : inverse_master_(1.0f / master_scale),
-        scale_(e4m3_decode(e)),
-        inverse_scale_(1.0f / scale_) {}
+  BBB_HD GroupLevels(uint8_t e, float inverse_master)
+      : inverse_master_(inverse_master), scale_(e4m3_decode(e)), inverse_scale_(1.0f / scale_) {}
 
   BBB_HD void set_zero_point(uint8_t z, int bits) {
     lowest_ = float(-int{z});  // negated as an integer: z = 0 must not give -0
@@ -183,10 +186,11 @@ struct QuantizedGroup {
   GroupLevels levels;
 };
 
-// The same params as group_params, without its division by the step.
-BBB_HD QuantizedGroup quantize_group(const Range<float>& range, float master_scale, int bits) {
-  const uint8_t e = encode_scale(raw_scale(range.width(), bits), master_scale, bits);
-  GroupLevels levels(e, master_scale);
+// The same params as group_params, without its divisions by S and by the step. 1 / S is exact, and
+// so a product with it is the quotient by S.
+BBB_HD QuantizedGroup quantize_group(const Range<float>& range, float inverse_master, int bits) {
+  const uint8_t e = encode_ratio(raw_scale(range.width(), bits) * inverse_master, bits);
+  GroupLevels levels(e, inverse_master);
   const float z = clamp_code(levels.steps(-range.mn), float(max_code(bits)));
   levels.set_zero_point(static_cast<uint8_t>(z), bits);
   return {{e, static_cast<uint8_t>(z)}, levels};

@@ -1,6 +1,6 @@
-// The ranges of groups in registers, and their maximum over a block: what the quantizer's kernels
-// and the optimizer's share. A group lies in consecutive lanes of one warp, kPerThread consecutive
-// elements in each.
+// Groups in registers: their ranges, the maximum of these over a block, and their levels; what the
+// quantizer's kernels and the optimizer's share. A group lies in consecutive lanes of one warp,
+// kPerThread consecutive elements in each.
 #pragma once
 
 #include <type_traits>
@@ -55,6 +55,20 @@ __device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]
     range.mx = max_nan(range.mx, __shfl_xor_sync(kFullWarp, range.mx, lanes));
   }
   return range;
+}
+
+// Each x becomes its level; bit i of what is returned says that x[i] was clipped.
+template <int kPerThread>
+__device__ __forceinline__ unsigned replace_by_levels(float (&x)[kPerThread],
+                                                      const GroupLevels& group) {
+  unsigned clipped = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const float steps = group.steps(x[i]);
+    clipped |= group.is_clipped(steps) ? 1u << i : 0u;
+    x[i] = group.level(steps);
+  }
+  return clipped;
 }
 
 // slot = max(slot, value) over the values, none negative, of a warp. As unsigned integers, the bits

@@ -1,17 +1,19 @@
 // The quantizer on FP32 masters: the formulas are in quant/grid.h, one function call each here.
 //
 //   widest_groups         the widest group of each parameter   4 B an element read
-//   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written
+//   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing of
+//                                                              what was quantized ahead
 //   quantize_codes        codes                                4 B read, 1 B written
 //   scale_codes           e, wq from sigma                     1 B read, 2 B written
 //   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
 //                                                              written
 //
 // Thread mapping. The first two take all matrices of a model in one launch, a block for each tile
-// (quant/tiles.h), which it takes in rounds that are all loaded at once: eight consecutive elements
-// a thread and G / 8 lanes a group. The others take one matrix, four elements a thread and G / 4
-// lanes a group. Groups are joined by shuffles; one lies inside one warp, and the number of
-// elements is a multiple of the group, so that it is inside the matrix as a whole or not at all.
+// (quant/tiles.h) or for several in turn; it takes a tile in rounds that are all loaded at once:
+// eight consecutive elements a thread and G / 8 lanes a group. The others take one matrix, four
+// elements a thread and G / 4 lanes a group. Groups are joined by shuffles; one lies inside one
+// warp, and the number of elements is a multiple of the group, so that it is inside the matrix as a
+// whole or not at all.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -97,29 +99,19 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* out, const float (&x)[
                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])};
 }
 
+// Of one tile, whose parameter has the master scale S; all threads of the block take part.
 template <int kGroup, Rounding kRounding>
-__global__ void __launch_bounds__(kThreads)
-    fake_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
-                      uint8_t* __restrict__ z, uint8_t* __restrict__ clipped, float* __restrict__ s,
-                      const float* __restrict__ w, const float* __restrict__ widest,
-                      const WeightTile* __restrict__ tiles) {
-  const WeightTile tile = tiles[blockIdx.x];
-  if (tile.bits == kNotQuantized) return;
+__device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
+                                              uint8_t* __restrict__ e, uint8_t* __restrict__ z,
+                                              uint8_t* __restrict__ clipped,
+                                              const float* __restrict__ w, const WeightTile& tile,
+                                              float master_scale) {
   const int64_t begin = tile.begin * kTileAlign;
   w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
   float x[kRounds][kWide];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r)
     load_wide(x[r], w + wide_offset(r), wide_offset(r) < tile.count);
-
-  __shared__ float shared_scale;
-  if (threadIdx.x == 0) {
-    shared_scale =
-        tile.bits == kNoQuantizer ? 1.0f : master_scale_of(raw_scale(widest[tile.slot], tile.bits));
-    s[tile.slot] = shared_scale;  // all tiles of a parameter write the same
-  }
-  __syncthreads();
-  const float master_scale = shared_scale;
 
   // A thread has an element in one group each round; the lanes of a group share out the rounds, so
   // that what a group takes is worked out once and not in every lane.
@@ -132,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
     const Range<float> joined = group_range<kGroup>(x[r]);
     if (r == own_round) range = joined;
   }
-  const QuantizedGroup own = quantize_group(range, master_scale, tile.bits);
+  const QuantizedGroup own = quantize_group(range, 1.0f / master_scale, tile.bits);
   if (lane < kRounds && wide_offset(own_round) < tile.count && tile.bits != kNoQuantizer) {
     e[wide_offset(own_round) / kGroup] = own.params.e;
     z[wide_offset(own_round) / kGroup] = own.params.z;
@@ -146,20 +138,48 @@ __global__ void __launch_bounds__(kThreads)
     if (at >= tile.count) continue;
     unsigned mask = 0;
     if (tile.bits != kNoQuantizer) {
+      if constexpr (kRounding == Rounding::Identity) {
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) {
-        if constexpr (kRounding == Rounding::Identity) {
-          x[r][i] /= master_scale;
-        } else {
-          const float steps = group.steps(x[r][i]);
-          mask |= group.is_clipped(steps) ? 1u << i : 0u;
-          x[r][i] = group.level(steps);
-        }
+        for (int i = 0; i < kWide; ++i) x[r][i] /= master_scale;
+      } else {
+        mask = replace_by_levels(x[r], group);
       }
     }
     store_bf16(wq + at, x[r]);
     clipped[at / 8] = static_cast<uint8_t>(mask);
   }
+}
+
+// Most tiles have been quantized ahead: a block looks through several for those that have not.
+constexpr int kTilesPerBlock = 8;
+
+template <int kGroup, Rounding kRounding>
+__global__ void __launch_bounds__(kThreads)
+    fake_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
+                      uint8_t* __restrict__ z, uint8_t* __restrict__ clipped, float* __restrict__ s,
+                      const float* __restrict__ w, const float* __restrict__ widest,
+                      const float* __restrict__ ahead, const WeightTile* __restrict__ tiles,
+                      int64_t tile_count) {
+  const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
+  __shared__ float scales[kTilesPerBlock];  // S of the tiles that are to be quantized, else 0
+  float scale = 0.0f;
+  if (threadIdx.x < kTilesPerBlock) {
+    if (first + threadIdx.x < tile_count) {
+      const WeightTile tile = tiles[first + threadIdx.x];
+      if (tile.bits != kNotQuantized) {
+        scale = tile.bits == kNoQuantizer
+                    ? 1.0f
+                    : master_scale_of(raw_scale(widest[tile.slot], tile.bits));
+        s[tile.slot] = scale;  // all tiles of a parameter write the same
+        if (scale == ahead[tile.slot]) scale = 0.0f;
+      }
+    }
+    scales[threadIdx.x] = scale;
+  }
+  if (!__syncthreads_or(scale != 0.0f)) return;
+  for (int i = 0; i < kTilesPerBlock; ++i)
+    if (scales[i] != 0.0f)  // NaN too
+      quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, tiles[first + i], scales[i]);
 }
 
 template <int kGroup>
@@ -239,9 +259,10 @@ const uchar4* quads_of(const uint8_t* x) { return reinterpret_cast<const uchar4*
 
 }  // namespace
 
-void launch_widest_groups(cudaStream_t stream, float* widest, int64_t slots, const float* w,
-                          const WeightTile* tiles, int64_t tile_count, int group) {
-  BBB_CUDA(cudaMemsetAsync(widest, 0, static_cast<size_t>(slots) * sizeof(float), stream));
+void launch_widest_groups(cudaStream_t stream, float* widest, float* ahead, int64_t slots,
+                          const float* w, const WeightTile* tiles, int64_t tile_count, int group) {
+  for (float* cleared : {widest, ahead})
+    BBB_CUDA(cudaMemsetAsync(cleared, 0, static_cast<size_t>(slots) * sizeof(float), stream));
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(tile_count)), dim3(kThreads)},
            widest_groups_kernel<size>, widest, w, tiles);
@@ -250,12 +271,14 @@ void launch_widest_groups(cudaStream_t stream, float* widest, int64_t slots, con
 
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
                        uint8_t* clipped, float* s, const float* w, const float* widest,
-                       const WeightTile* tiles, int64_t tile_count, int group, Rounding rounding) {
+                       const float* ahead, const WeightTile* tiles, int64_t tile_count, int group,
+                       Rounding rounding) {
+  const int64_t blocks = (tile_count + kTilesPerBlock - 1) / kTilesPerBlock;
   with_group(group, [&](auto size) {
-    launch(stream, {dim3(static_cast<unsigned>(tile_count)), dim3(kThreads)},
+    launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
            rounding == Rounding::Identity ? fake_quant_kernel<size, Rounding::Identity>
                                           : fake_quant_kernel<size, Rounding::Nearest>,
-           wq, e, z, clipped, s, w, widest, tiles);
+           wq, e, z, clipped, s, w, widest, ahead, tiles, tile_count);
   });
 }
 

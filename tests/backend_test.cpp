@@ -46,6 +46,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
   const engine::FakeQuantWeights weights{.tiles = i({1, 4}),
                                          .widest = r({1}),
                                          .s = r({1}),
+                                         .ahead = r({1}),
                                          .clipped = u({16}),
                                          .wq = a({128}),
                                          .e = u({4}),

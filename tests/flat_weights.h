@@ -29,11 +29,13 @@ struct FlatWeights {
         w(b, {total}, b.real()),
         widest(b, {slots}, b.real()),
         s(b, {slots}, b.real()),
+        ahead(b, {slots}, b.real()),
         clipped(b, {total / 8}, DType::U8),
         wq(b, {total}, b.act()),
         e(b, {total / group}, DType::U8),
         z(b, {total / group}, DType::U8) {
-    for (const Guarded* out : {&w, &widest, &s, &clipped, &wq, &e, &z}) b.zero(out->tensor());
+    for (const Guarded* out : {&w, &widest, &s, &ahead, &clipped, &wq, &e, &z})
+      b.zero(out->tensor());
     std::vector<int64_t> counts;
     for (const FlatParameter& p : parameters) {
       begins.push_back(counts.empty() ? 0 : begins.back() + quant::padded_elements(counts.back()));
@@ -45,6 +47,7 @@ struct FlatWeights {
     q = {.tiles = b.empty({static_cast<int64_t>(tiles.size()), 4}, DType::I32),
          .widest = widest.tensor(),
          .s = s.tensor(),
+         .ahead = ahead.tensor(),
          .clipped = clipped.tensor(),
          .wq = wq.tensor(),
          .e = e.tensor(),
@@ -61,7 +64,7 @@ struct FlatWeights {
   }
 
   bool untouched() const {
-    for (const Guarded* out : {&w, &widest, &s, &clipped, &wq, &e, &z})
+    for (const Guarded* out : {&w, &widest, &s, &ahead, &clipped, &wq, &e, &z})
       if (!out->untouched()) return false;
     return true;
   }
@@ -70,7 +73,7 @@ struct FlatWeights {
   std::vector<FlatParameter> parameters;
   std::vector<int64_t> begins;  // first element of each
   int64_t total, slots;
-  Guarded w, widest, s, clipped, wq, e, z;
+  Guarded w, widest, s, ahead, clipped, wq, e, z;
   engine::FakeQuantWeights q;
 };
 

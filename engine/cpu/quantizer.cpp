@@ -36,6 +36,7 @@ void CpuBackend<T>::do_widest_groups(const FakeQuantWeights& q, const Tensor& w)
   });
   T* widest = q.widest.data<T>();
   std::fill_n(widest, q.widest.numel(), T(0));
+  std::fill_n(q.ahead.data<T>(), q.ahead.numel(), T(0));
   for (size_t i = 0; i < parts.size(); ++i)
     widest[tiles[i].slot] = quant::max_or_nan(widest[tiles[i].slot], parts[i]);
 }
