@@ -24,7 +24,8 @@ void ParameterSet::allocate() {
     total += quant::padded_elements(counts.back());
   }
   // Zeros, so that the padding is and stays 0 under every pass over the whole buffer.
-  for (Tensor* buffer : {&masters_, &m_, &v_}) *buffer = backend_.zeros({total}, backend_.real());
+  for (Tensor* buffer : {&masters_, &v_}) *buffer = backend_.zeros({total}, backend_.real());
+  m_ = backend_.zeros({total}, backend_.act());
   grads_ =
       backend_.zeros({total}, passes_ == GradientPasses::One ? backend_.act() : backend_.real());
   for (size_t i = 0; i < shapes_.size(); ++i) {

@@ -65,8 +65,10 @@ class ParameterSet {
   std::vector<std::unique_ptr<Parameter>>& parameters() { return parameters_; }
   const Tensor& masters() const { return masters_; }  // flat, each parameter padded to 64 elements
   const Tensor& grads() const { return grads_; }
+  // Act: about ten steps' mean, which each moves by a tenth, so that it never stands still, and
+  // what rounding takes from it is less than a gradient's own noise.
   const Tensor& m() const { return m_; }
-  const Tensor& v() const { return v_; }
+  const Tensor& v() const { return v_; }  // real: a step moves it by less than act's half ulp
   const engine::FakeQuantWeights& quantized() const;  // after prepare(), if any parameter is
   void reset_moments();
 

@@ -1,6 +1,6 @@
 // The optimizer's device side: the norm and the step's schedule, then the decoupled update.
 //
-// The gradient g is bf16 or F32.
+// The gradient g is bf16 or F32; the first moment m is bf16, rounded after the update.
 //
 // step_control, two launches. The first adds the squares of the gradients that were not clipped,
 //     in the fixed order of reduce.h: 2.1 bytes an element of bf16. The second, one block, adds the
@@ -15,7 +15,7 @@
 //     Each block walks through a stretch of tiles (quant/tiles.h), four neighbouring elements a
 //     thread at a time. The new weights' groups are joined while they are in registers, for the
 //     next S, and quantized by the last one, which is almost always the same: so the next step need
-//     not read its masters to quantize them. 28.4 bytes an element where g is bf16. This file is
+//     not read its masters to quantize them. 24.3 bytes an element where g is bf16. This file is
 //     compiled without contraction, as the quantizer's are.
 #include <algorithm>
 #include <bit>
@@ -47,8 +47,12 @@ template <typename T>
 __device__ Words<T> load_streaming(const T* p) {
   return __ldcs(reinterpret_cast<const Words<T>*>(p));
 }
-__device__ void store_streaming(float* p, const float (&x)[kWide]) {
-  __stcs(reinterpret_cast<float4*>(p), float4{x[0], x[1], x[2], x[3]});
+template <typename T>
+__device__ void store_streaming(T* p, const float (&x)[kWide]) {
+  Vector<T, kWide> packed;
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) from_float(packed.v[j], x[j]);
+  __stcs(reinterpret_cast<Words<T>*>(p), std::bit_cast<Words<T>>(packed));
 }
 
 // sum + the squares of kCount times kMaskedWide elements, `stride` apart from i on, in that order;
@@ -125,7 +129,8 @@ struct AdamWConstants {
 // A thread's four elements, and the mask's byte in which their bits are.
 template <typename T>
 struct Quad {
-  Words<float> w, m, v;
+  Words<float> w, v;
+  Words<bf16> m;
   Words<T> g;
   unsigned clipped;
 };
@@ -139,7 +144,7 @@ __device__ Vector<T, kWide> elements(const Words<T>& words) {
 struct QuantizerBuffers {
   float *widest, *ahead;
   const float* s;  // null: quantize nothing ahead
-  __nv_bfloat16* wq;
+  bf16* wq;
   uint8_t *e, *z, *clipped;
 };
 
@@ -218,7 +223,7 @@ class QuantizerAhead {
 // is replaced, by the warp that replaces it.
 template <int kGroup, typename T>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
-    adamw_kernel(float* __restrict__ w, float* __restrict__ m, float* __restrict__ v,
+    adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
                  QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
   // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
@@ -259,15 +264,15 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     const int64_t at = i;
     i += kStride;
     request();
-    const auto old_weight = elements<float>(now.w), old_first = elements<float>(now.m),
-               old_second = elements<float>(now.v);
+    const auto old_weight = elements<float>(now.w), old_second = elements<float>(now.v);
+    const auto old_first = elements<bf16>(now.m);
     const auto gradient = elements<T>(now.g);
     float weight[kWide], first_moment[kWide], second_moment[kWide];
     const unsigned mask = now.clipped >> (at % kMaskedWide);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
       const float d = mask >> j & 1u ? 0.0f : factor * to_float(gradient.v[j]);
-      first_moment[j] = fmaf(c.beta1, old_first.v[j], c.one_minus_beta1 * d);
+      first_moment[j] = fmaf(c.beta1, to_float(old_first.v[j]), c.one_minus_beta1 * d);
       second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
       const float update =
           first_moment[j] * correction1 / (sqrtf(second_moment[j] * correction2) + c.epsilon);
@@ -325,8 +330,8 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
   with_elements(g, [&]<typename T>(const T* gradient) {
     quant::with_group(q.group, [&](auto size) {
       launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
-             adamw_kernel<size, T>, w.data<float>(), m.data<float>(), v.data<float>(), buffers,
-             gradient, control.data<float>(), static_cast<const WeightTile*>(q.tiles.raw()), tiles,
+             adamw_kernel<size, T>, w.data<float>(), bf16_of(m), v.data<float>(), buffers, gradient,
+             control.data<float>(), static_cast<const WeightTile*>(q.tiles.raw()), tiles,
              constants);
     });
   });

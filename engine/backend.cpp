@@ -623,7 +623,7 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
                     const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) {
   const Op op(*this, "adamw");
   op.flat("w", w, w.numel());
-  op.flat("m", m, w.numel());
+  op.is("m", m, act(), {w.numel()});
   op.flat("v", v, w.numel());
   op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});

@@ -312,9 +312,10 @@ class Backend {
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
   // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
-  // set. Leaves q.widest of w as it then is. May quantize that w ahead, by q.s: wq, e, z and clipped
-  // are then replaced and q.ahead is q.s, else q.ahead is 0; either way they are of no use before
-  // the next fake_quant. w, m, v real (P); g act or real (P); control as step_control left it.
+  // set. Leaves q.widest of w as it then is. May quantize that w ahead, by q.s: wq, e, z and
+  // clipped are then replaced and q.ahead is q.s, else q.ahead is 0; either way they are of no use
+  // before the next fake_quant. w, v real (P); m act (P), the update uses it before it is rounded;
+  // g act or real (P); control as step_control left it.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec);
 

@@ -199,13 +199,19 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), GridSpec{5, 32});
        }},
       {"adamw", "v must be",
-       [&] { b.adamw(r({128}), r({128}), r({256}), r({128}), r({kControlSize}), weights, {}); }},
+       [&] { b.adamw(r({128}), a({128}), r({256}), r({128}), r({kControlSize}), weights, {}); }},
+      {"adamw", "m must be",
+       [&] { b.adamw(r({128}), a({256}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
+      {"adamw", "z must be U8 (4)",
+       [&] { b.adamw(r({128}), a({128}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
       {"step_control", "control", [&] { b.step_control(r({3}), r({1}), r({128}), u({16}), {}); }},
       {"step_control", "clipped must be U8 (16)",
        [&] { b.step_control(r({kControlSize}), r({1}), r({128}), u({128}), {}); }},
   };
   if (act != real) {
     const BadCall added[] = {
+        {"adamw", "m must be BF16 (128), got F32 (128)",
+         [&] { b.adamw(r({128}), r({128}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
         {"gemm_tn", "dw must be F32 to be added to",
          [&] {
            b.gemm_tn(a({5, 3}), a({2, 5}), a({2, 3}), Write::Add);

@@ -105,7 +105,7 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
             8 * epsilon_of(DType::F32) + rounding_of(trained.master));
       expected = gradient;
 
-      // The optimizer's first moments are a tenth of the gradient that it takes.
+      // The optimizer's first moments are a tenth of the gradient that it takes, rounded to act.
       engine::Schedule schedule;
       schedule.clip_norm = 0;
       autograd::AdamW adamw(trained.set, {}, schedule);
@@ -127,7 +127,9 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
         expected[i] *= 0.1;
       }
       CHECK(clipped > 0);
-      CHECK(relative_error(taken, expected) < 16 * epsilon_of(DType::F32));
+      CHECK(relative_error(taken, expected) <
+            16 * epsilon_of(DType::F32) +
+                (device.act() == DType::BF16 ? epsilon_of(DType::BF16) / 2 : 0));
       CHECK(values_of(device, adamw.control())[engine::kGradNorm] ==
             Approx(std::sqrt(squares)).epsilon(64 * epsilon_of(DType::F32)));
     }

@@ -686,9 +686,9 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   const int64_t steps = config.epochs * (config.samples / config.batch);
   const models::ActivationMemory block =
       models::activation_memory(backend, model, tokens, recompute);
-  // Masters, two moments, the best masters; gradients of one pass, wq; e, z and clipped bits; order
-  // and log of a stage.
-  const int64_t trained = parameters * (4 * real + 2 * act) + parameters / config.group * 2 +
+  // Masters, second moments, the best masters; first moments, gradients of one pass, wq; e, z and
+  // clipped bits; order and log of a stage.
+  const int64_t trained = parameters * (3 * real + 3 * act) + parameters / config.group * 2 +
                           parameters / 8 + steps * (config.batch * 4 + engine::kControlSize * real);
   int64_t largest = 0;  // of the linears: it arrives in F32
   for (const models::LinearShape& linear : models::block_linears(model))

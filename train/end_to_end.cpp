@@ -413,13 +413,13 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   const int64_t parameters = model.layers * block_parameters(model);
   const int64_t tokens = config.e2e_micro_batch * config.seq_len;
   const bool kl = config.e2e_loss == EndToEndLoss::Kl;
-  // All: masters, two moments, gradients; clipped bits. Scales: dW^, codes, and those four once a
-  // group.
+  // All: masters, second and first moments, gradients; clipped bits. Scales: dW^, codes, and those
+  // four once a group.
   const int64_t gradient = gradient_passes(config) == GradientPasses::One ? act : real;
   const int64_t trained =
       config.e2e_train == EndToEndTrain::All
-          ? parameters * (3 * real + gradient) + parameters / 8
-          : parameters * (gradient + 1) + parameters / config.group * (3 * real + gradient);
+          ? parameters * (2 * real + act + gradient) + parameters / 8
+          : parameters * (gradient + 1) + parameters / config.group * (2 * real + act + gradient);
   const int64_t operands = parameters * act * (kl ? 2 : 1) + parameters / config.group * 2;
   const int64_t table = model.vocab * model.d_model;
   const int64_t tables = table * act * (model.tied_head ? 1 : 2) * (kl ? 2 : 1);
@@ -443,9 +443,10 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
       kl && backend.device() == engine::DeviceType::Cuda ? block.inference_bytes : 0;
   const int64_t step = kept + teacher + std::max(block.backward_bytes, head);
   // Before that, weights arrive in F32: a table, or the masters whose scales are taken.
-  const int64_t arriving = std::max(
-      table * 4,
-      config.e2e_train == EndToEndTrain::All ? 0 : block_parameters(model) * (3 * real + act + 1));
+  const int64_t arriving =
+      std::max(table * 4, config.e2e_train == EndToEndTrain::All
+                              ? 0
+                              : block_parameters(model) * (2 * real + 2 * act + 1));
   return allocated_bytes(backend, trained + operands + tables + texts + std::max(step, arriving));
 }
 

@@ -20,7 +20,15 @@ constexpr std::chrono::seconds kSaveAfter{30};
 constexpr int kSaveShare = 20;
 
 FileDType file_dtype(const Tensor& tensor) {
-  return tensor.dtype() == DType::F64 ? FileDType::F64 : FileDType::F32;
+  switch (tensor.dtype()) {
+    case DType::F64:
+      return FileDType::F64;
+    case DType::BF16:
+      return FileDType::BF16;
+    default:
+      BBB_ASSERT(tensor.dtype() == DType::F32);
+      return FileDType::F32;
+  }
 }
 
 template <typename T>
@@ -89,8 +97,9 @@ SavedState::SavedState(const std::string& path, uint64_t run) : path_(path), fil
 void SavedState::load(engine::Backend& backend, const NamedTensors& tensors) const {
   for (const auto& [name, tensor] : tensors) {
     const SafeTensor& saved = file_.at(name);
-    BBB_CHECK(saved.dtype == file_dtype(tensor) && saved.shape == tensor.shape(), path_, ": ", name,
-              " is of another model");
+    BBB_CHECK(saved.shape == tensor.shape(), path_, ": ", name, " is of another model");
+    BBB_CHECK(saved.dtype == file_dtype(tensor), path_, ": ", name, " is a ", name_of(saved.dtype),
+              ", but must be ", name_of(file_dtype(tensor)), "; remove it to go on without it");
     backend.upload(tensor, saved.data);
   }
 }

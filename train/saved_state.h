@@ -26,7 +26,7 @@ struct Position {
   std::vector<double> validation;  // before training, then after each epoch
 };
 
-using NamedTensors = std::vector<std::pair<std::string, engine::Tensor>>;  // all real
+using NamedTensors = std::vector<std::pair<std::string, engine::Tensor>>;  // act or real
 
 // Replaces the file at `path` whole or not at all. What computes the tensors must have finished.
 // Throws, naming path and cause, where it cannot be written.
