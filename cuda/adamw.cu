@@ -186,7 +186,7 @@ class QuantizerAhead {
     scale_ = 0.0f;
     if (bits_ == quant::kNotQuantized || q_.s == nullptr) return;
     const float s = q_.s[slot_];
-    if (s > 0.0f) scale_ = s;  // NaN is S of no weights that could be quantized
+    if (s > 0.0f) scale_ = s;  // not NaN
     inverse_scale_ = 1.0f / s;
   }
 
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   const int64_t end = last.begin * quant::kTileAlign + last.count;
   int64_t i = first->begin * quant::kTileAlign + threadIdx.x * kWide;
   QuantizerAhead<kGroup> quantizer(q, first);
-  if (control[engine::kSkip] != 0.0f) {
+  if (control[engine::kSkip] != 0.0f) {  // the same weights are quantized by the same S
     for (; i < end; i += kStride) {
       float weight[kWide];
       load(weight, w + i, kWide);

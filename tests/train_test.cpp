@@ -235,6 +235,28 @@ TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one 
   CHECK(results(config.out) == expected);
 }
 
+TEST_CASE("a state holds tensors of both dtypes, and is loaded into the same ones only",
+          "[train]") {
+  const TempDir dir;
+  const std::string path = dir / "state.safetensors";
+  Backend& b = backend();
+  engine::Rng rng(31);
+  const std::vector<double> values = round_bf16(normal(rng, 96));
+  const Tensor wide = make(b, {96}, DType::F32, values),
+               narrow = make(b, {96}, DType::BF16, values);
+  train::save_state(path, 7, {}, b, {{"v", wide}, {"m", narrow}});
+  const train::SavedState saved(path, 7);
+  const Tensor v = b.zeros({96}, DType::F32), m = b.zeros({96}, DType::BF16);
+  saved.load(b, {{"v", v}, {"m", m}});
+  CHECK(bytes_of(b, v) == bytes_of(b, wide));
+  CHECK(bytes_of(b, m) == bytes_of(b, narrow));
+  CHECK_THROWS_WITH(saved.load(b, {{"m", v}}),
+                    path + ": m is a BF16, but must be F32; remove it to go on without it");
+  CHECK_THROWS_WITH(saved.load(b, {{"v", m}}), Contains("v is a F32, but must be BF16"));
+  CHECK_THROWS_WITH(saved.load(b, {{"v", b.zeros({95}, DType::F32)}}),
+                    path + ": v is of another model");
+}
+
 TEST_CASE("one process at a time trains in a directory; others may read it", "[train]") {
   const Fixture fixture;
   const TrainConfig config = fixture.both_phases("run");

@@ -85,6 +85,7 @@ class EndToEnd {
     run_.keep_log([&](const Json& line) {
       return line.value("phase", "") != "e2e" || line.value("step", int64_t{0}) < step;
     });
+    prepare();
     const auto replay = record(StepPart::Optimizer);
 
     std::optional<engine::Progress> progress;
@@ -124,9 +125,17 @@ class EndToEnd {
     backend_.upload(step_cursor_, &whole);
   }
 
+  // After prepare(): a step finds every buffer, and the ranges of the masters as they are.
   std::unique_ptr<engine::Replay> record(StepPart last) {
-    prepare();  // a step finds every buffer, and the ranges of the masters as they are
     return backend_.record([this, last] { step(last); });
+  }
+
+  // The GEMMs' operands from parameters that anything may have written.
+  void prepare() {
+    if (config_.e2e_train == EndToEndTrain::All)
+      parameters_.prepare();
+    else
+      for (auto& block : student_.blocks()) block->prepare_scales();
   }
 
  private:
@@ -192,15 +201,8 @@ class EndToEnd {
     for (auto& block : student_.blocks()) block->snap();
   }
 
-  // The GEMMs' operands from parameters that anything may have written.
-  void prepare() {
-    if (config_.e2e_train == EndToEndTrain::All)
-      parameters_.prepare();
-    else
-      for (auto& block : student_.blocks()) block->prepare_scales();
-  }
-
-  // The same at the start of a step: nothing but the optimizer has written them since prepare().
+  // As prepare(), at the start of a step: nothing but the optimizer has written them since
+  // prepare().
   void quantize() {
     if (config_.e2e_train == EndToEndTrain::All)
       parameters_.quantize();
@@ -393,6 +395,7 @@ class EndToEndProbe final : public StepProbe {
         phase_(backend, source, windows, config_,
                plan_end_to_end_memory(backend, source.config(), config_).recompute, run_,
                observer_) {
+    phase_.prepare();
     phase_.upload_cursors(0);
   }
   std::unique_ptr<engine::Replay> record(StepPart last) override { return phase_.record(last); }
