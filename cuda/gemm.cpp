@@ -122,7 +122,10 @@ const GemmPlanner::Plan& GemmPlanner::plan_for(const GemmShape& shape) {
     apply_tuning(plan, shape);
     found = plans_.emplace(shape, std::move(plan)).first;
   }
-  if (!found->second.settled && !is_capturing(stream_)) settle();
+  if (!found->second.settled) {
+    ++found->second.met;
+    if (!is_capturing(stream_)) settle();
+  }
   return found->second;
 }
 

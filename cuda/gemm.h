@@ -6,9 +6,9 @@
 // once, serves every product on it and stays put for recorded graphs.
 //
 // The algorithm is the heuristics' first. While tuned, a large product instead takes the fastest
-// of the heuristics' suggestions and of the library's other kernels (gemm_search.cpp), timed when
-// it is first met (gemm_tuning.cpp). A product met while the stream records cannot be timed there:
-// its plan stays unsettled until settle_recorded().
+// of the heuristics' suggestions, timed when it is first met (gemm_tuning.cpp), and of the
+// library's other kernels (gemm_search.cpp) if the run will spend long on it. A product met while
+// the stream records cannot be timed there: its plan stays unsettled until settle_recorded().
 #pragma once
 
 #include <cublasLt.h>
@@ -92,6 +92,7 @@ class GemmPlanner {
     Handle<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> a, b, out;
     GemmAlgorithm algorithm{};
     bool settled = false;  // `algorithm` is the one that the product keeps
+    int64_t met = 0;       // times, until it was settled: products of a recorded step
   };
   Plan make_plan(const GemmShape& shape) const;
   const Plan& plan_for(const GemmShape& shape);

@@ -1,15 +1,16 @@
 // Timing the algorithms of a product, and the choices that come of it.
 //
-// Candidates are the library's suggestions and its other kernels (gemm_search.cpp), of which a
-// first look keeps the best. Then candidates take turns, so that a clock that drifts slows all of
-// them alike; each is judged by its median. Operands are random normals (zeros would run faster)
-// and rotate through more memory than the L2 cache holds, as they come to a product in a training
-// step. Every round starts with products that are not timed: the GPU then runs behind the host, and
-// no wait for a launch is measured.
+// Candidates take turns, so that a clock that drifts slows all of them alike; each is judged by its
+// median. Operands are random normals (zeros would run faster) and rotate through more memory than
+// the L2 cache holds, as they come to a product in a training step. Every round starts with
+// products that are not timed: the GPU then runs behind the host, and no wait for a launch is
+// measured.
 //
+// They are the library's suggestions. Where the run will spend long enough on a product, its other
+// kernels (gemm_search.cpp) are candidates too, of which a first look keeps the best, and:
 // A long product keeps a GPU at its power limit, which sets the clock by what the work takes: the
 // algorithm of least energy is then the fastest, even if it needs more cycles. That shows only
-// where each runs alone until the clock has followed; so the first part's best do.
+// where each runs alone until the clock has followed; so those that took least in turn do.
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
 #include <charconv>
@@ -36,6 +37,8 @@ constexpr int kMostSuggestions = 8;
 constexpr size_t kMostInTurn = 12;    // candidates that the first look leaves
 constexpr int kLooks = 2;             // the least of two times: one may have met something else
 constexpr double kWorthwhile = 0.99;  // of the first suggestion's time: less than that is noise
+// A search takes about 2 s and saves about 2 % of the product's time.
+constexpr double kWorthSearching_s = 60;
 constexpr int kFewestRounds = 5, kMostRounds = 15;
 constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
 constexpr int kUntimedProducts = 2;         // ahead of a round
@@ -321,8 +324,7 @@ void GemmPlanner::settle() {
 }
 
 GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
-  std::vector<GemmAlgorithm> candidates = all_candidates(plan, shape);
-  if (candidates.size() == 1) return candidates[0];
+  std::vector<GemmAlgorithm> candidates = suggestions(plan, shape, kMostSuggestions);
   const int64_t element_bytes = shape.out == CUDA_R_16BF ? 2 : 4;
   const int64_t a_bytes = aligned(2 * shape.m * shape.k), b_bytes = aligned(2 * shape.n * shape.k);
   const int64_t set_bytes = a_bytes + b_bytes + aligned(element_bytes * shape.m * shape.n);
@@ -348,15 +350,22 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     char* const d = b + b_bytes;
     launch(plan, shape, candidates[candidate], d, a, b, d, &constants_[1]);
   };
-  candidates = best_at_first_look(stream_, candidates, multiply);
   std::vector<float> times_ms = times_in_turn(stream_, candidates.size(), multiply);
-  const float least_ms = *std::min_element(times_ms.begin(), times_ms.end());
+  float least_ms = *std::min_element(times_ms.begin(), times_ms.end());
+  const double run_s = static_cast<double>(plan.met * tuning_->runs) * 1e-3 * least_ms;
+  const bool search = run_s >= kWorthSearching_s;
+  if (search) {
+    candidates = all_candidates(plan, shape);
+    candidates = best_at_first_look(stream_, candidates, multiply);
+    times_ms = times_in_turn(stream_, candidates.size(), multiply);
+    least_ms = *std::min_element(times_ms.begin(), times_ms.end());
+  }
   std::vector<size_t> contenders;  // the fastest first
   for (size_t i = 0; i < candidates.size(); ++i)
     if (times_ms[i] <= kContender * least_ms) contenders.push_back(i);
   const auto faster = [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; };
   std::sort(contenders.begin(), contenders.end(), faster);
-  if (least_ms >= kLong_ms) {
+  if (search && least_ms >= kLong_ms) {
     contenders.resize(std::min(contenders.size(), kMostAlone));
     if (std::find(contenders.begin(), contenders.end(), 0) == contenders.end())
       contenders.push_back(0);

@@ -58,6 +58,9 @@ GemmTuning eager_tuning() {
 }  // namespace
 
 TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm]") {
+  // Once; and so often that a search beyond the library's suggestions is worth while.
+  const int64_t runs = GENERATE(int64_t{1}, int64_t{1} << 40);
+  CAPTURE(runs);
   const Products products;
   products.run();
   const auto untuned = products.bytes();
@@ -68,6 +71,7 @@ TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm
   const Products fresh;
   {
     GemmTuning tuning = eager_tuning();
+    tuning.runs = runs;
     tuning.keep = [&](const GemmChoices& choices) {
       chosen = choices;
       ++stored;
@@ -260,7 +264,7 @@ TEST_CASE("another library's or GPU's choices are left, saying so", "[train]") {
   std::vector<std::string> lines;
   const auto tuning = [&] {
     lines.clear();
-    return train::stored_gemm_tuning(backend(), path, 1 << 20,
+    return train::stored_gemm_tuning(backend(), path, 1 << 20, 1,
                                      [&](const std::string& line) { lines.push_back(line); });
   };
   CHECK(tuning().known.algorithms.empty());

@@ -165,6 +165,7 @@ TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repea
   run.config.stages.clear();
   run.config.e2e_steps = 1;
   run.config.e2e_batch = run.config.e2e_micro_batch = on_cuda() ? 8 : 1;
+  run.config.gemm_algorithms = train::GemmAlgorithms::Heuristic;  // products of the head are long
   const int64_t tokens = run.config.e2e_micro_batch * run.config.seq_len;
   const autograd::HeadChunks chunks =
       models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());

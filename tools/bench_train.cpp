@@ -93,6 +93,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
     if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
       engine::GemmTuning tuning;
       tuning.memory_bytes = train::gemm_timing_bytes(backend, model, config);
+      tuning.runs = kLongRun;
       tuning.say = bench.say;
       tuned.emplace(backend, std::move(tuning));
     }

@@ -35,6 +35,9 @@ struct GemmShape {
   int64_t m, n, k;
   double flops() const { return 2.0 * static_cast<double>(m) * static_cast<double>(n * k); }
 };
+// Steps: benchmarks choose algorithms as a run of so many does.
+inline constexpr int64_t kLongRun = 100'000;
+
 // Floating-point operations a second of gemm_nt: the best shape's median, buffers rotating, the
 // algorithms chosen by timing.
 double measure_gemm_peak(engine::Backend& backend, const std::vector<GemmShape>& shapes);

@@ -66,6 +66,18 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
                 Observer());
 }
 
+namespace {
+
+// Of the block phase, or of the longer run that this one is to stand for.
+int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config) {
+  const Extent own{config.samples, config.epochs};
+  const Extent extent = config.extrapolate.value_or(own);
+  return model.layers * static_cast<int64_t>(config.stages.size()) * extent.epochs *
+         (extent.samples / config.batch);
+}
+
+}  // namespace
+
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    TrainConfig config, const Observer& observer) {
   const models::LlamaConfig& model = source.config();
@@ -103,17 +115,24 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
     print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
-  run.create_or_resume(identity);  // locks, whoever made it meanwhile
-  std::optional<engine::GemmTuningScope> tuning;
-  if (config.gemm_algorithms == GemmAlgorithms::Timed)
-    tuning.emplace(backend, stored_gemm_tuning(backend, run.gemm_file(),
-                                               gemm_timing_bytes(backend, model, config),
-                                               [&](const std::string& line) {
-                                                 if (!observer.quiet)
-                                                   std::printf("%s\n", line.c_str());
-                                               }));
-  if (blocks) train_blocks(backend, source, windows, config, memory, run, observer);
+  run.create_or_resume(identity);                 // locks, whoever made it meanwhile
+  std::optional<engine::GemmTuningScope> tuning;  // one at a time
+  const auto tune_for = [&](int64_t steps) {
+    tuning.reset();
+    if (config.gemm_algorithms != GemmAlgorithms::Timed) return;
+    const auto say = [&](const std::string& line) {
+      if (!observer.quiet) std::printf("%s\n", line.c_str());
+    };
+    tuning.emplace(backend,
+                   stored_gemm_tuning(backend, run.gemm_file(),
+                                      gemm_timing_bytes(backend, model, config), steps, say));
+  };
+  if (blocks) {
+    tune_for(block_steps(model, config));
+    train_blocks(backend, source, windows, config, memory, run, observer);
+  }
   if (config.e2e_steps > 0) {
+    tune_for(config.e2e_steps);
     if (config.e2e_snap == Snap::On && !observer.quiet)
       std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
     train_end_to_end(backend, source, windows, config, whole, run, observer);
