@@ -38,7 +38,7 @@ int64_t state_size(LossKind kind) {
 // head_loss of the rows that are taken at once, with scratch for one chunk, whatever M and V are.
 class HeadLoss {
  public:
-  struct Rows {
+  struct TokenRows {
     Tensor losses;
     Tensor dh;  // undefined: not wanted
     Tensor h, teacher_h, targets;
@@ -58,7 +58,7 @@ class HeadLoss {
       dh_sum_ = backend.empty({chunks.rows, head.dim(1)}, backend.real());
   }
 
-  void run(const Rows& rows) const {
+  void run(const TokenRows& rows) const {
     if (words_ == head_.dim(0))
       run_whole(rows);
     else
@@ -71,7 +71,7 @@ class HeadLoss {
   };
 
   // The logits of words [first, first + words_), or as many as there are, in the scratch.
-  Logits logits_of(const Rows& rows, int64_t first) const {
+  Logits logits_of(const TokenRows& rows, int64_t first) const {
     const Tensor words = head_.rows(first, std::min(words_, head_.dim(0) - first));
     const Shape shape{rows.h.dim(0), words.dim(0)};
     const auto product = [&](const Tensor& scratch, const Tensor& h) {
@@ -84,7 +84,7 @@ class HeadLoss {
     return logits;
   }
 
-  void run_whole(const Rows& rows) const {
+  void run_whole(const TokenRows& rows) const {
     const Logits logits = logits_of(rows, 0);
     const Tensor dlogits = rows.dh.defined() ? logits.student : Tensor();
     if (kind_ == LossKind::Kl)
@@ -97,7 +97,7 @@ class HeadLoss {
 
   // The gradient of a logit needs what the whole row sums to: a pass over the chunks for that, then
   // one back over the same logits made again, which starts with those that are still at hand.
-  void run_in_chunks(const Rows& rows) const {
+  void run_in_chunks(const TokenRows& rows) const {
     const int64_t m = rows.h.dim(0), last = (head_.dim(0) - 1) / words_ * words_;
     const Tensor state = state_.rows(0, m);
     Logits logits;

@@ -63,7 +63,7 @@ class ParameterSet {
 
   Backend& backend() const { return backend_; }
   std::vector<std::unique_ptr<Parameter>>& parameters() { return parameters_; }
-  const Tensor& masters() const { return masters_; }  // flat, each parameter padded to 64 elements
+  const Tensor& masters() const { return masters_; }  // flat, each parameter padded to kTileAlign
   const Tensor& grads() const { return grads_; }
   // Act: about ten steps' mean, which each moves by a tenth, so that it never stands still, and
   // what rounding takes from it is less than a gradient's own noise.

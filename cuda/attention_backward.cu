@@ -31,6 +31,7 @@ namespace bbb::cuda {
 namespace {
 
 constexpr int kRows = 128;  // rows x of a block
+static_assert(kTermRows % kRows == 0);  // whole blocks of rotations, too
 constexpr int kTile = 64;   // rows y of a tile
 
 // Registers bound the rows of a warp: two blocks of 16 where the head is small, else one.

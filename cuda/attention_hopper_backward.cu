@@ -44,6 +44,7 @@ struct BackwardShape {
   static constexpr int kItemAt = kBarriersAt + 8 * (2 + 2 * kStages);
   static constexpr int64_t kSmemBytes = 1024 + kItemAt + 8;
   static_assert(kSmemBytes <= 227 * 1024);
+  static_assert(kTermRows % kRows == 0);  // whole items of rotations, too
 
   static constexpr int kStageBytes = 2 * Y::kBytes + 2 * kTermBytes;  // that one stage waits for
   __device__ static uint32_t y_at(uint32_t smem, int stage, int which) {

@@ -99,7 +99,7 @@ class GemmPlanner {
   // At least one, in increasing time as the heuristics estimate it.
   std::vector<GemmAlgorithm> suggestions(const Plan& plan, const GemmShape& shape,
                                          int at_most) const;
-  // Of the same family as plan.algorithm, best estimates first; all run.
+  // Of the same family as plan.algorithm, best estimates first; all pass the library's check.
   std::vector<GemmAlgorithm> explored(const Plan& plan, const GemmShape& shape) const;
   // Suggestions, then the explored ones.
   std::vector<GemmAlgorithm> all_candidates(const Plan& plan, const GemmShape& shape) const;
@@ -125,9 +125,9 @@ class GemmPlanner {
   float* constants_ = nullptr;  // on the device, behind the workspace: 0, 1
   std::map<GemmShape, Plan> plans_;
 
-  std::optional<engine::GemmTuning> tuning_;  // its `known` grows by what is timed
-  std::vector<uint16_t> normals_;             // bf16: what operands are filled with
-  int64_t timed_ = 0, improved_ = 0;          // products, since tune()
+  std::optional<engine::GemmTuning> tuning_;         // its `known` grows by what is timed
+  std::vector<uint16_t> normals_;                    // bf16: what operands are filled with
+  int64_t timed_ = 0, searched_ = 0, improved_ = 0;  // products, since tune()
   double timing_s_ = 0;
 };
 

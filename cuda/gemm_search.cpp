@@ -2,14 +2,16 @@
 //
 // A product is as many tiles as cover D, worked on in waves of one a multiprocessor. Where the last
 // wave is nearly full and a tile is large, so that an operand that was fetched meets many others,
-// less time and less energy goes into it. The library's suggestions are drawn from a few shapes of
-// tiles; for each product this looks through all that its kernels come in, best estimates first.
-// What an estimate is worth shows in the timing that follows (gemm_tuning.cpp).
+// less time and less energy goes into it. The library suggests few shapes of tiles; for each
+// product this takes the best by estimate of those below, in every variant and two clusters. What
+// an estimate is worth shows in the timing that follows (gemm_tuning.cpp).
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
+#include <iterator>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/gemm.h"
+#include "cuda/vector.h"
 
 namespace bbb::cuda {
 namespace {
@@ -82,6 +84,9 @@ int last_variant(const GemmAlgorithm& algorithm) {
 }  // namespace
 
 std::vector<GemmAlgorithm> GemmPlanner::explored(const Plan& plan, const GemmShape& shape) const {
+  // The library's check sees no addresses.
+  if (std::min({shape.align_a, shape.align_b, shape.align_c, shape.align_d}) < kWideBytes)
+    return {};
   int device = 0, processors = 0;
   BBB_CUDA(cudaGetDevice(&device));
   BBB_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));

@@ -3,6 +3,7 @@
 #include <functional>
 #include <iostream>
 #include <limits>
+#include <set>
 
 #ifdef BBB_HAS_CUDA
 #include "cuda/gemm.h"
@@ -175,6 +176,8 @@ TEST_CASE("the same product gives the same bytes", "[gemm]") {
 #ifdef BBB_HAS_CUDA
 namespace {
 
+constexpr size_t kSuggested = 8;  // at most, by the library
+
 // Runs `product` under algorithms that tuning may choose for it, the library's suggestions and a
 // share of the explored ones among them, and returns their number.
 int64_t under_many_algorithms(const cuda::GemmShape& shape, const std::function<void()>& product) {
@@ -182,7 +185,7 @@ int64_t under_many_algorithms(const cuda::GemmShape& shape, const std::function<
   const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
   const cuda::StreamHandle stream = cuda::make_stream();
   const std::vector<std::string> all = cuda::GemmPlanner(stream.get(), pool).candidates(shape);
-  constexpr size_t kSuggested = 8, kStride = 9;
+  constexpr size_t kStride = 9;
   int64_t number = 0;
   for (size_t i = 0; i < all.size(); i += i < kSuggested ? 1 : kStride) {
     const std::string& algorithm = all[i];
@@ -208,6 +211,26 @@ cuda::GemmShape shape_of(cublasOperation_t op_a, cublasOperation_t op_b, int64_t
 }
 
 }  // namespace
+
+TEST_CASE("on Hopper, more algorithms are candidates than the library suggests", "[gemm]") {
+  int major = 0;
+  if (on_cuda()) BBB_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  if (major != 9) {
+    std::cout << "SKIPPED: no Hopper GPU\n";
+    return;
+  }
+  const auto usage = std::make_shared<cuda::MemoryUsage>();
+  const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
+  const cuda::StreamHandle stream = cuda::make_stream();
+  const cuda::GemmPlanner planner(stream.get(), pool);
+  cuda::GemmShape shape =
+      shape_of(CUBLAS_OP_T, CUBLAS_OP_N, 4096, 16384, 4096, DType::BF16, true, false);
+  const std::vector<std::string> all = planner.candidates(shape);
+  CHECK(all.size() > 2 * kSuggested);
+  CHECK(std::set<std::string>(all.begin(), all.end()).size() > 2 * kSuggested);
+  shape.align_b = 8;  // for operands like that only what the library suggests
+  CHECK(planner.candidates(shape).size() <= kSuggested);
+}
 
 TEST_CASE("the algorithms of a product give it", "[gemm]") {
   if (!on_cuda()) {

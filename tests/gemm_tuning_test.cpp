@@ -109,6 +109,9 @@ TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm
 }
 
 TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "[gemm]") {
+  // Few products take long, unless they run often.
+  const int64_t runs = GENERATE(int64_t{1}, int64_t{1} << 40);
+  CAPTURE(runs);
   const Products products;
   GemmChoices chosen;
   int64_t calls = 0;
@@ -116,6 +119,7 @@ TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "
   std::vector<std::vector<uint8_t>> recorded;
   {
     GemmTuning tuning = eager_tuning();
+    tuning.runs = runs;
     tuning.keep = [&](const GemmChoices& choices) { chosen = choices; };
     tuning.say = [&](const std::string& line) { lines.push_back(line); };
     const GemmTuningScope scope(backend(), std::move(tuning));
@@ -129,6 +133,7 @@ TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "
       CHECK(chosen.algorithms.size() == 3);
       REQUIRE(lines.size() == 1);
       CHECK_THAT(lines[0], Contains("algorithms of 3 timed"));
+      CHECK_THAT(lines[0], Contains(runs == 1 ? "of 0 searched" : "of 3 searched"));
     }
     for (const auto& bytes : products.bytes())  // recording executes nothing
       CHECK(std::all_of(bytes.begin(), bytes.end(), [](uint8_t byte) { return byte == 0; }));

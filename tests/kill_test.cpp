@@ -191,8 +191,8 @@ TEST_CASE("a full disk is one error, and the run goes on when there is room", "[
       if (name.find("state") == std::string::npos) CHECK(bytes == expected.at(name));
     }
   };
-  // A state is four or six times a stage's result: masters, moments, best; of two blocks. With a
-  // first moment of half the size, 3.5 or 5 times.
+  // A block's state is its masters, moments and best, four times a stage's result, where the first
+  // moment is half as large 3.5 times; the end-to-end state holds both blocks': 6 or 5 times.
   stopped({1, stage_bytes * 2}, "/blocks/state.safetensors", 1);
   stopped({kNever, stage_bytes / 2}, "/blocks/block_000_stage_0.safetensors", 1);
   stopped({1, stage_bytes * 9 / 2}, "/e2e/state.safetensors", 5);
