@@ -271,7 +271,6 @@ TEST_CASE("one process at a time trains in a directory; others may read it", "[t
 
   train::RunDirectory run(config.out);
   run.lock();
-  CHECK_THROWS_WITH(fixture.run(config), Contains("another process is training"));
   train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
                     ExportFormat::Packed);
   CHECK(fs::exists(config.out + "_out"));
@@ -316,8 +315,19 @@ TEST_CASE("a finished run is left as it is", "[train]") {
   train::Observer observer;
   observer.after_block = [](int64_t) { FAIL("trained again"); };
   observer.after_e2e_step = [](int64_t) { FAIL("trained again"); };
+  const std::string lock = train::RunDirectory(config.out).lock_file();
+  fs::remove(lock);
   fixture.run(config, observer);
   CHECK(results(config.out) == before);
+  CHECK_FALSE(fs::exists(lock));  // it may lie where nothing can be written
+  TrainConfig other = config;
+  other.seed = 1;
+  CHECK_THROWS_WITH(fixture.run(other, observer), Contains("holds a run with another config"));
+  // A state that a kill left behind the result goes, under the lock.
+  data::write_file_atomic(train::RunDirectory(config.out).e2e_state_file(), "spent");
+  fixture.run(config, observer);
+  CHECK(results(config.out) == before);
+  CHECK(fs::exists(lock));
 }
 
 TEST_CASE("steps that are not finite are skipped and counted", "[train]") {

@@ -161,6 +161,11 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
     data::write_file_atomic(run_file(), identity.to_json());
     return;
   }
+  check_identity(identity);
+  remove_leftovers(path_);
+}
+
+void RunDirectory::check_identity(const RunIdentity& identity) const {
   const Json there = Json::parse(data::read_file(run_file()), nullptr, false);
   BBB_CHECK(there.is_object() && there.contains("config"), run_file(), ": not the record of a run");
   const Json here = Json::parse(identity.to_json());
@@ -178,7 +183,6 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
     BBB_CHECK(here["config"].contains(key), path_,
               ": holds a run with another configuration: ", key, " is ", value.dump(),
               " there and not set here; name another --out");
-  remove_leftovers(path_);
 }
 
 RunIdentity RunDirectory::identity() const {
@@ -213,6 +217,10 @@ bool RunDirectory::blocks_finished(const TrainConfig& config, int64_t layers) co
 
 bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
   return config.e2e_steps > 0 ? fs::exists(final_file()) : blocks_finished(config, layers);
+}
+
+bool RunDirectory::has_states() const {
+  return fs::exists(block_state_file()) || fs::exists(e2e_state_file());
 }
 
 void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {

@@ -67,6 +67,8 @@ class RunDirectory {
   // Creates the directory, or accepts one that holds a run of this identity; takes the lock.
   // Throws, saying what differs, otherwise.
   void create_or_resume(const RunIdentity& identity);
+  // Throws, saying what differs, where the run that is here has another identity. Reads only.
+  void check_identity(const RunIdentity& identity) const;
   RunIdentity identity() const;  // of an existing run
   uint64_t checksum() const;     // of the identity, which the run's states carry
 
@@ -83,6 +85,7 @@ class RunDirectory {
   int64_t finished_stages(const TrainConfig& config, int64_t layers) const;
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
   bool finished(const TrainConfig& config, int64_t layers) const;
+  bool has_states() const;
   // Removes states of phases that are finished: a kill can come between a result and that.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 

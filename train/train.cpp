@@ -95,17 +95,21 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   // A run that exists is taken before its model is read and memory is counted, a new one only once
   // it is known to fit: what is refused leaves nothing behind.
   RunDirectory run(config.out);
-  if (run.exists()) run.lock();
+  // A finished run is left alone, wherever it lies: not even a lock is written.
+  const bool finished = run.exists() && run.finished(config, model.layers) && !run.has_states();
+  if (run.exists() && !finished) run.lock();
   const RunIdentity identity{config, backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
                              backend.device_name(), model_checksum(source), data_checksum(windows)};
   if (!observer.quiet) std::printf("%s", identity.to_json().c_str());
-  if (run.exists()) {
+  if (finished) {
+    run.check_identity(identity);
+  } else if (run.exists()) {
     run.create_or_resume(identity);
     run.remove_spent_states(config, model.layers);
-    if (run.finished(config, model.layers)) {
-      if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
-      return;
-    }
+  }
+  if (run.exists() && run.finished(config, model.layers)) {
+    if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
+    return;
   }
   // What cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
