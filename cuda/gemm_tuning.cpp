@@ -17,6 +17,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <iterator>
 #include <numeric>
@@ -186,39 +187,40 @@ std::vector<float> times_alone(cudaStream_t stream, std::vector<size_t> contende
   return times_ms;
 }
 
-// Stretches of D: its first values, some in the middle, its last.
-std::vector<float> stretches(cudaStream_t stream, const char* d, const GemmShape& shape) {
-  const int64_t total = shape.m * shape.n, count = std::min(total, kCompared);
-  std::vector<float> values;
-  for (const int64_t begin : {int64_t{0}, (total - count) / 2, total - count}) {
-    const auto fetch = [&](auto element) {
-      std::vector<decltype(element)> stretch(static_cast<size_t>(count));
-      BBB_CUDA(cudaMemcpyAsync(stretch.data(), d + begin * int64_t{sizeof element},
-                               stretch.size() * sizeof element, cudaMemcpyDeviceToHost, stream));
-      BBB_CUDA(cudaStreamSynchronize(stream));
-      for (const auto value : stretch) {
-        if constexpr (sizeof element == sizeof(float))
-          values.push_back(value);
-        else
-          values.push_back(engine::from_bf16(value));
-      }
-    };
-    if (shape.out == CUDA_R_16BF)
-      fetch(uint16_t{});
-    else
-      fetch(float{});
-  }
-  return values;
+// Stretches of D, byte for byte: its first values, some in the middle, its last.
+std::vector<uint8_t> stretches(cudaStream_t stream, const char* d, int64_t values,
+                               int64_t element_bytes) {
+  const int64_t count = std::min(values, kCompared), bytes = count * element_bytes;
+  const int64_t begins[] = {0, (values - count) / 2, values - count};
+  std::vector<uint8_t> all(static_cast<size_t>(bytes) * std::size(begins));
+  for (size_t i = 0; i < std::size(begins); ++i)
+    BBB_CUDA(cudaMemcpyAsync(all.data() + i * static_cast<size_t>(bytes),
+                             d + begins[i] * element_bytes, static_cast<size_t>(bytes),
+                             cudaMemcpyDeviceToHost, stream));
+  BBB_CUDA(cudaStreamSynchronize(stream));
+  return all;
 }
 
-// The same sums in another order, each rounded once.
-bool agree(const std::vector<float>& a, const std::vector<float>& b, cudaDataType_t dtype) {
+// Whether these are the same sums in another order, each rounded once to `dtype`.
+bool agree(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, cudaDataType_t dtype) {
+  const bool bf16 = dtype == CUDA_R_16BF;
+  const auto value = [bf16](const std::vector<uint8_t>& bytes, size_t i) {
+    float x = 0;
+    uint16_t half = 0;
+    if (!bf16) {
+      std::memcpy(&x, &bytes[i], sizeof x);
+      return x;
+    }
+    std::memcpy(&half, &bytes[i], sizeof half);
+    return engine::from_bf16(half);
+  };
   double error = 0, norm = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    error += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
-    norm += std::pow(static_cast<double>(b[i]), 2);
+  for (size_t i = 0; i < a.size(); i += bf16 ? 2 : 4) {
+    const double want = value(b, i), difference = value(a, i) - want;
+    error += difference * difference;
+    norm += want * want;
   }
-  const double tolerance = dtype == CUDA_R_16BF ? 0x1p-7 : 0x1p-13;
+  const double tolerance = bf16 ? 0x1p-7 : 0x1p-13;
   return error <= tolerance * tolerance * norm;  // false where a NaN is
 }
 
@@ -380,11 +382,11 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     BBB_CUDA(
         cudaMemsetAsync(d, 0, static_cast<size_t>(element_bytes * shape.m * shape.n), stream_));
     multiply(candidate);
-    return stretches(stream_, d, shape);
+    return stretches(stream_, d, shape.m * shape.n, element_bytes);
   };
   for (size_t i : contenders) {
     if (i == 0 || times_ms[i] > kWorthwhile * times_ms[0]) break;
-    const std::vector<float> once = result(i);
+    const std::vector<uint8_t> once = result(i);
     bool repeats = true;
     for (int again = 0; again < kRepeats; ++again) repeats = repeats && result(i) == once;
     if (repeats && agree(once, result(0), shape.out)) return candidates[i];

@@ -62,12 +62,12 @@ data::Windows random_windows(const train::TrainConfig& config, int64_t vocab) {
 
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len,
                                 bool end_to_end) {
+  constexpr size_t kFirst = 3;  // q, k, v
+  const std::vector<models::LinearShape> linears = models::block_linears(model);
   double weights = 0, first_weights = 0;
-  for (const models::LinearShape& linear : models::block_linears(model))
-    weights += static_cast<double>(linear.n * linear.k);
-  for (size_t i = 0; i < 3; ++i) {  // q, k, v
-    const models::LinearShape linear = models::block_linears(model)[i];
-    first_weights += static_cast<double>(linear.n * linear.k);
+  for (size_t i = 0; i < linears.size(); ++i) {
+    weights += static_cast<double>(linears[i].n * linears[i].k);
+    if (i + 1 == kFirst) first_weights = weights;
   }
   const double attention = 2.0 * static_cast<double>(seq_len * model.heads * model.head_dim);
   const double block = 6 * weights + 3.5 * attention;
