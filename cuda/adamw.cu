@@ -15,8 +15,10 @@
 //     Each block walks through a stretch of tiles (quant/tiles.h), four neighbouring elements a
 //     thread at a time. The new weights' groups are joined while they are in registers, for the
 //     next S, and quantized by the last one, which is almost always the same: so the next step need
-//     not read its masters to quantize them. 24.3 bytes an element where g is bf16. This file is
-//     compiled without contraction, as the quantizer's are.
+//     not read its masters to quantize them. 24.3 bytes an element where g is bf16: instructions
+//     have to be few for these to be what takes the time, so root and quotient are the hardware's,
+//     right to about 2^-22. The rest of this file is compiled as written, without contraction, as
+//     the quantizer's files are.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -126,6 +128,17 @@ struct AdamWConstants {
   float epsilon, weight_decay;
 };
 
+__device__ float approximate_sqrt(float x) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+__device__ float approximate_reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+
 // A thread's four elements, and the mask's byte in which their bits are.
 template <typename T>
 struct Quad {
@@ -146,6 +159,14 @@ struct QuantizerBuffers {
   const float* s;  // null: quantize nothing ahead
   bf16* wq;
   uint8_t *e, *z, *clipped;
+
+  // What belongs to the elements from `begin` on.
+  __device__ QuantizerBuffers from(int64_t begin, int group) const {
+    QuantizerBuffers q = *this;
+    q.clipped += begin / kMaskedWide;
+    if (s != nullptr) q.wq += begin, q.e += begin / group, q.z += begin / group;
+    return q;
+  }
 };
 
 // Quantizes the parameters that a warp passes on its way through the buffer, 128 neighbouring
@@ -153,13 +174,13 @@ struct QuantizerBuffers {
 template <int kGroup>
 class QuantizerAhead {
  public:
+  // The buffers are those from the first of the tiles on.
   __device__ QuantizerAhead(const QuantizerBuffers& q, const WeightTile* tile)
-      : q_(q), next_(tile) {}
+      : q_(q), next_(tile), begin_(tile->begin) {}
 
   // Of the warp's next stretch this thread has the elements from i on.
-  __device__ void take(const float (&weight)[kWide], int64_t i) {
-    const int unit = static_cast<int>(i / quant::kTileAlign);
-    if (unit >= end_) move_to(unit);
+  __device__ void take(const float (&weight)[kWide], uint32_t i) {
+    if (i >= end_) move_to(i);
     if (bits_ == quant::kNotQuantized) return;
     const quant::Range<float> range = quant::group_range<kGroup>(weight);
     most_ = quant::max_nan(most_, range.width());
@@ -172,12 +193,12 @@ class QuantizerAhead {
   }
 
  private:
-  __device__ void move_to(int unit) {
+  __device__ void move_to(uint32_t i) {
     WeightTile tile;
     do {
       tile = *next_++;
-      end_ = tile.begin + tile.count / static_cast<int>(quant::kTileAlign);
-    } while (unit >= end_);
+      end_ = static_cast<uint32_t>((tile.begin - begin_) * quant::kTileAlign + tile.count);
+    } while (i >= end_);
     if (tile.slot == slot_) return;
     finish();
     most_ = 0.0f;
@@ -187,18 +208,18 @@ class QuantizerAhead {
     if (bits_ == quant::kNotQuantized || q_.s == nullptr) return;
     const float s = q_.s[slot_];
     if (s > 0.0f) scale_ = s;  // not NaN
-    inverse_scale_ = 1.0f / s;
+    quantizer_ = quant::GroupQuantizer(s, bits_);
   }
 
   // The whole warp takes part: the mask's bytes are two threads' elements.
   __device__ void quantize(const float (&weight)[kWide], const quant::Range<float>& range,
-                           int64_t i) {
+                           uint32_t i) {
     float level[kWide];
 #pragma unroll
     for (int j = 0; j < kWide; ++j) level[j] = weight[j];
     unsigned mask = 0;
     if (bits_ != quant::kNoQuantizer) {
-      const quant::QuantizedGroup group = quant::quantize_group(range, inverse_scale_, bits_);
+      const quant::QuantizedGroup group = quantizer_(range);
       mask = quant::replace_by_levels(level, group.levels);
       if (i % kGroup == 0) {
         q_.e[i / kGroup] = group.params.e;
@@ -212,9 +233,11 @@ class QuantizerAhead {
 
   const QuantizerBuffers q_;
   const WeightTile* next_;
-  int end_ = 0;  // of the tile that the warp is in, in units of kTileAlign
+  const int begin_;
+  uint32_t end_ = 0;  // of the tile that the warp is in
   int slot_ = -1, bits_ = quant::kNotQuantized;
-  float scale_ = 0.0f, inverse_scale_ = 0.0f;  // S by which it is quantized ahead; 0: it is not
+  float scale_ = 0.0f;  // S by which it is quantized ahead; 0: it is not
+  quant::GroupQuantizer quantizer_;
   float most_ = 0.0f;
 };
 
@@ -228,11 +251,15 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
                  const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
   // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
   static_assert(quant::kTileAlign == 32 * kWide);
-  constexpr int64_t kStride = int64_t{kAdamWThreads} * kWide;
+  constexpr uint32_t kStride = kAdamWThreads * kWide;
+  // Everything is counted from the block's first element.
   const WeightTile* const first = tiles + tile_count * blockIdx.x / gridDim.x;
   const WeightTile last = tiles[tile_count * (blockIdx.x + 1) / gridDim.x - 1];
-  const int64_t end = last.begin * quant::kTileAlign + last.count;
-  int64_t i = first->begin * quant::kTileAlign + threadIdx.x * kWide;
+  const int64_t begin = first->begin * quant::kTileAlign;
+  const auto end = static_cast<uint32_t>(last.begin * quant::kTileAlign + last.count - begin);
+  w += begin, m += begin, v += begin, g += begin;
+  q = q.from(begin, kGroup);
+  uint32_t i = threadIdx.x * kWide;
   QuantizerAhead<kGroup> quantizer(q, first);
   if (control[engine::kSkip] != 0.0f) {  // the same weights are quantized by the same S
     for (; i < end; i += kStride) {
@@ -246,9 +273,11 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
 
   const float lr = control[engine::kLr], factor = control[engine::kScale];
   const float t = control[engine::kApplied];
-  // 1 - beta^t without the cancellation of the first steps.
-  const float correction1 = 1.0f / -expm1f(t * c.log_beta1);
-  const float correction2 = 1.0f / -expm1f(t * c.log_beta2);
+  // 1 - beta^t without the cancellation of the first steps. The second moment's goes under the
+  // root, from which it is taken out: rate m / (sqrt(v) + epsilon) is lr times the update.
+  const float root = sqrtf(-expm1f(t * c.log_beta2));
+  const float rate = lr * root / -expm1f(t * c.log_beta1);
+  const float epsilon = c.epsilon * root, decay = lr * c.weight_decay;
   Quad<T> next{};
   const auto request = [&] {
     if (i >= end) return;
@@ -261,7 +290,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   request();
   while (i < end) {
     const Quad<T> now = next;
-    const int64_t at = i;
+    const uint32_t at = i;
     i += kStride;
     request();
     const auto old_weight = elements<float>(now.w), old_second = elements<float>(now.v);
@@ -274,9 +303,9 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
       const float d = mask >> j & 1u ? 0.0f : factor * to_float(gradient.v[j]);
       first_moment[j] = fmaf(c.beta1, to_float(old_first.v[j]), c.one_minus_beta1 * d);
       second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
-      const float update =
-          first_moment[j] * correction1 / (sqrtf(second_moment[j] * correction2) + c.epsilon);
-      weight[j] = fmaf(-lr, fmaf(c.weight_decay, old_weight.v[j], update), old_weight.v[j]);
+      const float quotient =
+          first_moment[j] * approximate_reciprocal(approximate_sqrt(second_moment[j]) + epsilon);
+      weight[j] = old_weight.v[j] - fmaf(decay, old_weight.v[j], rate * quotient);
     }
     store_streaming(w + at, weight);
     store_streaming(m + at, first_moment);

@@ -85,7 +85,9 @@ BBB_HD Real master_scale_of(Real largest) {
 // E4M3(ratio), at least 2^-9.
 template <typename Real>
 BBB_HD uint8_t encode_ratio(Real ratio, int bits) {
-  const uint8_t e = e4m3_encode(ratio, scale_rounding(bits));
+  const uint8_t e = scale_rounding(bits) == ScaleRounding::NearestEven
+                        ? e4m3_encode_nearest(ratio)
+                        : e4m3_encode(ratio, ScaleRounding::Up);
   return e == 0 || (e > 0x7F && e != 0xFF) ? kE4m3SmallestCode : e & 0x7F;
 }
 
@@ -107,7 +109,8 @@ struct GroupParams {
 
 template <typename Real>
 BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int bits) {
-  const uint8_t e = encode_scale(raw_scale(range.width(), bits), master_scale, bits);
+  // S, a power of two, comes first: so the quotient is never subnormal where e depends on it.
+  const uint8_t e = encode_ratio(raw_scale(range.width() / master_scale, bits), bits);
   const Real z = round_half_up(-range.mn / step_of(e, master_scale));
   return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(bits))))};
 }
@@ -146,11 +149,14 @@ BBB_HD Real level_of(Real q, uint8_t z, Real e) {
 class GroupLevels {
  public:
   BBB_HD GroupLevels(uint8_t e, float inverse_master)
-      : inverse_master_(inverse_master), scale_(e4m3_decode(e)), inverse_scale_(1.0f / scale_) {}
+      : inverse_master_(inverse_master),
+        scale_(e4m3_decode(e)),
+        inverse_scale_(e4m3_reciprocal(scale_)) {}
 
-  BBB_HD void set_zero_point(uint8_t z, int bits) {
-    lowest_ = float(-int{z});  // negated as an integer: z = 0 must not give -0
-    highest_ = float(max_code(bits) - int{z});
+  // z and the largest code, both integers.
+  BBB_HD void set_zero_point(float z, float top) {
+    lowest_ = 0.0f - z;  // -z would be -0 for z = 0
+    highest_ = top - z;
   }
   // The levels of another group of the same tensor, held elsewhere: `fetch` gives its number for
   // one of this group's.
@@ -186,14 +192,31 @@ struct QuantizedGroup {
   GroupLevels levels;
 };
 
-// The same params as group_params, without its divisions by S and by the step. 1 / S is exact, and
-// so a product with it is the quotient by S.
-BBB_HD QuantizedGroup quantize_group(const Range<float>& range, float inverse_master, int bits) {
-  const uint8_t e = encode_ratio(raw_scale(range.width(), bits) * inverse_master, bits);
-  GroupLevels levels(e, inverse_master);
-  const float z = clamp_code(levels.steps(-range.mn), float(max_code(bits)));
-  levels.set_zero_point(static_cast<uint8_t>(z), bits);
-  return {{e, static_cast<uint8_t>(z)}, levels};
-}
+// group_params and the levels of one tensor's groups, without divisions: 1 / S is exact, and so a
+// product with it is the quotient by S; the quotient by L is corrected as in GroupLevels.
+class GroupQuantizer {
+ public:
+  GroupQuantizer() = default;
+  BBB_HD GroupQuantizer(float master_scale, int bits)
+      : inverse_master_(1.0f / master_scale),
+        top_(float(max_code(bits))),
+        inverse_top_(1.0f / top_),
+        bits_(bits) {}
+
+  BBB_HD QuantizedGroup operator()(const Range<float>& range) const {
+    const float width = range.width() * inverse_master_;
+    const float near = width * inverse_top_;
+    const float ratio = std::fma(std::fma(-near, top_, width), inverse_top_, near);
+    const uint8_t e = encode_ratio(ratio, bits_);
+    GroupLevels levels(e, inverse_master_);
+    const float z = clamp_code(levels.steps(-range.mn), top_);
+    levels.set_zero_point(z, top_);
+    return {{e, static_cast<uint8_t>(z)}, levels};
+  }
+
+ private:
+  float inverse_master_ = 1, top_ = 1, inverse_top_ = 1;
+  int bits_ = 1;
+};
 
 }  // namespace bbb::quant

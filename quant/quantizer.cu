@@ -124,7 +124,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
     const Range<float> joined = group_range<kGroup>(x[r]);
     if (r == own_round) range = joined;
   }
-  const QuantizedGroup own = quantize_group(range, 1.0f / master_scale, tile.bits);
+  const QuantizedGroup own = GroupQuantizer(master_scale, tile.bits)(range);
   if (lane < kRounds && wide_offset(own_round) < tile.count && tile.bits != kNoQuantizer) {
     e[wide_offset(own_round) / kGroup] = own.params.e;
     z[wide_offset(own_round) / kGroup] = own.params.z;

@@ -72,6 +72,20 @@ TEST_CASE("E4M3 rounds to nearest even, or up, at every midpoint", "[e4m3]") {
   check_between_codes<double>();
 }
 
+TEST_CASE("one step of Newton's gives every scale's reciprocal to nearest", "[e4m3]") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (int code = 1; code <= kLargest; ++code) {
+    const float value = e4m3_decode(static_cast<uint8_t>(code)), want = 1.0f / value;
+    float low = want, high = want;
+    for (int ulps = 0; ulps <= 4; ++ulps) {
+      CAPTURE(code, ulps);
+      CHECK(quant::e4m3_refine_reciprocal(value, low) == want);
+      CHECK(quant::e4m3_refine_reciprocal(value, high) == want);
+      low = std::nextafter(low, 0.0f), high = std::nextafter(high, infinity);
+    }
+  }
+}
+
 TEST_CASE("E4M3 saturates at 448, keeps NaN and the sign of zero", "[e4m3]") {
   const float infinity = std::numeric_limits<float>::infinity();
   for (const float x : {448.0f, 464.0f, 480.0f, 1e30f, infinity}) {

@@ -162,7 +162,7 @@ TEST_CASE("ties round up, zero and constant groups stay finite", "[grid]") {
 quant::QuantizedGroup group_of_scale(uint8_t e, float master_scale, int bits) {
   quant::Range<float> range;
   range.include(float(quant::max_code(bits)) * quant::e4m3_decode(e) * master_scale);
-  return quant::quantize_group(range, 1 / master_scale, bits);
+  return quant::GroupQuantizer(master_scale, bits)(range);
 }
 
 TEST_CASE("a corrected product is the quotient of every float by every scale", "[grid]") {
@@ -195,7 +195,7 @@ TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
         if (trial % 5 != 1) range.include(static_cast<float>(-rng.uniform() * size));
         if (trial % 5 != 2) range.include(static_cast<float>(rng.uniform() * size));
         const quant::GroupParams want = quant::group_params(range, master_scale, bits);
-        const quant::QuantizedGroup made = quant::quantize_group(range, 1 / master_scale, bits);
+        const quant::QuantizedGroup made = quant::GroupQuantizer(master_scale, bits)(range);
         REQUIRE(made.params.e == want.e);
         REQUIRE(made.params.z == want.z);
         const quant::GroupLevels group = made.levels.fetched(bits, [](float x) { return x; });
