@@ -114,7 +114,10 @@ class GemmPlanner {
                                 const std::string& text) const;
   void settle();
   GemmAlgorithm fastest(const Plan& plan, const GemmShape& shape);
-  void fill_with_normals(void* device, int64_t bytes);
+  void fill(void* device, int64_t bytes, const std::vector<uint16_t>& values) const;
+  // What operands are filled with, bf16; made when they are first asked for.
+  const std::vector<uint16_t>& normals();
+  const std::vector<uint16_t>& levels();
   void say(const std::string& line) const;
 
   cudaStream_t stream_;
@@ -126,7 +129,7 @@ class GemmPlanner {
   std::map<GemmShape, Plan> plans_;
 
   std::optional<engine::GemmTuning> tuning_;         // its `known` grows by what is timed
-  std::vector<uint16_t> normals_;                    // bf16: what operands are filled with
+  std::vector<uint16_t> normals_, levels_;
   int64_t timed_ = 0, searched_ = 0, improved_ = 0;  // products, since tune()
   double timing_s_ = 0;
 };

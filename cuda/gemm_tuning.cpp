@@ -1,7 +1,8 @@
 // Timing the algorithms of a product, and the choices that come of it.
 //
 // Candidates take turns, so that a clock that drifts slows all of them alike; each is judged by its
-// median. Operands are random normals (zeros would run faster) and rotate through more memory than
+// median. Operands are random normals, and their levels on a 2-bit grid where a product's are
+// quantized weights (zeros and short numbers take less power); they rotate through more memory than
 // the L2 cache holds, as they come to a product in a training step. Every round starts with
 // products that are not timed: the GPU then runs behind the host, and no wait for a launch is
 // measured.
@@ -28,6 +29,7 @@
 #include "engine/bf16.h"
 #include "engine/median.h"
 #include "engine/rng.h"
+#include "quant/grid.h"
 
 namespace bbb::cuda {
 namespace {
@@ -344,7 +346,10 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     say(cat("matrix products: ", to_string(shape), " is not timed: ", error.what()));
     return candidates[0];
   }
-  fill_with_normals(memory->data(), memory->bytes());
+  fill(memory->data(), memory->bytes(), normals());
+  if (shape.alpha_on_device)
+    for (int64_t set = 0; set < sets; ++set)
+      fill(static_cast<char*>(memory->data()) + set * set_bytes, a_bytes, levels());
 
   int64_t turn = 0;
   const auto multiply = [&](size_t candidate) {
@@ -398,15 +403,35 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
   return candidates[0];
 }
 
-// A stretch of normals, repeated. Two of them read as one F32 are a finite value too.
-void GemmPlanner::fill_with_normals(void* device, int64_t bytes) {
+const std::vector<uint16_t>& GemmPlanner::normals() {
   if (normals_.empty()) {
     engine::Rng rng(0);
     for (int64_t i = 0; i < kNormals; ++i)
       normals_.push_back(engine::to_bf16(static_cast<float>(rng.normal())));
   }
-  const int64_t stretch = std::min<int64_t>(bytes, kNormals * int64_t{sizeof normals_[0]});
-  BBB_CUDA(cudaMemcpyAsync(device, normals_.data(), static_cast<size_t>(stretch),
+  return normals_;
+}
+
+const std::vector<uint16_t>& GemmPlanner::levels() {
+  if (!levels_.empty()) return levels_;
+  constexpr quant::GridSpec kSpec{.bits = 2, .group = 32};
+  // Where normals' widest groups, of about six, give e its largest values.
+  const quant::GroupQuantizer quantizer(0x1p-7f, kSpec.bits);
+  for (size_t begin = 0; begin < normals().size(); begin += kSpec.group) {
+    const auto x = [&](int i) { return engine::from_bf16(normals_[begin + static_cast<size_t>(i)]); };
+    quant::Range<float> range;
+    for (int i = 0; i < kSpec.group; ++i) range.include(x(i));
+    const quant::GroupLevels group = quantizer(range).levels;
+    for (int i = 0; i < kSpec.group; ++i)
+      levels_.push_back(engine::to_bf16(group.level(group.steps(x(i)))));
+  }
+  return levels_;
+}
+
+// With the values, repeated. Two of them read as one F32 are a finite value too.
+void GemmPlanner::fill(void* device, int64_t bytes, const std::vector<uint16_t>& values) const {
+  const auto stretch = std::min(bytes, static_cast<int64_t>(values.size() * sizeof values[0]));
+  BBB_CUDA(cudaMemcpyAsync(device, values.data(), static_cast<size_t>(stretch),
                            cudaMemcpyHostToDevice, stream_));
   for (int64_t done = stretch; done < bytes;) {
     const int64_t more = std::min(done, bytes - done);

@@ -23,6 +23,7 @@ struct TrainBench {
   std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
   train::GemmAlgorithms gemm_algorithms = train::GemmAlgorithms::Timed;  // of the step
+  std::string gemm_file;                        // keeps these algorithms; empty: none
   std::function<void(const std::string&)> say;  // what timing them reports; may be empty
 };
 

@@ -39,6 +39,8 @@ int bench_train_command(const Arguments& arguments) {
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                      //
       ("deterministic", "no algorithm of the step's matrix products is chosen by timing")  //
+      ("gemm", "take the products' algorithms from this file, and store there what it lacks",
+       text())  //
       ("json", "write the result to this file too", text());
   if (!line.parse(arguments)) return 0;
   const std::string name = line.required("synthetic");
@@ -50,6 +52,9 @@ int bench_train_command(const Arguments& arguments) {
   bench.steps = line.has("steps") ? line.integer("steps", 1) : bench.end_to_end ? 10 : 100;
   bench.recompute = train::parse_recompute(line.text("recompute"));
   if (line.has("deterministic")) bench.gemm_algorithms = train::GemmAlgorithms::Heuristic;
+  if (line.has("gemm") && line.has("deterministic"))
+    throw UsageError("--gemm goes without --deterministic");
+  if (line.has("gemm")) bench.gemm_file = line.text("gemm");
   bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
   if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
 

@@ -91,11 +91,9 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   {
     std::optional<engine::GemmTuningScope> tuned;
     if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
-      engine::GemmTuning tuning;
-      tuning.memory_bytes = train::gemm_timing_bytes(backend, model, config);
-      tuning.runs = kLongRun;
-      tuning.say = bench.say;
-      tuned.emplace(backend, std::move(tuning));
+      const int64_t memory = train::gemm_timing_bytes(backend, model, config);
+      tuned.emplace(backend,
+                    train::stored_gemm_tuning(backend, bench.gemm_file, memory, kLongRun, bench.say));
     }
     backend.reset_memory_peak();
     const auto probe = bench.end_to_end

@@ -63,7 +63,8 @@ engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std:
   tuning.where = path;
   tuning.memory_bytes = memory_bytes;
   tuning.runs = steps;
-  tuning.keep = [path](const GemmChoices& choices) { save_gemm_choices(path, choices); };
+  if (!path.empty())
+    tuning.keep = [path](const GemmChoices& choices) { save_gemm_choices(path, choices); };
   tuning.say = std::move(say);
   return tuning;
 }
