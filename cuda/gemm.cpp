@@ -124,7 +124,7 @@ const GemmPlanner::Plan& GemmPlanner::plan_for(const GemmShape& shape) {
   }
   if (!found->second.settled) {
     ++found->second.met;
-    if (!is_capturing(stream_)) settle();
+    if (!is_capturing(stream_)) settle(tuning_->product_runs);
   }
   return found->second;
 }

@@ -112,8 +112,8 @@ class GemmPlanner {
   void apply_tuning(Plan& plan, const GemmShape& shape) const;
   GemmAlgorithm known_algorithm(const Plan& plan, const std::string& name,
                                 const std::string& text) const;
-  void settle();
-  GemmAlgorithm fastest(const Plan& plan, const GemmShape& shape);
+  void settle(int64_t runs);
+  GemmAlgorithm fastest(const Plan& plan, const GemmShape& shape, int64_t runs);
   void fill(void* device, int64_t bytes, const std::vector<uint16_t>& values) const;
   // What operands are filled with, bf16; made when they are first asked for.
   const std::vector<uint16_t>& normals();

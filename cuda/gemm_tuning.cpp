@@ -11,7 +11,8 @@
 // kernels (gemm_search.cpp) are candidates too, of which a first look keeps the best, and:
 // A long product keeps a GPU at its power limit, which sets the clock by what the work takes: the
 // algorithm of least energy is then the fastest, even if it needs more cycles. That shows only
-// where each runs alone until the clock has followed; so those that took least in turn do.
+// where each runs alone for longer than the clock takes to follow. As the clock also wanders by
+// some per cent, they meet in rounds, each of fewer candidates and longer than the one before.
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
 #include <charconv>
@@ -37,20 +38,22 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kMostSuggestions = 8;
-constexpr size_t kMostInTurn = 12;    // candidates that the first look leaves
+constexpr size_t kMostAtFirst = 14;   // candidates that the first look leaves
 constexpr int kLooks = 2;             // the least of two times: one may have met something else
 constexpr double kWorthwhile = 0.99;  // of the first suggestion's time: less than that is noise
-// A search takes about 2 s and saves about 2 % of the product's time.
+// A search takes about 4 s and saves about 4 % of the product's time.
 constexpr double kWorthSearching_s = 60;
 constexpr int kFewestRounds = 5, kMostRounds = 15;
 constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
 constexpr int kUntimedProducts = 2;         // ahead of a round
 constexpr float kLong_ms = 0.25f;           // a product that may meet the power limit
-constexpr float kContender = 1.08f;         // of the least time: who may still win by energy
-constexpr float kSettle_ms = 70.0f;  // of products that are not timed: as long as a clock takes
-constexpr float kAlone_ms = 40.0f;   // of timed ones
-constexpr size_t kMostAlone = 6;
-constexpr int kAlonePasses = 2;  // the second in reverse: both ends of a drift
+constexpr float kWarm_ms = 300;             // ahead of the first of:
+struct LongRound {
+  size_t candidates;
+  int passes;  // every other one in reverse: both ends of a drift
+  float untimed_ms, timed_ms;
+};
+constexpr LongRound kLongRounds[] = {{14, 1, 30, 50}, {5, 2, 40, 80}, {3, 2, 40, 120}};
 constexpr int64_t kNormals = 1 << 18;
 constexpr int64_t kCompared = 1 << 18;  // values in a stretch of D
 constexpr int kRepeats = 3;
@@ -103,14 +106,30 @@ float elapsed_ms(const EventHandle& begin, const EventHandle& end) {
   return ms;
 }
 
+struct Candidates {
+  std::vector<GemmAlgorithm> algorithms;
+  std::vector<float> times_ms;  // of one product
+
+  // The fastest first.
+  std::vector<size_t> order() const {
+    std::vector<size_t> order(algorithms.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    sort(order);
+    return order;
+  }
+  void sort(std::vector<size_t>& some) const {
+    std::sort(some.begin(), some.end(),
+              [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; });
+  }
+  float least_ms() const { return *std::min_element(times_ms.begin(), times_ms.end()); }
+};
+
 // The first candidate and those that take least among the others, each run by itself. One that the
 // library has checked may still be refused when it is to start: it is left out.
-std::vector<GemmAlgorithm> best_at_first_look(cudaStream_t stream,
-                                              const std::vector<GemmAlgorithm>& candidates,
-                                              const Multiply& multiply) {
+Candidates best_at_first_look(cudaStream_t stream, Candidates all, const Multiply& multiply) {
   const EventHandle begin = make_event(cudaEventDefault), end = make_event(cudaEventDefault);
-  std::vector<float> times_ms(candidates.size(), INFINITY);
-  std::vector<bool> refused(candidates.size(), false);
+  all.times_ms.assign(all.algorithms.size(), INFINITY);
+  std::vector<bool> refused(all.algorithms.size(), false);
   const auto starts = [&](size_t i) {
     try {
       multiply(i);  // loads the kernel, too
@@ -121,22 +140,21 @@ std::vector<GemmAlgorithm> best_at_first_look(cudaStream_t stream,
     }
   };
   for (int look = 0; look < kLooks; ++look)
-    for (size_t i = 0; i < candidates.size(); ++i) {
+    for (size_t i = 0; i < all.algorithms.size(); ++i) {
       if (look == 0 && i > 0) refused[i] = !starts(i);
       if (refused[i]) continue;
       BBB_CUDA(cudaEventRecord(begin.get(), stream));
       multiply(i);
       BBB_CUDA(cudaEventRecord(end.get(), stream));
       BBB_CUDA(cudaStreamSynchronize(stream));
-      times_ms[i] = std::min(times_ms[i], elapsed_ms(begin, end));
+      all.times_ms[i] = std::min(all.times_ms[i], elapsed_ms(begin, end));
     }
-  std::vector<size_t> order(candidates.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin() + 1, order.end(),
-            [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; });
-  std::vector<GemmAlgorithm> best;
-  for (size_t i : order)
-    if (best.size() < kMostInTurn && !refused[i]) best.push_back(candidates[i]);
+  Candidates best{{all.algorithms[0]}, {all.times_ms[0]}};
+  for (size_t i : all.order())
+    if (i > 0 && !refused[i] && best.algorithms.size() < kMostAtFirst) {
+      best.algorithms.push_back(all.algorithms[i]);
+      best.times_ms.push_back(all.times_ms[i]);
+    }
   return best;
 }
 
@@ -168,25 +186,49 @@ std::vector<float> times_in_turn(cudaStream_t stream, size_t count, const Multip
   return medians_ms;
 }
 
-// The mean of every contender, of which one product takes about `about_ms`; others keep theirs.
-std::vector<float> times_alone(cudaStream_t stream, std::vector<size_t> contenders,
-                               const std::vector<float>& about_ms, const Multiply& multiply) {
-  const EventHandle begin = make_event(cudaEventDefault), end = make_event(cudaEventDefault);
-  std::vector<float> times_ms = about_ms;
-  for (size_t i : contenders) times_ms[i] = 0;
-  for (int pass = 0; pass < kAlonePasses; ++pass) {
-    for (size_t i : contenders) {
-      for (float ms = 0; ms < kSettle_ms; ms += about_ms[i]) multiply(i);
-      const int products = 1 + static_cast<int>(kAlone_ms / about_ms[i]);
-      BBB_CUDA(cudaEventRecord(begin.get(), stream));
-      for (int p = 0; p < products; ++p) multiply(i);
-      BBB_CUDA(cudaEventRecord(end.get(), stream));
-      BBB_CUDA(cudaStreamSynchronize(stream));
-      times_ms[i] += elapsed_ms(begin, end) / static_cast<float>(products * kAlonePasses);
+// Replaces the times of the candidates by their means where each runs alone for a while; returns
+// those of the last round, the fastest first. The stream is never without work.
+std::vector<size_t> by_long_runs(cudaStream_t stream, Candidates& candidates,
+                                 const Multiply& multiply) {
+  struct Window {
+    size_t candidate;
+    int products;
+    EventHandle begin, end;
+  };
+  const std::vector<float> about_ms = candidates.times_ms;
+  const auto run_for = [&](float ms, size_t i) {
+    const int products = 1 + static_cast<int>(ms / about_ms[i]);
+    for (int p = 0; p < products; ++p) multiply(i);
+    return products;
+  };
+  std::vector<double> spent_ms(about_ms.size(), 0), products(about_ms.size(), 0);
+  std::vector<size_t> order = candidates.order();
+  run_for(kWarm_ms, order[0]);
+  for (const LongRound& round : kLongRounds) {
+    order.resize(std::min(order.size(), round.candidates));
+    // The others are compared with the first suggestion.
+    if (std::find(order.begin(), order.end(), 0) == order.end()) order.push_back(0);
+    std::vector<Window> windows;
+    for (int pass = 0; pass < round.passes; ++pass) {
+      for (size_t i : order) {
+        run_for(round.untimed_ms, i);
+        Window window{i, 0, make_event(cudaEventDefault), make_event(cudaEventDefault)};
+        BBB_CUDA(cudaEventRecord(window.begin.get(), stream));
+        window.products = run_for(round.timed_ms, i);
+        BBB_CUDA(cudaEventRecord(window.end.get(), stream));
+        windows.push_back(std::move(window));
+      }
+      std::reverse(order.begin(), order.end());
     }
-    std::reverse(contenders.begin(), contenders.end());
+    BBB_CUDA(cudaStreamSynchronize(stream));
+    for (const Window& window : windows) {
+      spent_ms[window.candidate] += elapsed_ms(window.begin, window.end);
+      products[window.candidate] += window.products;
+    }
+    for (size_t i : order) candidates.times_ms[i] = static_cast<float>(spent_ms[i] / products[i]);
+    candidates.sort(order);
   }
-  return times_ms;
+  return order;
 }
 
 // Stretches of D, byte for byte: its first values, some in the middle, its last.
@@ -301,21 +343,21 @@ bool GemmPlanner::has_unsettled() const {
 }
 
 void GemmPlanner::settle_recorded() {
-  settle();
+  settle(tuning_->step_runs);
   char seconds[32];
   std::snprintf(seconds, sizeof seconds, "%.2f s", timing_s_);
   say(cat("matrix products: algorithms of ", timed_, " timed in ", seconds, ", of ", searched_,
           " searched; ", improved_, " do not take the library's first suggestion"));
 }
 
-// Times what is not settled.
-void GemmPlanner::settle() {
+// Times what is not settled; `runs`: how often what has met it is going to run.
+void GemmPlanner::settle(int64_t runs) {
   const auto start = Clock::now();
   std::vector<Plan*> settled;
   for (auto& [shape, plan] : plans_) {
     if (plan.settled) continue;
     const std::string first = to_text(plan.algorithm);
-    plan.algorithm = fastest(plan, shape);
+    plan.algorithm = fastest(plan, shape, runs);
     const std::string text = to_text(plan.algorithm);
     tuning_->known.algorithms[to_string(shape)] = text;
     improved_ += text != first ? 1 : 0;
@@ -328,15 +370,15 @@ void GemmPlanner::settle() {
   timing_s_ += seconds_since(start);
 }
 
-GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
-  std::vector<GemmAlgorithm> candidates = suggestions(plan, shape, kMostSuggestions);
+GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape, int64_t runs) {
+  Candidates candidates{suggestions(plan, shape, kMostSuggestions), {}};
   const int64_t element_bytes = shape.out == CUDA_R_16BF ? 2 : 4;
   const int64_t a_bytes = aligned(2 * shape.m * shape.k), b_bytes = aligned(2 * shape.n * shape.k);
   const int64_t set_bytes = a_bytes + b_bytes + aligned(element_bytes * shape.m * shape.n);
   if (set_bytes > tuning_->memory_bytes) {
     say(cat("matrix products: ", to_string(shape), " is not timed: its operands take ",
             set_bytes >> 20, " MiB, ", tuning_->memory_bytes >> 20, " may be taken"));
-    return candidates[0];
+    return candidates.algorithms[0];
   }
   const int64_t sets = std::min(tuning_->memory_bytes / set_bytes, 2 + 2 * l2_bytes() / set_bytes);
   std::shared_ptr<engine::Storage> memory;
@@ -344,7 +386,7 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     memory = pool_->allocate(sets * set_bytes);
   } catch (const Error& error) {  // another program has taken what was free
     say(cat("matrix products: ", to_string(shape), " is not timed: ", error.what()));
-    return candidates[0];
+    return candidates.algorithms[0];
   }
   fill(memory->data(), memory->bytes(), normals());
   if (shape.alpha_on_device)
@@ -356,30 +398,20 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     char* const a = static_cast<char*>(memory->data()) + turn++ % sets * set_bytes;
     char* const b = a + a_bytes;
     char* const d = b + b_bytes;
-    launch(plan, shape, candidates[candidate], d, a, b, d, &constants_[1]);
+    launch(plan, shape, candidates.algorithms[candidate], d, a, b, d, &constants_[1]);
   };
-  std::vector<float> times_ms = times_in_turn(stream_, candidates.size(), multiply);
-  float least_ms = *std::min_element(times_ms.begin(), times_ms.end());
-  const double run_s = static_cast<double>(plan.met * tuning_->runs) * 1e-3 * least_ms;
-  const bool search = run_s >= kWorthSearching_s;
-  if (search) {
+  const auto time_in_turn = [&] {
+    candidates.times_ms = times_in_turn(stream_, candidates.algorithms.size(), multiply);
+    return candidates.order();
+  };
+  std::vector<size_t> order = time_in_turn();
+  const double run_s = static_cast<double>(plan.met * runs) * 1e-3 * candidates.least_ms();
+  if (run_s >= kWorthSearching_s) {
     ++searched_;
-    candidates = all_candidates(plan, shape);
-    candidates = best_at_first_look(stream_, candidates, multiply);
-    times_ms = times_in_turn(stream_, candidates.size(), multiply);
-    least_ms = *std::min_element(times_ms.begin(), times_ms.end());
-  }
-  std::vector<size_t> contenders;  // the fastest first
-  for (size_t i = 0; i < candidates.size(); ++i)
-    if (times_ms[i] <= kContender * least_ms) contenders.push_back(i);
-  const auto faster = [&](size_t a, size_t b) { return times_ms[a] < times_ms[b]; };
-  std::sort(contenders.begin(), contenders.end(), faster);
-  if (search && least_ms >= kLong_ms) {
-    contenders.resize(std::min(contenders.size(), kMostAlone));
-    if (std::find(contenders.begin(), contenders.end(), 0) == contenders.end())
-      contenders.push_back(0);
-    times_ms = times_alone(stream_, contenders, times_ms, multiply);
-    std::sort(contenders.begin(), contenders.end(), faster);
+    candidates.algorithms = all_candidates(plan, shape);
+    candidates = best_at_first_look(stream_, std::move(candidates), multiply);
+    order = candidates.least_ms() >= kLong_ms ? by_long_runs(stream_, candidates, multiply)
+                                              : time_in_turn();
   }
   const auto result = [&](size_t candidate) {
     turn = 0;
@@ -389,18 +421,19 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape) {
     multiply(candidate);
     return stretches(stream_, d, shape.m * shape.n, element_bytes);
   };
-  for (size_t i : contenders) {
-    if (i == 0 || times_ms[i] > kWorthwhile * times_ms[0]) break;
+  for (size_t i : order) {
+    if (i == 0 || candidates.times_ms[i] > kWorthwhile * candidates.times_ms[0]) break;
+    const GemmAlgorithm& algorithm = candidates.algorithms[i];
     const std::vector<uint8_t> once = result(i);
     bool repeats = true;
     for (int again = 0; again < kRepeats; ++again) repeats = repeats && result(i) == once;
-    if (repeats && agree(once, result(0), shape.out)) return candidates[i];
-    say(cat("matrix products: ", to_string(shape), ": the algorithm ", to_text(candidates[i]),
+    if (repeats && agree(once, result(0), shape.out)) return algorithm;
+    say(cat("matrix products: ", to_string(shape), ": the algorithm ", to_text(algorithm),
             " is left out: ",
             repeats ? "it does not give what the library's first suggestion gives"
                     : "it does not give the same bytes twice"));
   }
-  return candidates[0];
+  return candidates.algorithms[0];
 }
 
 const std::vector<uint16_t>& GemmPlanner::normals() {

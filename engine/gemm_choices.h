@@ -22,9 +22,9 @@ struct GemmTuning {
   std::string where;         // what holds them, for errors
   double least_flops = 1e9;  // smaller products keep the library's first suggestion
   int64_t memory_bytes = 0;  // that timing may take for a while; a larger product is not timed
-  // How often a recorded step is going to run, or a product outside one: products that will take
+  // How often a recorded step, and a product outside one, are going to run: products that will take
   // long enough in all are searched more widely than the library suggests, which takes seconds.
-  int64_t runs = 1;
+  int64_t step_runs = 1, product_runs = 1;
   // Called with all choices before the first product that a new one computes; may be empty.
   std::function<void(const GemmChoices&)> keep;
   std::function<void(const std::string&)> say;  // a line of report; may be empty

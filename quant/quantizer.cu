@@ -170,7 +170,9 @@ __global__ void __launch_bounds__(kThreads)
         scale = tile.bits == kNoQuantizer
                     ? 1.0f
                     : master_scale_of(raw_scale(widest[tile.slot], tile.bits));
-        s[tile.slot] = scale;  // all tiles of a parameter write the same
+        // Once a parameter: thousands of stores to one place would queue up.
+        const int64_t at = first + threadIdx.x;
+        if (at == 0 || tiles[at - 1].slot != tile.slot) s[tile.slot] = scale;
         if (scale == ahead[tile.slot]) scale = 0.0f;
       }
     }

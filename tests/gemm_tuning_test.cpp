@@ -71,7 +71,7 @@ TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm
   const Products fresh;
   {
     GemmTuning tuning = eager_tuning();
-    tuning.runs = runs;
+    tuning.product_runs = runs;
     tuning.keep = [&](const GemmChoices& choices) {
       chosen = choices;
       ++stored;
@@ -119,7 +119,7 @@ TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "
   std::vector<std::vector<uint8_t>> recorded;
   {
     GemmTuning tuning = eager_tuning();
-    tuning.runs = runs;
+    tuning.step_runs = runs;
     tuning.keep = [&](const GemmChoices& choices) { chosen = choices; };
     tuning.say = [&](const std::string& line) { lines.push_back(line); };
     const GemmTuningScope scope(backend(), std::move(tuning));
@@ -269,7 +269,7 @@ TEST_CASE("another library's or GPU's choices are left, saying so", "[train]") {
   std::vector<std::string> lines;
   const auto tuning = [&] {
     lines.clear();
-    return train::stored_gemm_tuning(backend(), path, 1 << 20, 1,
+    return train::stored_gemm_tuning(backend(), path, 1 << 20,
                                      [&](const std::string& line) { lines.push_back(line); });
   };
   CHECK(tuning().known.algorithms.empty());

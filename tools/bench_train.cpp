@@ -91,9 +91,10 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   {
     std::optional<engine::GemmTuningScope> tuned;
     if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
-      const int64_t memory = train::gemm_timing_bytes(backend, model, config);
-      tuned.emplace(backend,
-                    train::stored_gemm_tuning(backend, bench.gemm_file, memory, kLongRun, bench.say));
+      engine::GemmTuning tuning = train::stored_gemm_tuning(
+          backend, bench.gemm_file, train::gemm_timing_bytes(backend, model, config), bench.say);
+      tuning.step_runs = kLongRun;
+      tuned.emplace(backend, std::move(tuning));
     }
     backend.reset_memory_peak();
     const auto probe = bench.end_to_end

@@ -104,7 +104,7 @@ Tensor random_bytes(Backend& backend, int64_t count, int first, int choices, uin
 double measure_gemm_peak(Backend& backend, const std::vector<GemmShape>& shapes) {
   engine::GemmTuning tuning;
   tuning.memory_bytes = backend.memory_available_bytes() / 4;
-  tuning.runs = kLongRun;
+  tuning.step_runs = tuning.product_runs = kLongRun;
   const engine::GemmTuningScope tuned(backend, std::move(tuning));
   double best = 0;
   for (const GemmShape& shape : shapes)

@@ -349,10 +349,13 @@ class BlockPhase {
     StageStep& stage = *stages_[t];
     stage.optimizer.restart(stage.schedule);
     upload_order(layer, t);
-    const Position at = saved_ ? resume_stage(stage) : start_stage(layer, t);
-    if (stage.steps.empty())
+    // Ahead of the validation, which has some of its products: they are timed as a step's.
+    if (stage.steps.empty()) {
+      parameters_.prepare();  // every buffer exists before the step is recorded
       for (size_t i = 0; i < training_inputs(t).size(); ++i)
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
+    }
+    const Position at = saved_ ? resume_stage(stage) : start_stage(layer, t);
     const std::vector<double> validation = train_epochs(t, at);
 
     std::shared_ptr<const BlockMasters> result;
@@ -392,7 +395,7 @@ class BlockPhase {
     saved_->load(backend_, state(stage));
     const int32_t step = static_cast<int32_t>(at.step);
     backend_.upload(cursor_, &step);
-    parameters_.prepare();  // every buffer exists before the step is recorded
+    parameters_.prepare();
     saved_.reset();
     return at;
   }

@@ -49,7 +49,7 @@ GemmChoices load_gemm_choices(const std::string& path) {
 }
 
 engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std::string& path,
-                                      int64_t memory_bytes, int64_t steps,
+                                      int64_t memory_bytes,
                                       std::function<void(const std::string&)> say) {
   engine::GemmTuning tuning;
   if (std::filesystem::exists(path)) {
@@ -62,7 +62,6 @@ engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std:
   }
   tuning.where = path;
   tuning.memory_bytes = memory_bytes;
-  tuning.runs = steps;
   if (!path.empty())
     tuning.keep = [path](const GemmChoices& choices) { save_gemm_choices(path, choices); };
   tuning.say = std::move(say);

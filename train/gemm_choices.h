@@ -16,10 +16,10 @@ void save_gemm_choices(const std::string& path, const engine::GemmChoices& choic
 engine::GemmChoices load_gemm_choices(const std::string& path);
 
 // Takes over the choices in `path`, where there are any, and stores new ones there before they are
-// used; an empty path is no file. Another library's or device's are left: `say` tells, and products are timed anew. `steps`:
-// of the phase that is tuned.
+// used; an empty path is no file. Another library's or device's are left: `say` tells, and products
+// are timed anew. How often products run is the caller's to fill in.
 engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std::string& path,
-                                      int64_t memory_bytes, int64_t steps,
+                                      int64_t memory_bytes,
                                       std::function<void(const std::string&)> say);
 
 // What timing may take of the device: as much as a step's backward pass through one half of a block

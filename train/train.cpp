@@ -69,11 +69,16 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
 namespace {
 
 // Of the block phase, or of the longer run that this one is to stand for.
+Extent extent_of(const TrainConfig& config) {
+  return config.extrapolate.value_or(Extent{config.samples, config.epochs});
+}
 int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config) {
-  const Extent own{config.samples, config.epochs};
-  const Extent extent = config.extrapolate.value_or(own);
-  return model.layers * static_cast<int64_t>(config.stages.size()) * extent.epochs *
-         (extent.samples / config.batch);
+  return model.layers * static_cast<int64_t>(config.stages.size()) * extent_of(config).epochs *
+         (extent_of(config).samples / config.batch);
+}
+// Of all windows through a full-precision block.
+int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& config) {
+  return model.layers * ((extent_of(config).samples + config.val_samples) / config.batch);
 }
 
 }  // namespace
@@ -121,22 +126,24 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
-  const auto tune_for = [&](int64_t steps) {
+  const auto tune_for = [&](int64_t step_runs, int64_t product_runs) {
     tuning.reset();
     if (config.gemm_algorithms != GemmAlgorithms::Timed) return;
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };
-    tuning.emplace(backend,
-                   stored_gemm_tuning(backend, run.gemm_file(),
-                                      gemm_timing_bytes(backend, model, config), steps, say));
+    engine::GemmTuning own = stored_gemm_tuning(
+        backend, run.gemm_file(), gemm_timing_bytes(backend, model, config), say);
+    own.step_runs = step_runs;
+    own.product_runs = product_runs;
+    tuning.emplace(backend, std::move(own));
   };
   if (blocks) {
-    tune_for(block_steps(model, config));
+    tune_for(block_steps(model, config), target_batches(model, config));
     train_blocks(backend, source, windows, config, memory, run, observer);
   }
   if (config.e2e_steps > 0) {
-    tune_for(config.e2e_steps);
+    tune_for(config.e2e_steps, 1);
     if (config.e2e_snap == Snap::On && !observer.quiet)
       std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
     train_end_to_end(backend, source, windows, config, whole, run, observer);
