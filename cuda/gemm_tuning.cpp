@@ -38,22 +38,22 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kMostSuggestions = 8;
-constexpr size_t kMostAtFirst = 14;   // candidates that the first look leaves
+constexpr size_t kMostAtFirst = 12;   // candidates that the first look leaves
 constexpr int kLooks = 2;             // the least of two times: one may have met something else
 constexpr double kWorthwhile = 0.99;  // of the first suggestion's time: less than that is noise
-// A search takes about 4 s and saves about 4 % of the product's time.
-constexpr double kWorthSearching_s = 60;
+// A search takes about 4 s and saves 3 to 6 % of the product's time.
+constexpr double kWorthSearching_s = 75;
 constexpr int kFewestRounds = 5, kMostRounds = 15;
 constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
 constexpr int kUntimedProducts = 2;         // ahead of a round
 constexpr float kLong_ms = 0.25f;           // a product that may meet the power limit
-constexpr float kWarm_ms = 300;             // ahead of the first of:
+constexpr float kWarm_ms = 200;             // ahead of the first of:
 struct LongRound {
   size_t candidates;
   int passes;  // every other one in reverse: both ends of a drift
   float untimed_ms, timed_ms;
 };
-constexpr LongRound kLongRounds[] = {{14, 1, 30, 50}, {5, 2, 40, 80}, {3, 2, 40, 120}};
+constexpr LongRound kLongRounds[] = {{12, 1, 25, 45}, {5, 2, 40, 70}, {3, 2, 40, 110}};
 constexpr int64_t kNormals = 1 << 18;
 constexpr int64_t kCompared = 1 << 18;  // values in a stretch of D
 constexpr int kRepeats = 3;
@@ -409,7 +409,7 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape, int
   if (run_s >= kWorthSearching_s) {
     ++searched_;
     candidates.algorithms = all_candidates(plan, shape);
-    candidates = best_at_first_look(stream_, std::move(candidates), multiply);
+    candidates = best_at_first_look(stream_, candidates, multiply);  // a copy: multiply reads them
     order = candidates.least_ms() >= kLong_ms ? by_long_runs(stream_, candidates, multiply)
                                               : time_in_turn();
   }

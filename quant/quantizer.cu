@@ -151,7 +151,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
 }
 
 // Most tiles have been quantized ahead: a block looks through several for those that have not.
-constexpr int kTilesPerBlock = 8;
+constexpr int kTilesPerBlock = 32;
 
 template <int kGroup, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads)
