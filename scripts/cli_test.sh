@@ -39,8 +39,11 @@ expect 2 'device' "$bbb" ppl --model "$model" --text "$work/short.txt" --device 
 expect 2 'unexpected' "$bbb" inspect --model "$model" stray
 expect 2 'stages' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --stages w5x
 expect 2 'smollm2-135m' "$bbb" decode --synthetic gpt-9 --device cpu
+expect 2 'deterministic' "$bbb" bench train --synthetic smollm2-135m --device cpu --deterministic --gemm "$work/gemm.json"
 expect 2 'prompt' "$bbb" decode --model "$model"
 expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
+expect 1 'nowhere' "$bbb" bench train --synthetic smollm2-135m --device cpu --gemm "$work/nowhere/gemm.json"
+expect 1 'nowhere' "$bbb" bench gemv --device cpu --json "$work/nowhere/gemv.json"
 expect 1 'nowhere' "$bbb" ppl --model "$model" --text "$work/nowhere"
 expect 1 'key|hidden_size' "$bbb" inspect --model "$work/nokey"
 expect 1 'cut.gguf' "$bbb" inspect --model "$work/cut.gguf"

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <cstdlib>
 
+#include "data/files.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 
@@ -37,6 +38,15 @@ TEST_CASE("bench: training steps of both phases") {
     CHECK((r.kernels > 0) == (on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr));
     CHECK(r.flops == Approx(tools::training_flops_per_token(bench.model, 32, end_to_end) * 64));
   }
+}
+
+TEST_CASE("bench: a damaged file of algorithms is refused, and left as it is") {
+  const TempDir dir;
+  TrainBench bench = small_bench(false);
+  bench.gemm_file = dir / "gemm.json";
+  data::write_file_atomic(bench.gemm_file, "{}");
+  CHECK_THROWS_WITH(tools::bench_train(backend(), bench), Catch::Contains(bench.gemm_file));
+  CHECK(data::read_file(bench.gemm_file) == "{}");
 }
 
 TEST_CASE("bench: a block of Llama-2-7B takes 1.17 GFLOP a token") {

@@ -22,6 +22,11 @@ constexpr GemvShape kGemvShapes[] = {{576, 576},   {192, 576},    {1536, 576},
                                      {576, 1536},  {2048, 2048},  {8192, 2048},
                                      {4096, 4096}, {14336, 4096}, {4096, 14336}};
 
+// A file that cannot be written is refused before the work that it is to keep.
+void check_writable(const CommandLine& line, const char* option) {
+  if (line.has(option)) const data::AtomicFile probe(line.text(option));
+}
+
 void write_json(const CommandLine& line, const ordered_json& json) {
   if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
 }
@@ -55,6 +60,8 @@ int bench_train_command(const Arguments& arguments) {
   if (line.has("gemm") && line.has("deterministic"))
     throw UsageError("--gemm goes without --deterministic");
   if (line.has("gemm")) bench.gemm_file = line.text("gemm");
+  check_writable(line, "gemm");
+  check_writable(line, "json");
   bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
   if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
 
@@ -117,6 +124,7 @@ int bench_gemv_command(const Arguments& arguments) {
   CommandLine line("bench gemv", "Time one row times a packed 2-bit matrix, and times a dense one");
   line.options()("json", "write the result to this file too", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
+  check_writable(line, "json");
   const auto backend = line.make_backend();
   const bool gpu = backend->device() == engine::DeviceType::Cuda;
   const double bandwidth = measure_bandwidth(*backend);
