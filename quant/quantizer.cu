@@ -151,7 +151,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
 }
 
 // Most tiles have been quantized ahead: a block looks through several for those that have not.
-constexpr int kTilesPerBlock = 32;
+constexpr int kTilesPerBlock = 8;
 
 template <int kGroup, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads)
@@ -170,9 +170,7 @@ __global__ void __launch_bounds__(kThreads)
         scale = tile.bits == kNoQuantizer
                     ? 1.0f
                     : master_scale_of(raw_scale(widest[tile.slot], tile.bits));
-        // Once a parameter: thousands of stores to one place would queue up.
-        const int64_t at = first + threadIdx.x;
-        if (at == 0 || tiles[at - 1].slot != tile.slot) s[tile.slot] = scale;
+        s[tile.slot] = scale;  // all tiles of a parameter write the same
         if (scale == ahead[tile.slot]) scale = 0.0f;
       }
     }
