@@ -128,7 +128,7 @@ class GemmPlanner {
   float* constants_ = nullptr;  // on the device, behind the workspace: 0, 1
   std::map<GemmShape, Plan> plans_;
 
-  std::optional<engine::GemmTuning> tuning_;         // its `known` grows by what is timed
+  std::optional<engine::GemmTuning> tuning_;  // its `known` grows by what is timed
   std::vector<uint16_t> normals_, levels_;
   int64_t timed_ = 0, searched_ = 0, improved_ = 0;  // products, since tune()
   double timing_s_ = 0;

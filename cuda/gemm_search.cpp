@@ -17,7 +17,7 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr size_t kTiles = 7;        // with the best estimates: these are looked at
+constexpr size_t kTiles = 7;      // with the best estimates: these are looked at
 constexpr int kFirstVariant = 4;  // on an H200 no earlier one was best for a large tile
 
 // Rows and columns of D, column-major.
@@ -74,8 +74,7 @@ double estimate(const Tile& tile, const GemmShape& shape, int processors) {
     const int64_t step = int64_t{tile_size} * together;
     return (size + step - 1) / step * together;
   };
-  const int64_t tiles =
-      covering(shape.m, tile.m, cluster.m) * covering(shape.n, tile.n, cluster.n);
+  const int64_t tiles = covering(shape.m, tile.m, cluster.m) * covering(shape.n, tile.n, cluster.n);
   const int64_t places = (tiles + processors - 1) / processors * processors;
   constexpr double kIdle = 0.4, kFetch = 8;
   return ((1 - kIdle) * static_cast<double>(tiles) + kIdle * static_cast<double>(places)) *
@@ -118,7 +117,8 @@ std::vector<GemmAlgorithm> GemmPlanner::explored(const Plan& plan, const GemmSha
   const int variants = last_variant(plan.algorithm);
   std::vector<GemmAlgorithm> found;
   for (const Tile& tile : tiles)
-    for (int variant = std::min(kFirstVariant, variants); variant <= variants; ++variant) {
+    for (int variant = variants > kFirstVariant ? kFirstVariant : 0; variant <= variants;
+         ++variant) {
       GemmAlgorithm algorithm = plan.algorithm;
       cublasLtMatmulHeuristicResult_t needs{};
       if (set(algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID, static_cast<uint32_t>(tile.id)) &&

@@ -1,8 +1,8 @@
 // Timing the algorithms of a product, and the choices that come of it.
 //
 // Candidates take turns, so that a clock that drifts slows all of them alike; each is judged by its
-// median. Operands are random normals, and their levels on a 2-bit grid where a product's are
-// quantized weights (zeros and short numbers take less power); they rotate through more memory than
+// median. Operands are random normals; quantized weights, which a device scales, are their levels
+// on a 2-bit grid (zeros and short numbers take less power). They rotate through more memory than
 // the L2 cache holds, as they come to a product in a training step. Every round starts with
 // products that are not timed: the GPU then runs behind the host, and no wait for a launch is
 // measured.
@@ -53,7 +53,7 @@ struct LongRound {
   int passes;  // every other one in reverse: both ends of a drift
   float untimed_ms, timed_ms;
 };
-constexpr LongRound kLongRounds[] = {{12, 1, 25, 45}, {5, 2, 40, 70}, {3, 2, 40, 110}};
+constexpr LongRound kLongRounds[] = {{kMostAtFirst, 1, 25, 45}, {5, 2, 40, 70}, {3, 2, 40, 110}};
 constexpr int64_t kNormals = 1 << 18;
 constexpr int64_t kCompared = 1 << 18;  // values in a stretch of D
 constexpr int kRepeats = 3;
@@ -187,7 +187,7 @@ std::vector<float> times_in_turn(cudaStream_t stream, size_t count, const Multip
 }
 
 // Replaces the times of the candidates by their means where each runs alone for a while; returns
-// those of the last round, the fastest first. The stream is never without work.
+// those of the last round, the fastest first. Within a round the stream is never without work.
 std::vector<size_t> by_long_runs(cudaStream_t stream, Candidates& candidates,
                                  const Multiply& multiply) {
   struct Window {
@@ -448,10 +448,12 @@ const std::vector<uint16_t>& GemmPlanner::normals() {
 const std::vector<uint16_t>& GemmPlanner::levels() {
   if (!levels_.empty()) return levels_;
   constexpr quant::GridSpec kSpec{.bits = 2, .group = 32};
-  // Where normals' widest groups, of about six, give e its largest values.
+  // S of these normals: their widest group is 7.2 wide, and 7.2 / 3 / 448 rounds up to 2^-7.
   const quant::GroupQuantizer quantizer(0x1p-7f, kSpec.bits);
   for (size_t begin = 0; begin < normals().size(); begin += kSpec.group) {
-    const auto x = [&](int i) { return engine::from_bf16(normals_[begin + static_cast<size_t>(i)]); };
+    const auto x = [&](int i) {
+      return engine::from_bf16(normals_[begin + static_cast<size_t>(i)]);
+    };
     quant::Range<float> range;
     for (int i = 0; i < kSpec.group; ++i) range.include(x(i));
     const quant::GroupLevels group = quantizer(range).levels;

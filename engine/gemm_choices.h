@@ -22,8 +22,9 @@ struct GemmTuning {
   std::string where;         // what holds them, for errors
   double least_flops = 1e9;  // smaller products keep the library's first suggestion
   int64_t memory_bytes = 0;  // that timing may take for a while; a larger product is not timed
-  // How often a recorded step, and a product outside one, are going to run: products that will take
-  // long enough in all are searched more widely than the library suggests, which takes seconds.
+  // How often a recorded step, and a place outside one that has a product, are going to run:
+  // products that will take long enough in all are searched more widely than the library suggests,
+  // which takes seconds.
   int64_t step_runs = 1, product_runs = 1;
   // Called with all choices before the first product that a new one computes; may be empty.
   std::function<void(const GemmChoices&)> keep;

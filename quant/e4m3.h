@@ -61,10 +61,10 @@ BBB_HD uint8_t e4m3_encode(Real value, ScaleRounding rounding = ScaleRounding::N
   return static_cast<uint8_t>(sign | (((exponent + 6) << 3) + n));
 }
 
-// The same to nearest, but that a NaN's sign may be lost: one instruction on devices that have it.
+// The same to nearest, but that a NaN's sign may be lost: one instruction from sm_89 on.
 template <typename Real>
 BBB_HD uint8_t e4m3_encode_nearest(Real value) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   if constexpr (std::is_same_v<Real, float>)
     return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
 #endif

@@ -8,6 +8,7 @@
 
 #include "tests/op_test.h"
 #include "tests/tiny_run.h"
+#include "tools/measure.h"
 #include "train/gemm_choices.h"
 
 namespace bbb::tests {
@@ -148,6 +149,49 @@ TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "
   const Products eager;
   eager.run();
   CHECK(eager.bytes() == recorded);
+}
+
+TEST_CASE("a long product is searched by long runs of each candidate", "[gemm]") {
+  if (!has_choice()) {
+    std::cout << "SKIPPED: this device has one algorithm a product\n";
+    return;
+  }
+  constexpr int64_t kM = 8192, kN = 4096, kK = 4096;  // about 0.4 ms
+  Backend& b = backend();
+  const Tensor x = tools::random_activations(b, {kM, kK}, 1);
+  const Tensor w = tools::random_activations(b, {kN, kK}, 2);
+  const auto product = [&] {
+    const Tensor y = b.zeros({kM, kN}, b.act());
+    b.gemm_nt(y, x, w, Tensor(), Tensor());
+    return y;
+  };
+  const Tensor untuned = product();
+  GemmChoices chosen;
+  std::vector<std::string> lines;
+  std::vector<uint8_t> searched;
+  {
+    GemmTuning tuning = eager_tuning();
+    tuning.memory_bytes = int64_t{1} << 30;
+    tuning.step_runs = int64_t{1} << 40;
+    tuning.keep = [&](const GemmChoices& choices) { chosen = choices; };
+    tuning.say = [&](const std::string& line) { lines.push_back(line); };
+    const GemmTuningScope scope(b, std::move(tuning));
+    const Tensor y = b.zeros({kM, kN}, b.act());
+    const auto replay = b.record([&] { b.gemm_nt(y, x, w, Tensor(), Tensor()); });
+    replay->run();
+    searched = bytes_of(b, y);
+    CHECK(relative_error(values_of(b, y), values_of(b, untuned)) <= 2 * act_epsilon());
+  }
+  CHECK(chosen.algorithms.size() == 1);
+  if (std::getenv("BBB_SYNC_LAUNCHES") == nullptr) {
+    REQUIRE(lines.size() == 1);
+    CHECK_THAT(lines[0], Contains("of 1 searched"));
+  }
+  GemmTuning tuning = eager_tuning();
+  tuning.known = chosen;
+  tuning.keep = [](const GemmChoices&) { FAIL("a known product was timed"); };
+  const GemmTuningScope scope(b, std::move(tuning));
+  CHECK(bytes_of(b, product()) == searched);
 }
 
 TEST_CASE("a choice is stored before the first product that it computes", "[gemm]") {

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <vector>
 
 #include "quant/grid.h"
@@ -109,6 +110,53 @@ TEST_CASE("master scale, codes and levels equal the reference", "[quantizer]") {
     CHECK(same(values_of(backend(), got.wq), as_act(levels)));
     if (spec.bits <= 4) CHECK(round_bf16(levels) == levels);  // exact in bf16
   });
+}
+
+TEST_CASE("scales on every code and midpoint, weights on every tie", "[quantizer]") {
+  constexpr float kMaster = 0x1p-9f, kInfinity = std::numeric_limits<float>::infinity();
+  constexpr int kGroup = 32, kLargest = 0x7E;
+  for (const int bits : {2, 3, 4, 8}) {
+    const auto top = static_cast<float>(quant::max_code(bits));
+    const float widest = top * quant::kE4m3Max * kMaster;
+    Values w;
+    // From 0 to `width`, with ties of its codes and the floats beside them.
+    const auto add_group = [&](float width) {
+      if (width > widest) return;
+      const float step = quant::step_of(quant::encode_scale(width / top, kMaster, bits), kMaster);
+      std::vector<float> group{width};
+      for (int tie = 0; tie < quant::max_code(bits) && group.size() + 3 <= kGroup; ++tie) {
+        const float x = (static_cast<float>(tie) + 0.5f) * step;
+        for (const float near : {x, std::nextafter(x, 0.0f), std::nextafter(x, kInfinity)})
+          group.push_back(std::min(near, width));
+      }
+      group.resize(kGroup, 0.0f);
+      w.insert(w.end(), group.begin(), group.end());
+    };
+    add_group(widest);
+    for (int code = 0; code < kLargest; ++code) {
+      const float low = quant::e4m3_decode(static_cast<uint8_t>(code));
+      const float high = quant::e4m3_decode(static_cast<uint8_t>(code + 1));
+      for (const float scale : {high, (low + high) / 2}) {  // exact, and so are its products
+        const float width = top * scale * kMaster;
+        for (const float near :
+             {width, std::nextafter(width, 0.0f), std::nextafter(width, kInfinity)})
+          add_group(near);
+      }
+    }
+    const auto groups = static_cast<int64_t>(w.size()) / kGroup;
+    const Quantized got = quantize(backend(), groups, kGroup, w, {bits, kGroup});
+    const Quantized want = quantize(oracle(), groups, kGroup, w, {bits, kGroup});
+    CAPTURE(bits, groups);
+    CHECK(values_of(oracle(), want.s)[0] == kMaster);
+    const std::vector<uint8_t> e = bytes_of(oracle(), want.e);
+    CHECK(std::set<uint8_t>(e.begin(), e.end()).size() == kLargest);
+    CHECK(values_of(backend(), got.s)[0] == kMaster);
+    CHECK(bytes_of(backend(), got.e) == e);
+    CHECK(bytes_of(backend(), got.z) == bytes_of(oracle(), want.z));
+    CHECK(bytes_of(backend(), got.codes) == bytes_of(oracle(), want.codes));
+    CHECK(got.clipped == want.clipped);
+    CHECK(values_of(backend(), got.wq) == as_act(values_of(oracle(), want.wq)));
+  }
 }
 
 TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]") {

@@ -44,7 +44,9 @@ int bench_train_command(const Arguments& arguments) {
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                      //
       ("deterministic", "no algorithm of the step's matrix products is chosen by timing")  //
-      ("gemm", "take the products' algorithms from this file, and store there what it lacks",
+      ("gemm",
+       "take the products' algorithms from this file, and store there what it lacks;"
+       " those of another library or GPU are replaced",
        text())  //
       ("json", "write the result to this file too", text());
   if (!line.parse(arguments)) return 0;

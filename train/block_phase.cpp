@@ -351,7 +351,7 @@ class BlockPhase {
     upload_order(layer, t);
     // Ahead of the validation, which has some of its products: they are timed as a step's.
     if (stage.steps.empty()) {
-      parameters_.prepare();  // every buffer exists before the step is recorded
+      parameters_.prepare();  // uploads the tiles, which a recording cannot
       for (size_t i = 0; i < training_inputs(t).size(); ++i)
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
     }
@@ -395,7 +395,6 @@ class BlockPhase {
     saved_->load(backend_, state(stage));
     const int32_t step = static_cast<int32_t>(at.step);
     backend_.upload(cursor_, &step);
-    parameters_.prepare();
     saved_.reset();
     return at;
   }

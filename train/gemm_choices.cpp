@@ -55,8 +55,9 @@ engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std:
   if (std::filesystem::exists(path)) {
     tuning.known = load_gemm_choices(path);
     if (tuning.known.made_by != backend.gemm_library()) {
-      say(cat(path, ": GEMM algorithms chosen by ", tuning.known.made_by, ", here is ",
-              backend.gemm_library(), ": timed anew; the last bits of the result may differ"));
+      if (say)
+        say(cat(path, ": GEMM algorithms chosen by ", tuning.known.made_by, ", here is ",
+                backend.gemm_library(), ": timed anew; the last bits of the result may differ"));
       tuning.known = GemmChoices();
     }
   }

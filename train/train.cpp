@@ -132,8 +132,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };
-    engine::GemmTuning own = stored_gemm_tuning(
-        backend, run.gemm_file(), gemm_timing_bytes(backend, model, config), say);
+    engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(),
+                                                gemm_timing_bytes(backend, model, config), say);
     own.step_runs = step_runs;
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
