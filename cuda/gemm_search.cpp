@@ -65,8 +65,8 @@ Cluster cluster_of(const Tile& tile) {
                           : Cluster{1, 2, CUBLASLT_CLUSTER_SHAPE_1x2x1};
 }
 
-// Proportional to the energy of all tiles, as fitted to 200 algorithms of eleven products on H200s
-// (4096 to 16384 rows and columns) with a residue of 1.3 %: an idle multiprocessor takes 0.4 of
+// Proportional to the energy of all tiles, as fitted to 115 tiles for eleven products on H200s
+// (4096 to 16384 rows and columns) with a residue of 1.4 %: an idle multiprocessor takes 0.4 of
 // what a working one does, and a multiply-add's share of the fetching falls with the tile's sides.
 double estimate(const Tile& tile, const GemmShape& shape, int processors) {
   const Cluster cluster = cluster_of(tile);
