@@ -16,8 +16,8 @@
 //     thread at a time. The new weights' groups are joined while they are in registers, for the
 //     next S, and quantized by the last one, which is almost always the same: so the next step need
 //     not read its masters to quantize them. 24.3 bytes an element where g is bf16: instructions
-//     have to be few for these to be what takes the time, so root and quotient are the hardware's,
-//     right to about 2^-22. The rest of this file is compiled as written, without contraction, as
+//     have to be few for these to be what takes the time, so root and quotient are the
+//     hardware's (ptx.h). The rest of this file is compiled as written, without contraction, as
 //     the quantizer's files are.
 #include <algorithm>
 #include <bit>
@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/ptx.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
 #include "quant/group_range.h"
@@ -127,17 +128,6 @@ struct AdamWConstants {
   float beta2, one_minus_beta2, log_beta2;
   float epsilon, weight_decay;
 };
-
-__device__ float approximate_sqrt(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-__device__ float approximate_reciprocal(float x) {
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
-  return reciprocal;
-}
 
 // A thread's four elements, and the mask's byte in which their bits are.
 template <typename T>
@@ -304,7 +294,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
       first_moment[j] = fmaf(c.beta1, to_float(old_first.v[j]), c.one_minus_beta1 * d);
       second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
       const float quotient =
-          first_moment[j] * approximate_reciprocal(approximate_sqrt(second_moment[j]) + epsilon);
+          first_moment[j] * reciprocal_approx(sqrt_approx(second_moment[j]) + epsilon);
       weight[j] = old_weight.v[j] - fmaf(decay, old_weight.v[j], rate * quotient);
     }
     store_streaming(w + at, weight);

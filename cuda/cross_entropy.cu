@@ -136,27 +136,25 @@ void cross_entropy_chunk_backward_as(cudaStream_t stream, const Tensor& dlogits,
 
 void CudaBackend::do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                    const Tensor& targets, double scale) {
-  if (logits.dtype() == DType::BF16)
-    return cross_entropy_as<bf16>(stream_, loss, dlogits, logits, targets, scale);
-  cross_entropy_as<float>(stream_, loss, dlogits, logits, targets, scale);
+  with_elements(logits, [&]<typename T>(const T*) {
+    cross_entropy_as<T>(stream_, loss, dlogits, logits, targets, scale);
+  });
 }
 
 void CudaBackend::do_cross_entropy_chunk(const Tensor& loss, const Tensor& state,
                                          const Tensor& logits, const Tensor& targets,
                                          int64_t first_word, Write mode) {
-  if (logits.dtype() == DType::BF16)
-    return cross_entropy_chunk_as<bf16>(stream_, loss, state, logits, targets, first_word, mode);
-  cross_entropy_chunk_as<float>(stream_, loss, state, logits, targets, first_word, mode);
+  with_elements(logits, [&]<typename T>(const T*) {
+    cross_entropy_chunk_as<T>(stream_, loss, state, logits, targets, first_word, mode);
+  });
 }
 
 void CudaBackend::do_cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                                   const Tensor& state, const Tensor& targets,
                                                   int64_t first_word, double scale) {
-  if (logits.dtype() == DType::BF16)
-    return cross_entropy_chunk_backward_as<bf16>(stream_, dlogits, logits, state, targets,
-                                                 first_word, scale);
-  cross_entropy_chunk_backward_as<float>(stream_, dlogits, logits, state, targets, first_word,
-                                         scale);
+  with_elements(logits, [&]<typename T>(const T*) {
+    cross_entropy_chunk_backward_as<T>(stream_, dlogits, logits, state, targets, first_word, scale);
+  });
 }
 
 }  // namespace bbb::cuda

@@ -199,26 +199,25 @@ void kl_divergence_chunk_backward_as(cudaStream_t stream, const Tensor& dlogits,
 
 void CudaBackend::do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                    const Tensor& teacher, const Tensor& targets, double scale) {
-  if (logits.dtype() == DType::BF16)
-    return kl_divergence_as<bf16>(stream_, loss, dlogits, logits, teacher, targets, scale);
-  kl_divergence_as<float>(stream_, loss, dlogits, logits, teacher, targets, scale);
+  with_elements(logits, [&]<typename T>(const T*) {
+    kl_divergence_as<T>(stream_, loss, dlogits, logits, teacher, targets, scale);
+  });
 }
 
 void CudaBackend::do_kl_divergence_chunk(const Tensor& loss, const Tensor& state,
                                          const Tensor& logits, const Tensor& teacher,
                                          const Tensor& targets, Write mode) {
-  if (logits.dtype() == DType::BF16)
-    return kl_divergence_chunk_as<bf16>(stream_, loss, state, logits, teacher, targets, mode);
-  kl_divergence_chunk_as<float>(stream_, loss, state, logits, teacher, targets, mode);
+  with_elements(logits, [&]<typename T>(const T*) {
+    kl_divergence_chunk_as<T>(stream_, loss, state, logits, teacher, targets, mode);
+  });
 }
 
 void CudaBackend::do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                                   const Tensor& teacher, const Tensor& state,
                                                   const Tensor& targets, double scale) {
-  if (logits.dtype() == DType::BF16)
-    return kl_divergence_chunk_backward_as<bf16>(stream_, dlogits, logits, teacher, state, targets,
-                                                 scale);
-  kl_divergence_chunk_backward_as<float>(stream_, dlogits, logits, teacher, state, targets, scale);
+  with_elements(logits, [&]<typename T>(const T*) {
+    kl_divergence_chunk_backward_as<T>(stream_, dlogits, logits, teacher, state, targets, scale);
+  });
 }
 
 }  // namespace bbb::cuda

@@ -1,4 +1,5 @@
-// The few PTX instructions that the attention kernels are made of (sm_80 and later).
+// The few PTX instructions that the attention kernels, and some others, are made of (sm_80 and
+// later).
 //
 // Fragments of mma.m16n8k16, lane = 4 g + t (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 //     A (16 x 16)  a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)
@@ -82,6 +83,18 @@ __device__ inline int recomputed(int x) {
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Square root and reciprocal, right to about 2^-22; subnormals count as 0.
+__device__ inline float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
