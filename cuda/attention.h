@@ -77,27 +77,26 @@ struct ForwardArgs {
 void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
                               unsigned* queue);
 
-// Rows x of one side of the backward pass stay, rows y of the other stream past them.
-enum class Side { Keys, Queries };
-
 constexpr int kTermRows = 128;  // lse2, delta and rotations are padded to a multiple
 
 struct BackwardArgs {
-  __nv_bfloat16* dx1;  // dk or dq
-  __nv_bfloat16* dx2;  // dv or null
-  float* partial;      // null, or (H / K, 2, B, T, K, d): dk and dv of one query head each
+  __nv_bfloat16 *dq, *dk, *dv;
+  float* partial;  // null, or (H / K, 2, B, T, K, d): dk and dv of one query head each
   const __nv_bfloat16 *q, *k, *v, *dout;
   const float* lse2;   // (B, H, t_pad): log2 sum exp; infinite from T on, so that p is 0 there
   const float* delta;  // (B, H, t_pad): rowsum(dout o); 0 from T on
-  // (t_pad, d/2): what dx1's pairs (i, i + d/2) turn by before they are rounded; null: not at all.
+  // (t_pad, d/2): what pairs (i, i + d/2) of dq and dk turn by before they are rounded, or null.
   const float2* rotations;
   int batch, t, t_pad, heads, kv_heads;
-  int heads_per_item;  // query heads that an item of the Keys side sums over
+  int heads_per_item;  // query heads that an item of keys sums over
   int window;
 };
 
-void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, Side side, int64_t d,
-                               int sms, unsigned* queue);
+// On sm_90a, by warpgroup products. scratch: attention_backward_hopper_bytes(), which looks at the
+// sizes alone. `sms`: multiprocessors.
+int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms);
+void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
+                               void* scratch);
 
 // Query t sees keys max(0, start + t - window + 1) .. start + t.
 void attention_forward(cudaStream_t stream, const ForwardArgs& args, int64_t d);

@@ -9,10 +9,11 @@
 // the angles of cuda/rope.cu, whose sines and cosines a kernel writes to a table first.
 //
 // Shapes: q, o, dout, dq (B, T, H, d); k, v, dk, dv (B, T, K, d); lse, delta F32 (B, H, T).
-// Scores are computed twice, once for dq and once for dk and dv: seven products instead of five, in
-// exchange for no partial dq in memory. Both passes are one kernel seen from two sides. A block
-// owns 128 rows x of one side and keeps both of their tensors (x1, x2) in registers as fragments;
-// rows y of the other side stream through shared memory in tiles of 64:
+// On Hopper: attention_hopper_backward.cu. Elsewhere scores are computed twice, once for dq and
+// once for dk and dv: seven products instead of five, in exchange for no partial dq in memory. Both
+// passes are one kernel seen from two sides. A block owns 128 rows x of one side and keeps both of
+// their tensors (x1, x2) in registers as fragments; rows y of the other side stream through shared
+// memory in tiles of 64:
 //     side      x1  x2    y1  y2    s = x1 y1^T   t = x2 y2^T   sums
 //     Queries   q   dout  k   v     q k^T         dout v^T      dq += ds y1
 //     Keys      k   v     q   dout  k q^T         v dout^T      dk += ds^T y1, dv += p^T y2
@@ -30,9 +31,12 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int kRows = 128;  // rows x of a block
+constexpr int kRows = 128;              // rows x of a block
 static_assert(kTermRows % kRows == 0);  // whole blocks of rotations, too
-constexpr int kTile = 64;   // rows y of a tile
+constexpr int kTile = 64;               // rows y of a tile
+
+// Rows x of one side of the pass stay, rows y of the other stream past them.
+enum class Side { Keys, Queries };
 
 // Registers bound the rows of a warp: two blocks of 16 where the head is small, else one.
 template <int D, Side kSide>
@@ -300,7 +304,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   if (args.rotations != nullptr) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m)
-      turn_accumulator<D>(dx1[m], args.rotations, warp_x0 + m * 16 + g, pair);
+      turn_accumulator<D>(dx1[m], args.rotations, warp_x0 + m * 16 + g, 8, pair);
   }
 
   if (kKeys && args.partial != nullptr) {
@@ -335,9 +339,10 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     if constexpr (kKeys) store_accumulator<D>(dx2_smem, dx2[m], ones, warp_row + m * 16, lane);
   }
   __syncwarp();
-  store_tile<D, kWarpRows>(args.dx1 + x_offset, x_stride, warp_x0, args.t, smem, warp_row, lane);
+  store_tile<D, kWarpRows>((kKeys ? args.dk : args.dq) + x_offset, x_stride, warp_x0, args.t, smem,
+                           warp_row, lane);
   if constexpr (kKeys)
-    store_tile<D, kWarpRows>(args.dx2 + x_offset, x_stride, warp_x0, args.t, dx2_smem, warp_row,
+    store_tile<D, kWarpRows>(args.dv + x_offset, x_stride, warp_x0, args.t, dx2_smem, warp_row,
                              lane);
 }
 
@@ -358,86 +363,107 @@ __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
       make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
 }
 
+// What the backward of q (B, T, H, d) and k (B, T, K, d) takes.
+struct BackwardPlan {
+  BackwardArgs sizes{};
+  bool split;           // each query head has its own sums of dk and dv
+  int64_t terms_bytes;  // lse2, and delta
+  int64_t partial_bytes;
+  int64_t rotations;  // pairs; none without rotary positions
+  int64_t hopper_bytes;
+
+  BackwardPlan(const Shape& q, const Shape& k, bool rotary, bool hopper, int sms) {
+    sizes.batch = checked_int(q[0]);
+    sizes.t = checked_int(q[1]);
+    sizes.heads = checked_int(q[2]);
+    sizes.kv_heads = checked_int(k[2]);
+    sizes.t_pad = ceil_div(sizes.t, kTermRows) * kTermRows;
+    const int group = sizes.heads / sizes.kv_heads;
+    // Two waves of blocks are enough to even out their lengths.
+    split = group > 1 && int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kRows) < 2 * sms;
+    sizes.heads_per_item = split ? 1 : group;
+    terms_bytes = int64_t{sizes.batch} * sizes.heads * sizes.t_pad * int64_t{sizeof(float)};
+    partial_bytes = split ? group * 2 * engine::numel_of(k) * int64_t{sizeof(float)} : 0;
+    rotations = rotary ? sizes.t_pad * q[3] / 2 : 0;
+    hopper_bytes = hopper ? attention_backward_hopper_bytes(sizes, sms) : 0;
+  }
+  int64_t bytes() const {
+    return 2 * terms_bytes + partial_bytes + rotations * int64_t{sizeof(float2)} + hopper_bytes;
+  }
+};
+
 }  // namespace
+
+int64_t CudaBackend::attention_backward_scratch(const Shape& q, const Shape& k) const {
+  return BackwardPlan(q, k, true, has_warpgroup_products(), properties_.multiProcessorCount)
+      .bytes();
+}
 
 void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                         const Tensor& dout, const Tensor& q, const Tensor& k,
                                         const Tensor& v, const Tensor& o, const Tensor& lse,
                                         const Tensor& inv_freq, const AttentionSpec& spec) {
-  const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
-  const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k.dim(2));
   if (q.numel() == 0) return;
   BBB_ASSERT(aligned(dq, dk, dv, dout, q, k, v, o));
-  const int group = heads / kv_heads;
-  const int tiles = ceil_div(t, kRows);
-  // Two waves of blocks are enough to even out their lengths.
-  const bool split =
-      group > 1 && int64_t{batch} * kv_heads * tiles < 2 * properties_.multiProcessorCount;
-  const int t_pad = ceil_div(t, kTermRows) * kTermRows;
-  const int64_t terms = int64_t{batch} * heads * t_pad;
-  const Tensor lse2 = scratch(terms * int64_t{sizeof(float)}), delta = scratch(lse2.bytes());
-  const int64_t rotations_count = inv_freq.defined() ? t_pad * inv_freq.numel() : 0;
+  const int sms = properties_.multiProcessorCount;
+  const bool hopper = has_warpgroup_products();
+  const BackwardPlan plan(q.shape(), k.shape(), inv_freq.defined(), hopper, sms);
+  const Tensor lse2 = scratch(plan.terms_bytes), delta = scratch(plan.terms_bytes);
   const Tensor rotations =
-      inv_freq.defined() ? scratch(rotations_count * int64_t{sizeof(float2)}) : Tensor();
-  const Tensor partial = split ? scratch(group * 2 * k.numel() * int64_t{sizeof(float)}) : Tensor();
-  BackwardArgs args{.dx1 = bf16_of(dk),
-                    .dx2 = bf16_of(dv),
-                    .partial = static_cast<float*>(partial.raw()),
-                    .q = bf16_of(q),
-                    .k = bf16_of(k),
-                    .v = bf16_of(v),
-                    .dout = bf16_of(dout),
-                    .lse2 = static_cast<const float*>(lse2.raw()),
-                    .delta = static_cast<const float*>(delta.raw()),
-                    .rotations = static_cast<const float2*>(rotations.raw()),
-                    .batch = batch,
-                    .t = t,
-                    .t_pad = t_pad,
-                    .heads = heads,
-                    .kv_heads = kv_heads,
-                    .heads_per_item = split ? 1 : group,
-                    .window = window_of(spec.window)};
-  if (inv_freq.defined()) {
+      plan.rotations > 0 ? scratch(plan.rotations * int64_t{sizeof(float2)}) : Tensor();
+  const Tensor partial = plan.split ? scratch(plan.partial_bytes) : Tensor();
+  BackwardArgs args = plan.sizes;
+  args.dq = bf16_of(dq);
+  args.dk = bf16_of(dk);
+  args.dv = bf16_of(dv);
+  args.partial = static_cast<float*>(partial.raw());
+  args.q = bf16_of(q);
+  args.k = bf16_of(k);
+  args.v = bf16_of(v);
+  args.dout = bf16_of(dout);
+  args.lse2 = static_cast<const float*>(lse2.raw());
+  args.delta = static_cast<const float*>(delta.raw());
+  args.rotations = static_cast<const float2*>(rotations.raw());
+  args.window = window_of(spec.window);
+  if (plan.rotations > 0) {
     constexpr int kRotationThreads = 256;
-    launch(stream_, {blocks_for(rotations_count, kRotationThreads, 1), kRotationThreads},
+    launch(stream_, {blocks_for(plan.rotations, kRotationThreads, 1), kRotationThreads},
            rotations_kernel, static_cast<float2*>(rotations.raw()), inv_freq.data<float>(),
-           rotations_count, inv_freq.numel());
+           plan.rotations, inv_freq.numel());
   }
-  const Tensor queue = scratch(sizeof(unsigned));
   const auto run_side = [&](auto size, auto side) {
     constexpr int D = size;
     constexpr Side kSide = side;
-    if (has_warpgroup_products()) {
-      attention_backward_hopper(stream_, args, kSide, D, properties_.multiProcessorCount,
-                                static_cast<unsigned*>(queue.raw()));
-      return;
-    }
     using Config = BackwardShape<D, kSide>;
     const int heads_per_item = kSide == Side::Keys ? args.heads_per_item : 1;
-    const BlockOrder order(tiles, batch * heads / heads_per_item, t * heads_per_item, D);
+    const BlockOrder order(ceil_div(args.t, kRows), args.batch * args.heads / heads_per_item,
+                           args.t * heads_per_item, D);
     launch(stream_, {order.blocks(), Config::kThreads, Config::kSmemBytes},
            attention_backward_kernel<D, kSide>, args, order);
   };
   with_head_size(q.dim(3), [&](auto size) {
     constexpr int D = size;
     constexpr int kTermThreads = 256;
-    const int rows = checked_int(terms);
+    const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);
     launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
            attention_terms_kernel<D>, static_cast<float*>(lse2.raw()),
-           static_cast<float*>(delta.raw()), lse.data<float>(), bf16_of(dout), bf16_of(o), rows, t,
-           t_pad, heads);
+           static_cast<float*>(delta.raw()), lse.data<float>(), args.dout, bf16_of(o), rows, args.t,
+           args.t_pad, args.heads);
 
-    run_side(size, std::integral_constant<Side, Side::Keys>());
-    if (split) {
+    if (hopper) {
+      const Tensor work = scratch(plan.hopper_bytes);
+      attention_backward_hopper(stream_, args, D, sms, work.raw());
+    } else {
+      run_side(size, std::integral_constant<Side, Side::Keys>());
+      run_side(size, std::integral_constant<Side, Side::Queries>());
+    }
+    if (plan.split) {
       constexpr unsigned kSumThreads = 256;
       const int64_t quads = k.numel() / 2;  // of dk and dv together
       launch(stream_, {static_cast<unsigned>((quads + kSumThreads - 1) / kSumThreads), kSumThreads},
-             sum_heads_kernel, args.dx1, args.dx2, args.partial, k.numel(), group);
+             sum_heads_kernel, args.dk, args.dv, args.partial, k.numel(),
+             args.heads / args.kv_heads);
     }
-    args.dx1 = bf16_of(dq);
-    args.dx2 = nullptr;
-    args.partial = nullptr;
-    run_side(size, std::integral_constant<Side, Side::Queries>());
   });
 }
 

@@ -1,17 +1,28 @@
-// Causal attention on Hopper (sm_90a), backward: cuda/attention_backward.cu's two passes on
-// warpgroup products fed by the copy engine.
+// Causal attention on Hopper (sm_90a), backward, on warpgroup products fed by the copy engine. Five
+// products: ds is written once, in bf16, by those who make it for dk and dv, and read for dq.
 //
-// An item is 128 rows x of one side, 64 a warpgroup, whose two tensors stay in shared memory; the
-// rows y of the other side come in tiles through a ring:
-//     side      x1  x2    y1  y2    s = x1 y1^T   t = x2 y2^T   sums
-//     Queries   q   dout  k   v     q k^T         dout v^T      dq += ds y1
-//     Keys      k   v     q   dout  k q^T         v dout^T      dk += ds^T y1, dv += p^T y2
-// with p = 2^(s scale log2(e) - lse2) and ds = p (t - delta). Scores have x down and y across, so
-// that p and ds rounded to bf16 are, in the registers where they are, the A operands of the sums.
-// One resident block an SM takes items from a queue; the first warpgroup's first thread copies.
-// While one warpgroup turns scores into ds the other's products run.
-// Where gradients turn back by rotary positions, dx1 does so in its registers, in which columns c
-// and c + d/2 are of one lane; an item reads its rows of the table from the L2 cache once.
+// An item is 128 rows, 64 a warpgroup, of keys or of queries. The rows of the other side come in
+// tiles through a ring in shared memory:
+//     Keys       k, v stay; q, dout pass   s = k q^T   t = v dout^T   dk += ds^T q   dv += p^T dout
+//     Queries    nothing stays; k, ds pass                            dq += ds k
+// with p = 2^(s scale log2(e) - lse2) and ds = p (t - delta). The scores of keys have keys down and
+// queries across, so that p and ds rounded to bf16 are, in the registers where they are, the A
+// operands of the sums. While one warpgroup turns scores into ds the other's products run.
+//
+// ds stands in a ring in global memory, in swizzled tiles of 64 keys x 64 queries of every head,
+// those below the diagonal left out, as they are copied back for an A operand whose k (keys) runs
+// along its rows.
+//
+// One resident block an SM takes items from a queue, the next one while the loads of the one in
+// work are under way; the first warpgroup's first thread copies. The queue is one of sets of heads,
+// the queries of a set behind the keys of it and of some sets more: so many that those who take its
+// queries seldom find its keys unfinished, and no more, as ds is to be read before the L2 cache has
+// to write it out. What an item waits for stands before it in the queue, so that the first
+// unfinished item never waits; each set counts the warpgroups that are done with it.
+//
+// Where gradients turn back by rotary positions, they do so in the registers that summed them, in
+// which columns c and c + d/2 are of one lane; an item reads its rows of the table from the L2
+// cache once.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
@@ -24,199 +35,478 @@ namespace {
 
 using quant::launch;
 
-template <int D, Side kSide>
+constexpr int kItemRows = 128;
+constexpr int kWarpgroups = 2;  // that compute
+constexpr int kDsRows = 64;     // keys and queries of a tile of ds
+using Ds = Operand<kDsRows, kDsRows>;
+static_assert(kItemRows == kWarpgroups * kDsRows);
+static_assert(kTermRows % kItemRows == 0);  // whole items of rotations, too
+
+template <int D>
 struct BackwardShape {
-  static constexpr bool kKeys = kSide == Side::Keys;
-  static constexpr int kWarpgroups = 2;  // that compute
   static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
   static constexpr int kProducerRegisters = 40;
   static constexpr int kRegisters = 232;
-  static constexpr int kRows = 64 * kWarpgroups;  // x of an item
-  // y of a tile: two accumulators beside the scores leave room for no more.
-  static constexpr int kTile = kKeys && D != 64 ? 64 : 128;
-  static constexpr int kStages = kKeys ? 3 : 2;
-  using X = Operand<D, kRows>;
-  using Y = Operand<D, kTile>;
-  static constexpr int kTermBytes = kKeys ? kTile * 4 : 0;  // lse2 or delta of a tile
-  static constexpr int kYAt = 2 * X::kBytes;
-  static constexpr int kTermsAt = kYAt + kStages * 2 * Y::kBytes;
-  static constexpr int kBarriersAt = kTermsAt + kStages * 2 * kTermBytes;
-  static constexpr int kItemAt = kBarriersAt + 8 * (2 + 2 * kStages);
-  static constexpr int64_t kSmemBytes = 1024 + kItemAt + 8;
+  // Queries of a tile: two accumulators beside the scores leave room for no more.
+  static constexpr int kTile = D == 64 ? 128 : 64;
+  using X = Operand<D, kItemRows>;  // k or v of an item of keys
+  using Y = Operand<D, kTile>;      // q or dout of its tile
+  using K = Operand<D, kDsRows>;    // k of a tile of an item of queries; its ds stands behind it
+  static constexpr int kTermBytes = kTile * 4;                            // lse2 or delta of a tile
+  static constexpr int kKeysStageBytes = 2 * Y::kBytes + 2 * kTermBytes;  // that a stage waits for
+  static constexpr int kStageBytes = std::max(2 * Y::kBytes, K::kBytes + kWarpgroups * Ds::kBytes);
+  // Items of queries are short of loads in flight: where their x, which holds only what leaves, has
+  // room for one more stage, they have one.
+  static constexpr int kKeysStages = D == 128 ? 3 : 4;
+  static constexpr int kQueriesStages = kKeysStages + (kStageBytes <= X::kBytes ? 1 : 0);
+  static constexpr int kItems = 2;  // at hand: the one in work and the next one
+  static constexpr int kXBytes = 2 * X::kBytes;
+  static constexpr int kStagesAt = kItems * kXBytes;
+  static constexpr int kTermsAt = kStagesAt + kKeysStages * kStageBytes;
+  static constexpr int kBarriersAt = kTermsAt + kKeysStages * 2 * kTermBytes;
+  static constexpr int kItemsAt = kBarriersAt + 8 * 2 * (kItems + kQueriesStages);
+  static constexpr int64_t kSmemBytes = 1024 + kItemsAt + 4 * kItems;
   static_assert(kSmemBytes <= 227 * 1024);
-  static_assert(kTermRows % kRows == 0);  // whole items of rotations, too
+  static_assert(kStageBytes % 1024 == 0 && K::kBytes % 128 == 0);
 
-  static constexpr int kStageBytes = 2 * Y::kBytes + 2 * kTermBytes;  // that one stage waits for
-  __device__ static uint32_t y_at(uint32_t smem, int stage, int which) {
-    return smem + kYAt + (2 * stage + which) * Y::kBytes;
+  __device__ static int x_at(int slot, int which) { return slot * kXBytes + which * X::kBytes; }
+  __device__ static int stage_at(int slot, int stage) {
+    return stage < kKeysStages ? kStagesAt + stage * kStageBytes : x_at(slot, 1);
   }
   __device__ static int terms_at(int stage, int which) {
     return kTermsAt + (2 * stage + which) * kTermBytes;
   }
-  __device__ static uint32_t x_full(uint32_t smem) { return smem + kBarriersAt; }
-  __device__ static uint32_t x_empty(uint32_t smem) { return smem + kBarriersAt + 8; }
-  __device__ static uint32_t y_full(uint32_t smem, int s) {
-    return smem + kBarriersAt + 16 + 8 * s;
+  __device__ static int item_at(int slot) { return kItemsAt + 4 * slot; }
+  __device__ static uint32_t x_full(uint32_t smem, int slot) {
+    return smem + kBarriersAt + 8 * slot;
   }
-  __device__ static uint32_t y_empty(uint32_t smem, int s) { return y_full(smem, s + kStages); }
+  __device__ static uint32_t x_empty(uint32_t smem, int slot) {
+    return x_full(smem, slot + kItems);
+  }
+  __device__ static uint32_t y_full(uint32_t smem, int stage) {
+    return x_full(smem, 2 * kItems + stage);
+  }
+  __device__ static uint32_t y_empty(uint32_t smem, int stage) {
+    return y_full(smem, stage + kQueriesStages);
+  }
+};
+
+// Goes around the stages, of which items of keys use the first kKeysStages.
+struct StageCursor {
+  int stage = 0;
+  unsigned parities = 0;  // of each stage's round
+
+  __device__ int parity() const { return parities >> stage & 1; }
+  __device__ void start(int stages) {
+    if (stage >= stages) stage = 0;
+  }
+  __device__ void advance(int stages) {
+    parities ^= 1u << stage;
+    if (++stage == stages) stage = 0;
+  }
+};
+
+enum class Side { Keys, Queries };
+
+// The queue: the keys of `lag` groups of sets; then the keys of the next group and the queries of
+// the oldest, until there are no more. A set is the heads_per_set query heads that an item of keys
+// sums over.
+struct BackwardOrder {
+  int tiles;  // of kItemRows, of a head
+  int sets, heads_per_set;
+  int group;  // sets
+  int lag;    // groups
+  int slots;  // sets for whose ds there is room: set s takes the place of set s - slots
+
+  BackwardOrder(const BackwardArgs& args, int sms)
+      : tiles(ceil_div(args.t, kItemRows)),
+        sets(args.batch * (args.heads / args.heads_per_item)),
+        heads_per_set(args.heads_per_item) {
+    // The longest of a wave's items, an item an SM, takes twice as long as they do on the mean,
+    // while the SMs go on to a second wave, with queries of older sets among it: a lag of 4/3 waves
+    // was seen to be enough, in steps of 1/3. Of few sets the longest items of all go first.
+    const int wave = ceil_div(sms, tiles);
+    group = ceil_div(wave, 3);
+    lag = ceil_div(4 * wave, 3 * group);
+    slots = (lag + 2) * group;
+    if (sets <= std::max(slots, 3 * wave)) {
+      group = slots = sets;
+      lag = 1;
+    }
+  }
+  BBB_HD int blocks() const { return sets * tiles * (1 + heads_per_set); }
+  // Tiles of ds of a head, in rows of one tile of keys each, from the diagonal on.
+  BBB_HD int ds_rows() const { return tiles * (kItemRows / kDsRows); }
+  BBB_HD int ds_tiles() const { return ds_rows() * (ds_rows() + 1) / 2; }
+  // The tile of keys `row` and queries `column`, column >= row.
+  BBB_HD int ds_tile(int row, int column) const {
+    return row * ds_rows() - row * (row - 1) / 2 + column - row;
+  }
+  int64_t ds_bytes() const { return int64_t{slots} * heads_per_set * ds_tiles() * Ds::kBytes; }
+};
+
+// In scratch: ds, then the counters, all 0 at the start.
+struct BackwardScratch {
+  unsigned char* ds;
+  unsigned* queue;
+  unsigned *keys_done, *queries_done;  // (sets): warpgroups that are done
+
+  BackwardScratch(const BackwardOrder& order, void* scratch)
+      : ds(static_cast<unsigned char*>(scratch)),
+        queue(reinterpret_cast<unsigned*>(ds + order.ds_bytes())),
+        keys_done(queue + 1),
+        queries_done(keys_done + order.sets) {}
+  static int64_t counter_bytes(const BackwardOrder& order) {
+    return (1 + 2 * int64_t{order.sets}) * int64_t{sizeof(unsigned)};
+  }
+};
+
+struct BackwardMaps {
+  CUtensorMap dq, dk, dv;  // boxes of a warpgroup's rows
+  CUtensorMap k, v;        // of an item's
+  CUtensorMap q, dout;     // of a tile's
+  CUtensorMap k_tile;      // of kDsRows
 };
 
 struct Item {
-  int batch, head0;  // first query head
-  int x_head, y_head0;
+  Side side;
+  int set, batch;
+  int head0;  // Keys: the first of its query heads; Queries: the head
+  int kv_head;
   int x0;
-  int first_tile, tiles, steps;  // steps: tiles of every query head
+  int first_tile, tiles;
+  int ds_tile;  // that head's first in the ring
 };
 
-template <int D, Side kSide>
-__device__ inline Item find_item(const BackwardArgs& args, const BlockOrder& order, int index) {
-  using Shape = BackwardShape<D, kSide>;
-  constexpr bool kKeys = Shape::kKeys;
-  // Early keys are seen by more queries, late queries see more keys.
-  int rank, order_head;
-  order.find(index, rank, order_head);
-  const int head_sets = kKeys ? args.heads / args.heads_per_item : args.heads;
+template <int D>
+__device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& order, int index) {
   Item item;
-  item.x0 = (kKeys ? rank : order.tiles - 1 - rank) * Shape::kRows;
-  item.batch = order_head / head_sets;
-  item.head0 = order_head % head_sets * (kKeys ? args.heads_per_item : 1);
-  const int kv_head = item.head0 / (args.heads / args.kv_heads);
-  item.x_head = kKeys ? kv_head : item.head0;
-  item.y_head0 = kKeys ? item.head0 : kv_head;
-  const int x_last = min(item.x0 + Shape::kRows, args.t) - 1;
-  const int y_first = kKeys ? item.x0 : max(0, item.x0 - args.window + 1);
-  const int y_last = kKeys ? min(args.t - 1, x_last + args.window - 1) : x_last;
-  item.first_tile = y_first / Shape::kTile;
-  item.tiles = y_last / Shape::kTile + 1 - item.first_tile;
-  item.steps = item.tiles * (kKeys ? args.heads_per_item : 1);
+  const int keys_of_group = order.group * order.tiles;
+  const int queries_of_group = keys_of_group * order.heads_per_set;
+  const int lead = min(order.lag * order.group, order.sets) * order.tiles;
+  const int mixed = max(0, order.sets / order.group - order.lag);  // rounds of two whole groups
+  const int last = max(0, order.sets - (order.lag + mixed) * order.group) * order.tiles;
+  int within = index, group = 0;
+  if (within < lead) {
+    item.side = Side::Keys;
+    group = within / keys_of_group;
+    within %= keys_of_group;
+  } else if ((within -= lead) < mixed * (keys_of_group + queries_of_group)) {
+    group = within / (keys_of_group + queries_of_group);
+    within %= keys_of_group + queries_of_group;
+    item.side = within < keys_of_group ? Side::Keys : Side::Queries;
+    if (item.side == Side::Keys)
+      group += order.lag;
+    else
+      within -= keys_of_group;
+  } else if ((within -= mixed * (keys_of_group + queries_of_group)) < last) {
+    item.side = Side::Keys;
+    group = mixed + order.lag;
+  } else {
+    within -= last;
+    item.side = Side::Queries;
+    group = mixed + within / queries_of_group;
+    within %= queries_of_group;
+  }
+  // The longest first: early keys are seen by more queries, late queries see more keys.
+  const bool keys = item.side == Side::Keys;
+  const int heads = keys ? 1 : order.heads_per_set;
+  const int across = min(order.group, order.sets - group * order.group) * heads;
+  const int rank = within / across;
+  const int head = within % across % heads;
+  item.set = group * order.group + within % across / heads;
+  item.x0 = (keys ? rank : order.tiles - 1 - rank) * kItemRows;
+  const int sets_per_text = args.heads / order.heads_per_set;
+  item.batch = item.set / sets_per_text;
+  item.head0 = item.set % sets_per_text * order.heads_per_set + head;
+  item.kv_head = item.head0 / (args.heads / args.kv_heads);
+  item.ds_tile = (item.set % order.slots * order.heads_per_set + head) * order.ds_tiles();
+  const int x_last = min(item.x0 + kItemRows, args.t) - 1;
+  const int y_first = keys ? item.x0 : max(0, item.x0 - args.window + 1);
+  const int y_last = keys ? min(args.t - 1, x_last + args.window - 1) : x_last;
+  const int tile = keys ? BackwardShape<D>::kTile : kDsRows;
+  item.first_tile = y_first / tile;
+  item.tiles = y_last / tile + 1 - item.first_tile;
   return item;
 }
 
-// The copying thread.
-template <int D, Side kSide>
-__device__ inline void copy_items(const CUtensorMap& x1_map, const CUtensorMap& x2_map,
-                                  const CUtensorMap& y1_map, const CUtensorMap& y2_map,
-                                  const BackwardArgs& args, const BlockOrder& order,
-                                  unsigned* queue, uint32_t smem) {
-  using Shape = BackwardShape<D, kSide>;
-  RingCursor<Shape::kStages> ring;
-  int x_parity = 0;
-  for (int index = static_cast<int>(blockIdx.x);; index = next_item(queue)) {
-    mbarrier_wait(Shape::x_empty(smem), x_parity ^ 1);
-    const bool more = index < static_cast<int>(order.blocks());
-    store_shared(smem + Shape::kItemAt, more ? index : -1);
-    const uint32_t x_full = Shape::x_full(smem);
+// Whether an item of queries sums over this tile of ds, by the tile's first key and query: those of
+// rows behind the text were not written.
+__device__ inline bool has_ds(const BackwardArgs& args, int query0, int key0) {
+  return query0 < args.t && query0 >= key0 && query0 - (key0 + kDsRows - 1) < args.window;
+}
+
+// --- what blocks tell each other ----------------------------------------------------------------
+
+// This thread's writes to global memory, for the copy engines of other SMs, before a barrier of the
+// warpgroup and count_done() by one of its threads.
+__device__ inline void publish_writes() {
+  asm volatile("fence.acq_rel.gpu;\nfence.proxy.async.global;" ::: "memory");
+}
+__device__ inline void count_done(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Until `count` are done; what this thread copies from then on sees what they wrote.
+__device__ inline void wait_done(const unsigned* counter, unsigned count) {
+  unsigned done;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(counter) : "memory");
+    if (done >= count) break;
+    __nanosleep(100);
+  }
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// --- the copying thread -------------------------------------------------------------------------
+
+template <int D>
+__device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& args,
+                                  const BackwardOrder& order, const BackwardScratch& scratch,
+                                  uint32_t smem) {
+  using Shape = BackwardShape<D>;
+  StageCursor ring;
+  // Its barrier.
+  const auto claim_stage = [&](int bytes) {
+    mbarrier_wait(Shape::y_empty(smem, ring.stage), ring.parity() ^ 1);
+    const uint32_t full = Shape::y_full(smem, ring.stage);
+    mbarrier_expect(full, bytes);
+    return full;
+  };
+  int index = static_cast<int>(blockIdx.x);
+  for (int count = 0;; ++count, index = next_item(scratch.queue)) {
+    const int slot = count % Shape::kItems;
+    mbarrier_wait(Shape::x_empty(smem, slot), count / Shape::kItems % 2 ^ 1);
+    const bool more = index < order.blocks();
+    store_shared(smem + Shape::item_at(slot), more ? index : -1);
+    const uint32_t x_full = Shape::x_full(smem, slot);
     if (!more) return mbarrier_arrive(x_full);
-    const Item item = find_item<D, kSide>(args, order, index);
-    mbarrier_expect(x_full, 2 * Shape::X::kBytes);
-    copy_tile<D, Shape::kRows>(smem, x1_map, x_full, item.x_head, item.x0, item.batch);
-    copy_tile<D, Shape::kRows>(smem + Shape::X::kBytes, x2_map, x_full, item.x_head, item.x0,
-                               item.batch);
-    x_parity ^= 1;
-    int head = 0, tile = item.first_tile;
-    for (int step = 0; step < item.steps; ++step) {
-      const int s = ring.stage, y0 = tile * Shape::kTile;
-      const uint32_t full = Shape::y_full(smem, s);
-      mbarrier_wait(Shape::y_empty(smem, s), ring.parity ^ 1);
-      mbarrier_expect(full, Shape::kStageBytes);
-      copy_tile<D, Shape::kTile>(Shape::y_at(smem, s, 0), y1_map, full, item.y_head0 + head, y0,
-                                 item.batch);
-      copy_tile<D, Shape::kTile>(Shape::y_at(smem, s, 1), y2_map, full, item.y_head0 + head, y0,
-                                 item.batch);
-      if constexpr (Shape::kKeys) {
-        const int64_t at = (int64_t{item.batch} * args.heads + item.head0 + head) * args.t_pad + y0;
+    const Item item = find_item<D>(args, order, index);
+
+    if (item.side == Side::Queries) {
+      mbarrier_arrive(x_full);
+      wait_done(scratch.keys_done + item.set, order.tiles * kWarpgroups);
+      for (int tile = item.first_tile; tile < item.first_tile + item.tiles; ++tile) {
+        const int key0 = tile * kDsRows;
+        bool wanted[kWarpgroups];
+        int bytes = Shape::K::kBytes;
+        for (int w = 0; w < kWarpgroups; ++w) {
+          wanted[w] = has_ds(args, item.x0 + w * kDsRows, key0);
+          if (wanted[w]) bytes += Ds::kBytes;
+        }
+        const uint32_t full = claim_stage(bytes);
+        const uint32_t k_at = smem + Shape::stage_at(slot, ring.stage);
+        copy_tile<D, kDsRows>(k_at, maps.k_tile, full, item.kv_head, key0, item.batch);
+        for (int w = 0; w < kWarpgroups; ++w) {
+          if (!wanted[w]) continue;
+          const int ds_tile = item.ds_tile + order.ds_tile(tile, item.x0 / kDsRows + w);
+          copy_bytes(k_at + Shape::K::kBytes + w * Ds::kBytes,
+                     scratch.ds + int64_t{ds_tile} * Ds::kBytes, Ds::kBytes, full);
+        }
+        ring.advance(Shape::kQueriesStages);
+      }
+      continue;
+    }
+
+    if (item.set >= order.slots)
+      wait_done(scratch.queries_done + item.set - order.slots,
+                order.tiles * order.heads_per_set * kWarpgroups);
+    mbarrier_expect(x_full, Shape::kXBytes);
+    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 0), maps.k, x_full, item.kv_head, item.x0,
+                            item.batch);
+    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 1), maps.v, x_full, item.kv_head, item.x0,
+                            item.batch);
+    ring.start(Shape::kKeysStages);
+    for (int head = item.head0; head < item.head0 + order.heads_per_set; ++head)
+      for (int tile = item.first_tile; tile < item.first_tile + item.tiles; ++tile) {
+        const uint32_t full = claim_stage(Shape::kKeysStageBytes);
+        const int s = ring.stage, y0 = tile * Shape::kTile;
+        const uint32_t q_at = smem + Shape::stage_at(slot, s);
+        copy_tile<D, Shape::kTile>(q_at, maps.q, full, head, y0, item.batch);
+        copy_tile<D, Shape::kTile>(q_at + Shape::Y::kBytes, maps.dout, full, head, y0, item.batch);
+        const int64_t at = (int64_t{item.batch} * args.heads + head) * args.t_pad + y0;
         copy_bytes(smem + Shape::terms_at(s, 0), args.lse2 + at, Shape::kTermBytes, full);
         copy_bytes(smem + Shape::terms_at(s, 1), args.delta + at, Shape::kTermBytes, full);
+        ring.advance(Shape::kKeysStages);
       }
-      ring.advance();
-      if (++tile == item.first_tile + item.tiles) {
-        tile = item.first_tile;
-        ++head;
-      }
-    }
   }
 }
 
-// One of the computing warpgroups, `own` counted from 0.
-template <int D, Side kSide>
-__device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUtensorMap& dx2_map,
-                                           const BackwardArgs& args, const BlockOrder& order,
-                                           unsigned char* memory, uint32_t smem, int own) {
-  using Shape = BackwardShape<D, kSide>;
+// --- the computing warpgroups -------------------------------------------------------------------
+
+template <int D>
+struct Differentiator {
+  using Shape = BackwardShape<D>;
   using X = typename Shape::X;
   using Y = typename Shape::Y;
-  constexpr bool kKeys = Shape::kKeys;
-  constexpr int kTile = Shape::kTile;
-  constexpr int kOwn = 1;  // named barriers
-  const int thread = threadIdx.x % kWarpgroup;
+  static constexpr int kTile = Shape::kTile;
+
+  const BackwardMaps& maps;
+  const BackwardArgs& args;
+  const BackwardOrder& order;
+  const BackwardScratch& scratch;
+  unsigned char* const memory;
+  const uint32_t smem;
+  const int own;  // this warpgroup, from 0
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int lane = thread % 32;
-  const int g = lane / 4;
   const int pair = lane % 4 * 2;
-  const int local_row = thread / 32 * 16 + g;  // this lane's rows: local_row and local_row + 8
+  const int local_row = thread / 32 * 16 + lane / 4;  // this lane's rows: this one and 8 on
   const float scale = rsqrtf(static_cast<float>(D));
-  const float scale_log2 = scale * kLog2E;
-  const uint64_t x1 = X::template descriptor<Along::Columns>(smem, own * 64);
-  const uint64_t x2 = X::template descriptor<Along::Columns>(smem + X::kBytes, own * 64);
+  StageCursor ring{};
+  int count = 0;  // items before the one in work
+  int slot = 0;   // of the one in work
 
-  RingCursor<Shape::kStages> ring;
-  int x_parity = 0;
-  while (true) {
-    mbarrier_wait(Shape::x_full(smem), x_parity);
-    x_parity ^= 1;
-    const int index = load_shared(smem + Shape::kItemAt);
-    if (index < 0) break;
-    const Item item = find_item<D, kSide>(args, order, index);
-    const int own_x0 = item.x0 + own * 64;
+  __device__ void run() {
+    for (;; ++count) {
+      slot = count % Shape::kItems;
+      mbarrier_wait(Shape::x_full(smem, slot), count / Shape::kItems % 2);
+      const int index = load_shared(smem + Shape::item_at(slot));
+      if (index < 0) break;
+      const Item item = find_item<D>(args, order, index);
+      if (item.side == Side::Keys)
+        differentiate_keys(item);
+      else
+        differentiate_queries(item);
+    }
+    if (thread == 0) store_wait_read();
+  }
 
-    float dx1[D / 8][4], dx2[kKeys ? D / 8 : 1][4];
+ private:
+  // Gives the slot of the item before back, once this one's first products are on their way.
+  __device__ void leave_slot_before() const {
+    if (thread != 0 || count == 0) return;
+    store_wait_read();
+    mbarrier_arrive(Shape::x_empty(smem, (count - 1) % Shape::kItems));
+  }
+  __device__ void release(int stage) const {
+    if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, stage));
+  }
+  __device__ void sync() const { named_sync(1 + own, kWarpgroup); }
+
+  // Rounds factor dx into this warpgroup's rows of x, which no product reads any more: this lane's
+  // are `row`, counted within them, and the one `apart` from it.
+  __device__ void stage_results(const float (&dx)[D / 8][4], float factor, int which, int row,
+                                int apart) const {
+    const int row0 = recomputed(own * 64 + row), column = recomputed(pair);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        dx1[n][i] = 0.0f;
-        if constexpr (kKeys) dx2[n][i] = 0.0f;
-      }
-    float x_lse2[2] = {}, x_delta[2] = {};  // Queries: of this lane's rows
-    if constexpr (!kKeys) {
-      const int64_t at =
-          (int64_t{item.batch} * args.heads + item.head0) * args.t_pad + own_x0 + local_row;
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(memory + Shape::x_at(slot, which) +
+                                     X::chunk_offset(row0 + apart * half, n) + column * 2) =
+            pack_bf16(dx[n][2 * half] * factor, dx[n][2 * half + 1] * factor);
+  }
+  // Of one thread, after all have staged theirs.
+  __device__ void store_rows(const CUtensorMap& map, int which, int head, const Item& item) const {
+    constexpr int kRowBytes = PanelShape<D>::kRowBytes;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        x_lse2[half] = args.lse2[at + 8 * half];
-        x_delta[half] = args.delta[at + 8 * half];
+    for (int panel = 0; panel < PanelShape<D>::kPanels; ++panel)
+      store_box(map,
+                smem + Shape::x_at(slot, which) + panel * X::kPanelBytes + own * 64 * kRowBytes,
+                panel * PanelShape<D>::kColumns, head, item.x0 + own * 64, item.batch);
+  }
+
+  __device__ void differentiate_queries(const Item& item) {
+    const int own_x0 = item.x0 + own * 64;
+    float dq[D / 8][4];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dq[n][i] = 0.0f;
+    int held = -1;  // the stage that products in flight read
+    for (int tile = item.first_tile; tile < item.first_tile + item.tiles; ++tile) {
+      const int stage = ring.stage;
+      mbarrier_wait(Shape::y_full(smem, stage), ring.parity());
+      ring.advance(Shape::kQueriesStages);
+      if (has_ds(args, own_x0, tile * kDsRows)) {
+        const uint32_t k_at = smem + Shape::stage_at(slot, stage);
+        const uint64_t k = Shape::K::template descriptor<Along::Rows>(k_at);
+        const uint64_t ds = Ds::descriptor<Along::Rows>(k_at + Shape::K::kBytes + own * Ds::kBytes);
+        accumulator_fence(dq);
+        wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < kDsRows / 16; ++kk)
+          wgmma<Along::Rows, Along::Rows>(dq, ds + Ds::slice_offset<Along::Rows>(kk),
+                                          k + Shape::K::template slice_offset<Along::Rows>(kk), 1);
+        wgmma_commit();
+        if (held >= 0) {
+          wgmma_wait<1>();
+          release(held);
+        }
+        held = stage;
+      } else {
+        release(stage);
       }
+      if (tile == item.first_tile) leave_slot_before();
     }
+    wgmma_wait<0>();
+    accumulator_fence(dq);
+    if (held >= 0) release(held);
+
+    // Row 8 m + e of A is query 32 (m / 4) + 8 (e / 2) + 2 (m % 4) + e % 2 (write_ds).
+    const int m = local_row / 8, e = local_row % 8;
+    const int row = m / 4 * 32 + e / 2 * 8 + m % 4 * 2 + e % 2;
+    constexpr int kApart = 2;  // m + 1
+    if (args.rotations != nullptr)
+      turn_accumulator<D>(dq, args.rotations, own_x0 + row, kApart, pair);
+    stage_results(dq, scale, 0, row, kApart);
+    async_proxy_fence();
+    sync();
+    if (thread != 0) return;
+    count_done(scratch.queries_done + item.set);
+    if (own_x0 >= args.t) return;
+    store_rows(maps.dq, 0, item.head0, item);
+    store_commit();
+  }
+
+  __device__ void differentiate_keys(const Item& item) {
+    const int own_x0 = item.x0 + own * 64, own_row = own_x0 / kDsRows;
+    const int steps = item.tiles * order.heads_per_set;
+    const float scale_log2 = scale * kLog2E;
+    const uint64_t k =
+        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 0), own * 64);
+    const uint64_t v =
+        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 1), own * 64);
+    float dk[D / 8][4], dv[D / 8][4];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
 
     // The tile in work, and the one after it.
     float s[kTile / 8][4], ds[kTile / 8][4];
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
-    const auto release = [&](int left) {
-      if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, left));
-    };
+    // Where ds of this warpgroup's keys and query 0 would be, of the head of the next tile and of
+    // the one in work.
+    int next_ds = item.ds_tile + order.ds_tile(own_row, 0), ds_tile = 0;
     // Distances i - j from key j to query i within the warpgroup's scores.
-    const auto least = [&] { return kKeys ? y0 - (own_x0 + 63) : own_x0 - (y0 + kTile - 1); };
-    const auto greatest = [&] { return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + 63 - y0; };
+    const auto least = [&] { return y0 - (own_x0 + 63); };
+    const auto greatest = [&] { return y0 + kTile - 1 - own_x0; };
     // Moves stage and y0 to the next tile that this warpgroup sees, past those that it does not.
-    // Between two of them lies at most one (at the end of a window or the start of a head, on the
-    // side of the keys), so that the ring has a stage for it while the one before is still held.
+    // Between two of them lies at most one (at the end of a window or the start of a head), so that
+    // the ring has a stage for it while the one before is still held.
     const auto find_tile = [&] {
-      while (step < item.steps) {
+      while (step < steps) {
         stage = ring.stage;
         y0 = tile * kTile;
-        mbarrier_wait(Shape::y_full(smem, stage), ring.parity);
-        ring.advance();
+        ds_tile = next_ds;
+        mbarrier_wait(Shape::y_full(smem, stage), ring.parity());
+        ring.advance(Shape::kKeysStages);
         ++step;
-        if (++tile == item.first_tile + item.tiles) tile = item.first_tile;
+        if (++tile == item.first_tile + item.tiles) {
+          tile = item.first_tile;
+          next_ds += order.ds_tiles();
+        }
         if (greatest() >= 0 && least() < args.window) return true;
         // Rows behind the text may see none. They take the last, masked.
-        if (own_x0 >= args.t && step == item.steps) return true;
+        if (own_x0 >= args.t && step == steps) return true;
         release(stage);
       }
       return false;
     };
     // a b^T, left in flight.
     const auto start_scores = [&](float(&scores)[kTile / 8][4], uint64_t x, int which) {
-      const uint64_t y = Y::template descriptor<Along::Columns>(Shape::y_at(smem, stage, which));
+      const uint64_t y = Y::template descriptor<Along::Columns>(y_at(stage, which));
       accumulator_fence(scores);
       wgmma_fence();
 #pragma unroll
@@ -226,10 +516,12 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       wgmma_commit();
     };
 
+    ring.start(Shape::kKeysStages);
     find_tile();  // there is one: the diagonal's, or the last
-    start_scores(s, x1, 0);
+    start_scores(s, k, 0);
+    leave_slot_before();
     while (true) {
-      start_scores(ds, x2, 1);
+      start_scores(ds, v, 1);
 
       // s becomes p.
       wgmma_wait<1>();
@@ -238,13 +530,10 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       const float* delta = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 1));
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        float2 across = {};
-        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
+        const float2 base = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_lse2[i / 2];
-          s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
-        }
+        for (int i = 0; i < 4; ++i)
+          s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, i % 2 == 0 ? -base.x : -base.y));
       }
       if (least() < 0 || greatest() >= args.window) {
         const int corner = y0 + pair - (own_x0 + local_row);
@@ -252,8 +541,7 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
         for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int ahead = corner + n * 8 + i % 2 - i / 2 * 8;
-            const int distance = kKeys ? ahead : -ahead;
+            const int distance = corner + n * 8 + i % 2 - i / 2 * 8;
             if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
               s[n][i] = 0.0f;
           }
@@ -262,188 +550,190 @@ __device__ inline void differentiate_items(const CUtensorMap& dx1_map, const CUt
       // ds, until now t, becomes ds; both are rounded for the sums.
       wgmma_wait<0>();
       accumulator_fence(ds);
-      uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
+      uint32_t p_a[kTile / 16][4], ds_a[kTile / 16][4];
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        float2 across = {};
-        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
+        const float2 base = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_delta[i / 2];
-          ds[n][i] = s[n][i] * (ds[n][i] - base);
-        }
+        for (int i = 0; i < 4; ++i)
+          ds[n][i] = s[n][i] * (ds[n][i] - (i % 2 == 0 ? base.x : base.y));
         if (n % 2 == 1) {
-          if constexpr (kKeys) pack_a(p_a[n / 2], s[n - 1], s[n]);
+          pack_a(p_a[n / 2], s[n - 1], s[n]);
           pack_a(ds_a[n / 2], ds[n - 1], ds[n]);
         }
       }
 
-      const uint64_t y1 = Y::template descriptor<Along::Rows>(Shape::y_at(smem, stage, 0));
-      const uint64_t y2 = Y::template descriptor<Along::Rows>(Shape::y_at(smem, stage, 1));
-      accumulator_fence(dx1);
-      if constexpr (kKeys) accumulator_fence(dx2);
+      write_ds(ds_a, ds_tile, own_row, y0 / kDsRows);
+
+      const uint64_t q = Y::template descriptor<Along::Rows>(y_at(stage, 0));
+      const uint64_t dout = Y::template descriptor<Along::Rows>(y_at(stage, 1));
+      accumulator_fence(dk);
+      accumulator_fence(dv);
       wgmma_fence();
-      if constexpr (kKeys) {
-#pragma unroll
-        for (int kk = 0; kk < kTile / 16; ++kk)
-          wgmma<Along::Rows>(dx2, p_a[kk], y2 + Y::template slice_offset<Along::Rows>(kk), 1);
-      }
 #pragma unroll
       for (int kk = 0; kk < kTile / 16; ++kk)
-        wgmma<Along::Rows>(dx1, ds_a[kk], y1 + Y::template slice_offset<Along::Rows>(kk), 1);
+        wgmma<Along::Rows>(dv, p_a[kk], dout + Y::template slice_offset<Along::Rows>(kk), 1);
+#pragma unroll
+      for (int kk = 0; kk < kTile / 16; ++kk)
+        wgmma<Along::Rows>(dk, ds_a[kk], q + Y::template slice_offset<Along::Rows>(kk), 1);
       wgmma_commit();
 
       // The next tile's scores queue up behind the sums.
       const int left = stage;
       if (!find_tile()) {
         wgmma_wait<0>();
-        accumulator_fence(dx1);
-        if constexpr (kKeys) accumulator_fence(dx2);
+        accumulator_fence(dk);
+        accumulator_fence(dv);
         release(left);
         break;
       }
-      start_scores(s, x1, 0);
+      start_scores(s, k, 0);
       wgmma_wait<1>();
-      accumulator_fence(dx1);
-      if constexpr (kKeys) accumulator_fence(dx2);
+      accumulator_fence(dk);
+      accumulator_fence(dv);
       release(left);
     }
 
+    // Found anew: the loop has no registers for what only its end needs.
+    store_keys(dk, dv, find_item<D>(args, order, load_shared(smem + Shape::item_at(slot))));
+  }
+
+  __device__ void store_keys(float (&dk)[D / 8][4], const float (&dv)[D / 8][4],
+                             const Item& item) const {
+    const int own_x0 = item.x0 + own * 64;
+    constexpr int kApart = 8;
     if (args.rotations != nullptr)
-      turn_accumulator<D>(dx1, args.rotations, own_x0 + local_row, pair);
-
-    if (kKeys && args.partial != nullptr) {
-      const int64_t x_stride = int64_t{args.kv_heads} * D;
-      const int64_t size = int64_t{args.batch} * args.t * x_stride;
-      float* target = args.partial + item.head0 % (args.heads / args.kv_heads) * 2 * size +
-                      int64_t{item.batch} * args.t * x_stride + item.x_head * D;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int x = own_x0 + local_row + 8 * half;
-        if (x >= args.t) continue;
-        float* row = target + x * x_stride + pair;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-          *reinterpret_cast<float2*>(row + n * 8) =
-              make_float2(dx1[n][2 * half] * scale, dx1[n][2 * half + 1] * scale);
-          if constexpr (kKeys)
-            *reinterpret_cast<float2*>(row + size + n * 8) =
-                make_float2(dx2[n][2 * half], dx2[n][2 * half + 1]);
-        }
-      }
-      named_sync(kOwn + own, kWarpgroup);
-      if (thread == 0) mbarrier_arrive(Shape::x_empty(smem));
-      continue;
-    }
-
-    // The results leave through the rows x of this warpgroup, which no product reads any more.
-    named_sync(kOwn + own, kWarpgroup);
-    const auto stage_results = [&](const float(&dx)[D / 8][4], float factor, int at) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(
-              memory + at + X::chunk_offset(own * 64 + local_row + 8 * half, n) + pair * 2) =
-              pack_bf16(dx[n][2 * half] * factor, dx[n][2 * half + 1] * factor);
-    };
-    stage_results(dx1, scale, 0);
-    if constexpr (kKeys) stage_results(dx2, 1.0f, X::kBytes);
+      turn_accumulator<D>(dk, args.rotations, own_x0 + local_row, kApart, pair);
+    publish_writes();
+    sync();
+    if (thread == 0) count_done(scratch.keys_done + item.set);
+    if (args.partial != nullptr) return write_partial(dk, dv, item);
+    stage_results(dk, scale, 0, local_row, kApart);
+    stage_results(dv, 1.0f, 1, local_row, kApart);
     async_proxy_fence();
-    named_sync(kOwn + own, kWarpgroup);
-    if (thread == 0) {
-      if (own_x0 < args.t) {
-        constexpr int kRowBytes = PanelShape<D>::kRowBytes;
+    sync();
+    if (thread != 0 || own_x0 >= args.t) return;
+    store_rows(maps.dk, 0, item.kv_head, item);
+    store_rows(maps.dv, 1, item.kv_head, item);
+    store_commit();
+  }
+
+  __device__ uint32_t y_at(int stage, int which) const {
+    return smem + Shape::stage_at(slot, stage) + which * Y::kBytes;
+  }
+
+  // ds of the tiles of keys `row` and queries from `column` on, to where that of query 0 would be.
+  // Of a key a lane has queries 16 kk + pair, the next one, and those 8 on. Those of two kk are the
+  // 16 bytes of a chunk, wherefore the queries of a tile stand in an order of their own: chunk
+  // 4 j + t has queries 32 j + 8 i + 2 t and the next one, i = 0 .. 3.
+  __device__ void write_ds(const uint32_t (&ds_a)[kTile / 16][4], int tile, int row,
+                           int column) const {
 #pragma unroll
-        for (int panel = 0; panel < PanelShape<D>::kPanels; ++panel) {
-          const uint32_t at = smem + panel * X::kPanelBytes + own * 64 * kRowBytes;
-          const int column = panel * PanelShape<D>::kColumns;
-          store_box(dx1_map, at, column, item.x_head, own_x0, item.batch);
-          if constexpr (kKeys)
-            store_box(dx2_map, at + X::kBytes, column, item.x_head, own_x0, item.batch);
+    for (int part = 0; part < kTile / kDsRows; ++part) {
+      if (column + part < row) continue;  // all masked
+      unsigned char* const to = scratch.ds + int64_t{tile + column + part} * Ds::kBytes;
+      const int to_row = recomputed(local_row), chunk = recomputed(lane) % 4;
+#pragma unroll
+      for (int j = 0; j < kDsRows / 32; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // 8 keys on
+          const uint32_t(&left)[4] = ds_a[part * (kDsRows / 16) + 2 * j];
+          const uint32_t(&right)[4] = ds_a[part * (kDsRows / 16) + 2 * j + 1];
+          *reinterpret_cast<uint4*>(to + Ds::chunk_offset(to_row + 8 * half, 4 * j + chunk)) =
+              make_uint4(left[half], left[half + 2], right[half], right[half + 2]);
         }
-        store_commit();
-        store_wait_read();
-      }
-      mbarrier_arrive(Shape::x_empty(smem));
     }
   }
-}
 
-template <int D, Side kSide>
-__global__ __launch_bounds__(
-    BackwardShape<D, kSide>::kThreads,
-    1) void attention_backward_hopper_kernel(const __grid_constant__ CUtensorMap dx1_map,
-                                             const __grid_constant__ CUtensorMap dx2_map,
-                                             const __grid_constant__ CUtensorMap x1_map,
-                                             const __grid_constant__ CUtensorMap x2_map,
-                                             const __grid_constant__ CUtensorMap y1_map,
-                                             const __grid_constant__ CUtensorMap y2_map,
-                                             const __grid_constant__ BackwardArgs args,
-                                             const __grid_constant__ BlockOrder order,
-                                             unsigned* __restrict__ queue) {
+  __device__ void write_partial(const float (&dk)[D / 8][4], const float (&dv)[D / 8][4],
+                                const Item& item) const {
+    const int64_t stride = int64_t{args.kv_heads} * D;
+    const int64_t size = int64_t{args.batch} * args.t * stride;
+    float* const target = args.partial + item.head0 % (args.heads / args.kv_heads) * 2 * size +
+                          int64_t{item.batch} * args.t * stride + item.kv_head * D;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int x = item.x0 + own * 64 + local_row + 8 * half;
+      if (x >= args.t) continue;
+      float* const row = target + x * stride + pair;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<float2*>(row + n * 8) =
+            make_float2(dk[n][2 * half] * scale, dk[n][2 * half + 1] * scale);
+        *reinterpret_cast<float2*>(row + size + n * 8) =
+            make_float2(dv[n][2 * half], dv[n][2 * half + 1]);
+      }
+    }
+  }
+};
+
+template <int D>
+__global__ __launch_bounds__(BackwardShape<D>::kThreads, 1) void attention_backward_hopper_kernel(
+    const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardArgs args,
+    const __grid_constant__ BackwardOrder order, const __grid_constant__ BackwardScratch scratch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shape = BackwardShape<D, kSide>;
+  using Shape = BackwardShape<D>;
   unsigned char* memory = swizzled_smem();
   const uint32_t smem = shared_address(memory);
   if (threadIdx.x == 0) {
-    mbarrier_init(Shape::x_full(smem), 1);
-    mbarrier_init(Shape::x_empty(smem), Shape::kWarpgroups);
-    for (int s = 0; s < Shape::kStages; ++s) {
-      mbarrier_init(Shape::y_full(smem, s), 1);
-      mbarrier_init(Shape::y_empty(smem, s), 4 * Shape::kWarpgroups);
+    for (int slot = 0; slot < Shape::kItems; ++slot) {
+      mbarrier_init(Shape::x_full(smem, slot), 1);
+      mbarrier_init(Shape::x_empty(smem, slot), kWarpgroups);
+    }
+    for (int stage = 0; stage < Shape::kQueriesStages; ++stage) {
+      mbarrier_init(Shape::y_full(smem, stage), 1);
+      mbarrier_init(Shape::y_empty(smem, stage), 4 * kWarpgroups);
     }
     mbarrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     registers_down<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0)
-      copy_items<D, kSide>(x1_map, x2_map, y1_map, y2_map, args, order, queue, smem);
+    if (threadIdx.x == 0) copy_items<D>(maps, args, order, scratch, smem);
   } else {
     registers_up<Shape::kRegisters>();
-    differentiate_items<D, kSide>(dx1_map, dx2_map, args, order, memory, smem,
-                                  static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    Differentiator<D>{
+        maps, args, order, scratch, memory, smem, static_cast<int>(threadIdx.x) / kWarpgroup - 1}
+        .run();
   }
 #endif
 }
 
-template <int D, Side kSide>
-void launch_side(cudaStream_t stream, const BackwardArgs& args, int sms, unsigned* queue) {
-  using Shape = BackwardShape<D, kSide>;
-  constexpr bool kKeys = Shape::kKeys;
-  const int tiles = ceil_div(args.t, Shape::kRows);
-  const int heads_per_item = kKeys ? args.heads_per_item : 1;
-  const BlockOrder order(tiles, args.batch * args.heads / heads_per_item, args.t * heads_per_item,
-                         D);
-  const auto queries = [&](const __nv_bfloat16* x, int rows) {
-    return panel_map<D>(x, args.batch, args.t, args.heads, rows);
-  };
-  const auto keys = [&](const __nv_bfloat16* x, int rows) {
-    return panel_map<D>(x, args.batch, args.t, args.kv_heads, rows);
-  };
-  constexpr int kRows = Shape::kRows, kTile = Shape::kTile;
-  const CUtensorMap dx1 = kKeys ? keys(args.dx1, 64) : queries(args.dx1, 64);
-  const CUtensorMap dx2 = kKeys ? keys(args.dx2, 64) : dx1;
-  const CUtensorMap x1 = kKeys ? keys(args.k, kRows) : queries(args.q, kRows);
-  const CUtensorMap x2 = kKeys ? keys(args.v, kRows) : queries(args.dout, kRows);
-  const CUtensorMap y1 = kKeys ? queries(args.q, kTile) : keys(args.k, kTile);
-  const CUtensorMap y2 = kKeys ? queries(args.dout, kTile) : keys(args.v, kTile);
-  BBB_CUDA(cudaMemsetAsync(queue, 0, sizeof *queue, stream));
-  launch(stream,
-         {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads, Shape::kSmemBytes},
-         attention_backward_hopper_kernel<D, kSide>, dx1, dx2, x1, x2, y1, y2, args, order, queue);
-}
-
 }  // namespace
 
-void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, Side side, int64_t d,
-                               int sms, unsigned* queue) {
+int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms) {
+  const BackwardOrder order(args, sms);
+  return order.ds_bytes() + BackwardScratch::counter_bytes(order);
+}
+
+void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
+                               void* scratch_memory) {
+  const BackwardOrder order(args, sms);
+  const BackwardScratch scratch(order, scratch_memory);
+  BBB_CUDA(cudaMemsetAsync(scratch.queue, 0,
+                           static_cast<size_t>(BackwardScratch::counter_bytes(order)), stream));
   with_head_size(d, [&](auto size) {
-    if (side == Side::Keys)
-      launch_side<size, Side::Keys>(stream, args, sms, queue);
-    else
-      launch_side<size, Side::Queries>(stream, args, sms, queue);
+    constexpr int kD = size;
+    using Shape = BackwardShape<kD>;
+    const auto queries = [&](const __nv_bfloat16* x, int rows) {
+      return panel_map<kD>(x, args.batch, args.t, args.heads, rows);
+    };
+    const auto keys = [&](const __nv_bfloat16* x, int rows) {
+      return panel_map<kD>(x, args.batch, args.t, args.kv_heads, rows);
+    };
+    constexpr int kOwnRows = kItemRows / kWarpgroups;
+    const BackwardMaps maps{.dq = queries(args.dq, kOwnRows),
+                            .dk = keys(args.dk, kOwnRows),
+                            .dv = keys(args.dv, kOwnRows),
+                            .k = keys(args.k, kItemRows),
+                            .v = keys(args.v, kItemRows),
+                            .q = queries(args.q, Shape::kTile),
+                            .dout = queries(args.dout, Shape::kTile),
+                            .k_tile = keys(args.k, kDsRows)};
+    launch(
+        stream,
+        {static_cast<unsigned>(std::min(order.blocks(), sms)), Shape::kThreads, Shape::kSmemBytes},
+        attention_backward_hopper_kernel<kD>, maps, args, order, scratch);
   });
 }
 

@@ -260,17 +260,18 @@ struct Operand {
 #define BBB_REG64 \
   BBB_REG48 ",%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d (+)= a b for one k16 slice, overwriting d where `add` is 0. A from a descriptor (k along its
-// columns) or from registers; B as kAlong says. i0 .. i6: the numbers after the accumulator's.
+// d (+)= a b for one k16 slice, overwriting d where `add` is 0. A from a descriptor, as kAlongA
+// says, or from registers; B as kAlong says. i0 .. i6: the numbers after the accumulator's.
 #define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                      \
-  template <Along kAlong>                                                                       \
+  template <Along kAlong, Along kAlongA = Along::Columns>                                       \
   __device__ inline void wgmma(float(&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {    \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                       \
                  ", 0;\n"                                                                       \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 " registers    \
-                 "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}"                              \
+                 "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 ";\n}"                       \
                  : outputs                                                                      \
-                 : "l"(a), "l"(b), "r"(add), "n"(kAlong == Along::Rows ? 1 : 0));               \
+                 : "l"(a), "l"(b), "r"(add), "n"(kAlongA == Along::Rows ? 1 : 0),               \
+                   "n"(kAlong == Along::Rows ? 1 : 0));                                         \
   }                                                                                             \
   template <Along kAlong>                                                                       \
   __device__ inline void wgmma(float(&d)[columns / 8][4], const uint32_t(&a)[4], uint64_t b,    \

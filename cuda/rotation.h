@@ -24,16 +24,17 @@ __device__ inline void turn(float& a, float& b, float2 r) {
   a = turned;
 }
 
-// Turns one lane's part of a 16 x D accumulator of C fragments, whose rows are `row` and row + 8
-// and whose columns are 8 n + pair and the one after it. rotations (rows, D / 2), 16-byte aligned.
+// Turns one lane's part of a 16 x D accumulator of C fragments, whose rows stand for positions
+// `row` and row + apart and whose columns are 8 n + pair and the one after it. rotations (rows,
+// D / 2), 16-byte aligned.
 template <int D>
 __device__ inline void turn_accumulator(float (&x)[D / 8][4], const float2* rotations, int row,
-                                        int pair) {
+                                        int apart, int pair) {
   constexpr int kHalf = D / 2;
   static_assert(kHalf % 8 == 0, "columns c and c + D / 2 are to be of one lane");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float2* from = rotations + int64_t{row + 8 * half} * kHalf + pair;
+    const float2* from = rotations + int64_t{row + apart * half} * kHalf + pair;
 #pragma unroll
     for (int n = 0; n < kHalf / 8; ++n) {
       const float4 r = __ldg(reinterpret_cast<const float4*>(from + n * 8));

@@ -222,6 +222,8 @@ class Backend {
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
+  // Bytes of scratch that it takes for q (B, T, H, d) and k (B, T, K, d).
+  virtual int64_t attention_backward_scratch(const Shape&, const Shape&) const { return 0; }
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
   // the device.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,

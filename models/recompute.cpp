@@ -19,12 +19,16 @@ const char* to_string(Recompute recompute) {
 }
 
 ActivationMemory activation_memory(const engine::Backend& backend, const LlamaConfig& config,
-                                   int64_t tokens, Recompute recompute) {
+                                   int64_t windows, int64_t seq_len, Recompute recompute) {
   const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
   // Bytes a token of a (D), (H d), (K d) and (F) tensor, and of an inverse RMS.
   const int64_t d = config.d_model * act, q = config.heads * config.head_dim * act,
                 kv = config.kv_heads * config.head_dim * act, f = config.hidden * act;
   const int64_t lse = config.heads * real;
+  const int64_t tokens = windows * seq_len;
+  const int64_t scratch =
+      backend.attention_backward_scratch({windows, seq_len, config.heads, config.head_dim},
+                                         {windows, seq_len, config.kv_heads, config.head_dim});
 
   const int64_t attention = d + 2 * q + 2 * kv + real + lse;  // norm; q, o; k, v
   const int64_t mlp = d + 3 * f + real;                       // norm; gate, up, their product
@@ -49,7 +53,7 @@ ActivationMemory activation_memory(const engine::Backend& backend, const LlamaCo
 
   ActivationMemory memory;
   memory.kept_bytes = kept * tokens;
-  memory.backward_bytes = std::max(in_mlp, in_attention) * tokens;
+  memory.backward_bytes = std::max(in_mlp * tokens, in_attention * tokens + scratch);
   memory.inference_bytes = (d + std::max(attention + d, d + mlp)) * tokens;
   return memory;
 }

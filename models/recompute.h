@@ -19,13 +19,13 @@ enum class Recompute { None, Attention, Block };
 
 const char* to_string(Recompute recompute);  // "none", "attention", "block"
 
-// Bytes of one block's pass over `tokens` tokens.
+// Bytes of one block's pass over `windows` windows of seq_len tokens.
 struct ActivationMemory {
   int64_t kept_bytes = 0;       // from its forward to its backward, its output included
   int64_t backward_bytes = 0;   // at most beside that, gradients and recomputed activations
   int64_t inference_bytes = 0;  // at most, its input included, where nothing is kept
 };
 ActivationMemory activation_memory(const engine::Backend& backend, const LlamaConfig& config,
-                                   int64_t tokens, Recompute recompute);
+                                   int64_t windows, int64_t seq_len, Recompute recompute);
 
 }  // namespace bbb::models

@@ -117,8 +117,18 @@ TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", 
   check_case({12, 129, 22, 11, 0}, 64);
 }
 
+// More kv heads than the gradients' scratch has room for at a time on a GPU of up to 160 SMs.
+TEST_CASE("attention over so many heads that their scores' gradients share memory", "[attention]") {
+  if (!on_cuda()) return;
+  check_case({25, 130, 10, 10, 0}, 64);
+  check_case({25, 130, 20, 10, 100}, 64);
+  check_case({25, 130, 10, 10, 0}, 96);
+  check_case({25, 130, 10, 10, 0}, 128);
+}
+
 TEST_CASE("attention gives the same bytes twice", "[attention]") {
-  for (const AttentionCase& c : {AttentionCase{2, 200, 4, 2, 0}, AttentionCase{1, 300, 9, 3, 17}}) {
+  for (const AttentionCase& c : {AttentionCase{2, 200, 4, 2, 0}, AttentionCase{1, 300, 9, 3, 17},
+                                 AttentionCase{25, 130, 10, 10, 0}}) {
     const Inputs in(c, 64);
     for (const Positions positions : {Positions::None, Positions::Rotary}) {
       const Results first = run(backend(), c, 64, in, positions);

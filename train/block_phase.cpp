@@ -687,7 +687,7 @@ int64_t memory_bytes(Backend& backend, const LlamaConfig& model, const TrainConf
   const int64_t parameters = block_parameters(model), tokens = config.batch * config.seq_len;
   const int64_t steps = config.epochs * (config.samples / config.batch);
   const models::ActivationMemory block =
-      models::activation_memory(backend, model, tokens, recompute);
+      models::activation_memory(backend, model, config.batch, config.seq_len, recompute);
   // Masters, second moments, the best masters; first moments, gradients of one pass, wq; e, z and
   // clipped bits; order and log of a stage.
   const int64_t trained = parameters * (3 * real + 3 * act) + parameters / config.group * 2 +

@@ -433,7 +433,7 @@ int64_t end_to_end_memory_bytes(Backend& backend, const LlamaConfig& model,
   // Hidden states beside the blocks': the embedding's, behind the last norm, the teacher's.
   const int64_t hidden = tokens * model.d_model * act;
   const models::ActivationMemory block =
-      models::activation_memory(backend, model, tokens, recompute);
+      models::activation_memory(backend, model, config.e2e_micro_batch, config.seq_len, recompute);
   const int64_t kept = model.layers * block.kept_bytes + (kl ? 3 : 2) * hidden;
   const models::HeadBudget budget = models::head_budget(backend);
   const int64_t head =

@@ -72,7 +72,7 @@ engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std:
 int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& model,
                           const TrainConfig& config) {
   const auto backward_bytes = [&](int64_t windows) {
-    return models::activation_memory(backend, model, windows * config.seq_len,
+    return models::activation_memory(backend, model, windows, config.seq_len,
                                      models::Recompute::Block)
         .backward_bytes;
   };
