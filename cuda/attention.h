@@ -90,6 +90,7 @@ struct BackwardArgs {
   int batch, t, t_pad, heads, kv_heads;
   int heads_per_item;  // query heads that an item of keys sums over
   int window;
+  int64_t ds_bytes;  // at most, of what attention_backward_hopper keeps of ds
 };
 
 // On sm_90a, by warpgroup products. scratch: attention_backward_hopper_bytes(), which looks at the

@@ -22,6 +22,8 @@
 // Grouped queries: a block of the Keys side walks through the query heads of its kv head. Where
 // that leaves too few blocks to fill the GPU each query head gets its own, and their F32 sums are
 // added in order by one more kernel.
+#include <cstdlib>
+
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
@@ -363,6 +365,17 @@ __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
       make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
 }
 
+// Bytes of ds that the Hopper kernel may keep; with fewer than it wants it makes ds twice, so that
+// a long text takes no memory that grows by its square. BBB_ATTENTION_SCRATCH_MB in the environment
+// sets another limit, with which tests reach both ways.
+int64_t ds_limit() {
+  static const int64_t bytes = [] {
+    const char* megabytes = std::getenv("BBB_ATTENTION_SCRATCH_MB");
+    return megabytes ? std::atoll(megabytes) * 1000000 : int64_t{1} << 30;
+  }();
+  return bytes;
+}
+
 // What the backward of q (B, T, H, d) and k (B, T, K, d) takes.
 struct BackwardPlan {
   BackwardArgs sizes{};
@@ -382,6 +395,7 @@ struct BackwardPlan {
     // Two waves of blocks are enough to even out their lengths.
     split = group > 1 && int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kRows) < 2 * sms;
     sizes.heads_per_item = split ? 1 : group;
+    sizes.ds_bytes = ds_limit();
     terms_bytes = int64_t{sizes.batch} * sizes.heads * sizes.t_pad * int64_t{sizeof(float)};
     partial_bytes = split ? group * 2 * engine::numel_of(k) * int64_t{sizeof(float)} : 0;
     rotations = rotary ? sizes.t_pad * q[3] / 2 : 0;

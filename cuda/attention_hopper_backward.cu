@@ -5,9 +5,11 @@
 // tiles through a ring in shared memory:
 //     Keys       k, v stay; q, dout pass   s = k q^T   t = v dout^T   dk += ds^T q   dv += p^T dout
 //     Queries    nothing stays; k, ds pass                            dq += ds k
-// with p = 2^(s scale log2(e) - lse2) and ds = p (t - delta). The scores of keys have keys down and
-// queries across, so that p and ds rounded to bf16 are, in the registers where they are, the A
-// operands of the sums. While one warpgroup turns scores into ds the other's products run.
+// with p = 2^(s scale log2(e) - lse2) and ds = p (t - delta). Scores have the rows x that stay down
+// and those that pass, y, across, so that p and ds rounded to bf16 are, in the registers where they
+// are, the A operands of the sums. While one warpgroup turns scores into ds the other's products
+// run. Where args.ds_bytes has no room for ds it is made twice instead, seven products:
+//     Queries    q, dout stay; k, v pass   s = q k^T   t = dout v^T   dq += ds k
 //
 // ds stands in a ring in global memory, in swizzled tiles of 64 keys x 64 queries of every head,
 // those below the diagonal left out, as they are copied back for an A operand whose k (keys) runs
@@ -52,8 +54,7 @@ struct BackwardShape {
   using X = Operand<D, kItemRows>;  // k or v of an item of keys
   using Y = Operand<D, kTile>;      // q or dout of its tile
   using K = Operand<D, kDsRows>;    // k of a tile of an item of queries; its ds stands behind it
-  static constexpr int kTermBytes = kTile * 4;                            // lse2 or delta of a tile
-  static constexpr int kKeysStageBytes = 2 * Y::kBytes + 2 * kTermBytes;  // that a stage waits for
+  static constexpr int kTermBytes = kTile * 4;  // lse2 or delta of a tile
   static constexpr int kStageBytes = std::max(2 * Y::kBytes, K::kBytes + kWarpgroups * Ds::kBytes);
   // Items of queries are short of loads in flight: where their x, which holds only what leaves, has
   // room for one more stage, they have one.
@@ -116,7 +117,9 @@ struct BackwardOrder {
   int sets, heads_per_set;
   int group;  // sets
   int lag;    // groups
-  int slots;  // sets for whose ds there is room: set s takes the place of set s - slots
+  // Sets for whose ds there is room: set s takes the place of set s - slots. 0: there is none, and
+  // items of queries make theirs again.
+  int slots;
 
   BackwardOrder(const BackwardArgs& args, int sms)
       : tiles(ceil_div(args.t, kItemRows)),
@@ -133,6 +136,7 @@ struct BackwardOrder {
       group = slots = sets;
       lag = 1;
     }
+    if (ds_bytes() > args.ds_bytes) slots = 0;
   }
   BBB_HD int blocks() const { return sets * tiles * (1 + heads_per_set); }
   // Tiles of ds of a head, in rows of one tile of keys each, from the diagonal on.
@@ -162,10 +166,12 @@ struct BackwardScratch {
 };
 
 struct BackwardMaps {
-  CUtensorMap dq, dk, dv;  // boxes of a warpgroup's rows
-  CUtensorMap k, v;        // of an item's
-  CUtensorMap q, dout;     // of a tile's
-  CUtensorMap k_tile;      // of kDsRows
+  CUtensorMap dq, dk, dv;      // boxes of a warpgroup's rows
+  CUtensorMap k_stay, v_stay;  // of an item's
+  CUtensorMap q_stay, dout_stay;
+  CUtensorMap q_pass, dout_pass;  // of a tile's
+  CUtensorMap k_pass, v_pass;
+  CUtensorMap k_tile;  // of kDsRows
 };
 
 struct Item {
@@ -220,11 +226,13 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
   item.batch = item.set / sets_per_text;
   item.head0 = item.set % sets_per_text * order.heads_per_set + head;
   item.kv_head = item.head0 / (args.heads / args.kv_heads);
-  item.ds_tile = (item.set % order.slots * order.heads_per_set + head) * order.ds_tiles();
+  item.ds_tile = order.slots > 0
+                     ? (item.set % order.slots * order.heads_per_set + head) * order.ds_tiles()
+                     : 0;
   const int x_last = min(item.x0 + kItemRows, args.t) - 1;
   const int y_first = keys ? item.x0 : max(0, item.x0 - args.window + 1);
   const int y_last = keys ? min(args.t - 1, x_last + args.window - 1) : x_last;
-  const int tile = keys ? BackwardShape<D>::kTile : kDsRows;
+  const int tile = keys || order.slots == 0 ? BackwardShape<D>::kTile : kDsRows;
   item.first_tile = y_first / tile;
   item.tiles = y_last / tile + 1 - item.first_tile;
   return item;
@@ -282,7 +290,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
     if (!more) return mbarrier_arrive(x_full);
     const Item item = find_item<D>(args, order, index);
 
-    if (item.side == Side::Queries) {
+    if (item.side == Side::Queries && order.slots > 0) {
       mbarrier_arrive(x_full);
       wait_done(scratch.keys_done + item.set, order.tiles * kWarpgroups);
       for (int tile = item.first_tile; tile < item.first_tile + item.tiles; ++tile) {
@@ -307,25 +315,34 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
       continue;
     }
 
-    if (item.set >= order.slots)
+    const bool keys = item.side == Side::Keys;
+    if (order.slots > 0 && item.set >= order.slots)
       wait_done(scratch.queries_done + item.set - order.slots,
                 order.tiles * order.heads_per_set * kWarpgroups);
+    const int x_head = keys ? item.kv_head : item.head0;
     mbarrier_expect(x_full, Shape::kXBytes);
-    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 0), maps.k, x_full, item.kv_head, item.x0,
-                            item.batch);
-    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 1), maps.v, x_full, item.kv_head, item.x0,
-                            item.batch);
+    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 0), keys ? maps.k_stay : maps.q_stay, x_full,
+                            x_head, item.x0, item.batch);
+    copy_tile<D, kItemRows>(smem + Shape::x_at(slot, 1), keys ? maps.v_stay : maps.dout_stay,
+                            x_full, x_head, item.x0, item.batch);
+    const CUtensorMap& y1 = keys ? maps.q_pass : maps.k_pass;
+    const CUtensorMap& y2 = keys ? maps.dout_pass : maps.v_pass;
     ring.start(Shape::kKeysStages);
-    for (int head = item.head0; head < item.head0 + order.heads_per_set; ++head)
+    const int first_head = keys ? item.head0 : item.kv_head;
+    const int heads = keys ? order.heads_per_set : 1;
+    for (int head = first_head; head < first_head + heads; ++head)
       for (int tile = item.first_tile; tile < item.first_tile + item.tiles; ++tile) {
-        const uint32_t full = claim_stage(Shape::kKeysStageBytes);
+        const uint32_t full =
+            claim_stage(2 * Shape::Y::kBytes + (keys ? 2 * Shape::kTermBytes : 0));
         const int s = ring.stage, y0 = tile * Shape::kTile;
-        const uint32_t q_at = smem + Shape::stage_at(slot, s);
-        copy_tile<D, Shape::kTile>(q_at, maps.q, full, head, y0, item.batch);
-        copy_tile<D, Shape::kTile>(q_at + Shape::Y::kBytes, maps.dout, full, head, y0, item.batch);
-        const int64_t at = (int64_t{item.batch} * args.heads + head) * args.t_pad + y0;
-        copy_bytes(smem + Shape::terms_at(s, 0), args.lse2 + at, Shape::kTermBytes, full);
-        copy_bytes(smem + Shape::terms_at(s, 1), args.delta + at, Shape::kTermBytes, full);
+        const uint32_t y_at = smem + Shape::stage_at(slot, s);
+        copy_tile<D, Shape::kTile>(y_at, y1, full, head, y0, item.batch);
+        copy_tile<D, Shape::kTile>(y_at + Shape::Y::kBytes, y2, full, head, y0, item.batch);
+        if (keys) {
+          const int64_t at = (int64_t{item.batch} * args.heads + head) * args.t_pad + y0;
+          copy_bytes(smem + Shape::terms_at(s, 0), args.lse2 + at, Shape::kTermBytes, full);
+          copy_bytes(smem + Shape::terms_at(s, 1), args.delta + at, Shape::kTermBytes, full);
+        }
         ring.advance(Shape::kKeysStages);
       }
   }
@@ -364,9 +381,11 @@ struct Differentiator {
       if (index < 0) break;
       const Item item = find_item<D>(args, order, index);
       if (item.side == Side::Keys)
-        differentiate_keys(item);
+        differentiate<Side::Keys>(item);
+      else if (order.slots == 0)
+        differentiate<Side::Queries>(item);
       else
-        differentiate_queries(item);
+        sum_queries(item);
     }
     if (thread == 0) store_wait_read();
   }
@@ -406,7 +425,7 @@ struct Differentiator {
                 panel * PanelShape<D>::kColumns, head, item.x0 + own * 64, item.batch);
   }
 
-  __device__ void differentiate_queries(const Item& item) {
+  __device__ void sum_queries(const Item& item) {
     const int own_x0 = item.x0 + own * 64;
     float dq[D / 8][4];
 #pragma unroll
@@ -445,11 +464,15 @@ struct Differentiator {
 
     // Row 8 m + e of A is query 32 (m / 4) + 8 (e / 2) + 2 (m % 4) + e % 2 (write_ds).
     const int m = local_row / 8, e = local_row % 8;
-    const int row = m / 4 * 32 + e / 2 * 8 + m % 4 * 2 + e % 2;
-    constexpr int kApart = 2;  // m + 1
+    store_queries(dq, m / 4 * 32 + e / 2 * 8 + m % 4 * 2 + e % 2, 2, item);
+  }
+
+  // This lane's rows are `row` and the one `apart` from it.
+  __device__ void store_queries(float (&dq)[D / 8][4], int row, int apart, const Item& item) const {
+    const int own_x0 = item.x0 + own * 64;
     if (args.rotations != nullptr)
-      turn_accumulator<D>(dq, args.rotations, own_x0 + row, kApart, pair);
-    stage_results(dq, scale, 0, row, kApart);
+      turn_accumulator<D>(dq, args.rotations, own_x0 + row, apart, pair);
+    stage_results(dq, scale, 0, row, apart);
     async_proxy_fence();
     sync();
     if (thread != 0) return;
@@ -459,32 +482,48 @@ struct Differentiator {
     store_commit();
   }
 
-  __device__ void differentiate_keys(const Item& item) {
+  // An item whose rows stay: x1 and x2 (k and v, or q and dout), y1 and y2 pass.
+  template <Side kSide>
+  __device__ void differentiate(const Item& item) {
+    constexpr bool kKeys = kSide == Side::Keys;
     const int own_x0 = item.x0 + own * 64, own_row = own_x0 / kDsRows;
-    const int steps = item.tiles * order.heads_per_set;
+    const int steps = item.tiles * (kKeys ? order.heads_per_set : 1);
     const float scale_log2 = scale * kLog2E;
-    const uint64_t k =
+    const uint64_t x1 =
         X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 0), own * 64);
-    const uint64_t v =
+    const uint64_t x2 =
         X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 1), own * 64);
-    float dk[D / 8][4], dv[D / 8][4];
+    float dx1[D / 8][4], dx2[kKeys ? D / 8 : 1][4];  // dk and dv, or dq
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        dx1[n][i] = 0.0f;
+        if constexpr (kKeys) dx2[n][i] = 0.0f;
+      }
+    float x_lse2[2] = {}, x_delta[2] = {};  // Queries: of this lane's rows
+    if constexpr (!kKeys) {
+      const int64_t at =
+          (int64_t{item.batch} * args.heads + item.head0) * args.t_pad + own_x0 + local_row;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        x_lse2[half] = args.lse2[at + 8 * half];
+        x_delta[half] = args.delta[at + 8 * half];
+      }
+    }
 
     // The tile in work, and the one after it.
     float s[kTile / 8][4], ds[kTile / 8][4];
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
-    // Where ds of this warpgroup's keys and query 0 would be, of the head of the next tile and of
+    // Keys: where ds of this warpgroup's and query 0 would be, of the head of the next tile and of
     // the one in work.
     int next_ds = item.ds_tile + order.ds_tile(own_row, 0), ds_tile = 0;
     // Distances i - j from key j to query i within the warpgroup's scores.
-    const auto least = [&] { return y0 - (own_x0 + 63); };
-    const auto greatest = [&] { return y0 + kTile - 1 - own_x0; };
+    const auto least = [&] { return kKeys ? y0 - (own_x0 + 63) : own_x0 - (y0 + kTile - 1); };
+    const auto greatest = [&] { return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + 63 - y0; };
     // Moves stage and y0 to the next tile that this warpgroup sees, past those that it does not.
-    // Between two of them lies at most one (at the end of a window or the start of a head), so that
-    // the ring has a stage for it while the one before is still held.
+    // Between two of them lies at most one (at the end of a window or the start of a head, on the
+    // side of the keys), so that the ring has a stage for it while the one before is still held.
     const auto find_tile = [&] {
       while (step < steps) {
         stage = ring.stage;
@@ -518,10 +557,10 @@ struct Differentiator {
 
     ring.start(Shape::kKeysStages);
     find_tile();  // there is one: the diagonal's, or the last
-    start_scores(s, k, 0);
+    start_scores(s, x1, 0);
     leave_slot_before();
     while (true) {
-      start_scores(ds, v, 1);
+      start_scores(ds, x2, 1);
 
       // s becomes p.
       wgmma_wait<1>();
@@ -530,10 +569,13 @@ struct Differentiator {
       const float* delta = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 1));
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        const float2 base = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
+        float2 across = {};
+        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(lse2 + n * 8 + pair);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, i % 2 == 0 ? -base.x : -base.y));
+        for (int i = 0; i < 4; ++i) {
+          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_lse2[i / 2];
+          s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
+        }
       }
       if (least() < 0 || greatest() >= args.window) {
         const int corner = y0 + pair - (own_x0 + local_row);
@@ -541,7 +583,8 @@ struct Differentiator {
         for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int distance = corner + n * 8 + i % 2 - i / 2 * 8;
+            const int ahead = corner + n * 8 + i % 2 - i / 2 * 8;
+            const int distance = kKeys ? ahead : -ahead;
             if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
               s[n][i] = 0.0f;
           }
@@ -550,52 +593,60 @@ struct Differentiator {
       // ds, until now t, becomes ds; both are rounded for the sums.
       wgmma_wait<0>();
       accumulator_fence(ds);
-      uint32_t p_a[kTile / 16][4], ds_a[kTile / 16][4];
+      uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) {
-        const float2 base = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
+        float2 across = {};
+        if constexpr (kKeys) across = *reinterpret_cast<const float2*>(delta + n * 8 + pair);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          ds[n][i] = s[n][i] * (ds[n][i] - (i % 2 == 0 ? base.x : base.y));
+        for (int i = 0; i < 4; ++i) {
+          const float base = kKeys ? (i % 2 == 0 ? across.x : across.y) : x_delta[i / 2];
+          ds[n][i] = s[n][i] * (ds[n][i] - base);
+        }
         if (n % 2 == 1) {
-          pack_a(p_a[n / 2], s[n - 1], s[n]);
+          if constexpr (kKeys) pack_a(p_a[n / 2], s[n - 1], s[n]);
           pack_a(ds_a[n / 2], ds[n - 1], ds[n]);
         }
       }
+      if (kKeys && order.slots > 0) write_ds(ds_a, ds_tile, own_row, y0 / kDsRows);
 
-      write_ds(ds_a, ds_tile, own_row, y0 / kDsRows);
-
-      const uint64_t q = Y::template descriptor<Along::Rows>(y_at(stage, 0));
-      const uint64_t dout = Y::template descriptor<Along::Rows>(y_at(stage, 1));
-      accumulator_fence(dk);
-      accumulator_fence(dv);
+      const uint64_t y1 = Y::template descriptor<Along::Rows>(y_at(stage, 0));
+      const uint64_t y2 = Y::template descriptor<Along::Rows>(y_at(stage, 1));
+      accumulator_fence(dx1);
+      if constexpr (kKeys) accumulator_fence(dx2);
       wgmma_fence();
+      if constexpr (kKeys) {
+#pragma unroll
+        for (int kk = 0; kk < kTile / 16; ++kk)
+          wgmma<Along::Rows>(dx2, p_a[kk], y2 + Y::template slice_offset<Along::Rows>(kk), 1);
+      }
 #pragma unroll
       for (int kk = 0; kk < kTile / 16; ++kk)
-        wgmma<Along::Rows>(dv, p_a[kk], dout + Y::template slice_offset<Along::Rows>(kk), 1);
-#pragma unroll
-      for (int kk = 0; kk < kTile / 16; ++kk)
-        wgmma<Along::Rows>(dk, ds_a[kk], q + Y::template slice_offset<Along::Rows>(kk), 1);
+        wgmma<Along::Rows>(dx1, ds_a[kk], y1 + Y::template slice_offset<Along::Rows>(kk), 1);
       wgmma_commit();
 
       // The next tile's scores queue up behind the sums.
       const int left = stage;
       if (!find_tile()) {
         wgmma_wait<0>();
-        accumulator_fence(dk);
-        accumulator_fence(dv);
+        accumulator_fence(dx1);
+        if constexpr (kKeys) accumulator_fence(dx2);
         release(left);
         break;
       }
-      start_scores(s, k, 0);
+      start_scores(s, x1, 0);
       wgmma_wait<1>();
-      accumulator_fence(dk);
-      accumulator_fence(dv);
+      accumulator_fence(dx1);
+      if constexpr (kKeys) accumulator_fence(dx2);
       release(left);
     }
 
     // Found anew: the loop has no registers for what only its end needs.
-    store_keys(dk, dv, find_item<D>(args, order, load_shared(smem + Shape::item_at(slot))));
+    const Item done = find_item<D>(args, order, load_shared(smem + Shape::item_at(slot)));
+    if constexpr (kKeys)
+      store_keys(dx1, dx2, done);
+    else
+      store_queries(dx1, local_row, 8, done);
   }
 
   __device__ void store_keys(float (&dk)[D / 8][4], const float (&dv)[D / 8][4],
@@ -725,10 +776,14 @@ void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, in
     const BackwardMaps maps{.dq = queries(args.dq, kOwnRows),
                             .dk = keys(args.dk, kOwnRows),
                             .dv = keys(args.dv, kOwnRows),
-                            .k = keys(args.k, kItemRows),
-                            .v = keys(args.v, kItemRows),
-                            .q = queries(args.q, Shape::kTile),
-                            .dout = queries(args.dout, Shape::kTile),
+                            .k_stay = keys(args.k, kItemRows),
+                            .v_stay = keys(args.v, kItemRows),
+                            .q_stay = queries(args.q, kItemRows),
+                            .dout_stay = queries(args.dout, kItemRows),
+                            .q_pass = queries(args.q, Shape::kTile),
+                            .dout_pass = queries(args.dout, Shape::kTile),
+                            .k_pass = keys(args.k, Shape::kTile),
+                            .v_pass = keys(args.v, Shape::kTile),
                             .k_tile = keys(args.k, kDsRows)};
     launch(
         stream,
