@@ -22,8 +22,6 @@
 // Grouped queries: a block of the Keys side walks through the query heads of its kv head. Where
 // that leaves too few blocks to fill the GPU each query head gets its own, and their F32 sums are
 // added in order by one more kernel.
-#include <cstdlib>
-
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
@@ -365,17 +363,6 @@ __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
       make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
 }
 
-// Bytes of ds that the Hopper kernel may keep; with fewer than it wants it makes ds twice, so that
-// a long text takes no memory that grows by its square. BBB_ATTENTION_SCRATCH_MB in the environment
-// sets another limit, with which tests reach both ways.
-int64_t ds_limit() {
-  static const int64_t bytes = [] {
-    const char* megabytes = std::getenv("BBB_ATTENTION_SCRATCH_MB");
-    return megabytes ? std::atoll(megabytes) * 1000000 : int64_t{1} << 30;
-  }();
-  return bytes;
-}
-
 // What the backward of q (B, T, H, d) and k (B, T, K, d) takes.
 struct BackwardPlan {
   BackwardArgs sizes{};
@@ -385,7 +372,8 @@ struct BackwardPlan {
   int64_t rotations;  // pairs; none without rotary positions
   int64_t hopper_bytes;
 
-  BackwardPlan(const Shape& q, const Shape& k, bool rotary, bool hopper, int sms) {
+  BackwardPlan(const Shape& q, const Shape& k, const AttentionSpec& spec, bool rotary, bool hopper,
+               int sms) {
     sizes.batch = checked_int(q[0]);
     sizes.t = checked_int(q[1]);
     sizes.heads = checked_int(q[2]);
@@ -395,7 +383,8 @@ struct BackwardPlan {
     // Two waves of blocks are enough to even out their lengths.
     split = group > 1 && int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kRows) < 2 * sms;
     sizes.heads_per_item = split ? 1 : group;
-    sizes.ds_bytes = ds_limit();
+    sizes.window = window_of(spec.window);
+    sizes.ds_bytes = spec.ds_bytes;
     terms_bytes = int64_t{sizes.batch} * sizes.heads * sizes.t_pad * int64_t{sizeof(float)};
     partial_bytes = split ? group * 2 * engine::numel_of(k) * int64_t{sizeof(float)} : 0;
     rotations = rotary ? sizes.t_pad * q[3] / 2 : 0;
@@ -408,8 +397,10 @@ struct BackwardPlan {
 
 }  // namespace
 
-int64_t CudaBackend::attention_backward_scratch(const Shape& q, const Shape& k) const {
-  return BackwardPlan(q, k, true, has_warpgroup_products(), properties_.multiProcessorCount)
+int64_t CudaBackend::attention_backward_scratch(const Shape& q, const Shape& k,
+                                                const AttentionSpec& spec) const {
+  if (engine::numel_of(q) == 0) return 0;
+  return BackwardPlan(q, k, spec, true, has_warpgroup_products(), properties_.multiProcessorCount)
       .bytes();
 }
 
@@ -421,7 +412,7 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   BBB_ASSERT(aligned(dq, dk, dv, dout, q, k, v, o));
   const int sms = properties_.multiProcessorCount;
   const bool hopper = has_warpgroup_products();
-  const BackwardPlan plan(q.shape(), k.shape(), inv_freq.defined(), hopper, sms);
+  const BackwardPlan plan(q.shape(), k.shape(), spec, inv_freq.defined(), hopper, sms);
   const Tensor lse2 = scratch(plan.terms_bytes), delta = scratch(plan.terms_bytes);
   const Tensor rotations =
       plan.rotations > 0 ? scratch(plan.rotations * int64_t{sizeof(float2)}) : Tensor();
@@ -438,7 +429,6 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   args.lse2 = static_cast<const float*>(lse2.raw());
   args.delta = static_cast<const float*>(delta.raw());
   args.rotations = static_cast<const float2*>(rotations.raw());
-  args.window = window_of(spec.window);
   if (plan.rotations > 0) {
     constexpr int kRotationThreads = 256;
     launch(stream_, {blocks_for(plan.rotations, kRotationThreads, 1), kRotationThreads},

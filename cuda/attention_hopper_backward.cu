@@ -3,24 +3,25 @@
 //
 // An item is 128 rows, 64 a warpgroup, of keys or of queries. The rows of the other side come in
 // tiles through a ring in shared memory:
-//     Keys       k, v stay; q, dout pass   s = k q^T   t = v dout^T   dk += ds^T q   dv += p^T dout
-//     Queries    nothing stays; k, ds pass                            dq += ds k
-// with p = 2^(s scale log2(e) - lse2) and ds = p (t - delta). Scores have the rows x that stay down
-// and those that pass, y, across, so that p and ds rounded to bf16 are, in the registers where they
-// are, the A operands of the sums. While one warpgroup turns scores into ds the other's products
-// run. Where args.ds_bytes has no room for ds it is made twice instead, seven products:
-//     Queries    q, dout stay; k, v pass   s = q k^T   t = dout v^T   dq += ds k
+//     Keys     k, v stay; q, dout pass  s = k q^T  dp = v dout^T  dk += ds^T q  dv += p^T dout
+//     Queries  nothing stays; k, ds pass                            dq += ds k
+// with p = 2^(s scale log2(e) - lse2) and ds = p (dp - delta). Scores have the rows x that stay
+// down and those that pass, y, across, so that p and ds rounded to bf16 are, in the registers where
+// they are, the A operands of the sums. While one warpgroup turns scores into ds the other's
+// products run. Where args.ds_bytes has no room for ds it is made twice instead, seven products:
+//     Queries  q, dout stay; k, v pass  s = q k^T  dp = dout v^T  dq += ds k
 //
-// ds stands in a ring in global memory, in swizzled tiles of 64 keys x 64 queries of every head,
-// those below the diagonal left out, as they are copied back for an A operand whose k (keys) runs
-// along its rows.
+// ds stands in a ring in global memory: for every head, in tiles of 64 keys x 64 queries, those
+// before the diagonal left out. A tile is stored as shared memory holds it, swizzled, for an A
+// operand with k, the keys, along its rows.
 //
-// One resident block an SM takes items from a queue, the next one while the loads of the one in
-// work are under way; the first warpgroup's first thread copies. The queue is one of sets of heads,
-// the queries of a set behind the keys of it and of some sets more: so many that those who take its
+// One block an SM takes items from a queue, the next one while the loads of the one in work are
+// under way; the first warpgroup's first thread copies. The queue is one of sets of heads, the
+// queries of a set behind the keys of it and of some sets more: so many that those who take its
 // queries seldom find its keys unfinished, and no more, as ds is to be read before the L2 cache has
-// to write it out. What an item waits for stands before it in the queue, so that the first
-// unfinished item never waits; each set counts the warpgroups that are done with it.
+// to write it out. An item waits for nothing but items before it in the queue, which running blocks
+// have taken and work off in its order: so the first unfinished item never waits, however few
+// blocks run. Each set counts the warpgroups that are done with it.
 //
 // Where gradients turn back by rotary positions, they do so in the registers that summed them, in
 // which columns c and c + d/2 are of one lane; an item reads its rows of the table from the L2
@@ -41,7 +42,8 @@ constexpr int kItemRows = 128;
 constexpr int kWarpgroups = 2;  // that compute
 constexpr int kDsRows = 64;     // keys and queries of a tile of ds
 using Ds = Operand<kDsRows, kDsRows>;
-static_assert(kItemRows == kWarpgroups * kDsRows);
+constexpr int kOwnRows = kItemRows / kWarpgroups;  // of a warpgroup
+static_assert(kOwnRows == kDsRows);
 static_assert(kTermRows % kItemRows == 0);  // whole items of rotations, too
 
 template <int D>
@@ -68,7 +70,7 @@ struct BackwardShape {
   static constexpr int kItemsAt = kBarriersAt + 8 * 2 * (kItems + kQueriesStages);
   static constexpr int64_t kSmemBytes = 1024 + kItemsAt + 4 * kItems;
   static_assert(kSmemBytes <= 227 * 1024);
-  static_assert(kStageBytes % 1024 == 0 && K::kBytes % 128 == 0);
+  static_assert(kStageBytes % 1024 == 0 && K::kBytes % 1024 == 0 && X::kBytes % 1024 == 0);
 
   __device__ static int x_at(int slot, int which) { return slot * kXBytes + which * X::kBytes; }
   __device__ static int stage_at(int slot, int stage) {
@@ -92,7 +94,8 @@ struct BackwardShape {
   }
 };
 
-// Goes around the stages, of which items of keys use the first kKeysStages.
+// A RingCursor around as many stages as the item in work uses: items of keys and those of queries
+// that make ds again the first kKeysStages.
 struct StageCursor {
   int stage = 0;
   unsigned parities = 0;  // of each stage's round
@@ -125,14 +128,14 @@ struct BackwardOrder {
       : tiles(ceil_div(args.t, kItemRows)),
         sets(args.batch * (args.heads / args.heads_per_item)),
         heads_per_set(args.heads_per_item) {
-    // The longest of a wave's items, an item an SM, takes twice as long as they do on the mean,
-    // while the SMs go on to a second wave, with queries of older sets among it: a lag of 4/3 waves
-    // was seen to be enough, in steps of 1/3. Of few sets the longest items of all go first.
+    // A wave is an item of keys for each SM. The longest of its items takes twice the mean; in that
+    // time the SMs get through the rest of it and, beside queries of older sets, a part of the
+    // next. A lag of 4/3 waves, in steps of 1/3, was measured to be enough.
     const int wave = ceil_div(sms, tiles);
     group = ceil_div(wave, 3);
     lag = ceil_div(4 * wave, 3 * group);
     slots = (lag + 2) * group;
-    if (sets <= std::max(slots, 3 * wave)) {
+    if (sets <= slots) {
       group = slots = sets;
       lag = 1;
     }
@@ -141,12 +144,12 @@ struct BackwardOrder {
   BBB_HD int blocks() const { return sets * tiles * (1 + heads_per_set); }
   // Tiles of ds of a head, in rows of one tile of keys each, from the diagonal on.
   BBB_HD int ds_rows() const { return tiles * (kItemRows / kDsRows); }
-  BBB_HD int ds_tiles() const { return ds_rows() * (ds_rows() + 1) / 2; }
+  BBB_HD int64_t ds_tiles() const { return int64_t{ds_rows()} * (ds_rows() + 1) / 2; }
   // The tile of keys `row` and queries `column`, column >= row.
   BBB_HD int ds_tile(int row, int column) const {
     return row * ds_rows() - row * (row - 1) / 2 + column - row;
   }
-  int64_t ds_bytes() const { return int64_t{slots} * heads_per_set * ds_tiles() * Ds::kBytes; }
+  int64_t ds_bytes() const { return ds_tiles() * slots * heads_per_set * Ds::kBytes; }
 };
 
 // In scratch: ds, then the counters, all 0 at the start.
@@ -226,9 +229,10 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
   item.batch = item.set / sets_per_text;
   item.head0 = item.set % sets_per_text * order.heads_per_set + head;
   item.kv_head = item.head0 / (args.heads / args.kv_heads);
-  item.ds_tile = order.slots > 0
-                     ? (item.set % order.slots * order.heads_per_set + head) * order.ds_tiles()
-                     : 0;
+  item.ds_tile = 0;
+  if (order.slots > 0)
+    item.ds_tile =
+        (item.set % order.slots * order.heads_per_set + head) * static_cast<int>(order.ds_tiles());
   const int x_last = min(item.x0 + kItemRows, args.t) - 1;
   const int y_first = keys ? item.x0 : max(0, item.x0 - args.window + 1);
   const int y_last = keys ? min(args.t - 1, x_last + args.window - 1) : x_last;
@@ -238,8 +242,8 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
   return item;
 }
 
-// Whether an item of queries sums over this tile of ds, by the tile's first key and query: those of
-// rows behind the text were not written.
+// Whether an item of queries sums over this tile of ds, by the tile's first key and query. Others
+// are 0, or were not written.
 __device__ inline bool has_ds(const BackwardArgs& args, int query0, int key0) {
   return query0 < args.t && query0 >= key0 && query0 - (key0 + kDsRows - 1) < args.window;
 }
@@ -273,15 +277,15 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
                                   uint32_t smem) {
   using Shape = BackwardShape<D>;
   StageCursor ring;
-  // Its barrier.
+  // Waits until the stage is free; returns the barrier for which its copies count.
   const auto claim_stage = [&](int bytes) {
     mbarrier_wait(Shape::y_empty(smem, ring.stage), ring.parity() ^ 1);
     const uint32_t full = Shape::y_full(smem, ring.stage);
     mbarrier_expect(full, bytes);
     return full;
   };
-  int index = static_cast<int>(blockIdx.x);
-  for (int count = 0;; ++count, index = next_item(scratch.queue)) {
+  for (int count = 0;; ++count) {
+    const int index = static_cast<int>(atomicAdd(scratch.queue, 1u));
     const int slot = count % Shape::kItems;
     mbarrier_wait(Shape::x_empty(smem, slot), count / Shape::kItems % 2 ^ 1);
     const bool more = index < order.blocks();
@@ -297,6 +301,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
         const int key0 = tile * kDsRows;
         bool wanted[kWarpgroups];
         int bytes = Shape::K::kBytes;
+#pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
           wanted[w] = has_ds(args, item.x0 + w * kDsRows, key0);
           if (wanted[w]) bytes += Ds::kBytes;
@@ -304,6 +309,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
         const uint32_t full = claim_stage(bytes);
         const uint32_t k_at = smem + Shape::stage_at(slot, ring.stage);
         copy_tile<D, kDsRows>(k_at, maps.k_tile, full, item.kv_head, key0, item.batch);
+#pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
           if (!wanted[w]) continue;
           const int ds_tile = item.ds_tile + order.ds_tile(tile, item.x0 / kDsRows + w);
@@ -391,7 +397,8 @@ struct Differentiator {
   }
 
  private:
-  // Gives the slot of the item before back, once this one's first products are on their way.
+  // Gives the slot of the item before back, once this one's first products are on their way. The
+  // warpgroup's threads read none of it any more: they have passed that item's last sync().
   __device__ void leave_slot_before() const {
     if (thread != 0 || count == 0) return;
     store_wait_read();
@@ -406,7 +413,7 @@ struct Differentiator {
   // are `row`, counted within them, and the one `apart` from it.
   __device__ void stage_results(const float (&dx)[D / 8][4], float factor, int which, int row,
                                 int apart) const {
-    const int row0 = recomputed(own * 64 + row), column = recomputed(pair);
+    const int row0 = recomputed(own * kOwnRows + row), column = recomputed(pair);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
@@ -420,13 +427,14 @@ struct Differentiator {
     constexpr int kRowBytes = PanelShape<D>::kRowBytes;
 #pragma unroll
     for (int panel = 0; panel < PanelShape<D>::kPanels; ++panel)
-      store_box(map,
-                smem + Shape::x_at(slot, which) + panel * X::kPanelBytes + own * 64 * kRowBytes,
-                panel * PanelShape<D>::kColumns, head, item.x0 + own * 64, item.batch);
+      store_box(
+          map,
+          smem + Shape::x_at(slot, which) + panel * X::kPanelBytes + own * kOwnRows * kRowBytes,
+          panel * PanelShape<D>::kColumns, head, item.x0 + own * kOwnRows, item.batch);
   }
 
   __device__ void sum_queries(const Item& item) {
-    const int own_x0 = item.x0 + own * 64;
+    const int own_x0 = item.x0 + own * kOwnRows;
     float dq[D / 8][4];
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
@@ -469,14 +477,14 @@ struct Differentiator {
 
   // This lane's rows are `row` and the one `apart` from it.
   __device__ void store_queries(float (&dq)[D / 8][4], int row, int apart, const Item& item) const {
-    const int own_x0 = item.x0 + own * 64;
+    const int own_x0 = item.x0 + own * kOwnRows;
     if (args.rotations != nullptr)
       turn_accumulator<D>(dq, args.rotations, own_x0 + row, apart, pair);
     stage_results(dq, scale, 0, row, apart);
     async_proxy_fence();
     sync();
     if (thread != 0) return;
-    count_done(scratch.queries_done + item.set);
+    if (order.slots > 0) count_done(scratch.queries_done + item.set);
     if (own_x0 >= args.t) return;
     store_rows(maps.dq, 0, item.head0, item);
     store_commit();
@@ -486,13 +494,13 @@ struct Differentiator {
   template <Side kSide>
   __device__ void differentiate(const Item& item) {
     constexpr bool kKeys = kSide == Side::Keys;
-    const int own_x0 = item.x0 + own * 64, own_row = own_x0 / kDsRows;
+    const int own_x0 = item.x0 + own * kOwnRows, own_row = own_x0 / kDsRows;
     const int steps = item.tiles * (kKeys ? order.heads_per_set : 1);
     const float scale_log2 = scale * kLog2E;
     const uint64_t x1 =
-        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 0), own * 64);
+        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 0), own * kOwnRows);
     const uint64_t x2 =
-        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 1), own * 64);
+        X::template descriptor<Along::Columns>(smem + Shape::x_at(slot, 1), own * kOwnRows);
     float dx1[D / 8][4], dx2[kKeys ? D / 8 : 1][4];  // dk and dv, or dq
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
@@ -517,10 +525,14 @@ struct Differentiator {
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
     // Keys: where ds of this warpgroup's and query 0 would be, of the head of the next tile and of
     // the one in work.
-    int next_ds = item.ds_tile + order.ds_tile(own_row, 0), ds_tile = 0;
+    int next_ds = order.slots > 0 ? item.ds_tile + order.ds_tile(own_row, 0) : 0, ds_tile = 0;
     // Distances i - j from key j to query i within the warpgroup's scores.
-    const auto least = [&] { return kKeys ? y0 - (own_x0 + 63) : own_x0 - (y0 + kTile - 1); };
-    const auto greatest = [&] { return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + 63 - y0; };
+    const auto least = [&] {
+      return kKeys ? y0 - (own_x0 + kOwnRows - 1) : own_x0 - (y0 + kTile - 1);
+    };
+    const auto greatest = [&] {
+      return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + kOwnRows - 1 - y0;
+    };
     // Moves stage and y0 to the next tile that this warpgroup sees, past those that it does not.
     // Between two of them lies at most one (at the end of a window or the start of a head, on the
     // side of the keys), so that the ring has a stage for it while the one before is still held.
@@ -534,7 +546,7 @@ struct Differentiator {
         ++step;
         if (++tile == item.first_tile + item.tiles) {
           tile = item.first_tile;
-          next_ds += order.ds_tiles();
+          next_ds += static_cast<int>(order.ds_tiles());
         }
         if (greatest() >= 0 && least() < args.window) return true;
         // Rows behind the text may see none. They take the last, masked.
@@ -590,7 +602,7 @@ struct Differentiator {
           }
       }
 
-      // ds, until now t, becomes ds; both are rounded for the sums.
+      // ds, until now dp, becomes ds; both are rounded for the sums.
       wgmma_wait<0>();
       accumulator_fence(ds);
       uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
@@ -651,13 +663,13 @@ struct Differentiator {
 
   __device__ void store_keys(float (&dk)[D / 8][4], const float (&dv)[D / 8][4],
                              const Item& item) const {
-    const int own_x0 = item.x0 + own * 64;
+    const int own_x0 = item.x0 + own * kOwnRows;
     constexpr int kApart = 8;
     if (args.rotations != nullptr)
       turn_accumulator<D>(dk, args.rotations, own_x0 + local_row, kApart, pair);
-    publish_writes();
+    if (order.slots > 0) publish_writes();
     sync();
-    if (thread == 0) count_done(scratch.keys_done + item.set);
+    if (thread == 0 && order.slots > 0) count_done(scratch.keys_done + item.set);
     if (args.partial != nullptr) return write_partial(dk, dv, item);
     stage_results(dk, scale, 0, local_row, kApart);
     stage_results(dv, 1.0f, 1, local_row, kApart);
@@ -704,7 +716,7 @@ struct Differentiator {
                           int64_t{item.batch} * args.t * stride + item.kv_head * D;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int x = item.x0 + own * 64 + local_row + 8 * half;
+      const int x = item.x0 + own * kOwnRows + local_row + 8 * half;
       if (x >= args.t) continue;
       float* const row = target + x * stride + pair;
 #pragma unroll
@@ -772,7 +784,6 @@ void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, in
     const auto keys = [&](const __nv_bfloat16* x, int rows) {
       return panel_map<kD>(x, args.batch, args.t, args.kv_heads, rows);
     };
-    constexpr int kOwnRows = kItemRows / kWarpgroups;
     const BackwardMaps maps{.dq = queries(args.dq, kOwnRows),
                             .dk = keys(args.dk, kOwnRows),
                             .dv = keys(args.dv, kOwnRows),

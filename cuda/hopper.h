@@ -211,7 +211,8 @@ __device__ inline void accumulator_fence(float (&d)[N][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
 
-// Which way a tile is an operand: A or B^T with k along its columns, or B with k along its rows.
+// Which way a tile is an operand: A or B^T with k along its columns, or A^T or B with k along its
+// rows.
 enum class Along { Columns, Rows };
 
 // Descriptors of a tile of kRows rows at `base` (shared address, multiple of 1024).

@@ -62,6 +62,10 @@ struct Rows {
 
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
+  // The most that the backward may keep of the scores' gradients at a time, where it can keep them.
+  // With less than it wants it makes them twice: so a long text takes no memory that grows by its
+  // square.
+  int64_t ds_bytes = int64_t{1} << 30;
 };
 
 // A quantized linear as the file holds it (format.md): W = S * e * (q - z), (N, K).
@@ -222,8 +226,9 @@ class Backend {
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
-  // Bytes of scratch that it takes for q (B, T, H, d) and k (B, T, K, d).
-  virtual int64_t attention_backward_scratch(const Shape&, const Shape&) const { return 0; }
+  // Bytes of scratch that attention_backward takes for q (B, T, H, d) and k (B, T, K, d).
+  virtual int64_t attention_backward_scratch(const Shape& q, const Shape& k,
+                                             const AttentionSpec& spec) const = 0;
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
   // the device.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,

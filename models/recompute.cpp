@@ -28,7 +28,8 @@ ActivationMemory activation_memory(const engine::Backend& backend, const LlamaCo
   const int64_t tokens = windows * seq_len;
   const int64_t scratch =
       backend.attention_backward_scratch({windows, seq_len, config.heads, config.head_dim},
-                                         {windows, seq_len, config.kv_heads, config.head_dim});
+                                         {windows, seq_len, config.kv_heads, config.head_dim},
+                                         engine::AttentionSpec{config.sliding_window});
 
   const int64_t attention = d + 2 * q + 2 * kv + real + lse;  // norm; q, o; k, v
   const int64_t mlp = d + 3 * f + real;                       // norm; gate, up, their product
@@ -53,7 +54,8 @@ ActivationMemory activation_memory(const engine::Backend& backend, const LlamaCo
 
   ActivationMemory memory;
   memory.kept_bytes = kept * tokens;
-  memory.backward_bytes = std::max(in_mlp * tokens, in_attention * tokens + scratch);
+  // The scratch may be a piece larger than any that the MLP leaves behind.
+  memory.backward_bytes = std::max(in_mlp, in_attention) * tokens + scratch;
   memory.inference_bytes = (d + std::max(attention + d, d + mlp)) * tokens;
   return memory;
 }

@@ -52,19 +52,33 @@ pid_t start_child(const TempDir& scratch, const std::string& out, const ChildOpt
   return child;
 }
 
-// True: the child ended by itself, within `limit_ms`. False: it was killed then.
-bool runs_to_the_end(const TempDir& scratch, const std::string& out, double limit_ms) {
+// When a kill comes: so long after the process starts, or after its run first saves a state.
+struct Moment {
+  double after_ms;
+  bool saved = false;
+};
+
+// True: the child ended by itself, before `kill_at`. False: it was killed then. state_ms: when the
+// first state was there, if not null.
+bool runs_to_the_end(const TempDir& scratch, const std::string& out, const Moment& kill_at,
+                     double* state_ms = nullptr) {
+  const std::string state = train::RunDirectory(out).block_state_file();
   const auto start = Clock::now();
   const pid_t child = start_child(scratch, out, {});
   int status = 0;
+  double saved_ms = -1;
   while (waitpid(child, &status, WNOHANG) == 0) {
-    if (Milliseconds(Clock::now() - start).count() >= limit_ms) {
+    const double now_ms = Milliseconds(Clock::now() - start).count();
+    if (saved_ms < 0 && std::filesystem::exists(state)) saved_ms = now_ms;
+    if (!kill_at.saved ? now_ms >= kill_at.after_ms
+                       : saved_ms >= 0 && now_ms - saved_ms >= kill_at.after_ms) {
       kill(child, SIGKILL);
       REQUIRE(waitpid(child, &status, 0) == child);
       break;
     }
     std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
+  if (state_ms) *state_ms = saved_ms;
   if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) return false;
   INFO(data::read_file(scratch / "console"));
   REQUIRE(WIFEXITED(status));
@@ -142,13 +156,16 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   const TempDir dir;
   const std::string whole = dir / "whole";
   const auto start = Clock::now();
-  REQUIRE(runs_to_the_end(dir, whole, kPatience_ms));
+  double state_ms = 0;
+  REQUIRE(runs_to_the_end(dir, whole, {kPatience_ms}, &state_ms));
   const double duration_ms = Milliseconds(Clock::now() - start).count();
+  REQUIRE(state_ms > 0);
   const auto expected = results(whole);
   const auto expected_log = log_lines(whole, "");
   REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
 
-  // A fresh run whenever one reaches its end, so that kills fall into every part of it.
+  // A fresh run whenever one reaches its end, so that kills fall into every part of it. Every other
+  // one meets its first kill once it trains: on a GPU most of the time goes into the start.
   constexpr uint64_t kSeed = 5;
   engine::Rng rng(kSeed);
   Met met;
@@ -157,9 +174,12 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   for (int run = 0; !enough(); ++run) {
     REQUIRE(run < 10 * wanted);
     const std::string out = dir / ("run_" + std::to_string(run));
-    while (!runs_to_the_end(dir, out, enough() ? kPatience_ms : rng.uniform() * duration_ms)) {
+    Moment kill_at{rng.uniform() * (duration_ms - state_ms), true};
+    if (run % 2 == 0) kill_at = {rng.uniform() * duration_ms};
+    while (!runs_to_the_end(dir, out, kill_at)) {
       ++kills;
       count(met, out);
+      kill_at = {enough() ? kPatience_ms : rng.uniform() * duration_ms};
     }
     INFO("run " << run << " after " << kills << " kills, seed " << kSeed);
     CHECK(results(out) == expected);
@@ -175,7 +195,7 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
 TEST_CASE("a full disk is one error, and the run goes on when there is room", "[train][kill]") {
   const TempDir dir;
   const std::string whole = dir / "whole", out = dir / "run";
-  REQUIRE(runs_to_the_end(dir, whole, kPatience_ms));
+  REQUIRE(runs_to_the_end(dir, whole, {kPatience_ms}));
   const auto expected = results(whole);
 
   const int64_t stage_bytes =
@@ -196,7 +216,7 @@ TEST_CASE("a full disk is one error, and the run goes on when there is room", "[
   stopped({1, stage_bytes * 2}, "/blocks/state.safetensors", 1);
   stopped({kNever, stage_bytes / 2}, "/blocks/block_000_stage_0.safetensors", 1);
   stopped({1, stage_bytes * 9 / 2}, "/e2e/state.safetensors", 5);
-  CHECK(runs_to_the_end(dir, out, kPatience_ms));
+  CHECK(runs_to_the_end(dir, out, {kPatience_ms}));
   CHECK(results(out) == expected);
   CHECK(log_lines(out, "") == log_lines(whole, ""));
 }

@@ -46,6 +46,11 @@ class CpuBackend final : public Backend {
     side();
     main();
   }
+  // A few rows a thread.
+  int64_t attention_backward_scratch(const Shape&, const Shape&,
+                                     const AttentionSpec&) const override {
+    return 0;
+  }
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
