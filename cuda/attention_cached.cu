@@ -7,7 +7,8 @@
 // return at once. A block takes one split for up to 16 query heads of one kv head, which are the
 // rows of its mma fragments; each of its 4 warps takes 32 keys, all of whose loads it issues before
 // it waits. Blocks leave (max, sum, unnormalized o) in F32; a second kernel combines the splits in
-// a fixed order.
+// a fixed order. Positions that the cache does not have are neither written nor read: the backend
+// throws when the host next waits for the device (CacheFault).
 // Bytes: the visible keys and values once.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
@@ -28,8 +29,19 @@ struct DecodeArgs {
   float2* partial_stat;  // (B, H, splits): maximum of the raw scores, sum
   const bf16 *q, *k, *v;
   const int* start;
+  CacheFault* fault;
   int t_max, heads, kv_heads, splits, window;
 };
+
+// Whether the cache has positions start .. start + t - 1.
+__device__ inline bool in_cache(int start, int t, int t_max) {
+  return start >= 0 && start <= t_max - t;
+}
+
+__global__ void check_positions_kernel(CacheFault* fault, const int* __restrict__ start, int t,
+                                       int t_max) {
+  if (!in_cache(*start, t, t_max)) *fault = {*start, t, t_max};
+}
 
 template <int D>
 constexpr int64_t kDecodeSmemBytes = 2 * kSplitKeys* D * 2 + kWarps* kQueryRows * sizeof(float2);
@@ -42,6 +54,8 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   const int g = lane / 4;
   const int pair = lane % 4 * 2;
   const int split = blockIdx.x;
+  if (split == 0 && threadIdx.x == 0 && !in_cache(*args.start, 1, args.t_max))
+    *args.fault = {*args.start, 1, args.t_max};
   const int length = min(*args.start + 1, args.t_max);
   const int first_key = max(0, length - args.window);
   if (split * kSplitKeys >= length || (split + 1) * kSplitKeys <= first_key) return;
@@ -209,16 +223,19 @@ __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs 
   o[head * D + column] = __float2bfloat16(value / sum);
 }
 
-// A thread copies 16 bytes of k and of v. Positions past the cache are dropped.
+// A thread copies 16 bytes of k and of v.
 __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict__ v_cache,
-                                 const uint4* __restrict__ k, const uint4* __restrict__ v,
-                                 const int* __restrict__ start, int64_t count, int row_chunks,
-                                 int t, int t_max) {
+                                 CacheFault* fault, const uint4* __restrict__ k,
+                                 const uint4* __restrict__ v, const int* __restrict__ start,
+                                 int64_t count, int row_chunks, int t, int t_max) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= count) return;
+  if (!in_cache(*start, t, t_max)) {
+    if (i == 0) *fault = {*start, t, t_max};
+    return;
+  }
   const int64_t row = i / row_chunks;
   const int64_t position = *start + row % t;
-  if (position < 0 || position >= t_max) return;
   const int64_t to = (row / t * t_max + position) * row_chunks + i % row_chunks;
   k_cache[to] = k[i];
   v_cache[to] = v[i];
@@ -236,7 +253,7 @@ void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, con
   const int64_t count = k.numel() / kChunk;
   launch(stream_, {static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads},
          append_kv_kernel, static_cast<uint4*>(k_cache.raw()), static_cast<uint4*>(v_cache.raw()),
-         static_cast<const uint4*>(k.raw()), static_cast<const uint4*>(v.raw()),
+         cache_fault_.get(), static_cast<const uint4*>(k.raw()), static_cast<const uint4*>(v.raw()),
          start.data<int32_t>(), count, row_values / kChunk, checked_int(k.dim(1)),
          checked_int(k_cache.dim(1)));
 }
@@ -250,6 +267,8 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
   const int window = window_of(spec.window);
   BBB_ASSERT(aligned(o, q, k_cache, v_cache));
   if (t > 1) {
+    launch(stream_, {1, 1}, check_positions_kernel, cache_fault_.get(), start.data<int32_t>(), t,
+           t_max);
     attention_forward(stream_,
                       {bf16_of(o), nullptr, bf16_of(q), bf16_of(k_cache), bf16_of(v_cache),
                        start.data<int32_t>(), batch, t, t_max, heads, kv_heads, window},
@@ -267,6 +286,7 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
                         bf16_of(k_cache),
                         bf16_of(v_cache),
                         start.data<int32_t>(),
+                        cache_fault_.get(),
                         t_max,
                         heads,
                         kv_heads,

@@ -11,6 +11,17 @@
 // item's copies run under the end of this one. Tiles go from the diagonal down to the window's
 // edge; only tiles that cross either are masked. Bytes: q, o, lse once; k, v once for each query
 // tile, mostly from the L2 cache (BlockOrder). Saves lse for the backward pass; no T x T memory.
+//
+// What orders the accesses to each piece of shared memory, from a write to its reads and from these
+// to the next write:
+//     item's number  copying thread writes, arrives at q_full -> computing threads wait for it,
+//     read
+//                    all lanes read, __syncwarp, lane 0 arrives at q_empty -> copying thread waits
+//     q, k, v        copy engine writes, completes the bytes of *_full -> threads wait, wgmma reads
+//                    wgmma_wait: has read, each warp arrives at *_empty -> copying thread waits
+//     output         threads write, async_proxy_fence, barrier kOwn -> thread 0 stores: engine
+//     reads
+//                    thread 0 store_wait_read: has read, barrier kOwn -> threads write
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
@@ -133,9 +144,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
   const auto values = [&](int s) {
     return Keys::template descriptor<Along::Rows>(smem + Shape::kValuesAt + s * Keys::kBytes);
   };
-  const auto release = [&](uint32_t barrier) {
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
+  const auto release = [&](uint32_t barrier) { mbarrier_arrive_warp(barrier, lane); };
 
   RingCursor<Shape::kStages> ring;
   int q_parity = 0;

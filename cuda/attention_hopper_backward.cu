@@ -27,6 +27,26 @@
 // which columns c and c + d/2 are of one lane; an item reads its rows of the table from the L2
 // cache once.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
+//
+// What orders the accesses to each piece of shared memory, from a write to its reads and from these
+// to the next write; sync() is a named barrier of one warpgroup:
+//     item's number  copying thread writes, arrives at x_full -> computing threads wait for it,
+//     read
+//                    read again at the item's end, sync(), thread 0 arrives at x_empty -> copying
+//                    thread waits
+//     x              copy engine writes, completes the bytes of x_full -> threads wait, wgmma reads
+//                    wgmma_wait: has read, sync() -> this warpgroup stages results in its own rows
+//     results        threads write, async_proxy_fence, sync() -> thread 0 stores: engine reads
+//                    thread 0 store_wait_read: has read, arrives at x_empty -> copying thread waits
+//     y, ds, terms   copy engine writes, completes the bytes of y_full -> threads wait, read
+//                    wgmma_wait and own loads done, __syncwarp, each warp's lane 0 arrives at
+//                    y_empty -> copying thread waits
+// and to global memory, between blocks:
+//     ds             threads write, publish_writes, sync(), thread 0 counts keys_done -> copying
+//                    thread wait_done, engine reads
+//                    engine completes the bytes of y_full, threads wait, sync(), thread 0 counts
+//                    queries_done -> copying thread of the keys that reuse the place wait_done,
+//                    copies x; threads wait for x_full, write
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
@@ -256,10 +276,12 @@ __device__ inline void publish_writes() {
   asm volatile("fence.acq_rel.gpu;\nfence.proxy.async.global;" ::: "memory");
 }
 __device__ inline void count_done(unsigned* counter) {
+  stress_pause();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 // Until `count` are done; what this thread copies from then on sees what they wrote.
 __device__ inline void wait_done(const unsigned* counter, unsigned count) {
+  stress_pause();
   unsigned done;
   while (true) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(counter) : "memory");
@@ -285,6 +307,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
     return full;
   };
   for (int count = 0;; ++count) {
+    stress_pause();
     const int index = static_cast<int>(atomicAdd(scratch.queue, 1u));
     const int slot = count % Shape::kItems;
     mbarrier_wait(Shape::x_empty(smem, slot), count / Shape::kItems % 2 ^ 1);
@@ -405,7 +428,7 @@ struct Differentiator {
     mbarrier_arrive(Shape::x_empty(smem, (count - 1) % Shape::kItems));
   }
   __device__ void release(int stage) const {
-    if (lane == 0) mbarrier_arrive(Shape::y_empty(smem, stage));
+    mbarrier_arrive_warp(Shape::y_empty(smem, stage), lane);
   }
   __device__ void sync() const { named_sync(1 + own, kWarpgroup); }
 
@@ -480,6 +503,7 @@ struct Differentiator {
     const int own_x0 = item.x0 + own * kOwnRows;
     if (args.rotations != nullptr)
       turn_accumulator<D>(dq, args.rotations, own_x0 + row, apart, pair);
+    sync();
     stage_results(dq, scale, 0, row, apart);
     async_proxy_fence();
     sync();

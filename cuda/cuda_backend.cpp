@@ -133,6 +133,9 @@ CudaBackend::CudaBackend(int device) {
   pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);
   gemm_ = std::make_unique<GemmPlanner>(stream_, pool_);
   transfers_ = std::make_unique<CudaTransfers>(stream_);
+  void* fault = nullptr;
+  BBB_CUDA(cudaMallocHost(&fault, sizeof(CacheFault)));
+  cache_fault_.reset(new (fault) CacheFault{});
 }
 
 // Members go in reverse order, the stream last.
@@ -169,7 +172,16 @@ void CudaBackend::reset_memory_peak() {
   pool_->usage()->peak_bytes = pool_->usage()->held_bytes;
 }
 
-void CudaBackend::synchronize() { BBB_CUDA(cudaStreamSynchronize(stream_)); }
+void CudaBackend::synchronize() {
+  BBB_CUDA(cudaStreamSynchronize(stream_));
+  check_faults();
+}
+
+void CudaBackend::check_faults() {
+  const CacheFault fault = std::exchange(*cache_fault_, CacheFault{});
+  BBB_CHECK(fault.t == 0, "positions ", fault.start, " to ", int64_t{fault.start} + fault.t,
+            " of a key-value cache of ", fault.capacity);
+}
 
 std::string CudaBackend::gemm_library() const {
   return cat("cuBLASLt ", cublasLtGetVersion(), " on ", device_name());

@@ -45,6 +45,11 @@ using quant::launch;
 
 bool is_capturing(cudaStream_t stream);  // a step is being recorded
 
+// Positions start .. start + t - 1 that a key-value cache of `capacity` does not have. t 0: none.
+struct CacheFault {
+  int start, t, capacity;
+};
+
 class MemoryPool;       // cuda/memory.h
 struct RecordingPools;  // there too
 class GemmPlanner;      // cuda/gemm.h
@@ -78,6 +83,8 @@ class CudaBackend final : public engine::Backend {
   bool has_warpgroup_products() const;
 
  private:
+  // Throws what a kernel has found wrong since the last call; the stream's work is done.
+  void check_faults();
   // Scratch for the length of one op: freed in stream order when the Tensor dies.
   Tensor scratch(int64_t bytes) { return do_empty({bytes}, DType::U8); }
 
@@ -160,6 +167,7 @@ class CudaBackend final : public engine::Backend {
   std::weak_ptr<RecordingPools> recordings_;  // what pool_ is among meanwhile; held by the Replays
   std::unique_ptr<GemmPlanner> gemm_;
   std::unique_ptr<engine::Transfers> transfers_;
+  Handle<CacheFault*, cudaFreeHost> cache_fault_;  // page-locked: kernels write it
 };
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }

@@ -47,6 +47,17 @@ __device__ inline unsigned char* swizzled_smem() {
 }
 
 // --- barriers -----------------------------------------------------------------------------------
+// An arrival releases what its thread did before; a wait acquires what all who arrived have
+// released. Built with -DBBB_STRESS=ON, every one of these pauses some threads for a random time.
+
+__device__ inline void stress_pause() {
+#ifdef BBB_STRESS
+  // Threads, blocks and moments draw apart: one of 16 pauses for up to 2 us.
+  const uint32_t seed = static_cast<uint32_t>(clock64()) ^ (blockIdx.x << 10) ^ threadIdx.x;
+  const uint32_t random = (seed ^ seed >> 15) * 0x9e3779b1u;
+  if (random >> 28 == 0) __nanosleep(random >> 17 & 2047);
+#endif
+}
 
 __device__ inline void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -58,17 +69,26 @@ __device__ inline void mbarrier_init_fence() {
 }
 
 __device__ inline void mbarrier_arrive(uint32_t barrier) {
+  stress_pause();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// One arrival for a whole warp, after what all its lanes did before.
+__device__ inline void mbarrier_arrive_warp(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(barrier);
 }
 
 // Arrives, and has the phase wait for `bytes` of copies too.
 __device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
+  stress_pause();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
 // Until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
+  stress_pause();
   uint32_t done;
   do {
     asm volatile(
@@ -81,14 +101,18 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (done == 0);
+  stress_pause();
 }
 
 // Named barriers; 0 is __syncthreads().
 __device__ inline void named_sync(int id, int threads) {
+  stress_pause();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  stress_pause();
 }
 
 __device__ inline void named_arrive(int id, int threads) {
+  stress_pause();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
@@ -109,6 +133,7 @@ struct RingCursor {
 // The number of the next item of a persistent kernel; the first is the block's own. *queue: 0 at
 // the start. Which block computes an item does not change its result.
 __device__ inline int next_item(unsigned* queue) {
+  stress_pause();
   return static_cast<int>(gridDim.x + atomicAdd(queue, 1u));
 }
 

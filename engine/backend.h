@@ -230,7 +230,8 @@ class Backend {
   virtual int64_t attention_backward_scratch(const Shape& q, const Shape& k,
                                              const AttentionSpec& spec) const = 0;
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
-  // the device.
+  // the device. Here and in attention_cached positions past the cache throw: on a GPU, where only
+  // the device knows `start`, at the next upload, download or synchronize().
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& start);
   // Query t stands at position start + t and sees keys 0 .. start + t of the cache. o, q act (B, T,

@@ -94,6 +94,55 @@ TEST_CASE("append_kv writes its rows and no others", "[attention_cached]") {
   CHECK(v_cache.untouched());
 }
 
+TEST_CASE("positions past a key-value cache throw, and none of its bytes change",
+          "[attention_cached]") {
+  const int64_t t_max = 20, heads = 3, d = 64;
+  Backend& b = backend();
+  engine::Rng rng(29);
+  const Shape cache = {1, t_max, heads, d};
+  const auto before = activations(rng, t_max * heads * d);
+  const Guarded k_cache(b, cache, b.act()), v_cache(b, cache, b.act());
+  b.copy(k_cache.tensor(), make(b, cache, b.act(), before));
+  b.copy(v_cache.tensor(), make(b, cache, b.act(), before));
+  for (const auto& [start, t] : {std::pair<int, int64_t>{20, 1}, {-1, 1}, {18, 3}, {20, 7}}) {
+    CAPTURE(start, t);
+    const Shape rows = {1, t, heads, d};
+    const Tensor x = make(b, rows, b.act(), activations(rng, t * heads * d));
+    const Tensor o = b.empty(rows, b.act()), at = make_ids(b, {1}, {start});
+    const std::string says =
+        cat("positions ", start, " to ", start + t, " of a key-value cache of 20");
+    const auto append = [&] {
+      b.append_kv(k_cache.tensor(), v_cache.tensor(), x, x, at);
+      b.synchronize();
+    };
+    CHECK_THROWS_WITH(append(), Catch::Contains(says));
+    const auto attend = [&] {
+      b.attention_cached(o, x, k_cache.tensor(), v_cache.tensor(), at, AttentionSpec{});
+      b.synchronize();
+    };
+    CHECK_THROWS_WITH(attend(), Catch::Contains(says));
+    CHECK_NOTHROW(b.synchronize());
+  }
+  const auto expected = values_of(b, make(b, cache, b.act(), before));
+  CHECK(values_of(b, k_cache.tensor()) == expected);
+  CHECK(values_of(b, v_cache.tensor()) == expected);
+  CHECK(k_cache.untouched());
+  CHECK(v_cache.untouched());
+  // As in decoding: a replay runs past the end, and the host does not see its positions.
+  const Tensor x = make(b, {1, 1, heads, d}, b.act(), activations(rng, heads * d));
+  const Tensor at = make_ids(b, {1}, {19});
+  const auto next = b.record([&] {
+    b.append_kv(k_cache.tensor(), v_cache.tensor(), x, x, at);
+    b.advance(at);
+  });
+  const auto step = [&] {
+    next->run();
+    b.synchronize();
+  };
+  CHECK_NOTHROW(step());
+  CHECK_THROWS_WITH(step(), Catch::Contains("positions 20 to 21"));
+}
+
 TEST_CASE("a recorded attention_cached follows start", "[attention_cached]") {
   CachedCase c{1, 1, 300, 9, 3, 64, 0, 299};
   const Inputs in(c);
