@@ -12,16 +12,14 @@
 // edge; only tiles that cross either are masked. Bytes: q, o, lse once; k, v once for each query
 // tile, mostly from the L2 cache (BlockOrder). Saves lse for the backward pass; no T x T memory.
 //
-// What orders the accesses to each piece of shared memory, from a write to its reads and from these
-// to the next write:
-//     item's number  copying thread writes, arrives at q_full -> computing threads wait for it,
-//     read
-//                    all lanes read, __syncwarp, lane 0 arrives at q_empty -> copying thread waits
-//     q, k, v        copy engine writes, completes the bytes of *_full -> threads wait, wgmma reads
-//                    wgmma_wait: has read, each warp arrives at *_empty -> copying thread waits
-//     output         threads write, async_proxy_fence, barrier kOwn -> thread 0 stores: engine
-//     reads
-//                    thread 0 store_wait_read: has read, barrier kOwn -> threads write
+// What orders the accesses to shared memory. For each piece: a write before its reads, then these
+// before the next write. full, empty: mbarriers, on which an arrival releases and a wait acquires.
+//   item's number  copying thread writes, arrives at q_full; lane 0 of each warp waits, reads
+//                  that lane arrives at q_empty; copying thread waits, writes
+//   q, k, v        copy engine writes, completes the bytes of full; all threads wait, wgmma reads
+//                  wgmma_wait returns; each warp arrives at empty; copying thread waits, copies
+//   output         threads write, async_proxy_fence, barrier kOwn; thread 0 stores, engine reads
+//                  store_wait_read returns in thread 0, barrier kOwn; threads write
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
@@ -157,7 +155,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
   while (true) {
     mbarrier_wait(barriers.q_full(), q_parity);
     q_parity ^= 1;
-    const int index = load_shared(smem + Shape::kItemAt);
+    const int index = load_shared_warp(smem + Shape::kItemAt, lane);
     if (index < 0) break;
     const Item item = find_item<D>(args, order, index);
     const int position0 = item.row0 + own * 64;  // of this warpgroup's first query

@@ -28,25 +28,25 @@
 // cache once.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
 //
-// What orders the accesses to each piece of shared memory, from a write to its reads and from these
-// to the next write; sync() is a named barrier of one warpgroup:
-//     item's number  copying thread writes, arrives at x_full -> computing threads wait for it,
-//     read
-//                    read again at the item's end, sync(), thread 0 arrives at x_empty -> copying
-//                    thread waits
-//     x              copy engine writes, completes the bytes of x_full -> threads wait, wgmma reads
-//                    wgmma_wait: has read, sync() -> this warpgroup stages results in its own rows
-//     results        threads write, async_proxy_fence, sync() -> thread 0 stores: engine reads
-//                    thread 0 store_wait_read: has read, arrives at x_empty -> copying thread waits
-//     y, ds, terms   copy engine writes, completes the bytes of y_full -> threads wait, read
-//                    wgmma_wait and own loads done, __syncwarp, each warp's lane 0 arrives at
-//                    y_empty -> copying thread waits
-// and to global memory, between blocks:
-//     ds             threads write, publish_writes, sync(), thread 0 counts keys_done -> copying
-//                    thread wait_done, engine reads
-//                    engine completes the bytes of y_full, threads wait, sync(), thread 0 counts
-//                    queries_done -> copying thread of the keys that reuse the place wait_done,
-//                    copies x; threads wait for x_full, write
+// What orders the accesses. For each piece: a write before its reads, then these before the next
+// write. full, empty: mbarriers, on which an arrival releases and a wait acquires; sync(): a named
+// barrier of one warpgroup. Shared memory:
+//   item's number  copying thread writes, arrives at x_full; lane 0 of each warp waits, reads
+//                  that lane, after its last read, arrives at x_empty; copying thread waits, writes
+//   x              copy engine writes, completes the bytes of x_full; threads wait, wgmma reads
+//                  wgmma_wait returns, sync(); threads write results over their warpgroup's rows
+//   results        threads write, async_proxy_fence, sync(); thread 0 stores, engine reads
+//                  store_wait_read returns in thread 0, which arrives at x_empty; copying thread
+//                  waits, copies
+//   y, ds, terms   copy engine writes, completes the bytes of y_full; threads wait, read
+//                  wgmma_wait and loads return, __syncwarp, each warp's lane 0 arrives at y_empty;
+//                  copying thread waits, copies
+// Global memory, between blocks:
+//   ds             threads write, publish_writes, sync(); thread 0 counts keys_done; a copying
+//                  thread waits for the count, engine reads
+//                  engine completes the bytes of y_full; threads wait, sync(); thread 0 counts
+//                  queries_done; the copying thread of the keys that take its place waits for the
+//                  count, copies x; threads wait for x_full, write
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
 #include "cuda/mma.h"
@@ -406,7 +406,7 @@ struct Differentiator {
     for (;; ++count) {
       slot = count % Shape::kItems;
       mbarrier_wait(Shape::x_full(smem, slot), count / Shape::kItems % 2);
-      const int index = load_shared(smem + Shape::item_at(slot));
+      const int index = load_shared_warp(smem + Shape::item_at(slot), lane);
       if (index < 0) break;
       const Item item = find_item<D>(args, order, index);
       if (item.side == Side::Keys)
@@ -421,10 +421,11 @@ struct Differentiator {
 
  private:
   // Gives the slot of the item before back, once this one's first products are on their way. The
-  // warpgroup's threads read none of it any more: they have passed that item's last sync().
+  // warp's threads read none of it any more: they have passed that item's last sync(). Thread 0
+  // has stored its results.
   __device__ void leave_slot_before() const {
-    if (thread != 0 || count == 0) return;
-    store_wait_read();
+    if (lane != 0 || count == 0) return;
+    if (thread == 0) store_wait_read();
     mbarrier_arrive(Shape::x_empty(smem, (count - 1) % Shape::kItems));
   }
   __device__ void release(int stage) const {
@@ -678,7 +679,8 @@ struct Differentiator {
     }
 
     // Found anew: the loop has no registers for what only its end needs.
-    const Item done = find_item<D>(args, order, load_shared(smem + Shape::item_at(slot)));
+    const Item done =
+        find_item<D>(args, order, load_shared_warp(smem + Shape::item_at(slot), lane));
     if constexpr (kKeys)
       store_keys(dx1, dx2, done);
     else
@@ -765,7 +767,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads, 1) void attention_backw
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < Shape::kItems; ++slot) {
       mbarrier_init(Shape::x_full(smem, slot), 1);
-      mbarrier_init(Shape::x_empty(smem, slot), kWarpgroups);
+      mbarrier_init(Shape::x_empty(smem, slot), 4 * kWarpgroups);
     }
     for (int stage = 0; stage < Shape::kQueriesStages; ++stage) {
       mbarrier_init(Shape::y_full(smem, stage), 1);

@@ -141,10 +141,11 @@ __device__ inline void store_shared(uint32_t address, int value) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-__device__ inline int load_shared(uint32_t address) {
-  int value;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
+// The value for all lanes of the warp: lane 0 reads it.
+__device__ inline int load_shared_warp(uint32_t address, int lane) {
+  int value = 0;
+  if (lane == 0) asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return __shfl_sync(0xffffffffu, value, 0);
 }
 
 // --- copies -------------------------------------------------------------------------------------
