@@ -3,9 +3,9 @@
 //
 // Shapes: q, o (B, T, H, d); k, v (B, Tmax, K, d); lse (B, H, T). Query t stands at start + t.
 // Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp; keys and values
-// come in tiles of 64, double-buffered by cp.async. A warp keeps its scores, the running row
-// maximum, row sum and output in registers; only tiles that cross the diagonal or the window's edge
-// are masked, and a warp skips those it does not see.
+// come in tiles of 64, double-buffered by cp.async; half as many of each where d is over 128. A
+// warp keeps its scores, the running row maximum, row sum and output in registers; only tiles that
+// cross the diagonal or the window's edge are masked, and a warp skips those it does not see.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 #include "cuda/attention.h"
@@ -18,20 +18,26 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kBlocks = 2;  // of 16 queries, a warp
-constexpr int kWarpRows = 16 * kBlocks;
-constexpr int kRows = kWarpRows * kWarps;  // queries of a block
-constexpr int kKeys = 64;                  // keys of a tile
 
+// Registers bound the queries of a warp, and the 99 KB of sm_86 and sm_89 what a block holds.
 template <int D>
-constexpr int64_t kForwardSmemBytes = (kRows + 4 * kKeys) * D * 2;
+struct ForwardShape {
+  static constexpr int kBlocks = D <= 128 ? 2 : 1;  // of 16 queries, a warp
+  static constexpr int kWarpRows = 16 * kBlocks;
+  static constexpr int kRows = kWarpRows * kWarps;   // queries of a block
+  static constexpr int kKeys = D <= 128 ? 64 : 32;   // keys of a tile
+  static constexpr int kSub = D == 64 ? kKeys : 32;  // keys whose scores a warp holds at a time
+  static constexpr int64_t kSmemBytes = (kRows + 4 * kKeys) * D * 2;
+};
 
 template <int D>
 __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const ForwardArgs args,
                                                                         const BlockOrder order) {
   // Larger heads leave no registers for the queries; their fragments are read again for each tile.
   constexpr bool kQueriesInRegisters = D == 64;
-  constexpr int kSub = D == 64 ? 64 : 32;  // keys whose scores a warp holds at a time
+  using Shape = ForwardShape<D>;
+  constexpr int kBlocks = Shape::kBlocks, kWarpRows = Shape::kWarpRows, kRows = Shape::kRows;
+  constexpr int kKeys = Shape::kKeys, kSub = Shape::kSub;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int g = lane / 4;
@@ -45,10 +51,11 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   const int start = args.start == nullptr ? 0 : *args.start;
   const int key_count = min(start + args.t, args.t_max);
 
-  const int64_t q_stride = int64_t{args.heads} * D;
-  const int64_t kv_stride = int64_t{args.kv_heads} * D;
-  const int64_t q_offset = b * args.t * q_stride + h * D;
-  const int64_t kv_offset = b * args.t_max * kv_stride + h / (args.heads / args.kv_heads) * D;
+  const int d = args.d;
+  const int64_t q_stride = int64_t{args.heads} * d;
+  const int64_t kv_stride = int64_t{args.kv_heads} * d;
+  const int64_t q_offset = b * args.t * q_stride + h * d;
+  const int64_t kv_offset = b * args.t_max * kv_stride + h / (args.heads / args.kv_heads) * d;
   const __nv_bfloat16* k = args.k + kv_offset;
   const __nv_bfloat16* v = args.v + kv_offset;
 
@@ -63,22 +70,22 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   const auto load_keys = [&](int tile, int stage) {
     const int key0 = recomputed(tile * kKeys);
     const int thread = recomputed(threadIdx.x);
-    load_tile_async<D, kKeys, kThreads>(k_tile(stage), k, kv_stride, key0, key_count, thread);
-    load_tile_async<D, kKeys, kThreads>(v_tile(stage), v, kv_stride, key0, key_count, thread);
+    load_tile_async<D, kKeys, kThreads>(k_tile(stage), k, kv_stride, key0, key_count, d, thread);
+    load_tile_async<D, kKeys, kThreads>(v_tile(stage), v, kv_stride, key0, key_count, d, thread);
     cp_async_commit();
   };
 
   const int last_row = min(row0 + kRows, args.t) - 1;
   const int first_tile = max(0, start + row0 - args.window + 1) / kKeys;
   const int tile_end = (start + last_row) / kKeys + 1;
-  load_tile_async<D, kRows, kThreads>(q_tile, args.q + q_offset, q_stride, row0, args.t,
+  load_tile_async<D, kRows, kThreads>(q_tile, args.q + q_offset, q_stride, row0, args.t, d,
                                       threadIdx.x);
   load_keys(first_tile, 0);
 
   const int warp_row = warp * kWarpRows;
   const int first_position = start + row0 + warp_row;
   const int last_position = first_position + kWarpRows - 1;
-  const float scale = rsqrtf(static_cast<float>(D));
+  const float scale = score_scale(d);
   const float scale_log2 = scale * kLog2E;
 
   float acc[kBlocks][D / 8][4] = {};
@@ -223,20 +230,26 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
     store_accumulator<D>(smem, acc[m], inverse, warp_row + m * 16, lane);
   }
   __syncwarp();
-  store_tile<D, kWarpRows>(args.o + q_offset, q_stride, row0 + warp_row, args.t, smem, warp_row,
+  store_tile<D, kWarpRows>(args.o + q_offset, q_stride, row0 + warp_row, args.t, d, smem, warp_row,
                            lane);
 }
 
 }  // namespace
 
-void attention_forward(cudaStream_t stream, const ForwardArgs& args, int64_t d) {
-  with_head_size(d, [&](auto size) {
+void attention_forward(cudaStream_t stream, const ForwardArgs& args) {
+  with_padded_head_size(args.d, [&](auto size) {
     constexpr int D = size;
-    const BlockOrder order(ceil_div(args.t, kRows), args.batch * args.heads,
-                           args.start == nullptr ? args.t : args.t_max, D);
-    launch(stream, {order.blocks(), kThreads, kForwardSmemBytes<D>}, attention_forward_kernel<D>,
-           args, order);
+    using Shape = ForwardShape<D>;
+    const BlockOrder order(ceil_div(args.t, Shape::kRows), args.batch * args.heads,
+                           args.start == nullptr ? args.t : args.t_max, args.d);
+    launch(stream, {order.blocks(), kThreads, Shape::kSmemBytes}, attention_forward_kernel<D>, args,
+           order);
   });
+}
+
+void CudaBackend::check_head_size(int64_t d) const {
+  BBB_CHECK(has_head_size(d), "attention on the GPU takes head sizes that are multiples of ",
+            kChunk, " up to ", kLargestHead, ", not ", d, " (try --device cpu)");
 }
 
 void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
@@ -254,13 +267,14 @@ void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor&
                          t,
                          checked_int(q.dim(2)),
                          checked_int(k.dim(2)),
+                         checked_int(q.dim(3)),
                          window_of(spec.window)};
-  if (has_warpgroup_products()) {
+  if (has_warpgroup_products() && has_hopper_head_size(args.d)) {
     const Tensor queue = scratch(sizeof(unsigned));
-    attention_forward_hopper(stream_, args, q.dim(3), properties_.multiProcessorCount,
+    attention_forward_hopper(stream_, args, args.d, properties_.multiProcessorCount,
                              static_cast<unsigned*>(queue.raw()));
   } else {
-    attention_forward(stream_, args, q.dim(3));
+    attention_forward(stream_, args);
   }
 }
 

@@ -1,4 +1,8 @@
 // What the attention kernels share: sizes, the order of their blocks, the choice by head size.
+//
+// A head has d values, a multiple of 8 up to 256. The kernels are compiled for a few sizes D and
+// take the smallest that holds d: a row in memory has d values, in shared memory and registers D,
+// and those past d are zeros, which no product sees and no kernel writes back.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -68,7 +72,7 @@ struct ForwardArgs {
   const __nv_bfloat16* k;  // (B, Tmax, K, d)
   const __nv_bfloat16* v;  // (B, Tmax, K, d)
   const int* start;        // position of query 0, on the device; null: 0
-  int batch, t, t_max, heads, kv_heads;
+  int batch, t, t_max, heads, kv_heads, d;
   int window;  // window_of()
 };
 
@@ -87,7 +91,7 @@ struct BackwardArgs {
   const float* delta;  // (B, H, t_pad): rowsum(dout o); 0 from T on
   // (t_pad, d/2): what pairs (i, i + d/2) of dq and dk turn by before they are rounded, or null.
   const float2* rotations;
-  int batch, t, t_pad, heads, kv_heads;
+  int batch, t, t_pad, heads, kv_heads, d;
   int heads_per_item;  // query heads that an item of keys sums over
   int window;
   int64_t ds_bytes;  // at most, of what attention_backward_hopper keeps of ds
@@ -100,21 +104,43 @@ void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, in
                                void* scratch);
 
 // Query t sees keys max(0, start + t - window + 1) .. start + t.
-void attention_forward(cudaStream_t stream, const ForwardArgs& args, int64_t d);
+void attention_forward(cudaStream_t stream, const ForwardArgs& args);
 
-// Calls f with the head size as a constant.
+constexpr int kChunk = 8;  // values of 16 bytes: what a copy moves
+constexpr int kLargestHead = 256;
+
+inline bool has_head_size(int64_t d) { return d > 0 && d <= kLargestHead && d % kChunk == 0; }
+
+// The sizes of the Hopper kernels.
+inline bool has_hopper_head_size(int64_t d) { return d == 64 || d == 96 || d == 128; }
+
+// Calls f with the head size as a constant: of the Hopper kernels.
 template <typename F>
 void with_head_size(int64_t d, F f) {
-  switch (d) {
-    case 64:
-      return f(std::integral_constant<int, 64>{});
-    case 96:
-      return f(std::integral_constant<int, 96>{});
-    case 128:
-      return f(std::integral_constant<int, 128>{});
-    default:
-      BBB_CHECK(false, "attention on the GPU takes head sizes 64, 96 and 128, not ", d);
-  }
+  BBB_ASSERT(has_hopper_head_size(d));
+  if (d == 64)
+    f(std::integral_constant<int, 64>{});
+  else if (d == 96)
+    f(std::integral_constant<int, 96>{});
+  else
+    f(std::integral_constant<int, 128>{});
 }
+
+// Calls f with the smallest compiled size that holds d as a constant: of the generic kernels.
+template <typename F>
+void with_padded_head_size(int64_t d, F f) {
+  BBB_ASSERT(has_head_size(d));
+  if (d > 128 && d <= 192)
+    f(std::integral_constant<int, 192>{});
+  else if (d > 192)
+    f(std::integral_constant<int, 256>{});
+  else
+    with_head_size(d <= 64 ? 64 : d <= 96 ? 96 : 128, f);
+}
+
+#ifdef __CUDACC__
+// 1 / sqrt(d), by which scores are scaled.
+__device__ inline float score_scale(int d) { return 1.0f / sqrtf(static_cast<float>(d)); }
+#endif
 
 }  // namespace bbb::cuda

@@ -9,14 +9,18 @@
 // the angles of cuda/rope.cu, whose sines and cosines a kernel writes to a table first.
 //
 // Shapes: q, o, dout, dq (B, T, H, d); k, v, dk, dv (B, T, K, d); lse, delta F32 (B, H, T).
-// On Hopper: attention_hopper_backward.cu. Elsewhere scores are computed twice, once for dq and
-// once for dk and dv: seven products instead of five, in exchange for no partial dq in memory. Both
-// passes are one kernel seen from two sides. A block owns 128 rows x of one side and keeps both of
-// their tensors (x1, x2) in registers as fragments; rows y of the other side stream through shared
-// memory in tiles of 64:
+// On Hopper, for the head sizes that it has: attention_hopper_backward.cu. Elsewhere scores are
+// computed twice, once for dq and once for dk and dv: seven products instead of five, in exchange
+// for no partial dq in memory. The passes are one kernel seen from several sides. A block owns rows
+// x of one side and holds both of their tensors (x1, x2); rows y of the other side stream through
+// shared memory in tiles:
 //     side      x1  x2    y1  y2    s = x1 y1^T   t = x2 y2^T   sums
 //     Queries   q   dout  k   v     q k^T         dout v^T      dq += ds y1
 //     Keys      k   v     q   dout  k q^T         v dout^T      dk += ds^T y1, dv += p^T y2
+//     OnlyKeys, OnlyValues: Keys with one of its two sums
+// d up to 128: 128 rows x, in registers as fragments; tiles of 64 rows y; Keys, then Queries.
+// Larger d: the sums alone fill the registers. 64 rows x, in shared memory; smaller tiles; OnlyKeys
+// and OnlyValues in place of Keys, which makes eight products.
 // The scores of a warp are C fragments with x down and y across, which rounded to bf16 are the A
 // fragments of the sums: p and ds never leave the registers.
 // Grouped queries: a block of the Keys side walks through the query heads of its kv head. Where
@@ -31,32 +35,37 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int kRows = 128;              // rows x of a block
-static_assert(kTermRows % kRows == 0);  // whole blocks of rotations, too
-constexpr int kTile = 64;               // rows y of a tile
-
 // Rows x of one side of the pass stay, rows y of the other stream past them.
-enum class Side { Keys, Queries };
+enum class Side { Keys, Queries, OnlyKeys, OnlyValues };
 
-// Registers bound the rows of a warp: two blocks of 16 where the head is small, else one.
-template <int D, Side kSide>
+// Registers bound the rows of a warp: two blocks of 16 where the head is small, else one. The 99 KB
+// of sm_86 and sm_89 bound shared memory:
+//     d up to 128   y1 y2 (stage 0)  y1 y2 (stage 1)  terms    x1 x2 pass through the stages first
+//     larger d      x1 x2  y1 y2 (stage 0)  y1 y2 (stage 1)  terms
+// At the end it holds the results, in F32 and one of dx1 and dx2 at a time.
+template <int D>
 struct BackwardShape {
+  static constexpr bool kWide = D > 128;
   static constexpr int kBlocks = D == 64 ? 2 : 1;
-  static constexpr int kWarps = kRows / (16 * kBlocks);
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSub = D == 128 || kBlocks == 2 ? 16 : 32;  // y whose scores a warp holds
-  // Two stages of y1, y2; before the first of them x1, x2, and after the last the results.
-  static constexpr int kTileBytes = 4 * kTile * D * 2;
+  static constexpr int kWarpRows = 16 * kBlocks;
+  static constexpr int kRows = kWide ? 64 : 128;  // rows x of a block
+  static constexpr int kThreads = 32 * (kRows / kWarpRows);
+  static constexpr int kTile = D <= 128 ? 64 : D <= 192 ? 32 : 16;  // rows y of a tile
+  static constexpr int kSub = D == 96 ? 32 : 16;  // y whose scores a warp holds at a time
+  static constexpr int kHeldBytes = kWide ? 2 * kRows * D * 2 : 0;
+  static constexpr int kTileBytes = kHeldBytes + 4 * kTile * D * 2;
   static constexpr int64_t kSmemBytes = kTileBytes + 4 * kTile * sizeof(float);
+  static_assert(kTermRows % kRows == 0);                   // whole blocks of rotations, too
+  static_assert(kRows * D * sizeof(float) <= kTileBytes);  // of the results
+  static_assert(kWide || 2 * kRows * D * 2 <= kTileBytes);
 };
 
 // lse2 = lse log2(e), delta = sum over d of dout o, padded to t_pad rows: infinity and 0 there.
-// A row of D values per D / 8 lanes, 16 bytes a lane.
-template <int D>
+// A row per 16 lanes, 16 bytes a lane at a time.
 __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restrict__ delta,
                                        const float* __restrict__ lse, const bf16* __restrict__ dout,
                                        const bf16* __restrict__ o, int rows, int t, int t_pad,
-                                       int heads) {
+                                       int heads, int d) {
   const int lane = threadIdx.x % 16;
   const int row = blockIdx.x * (blockDim.x / 16) + threadIdx.x / 16;  // (b, padded t, h)
   const int h = row % heads;
@@ -64,13 +73,15 @@ __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restri
   const int b = row / heads / t_pad;
   const bool inside = row < rows && position < t;
   float sum = 0.0f;
-  if (inside && lane < D / 8) {
-    const int64_t offset = ((int64_t{b} * t + position) * heads + h) * D + lane * 8;
-    float left[8], right[8];
-    load(left, dout + offset, 8);
-    load(right, o + offset, 8);
+  if (inside) {
+    const int64_t offset = ((int64_t{b} * t + position) * heads + h) * d;
+    for (int column = lane * 8; column < d; column += 16 * 8) {
+      float left[8], right[8];
+      load(left, dout + offset + column, 8);
+      load(right, o + offset + column, 8);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += left[i] * right[i];
+      for (int i = 0; i < 8; ++i) sum += left[i] * right[i];
+    }
   }
 #pragma unroll
   for (int distance = 8; distance > 0; distance /= 2)
@@ -89,15 +100,60 @@ __global__ void rotations_kernel(float2* __restrict__ rotations, const float* __
   if (i < count) rotations[i] = rotation(i / half, inv_freq[i % half], -1.0f);
 }
 
+// A warp's results of one gradient on their way out: 16 kBlocks rows of `x`, times scale, turned
+// back where `rotations`, those of the first row, is given, go to `target` as F32 where it is
+// float, else rounded to bf16. Rows from `rows` on are left out. They pass through the warp's own
+// kWarpRows x D floats of shared memory, since a pair's two columns may belong to two lanes; groups
+// of 8 columns are xor-ed with bits of the row, so that the four rows of a store's half warp meet
+// distinct banks. d is a multiple of 8, so that groups of 4 columns have their pairs in one.
+template <int D, typename T>
+__device__ void write_rows(T* target, int64_t stride, int rows, int d, float* smem,
+                           const float (&x)[BackwardShape<D>::kBlocks][D / 8][4], float scale,
+                           const float2* rotations, int lane) {
+  using Shape = BackwardShape<D>;
+  const auto at = [smem](int row, int column) {
+    return smem + row * D + (((column / 8) ^ (row & 3)) * 8 + column % 8);
+  };
+#pragma unroll
+  for (int m = 0; m < Shape::kBlocks; ++m)
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(at(m * 16 + lane / 4 + 8 * half, n * 8 + lane % 4 * 2)) =
+            make_float2(x[m][n][2 * half] * scale, x[m][n][2 * half + 1] * scale);
+  __syncwarp();
+  const int half_d = d / 2, quads = d / 8;  // quads of pairs, in a row
+  for (int item = lane; item < Shape::kWarpRows * quads; item += 32) {
+    const int row = item / quads;
+    if (row >= rows) break;
+    const int column = item % quads * 4;
+    float low[4], high[4];
+    load(low, at(row, column), 4);
+    load(high, at(row, column + half_d), 4);
+    if (rotations != nullptr) {
+      const float2* const r = rotations + row * half_d + column;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) turn(low[i], high[i], r[i]);
+    }
+    store(target + row * stride + column, low, 4);
+    store(target + row * stride + column + half_d, high, 4);
+  }
+  __syncwarp();
+}
+
 template <int D, Side kSide>
-__global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
+__global__ __launch_bounds__(BackwardShape<D>::kThreads,
                              D == 64 ? 2
                                      : 1) void attention_backward_kernel(const BackwardArgs args,
                                                                          const BlockOrder order) {
-  using Config = BackwardShape<D, kSide>;
+  using Config = BackwardShape<D>;
   constexpr int kBlocks = Config::kBlocks, kThreads = Config::kThreads, kSub = Config::kSub;
-  constexpr int kWarpRows = 16 * kBlocks;
-  constexpr bool kKeys = kSide == Side::Keys;
+  constexpr int kWarpRows = Config::kWarpRows, kRows = Config::kRows, kTile = Config::kTile;
+  constexpr bool kWide = Config::kWide;
+  constexpr bool kKeys = kSide != Side::Queries;
+  constexpr bool kFirst = kSide != Side::OnlyValues;                          // sums dx1
+  constexpr bool kSecond = kSide == Side::Keys || kSide == Side::OnlyValues;  // sums dx2
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int g = lane / 4;
@@ -113,31 +169,32 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   const int group = args.heads / args.kv_heads;
   const int kv_head = head0 / group;
 
-  // Head h of n, row r: ((b T + r) n + h) D.
+  // Head h of n, row r: ((b T + r) n + h) d.
+  const int d = args.d;
   const int x_heads = kKeys ? args.kv_heads : args.heads;
   const int y_heads = kKeys ? args.heads : args.kv_heads;
   const int x_head = kKeys ? kv_head : head0;
   const int y_head0 = kKeys ? head0 : kv_head;
-  const int64_t x_stride = int64_t{x_heads} * D;
-  const int64_t x_offset = int64_t{b} * args.t * x_stride + x_head * D;
+  const int64_t x_stride = int64_t{x_heads} * d;
+  const int64_t x_offset = int64_t{b} * args.t * x_stride + x_head * d;
 
   unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   float* row_terms =
       reinterpret_cast<float*>(smem + Config::kTileBytes);  // (stage, lse2 | delta, y)
   const uint32_t base = shared_address(smem);
   const auto y_tile = [&](int stage, int which) {
-    return SmemTile<D>{base + (2 * stage + which) * kTile * D * 2};
+    return SmemTile<D>{base + Config::kHeldBytes + (2 * stage + which) * kTile * D * 2};
   };
   const auto load_rows = [&](int head, int tile, int stage) {
     const int y0 = recomputed(tile * kTile);
     const int thread = recomputed(threadIdx.x);
     const int batch = recomputed(b);
-    const int64_t y_stride = int64_t{y_heads} * D;
-    const int64_t y_offset = int64_t{batch} * args.t * y_stride + (y_head0 + head) * D;
+    const int64_t y_stride = int64_t{y_heads} * d;
+    const int64_t y_offset = int64_t{batch} * args.t * y_stride + (y_head0 + head) * d;
     load_tile_async<D, kTile, kThreads>(y_tile(stage, 0), (kKeys ? args.q : args.k) + y_offset,
-                                        y_stride, y0, args.t, thread);
+                                        y_stride, y0, args.t, d, thread);
     load_tile_async<D, kTile, kThreads>(y_tile(stage, 1), (kKeys ? args.dout : args.v) + y_offset,
-                                        y_stride, y0, args.t, thread);
+                                        y_stride, y0, args.t, d, thread);
     if (kKeys && thread < 2 * kTile) {
       const float* from = (thread < kTile ? args.lse2 : args.delta) +
                           (int64_t{batch} * args.heads + head0 + head) * args.t_pad + y0 +
@@ -147,16 +204,17 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     cp_async_commit();
   };
 
-  // x1 and x2 pass through the memory of the stages into registers.
-  uint32_t x1[kBlocks][D / 16][4], x2[kBlocks][D / 16][4];
+  uint32_t x1[kBlocks][kWide ? 1 : D / 16][4], x2[kBlocks][kWide ? 1 : D / 16][4];
   const int warp_row = warp * kWarpRows;
+  const SmemTile<D> x1_tile{base}, x2_tile{base + kRows * D * 2};
   {
-    const SmemTile<D> x1_tile{base}, x2_tile{base + kRows * D * 2};
     load_tile_async<D, kRows, kThreads>(x1_tile, (kKeys ? args.k : args.q) + x_offset, x_stride, x0,
-                                        args.t, threadIdx.x);
+                                        args.t, d, threadIdx.x);
     load_tile_async<D, kRows, kThreads>(x2_tile, (kKeys ? args.v : args.dout) + x_offset, x_stride,
-                                        x0, args.t, threadIdx.x);
+                                        x0, args.t, d, threadIdx.x);
     cp_async_commit();
+  }
+  if constexpr (!kWide) {
     cp_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -177,7 +235,7 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
   const int tiles = y_last / kTile + 1 - first_tile;
   const int steps = tiles * (kKeys ? args.heads_per_item : 1);
 
-  const float scale = rsqrtf(static_cast<float>(D));
+  const float scale = score_scale(d);
   const float scale_log2 = scale * kLog2E;
   float x_lse2[kBlocks][2], x_delta[kBlocks][2];  // Queries: of this lane's rows
   if constexpr (!kKeys) {
@@ -192,8 +250,8 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
       }
   }
 
-  float dx1[kBlocks][D / 8][4] = {};
-  float dx2[kKeys ? kBlocks : 1][D / 8][4] = {};
+  float dx1[kFirst ? kBlocks : 1][D / 8][4] = {};
+  float dx2[kSecond ? kBlocks : 1][D / 8][4] = {};
   const int warp_x0 = x0 + warp_row;
   const int warp_x1 = warp_x0 + kWarpRows - 1;
 
@@ -223,23 +281,36 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
 
       float s[kBlocks][kSub / 8][4] = {}, ds[kBlocks][kSub / 8][4] = {};
 #pragma unroll
-      for (int kk = 0; kk < D / 16; ++kk)
+      for (int kk = 0; kk < D / 16; ++kk) {
+        constexpr bool kSecondScores = kFirst;  // dx2 = p^T y2 needs no ds
+        const int at = kWide ? 0 : kk;
+        if constexpr (kWide) {
+#pragma unroll
+          for (int m = 0; m < kBlocks; ++m) {
+            load_a(x1[m][0], x1_tile, warp_row + m * 16, kk * 16, lane);
+            if constexpr (kSecondScores)
+              load_a(x2[m][0], x2_tile, warp_row + m * 16, kk * 16, lane);
+          }
+        }
 #pragma unroll
         for (int n = 0; n < kSub / 16; ++n) {
           uint32_t rows[4];
           load_b(rows, y1_tile, sub + n * 16, kk * 16, lane);
 #pragma unroll
           for (int m = 0; m < kBlocks; ++m) {
-            mma_bf16(s[m][2 * n], x1[m][kk], rows[0], rows[1]);
-            mma_bf16(s[m][2 * n + 1], x1[m][kk], rows[2], rows[3]);
+            mma_bf16(s[m][2 * n], x1[m][at], rows[0], rows[1]);
+            mma_bf16(s[m][2 * n + 1], x1[m][at], rows[2], rows[3]);
           }
-          load_b(rows, y2_tile, sub + n * 16, kk * 16, lane);
+          if constexpr (kSecondScores) {
+            load_b(rows, y2_tile, sub + n * 16, kk * 16, lane);
 #pragma unroll
-          for (int m = 0; m < kBlocks; ++m) {
-            mma_bf16(ds[m][2 * n], x2[m][kk], rows[0], rows[1]);
-            mma_bf16(ds[m][2 * n + 1], x2[m][kk], rows[2], rows[3]);
+            for (int m = 0; m < kBlocks; ++m) {
+              mma_bf16(ds[m][2 * n], x2[m][at], rows[0], rows[1]);
+              mma_bf16(ds[m][2 * n + 1], x2[m][at], rows[2], rows[3]);
+            }
           }
         }
+      }
 
       // s becomes p, and ds, until now dp, becomes ds.
       const bool masked = least < 0 || greatest >= args.window;
@@ -276,19 +347,21 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
         uint32_t p_a[kBlocks][4], ds_a[kBlocks][4];
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          if constexpr (kKeys) pack_a(p_a[m], s[m][2 * kk], s[m][2 * kk + 1]);
-          pack_a(ds_a[m], ds[m][2 * kk], ds[m][2 * kk + 1]);
+          if constexpr (kSecond) pack_a(p_a[m], s[m][2 * kk], s[m][2 * kk + 1]);
+          if constexpr (kFirst) pack_a(ds_a[m], ds[m][2 * kk], ds[m][2 * kk + 1]);
         }
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
           uint32_t rows[4];
-          load_b_rows(rows, y1_tile, sub + kk * 16, n * 16, lane);
+          if constexpr (kFirst) {
+            load_b_rows(rows, y1_tile, sub + kk * 16, n * 16, lane);
 #pragma unroll
-          for (int m = 0; m < kBlocks; ++m) {
-            mma_bf16(dx1[m][2 * n], ds_a[m], rows[0], rows[1]);
-            mma_bf16(dx1[m][2 * n + 1], ds_a[m], rows[2], rows[3]);
+            for (int m = 0; m < kBlocks; ++m) {
+              mma_bf16(dx1[m][2 * n], ds_a[m], rows[0], rows[1]);
+              mma_bf16(dx1[m][2 * n + 1], ds_a[m], rows[2], rows[3]);
+            }
           }
-          if constexpr (kKeys) {
+          if constexpr (kSecond) {
             load_b_rows(rows, y2_tile, sub + kk * 16, n * 16, lane);
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m) {
@@ -301,49 +374,27 @@ __global__ __launch_bounds__(BackwardShape<D, kSide>::kThreads,
     }
   }
 
-  if (args.rotations != nullptr) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m)
-      turn_accumulator<D>(dx1[m], args.rotations, warp_x0 + m * 16 + g, 8, pair);
-  }
-
-  if (kKeys && args.partial != nullptr) {
-    const int64_t size = int64_t{order.heads} / head_sets * args.t * x_stride;
-    float* target = args.partial + head0 % group * 2 * size + x_offset;
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int x = warp_x0 + m * 16 + g + 8 * half;
-        if (x >= args.t) continue;
-        float* row = target + x * x_stride + pair;
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-          *reinterpret_cast<float2*>(row + n * 8) =
-              make_float2(dx1[m][n][2 * half] * scale, dx1[m][n][2 * half + 1] * scale);
-          if constexpr (kKeys)
-            *reinterpret_cast<float2*>(row + size + n * 8) =
-                make_float2(dx2[m][n][2 * half], dx2[m][n][2 * half + 1]);
-        }
-      }
-    return;
-  }
-
   // Every warp has left the last stage: its memory holds the results on their way out.
   __syncthreads();
-  const float scales[2] = {scale, scale}, ones[2] = {1.0f, 1.0f};
-  unsigned char* dx2_smem = smem + kRows * D * 2;
-#pragma unroll
-  for (int m = 0; m < kBlocks; ++m) {
-    store_accumulator<D>(smem, dx1[m], scales, warp_row + m * 16, lane);
-    if constexpr (kKeys) store_accumulator<D>(dx2_smem, dx2[m], ones, warp_row + m * 16, lane);
+  const int rows = args.t - warp_x0;
+  float* const warp_smem = reinterpret_cast<float*>(smem) + warp_row * D;
+  const auto write = [&](auto* first, auto* second) {
+    const int64_t offset = x_offset + warp_x0 * x_stride;
+    if constexpr (kFirst) {
+      const float2* const rotations =
+          args.rotations == nullptr ? nullptr : args.rotations + int64_t{warp_x0} * (d / 2);
+      write_rows<D>(first + offset, x_stride, rows, d, warp_smem, dx1, scale, rotations, lane);
+    }
+    if constexpr (kSecond)
+      write_rows<D>(second + offset, x_stride, rows, d, warp_smem, dx2, 1.0f, nullptr, lane);
+  };
+  if (kKeys && args.partial != nullptr) {
+    const int64_t size = int64_t{order.heads} / head_sets * args.t * x_stride;
+    float* const target = args.partial + head0 % group * 2 * size;
+    write(target, target + size);
+  } else {
+    write(kKeys ? args.dk : args.dq, args.dv);
   }
-  __syncwarp();
-  store_tile<D, kWarpRows>((kKeys ? args.dk : args.dq) + x_offset, x_stride, warp_x0, args.t, smem,
-                           warp_row, lane);
-  if constexpr (kKeys)
-    store_tile<D, kWarpRows>(args.dv + x_offset, x_stride, warp_x0, args.t, dx2_smem, warp_row,
-                             lane);
 }
 
 // dk and dv = the sum over `count` query heads, in their order, of partial (count, 2, size).
@@ -370,24 +421,29 @@ struct BackwardPlan {
   int64_t terms_bytes;  // lse2, and delta
   int64_t partial_bytes;
   int64_t rotations;  // pairs; none without rotary positions
+  bool hopper;
   int64_t hopper_bytes;
 
-  BackwardPlan(const Shape& q, const Shape& k, const AttentionSpec& spec, bool rotary, bool hopper,
-               int sms) {
+  BackwardPlan(const Shape& q, const Shape& k, const AttentionSpec& spec, bool rotary,
+               bool warpgroup_products, int sms) {
     sizes.batch = checked_int(q[0]);
     sizes.t = checked_int(q[1]);
     sizes.heads = checked_int(q[2]);
     sizes.kv_heads = checked_int(k[2]);
+    sizes.d = checked_int(q[3]);
     sizes.t_pad = ceil_div(sizes.t, kTermRows) * kTermRows;
     const int group = sizes.heads / sizes.kv_heads;
     // Two waves of blocks are enough to even out their lengths.
-    split = group > 1 && int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kRows) < 2 * sms;
+    constexpr int kSplitRows = 128;
+    split = group > 1 &&
+            int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kSplitRows) < 2 * sms;
     sizes.heads_per_item = split ? 1 : group;
     sizes.window = window_of(spec.window);
     sizes.ds_bytes = spec.ds_bytes;
     terms_bytes = int64_t{sizes.batch} * sizes.heads * sizes.t_pad * int64_t{sizeof(float)};
     partial_bytes = split ? group * 2 * engine::numel_of(k) * int64_t{sizeof(float)} : 0;
     rotations = rotary ? sizes.t_pad * q[3] / 2 : 0;
+    hopper = warpgroup_products && has_hopper_head_size(sizes.d);
     hopper_bytes = hopper ? attention_backward_hopper_bytes(sizes, sms) : 0;
   }
   int64_t bytes() const {
@@ -411,8 +467,8 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   if (q.numel() == 0) return;
   BBB_ASSERT(aligned(dq, dk, dv, dout, q, k, v, o));
   const int sms = properties_.multiProcessorCount;
-  const bool hopper = has_warpgroup_products();
-  const BackwardPlan plan(q.shape(), k.shape(), spec, inv_freq.defined(), hopper, sms);
+  const BackwardPlan plan(q.shape(), k.shape(), spec, inv_freq.defined(), has_warpgroup_products(),
+                          sms);
   const Tensor lse2 = scratch(plan.terms_bytes), delta = scratch(plan.terms_bytes);
   const Tensor rotations =
       plan.rotations > 0 ? scratch(plan.rotations * int64_t{sizeof(float2)}) : Tensor();
@@ -435,40 +491,42 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
            rotations_kernel, static_cast<float2*>(rotations.raw()), inv_freq.data<float>(),
            plan.rotations, inv_freq.numel());
   }
-  const auto run_side = [&](auto size, auto side) {
-    constexpr int D = size;
-    constexpr Side kSide = side;
-    using Config = BackwardShape<D, kSide>;
-    const int heads_per_item = kSide == Side::Keys ? args.heads_per_item : 1;
-    const BlockOrder order(ceil_div(args.t, kRows), args.batch * args.heads / heads_per_item,
-                           args.t * heads_per_item, D);
-    launch(stream_, {order.blocks(), Config::kThreads, Config::kSmemBytes},
-           attention_backward_kernel<D, kSide>, args, order);
-  };
-  with_head_size(q.dim(3), [&](auto size) {
-    constexpr int D = size;
-    constexpr int kTermThreads = 256;
-    const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);
-    launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
-           attention_terms_kernel<D>, static_cast<float*>(lse2.raw()),
-           static_cast<float*>(delta.raw()), lse.data<float>(), args.dout, bf16_of(o), rows, args.t,
-           args.t_pad, args.heads);
+  constexpr int kTermThreads = 256;
+  const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);
+  launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
+         attention_terms_kernel, static_cast<float*>(lse2.raw()), static_cast<float*>(delta.raw()),
+         lse.data<float>(), args.dout, bf16_of(o), rows, args.t, args.t_pad, args.heads, args.d);
 
-    if (hopper) {
-      const Tensor work = scratch(plan.hopper_bytes);
-      attention_backward_hopper(stream_, args, D, sms, work.raw());
-    } else {
-      run_side(size, std::integral_constant<Side, Side::Keys>());
-      run_side(size, std::integral_constant<Side, Side::Queries>());
-    }
-    if (plan.split) {
-      constexpr unsigned kSumThreads = 256;
-      const int64_t quads = k.numel() / 2;  // of dk and dv together
-      launch(stream_, {static_cast<unsigned>((quads + kSumThreads - 1) / kSumThreads), kSumThreads},
-             sum_heads_kernel, args.dk, args.dv, args.partial, k.numel(),
-             args.heads / args.kv_heads);
-    }
-  });
+  if (plan.hopper) {
+    const Tensor work = scratch(plan.hopper_bytes);
+    attention_backward_hopper(stream_, args, args.d, sms, work.raw());
+  } else {
+    with_padded_head_size(args.d, [&](auto size) {
+      constexpr int D = size;
+      using Config = BackwardShape<D>;
+      const auto run_side = [&]<Side kSide>() {
+        const int heads_per_item = kSide == Side::Queries ? 1 : args.heads_per_item;
+        const BlockOrder order(ceil_div(args.t, Config::kRows),
+                               args.batch * args.heads / heads_per_item, args.t * heads_per_item,
+                               args.d);
+        launch(stream_, {order.blocks(), Config::kThreads, Config::kSmemBytes},
+               attention_backward_kernel<D, kSide>, args, order);
+      };
+      if constexpr (Config::kWide) {
+        run_side.template operator()<Side::OnlyKeys>();
+        run_side.template operator()<Side::OnlyValues>();
+      } else {
+        run_side.template operator()<Side::Keys>();
+      }
+      run_side.template operator()<Side::Queries>();
+    });
+  }
+  if (plan.split) {
+    constexpr unsigned kSumThreads = 256;
+    const int64_t quads = k.numel() / 2;  // of dk and dv together
+    launch(stream_, {static_cast<unsigned>((quads + kSumThreads - 1) / kSumThreads), kSumThreads},
+           sum_heads_kernel, args.dk, args.dv, args.partial, k.numel(), args.heads / args.kv_heads);
+  }
 }
 
 }  // namespace bbb::cuda

@@ -3,13 +3,13 @@
 // Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 on the device, so that a captured
 // graph serves every position: nothing on the host depends on it.
 // Several queries (prefill): the forward kernel with its queries at start. One query (decode): the
-// cache is cut into splits of 128 keys, as many as Tmax holds; blocks outside the visible keys
-// return at once. A block takes one split for up to 16 query heads of one kv head, which are the
-// rows of its mma fragments; each of its 4 warps takes 32 keys, all of whose loads it issues before
-// it waits. Blocks leave (max, sum, unnormalized o) in F32; a second kernel combines the splits in
-// a fixed order. Positions that the cache does not have are neither written nor read: the backend
-// throws when the host next waits for the device (CacheFault).
-// Bytes: the visible keys and values once.
+// cache is cut into splits of 128 keys, or 64 where d is over 128, as many as Tmax holds; blocks
+// outside the visible keys return at once. A block takes one split for up to 16 query heads of one
+// kv head, which are the rows of its mma fragments; each of its 4 warps takes a quarter of the
+// keys, all of whose loads it issues before it waits. Blocks leave (max, sum, unnormalized o) in
+// F32; a second kernel combines the splits in a fixed order. Positions that the cache does not have
+// are neither written nor read: the backend throws when the host next waits for the device
+// (CacheFault). Bytes: the visible keys and values once.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
@@ -19,10 +19,13 @@ namespace bbb::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kWarpKeys = 32;
-constexpr int kSplitKeys = kWarps * kWarpKeys;
-constexpr int kQueryRows = 16;     // query heads of a block
-constexpr int kCombineGroups = 8;  // of splits, merged side by side
+constexpr int kQueryRows = 16;  // query heads of a block
+
+constexpr int warp_keys(int64_t d) { return d <= 128 ? 32 : 16; }
+constexpr int split_keys(int64_t d) { return kWarps * warp_keys(d); }
+constexpr int combine_groups(int64_t d) {
+  return d <= 128 ? 8 : 4;
+}  // of splits, merged side by side
 
 struct DecodeArgs {
   float* partial_o;      // (B, H, splits, d)
@@ -30,7 +33,7 @@ struct DecodeArgs {
   const bf16 *q, *k, *v;
   const int* start;
   CacheFault* fault;
-  int t_max, heads, kv_heads, splits, window;
+  int t_max, heads, kv_heads, d, splits, window;
 };
 
 // Whether the cache has positions start .. start + t - 1.
@@ -44,11 +47,15 @@ __global__ void check_positions_kernel(CacheFault* fault, const int* __restrict_
 }
 
 template <int D>
-constexpr int64_t kDecodeSmemBytes = 2 * kSplitKeys* D * 2 + kWarps* kQueryRows * sizeof(float2);
+constexpr int64_t kDecodeSmemBytes = 2 * split_keys(D) * D * 2 + kWarps* kQueryRows *
+                                                                     sizeof(float2);
 
 // grid (splits, K * ceil(H / K / 16), B)
 template <int D>
 __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const DecodeArgs args) {
+  constexpr int kWarpKeys = warp_keys(D), kSplitKeys = split_keys(D);
+  // Of shared memory, a warp's part: its keys and its values, later its results.
+  constexpr int kWarpBytes = 2 * kWarpKeys * D * 2;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int g = lane / 4;
@@ -67,17 +74,18 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   const int row0 = blockIdx.y % row_blocks * kQueryRows;
   const int rows = min(kQueryRows, group - row0);
   const int64_t head0 = int64_t{b} * args.heads + kv_head * group + row0;
-  const int64_t kv_stride = int64_t{args.kv_heads} * D;
-  const int64_t kv_offset = int64_t{b} * args.t_max * kv_stride + kv_head * D;
+  const int d = args.d;
+  const int64_t kv_stride = int64_t{args.kv_heads} * d;
+  const int64_t kv_offset = int64_t{b} * args.t_max * kv_stride + kv_head * d;
 
   unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
-  unsigned char* warp_smem = smem + warp * kWarpKeys * D * 2;
+  unsigned char* warp_smem = smem + warp * kWarpBytes;
   const SmemTile<D> k_tile{shared_address(warp_smem)};
-  const SmemTile<D> v_tile{k_tile.base + kSplitKeys * D * 2};
+  const SmemTile<D> v_tile{k_tile.base + kWarpBytes / 2};
   const int key0 = split * kSplitKeys + warp * kWarpKeys;
-  load_tile_async<D, kWarpKeys, 32>(k_tile, args.k + kv_offset, kv_stride, key0, length, lane);
+  load_tile_async<D, kWarpKeys, 32>(k_tile, args.k + kv_offset, kv_stride, key0, length, d, lane);
   cp_async_commit();
-  load_tile_async<D, kWarpKeys, 32>(v_tile, args.v + kv_offset, kv_stride, key0, length, lane);
+  load_tile_async<D, kWarpKeys, 32>(v_tile, args.v + kv_offset, kv_stride, key0, length, d, lane);
   cp_async_commit();
 
   // Query fragments straight from memory: rows g and g + 8, columns 2t and 2t + 8 of each 16.
@@ -88,8 +96,9 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
     for (int i = 0; i < 4; ++i) {
       const int row = g + i % 2 * 8;
       const int column = kk * 16 + pair + i / 2 * 8;
-      queries[kk][i] =
-          row < rows ? *reinterpret_cast<const uint32_t*>(args.q + (head0 + row) * D + column) : 0u;
+      queries[kk][i] = row < rows && column < d
+                           ? *reinterpret_cast<const uint32_t*>(args.q + (head0 + row) * d + column)
+                           : 0u;
     }
 
   cp_async_wait<1>();
@@ -105,7 +114,7 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
       mma_bf16(s[2 * n + 1], queries[kk], keys[2], keys[3]);
     }
 
-  const float scale_log2 = rsqrtf(static_cast<float>(D)) * kLog2E;
+  const float scale_log2 = score_scale(d) * kLog2E;
   float row_max[2], row_sum[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -148,10 +157,12 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
     }
   }
 
-  // The warps' results meet in shared memory: 16 x D floats lie where the warp's keys were.
-  static_assert(kQueryRows * sizeof(float) == kWarpKeys * sizeof(bf16));
+  // The warps' results meet in shared memory: 16 x D floats lie where the warp's keys and values
+  // were, which all its lanes have read.
+  static_assert(kQueryRows * D * sizeof(float) <= kWarpBytes);
+  __syncwarp();
   float* warp_o = reinterpret_cast<float*>(warp_smem);
-  float2* stats = reinterpret_cast<float2*>(smem + 2 * kSplitKeys * D * 2);  // (warp, row)
+  float2* stats = reinterpret_cast<float2*>(smem + kWarps * kWarpBytes);  // (warp, row)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
@@ -164,6 +175,8 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   __syncthreads();
   for (int i = threadIdx.x; i < rows * D; i += 32 * kWarps) {
     const int row = i / D;
+    const int column = i % D;
+    if (column >= d) continue;
     float maximum = -INFINITY;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, stats[w * kQueryRows + row].x);
@@ -173,33 +186,34 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
       const float2 stat = stats[w * kQueryRows + row];
       const float weight = exp2_approx((stat.x - maximum) * scale_log2);
       sum += weight * stat.y;
-      value += weight * reinterpret_cast<const float*>(smem)[w * kQueryRows * D + i];
+      value += weight * reinterpret_cast<const float*>(smem + w * kWarpBytes)[i];
     }
     const int64_t at = (head0 + row) * args.splits + split;
-    args.partial_o[at * D + i % D] = value;
-    if (i % D == 0) args.partial_stat[at] = make_float2(maximum, sum);
+    args.partial_o[at * d + column] = value;
+    if (column == 0) args.partial_stat[at] = make_float2(maximum, sum);
   }
 }
 
-// o = sum over splits of weight * o / sum over splits of weight * sum.   block (D, kCombineGroups)
-template <int D>
+// o = sum over splits of weight * o / sum over splits of weight * sum.   block (d, kGroups)
+template <int kGroups, int kSplitKeys>
 __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs args) {
-  float* group_o = reinterpret_cast<float*>(dynamic_smem());                     // (groups, D)
-  float2* group_stat = reinterpret_cast<float2*>(group_o + kCombineGroups * D);  // (groups)
-  const int64_t head = blockIdx.x;                                               // (b, h)
+  const int d = args.d;
+  float* group_o = reinterpret_cast<float*>(dynamic_smem());              // (groups, d)
+  float2* group_stat = reinterpret_cast<float2*>(group_o + kGroups * d);  // (groups)
+  const int64_t head = blockIdx.x;                                        // (b, h)
   const int column = threadIdx.x;
   const int group = threadIdx.y;
   const int length = min(*args.start + 1, args.t_max);
   const int first = max(0, length - args.window) / kSplitKeys;
   const int end = (length - 1) / kSplitKeys + 1;
-  const float scale_log2 = rsqrtf(static_cast<float>(D)) * kLog2E;
+  const float scale_log2 = score_scale(d) * kLog2E;
 
   float maximum = -INFINITY, sum = 0.0f, value = 0.0f;
 #pragma unroll 4
-  for (int split = first + group; split < end; split += kCombineGroups) {
+  for (int split = first + group; split < end; split += kGroups) {
     const int64_t at = head * args.splits + split;
     const float2 stat = args.partial_stat[at];
-    const float part = args.partial_o[at * D + column];
+    const float part = args.partial_o[at * d + column];
     const float larger = fmaxf(maximum, stat.x);
     const float old_weight = exp2_approx((maximum - larger) * scale_log2);
     const float weight = exp2_approx((stat.x - larger) * scale_log2);
@@ -207,20 +221,19 @@ __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs 
     value = value * old_weight + part * weight;
     maximum = larger;
   }
-  group_o[group * D + column] = value;
+  group_o[group * d + column] = value;
   if (column == 0) group_stat[group] = make_float2(maximum, sum);
   __syncthreads();
   if (group > 0) return;
-  for (int other = 1; other < kCombineGroups; ++other)
-    maximum = fmaxf(maximum, group_stat[other].x);
+  for (int other = 1; other < kGroups; ++other) maximum = fmaxf(maximum, group_stat[other].x);
   sum = value = 0.0f;
-  for (int other = 0; other < kCombineGroups; ++other) {
+  for (int other = 0; other < kGroups; ++other) {
     const float2 stat = group_stat[other];
     const float weight = exp2_approx((stat.x - maximum) * scale_log2);
     sum += weight * stat.y;
-    value += weight * group_o[other * D + column];
+    value += weight * group_o[other * d + column];
   }
-  o[head * D + column] = __float2bfloat16(value / sum);
+  o[head * d + column] = __float2bfloat16(value / sum);
 }
 
 // A thread copies 16 bytes of k and of v.
@@ -245,7 +258,7 @@ __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict_
 
 void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                const Tensor& v, const Tensor& start) {
-  constexpr int kThreads = 256, kChunk = 8;
+  constexpr int kThreads = 256;
   BBB_ASSERT(aligned(k_cache, v_cache, k, v));
   const int row_values = checked_int(k.dim(2) * k.dim(3));
   BBB_CHECK(row_values % kChunk == 0, "append_kv on the GPU takes rows of a multiple of ", kChunk,
@@ -264,21 +277,20 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
   const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
   const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k_cache.dim(2));
   const int t_max = checked_int(k_cache.dim(1));
-  const int window = window_of(spec.window);
+  const int d = checked_int(q.dim(3)), window = window_of(spec.window);
   BBB_ASSERT(aligned(o, q, k_cache, v_cache));
   if (t > 1) {
     launch(stream_, {1, 1}, check_positions_kernel, cache_fault_.get(), start.data<int32_t>(), t,
            t_max);
     attention_forward(stream_,
                       {bf16_of(o), nullptr, bf16_of(q), bf16_of(k_cache), bf16_of(v_cache),
-                       start.data<int32_t>(), batch, t, t_max, heads, kv_heads, window},
-                      q.dim(3));
+                       start.data<int32_t>(), batch, t, t_max, heads, kv_heads, d, window});
     return;
   }
   if (q.numel() == 0) return;
-  const int splits = ceil_div(t_max, kSplitKeys);
+  const int splits = ceil_div(t_max, split_keys(d));
   const int64_t parts = int64_t{batch} * heads * splits;
-  const Tensor partial_o = scratch(parts * q.dim(3) * int64_t{sizeof(float)});
+  const Tensor partial_o = scratch(parts * d * int64_t{sizeof(float)});
   const Tensor partial_stat = scratch(parts * int64_t{sizeof(float2)});
   const DecodeArgs args{static_cast<float*>(partial_o.raw()),
                         static_cast<float2*>(partial_stat.raw()),
@@ -290,10 +302,12 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
                         t_max,
                         heads,
                         kv_heads,
+                        d,
                         splits,
                         window};
-  with_head_size(q.dim(3), [&](auto size) {
+  with_padded_head_size(d, [&](auto size) {
     constexpr int D = size;
+    constexpr int kGroups = combine_groups(D);
     const unsigned row_blocks =
         static_cast<unsigned>(kv_heads * ceil_div(heads / kv_heads, kQueryRows));
     launch(stream_,
@@ -303,9 +317,9 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
            attention_decode_kernel<D>, args);
     launch(stream_,
            {static_cast<unsigned>(batch * heads),
-            {D, kCombineGroups},
-            kCombineGroups * (D * int64_t{sizeof(float)} + int64_t{sizeof(float2)})},
-           attention_combine_kernel<D>, bf16_of(o), args);
+            {static_cast<unsigned>(d), kGroups},
+            kGroups * (d * int64_t{sizeof(float)} + int64_t{sizeof(float2)})},
+           attention_combine_kernel<kGroups, split_keys(D)>, bf16_of(o), args);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/device_code.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
 #include "cuda/transfers.h"
@@ -128,6 +129,11 @@ CudaBackend::CudaBackend(int device) {
   BBB_CHECK(properties_.major >= kOldestMajor, "GPU ", device, " (", properties_.name, ", sm_",
             properties_.major, properties_.minor, ") is too old: bbb needs sm_80 or newer");
   BBB_CUDA(cudaSetDevice(device));
+  const bool hopper = properties_.major == 9 && properties_.minor == 0;
+  BBB_CHECK(has_device_code(), "this bbb was built for the CUDA architectures ",
+            BBB_CUDA_ARCHITECTURES, " and has no code for GPU ", device, " (", properties_.name,
+            "): build it with -DCMAKE_CUDA_ARCHITECTURES=", properties_.major, properties_.minor,
+            hopper ? "a" : "");
   own_stream_ = make_stream();
   stream_ = own_stream_.get();
   pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);

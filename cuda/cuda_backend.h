@@ -71,6 +71,7 @@ class CudaBackend final : public engine::Backend {
   engine::Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
   void beside(const std::function<void()>& side, const std::function<void()>& main) override;
+  void check_head_size(int64_t d) const override;
   int64_t attention_backward_scratch(const Shape& q, const Shape& k,
                                      const AttentionSpec& spec) const override;
   std::string gemm_library() const override;

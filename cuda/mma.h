@@ -1,9 +1,9 @@
 // Tiles of bf16 in shared memory and the fragments that mma takes from them.
 //
-// A tile is rows of D values, D 64, 96 or 128, in 16-byte chunks. The chunk index is xor-ed with
+// A tile is rows of D values, a multiple of 32, in 16-byte chunks. The chunk index is xor-ed with
 // bits of the row so that the eight rows that one ldmatrix phase reads, the eight chunks of a row
 // that cp.async writes, and the eight rows that a C fragment's store touches fall into distinct
-// banks: rows of 128 and 256 bytes all start at bank 0 and need three bits; rows of 192 bytes
+// banks: rows of a multiple of 128 bytes all start at bank 0 and need three bits; other rows
 // alternate between banks 0 and 16 and need two, taken above the row's lowest.
 #pragma once
 
@@ -14,23 +14,23 @@ namespace bbb::cuda {
 
 template <int D>
 struct SmemTile {
-  static_assert(D == 64 || D == 96 || D == 128);
+  static_assert(D % 32 == 0);
   static constexpr int kChunks = D / 8;
   uint32_t base;  // address in the shared window
 
   __device__ static uint32_t offset_bytes(int row, int chunk) {
-    const int key = D == 96 ? (row >> 1) & 3 : row & 7;
+    const int key = D % 64 == 0 ? row & 7 : (row >> 1) & 3;
     return static_cast<uint32_t>(row * D * 2 + (chunk ^ key) * 16);
   }
   __device__ uint32_t at(int row, int chunk) const { return base + offset_bytes(row, chunk); }
 };
 
 // Rows row0 .. row0 + kRows - 1 of a matrix whose rows lie `stride` values apart, the first at
-// `source`; rows from `rows` on become zeros. All kThreads threads of the block take part; the
-// caller commits.
+// `source`; rows from `rows` on, and columns from d, a multiple of 8, become zeros. All kThreads
+// threads of the block take part; the caller commits.
 template <int D, int kRows, int kThreads>
 __device__ inline void load_tile_async(SmemTile<D> tile, const __nv_bfloat16* source,
-                                       int64_t stride, int row0, int rows, int thread) {
+                                       int64_t stride, int row0, int rows, int d, int thread) {
   constexpr int kChunks = D / 8;
   static_assert(kRows * kChunks % kThreads == 0);
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ inline void load_tile_async(SmemTile<D> tile, const __nv_bfloat16* so
     const int item = thread + i * kThreads;
     const int row = item / kChunks;
     const int chunk = item % kChunks;
-    const bool valid = row0 + row < rows;
+    const bool valid = row0 + row < rows && chunk * 8 < d;
     const __nv_bfloat16* from = source + (valid ? (row0 + row) * stride + chunk * 8 : 0);
     cp_async_16(tile.at(row, chunk), from, valid);
   }
@@ -88,16 +88,16 @@ __device__ inline void store_accumulator(unsigned char* smem, const float (&c)[D
 }
 
 // One warp copies kRows rows of a tile, from tile row row0, to rows global_row0 .. of a matrix;
-// rows from `rows` on are left out.
+// rows from `rows` on and columns from d, a multiple of 8, are left out.
 template <int D, int kRows>
 __device__ inline void store_tile(__nv_bfloat16* target, int64_t stride, int global_row0, int rows,
-                                  const unsigned char* smem, int row0, int lane) {
+                                  int d, const unsigned char* smem, int row0, int lane) {
   constexpr int kChunks = D / 8;
 #pragma unroll 4
   for (int item = lane; item < kRows * kChunks; item += 32) {
     const int row = item / kChunks;
     const int chunk = item % kChunks;
-    if (global_row0 + row < rows)
+    if (global_row0 + row < rows && chunk * 8 < d)
       *reinterpret_cast<uint4*>(target + (global_row0 + row) * stride + chunk * 8) =
           *reinterpret_cast<const uint4*>(smem + SmemTile<D>::offset_bytes(row0 + row, chunk));
   }

@@ -1,11 +1,11 @@
-// What a build without nvcc has in place of the CUDA backend.
+// What a build without nvcc, or with one that is too old, has in place of the CUDA backend.
 #ifndef BBB_HAS_CUDA
 #include "engine/backend.h"
 
 namespace bbb::engine {
 
 std::unique_ptr<Backend> make_cuda_backend(int) {
-  throw Error("this bbb was built without CUDA: use --device cpu, or build where nvcc is found");
+  throw Error("this bbb was built without CUDA: use --device cpu, or build where CUDA 13 or newer is");
 }
 
 bool cuda_available() { return false; }

@@ -215,6 +215,8 @@ class Backend {
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
 
   // --- attention --------------------------------------------------------------------------------
+  // Throws where attention lacks heads of size d: before a model is loaded, not after.
+  virtual void check_head_size(int64_t d) const = 0;
   // Causal, grouped queries (H a multiple of K), scale 1/sqrt(d), never a T x T matrix in memory.
   // o act (B, T, H, d); lse real (B, H, T): log sum exp of the scaled scores; q act (B, T, H, d);
   // k, v act (B, T, K, d).

@@ -73,7 +73,9 @@ LlamaBlock::LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t laye
       o_(make_linear(backend, config, layer, 3)),
       gate_(make_linear(backend, config, layer, 4)),
       up_(make_linear(backend, config, layer, 5)),
-      down_(make_linear(backend, config, layer, 6)) {}
+      down_(make_linear(backend, config, layer, 6)) {
+  backend.check_head_size(config.head_dim);
+}
 
 std::vector<QuantLinear*> LlamaBlock::linears() {
   return {&q_, &k_, &v_, &o_, &gate_, &up_, &down_};

@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# Builds everything and runs every test: on the CPU, on a GPU where there is one, and the parsers
-# under mutation. Ends with "N passed, N failed, N skipped".
+# Builds everything and runs every test: on the CPU, on a GPU where there is one (on Hopper once more
+# with the kernels for any GPU), the parsers under mutation, and the build's and the command line's
+# refusals. Ends with "N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/build.sh bbb bbb_tests bbb_fuzz
 scripts/fetch_demo.sh
 
 passed=0 failed=0 skipped=0
-# Adds up one run of the test binary from its JUnit report.
+# run_tests NAME DEVICE [VARIABLE=VALUE...]: adds up one run of the test binary from its JUnit report.
 run_tests() {
-  local device=$1 report=build/tests_$1.xml code=0
-  BBB_DEVICE=$device build/bbb_tests -r junit -o "$report" || code=$?
+  local name=$1 device=$2 report=build/tests_$1.xml code=0
+  shift 2
+  rm -f "$report"
+  env BBB_DEVICE="$device" "$@" build/bbb_tests -r junit -o "$report" || code=$?
   if [ "$code" = 77 ]; then
-    echo "tests on $device: skipped, the device is absent"
+    echo "tests on $name: skipped, the device is absent"
     skipped=$((skipped + 1))
     return
   fi
   if [ ! -s "$report" ]; then
-    echo "tests on $device: no report, exit code $code"
+    echo "tests on $name: no report, exit code $code"
     failed=$((failed + 1))
     return
   fi
@@ -42,13 +45,18 @@ PY
   read -r p f s <<<"$counts"
   # A crash leaves a report without a failed case; the exit code still says so.
   if [ "$code" != 0 ] && [ "$f" = 0 ]; then f=1; fi
-  echo "tests on $device: $p passed, $f failed, $s skipped"
+  echo "tests on $name: $p passed, $f failed, $s skipped"
   passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 }
-run_tests cpu
-run_tests cuda
+run_tests cpu cpu
+run_tests cuda cuda
+# Other GPUs run these kernels anyway.
+if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qx '9\.0'; then
+  run_tests cuda_generic cuda BBB_GENERIC_KERNELS=1
+fi
 
 if build/bbb_fuzz 100000 1; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+if scripts/cmake_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/cli_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -56,19 +56,39 @@ double tolerance() { return act_epsilon() + 64 * real_epsilon(); }
 
 }  // namespace
 
+namespace {
+
+void check_case(const CachedCase& c) {
+  CAPTURE(c.b, c.t, c.t_max, c.h, c.k, c.d, c.window, c.start);
+  const Inputs in(c);
+  const auto got = run(backend(), c, in);
+  for (const double o : got) REQUIRE(std::isfinite(o));
+  CHECK(relative_error(got, run(oracle_f64(), c, in)) <= tolerance());
+  CHECK(got == run(backend(), c, in));
+}
+
+}  // namespace
+
 TEST_CASE("attention_cached sees the keys up to its position", "[attention_cached]") {
-  for (const CachedCase& c : kCases) {
-    CAPTURE(c.b, c.t, c.t_max, c.h, c.k, c.d, c.window, c.start);
-    const Inputs in(c);
-    const auto got = run(backend(), c, in);
-    for (const double o : got) REQUIRE(std::isfinite(o));
-    CHECK(relative_error(got, run(oracle_f64(), c, in)) <= tolerance());
-    CHECK(got == run(backend(), c, in));
-  }
+  for (const CachedCase& c : kCases) check_case(c);
+}
+
+TEST_CASE("attention_cached of every kind of head size", "[attention_cached]") {
+  for (const int64_t d : {8,   16,  32,  40,  48,  56,  64,  72,  80,  88, 96,
+                          104, 112, 120, 128, 136, 160, 192, 200, 224, 256})
+    for (const CachedCase& c : {CachedCase{1, 1, 70, 1, 1, d, 0, 0},
+                                {2, 1, 300, 9, 3, d, 0, 127},
+                                {1, 1, 300, 20, 1, d, 0, 299},
+                                {1, 1, 300, 4, 2, d, 17, 190},
+                                {1, 2, 40, 4, 2, d, 0, 31},
+                                {2, 33, 100, 4, 2, d, 0, 31},
+                                {1, 130, 300, 2, 1, d, 17, 170}})
+      check_case(c);
 }
 
 TEST_CASE("append_kv writes its rows and no others", "[attention_cached]") {
-  const int64_t batch = 2, t_max = 20, heads = 3, d = 64, row = heads * d;
+  const int64_t d = GENERATE(8, 40, 64, 200, 256);
+  const int64_t batch = 2, t_max = 20, heads = 3, row = heads * d;
   Backend& b = backend();
   engine::Rng rng(23);
   const Shape cache = {batch, t_max, heads, d};

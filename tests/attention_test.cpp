@@ -2,6 +2,7 @@
 #include <catch2/catch.hpp>
 
 #include "tests/op_test.h"
+#include "tests/tiny_model.h"
 
 namespace bbb::tests {
 namespace {
@@ -110,8 +111,25 @@ TEST_CASE("attention and its gradients, head size 128", "[attention]") {
   for (const AttentionCase& c : kCases) check_case(c, 128);
 }
 
+// The sizes that a GPU's kernels are compiled for are 64, 96, 128, 192 and 256; the others are
+// padded to these. Every size from 8 on is one, those of 8 more than a multiple of 16 have a pair's
+// two columns in two lanes.
+TEST_CASE("attention and its gradients, every kind of head size", "[attention]") {
+  const AttentionCase cases[] = {
+      {2, 1, 4, 2, 0}, {1, 31, 3, 1, 0}, {1, 33, 2, 2, 17}, {1, 130, 4, 2, 0}};
+  for (const int64_t d : {8,   16,  32,  40,  48,  56,  64,  72,  80,  88, 96,
+                          104, 112, 120, 128, 136, 160, 192, 200, 224, 256})
+    for (const AttentionCase& c : cases) check_case(c, d);
+}
+
+// 12 x 11 kv heads: on a GPU of up to 132 SMs each block of keys sums its query heads itself.
+TEST_CASE("attention over many heads of sizes that are padded", "[attention]") {
+  if (!needs_cuda()) return;
+  for (const int64_t d : {40, 80, 104, 160, 200, 256}) check_case({12, 129, 22, 11, 100}, d);
+}
+
 TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", "[attention]") {
-  if (!on_cuda()) return;
+  if (!needs_cuda()) return;
   check_case({1, 2048, 2, 1, 0}, 64);
   check_case({1, 2048, 2, 1, 0}, 128);
   check_case({1, 2048, 2, 1, 500}, 64);
@@ -123,7 +141,7 @@ TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", 
 
 // More kv heads than the gradients' scratch has room for at a time on a GPU of up to 160 SMs.
 TEST_CASE("attention over so many heads that their scores' gradients share memory", "[attention]") {
-  if (!on_cuda()) return;
+  if (!needs_cuda()) return;
   check_case({25, 130, 10, 10, 0}, 64);
   check_case({25, 130, 20, 10, 100}, 64);
   check_case({25, 130, 10, 10, 0}, 96);
@@ -188,7 +206,7 @@ TEST_CASE("attention gives the same bytes whoever is late", "[attention][stress]
 TEST_CASE("attention of rotated q and k: the gradients turn back, v's stays", "[attention]") {
   Backend& cpu = oracle_f64();
   for (const AttentionCase& c : {AttentionCase{2, 65, 4, 2, 0}, AttentionCase{1, 200, 9, 3, 17}})
-    for (const int64_t d : {64, 96, 128}) {
+    for (const int64_t d : {40, 64, 96, 104, 128, 160, 256}) {
       CAPTURE(c.t, d);
       const Inputs in(c, d);
       const Results plain = run(backend(), c, d, in);
@@ -243,10 +261,16 @@ TEST_CASE("attention of scores that saturate the softmax", "[attention]") {
   }
 }
 
-TEST_CASE("attention names a head size that it lacks", "[attention]") {
-  if (!on_cuda()) return;
-  const AttentionCase c{1, 4, 1, 1, 0};
-  CHECK_THROWS_WITH(run(backend(), c, 80, Inputs(c, 80)), Catch::Contains("80"));
+TEST_CASE("a model whose head size attention lacks is refused before it is loaded", "[attention]") {
+  for (const int64_t d : {2, 20, 60, 100, 264, 512}) {
+    CAPTURE(d);
+    models::LlamaConfig config = tiny_config();
+    config.head_dim = d;
+    if (on_cuda())
+      CHECK_THROWS_WITH(models::Llama(backend(), config), Catch::Contains(cat("not ", d, " ")));
+    else
+      CHECK(models::Llama(backend(), config).blocks().size() == 2);
+  }
 }
 
 }  // namespace bbb::tests

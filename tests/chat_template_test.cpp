@@ -24,7 +24,7 @@ std::string render(const std::string& source) {
 
 TEST_CASE("chat templates render as jinja2 renders them", "[chat]") {
   const auto golden = nlohmann::json::parse(
-      data::read_file(std::string(BBB_SOURCE_DIR) + "/tests/goldens/chat_templates.json"));
+      data::read_file(golden_folder() + "/chat_templates.json"));
   REQUIRE(golden.at("cases").size() > 50);
   for (const auto& one : golden.at("cases")) {
     const std::string name = one.at("template");

@@ -1,5 +1,4 @@
-// The group quantizer against the formula of numerics.md, written out here a second time with
-// library calls (log2, a search over all scales) in place of bit tricks.
+// The group quantizer against its formula.
 #include "quant/grid.h"
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 
 #include "engine/rng.h"
 #include "quant/host.h"
+#include "tests/quantizer_formula.h"
 
 namespace bbb::tests {
 namespace {
@@ -35,47 +35,15 @@ Quantized quantize(const Values& w, quant::GridSpec spec) {
   return out;
 }
 
-// The nearest positive E4M3 value by search, ties to the even code; up: the first not below.
-uint8_t search_scale(double value, bool up) {
-  int best = 1;
-  for (int code = 1; code <= 0x7E; ++code) {
-    const double v = quant::e4m3_decode(static_cast<uint8_t>(code));
-    const double b = quant::e4m3_decode(static_cast<uint8_t>(best));
-    if (up) {
-      if (b < value) best = code;
-    } else if (std::abs(v - value) < std::abs(b - value) ||
-               (std::abs(v - value) == std::abs(b - value) && code % 2 == 0)) {
-      best = code;
-    }
-  }
-  return static_cast<uint8_t>(best);
-}
-
 void check_formula(const Values& w, quant::GridSpec spec) {
   const Quantized got = quantize(w, spec);
-  const float top = static_cast<float>((1 << spec.bits) - 1);
-  const auto group = static_cast<size_t>(spec.group);
-  std::vector<float> raw, lowest;
-  for (size_t g = 0; g < got.e.size(); ++g) {
-    const auto begin = w.begin() + static_cast<std::ptrdiff_t>(g * group);
-    const auto [mn, mx] = std::minmax_element(begin, begin + spec.group);
-    lowest.push_back(std::min(*mn, 0.0f));
-    raw.push_back((std::max(*mx, 0.0f) - lowest.back()) / top);
-  }
-  const double largest = *std::max_element(raw.begin(), raw.end());
-  const double s = largest == 0 ? 1.0 : std::exp2(std::ceil(std::log2(largest / 448.0)));
-  REQUIRE(got.s == s);
-  for (size_t g = 0; g < got.e.size(); ++g) {
-    CAPTURE(spec.bits, spec.group, g);
-    REQUIRE(got.e[g] == search_scale(raw[g] / s, spec.bits == 8));
-    const float e = quant::e4m3_decode(got.e[g]), step = got.s * e;
-    const float z = std::clamp(std::floor(-lowest[g] / step + 0.5f), 0.0f, top);
-    REQUIRE(got.z[g] == z);
-    for (size_t i = g * group; i < (g + 1) * group; ++i) {
-      const float q = std::clamp(std::floor(w[i] / step + 0.5f) + z, 0.0f, top);
-      REQUIRE(got.wq[i] == (q - z) * e);
-    }
-  }
+  const FormulaResult want =
+      quantize_by_formula(std::vector<double>(w.begin(), w.end()), spec.bits, spec.group);
+  CAPTURE(spec.bits, spec.group);
+  REQUIRE(got.s == want.s);
+  REQUIRE(got.e == want.e);
+  REQUIRE(got.z == want.z);
+  REQUIRE(std::vector<double>(got.wq.begin(), got.wq.end()) == want.levels);
 }
 
 Values normal(engine::Rng& rng, int64_t n, double scale) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iostream>
 
 #include "quant/grid.h"
 #include "quant/pack.h"
@@ -337,14 +338,18 @@ TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that 
 
 TEST_CASE("quant_linear: quantizing and the optimizer are four kernels for any number of linears",
           "[quant_linear]") {
+  if (!needs_cuda()) return;
+  if (std::getenv("BBB_SYNC_LAUNCHES") != nullptr) {
+    std::cout << "SKIPPED: steps are not recorded under BBB_SYNC_LAUNCHES\n";
+    return;
+  }
   TwoLinears trained(backend(), 2, 32, 33, 96);
   trained.set.prepare();
   const auto replay = backend().record([&] {
     trained.set.quantize();
     trained.adamw.step(trained.loss);
   });
-  const bool graph = on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr;
-  CHECK(replay->kernels() == (graph ? 4 : 0));
+  CHECK(replay->kernels() == 4);
 }
 
 TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linear]") {

@@ -197,6 +197,21 @@ TempDir::~TempDir() {
   std::filesystem::remove_all(path_, ignored);
 }
 
+std::string golden_folder() {
+  namespace fs = std::filesystem;
+  const std::string given = environment("BBB_GOLDENS");
+  if (!given.empty()) return given;
+  const std::string here = fs::read_symlink("/proc/self/exe").parent_path().string();
+  for (const std::string& folder : {here + "/goldens", here + "/../tests/goldens"})
+    if (fs::is_directory(folder)) return folder;
+  return BBB_SOURCE_DIR "/tests/goldens";
+}
+
+bool needs_cuda() {
+  if (!on_cuda()) std::cout << "SKIPPED: only a GPU does this\n";
+  return on_cuda();
+}
+
 std::string data_file(const std::string& name) {
   const std::string folder = environment("BBB_DATA");
   return existing((folder.empty() ? BBB_SOURCE_DIR "/../shared/data" : folder) + "/" + name);

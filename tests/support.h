@@ -60,6 +60,15 @@ class TempDir {
   std::string path_;
 };
 
+// The folder of the goldens, so that a copied binary finds them: BBB_GOLDENS; else goldens/ beside
+// the binary, tests/goldens beside its folder, or that of the source that it was built from,
+// whichever exists.
+std::string golden_folder();
+
+// False, after saying that the test is skipped, where the device under test is no GPU: for tests of
+// what only a GPU does.
+bool needs_cuda();
+
 // Texts and models that a bare machine may lack: the path, or "" after saying so, upon which
 // the test returns and counts as skipped. Looked up in BBB_DATA (else ../shared/data beside the
 // source) and BBB_DEMO (else demo/ in the source).

@@ -13,7 +13,7 @@ using Ids = std::vector<int32_t>;
 
 namespace {
 
-const std::string kFixtures = std::string(BBB_SOURCE_DIR) + "/tests/goldens/tokenizers/";
+const std::string kFixtures = golden_folder() + "/tokenizers/";
 
 std::vector<std::string> documents_of(const std::string& name, const std::string& content) {
   const TempDir dir;

@@ -18,7 +18,7 @@ using Ids = std::vector<int32_t>;
 
 namespace {
 
-const std::string kFixtures = std::string(BBB_SOURCE_DIR) + "/tests/goldens/tokenizers/";
+const std::string kFixtures = golden_folder() + "/tokenizers/";
 
 const nlohmann::json& goldens() {
   static const nlohmann::json parsed =

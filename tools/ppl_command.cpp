@@ -28,6 +28,7 @@ int ppl_command(const Arguments& arguments) {
 
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path);
+  backend->check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));

@@ -55,6 +55,7 @@ void print_plan(const models::LlamaConfig& model, const TrainConfig& config,
 
 void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
            TrainConfig config) {
+  backend.check_head_size(source.config().head_dim);
   config = resolve(config, source.config(), backend.device());
   const int32_t doc_end = config.doc_end ? *config.doc_end : tokenizer.document_end();
   if (doc_end < 0 || doc_end >= source.config().vocab)

@@ -46,6 +46,7 @@ class CpuBackend final : public Backend {
     side();
     main();
   }
+  void check_head_size(int64_t) const override {}
   // A few rows a thread.
   int64_t attention_backward_scratch(const Shape&, const Shape&,
                                      const AttentionSpec&) const override {

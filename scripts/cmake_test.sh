@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# How CMake chooses CUDA, with an nvcc of our own: one that is too old, or says nothing, gives a CPU
+# build that says so, or an error where CUDA was asked for.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+bad=0
+
+# expect SAYS BBB_CUDA PATTERN: a new build with an nvcc that prints SAYS. It configures unless
+# BBB_CUDA is ON, and its output has the pattern.
+expect() {
+  local says=$1 cuda=$2 pattern=$3 code=0 wanted=0
+  printf '#!/bin/sh\necho "%s"\n' "$says" >"$work/nvcc"
+  chmod +x "$work/nvcc"
+  rm -rf "$work/build"
+  cmake -B "$work/build" -G Ninja -DBBB_CUDA="$cuda" -DNVCC="$work/nvcc" \
+    -DBBB_DEPS="${BBB_DEPS:-$PWD/third_party/install}" >"$work/log" 2>&1 || code=1
+  [ "$cuda" = ON ] && wanted=1
+  if [ "$code" != "$wanted" ] || ! tr -s ' \n' ' ' <"$work/log" | grep -qE "$pattern"; then
+    echo "FAILED: BBB_CUDA=$cuda, nvcc says '$says': exit code $code, expected $wanted and /$pattern/:"
+    cat "$work/log"
+    bad=1
+  fi
+}
+
+old='Cuda compilation tools, release 12.4, V12.4.131'
+expect "$old" AUTO 'bbb: .*/nvcc is of CUDA 12\.4, bbb needs 13\.0: a CPU-only build'
+expect "$old" ON 'BBB_CUDA=ON, but .*/nvcc is of CUDA 12\.4, bbb needs 13\.0'
+expect 'no such thing' AUTO 'is of CUDA \(unknown\), bbb needs 13\.0: a CPU-only build'
+
+[ "$bad" = 0 ] && echo "cmake: an nvcc that will not do is named"
+exit "$bad"
