@@ -1,14 +1,22 @@
-// Byte-level byte-pair encoding, as Python's `tokenizers` computes it.
+// Byte-pair encoding from a tokenizer.json, as Python's `tokenizers` computes it.
 //
-//   text -> added tokens cut out -> words (PreTokenizer) -> bytes -> merges, lowest rank first
+//   text -> added tokens cut out -> Normalizer -> added tokens that are found in normalized text
+//        -> words (PreTokenizer) -> symbols -> merges, lowest rank first
 //
-// Vocabularies write a byte as one printable character (GPT-2's table); here tokens are kept as the
-// bytes they stand for. A GGUF's "gpt2" vocabulary is first written as a tokenizer.json.
+// Two kinds of vocabulary: a byte-level one writes a byte as one printable character (GPT-2's
+// table), and a word's symbols are its bytes. In one of sentencepiece's kind they are its
+// characters, U+2581 stands for a space, and "<0x0A>" for a byte of a character that the vocabulary
+// lacks. A GGUF's "gpt2" vocabulary is first written as a tokenizer.json.
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cstdio>
+#include <deque>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
+#include "data/files.h"
+#include "data/normalizer.h"
 #include "data/pre_tokenizer.h"
 #include "data/tokenizer_parts.h"
 #include "quant/check.h"
@@ -57,59 +65,126 @@ std::optional<std::string> bytes_of_text(std::string_view text) {
   return bytes;
 }
 
+// The character that stands for a byte, in UTF-8.
+std::string text_of_byte(size_t byte) {
+  const uint32_t point = byte_code_points()[byte];
+  if (point < 0x80) return std::string(1, static_cast<char>(point));
+  return {static_cast<char>(0xC0 | point >> 6), static_cast<char>(0x80 | (point & 0x3F))};
+}
+
+// The byte that "<0x0A>" and its kin stand for.
+std::optional<uint8_t> byte_of_piece(std::string_view text) {
+  unsigned byte = 0;
+  if (text.size() != 6 || !text.starts_with("<0x") || text[5] != '>') return std::nullopt;
+  const auto [end, error] = std::from_chars(text.data() + 3, text.data() + 5, byte, 16);
+  if (error != std::errc() || end != text.data() + 5) return std::nullopt;
+  return static_cast<uint8_t>(byte);
+}
+
 uint64_t pair_key(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
 }
 
+// What a tokenizer.json's `decoder` makes of a vocabulary's texts. Byte-level vocabularies need
+// none.
+struct Decoder {
+  std::vector<std::pair<std::string, std::string>> replace;
+  bool byte_fallback = false;
+  int64_t leading_spaces = 0;  // taken from the start of the whole text
+
+  void add(const json& spec, const std::string& source) {
+    const std::string type = spec.is_object() ? spec.value("type", "") : spec.dump();
+    if (type == "Sequence") {
+      for (const json& step : spec.at("decoders")) add(step, source);
+    } else if (type == "Replace" && spec.at("pattern").contains("String")) {
+      replace.emplace_back(spec.at("pattern").at("String").get<std::string>(),
+                           spec.at("content").get<std::string>());
+      BBB_CHECK(!replace.back().first.empty(), source, ": the decoder replaces an empty text");
+    } else if (type == "Metaspace") {
+      replace.emplace_back(spec.value("replacement", "\u2581"), " ");
+      leading_spaces = spec.value("prepend_scheme", "always") != "never";
+    } else if (type == "ByteFallback") {
+      byte_fallback = true;
+    } else if (type == "Strip" && spec.value("content", "") == " " && spec.value("stop", 0) == 0) {
+      leading_spaces = spec.value("start", 0);
+    } else {
+      BBB_CHECK(type == "Fuse" || type == "ByteLevel", source, ": the decoder ", type,
+                " is not supported");
+    }
+  }
+
+  std::string operator()(const std::string& text) const {
+    const std::optional<uint8_t> byte = byte_fallback ? byte_of_piece(text) : std::nullopt;
+    if (byte) return std::string(1, static_cast<char>(*byte));
+    std::string out = text;
+    for (const auto& [from, to] : replace) out = replace_all(out, from, to);
+    return out;
+  }
+};
+
 class BpeTokenizer final : public Tokenizer {
  public:
   BpeTokenizer(TokenizerFiles files, const json& root)
-      : pre_tokenizer_(root.value("pre_tokenizer", json()), files.source + "/tokenizer.json"),
-        files_(std::move(files.files)) {
+      : normalizer_(root.value("normalizer", json()), files.source + "/tokenizer.json"),
+        pre_tokenizer_(root.value("pre_tokenizer", json()), files.source + "/tokenizer.json") {
     const std::string where = files.source + "/tokenizer.json";
-    BBB_CHECK(!root.contains("normalizer") || root.at("normalizer").is_null(), where,
-              ": a normalizer is not supported");
     const json& model = root.at("model");
     BBB_CHECK(model.value("type", "BPE") == "BPE", where, ": the tokenizer model ",
               model.value("type", ""), " is not supported");
-    BBB_CHECK(!model.value("byte_fallback", false), where,
-              ": a sentencepiece vocabulary, which needs tokenizer.model");
     for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
       const bool unset = !model.contains(key) || model.at(key).is_null() || model.at(key) == "";
       BBB_CHECK(unset, where, ": the model's ", key, " is not supported");
     }
     ignore_merges_ = model.value("ignore_merges", false);
-    read_vocabulary(root, model, where);
+    byte_fallback_ = model.value("byte_fallback", false);
+    fuse_unknown_ = model.value("fuse_unk", false);
+    const json decoder = root.value("decoder", json());
+    if (!decoder.is_null()) decoder_.add(decoder, where);
+    BBB_CHECK(pre_tokenizer_.byte_level() || !decoder.is_null(), where,
+              ": a vocabulary that is not byte-level has no decoder");
+    leading_spaces_ = decoder_.leading_spaces;
+
+    const TokenizerSettings settings = read_settings(files, root);
+    read_vocabulary(settings, model.at("vocab"), where);
     read_merges(model.at("merges"), where);
     if (model.contains("unk_token") && model.at("unk_token").is_string()) {
       unknown_ = find(model.at("unk_token").get<std::string>());
     }
-    TokenizerFiles named{files.source, files_};
-    const TokenizerSettings settings = read_settings(named);
     if (settings.bos) bos_ = find(*settings.bos);
     if (settings.eos) eos_ = find(*settings.eos);
     chat_template_ = settings.chat_template;
     add_bos_ = settings.add_bos.value_or(
         starts_with_bos(root.value("post_processor", json()), settings.bos));
     BBB_CHECK(!add_bos_ || bos_, where, ": a BOS token is to be added, but none is named");
+    files_ = std::move(files.files);
   }
 
   std::vector<int32_t> encode(std::string_view text, SpecialText special) const override {
     std::vector<int32_t> ids;
+    std::deque<std::string> made;                                          // texts that words view
     std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen;  // word -> its first ids
-    for (const AddedTokens::Span& span : added_.split(text, special)) {
-      if (span.id >= 0) {
-        ids.push_back(span.id);
+    for (const AddedTokens::Span& raw : added_.split(text, special)) {
+      if (raw.id >= 0) {
+        ids.push_back(raw.id);
         continue;
       }
-      for (const std::string_view word : pre_tokenizer_.split(span.text)) {
-        const auto [entry, is_new] = seen.try_emplace(word, ids.size(), 0);
-        auto& [begin, count] = entry->second;
-        if (is_new) {
-          append_word(word, &ids);
-          count = ids.size() - begin;
-        } else {
-          for (size_t i = 0; i < count; ++i) ids.push_back(ids[begin + i]);
+      const std::string_view normal =
+          normalizer_.empty() ? raw.text : made.emplace_back(normalizer_.apply(raw.text));
+      for (const AddedTokens::Span& span : added_normalized_.split(normal, special)) {
+        if (span.id >= 0) {
+          ids.push_back(span.id);
+          continue;
+        }
+        const bool is_start = raw.text.data() == text.data() && span.text.data() == normal.data();
+        for (const std::string_view word : pre_tokenizer_.split(span.text, is_start, &made)) {
+          const auto [entry, is_new] = seen.try_emplace(word, ids.size(), 0);
+          auto& [begin, count] = entry->second;
+          if (is_new) {
+            append_word(word, &ids);
+            count = ids.size() - begin;
+          } else {
+            for (size_t i = 0; i < count; ++i) ids.push_back(ids[begin + i]);
+          }
         }
       }
     }
@@ -117,16 +192,9 @@ class BpeTokenizer final : public Tokenizer {
   }
 
   std::string piece(int32_t id, bool show_special) const override {
-    BBB_CHECK(id >= 0 && id < vocab_size(), "token ", id, " is outside the vocabulary of ",
-              vocab_size());
-    return special_[static_cast<size_t>(id)] && !show_special ? ""
-                                                              : bytes_[static_cast<size_t>(id)];
-  }
-
-  std::string decode(const std::vector<int32_t>& ids) const override {
-    std::string text;
-    for (const int32_t id : ids) text += piece(id, false);
-    return text;
+    BBB_CHECK(id >= 0, "token ", id, " is negative");
+    const size_t index = static_cast<size_t>(id);
+    return index >= bytes_.size() || (special_[index] && !show_special) ? "" : bytes_[index];
   }
 
   std::optional<int32_t> find(std::string_view token) const override {
@@ -145,16 +213,11 @@ class BpeTokenizer final : public Tokenizer {
     int32_t id;
   };
 
-  void read_vocabulary(const json& root, const json& model, const std::string& where) {
-    std::vector<AddedToken> added;
-    if (root.contains("added_tokens")) {
-      for (const json& token : root.at("added_tokens")) {
-        added.push_back(read_added_token(token, token.at("id").get<int32_t>(), where));
-      }
-    }
-    const json& vocabulary = model.at("vocab");
+  void read_vocabulary(const TokenizerSettings& settings, const json& vocabulary,
+                       const std::string& where) {
     // Ids must be almost dense, so that a wild one cannot ask for a table of any size.
-    const int64_t limit = 2 * static_cast<int64_t>(vocabulary.size() + added.size()) + 1024;
+    const int64_t limit =
+        2 * static_cast<int64_t>(vocabulary.size() + settings.added.size()) + 1024;
     const auto store = [&](int64_t id, const std::string& text, std::string bytes, bool special) {
       BBB_CHECK(id >= 0 && id < limit, where, ": the id ", id, " of the token ", text,
                 " is out of range");
@@ -166,21 +229,28 @@ class BpeTokenizer final : public Tokenizer {
       special_[static_cast<size_t>(id)] = special;
       ids_[text] = static_cast<int32_t>(id);
     };
+    const bool byte_level = pre_tokenizer_.byte_level();
     byte_ids_.fill(-1);
+    fallback_ids_.fill(-1);
     for (const auto& [text, id] : vocabulary.items()) {
-      const std::optional<std::string> bytes = bytes_of_text(text);
-      const int64_t number = id.get<int64_t>();
-      store(number, text, bytes.value_or(text), false);
-      if (!bytes) continue;
-      words_[*bytes] = static_cast<int32_t>(number);
-      if (bytes->size() == 1) {
-        byte_ids_[static_cast<uint8_t>((*bytes)[0])] = static_cast<int32_t>(number);
-      }
+      const int32_t number = static_cast<int32_t>(id.get<int64_t>());
+      const std::optional<std::string> bytes = byte_level ? bytes_of_text(text) : text;
+      store(id.get<int64_t>(), text, byte_level ? bytes.value_or(text) : decoder_(text), false);
+      if (bytes) words_[*bytes] = number;
+      if (bytes && bytes->size() == 1) byte_ids_[static_cast<uint8_t>((*bytes)[0])] = number;
+      if (const auto byte = byte_of_piece(text)) fallback_ids_[*byte] = number;
     }
-    for (const AddedToken& token : added) {
-      store(token.id, token.content, token.content, token.special);
+    std::vector<AddedToken> raw;
+    std::vector<AddedToken> normalized;
+    for (AddedToken& token :
+         settings.added_tokens([this](std::string_view name) { return find(name); })) {
+      store(token.id, token.content, byte_level ? token.content : decoder_(token.content),
+            token.special);
+      if (token.normalized) token.content = normalizer_.apply(token.content);
+      (token.normalized ? normalized : raw).push_back(std::move(token));
     }
-    added_ = AddedTokens(std::move(added));
+    added_ = AddedTokens(std::move(raw));
+    added_normalized_ = AddedTokens(std::move(normalized));
   }
 
   void read_merges(const json& merges, const std::string& where) {
@@ -219,6 +289,47 @@ class BpeTokenizer final : public Tokenizer {
     return first.contains("SpecialToken") && first.at("SpecialToken").at("id") == *bos;
   }
 
+  // The ids of the word's bytes or characters. One that the vocabulary lacks becomes the pieces of
+  // its bytes, else the unknown token, else nothing.
+  std::vector<int32_t> symbol_ids(std::string_view word) const {
+    std::vector<int32_t> ids;
+    ids.reserve(word.size());
+    bool is_pending = false;  // an unknown token that the next unknown character may join
+    const auto flush = [&] {
+      if (is_pending) ids.push_back(*unknown_);
+      is_pending = false;
+    };
+    for (size_t i = 0, length = 1; i < word.size(); i += length) {
+      const uint8_t byte = static_cast<uint8_t>(word[i]);
+      int32_t id = byte_ids_[byte];
+      if (!pre_tokenizer_.byte_level() && byte >= 0x80) {
+        length = static_cast<size_t>(std::max<int64_t>(1, utf8_length(word.substr(i))));
+        const auto found = words_.find(std::string(word.substr(i, length)));
+        id = found == words_.end() ? -1 : found->second;
+      } else {
+        length = 1;
+      }
+      if (id >= 0) {
+        flush();
+        ids.push_back(id);
+        continue;
+      }
+      const std::string character =
+          pre_tokenizer_.byte_level() ? text_of_byte(byte) : std::string(word.substr(i, length));
+      const auto fallback = [&](char c) { return fallback_ids_[static_cast<uint8_t>(c)]; };
+      if (byte_fallback_ && std::all_of(character.begin(), character.end(),
+                                        [&](char c) { return fallback(c) >= 0; })) {
+        // As in the reference, a pending unknown token comes behind these bytes.
+        for (const char c : character) ids.push_back(fallback(c));
+      } else if (unknown_) {
+        if (!fuse_unknown_) flush();
+        is_pending = true;
+      }
+    }
+    flush();
+    return ids;
+  }
+
   // Merges the word's symbols, always the pair of lowest rank, leftmost first: a linked list of
   // symbols and a heap of candidate pairs, O(n log n). Candidates that a merge has overtaken are
   // recognized by the ids that they were made from.
@@ -246,12 +357,7 @@ class BpeTokenizer final : public Tokenizer {
     };
     std::vector<Symbol> symbols;
     symbols.reserve(word.size());
-    for (const char c : word) {
-      int32_t id = byte_ids_[static_cast<uint8_t>(c)];
-      if (id < 0) {
-        if (!unknown_) continue;  // as the reference does with a byte that no token holds
-        id = *unknown_;
-      }
+    for (const int32_t id : symbol_ids(word)) {
       const int32_t index = static_cast<int32_t>(symbols.size());
       symbols.push_back({id, index - 1, index + 1});
     }
@@ -290,76 +396,111 @@ class BpeTokenizer final : public Tokenizer {
     }
   }
 
+  Normalizer normalizer_;
   PreTokenizer pre_tokenizer_;
+  Decoder decoder_;
   std::vector<std::pair<std::string, std::string>> files_;
   AddedTokens added_;
-  std::vector<std::string> bytes_;                  // by id
-  std::vector<uint8_t> special_;                    // by id
-  std::unordered_map<std::string, int32_t> ids_;    // by the vocabulary's text
-  std::unordered_map<std::string, int32_t> words_;  // by bytes, added tokens left out
-  std::array<int32_t, 256> byte_ids_;
+  AddedTokens added_normalized_;
+  std::vector<std::string> bytes_;                // by id
+  std::vector<uint8_t> special_;                  // by id
+  std::unordered_map<std::string, int32_t> ids_;  // by the vocabulary's text
+  // By bytes (byte-level) or by the vocabulary's text; added tokens left out.
+  std::unordered_map<std::string, int32_t> words_;
+  std::array<int32_t, 256> byte_ids_;      // of words of one byte
+  std::array<int32_t, 256> fallback_ids_;  // of "<0x00>" to "<0xFF>"
   std::unordered_map<uint64_t, Merge> merges_;
   std::optional<int32_t> unknown_;
   bool ignore_merges_ = false;
+  bool byte_fallback_ = false;
+  bool fuse_unknown_ = false;
 };
 
-json pre_tokenizer_of(const std::string& name, const std::string& source) {
-  const auto byte_level = [](bool use_regex) {
-    return json{{"type", "ByteLevel"},
-                {"add_prefix_space", false},
-                {"trim_offsets", true},
-                {"use_regex", use_regex}};
+// The word patterns that llama.cpp has for the names of tokenizer.ggml.pre; each cuts the words
+// that the ones before it left. `gpt2` says that GPT-2's comes last.
+struct NamedPatterns {
+  std::vector<std::string_view> names;
+  std::vector<std::string> patterns;
+  bool gpt2 = false;
+};
+
+// DeepSeek's letters: those of the scripts that have upper and lower case.
+const char* const kCasedLetters =
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
+    "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-"
+    "\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90"
+    "-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d"
+    "\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-"
+    "\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d"
+    "\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    "\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e"
+    "\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f"
+    "\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
+    "\U000118a0-\U000118df\U0001e900-\U0001e943";
+
+const NamedPatterns& patterns_of(const std::string& name, const std::string& source) {
+  static const std::string kQwen2 = replace_all(kLlama3Pattern, R"(\p{N}{1,3})", R"(\p{N})");
+  static const std::string kIdeographs = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+";
+  static const NamedPatterns kNamed[] = {
+      {{"gpt-2", "gpt2", "phi-2"}, {}, true},
+      {{"smollm", "starcoder", "refact"}, {R"(\p{N})"}, true},
+      {{"llama-bpe", "llama3", "llama-v3"}, {kLlama3Pattern}},
+      {{"qwen2", "deepseek-r1-qwen"}, {kQwen2}},
+      {{"deepseek-llm"},
+       {R"([\r\n])", cat(R"(\s?[)", kCasedLetters, "]+"),
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", R"(\s+$)", kIdeographs,
+        R"(\p{N}+)"}},
+      {{"deepseek-coder"}, {R"([\r\n])", R"(\s?\p{L}+)", R"(\s?\p{P}+)", kIdeographs, R"(\p{N})"}},
+      {{"default"}, {R"([\p{P}\$\+<=>\^~\|]+)", kGpt2Pattern, R"(\p{N}+)", R"([0-9][0-9][0-9])"}},
   };
-  const auto sequence = [](json first, json second) {
-    return json{{"type", "Sequence"},
-                {"pretokenizers", json::array({std::move(first), std::move(second)})}};
-  };
-  if (name == "gpt-2" || name == "gpt2" || name == "phi-2") return byte_level(true);
-  if (name == "smollm" || name == "starcoder" || name == "refact") {
-    return sequence({{"type", "Digits"}, {"individual_digits", true}}, byte_level(true));
+  for (const NamedPatterns& named : kNamed) {
+    if (std::find(named.names.begin(), named.names.end(), name) != named.names.end()) return named;
   }
-  if (name == "llama-bpe" || name == "llama3" || name == "llama-v3") {
-    return sequence({{"type", "Split"},
-                     {"pattern", {{"Regex", kLlama3Pattern}}},
+  throw Error(cat(source, ": the pre-tokenizer ", printable(name),
+                  " (tokenizer.ggml.pre) is not supported"));
+}
+
+json byte_level(bool use_regex) {
+  return {{"type", "ByteLevel"},
+          {"add_prefix_space", false},
+          {"trim_offsets", true},
+          {"use_regex", use_regex}};
+}
+
+json pre_tokenizer_of(const NamedPatterns& named) {
+  json steps = json::array();
+  for (const std::string& pattern : named.patterns) {
+    steps.push_back({{"type", "Split"},
+                     {"pattern", {{"Regex", pattern}}},
                      {"behavior", "Isolated"},
-                     {"invert", false}},
-                    byte_level(false));
+                     {"invert", false}});
   }
-  throw Error(cat(source, ": the pre-tokenizer ", name, " (tokenizer.ggml.pre) is not supported"));
+  steps.push_back(byte_level(named.gpt2));
+  return {{"type", "Sequence"}, {"pretokenizers", std::move(steps)}};
 }
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files) {
-  const json root = json_of(files, "tokenizer.json");
+std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files, const json& root) {
   return std::make_unique<BpeTokenizer>(std::move(files), root);
 }
 
 TokenizerFiles byte_files(const std::string& source) {
   json vocabulary = json::object();
-  for (size_t byte = 0; byte < 256; ++byte) {
-    const uint32_t point = byte_code_points()[byte];
-    const char utf8[] = {static_cast<char>(0xC0 | point >> 6),
-                         static_cast<char>(0x80 | (point & 0x3F))};
-    vocabulary[point < 0x80 ? std::string(1, static_cast<char>(point)) : std::string(utf8, 2)] =
-        byte;
-  }
+  for (size_t byte = 0; byte < 256; ++byte) vocabulary[text_of_byte(byte)] = byte;
   const json end = {{"content", "<|endoftext|>"}, {"lstrip", false},
                     {"normalized", false},        {"rstrip", false},
                     {"single_word", false},       {"special", true}};
   json added = end;
   added["id"] = 256;
-  const json byte_level = {{"type", "ByteLevel"},
-                           {"add_prefix_space", false},
-                           {"trim_offsets", true},
-                           {"use_regex", true}};
   const json root = {
       {"version", "1.0"},
       {"added_tokens", json::array({added})},
       {"normalizer", nullptr},
-      {"pre_tokenizer", byte_level},
-      {"post_processor", byte_level},
-      {"decoder", byte_level},
+      {"pre_tokenizer", byte_level(true)},
+      {"post_processor", byte_level(true)},
+      {"decoder", byte_level(true)},
       {"model", {{"type", "BPE"}, {"vocab", std::move(vocabulary)}, {"merges", json::array()}}}};
   const json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
                        {"eos_token", end.at("content")},
@@ -369,35 +510,35 @@ TokenizerFiles byte_files(const std::string& source) {
 }
 
 TokenizerFiles bpe_files(const Gguf& gguf) {
-  const std::vector<std::string>& tokens = gguf.strings("tokenizer.ggml.tokens");
-  const std::vector<int64_t>& types = gguf.integers("tokenizer.ggml.token_type");
-  BBB_CHECK(types.size() == tokens.size(), gguf.path(), ": ", tokens.size(), " tokens but ",
-            types.size(), " token types");
-  BBB_CHECK(gguf.has("tokenizer.ggml.pre"), gguf.path(),
-            ": no tokenizer.ggml.pre, so the pre-tokenizer is unknown");
-  const std::string& pre = gguf.string("tokenizer.ggml.pre");
-  const json pre_tokenizer = pre_tokenizer_of(pre, gguf.path());
-  const bool is_llama3 = pre_tokenizer.value("type", "") == "Sequence" &&
-                         pre_tokenizer.at("pretokenizers").at(0).at("type") == "Split";
+  const std::string pre =
+      gguf.has("tokenizer.ggml.pre") ? gguf.string("tokenizer.ggml.pre") : "default";
+  if (pre == "default") {
+    std::fprintf(stderr,
+                 "bbb: %s names no pre-tokenizer of its own (tokenizer.ggml.pre); its text is cut "
+                 "as llama.cpp does then, which may differ from what the model was trained on\n",
+                 gguf.path().c_str());
+  }
+  const NamedPatterns& named = patterns_of(pre, gguf.path());
+  const bool is_llama3 = named.names.front() == "llama-bpe";
   const bool add_bos = gguf.has("tokenizer.ggml.add_bos_token")
                            ? gguf.boolean("tokenizer.ggml.add_bos_token")
                            : is_llama3;
-  const json config = config_from_gguf(gguf, tokens, types, add_bos);
+  const GgufVocabulary pieces = read_vocabulary(gguf);
+  json config = config_from_gguf(gguf, pieces, add_bos);
+  config["tokenizer_class"] = "PreTrainedTokenizerFast";
 
   json vocabulary = json::object();
   json added = json::array();
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    vocabulary[tokens[i]] = i;
-    const auto token = config.at("added_tokens_decoder").find(std::to_string(i));
-    if (token == config.at("added_tokens_decoder").end()) continue;
+  const json& decoder = config.at("added_tokens_decoder");
+  for (size_t i = 0; i < pieces.tokens.size(); ++i) {
+    if (pieces.types[i] == PieceType::Unused) continue;  // padding: an id without a token
+    vocabulary[pieces.tokens[i]] = i;
+    const auto token = decoder.find(std::to_string(i));
+    if (token == decoder.end()) continue;
     added.push_back(*token);
     added.back()["id"] = i;
   }
-  const json byte_level = {{"type", "ByteLevel"},
-                           {"add_prefix_space", false},
-                           {"trim_offsets", true},
-                           {"use_regex", true}};
-  json post_processor = byte_level;
+  json post_processor = byte_level(true);
   if (add_bos && config.contains("bos_token")) {
     const json& bos = config.at("bos_token");
     const json bos_step = {{"SpecialToken", {{"id", bos}, {"type_id", 0}}}};
@@ -419,9 +560,9 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
                      {"padding", nullptr},
                      {"added_tokens", std::move(added)},
                      {"normalizer", nullptr},
-                     {"pre_tokenizer", pre_tokenizer},
+                     {"pre_tokenizer", pre_tokenizer_of(named)},
                      {"post_processor", post_processor},
-                     {"decoder", byte_level},
+                     {"decoder", byte_level(true)},
                      {"model",
                       {{"type", "BPE"},
                        {"dropout", nullptr},
@@ -433,9 +574,8 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
                        {"ignore_merges", is_llama3},
                        {"vocab", std::move(vocabulary)},
                        {"merges", gguf.strings("tokenizer.ggml.merges")}}}};
-  json named = config;
-  named["tokenizer_class"] = "PreTrainedTokenizerFast";
-  return {gguf.path(), {{"tokenizer.json", root.dump()}, {"tokenizer_config.json", named.dump(2)}}};
+  return {gguf.path(),
+          {{"tokenizer.json", root.dump()}, {"tokenizer_config.json", config.dump(2)}}};
 }
 
 }  // namespace bbb::data

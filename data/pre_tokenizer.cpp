@@ -1,5 +1,5 @@
-// Pre-tokenizers: each pattern cuts every word so far into its matches and what stands between
-// them.
+// Pre-tokenizers: each step takes every word so far. A pattern cuts it into its matches and what is
+// between them.
 //
 // PCRE2's \s under UCP differs from Unicode's White_Space (it has U+180E), so \s and \S are written
 // out as classes. Invalid bytes are cut off first: PCRE2 only ever sees valid UTF-8.
@@ -8,6 +8,8 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
+#include <algorithm>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "quant/check.h"
@@ -38,6 +40,34 @@ int64_t utf8_length(std::string_view text) {
   if (lead == 0xf0 && byte(1) < 0x90) return 0;
   if (lead == 0xf4 && byte(1) > 0x8f) return 0;
   return static_cast<int64_t>(length);
+}
+
+std::vector<std::pair<std::string_view, bool>> utf8_runs(std::string_view text) {
+  std::vector<std::pair<std::string_view, bool>> runs;
+  size_t begin = 0;
+  bool valid = true;
+  for (size_t i = 0; i < text.size();) {
+    const int64_t length = utf8_length(text.substr(i));
+    if ((length > 0) != valid) {
+      if (i > begin) runs.emplace_back(text.substr(begin, i - begin), valid);
+      begin = i;
+      valid = length > 0;
+    }
+    i += static_cast<size_t>(std::max<int64_t>(1, length));
+  }
+  if (begin < text.size()) runs.emplace_back(text.substr(begin), valid);
+  return runs;
+}
+
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+  std::string out;
+  for (size_t done = 0;;) {
+    const size_t found = text.find(from, done);
+    out += text.substr(done, found - done);
+    if (found == std::string_view::npos) return out;
+    out += to;
+    done = found + from.size();
+  }
 }
 
 namespace {
@@ -87,31 +117,28 @@ std::string pcre2_message(int code) {
   return reinterpret_cast<const char*>(buffer);
 }
 
-}  // namespace
-
-struct PreTokenizer::Pattern {
-  std::unique_ptr<pcre2_code, CodeDeleter> code;
-
+class Pattern {
+ public:
   Pattern(const std::string& text, const std::string& source) {
     const std::string pattern = expand_white_space(text, source);
     int error = 0;
     PCRE2_SIZE offset = 0;
-    code.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                             PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr));
-    BBB_CHECK(code != nullptr, source, ": the pre-tokenizer's pattern ", text,
+    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                              PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr));
+    BBB_CHECK(code_ != nullptr, source, ": the pre-tokenizer's pattern ", text,
               " does not compile: ", pcre2_message(error));
-    pcre2_jit_compile(code.get(), PCRE2_JIT_COMPLETE);  // without a JIT the interpreter matches
+    pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // without a JIT the interpreter matches
   }
 
   // Appends the matches in `word`, which is valid UTF-8, and the gaps between them.
   void cut(std::string_view word, std::vector<std::string_view>* out) const {
     const std::unique_ptr<pcre2_match_data, MatchDataDeleter> match(
-        pcre2_match_data_create_from_pattern(code.get(), nullptr));
+        pcre2_match_data_create_from_pattern(code_.get(), nullptr));
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(match.get());
     size_t done = 0;
     size_t from = 0;
     while (from < word.size()) {
-      const int found = pcre2_match(code.get(), reinterpret_cast<PCRE2_SPTR>(word.data()),
+      const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(word.data()),
                                     word.size(), from, PCRE2_NO_UTF_CHECK, match.get(), nullptr);
       if (found == PCRE2_ERROR_NOMATCH) break;
       BBB_CHECK(found >= 0, "the pre-tokenizer's pattern fails on a text of ", word.size(),
@@ -128,70 +155,96 @@ struct PreTokenizer::Pattern {
     }
     if (done < word.size()) out->push_back(word.substr(done));
   }
+
+ private:
+  std::unique_ptr<pcre2_code, CodeDeleter> code_;
 };
 
+}  // namespace
+
 PreTokenizer::PreTokenizer(const json& spec, const std::string& source) {
-  add(spec, source);
-  BBB_CHECK(byte_level_, source, ": the pre_tokenizer has no ByteLevel step; only byte-level BPE ",
-            "is supported");
+  if (!spec.is_null()) add(spec, source);
 }
-PreTokenizer::~PreTokenizer() = default;
-PreTokenizer::PreTokenizer(PreTokenizer&&) noexcept = default;
 
 void PreTokenizer::add(const json& spec, const std::string& source) {
   const std::string type = spec.is_object() ? spec.value("type", "") : spec.dump();
+  BBB_CHECK(!byte_level_, source, ": the pre_tokenizer ", type,
+            " behind ByteLevel is not supported");
   if (type == "Sequence") {
     for (const json& step : spec.at("pretokenizers")) add(step, source);
   } else if (type == "Digits") {
-    patterns_.emplace_back(spec.value("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)",
-                           source);
+    add_pattern(spec.value("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)", source);
   } else if (type == "ByteLevel") {
-    BBB_CHECK(!spec.value("add_prefix_space", true), source,
-              ": a ByteLevel pre_tokenizer with add_prefix_space is not supported");
-    if (spec.value("use_regex", true)) patterns_.emplace_back(kGpt2Pattern, source);
+    if (spec.value("add_prefix_space", true)) {
+      steps_.push_back([](std::string_view word, bool, Words* out) {
+        if (!word.starts_with(' ')) word = out->made->emplace_back(" " + std::string(word));
+        out->list.push_back(word);
+      });
+    }
+    if (spec.value("use_regex", true)) add_pattern(kGpt2Pattern, source);
     byte_level_ = true;
   } else if (type == "Split") {
     const json& pattern = spec.at("pattern");
     BBB_CHECK(pattern.contains("Regex") && spec.value("behavior", "") == "Isolated" &&
                   !spec.value("invert", false),
               source, ": a Split pre_tokenizer other than by an Isolated Regex is not supported");
-    patterns_.emplace_back(pattern.at("Regex").get<std::string>(), source);
+    add_pattern(pattern.at("Regex").get<std::string>(), source);
+  } else if (type == "Metaspace") {
+    add_metaspace(spec, source);
   } else {
     throw Error(cat(source, ": the pre_tokenizer ", type, " is not supported"));
   }
 }
 
-std::vector<std::string_view> PreTokenizer::split(std::string_view text) const {
-  // Runs of valid and of invalid bytes.
-  std::vector<std::pair<std::string_view, bool>> runs;
-  size_t begin = 0;
-  bool valid = true;
-  for (size_t i = 0; i < text.size();) {
-    const int64_t length = utf8_length(text.substr(i));
-    if ((length > 0) != valid) {
-      if (i > begin) runs.emplace_back(text.substr(begin, i - begin), valid);
-      begin = i;
-      valid = length > 0;
+void PreTokenizer::add_pattern(const std::string& pattern, const std::string& source) {
+  const auto compiled = std::make_shared<const Pattern>(pattern, source);
+  steps_.push_back([compiled](std::string_view word, bool, Words* out) {
+    for (const auto& [run, is_valid] : utf8_runs(word)) {
+      if (is_valid) {
+        compiled->cut(run, &out->list);
+      } else {
+        out->list.push_back(run);
+      }
     }
-    i += static_cast<size_t>(std::max<int64_t>(1, length));
-  }
-  if (begin < text.size()) runs.emplace_back(text.substr(begin), valid);
+  });
+}
 
-  std::vector<std::string_view> out;
-  for (const auto& [run, is_valid] : runs) {
-    if (!is_valid) {
-      out.push_back(run);
-      continue;
+// Writes spaces as `replacement`, puts one before the word by the scheme, and, where `split` is
+// set, cuts before every one.
+void PreTokenizer::add_metaspace(const json& spec, const std::string& source) {
+  const std::string replacement = spec.value("replacement", "\u2581");
+  const std::string scheme =
+      spec.value("prepend_scheme", spec.value("add_prefix_space", true) ? "always" : "never");
+  BBB_CHECK(scheme == "always" || scheme == "first" || scheme == "never", source,
+            ": Metaspace's prepend_scheme ", scheme, " is not supported");
+  BBB_CHECK(!replacement.empty(), source, ": Metaspace's replacement is empty");
+  const bool is_split = spec.value("split", true);
+  steps_.push_back([=](std::string_view word, bool is_first, Words* out) {
+    std::string& text = out->made->emplace_back(replace_all(word, " ", replacement));
+    if (!text.starts_with(replacement) && (scheme == "always" || (scheme == "first" && is_first))) {
+      text.insert(0, replacement);
     }
-    std::vector<std::string_view> words = {run};
-    for (const Pattern& pattern : patterns_) {
-      std::vector<std::string_view> next;
-      for (const std::string_view word : words) pattern.cut(word, &next);
-      words.swap(next);
+    size_t begin = 0;
+    while (is_split && begin < text.size()) {
+      const size_t end = std::min(text.find(replacement, begin + 1), text.size());
+      out->list.push_back(std::string_view(text).substr(begin, end - begin));
+      begin = end;
     }
-    out.insert(out.end(), words.begin(), words.end());
+    if (!is_split) out->list.push_back(text);
+  });
+}
+
+std::vector<std::string_view> PreTokenizer::split(std::string_view text, bool is_start,
+                                                  std::deque<std::string>* made) const {
+  std::vector<std::string_view> words = {text};
+  for (const Step& step : steps_) {
+    Words next{{}, made};
+    for (const std::string_view word : words) {
+      step(word, is_start && word.data() == words[0].data(), &next);
+    }
+    words = std::move(next.list);
   }
-  return out;
+  return words;
 }
 
 }  // namespace bbb::data

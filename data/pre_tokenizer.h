@@ -1,11 +1,14 @@
 // Cuts text into the words inside which byte-pair merges happen: the `pre_tokenizer` of a
-// tokenizer.json, as a list of regular expressions applied one after the other (PCRE2, UTF mode).
+// tokenizer.json, as a list of steps applied one after the other. A step cuts by a regular
+// expression (PCRE2, UTF mode), or writes the space that some tokenizers put before a text.
 #pragma once
 
-#include <memory>
+#include <deque>
+#include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace bbb::data {
@@ -16,24 +19,39 @@ extern const char* const kLlama3Pattern;
 
 // The length of the valid UTF-8 character at the start of `text`, 0 where there is none.
 int64_t utf8_length(std::string_view text);
+// The runs of valid (true) and of invalid bytes that `text` consists of.
+std::vector<std::pair<std::string_view, bool>> utf8_runs(std::string_view text);
 
 class PreTokenizer {
  public:
-  // The `pre_tokenizer` object: ByteLevel, Digits, Split by a Regex, or a Sequence of these.
-  // Throws, naming it, for anything else. `source` names the file in errors.
+  // The `pre_tokenizer` object: ByteLevel, Digits, Split by a Regex, Metaspace, a Sequence of
+  // these, or null, which leaves a text whole. Throws, naming it, for anything else. `source` names
+  // the file in errors.
   PreTokenizer(const nlohmann::json& spec, const std::string& source);
-  ~PreTokenizer();
-  PreTokenizer(PreTokenizer&&) noexcept;
 
-  // The words of `text` in order; together they are all of it. Bytes that are not UTF-8 stand in
-  // words of their own.
-  std::vector<std::string_view> split(std::string_view text) const;
+  // The words of `text` in order. A cut leaves bytes that are not UTF-8 in words of their own.
+  // `is_start`: it is the start of the whole text, where Metaspace's scheme `first` writes its
+  // space. Words that hold characters of a step's own are kept in `made`.
+  std::vector<std::string_view> split(std::string_view text, bool is_start,
+                                      std::deque<std::string>* made) const;
+  bool byte_level() const { return byte_level_; }
 
  private:
-  struct Pattern;
+  // Takes one word, the first of the whole text or another, and appends what becomes of it.
+  struct Words {
+    std::vector<std::string_view> list;
+    std::deque<std::string>* made;
+  };
+  using Step = std::function<void(std::string_view word, bool is_first, Words* out)>;
   void add(const nlohmann::json& spec, const std::string& source);
-  std::vector<Pattern> patterns_;
+  void add_pattern(const std::string& pattern, const std::string& source);
+  void add_metaspace(const nlohmann::json& spec, const std::string& source);
+
+  std::vector<Step> steps_;
   bool byte_level_ = false;
 };
+
+// `text` with every `from`, which is not empty, replaced by `to`.
+std::string replace_all(std::string_view text, std::string_view from, std::string_view to);
 
 }  // namespace bbb::data

@@ -2,12 +2,14 @@
 //
 // A GGUF's "llama" vocabulary is written back as the ModelProto that it came from (protobuf's wire
 // format, by hand: the library ships no headers for it), so that both sources run the same code.
-// Special tokens are cut out first and each text between them is encoded by itself, dummy prefix
-// included, as llama.cpp and Llama-2's own code do.
+// Special tokens are cut out first and each text between them is encoded by itself. With `legacy`,
+// and from a GGUF, each of these texts gets the prefix space, else only one at the very start.
 #include <sentencepiece_processor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "data/tokenizer_parts.h"
@@ -49,27 +51,42 @@ class WireWriter {
   std::string out_;
 };
 
+// Protobuf merges what is said twice: normalizer_spec (3) with add_dummy_prefix (3) false.
+std::string without_prefix(const std::string& model) {
+  WireWriter normalizer;
+  normalizer.varint(3, 0);
+  WireWriter more;
+  more.bytes(3, normalizer.str());
+  return model + more.str();
+}
+
 class SentencePieceTokenizer final : public Tokenizer {
  public:
-  explicit SentencePieceTokenizer(TokenizerFiles files) {
+  SentencePieceTokenizer(TokenizerFiles files, const json& root) {
     const std::string where = files.source;
     const std::string* model = files.find("tokenizer.model");
     BBB_ASSERT(model != nullptr);
-    const auto status = processor_.LoadFromSerializedProto(*model);
-    BBB_CHECK(status.ok(), where, ": not a sentencepiece model: ", status.ToString());
-    const TokenizerSettings settings = read_settings(files);
+    const TokenizerSettings settings = read_settings(files, root);
+    const bool has_prefix = settings.add_prefix_space;
+    load(&processor_, has_prefix ? *model : without_prefix(*model), where);
+    if (has_prefix && !settings.legacy) {
+      bare_ = std::make_unique<sentencepiece::SentencePieceProcessor>();
+      load(bare_.get(), without_prefix(*model), where);
+    }
     files_ = std::move(files.files);
 
+    size_ = pieces();
     std::map<int32_t, AddedToken> added;
     for (int32_t id = 0; id < pieces(); ++id) {
-      if (processor_.IsControl(id)) added[id] = {id, processor_.IdToPiece(id), true, false, false};
+      if (processor_.IsControl(id) || processor_.IsUnknown(id)) {
+        added[id] = {.id = id, .content = processor_.IdToPiece(id)};
+      }
     }
-    size_ = pieces();
-    for (const AddedToken& token : settings.added) {
+    for (const AddedToken& token :
+         settings.added_tokens([this](std::string_view name) { return find_piece(name); })) {
       BBB_CHECK(token.id < 2 * pieces() + 1024, where, ": the id ", token.id,
                 " of the added token ", token.content, " is out of range");
-      // What the model itself holds as ordinary or user-defined, it finds itself.
-      if (token.id >= pieces() || token.special) added[token.id] = token;
+      added[token.id] = token;
       size_ = std::max<int64_t>(size_, token.id + 1);
     }
     std::vector<AddedToken> tokens;
@@ -83,6 +100,11 @@ class SentencePieceTokenizer final : public Tokenizer {
     add_bos_ = settings.add_bos.value_or(bos_.has_value());
     BBB_CHECK(!add_bos_ || bos_, where, ": a BOS token is to be added, but there is none");
     chat_template_ = settings.chat_template;
+    // Whether the model itself has the prefix shows in what it makes of a text.
+    std::vector<std::string> pieces_of_a;
+    BBB_CHECK(processor_.Encode("a", &pieces_of_a).ok() && !pieces_of_a.empty(), where,
+              ": sentencepiece cannot encode a text");
+    leading_spaces_ = pieces_of_a[0].starts_with(kSpace);
   }
 
   std::vector<int32_t> encode(std::string_view text, SpecialText special) const override {
@@ -92,8 +114,9 @@ class SentencePieceTokenizer final : public Tokenizer {
         ids.push_back(span.id);
         continue;
       }
+      const bool is_bare = bare_ && span.text.data() != text.data();
       std::vector<int> part;
-      const auto status = processor_.Encode(span.text, &part);
+      const auto status = (is_bare ? *bare_ : processor_).Encode(span.text, &part);
       BBB_CHECK(status.ok(), "sentencepiece cannot encode a text: ", status.ToString());
       ids.insert(ids.end(), part.begin(), part.end());
     }
@@ -101,13 +124,12 @@ class SentencePieceTokenizer final : public Tokenizer {
   }
 
   std::string piece(int32_t id, bool show_special) const override {
-    BBB_CHECK(id >= 0 && id < size_, "token ", id, " is outside the vocabulary of ", size_);
+    BBB_CHECK(id >= 0, "token ", id, " is negative");
     if (const AddedToken* token = added_.find(id)) {
       return token->special && !show_special ? "" : token->content;
     }
     if (id >= pieces() || processor_.IsUnused(id)) return "";
     const std::string& text = processor_.IdToPiece(id);
-    if (processor_.IsUnknown(id)) return show_special ? text : "";
     if (processor_.IsByte(id)) {  // "<0x0A>"
       return std::string(1, static_cast<char>(std::stoi(text.substr(3, 2), nullptr, 16)));
     }
@@ -120,33 +142,9 @@ class SentencePieceTokenizer final : public Tokenizer {
     return out;
   }
 
-  std::string decode(const std::vector<int32_t>& ids) const override {
-    std::string text;
-    std::vector<int> run;
-    const auto flush = [&] {
-      std::string part;
-      const auto status = processor_.Decode(run, &part);
-      BBB_CHECK(status.ok(), "sentencepiece cannot decode: ", status.ToString());
-      text += part;
-      run.clear();
-    };
-    for (const int32_t id : ids) {
-      BBB_CHECK(id >= 0 && id < size_, "token ", id, " is outside the vocabulary of ", size_);
-      const AddedToken* token = added_.find(id);
-      if (token == nullptr && id < pieces()) run.push_back(id);
-      if (token == nullptr || token->special) continue;
-      flush();
-      text += token->content;
-    }
-    flush();
-    return text;
-  }
-
   std::optional<int32_t> find(std::string_view token) const override {
     if (const AddedToken* added = added_.find(token)) return added->id;
-    const int32_t id = processor_.PieceToId(token);
-    if (id < 0 || processor_.IdToPiece(id) != token) return std::nullopt;  // unknown: the unk id
-    return id;
+    return find_piece(token);
   }
 
   int64_t vocab_size() const override { return size_; }
@@ -154,9 +152,22 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::vector<std::pair<std::string, std::string>> export_files() const override { return files_; }
 
  private:
+  static void load(sentencepiece::SentencePieceProcessor* processor, const std::string& model,
+                   const std::string& where) {
+    const auto status = processor->LoadFromSerializedProto(model);
+    BBB_CHECK(status.ok(), where,
+              ": tokenizer.model is not a sentencepiece model, and there is no ",
+              "tokenizer.json of BPE: ", status.ToString());
+  }
   int32_t pieces() const { return processor_.GetPieceSize(); }
+  std::optional<int32_t> find_piece(std::string_view text) const {
+    const int32_t id = processor_.PieceToId(text);
+    if (id < 0 || processor_.IdToPiece(id) != text) return std::nullopt;  // unknown: the unk id
+    return id;
+  }
 
   sentencepiece::SentencePieceProcessor processor_;
+  std::unique_ptr<sentencepiece::SentencePieceProcessor> bare_;  // adds no prefix; null: not needed
   AddedTokens added_;
   std::vector<std::pair<std::string, std::string>> files_;
   int64_t size_ = 0;
@@ -164,38 +175,55 @@ class SentencePieceTokenizer final : public Tokenizer {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(TokenizerFiles files) {
-  return std::make_unique<SentencePieceTokenizer>(std::move(files));
+std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(TokenizerFiles files, const json& root) {
+  return std::make_unique<SentencePieceTokenizer>(std::move(files), root);
 }
 
 TokenizerFiles sentencepiece_files(const Gguf& gguf) {
-  const std::vector<std::string>& tokens = gguf.strings("tokenizer.ggml.tokens");
+  GgufVocabulary vocabulary = read_vocabulary(gguf);
+  std::vector<std::string>& tokens = vocabulary.tokens;
+  std::vector<PieceType>& types = vocabulary.types;
   const std::vector<double>& scores = gguf.reals("tokenizer.ggml.scores");
-  const std::vector<int64_t>& types = gguf.integers("tokenizer.ggml.token_type");
-  BBB_CHECK(!tokens.empty() && scores.size() == tokens.size() && types.size() == tokens.size(),
-            gguf.path(), ": ", tokens.size(), " tokens, ", scores.size(), " scores and ",
-            types.size(), " token types");
+  BBB_CHECK(scores.size() == tokens.size(), gguf.path(), ": ", tokens.size(), " tokens but ",
+            scores.size(), " scores");
   const auto flag = [&](const char* key, bool otherwise) {
     return gguf.has(key) ? gguf.boolean(key) : otherwise;
   };
+  // One piece stands for unknown text, whatever its type here: the one that the file names, else
+  // the first of that type, else <unk>, else id 0. Further ones of that type are special.
+  const auto named = std::find(tokens.begin(), tokens.end(), "<unk>");
+  const auto typed = std::find(types.begin(), types.end(), PieceType::Unknown);
+  const size_t unknown = gguf.has("tokenizer.ggml.unknown_token_id")
+                             ? static_cast<size_t>(gguf.integer("tokenizer.ggml.unknown_token_id"))
+                         : typed != types.end()  ? static_cast<size_t>(typed - types.begin())
+                         : named != tokens.end() ? static_cast<size_t>(named - tokens.begin())
+                                                 : 0;
+  BBB_CHECK(unknown < tokens.size() && !tokens[unknown].empty() &&
+                (tokens[unknown] == "<unk>" || types[unknown] == PieceType::Unknown ||
+                 types[unknown] == PieceType::Control),
+            gguf.path(), ": no piece stands for unknown text");
+  std::replace(types.begin(), types.end(), PieceType::Unknown, PieceType::Control);
+  types[unknown] = PieceType::Unknown;
+
   const bool add_bos = flag("tokenizer.ggml.add_bos_token", true);
-  json config = config_from_gguf(gguf, tokens, types, add_bos);
+  json config = config_from_gguf(gguf, vocabulary, add_bos);
   config["tokenizer_class"] = "LlamaTokenizer";
   config["legacy"] = true;
+  config["unk_token"] = tokens[unknown];
 
-  // The types have sentencepiece's own numbers: 1 normal, 2 unknown, 3 control, 4 user-defined,
-  // 5 unused, 6 byte.
   WireWriter model;
   int64_t byte_pieces = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    BBB_CHECK(!tokens[i].empty() && types[i] >= 1 && types[i] <= 6, gguf.path(), ": token ", i,
-              " is empty or has the unknown type ", types[i]);
+    // User-defined pieces are cut out of a text first; what merges into one is an ordinary piece.
+    const PieceType type = types[i] == PieceType::UserDefined ? PieceType::Normal : types[i];
     WireWriter piece;
-    piece.bytes(1, tokens[i]);
+    // sentencepiece wants every piece to have a text of its own: this one no text contains, since
+    // pieces write a space as U+2581.
+    piece.bytes(1, tokens[i].empty() ? cat("[PAD ", i, "]") : tokens[i]);
     piece.fixed32(2, static_cast<float>(scores[i]));
-    piece.varint(3, static_cast<uint64_t>(types[i]));
+    piece.varint(3, static_cast<uint64_t>(type));
     model.bytes(1, piece.str());
-    byte_pieces += types[i] == 6;
+    byte_pieces += type == PieceType::Byte;
   }
   WireWriter trainer;
   trainer.varint(3, 2);  // model_type: BPE

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <unordered_map>
 
 #include "data/files.h"
 #include "data/json.h"
@@ -20,10 +22,6 @@ namespace {
 bool is_regular_file(const std::string& path) {
   struct stat status {};
   return stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
-}
-
-bool ends_with(const std::string& text, std::string_view end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
 // A token named as "text" or as {"content": "text"}.
@@ -57,6 +55,9 @@ const std::string* TokenizerFiles::find(std::string_view name) const {
   return nullptr;
 }
 
+namespace {
+
+// The named file's object; an empty one where the file is absent.
 json json_of(const TokenizerFiles& files, std::string_view name) {
   const std::string* content = files.find(name);
   if (content == nullptr) return json::object();
@@ -66,21 +67,25 @@ json json_of(const TokenizerFiles& files, std::string_view name) {
   return parsed;
 }
 
-AddedToken read_added_token(const json& object, int32_t id, const std::string& source) {
+// `object` as tokenizer.json and tokenizer_config.json write an added token.
+AddedToken read_added_token(const json& object, int64_t id, const std::string& source) {
   AddedToken token;
-  token.id = id;
+  token.id = static_cast<int32_t>(id);
   token.content = object.at("content").get<std::string>();
   token.special = object.value("special", false);
   token.lstrip = object.value("lstrip", false);
   token.rstrip = object.value("rstrip", false);
-  BBB_CHECK(id >= 0 && !token.content.empty(), source, ": the added token ", id,
-            " has no text or a negative id");
+  token.normalized = object.value("normalized", !token.special);
+  BBB_CHECK(id >= 0 && id < INT32_MAX && !token.content.empty(), source, ": the added token ", id,
+            " has no text or an id out of range");
   BBB_CHECK(!object.value("single_word", false), source, ": the added token ", token.content,
             " has single_word, which is not supported");
   return token;
 }
 
-TokenizerSettings read_settings(const TokenizerFiles& files) {
+}  // namespace
+
+TokenizerSettings read_settings(const TokenizerFiles& files, const json& root) {
   const json config = json_of(files, "tokenizer_config.json");
   const json map = json_of(files, "special_tokens_map.json");
   TokenizerSettings settings;
@@ -88,8 +93,14 @@ TokenizerSettings read_settings(const TokenizerFiles& files) {
   settings.eos = token_text(config, "eos_token");
   if (!settings.bos) settings.bos = token_text(map, "bos_token");
   if (!settings.eos) settings.eos = token_text(map, "eos_token");
-  const auto add_bos = config.find("add_bos_token");
-  if (add_bos != config.end() && add_bos->is_boolean()) settings.add_bos = add_bos->get<bool>();
+  const auto flag = [&](const char* key) -> std::optional<bool> {
+    const auto found = config.find(key);
+    if (found == config.end() || !found->is_boolean()) return std::nullopt;
+    return found->get<bool>();
+  };
+  settings.add_bos = flag("add_bos_token");
+  settings.legacy = flag("legacy").value_or(true);
+  settings.add_prefix_space = flag("add_prefix_space").value_or(true);
 
   const auto chat = config.find("chat_template");
   if (const std::string* jinja = files.find("chat_template.jinja")) {
@@ -104,19 +115,55 @@ TokenizerSettings read_settings(const TokenizerFiles& files) {
     settings.chat_template = chat->get<std::string>();
   }
 
-  const auto decoder = config.find("added_tokens_decoder");
-  if (decoder != config.end()) {
-    for (const auto& [id, token] : decoder->items()) {
-      settings.added.push_back(read_added_token(
-          token, static_cast<int32_t>(std::strtol(id.c_str(), nullptr, 10)), files.source));
+  for (const json* names : {&config, &map}) {
+    for (const char* key : {"bos_token", "eos_token", "unk_token", "pad_token"}) {
+      if (const auto name = token_text(*names, key)) settings.special_names.push_back(*name);
     }
-  } else {
-    const json added = json_of(files, "added_tokens.json");
-    for (const auto& [content, id] : added.items()) {
-      settings.added.push_back({id.get<int32_t>(), content, false, false, false});
+    for (const char* key : {"additional_special_tokens", "extra_special_tokens"}) {
+      const auto list = names->find(key);
+      if (list == names->end()) continue;
+      for (const json& token : *list) {  // a list of tokens, or an object of named ones
+        settings.special_names.push_back(
+            (token.is_object() ? token.at("content") : token).get<std::string>());
+      }
     }
   }
+  const auto is_named = [&](const std::string& content) {
+    const auto& names = settings.special_names;
+    return std::find(names.begin(), names.end(), content) != names.end();
+  };
+  // The first file that has a token decides what it is.
+  std::set<std::string> known;
+  const auto add = [&](AddedToken token) {
+    if (known.insert(token.content).second) settings.added.push_back(std::move(token));
+  };
+  const json own = root.value("added_tokens", json::array());
+  for (const json& token : own) {
+    add(read_added_token(token, token.at("id").get<int64_t>(), files.source + "/tokenizer.json"));
+  }
+  const json decoder = config.value("added_tokens_decoder", json::object());
+  const json listed = json_of(files, "added_tokens.json");
+  for (const auto& [id, token] : decoder.items()) {
+    add(read_added_token(token, std::strtoll(id.c_str(), nullptr, 10),
+                         files.source + "/tokenizer_config.json"));
+  }
+  for (const auto& [content, id] : listed.items()) {
+    add(read_added_token({{"content", content}, {"special", is_named(content)}}, id.get<int64_t>(),
+                         files.source + "/added_tokens.json"));
+  }
   return settings;
+}
+
+std::vector<AddedToken> TokenizerSettings::added_tokens(const Lookup& vocabulary) const {
+  std::vector<AddedToken> tokens = added;
+  for (const std::string& name : special_names) {
+    const bool is_known = std::any_of(tokens.begin(), tokens.end(), [&](const AddedToken& token) {
+      return token.content == name;
+    });
+    const std::optional<int32_t> id = is_known || name.empty() ? std::nullopt : vocabulary(name);
+    if (id) tokens.push_back({.id = *id, .content = name});
+  }
+  return tokens;
 }
 
 AddedTokens::AddedTokens(std::vector<AddedToken> tokens)
@@ -136,15 +183,14 @@ std::vector<AddedTokens::Span> AddedTokens::split(std::string_view text,
   const auto found_at = [&](size_t i) -> const AddedToken* {
     for (const uint32_t index : by_first_byte_[static_cast<uint8_t>(text[i])]) {
       const AddedToken& token = tokens_[index];
-      if (token.special && special == SpecialText::AsText) continue;
       if (text.substr(i, token.content.size()) == token.content) return &token;
     }
     return nullptr;
   };
   for (size_t i = 0; !tokens_.empty() && i < text.size();) {
     const AddedToken* token = found_at(i);
-    if (token == nullptr) {
-      ++i;
+    if (token == nullptr || (token->special && special == SpecialText::AsText)) {
+      i += token == nullptr ? 1 : token->content.size();
       continue;
     }
     size_t begin = i;
@@ -164,7 +210,9 @@ std::vector<AddedTokens::Span> AddedTokens::split(std::string_view text,
     }
     if (begin > done) spans.push_back({text.substr(done, begin - done), -1});
     spans.push_back({text.substr(begin, end - begin), token->id});
-    i = done = end;
+    // As in the reference, another token may begin inside the white space that rstrip took.
+    i += token->content.size();
+    done = end;
   }
   if (done < text.size()) spans.push_back({text.substr(done), -1});
   return spans;
@@ -182,6 +230,13 @@ const AddedToken* AddedTokens::find(std::string_view content) const {
     if (token.content == content) return &token;
   }
   return nullptr;
+}
+
+std::string Tokenizer::decode(const std::vector<int32_t>& ids) const {
+  std::string text;
+  for (const int32_t id : ids) text += piece(id, false);
+  const size_t spaces = std::min(text.find_first_not_of(' '), text.size());
+  return text.substr(std::min(spaces, static_cast<size_t>(leading_spaces_)));
 }
 
 std::vector<int32_t> Tokenizer::end_of_turn() const {
@@ -203,8 +258,37 @@ int32_t Tokenizer::document_end() const {
   return *eos_;
 }
 
-json config_from_gguf(const Gguf& gguf, const std::vector<std::string>& tokens,
-                      const std::vector<int64_t>& types, bool add_bos) {
+GgufVocabulary read_vocabulary(const Gguf& gguf) {
+  GgufVocabulary out;
+  out.tokens = gguf.strings("tokenizer.ggml.tokens");
+  const std::vector<int64_t>& types = gguf.integers("tokenizer.ggml.token_type");
+  BBB_CHECK(!out.tokens.empty() && types.size() == out.tokens.size(), gguf.path(), ": ",
+            out.tokens.size(), " tokens but ", types.size(), " token types");
+  std::unordered_map<std::string_view, size_t> first;
+  for (size_t i = 0; i < types.size(); ++i) {
+    BBB_CHECK(types[i] >= 1 && types[i] <= 6, gguf.path(), ": token ", i, " has the unknown type ",
+              types[i]);
+    PieceType type = static_cast<PieceType>(types[i]);
+    const auto [entry, is_new] = first.try_emplace(out.tokens[i], i);
+    if (!is_new && !out.tokens[i].empty()) {
+      BBB_CHECK(
+          type == PieceType::Unknown || type == PieceType::Control || type == PieceType::Unused,
+          gguf.path(), ": tokens ", entry->second, " and ", i, " are both ",
+          printable(out.tokens[i]));
+    }
+    if (!is_new || out.tokens[i].empty()) type = PieceType::Unused;
+    out.types.push_back(type);
+  }
+  std::vector<std::string> texts = out.tokens;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    if (first.at(out.tokens[i]) != i) texts[i].clear();
+  }
+  out.tokens = std::move(texts);
+  return out;
+}
+
+json config_from_gguf(const Gguf& gguf, const GgufVocabulary& vocabulary, bool add_bos) {
+  const std::vector<std::string>& tokens = gguf.strings("tokenizer.ggml.tokens");
   json config = {{"add_bos_token", add_bos}, {"add_eos_token", false}};
   config["clean_up_tokenization_spaces"] = false;
   const auto name_token = [&](const char* setting, const char* key) {
@@ -212,7 +296,8 @@ json config_from_gguf(const Gguf& gguf, const std::vector<std::string>& tokens,
     const int64_t id = gguf.integer(key);
     BBB_CHECK(id >= 0 && id < static_cast<int64_t>(tokens.size()), gguf.path(), ": ", key, " is ",
               id, ", outside the vocabulary of ", tokens.size());
-    config[setting] = tokens[static_cast<size_t>(id)];
+    const std::string& text = tokens[static_cast<size_t>(id)];
+    if (!text.empty()) config[setting] = text;
   };
   name_token("bos_token", "tokenizer.ggml.bos_token_id");
   name_token("eos_token", "tokenizer.ggml.eos_token_id");
@@ -222,21 +307,47 @@ json config_from_gguf(const Gguf& gguf, const std::vector<std::string>& tokens,
     config["chat_template"] = gguf.string("tokenizer.chat_template");
   }
   json added = json::object();
-  for (size_t i = 0; i < types.size(); ++i) {
-    if (types[i] != 3 && types[i] != 4) continue;  // control and user-defined
-    added[std::to_string(i)] = {{"content", tokens[i]}, {"lstrip", false},
-                                {"normalized", false},  {"rstrip", false},
-                                {"single_word", false}, {"special", types[i] == 3}};
+  for (size_t i = 0; i < vocabulary.types.size(); ++i) {
+    const PieceType type = vocabulary.types[i];
+    if (type == PieceType::Unknown || type == PieceType::Control ||
+        type == PieceType::UserDefined) {
+      added[std::to_string(i)] = {
+          {"content", vocabulary.tokens[i]},
+          {"lstrip", false},
+          {"normalized", false},
+          {"rstrip", false},
+          {"single_word", false},
+          {"special", type != PieceType::UserDefined},
+      };
+    }
   }
   config["added_tokens_decoder"] = std::move(added);
   return config;
 }
 
+namespace {
+
+std::unique_ptr<Tokenizer> make_tokenizer(TokenizerFiles files) {
+  try {
+    const json root = json_of(files, "tokenizer.json");
+    const bool is_bpe = root.contains("model") && root.at("model").value("type", "BPE") == "BPE";
+    if (files.find("tokenizer.model") && !is_bpe) {
+      return make_sentencepiece_tokenizer(std::move(files), root);
+    }
+    if (files.find("tokenizer.json")) return make_bpe_tokenizer(std::move(files), root);
+  } catch (const json::exception& error) {
+    throw Error(cat(files.source, ": the tokenizer's files are malformed: ", error.what()));
+  }
+  throw Error(cat(files.source, ": neither tokenizer.model nor tokenizer.json is there"));
+}
+
+}  // namespace
+
 std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf) {
   const std::string& model = gguf.string("tokenizer.ggml.model");
   try {
-    if (model == "gpt2") return make_bpe_tokenizer(bpe_files(gguf));
-    if (model == "llama") return make_sentencepiece_tokenizer(sentencepiece_files(gguf));
+    if (model == "gpt2") return make_tokenizer(bpe_files(gguf));
+    if (model == "llama") return make_tokenizer(sentencepiece_files(gguf));
   } catch (const json::exception& error) {  // a token that is not UTF-8
     throw Error(cat(gguf.path(), ": the vocabulary is malformed: ", error.what()));
   }
@@ -244,8 +355,8 @@ std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf) {
 }
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {
-  if (model_path.starts_with(kSyntheticPrefix)) return make_bpe_tokenizer(byte_files(model_path));
-  if (ends_with(model_path, ".gguf")) return make_tokenizer(Gguf(model_path));
+  if (model_path.starts_with(kSyntheticPrefix)) return make_tokenizer(byte_files(model_path));
+  if (is_regular_file(model_path)) return make_tokenizer(Gguf(model_path));
   TokenizerFiles files;
   files.source = model_path;
   for (const char* name : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -253,13 +364,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {
     const std::string path = model_path + "/" + name;
     if (is_regular_file(path)) files.files.emplace_back(name, read_file(path));
   }
-  try {
-    if (files.find("tokenizer.model")) return make_sentencepiece_tokenizer(std::move(files));
-    if (files.find("tokenizer.json")) return make_bpe_tokenizer(std::move(files));
-  } catch (const json::exception& error) {
-    throw Error(cat(model_path, ": the tokenizer's files are malformed: ", error.what()));
-  }
-  throw Error(cat(model_path, ": neither tokenizer.model nor tokenizer.json is there"));
+  return make_tokenizer(std::move(files));
 }
 
 }  // namespace bbb::data

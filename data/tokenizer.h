@@ -1,8 +1,12 @@
 // Tokenizers: text to ids and back, equal to the reference implementations on every input.
 //
-//   sentencepiece   tokenizer.model, or a GGUF's "llama" vocabulary
-//   byte-level BPE  tokenizer.json, or a GGUF's "gpt2" vocabulary; pre-tokenizers of GPT-2, SmolLM
-//                   (each digit alone, then GPT-2's) and Llama-3
+//   BPE            tokenizer.json: byte-level, or of sentencepiece's kind (Metaspace, byte
+//   fallback);
+//                  a GGUF's "gpt2" vocabulary
+//   sentencepiece  tokenizer.model where there is no tokenizer.json of BPE; a GGUF's "llama"
+//                  vocabulary
+//
+// A vocabulary may be smaller than the model's embedding: an id behind its last token has no text.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +30,14 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
   // No BOS or EOS is added; see bos() and add_bos(). Invalid UTF-8 never throws.
   virtual std::vector<int32_t> encode(std::string_view text, SpecialText special) const = 0;
-  // The bytes of one token; a special token gives its text if `show_special`, else nothing.
+  // The bytes of one token; a special token gives its text if `show_special`, else nothing. An id
+  // without a token, such as that of a padding row of the embedding, gives nothing; a negative one
+  // throws.
   virtual std::string piece(int32_t id, bool show_special) const = 0;
-  // Whole sequence, as the reference decodes it (sentencepiece drops the first space).
-  virtual std::string decode(const std::vector<int32_t>& ids) const = 0;
+  // The text of a whole sequence: its pieces, less the space that encode() puts before a text.
+  virtual std::string decode(const std::vector<int32_t>& ids) const;
   virtual std::optional<int32_t> find(std::string_view token) const = 0;  // exact vocabulary text
-  virtual int64_t vocab_size() const = 0;
+  virtual int64_t vocab_size() const = 0;  // the largest id of a token, plus 1
 
   std::optional<int32_t> bos() const { return bos_; }
   std::optional<int32_t> eos() const { return eos_; }
@@ -42,23 +48,27 @@ class Tokenizer {
   std::vector<int32_t> end_of_turn() const;
   // <|endoftext|>, <|end_of_text|> or </s>, whichever the vocabulary has, else EOS; throws if none.
   int32_t document_end() const;
-  // The Hugging Face files that hold this tokenizer (name, content): tokenizer.model, or
-  // tokenizer.json and tokenizer_config.json, copied or, from a GGUF, made.
+  // The Hugging Face files that hold this tokenizer (name, content), copied or, from a GGUF, made:
+  // tokenizer.json or tokenizer.model, with tokenizer_config.json.
   virtual std::vector<std::pair<std::string, std::string>> export_files() const = 0;
 
  protected:
   std::optional<int32_t> bos_;
   std::optional<int32_t> eos_;
   bool add_bos_ = false;
+  int64_t leading_spaces_ = 0;  // at most so many spaces at a text's start are not decoded
   std::string chat_template_;
 };
 
 // Model paths "synthetic:NAME": random weights, whose tokenizer's ids are the text's bytes.
 constexpr std::string_view kSyntheticPrefix = "synthetic:";
 
-// A model directory (tokenizer.json or tokenizer.model with tokenizer_config.json), a .gguf file or
-// "synthetic:NAME".
+// A model directory, a GGUF file or "synthetic:NAME". Of a directory tokenizer.json is read where
+// it holds BPE, whatever tokenizer.model stands beside it; else tokenizer.model. Throws Error,
+// naming the file and what is not supported.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path);
+// Of a GGUF without a pre-tokenizer's name, or with the name "default", a line on stderr says that
+// its text may be cut otherwise than its model expects.
 std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf);
 
 // Renders one user message with the model's own chat template (a Jinja subset; throws, naming what

@@ -126,6 +126,7 @@ constexpr Command kCommands[] = {
     {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
     {"decode", "generate text, and measure how fast", decode_command},
     {"bench", "time training steps, or packed matrix-vector products", bench_command},
+    {"tokenize", "token ids of a text", tokenize_command},
 };
 
 std::string usage() {

@@ -50,6 +50,7 @@ int ppl_command(const Arguments& arguments);
 int inspect_command(const Arguments& arguments);
 int decode_command(const Arguments& arguments);
 int bench_command(const Arguments& arguments);
+int tokenize_command(const Arguments& arguments);
 
 // The whole program behind main(): dispatches, and turns every error into one line on stderr and an
 // exit code: 2 for usage, 1 for the rest.

@@ -1,0 +1,227 @@
+"""Fixtures and goldens of tests/tokenizer_kinds_test.cpp, from the reference implementations.
+
+usage: make_tokenizer_kinds.py
+needs: pip install tokenizers==0.23.3 sentencepiece==0.2.3 gguf==0.19.0
+
+Writes tests/goldens/tokenizers/kinds.json, pieces.gguf and pre-NAME.gguf. It starts from what
+make_tokenizer_goldens.py has left there: a byte-level tokenizer.json and a sentencepiece model. Each
+kind is a change (RFC 7386) to a base tokenizer.json, with the ids of every text, special tokens
+parsed, and the decoded text where the base has a decoder that is more than bytes.
+"""
+import copy
+import json
+import os
+
+import gguf
+import sentencepiece
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+OUT = os.path.join(os.path.dirname(__file__), "..", "tests", "goldens", "tokenizers")
+SPACE = "\u2581"
+TEXTS = [
+    "", " ", "   ", "a", " a", "  two  spaces ", "\n", "tab\tand\r\nline\n\n", "Hello, world!", "it's we'LL 'tis", "0 12 123 12345 \u0663\u00bd",
+    "caf\u00e9 cafe\u0301 \u212b \u1100\u1161 \u0958", "\ufb01ne \u2460 \uff21", "e\u0323\u0301 e\u0301\u0323", "\u4f60\u597d\uff0c\u4e16\u754c\u3002\ud55c\uad6d", "\U0001f469\u200d\U0001f680 \u2764\ufe0f",
+    "\u2581under \u2581 score", "\u00a0no\u3000break\u00a0", "nul\0in", "<0x41> <0x>", "f(x)[i] = {y: \"z\"}; // a--b $4.50+<3>^~|", "  \n \n  x", "zz" * 20, "b,c.d?\u00a1\u3001(e)",
+    "{A}", "{A}{B}", "one{A}two", "one {A} two{B} three", "{A}one", "{A} one", "{A}  one{B}", " {A}", "{A}\n{B}\n", "{A}\u00e9{B}\u4f60", "{B}  {A} end {B}", "{A}{A} a",
+]
+
+
+def texts(a, b):
+    return [text.replace("{A}", a).replace("{B}", b) for text in TEXTS]
+
+
+def ids_of(tokenizer, cases):
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in cases]
+
+
+def patched(base, change):
+    """RFC 7386, less the removal of keys: a null stays a null, as tokenizer.json has them."""
+    out = copy.deepcopy(base)
+    for key, value in change.items():
+        out[key] = patched(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) and "type" not in value else value
+    return out
+
+
+def pieces_base(model):
+    """A sentencepiece BPE model as a tokenizer.json; merges are ordered by their piece's score."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = {sp.id_to_piece(i): i for i in range(len(sp))}
+    merges = []
+    for i in range(len(sp)):
+        if sp.is_unknown(i) or sp.is_control(i) or sp.is_byte(i):
+            continue
+        piece = sp.id_to_piece(i)
+        for cut in range(1, len(piece)):
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary:
+                merges.append((-sp.get_score(i), vocabulary[piece[:cut]], piece[:cut], piece[cut:]))
+    special = [i for i in range(len(sp)) if sp.is_unknown(i) or sp.is_control(i)]
+    token = lambda i, kind: {"id": i, "content": sp.id_to_piece(i), "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [token(i, True) for i in special] + [token(vocabulary["<sep>"], False)],
+        "normalizer": None, "pre_tokenizer": metaspace("first"), "post_processor": None, "decoder": pieces_decoder(),
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                  "ignore_merges": False, "vocab": vocabulary, "merges": [f"{a} {b}" for _, _, a, b in sorted(merges)]},
+    }
+
+
+def metaspace(scheme, split=False):
+    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": split}
+
+
+def pieces_decoder(strip=True):
+    steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {"type": "Sequence", "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strip}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+PREPEND = sequence({"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def added(index, content, **more):
+    return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False, **more}
+
+
+def kinds(pieces, size):
+    """(name, base, change)"""
+    more = pieces["added_tokens"] + [added(size, "<norm>", normalized=True), added(size + 1, "<strip>", lstrip=True, rstrip=True), added(size + 2, "<se", special=True)]
+    old = {"normalizer": PREPEND, "pre_tokenizer": None}
+    yield "Metaspace first", "pieces", {}
+    yield "Metaspace always", "pieces", {"pre_tokenizer": metaspace("always")}
+    yield "Metaspace always, by the old key", "pieces", {"pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}}
+    yield "Metaspace never, split", "pieces", {"pre_tokenizer": metaspace("never", True), "decoder": pieces_decoder(False)}
+    yield "Metaspace behind Digits", "pieces", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, metaspace("first", True)]}}
+    yield "Metaspace's own decoder", "pieces", {"decoder": metaspace("always"), "model": {"byte_fallback": False}}
+    yield "Prepend and Replace", "pieces", old
+    yield "no byte fallback, unknown ones fused", "pieces", {**old, "model": {"byte_fallback": False}}
+    yield "no byte fallback, unknown ones apart", "pieces", {**old, "model": {"byte_fallback": False, "fuse_unk": False}}
+    yield "no byte fallback, nothing unknown", "pieces", {**old, "model": {"byte_fallback": False, "unk_token": None}}
+    yield "merges ignored for whole words", "pieces", {"pre_tokenizer": metaspace("first", True), "model": {"ignore_merges": True}}
+    yield "NFKC before Metaspace", "pieces", {"normalizer": sequence({"type": "NFKC"})}
+    yield "added tokens of every kind", "pieces", {"added_tokens": more}
+    yield "added tokens of every kind, normalized", "pieces", {**old, "added_tokens": more}
+    yield "an empty Sequence", "gpt2", {"normalizer": sequence()}
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        yield form, "gpt2", {"normalizer": {"type": form}}
+    yield "NFC in a Sequence", "gpt2", {"normalizer": sequence({"type": "NFC"})}
+    yield "prefix space", "gpt2", {"pre_tokenizer": BYTES}
+    yield "prefix space behind Digits", "gpt2", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}
+
+
+def by_sentencepiece(model, specials, text, legacy):
+    """Special tokens cut out, leftmost and longest first; each text between them by itself."""
+    # What a message says twice the later one decides: normalizer_spec (field 3), whose
+    # add_dummy_prefix (field 3) is false.
+    plain, bare = (sentencepiece.SentencePieceProcessor(model_proto=model + more) for more in (b"", b"\x1a\x02\x18\x00"))
+    ids, begin, i = [], 0, 0
+
+    def flush():
+        if i > begin:
+            ids.extend((plain if legacy or begin == 0 else bare).encode(text[begin:i]))
+
+    while i < len(text):
+        name = max((s for s in specials if text.startswith(s, i)), key=len, default=None)
+        if name is None:
+            i += 1
+            continue
+        flush()
+        ids.append(specials[name])
+        begin = i = i + len(name)
+    flush()
+    return ids
+
+
+def write_gguf(name, model, tokens, types, **more):
+    writer = gguf.GGUFWriter(f"{OUT}/{name}.gguf", "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for key, value in more.items():
+        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+        add(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def padded_pieces(model):
+    """A GGUF as converters pad them: <unk> is a control token, padding is of type unknown, or one text
+    over and over, or empty; a user-defined token stands among it."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    kind = lambda i: 3 if sp.is_unknown(i) or sp.is_control(i) else 6 if sp.is_byte(i) else 4 if sp.id_to_piece(i) == "<sep>" else 1
+    tokens = [sp.id_to_piece(i) for i in range(len(sp))]
+    types = [kind(i) for i in range(len(sp))]
+    more = [("<|user|>", 4), ("<|end|>", 3), ("<pad>", 5), ("<pad>", 5), ("<pad>", 3), ("", 1), ("", 5), ("<pad2>", 2), ("<pad2>", 2)]
+    scores = [sp.get_score(i) for i in range(len(sp))] + [-1000.0] * len(more)
+    write_gguf("pieces", "llama", tokens + [t for t, _ in more], types + [k for _, k in more], scores=scores, bos_token_id=1, eos_token_id=2)
+    specials = {t: i for i, (t, k) in enumerate(zip(tokens, types)) if k in (3, 4)}
+    specials.update({"<|user|>": len(sp), "<|end|>": len(sp) + 1, "<pad2>": len(sp) + 7})
+    cases = texts("<|user|>", "<|end|>") + ["<pad>a<pad2>", "<unk> <sep>b"]
+    return {"texts": cases, "ids": [by_sentencepiece(model, specials, text, True) for text in cases], "size": len(sp) + len(more)}
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# What llama.cpp makes of tokenizer.ggml.pre. deepseek-llm's letters are named range by range there;
+# for the texts here they are those with case.
+PRE = {
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "qwen2": [QWEN2],
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, r"\p{N}"],
+    "deepseek-llm": [r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", IDEOGRAPHS, r"\p{N}+"],
+}
+
+
+def pre_tokenizer(name):
+    """A vocabulary whose merges cross every boundary, so that the ids show where text was cut."""
+    cases = texts("<|a|>", "<|b|>")
+    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=256 + 2 + 260, special_tokens=["<|a|>", "<|b|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False, min_frequency=1)
+    tokenizer.train_from_iterator([text for text in TEXTS if "{" not in text] * 2, trainer)
+    root = json.loads(tokenizer.to_str())
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in PRE[name]]
+    root["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splits + [{**BYTES, "add_prefix_space": False, "use_regex": False}]}
+    vocabulary = root["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in root["model"]["merges"]]
+    # Padding behind it: unused, empty, repeated.
+    types = [3, 3] + [1] * (len(tokens) - 2) + [5, 5, 1, 5]
+    write_gguf(f"pre-{name}", "gpt2", tokens + ["[PAD518]", "", "", "[PAD518]"], types, pre=name, merges=merges, eos_token_id=0)
+    return {"texts": cases, "ids": ids_of(Tokenizer.from_str(json.dumps(root)), cases), "size": len(tokens)}
+
+
+def main():
+    model = open(f"{OUT}/sentencepiece/tokenizer.model", "rb").read()
+    pieces = pieces_base(model)
+    bases = {"pieces": pieces, "gpt2": json.load(open(f"{OUT}/gpt2/tokenizer.json"))}
+    cases = {"pieces": texts("<s>", "<sep>") + ["a <norm>b<norm> c", "x <strip> \n y<se<sep>"], "gpt2": texts("<|im_start|>", "<|im_end|>")}
+    size = len(pieces["model"]["vocab"])
+    out = {"pieces": pieces, "texts": cases, "kinds": []}
+    for name, base, change in kinds(pieces, size):
+        tokenizer = Tokenizer.from_str(json.dumps(patched(bases[base], change)))
+        kind = {"name": name, "base": base, "change": change, "ids": ids_of(tokenizer, cases[base])}
+        if base == "pieces":
+            kind["decoded"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in kind["ids"]]
+        out["kinds"].append(kind)
+    specials = {t["content"]: t["id"] for t in pieces["added_tokens"] if t["special"]}
+    specials["<extra>"] = size
+    out["sentencepiece"] = [
+        {"legacy": legacy, "texts": texts("<s>", "<extra>"), "ids": [by_sentencepiece(model, specials, text, legacy) for text in texts("<s>", "<extra>")]}
+        for legacy in (True, False)]
+    out["padded"] = padded_pieces(model)
+    out["pre"] = {name: pre_tokenizer(name) for name in PRE}
+    with open(f"{OUT}/kinds.json", "w") as file:
+        json.dump(out, file, separators=(",", ":"))
+
+
+main()
