@@ -22,10 +22,6 @@ bool is_regular_file(const std::string& path) {
   return stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
 }
 
-bool ends_with(const std::string& text, std::string_view end) {
-  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
-}
-
 // A token named as "text" or as {"content": "text"}.
 std::optional<std::string> token_text(const json& object, const char* key) {
   const auto found = object.find(key);
@@ -195,11 +191,14 @@ std::vector<int32_t> Tokenizer::end_of_turn() const {
   return ids;
 }
 
-int32_t Tokenizer::document_end() const {
+int32_t Tokenizer::document_end(const std::vector<int32_t>& stop_ids) const {
   for (const char* name : {"<|endoftext|>", "<|end_of_text|>", "</s>"}) {
     if (const std::optional<int32_t> id = find(name)) return *id;
   }
-  BBB_CHECK(eos_.has_value(), "the tokenizer has no token that ends a document");
+  if (!stop_ids.empty()) return stop_ids.front();
+  BBB_CHECK(eos_.has_value(),
+            "neither the vocabulary nor the model names a token that ends a document; give its id "
+            "with --doc-end");
   return *eos_;
 }
 
@@ -245,7 +244,7 @@ std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf) {
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {
   if (model_path.starts_with(kSyntheticPrefix)) return make_bpe_tokenizer(byte_files(model_path));
-  if (ends_with(model_path, ".gguf")) return make_tokenizer(Gguf(model_path));
+  if (is_regular_file(model_path)) return make_tokenizer(Gguf(model_path));
   TokenizerFiles files;
   files.source = model_path;
   for (const char* name : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json",
