@@ -1,7 +1,11 @@
 #include "data/gguf.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <utility>
 
 #include "data/files.h"
 #include "data/half.h"
@@ -9,20 +13,17 @@
 namespace bbb::data {
 namespace {
 
-// A type: blocks of `elements` weights in `bytes` bytes; `expand` turns `blocks` of them to floats.
+constexpr char kMagic[] = "GGUF";
+constexpr const char *kSplitNumber = "split.no", *kSplitCount = "split.count",
+                     *kSplitTensors = "split.tensors.count";
+
 struct TypeRow {
   uint32_t type;
   const char* name;
-  int64_t elements;
-  int64_t bytes;
-  void (*expand)(float* out, const uint8_t* p, int64_t blocks);
+  BlockType blocks;
 };
 
 float half_at(const uint8_t* p) { return half_to_float(load_as<uint16_t>(p)); }
-
-void expand_f32(float* out, const uint8_t* p) { *out = load_as<float>(p); }
-void expand_f16(float* out, const uint8_t* p) { *out = half_at(p); }
-void expand_bf16(float* out, const uint8_t* p) { *out = bf16_to_float(load_as<uint16_t>(p)); }
 
 // {d half, 32 int8}
 void expand_q8_0(float* out, const uint8_t* p) {
@@ -120,25 +121,54 @@ void expand_q6_k(float* out, const uint8_t* p) {
   }
 }
 
-template <void (*kExpand)(float*, const uint8_t*), int kElements, int kBytes>
-constexpr TypeRow type_row(uint32_t type, const char* name) {
-  return {type, name, kElements, kBytes, [](float* out, const uint8_t* p, int64_t blocks) {
+// kHalves: the offsets of a block's half-precision scales. Codes and integer scales are finite, and
+// their products with a finite half are far below FP32's limit.
+template <void (*kExpand)(float*, const uint8_t*), int kElements, int kBytes, int... kHalves>
+constexpr BlockType scaled_blocks() {
+  return {kElements, kBytes,
+          [](float* out, const uint8_t* p, int64_t blocks) {
             for (int64_t b = 0; b < blocks; ++b) kExpand(out + b * kElements, p + b * kBytes);
+          },
+          [](const uint8_t* p, int64_t blocks) {
+            bool bad = false;
+            for (int64_t b = 0; b < blocks; ++b, p += kBytes)
+              ((bad |= !kF16Blocks.finite(p + kHalves, 1)), ...);
+            return !bad;
           }};
 }
 
-constexpr TypeRow kTypes[] = {
-    type_row<expand_f32, 1, 4>(0, "F32"),        type_row<expand_f16, 1, 2>(1, "F16"),
-    type_row<expand_q4_0, 32, 18>(2, "Q4_0"),    type_row<expand_q4_1, 32, 20>(3, "Q4_1"),
-    type_row<expand_q5_0, 32, 22>(6, "Q5_0"),    type_row<expand_q5_1, 32, 24>(7, "Q5_1"),
-    type_row<expand_q8_0, 32, 34>(8, "Q8_0"),    type_row<expand_q4_k, 256, 144>(12, "Q4_K"),
-    type_row<expand_q5_k, 256, 176>(13, "Q5_K"), type_row<expand_q6_k, 256, 210>(14, "Q6_K"),
-    type_row<expand_bf16, 1, 2>(30, "BF16")};
+constexpr TypeRow kTypes[] = {{0, "F32", kF32Blocks},
+                              {1, "F16", kF16Blocks},
+                              {2, "Q4_0", scaled_blocks<expand_q4_0, 32, 18, 0>()},
+                              {3, "Q4_1", scaled_blocks<expand_q4_1, 32, 20, 0, 2>()},
+                              {6, "Q5_0", scaled_blocks<expand_q5_0, 32, 22, 0>()},
+                              {7, "Q5_1", scaled_blocks<expand_q5_1, 32, 24, 0, 2>()},
+                              {8, "Q8_0", scaled_blocks<expand_q8_0, 32, 34, 0>()},
+                              {12, "Q4_K", scaled_blocks<expand_q4_k, 256, 144, 0, 2>()},
+                              {13, "Q5_K", scaled_blocks<expand_q5_k, 256, 176, 0, 2>()},
+                              {14, "Q6_K", scaled_blocks<expand_q6_k, 256, 210, 208>()},
+                              {30, "BF16", kBf16Blocks}};
+
+// ggml's other types, the retired ones included.
+constexpr std::pair<uint32_t, const char*> kUnreadTypes[] = {
+    {4, "Q4_2"},        {5, "Q4_3"},        {9, "Q8_1"},        {10, "Q2_K"},    {11, "Q3_K"},
+    {15, "Q8_K"},       {16, "IQ2_XXS"},    {17, "IQ2_XS"},     {18, "IQ3_XXS"}, {19, "IQ1_S"},
+    {20, "IQ4_NL"},     {21, "IQ3_S"},      {22, "IQ2_S"},      {23, "IQ4_XS"},  {24, "I8"},
+    {25, "I16"},        {26, "I32"},        {27, "I64"},        {28, "F64"},     {29, "IQ1_M"},
+    {31, "Q4_0_4_4"},   {32, "Q4_0_4_8"},   {33, "Q4_0_8_8"},   {34, "TQ1_0"},   {35, "TQ2_0"},
+    {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"}, {38, "IQ4_NL_8_8"}, {39, "MXFP4"},   {40, "NVFP4"},
+    {41, "Q1_0"}};
 
 const TypeRow& row_of(uint32_t type, const std::string& what) {
-  for (const TypeRow& row : kTypes)
+  std::string read;
+  for (const TypeRow& row : kTypes) {
     if (row.type == type) return row;
-  throw Error(cat(what, ": unsupported ggml type number ", type));
+    read += cat(read.empty() ? "" : ", ", row.name);
+  }
+  std::string name = cat("number ", type);
+  for (const auto& [number, text] : kUnreadTypes)
+    if (number == type) name = text;
+  throw Error(cat(what, ": unsupported ggml type ", name, "; ", read, " are read"));
 }
 
 // A cursor over the file; every read is checked against what is left.
@@ -247,13 +277,18 @@ auto take_elements(uint64_t count, Take take) {
   return out;
 }
 
-GgufArray take_array(Reader& in, const std::string& key) {
+// `depth`: of arrays around this one.
+GgufArray take_array(Reader& in, const std::string& key, int depth = 0) {
+  constexpr int kDeepest = 8;
   const uint32_t type = in.take<uint32_t>("an array's type");
-  constexpr uint64_t kLeast[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
-  BBB_CHECK(type != kArray, in.path(), ": '", printable(key), "' is an array of arrays");
+  constexpr uint64_t kLeast[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8};
   BBB_CHECK(type <= kF64, in.path(), ": '", printable(key), "' has unknown value type ", type);
   const uint64_t count = in.take_count("array length", kLeast[type]);
   switch (type) {
+    case kArray:
+      BBB_CHECK(depth < kDeepest, in.path(), ": '", printable(key), "' nests arrays too deeply");
+      for (uint64_t i = 0; i < count; ++i) take_array(in, key, depth + 1);
+      return GgufNestedArray{};
     case kString:
       return take_elements(count, [&] { return in.take_string("a string"); });
     case kBool:
@@ -309,9 +344,9 @@ Placed take_tensor(Reader& in, uint64_t alignment) {
   }
   t.type = in.take<uint32_t>("a tensor's type");
   const TypeRow& row = row_of(t.type, what);
-  BBB_CHECK(t.shape.back() % row.elements == 0, what, " has rows of ", t.shape.back(),
-            ", not a multiple of ", row.name, "'s ", row.elements);
-  t.bytes = numel / row.elements * row.bytes;
+  BBB_CHECK(t.shape.back() % row.blocks.elements == 0, what, " has rows of ", t.shape.back(),
+            ", not a multiple of ", row.name, "'s ", row.blocks.elements);
+  t.bytes = numel / row.blocks.elements * row.blocks.bytes;
   placed.offset = in.take<uint64_t>("a tensor's offset");
   BBB_CHECK(placed.offset % alignment == 0, what, " at offset ", placed.offset,
             " is not aligned to ", alignment);
@@ -323,12 +358,18 @@ uint64_t padded(uint64_t n, uint64_t alignment) {
 }
 
 template <typename T>
-const T& typed(const Gguf& gguf, const std::string& key, const char* type) {
-  const auto found = gguf.metadata().find(key);
-  BBB_CHECK(found != gguf.metadata().end(), gguf.path(), ": metadata '", key, "' is missing");
+const T& typed(const std::map<std::string, GgufValue>& metadata, const std::string& path,
+               const std::string& key, const char* type) {
+  const auto found = metadata.find(key);
+  BBB_CHECK(found != metadata.end(), path, ": metadata '", key, "' is missing");
   const T* value = std::get_if<T>(&found->second);
-  BBB_CHECK(value, gguf.path(), ": metadata '", key, "' is not ", type);
+  BBB_CHECK(value, path, ": metadata '", key, "' is not ", type);
   return *value;
+}
+
+template <typename T>
+const T& typed(const Gguf& gguf, const std::string& key, const char* type) {
+  return typed<T>(gguf.metadata(), gguf.path(), key, type);
 }
 
 template <typename T>
@@ -342,7 +383,7 @@ const std::vector<T>& typed_array(const Gguf& gguf, const std::string& key, cons
 
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path) {
   Reader in(data, bytes, path);
-  BBB_CHECK(bytes >= 4 && std::memcmp(data, "GGUF", 4) == 0, path, ": not a GGUF file");
+  BBB_CHECK(bytes >= 4 && std::memcmp(data, kMagic, 4) == 0, path, ": not a GGUF file");
   in.take<uint32_t>("the magic");
   GgufContents out;
   out.version = in.take<uint32_t>("the version");
@@ -399,18 +440,70 @@ const char* gguf_type_name(uint32_t type) { return row_of(type, "GGUF").name; }
 
 int64_t gguf_type_bytes(uint32_t type, int64_t numel) {
   const TypeRow& row = row_of(type, "GGUF");
-  BBB_CHECK(numel >= 0 && numel % row.elements == 0, numel, " elements are not whole blocks of ",
-            row.name);
-  return numel / row.elements * row.bytes;
+  BBB_CHECK(numel >= 0 && numel % row.blocks.elements == 0, numel,
+            " elements are not whole blocks of ", row.name);
+  return numel / row.blocks.elements * row.blocks.bytes;
 }
 
 void gguf_dequantize(float* out, const GgufTensor& tensor, const std::string& name) {
   const TypeRow& row = row_of(tensor.type, cat("tensor '", printable(name), "'"));
-  row.expand(out, tensor.data, tensor.numel() / row.elements);
+  row.blocks.expand(out, tensor.data, tensor.numel() / row.blocks.elements);
 }
 
-Gguf::Gguf(const std::string& path)
-    : file_(path), contents_(parse_gguf(file_.data(), file_.bytes(), path)) {}
+RawWeight raw_weight(const GgufTensor& tensor, const std::string& name) {
+  return {name, tensor.shape, tensor.data, row_of(tensor.type, name).blocks};
+}
+
+bool is_gguf(const std::string& path) {
+  char magic[4] = {};
+  std::ifstream(path, std::ios::binary).read(magic, sizeof magic);
+  return std::memcmp(magic, kMagic, sizeof magic) == 0;
+}
+
+Gguf::Gguf(const std::string& path) : path_(path) {
+  files_.push_back(std::make_unique<MappedFile>(path));
+  contents_ = parse_gguf(files_[0]->data(), files_[0]->bytes(), path);
+  if (has(kSplitCount) && integer(kSplitCount) > 1) read_other_parts();
+}
+
+void Gguf::read_other_parts() {
+  const int64_t count = integer(kSplitCount), number = integer(kSplitNumber) + 1;
+  const std::string part = cat(path_, ": part ", number, " of ", count);
+  BBB_CHECK(number >= 1 && number <= count, part, " of a split GGUF: there is no such part");
+  const auto of_count = [&](int64_t i) {
+    char text[64];
+    std::snprintf(text, sizeof text, "-%05lld-of-%05lld", static_cast<long long>(i),
+                  static_cast<long long>(count));
+    return std::string(text);
+  };
+  const std::string own = of_count(number);
+  const size_t at = path_.rfind(own);
+  BBB_CHECK(at != std::string::npos, part,
+            " of a split GGUF; the other parts are found only if its name holds '", own, "'");
+  const auto path_of = [&](int64_t i) {
+    return std::string(path_).replace(at, own.size(), of_count(i));
+  };
+  BBB_CHECK(number == 1, part, " of a split GGUF; give its first part, ", path_of(1));
+
+  for (int64_t i = 2; i <= count; ++i) {
+    const std::string path = path_of(i);
+    std::error_code error;
+    BBB_CHECK(std::filesystem::exists(path, error), part, " of a split GGUF, but part ", i, ", ",
+              path, ", is missing");
+    files_.push_back(std::make_unique<MappedFile>(path));
+    GgufContents other = parse_gguf(files_.back()->data(), files_.back()->bytes(), path);
+    BBB_CHECK(typed<int64_t>(other.metadata, path, kSplitCount, "an integer") == count &&
+                  typed<int64_t>(other.metadata, path, kSplitNumber, "an integer") == i - 1,
+              path, ": is not part ", i, " of ", count, ", as its name says");
+    for (auto& [name, tensor] : other.tensors)
+      BBB_CHECK(contents_.tensors.emplace(name, std::move(tensor)).second, path, ": tensor '",
+                printable(name), "' is in another part too");
+  }
+  const int64_t tensors = static_cast<int64_t>(contents_.tensors.size());
+  if (has(kSplitTensors))
+    BBB_CHECK(integer(kSplitTensors) == tensors, path_, ": the ", count, " parts hold ", tensors,
+              " tensors, not ", integer(kSplitTensors));
+}
 
 int64_t Gguf::integer(const std::string& key) const {
   return typed<int64_t>(*this, key, "an integer");

@@ -12,14 +12,16 @@
 #include <variant>
 #include <vector>
 
+#include "data/finite.h"
 #include "data/safetensors.h"
 #include "engine/tensor.h"
 
 namespace bbb::data {
 
 // Scalars are widened: every unsigned and signed integer to int64_t, floats to double.
+struct GgufNestedArray {};  // an array of arrays: checked, but not kept
 using GgufArray = std::variant<std::vector<int64_t>, std::vector<double>, std::vector<std::string>,
-                               std::vector<bool>>;
+                               std::vector<bool>, GgufNestedArray>;
 using GgufValue = std::variant<int64_t, double, bool, std::string, GgufArray>;
 
 struct GgufTensor {
@@ -39,16 +41,21 @@ struct GgufContents {
 // Throws Error on anything malformed; never reads outside [data, data + bytes).
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path);
 
-// "Q4_K" and its kin; throws, naming the number, for an unknown or unsupported type.
+// Whether the file begins as every GGUF does, whatever its name; false where it cannot be read.
+bool is_gguf(const std::string& path);
+
+// "Q4_K" and its kin; throws, naming it, for a type that is not read.
 const char* gguf_type_name(uint32_t type);
 int64_t gguf_type_bytes(uint32_t type, int64_t numel);  // throws where numel is not whole blocks
 void gguf_dequantize(float* out, const GgufTensor& tensor, const std::string& name);
+RawWeight raw_weight(const GgufTensor& tensor, const std::string& name);  // for check_finite()
 
+// A file, or a set of files that llama.cpp split a model into, given by its first part:
+// NAME-00001-of- 0000N with any suffix. The first part's metadata count, and the tensors of all.
 class Gguf {
  public:
   explicit Gguf(const std::string& path);
-  const std::string& path() const { return file_.path(); }
-  int64_t file_bytes() const { return file_.bytes(); }
+  const std::string& path() const { return path_; }
   const std::map<std::string, GgufValue>& metadata() const { return contents_.metadata; }
   const std::map<std::string, GgufTensor>& tensors() const { return contents_.tensors; }
   bool has(const std::string& key) const { return contents_.metadata.count(key) > 0; }
@@ -63,7 +70,10 @@ class Gguf {
   const GgufTensor& tensor(const std::string& name) const;  // throws, naming it
 
  private:
-  MappedFile file_;
+  void read_other_parts();
+
+  std::string path_;
+  std::vector<std::unique_ptr<MappedFile>> files_;
   GgufContents contents_;
 };
 

@@ -1,4 +1,5 @@
-// JSON out of files that nobody vouches for.
+// JSON out of files that nobody vouches for, in the dialect that Python's json module writes: NaN,
+// Infinity and -Infinity are numbers too.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -10,5 +11,7 @@ namespace bbb::data {
 // than 64.
 nlohmann::json parse_json(const char* begin, const char* end, const std::string& where);
 nlohmann::json parse_json(const std::string& text, const std::string& where);
+// Keys keep their order.
+nlohmann::ordered_json parse_ordered_json(const std::string& text, const std::string& where);
 
 }  // namespace bbb::data

@@ -104,6 +104,24 @@ void check_tiling(const std::map<std::string, SafeTensor>& tensors, const uint8_
             " bytes at the end belong to no tensor");
 }
 
+// Null for what is no floating-point type.
+const BlockType* block_type(FileDType dtype) {
+  switch (dtype) {
+    case FileDType::F64:
+      return &kF64Blocks;
+    case FileDType::F32:
+      return &kF32Blocks;
+    case FileDType::F16:
+      return &kF16Blocks;
+    case FileDType::BF16:
+      return &kBf16Blocks;
+    case FileDType::F8_E4M3:
+      return &kE4m3Blocks;
+    default:
+      return nullptr;
+  }
+}
+
 std::string join(const std::string& directory, const std::string& name) {
   return (std::filesystem::path(directory) / name).string();
 }
@@ -220,25 +238,15 @@ int64_t SafeTensors::file_bytes() const {
 }
 
 void to_float(float* out, const SafeTensor& tensor, const std::string& name) {
-  const int64_t n = tensor.numel();
-  const uint8_t* p = tensor.data;
-  switch (tensor.dtype) {
-    case FileDType::F64:
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(load_as<double>(p + 8 * i));
-      return;
-    case FileDType::F32:
-      if (n > 0) std::memcpy(out, p, static_cast<size_t>(4 * n));
-      return;
-    case FileDType::F16:
-      for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(load_as<uint16_t>(p + 2 * i));
-      return;
-    case FileDType::BF16:
-      for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_float(load_as<uint16_t>(p + 2 * i));
-      return;
-    default:
-      throw Error(cat("tensor '", printable(name), "' is ", name_of(tensor.dtype),
-                      ", not a floating-point weight"));
-  }
+  BBB_CHECK(tensor.dtype != FileDType::F8_E4M3 && block_type(tensor.dtype), "tensor '",
+            printable(name), "' is ", name_of(tensor.dtype), ", not a floating-point weight");
+  block_type(tensor.dtype)->expand(out, tensor.data, tensor.numel());
+}
+
+RawWeight raw_weight(const SafeTensor& tensor, const std::string& name) {
+  const BlockType* type = block_type(tensor.dtype);
+  BBB_ASSERT(type != nullptr);
+  return {name, tensor.shape, tensor.data, *type};
 }
 
 struct SafeTensorsWriter::Impl {

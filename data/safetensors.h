@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "data/finite.h"
 #include "engine/tensor.h"
 
 namespace bbb::data {
@@ -66,6 +67,8 @@ class SafeTensors {
 
 // F64, F32, F16, BF16 to float; throws, naming `name`, for other dtypes.
 void to_float(float* out, const SafeTensor& tensor, const std::string& name);
+// For check_finite(): F64, F32, F16, BF16 and F8_E4M3, of which every code but NaN is finite.
+RawWeight raw_weight(const SafeTensor& tensor, const std::string& name);
 
 // Writes one file: header first, then tensors as they are added in the declared order. The file is
 // made under a temporary name beside `path`, synced, and renamed by finish(); a writer destroyed

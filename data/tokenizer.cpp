@@ -250,11 +250,14 @@ std::vector<int32_t> Tokenizer::end_of_turn() const {
   return ids;
 }
 
-int32_t Tokenizer::document_end() const {
+int32_t Tokenizer::document_end(const std::vector<int32_t>& stop_ids) const {
   for (const char* name : {"<|endoftext|>", "<|end_of_text|>", "</s>"}) {
     if (const std::optional<int32_t> id = find(name)) return *id;
   }
-  BBB_CHECK(eos_.has_value(), "the tokenizer has no token that ends a document");
+  if (!stop_ids.empty()) return stop_ids.front();
+  BBB_CHECK(eos_.has_value(),
+            "neither the vocabulary nor the model names a token that ends a document; give its id "
+            "with --doc-end");
   return *eos_;
 }
 

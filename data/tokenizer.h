@@ -46,8 +46,9 @@ class Tokenizer {
   // Ids that end a turn: EOS and, where the vocabulary has them, <|im_end|>, <|eot_id|>,
   // <|end_of_text|>, ...
   std::vector<int32_t> end_of_turn() const;
-  // <|endoftext|>, <|end_of_text|> or </s>, whichever the vocabulary has, else EOS; throws if none.
-  int32_t document_end() const;
+  // <|endoftext|>, <|end_of_text|> or </s>, whichever the vocabulary has, else the first of
+  // `stop_ids`, else EOS; throws if none.
+  int32_t document_end(const std::vector<int32_t>& stop_ids = {}) const;
   // The Hugging Face files that hold this tokenizer (name, content), copied or, from a GGUF, made:
   // tokenizer.json or tokenizer.model, with tokenizer_config.json.
   virtual std::vector<std::pair<std::string, std::string>> export_files() const = 0;

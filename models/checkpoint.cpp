@@ -1,6 +1,9 @@
 #include "models/checkpoint.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -79,6 +82,21 @@ void check_shape(const Shape& found, const Shape& wanted, const std::string& nam
             engine::to_string(found), ", the model needs ", engine::to_string(wanted));
 }
 
+// Whether two tensors of one shape hold the same values, whatever their types.
+bool equal_weights(const SafeTensor& a, const SafeTensor& b) {
+  if (a.dtype == b.dtype) return std::memcmp(a.data, b.data, static_cast<size_t>(a.bytes)) == 0;
+  const int64_t rows = a.shape[0];
+  const auto row_of = [&](const SafeTensor& t, int64_t row) {
+    const SafeTensor one = {t.dtype, {t.shape[1]}, t.data + row * (t.bytes / rows), t.bytes / rows};
+    std::vector<float> values(static_cast<size_t>(one.numel()));
+    data::to_float(values.data(), one, "");
+    return values;
+  };
+  for (int64_t row = 0; row < rows; ++row)
+    if (row_of(a, row) != row_of(b, row)) return false;
+  return true;
+}
+
 // What the two kinds of directory share.
 class DirectoryCheckpoint : public Checkpoint {
  public:
@@ -86,6 +104,7 @@ class DirectoryCheckpoint : public Checkpoint {
       : tensors_(path), config_text_(std::move(config_text)) {
     path_ = path;
     config_ = config_from_json(config_text_, join(path, "config.json"));
+    if (config_.tied_head && tensors_.contains(kHead)) untie_head();
   }
 
   std::vector<TensorInfo> list() const override {
@@ -128,8 +147,28 @@ class DirectoryCheckpoint : public Checkpoint {
     return t;
   }
 
+  // Of the tensors with these names.
+  void check_finite(const std::vector<std::string>& names) const {
+    std::vector<data::RawWeight> weights;
+    for (const std::string& name : names) weights.push_back(raw_weight(tensors_.at(name), name));
+    data::check_finite(weights, path_);
+  }
+
   data::SafeTensors tensors_;
   std::string config_text_;
+
+ private:
+  // As transformers 5: a head in the file that differs from the embedding is the model's own.
+  void untie_head() {
+    const Shape shape = {config_.vocab, config_.d_model};
+    const SafeTensor &head = check_float(kHead, shape), &table = check_float(kEmbedding, shape);
+    if (equal_weights(head, table)) return;
+    config_.tied_head = false;
+    std::fprintf(stderr,
+                 "%s: config.json ties the head to the embedding, but the file's %s differs from "
+                 "it and is used\n",
+                 path_.c_str(), kHead);
+  }
 };
 
 class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
@@ -150,6 +189,11 @@ class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
   }
 
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
+  void check_finite() const override {
+    std::vector<std::string> names;
+    for (const Expected& e : expected_all(config_)) names.push_back(e.name);
+    DirectoryCheckpoint::check_finite(names);
+  }
 
   double bits_per_weight() const override {
     int64_t bytes = 0;
@@ -164,6 +208,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       : DirectoryCheckpoint(path, std::move(config_text)) {
     read_quantization(quantization);
     std::set<std::string> known;
+    if (config_.tied_head && tensors_.contains(kHead)) known.insert(kHead);
     for (const Expected& e : expected_norms(config_)) {
       check_exact(e.name, e.shape, FileDType::F32);
       known.insert(e.name);
@@ -192,6 +237,19 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   }
 
   CheckpointKind kind() const override { return CheckpointKind::Packed; }
+  void check_finite() const override {
+    std::vector<std::string> names;
+    for (const Expected& e : expected_tables(config_)) names.push_back(e.name);
+    for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
+    for (const Linear& l : all_linears(config_)) {
+      const char* suffixes[] = {".scales", ".master_scale"};
+      if (is_packed(l.name))
+        for (const char* suffix : suffixes) names.push_back(l.name + suffix);
+      else
+        names.push_back(l.name + ".weight");
+    }
+    DirectoryCheckpoint::check_finite(names);
+  }
   bool is_packed(const std::string& linear) const override {
     return tensors_.contains(linear + ".qweight") || !unconverted_.count(linear);
   }
@@ -297,6 +355,8 @@ class GgufCheckpoint final : public Checkpoint {
     path_ = path;
     config_ = config_from_gguf(gguf_);
     std::set<std::string> known = {"rope_freqs.weight"};
+    for (int64_t i = 0; i < config_.layers; ++i)  // old files keep the rope's table
+      known.insert(cat("blk.", i, ".attn_rot_embd.weight"));
     for (const Expected& e : expected_all(config_)) {
       const std::string name = gguf_name(e.name);
       check_shape(gguf_.tensor(name).shape, e.shape, name, path_);
@@ -308,6 +368,14 @@ class GgufCheckpoint final : public Checkpoint {
   }
 
   CheckpointKind kind() const override { return CheckpointKind::Gguf; }
+  void check_finite() const override {
+    std::vector<data::RawWeight> weights;
+    for (const Expected& e : expected_all(config_)) {
+      const std::string name = gguf_name(e.name);
+      weights.push_back(raw_weight(gguf_.tensor(name), name));
+    }
+    data::check_finite(weights, path_);
+  }
 
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
@@ -377,6 +445,19 @@ PackedTensors Checkpoint::packed(const std::string& linear, int64_t, int64_t) co
   throw Error(cat(path_, ": '", printable(linear), "' is not packed"));
 }
 
+std::vector<int32_t> Checkpoint::stop_ids() const {
+  std::vector<int64_t> ids = config_.eos_ids;
+  if (const std::string text = generation_config_json(); !text.empty()) {
+    const std::string where = join(path_, "generation_config.json");
+    for (const int64_t id : eos_ids_from_json(text, where)) ids.push_back(id);
+  }
+  std::vector<int32_t> out;
+  for (const int64_t id : ids)
+    if (id < config_.vocab && std::find(out.begin(), out.end(), id) == out.end())
+      out.push_back(static_cast<int32_t>(id));
+  return out;
+}
+
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
   if (path.starts_with(data::kSyntheticPrefix)) {
     const std::string name = path.substr(data::kSyntheticPrefix.size());
@@ -385,8 +466,8 @@ std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
   std::error_code error;
   BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
   if (fs::is_directory(path, error)) return open_directory(path);
-  BBB_CHECK(!path.ends_with(".safetensors"), path,
-            ": a model is a directory with config.json, or a .gguf file");
+  BBB_CHECK(data::is_gguf(path), path,
+            ": not a GGUF file; a model is one, or a directory with config.json");
   return std::make_unique<GgufCheckpoint>(path);
 }
 

@@ -1,9 +1,9 @@
 // Checkpoint: any model that bbb reads, under Hugging Face names, row-major, as a Llama wants it.
 //
-//   a directory with config.json and safetensors        full precision, or exported
-//   (quantization_config) a .gguf file of the llama architecture               dequantized;
-//   permuted Q and K put back
-//   synthetic:NAME                                     random weights (synthetic_checkpoint.h)
+//   a directory with config.json and safetensors   full precision, or exported
+//                                                  (quantization_config)
+//   a GGUF file of the llama architecture          dequantized; permuted Q and K put back
+//   synthetic:NAME                                 random weights (synthetic_checkpoint.h)
 #pragma once
 
 #include <map>
@@ -44,8 +44,14 @@ class Checkpoint {
   virtual CheckpointKind kind() const = 0;
   const LlamaConfig& config() const { return config_; }
   const std::string& path() const { return path_; }
-  // Every tensor in the file, for `bbb inspect`; no weights are read.
+  // Every tensor in the file, for `bbb inspect`.
   virtual std::vector<TensorInfo> list() const = 0;
+  // Reads every weight that the model uses, on all cores; throws, naming the first tensor and
+  // position in it, where one is NaN, infinite or beyond BF16's range.
+  virtual void check_finite() const = 0;
+  // Token ids at which a text ends: each eos_token_id of config.json, then of
+  // generation_config.json, or a GGUF's; those that no row of the embedding has are left out.
+  std::vector<int32_t> stop_ids() const;
   virtual bool contains(const std::string& name) const = 0;
   // A full-precision tensor by Hugging Face name, of exactly this shape; throws, naming it,
   // otherwise.
@@ -66,7 +72,8 @@ class Checkpoint {
 };
 
 // Throws, saying what is wrong, if `path` is none of the kinds, or any tensor is missing, misshapen
-// or (packed) one too many.
+// or (packed) one too many. No weights are read, but for a head in the file of a model whose config
+// ties it to the embedding: one that differs is used, and a line on stderr says so.
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path);
 
 }  // namespace bbb::models

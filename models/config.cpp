@@ -1,5 +1,6 @@
 #include "models/config.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -43,6 +44,9 @@ class Object {
               "' is ", v.dump(), ", outside ", least, " to ", most);
     return v.get<int64_t>();
   }
+  int64_t integer_or(const char* key, int64_t fallback, int64_t most) const {
+    return find(key) ? integer(key, 1, most) : fallback;
+  }
   double positive(const char* key) const {
     const json& v = need(key);
     BBB_CHECK(v.is_number(), where_, ": '", key, "' is not a number");
@@ -60,14 +64,15 @@ class Object {
     BBB_CHECK(v.is_string(), where_, ": '", key, "' is not a string");
     return v.get_ref<const std::string&>();
   }
-  // A token id, or the first of several (Llama-3 lists its ends of turn).
-  std::optional<int64_t> token(const char* key) const {
+  // A token id or an array of them; an id below 0 stands for none.
+  std::vector<int64_t> tokens(const char* key) const {
+    std::vector<int64_t> ids;
     const json* v = find(key);
-    if (v && v->is_array() && !v->empty()) v = &v->front();
-    if (!v) return std::nullopt;
-    BBB_CHECK(v->is_number_integer(), where_, ": '", key, "' is not a token id");
-    const int64_t id = v->get<int64_t>();
-    return id < 0 ? std::nullopt : std::optional(id);  // -1: none
+    for (const json& id : !v ? json::array() : v->is_array() ? *v : json::array({*v})) {
+      BBB_CHECK(id.is_number_integer(), where_, ": '", key, "' is not a token id");
+      if (id.get<int64_t>() >= 0) ids.push_back(id.get<int64_t>());
+    }
+    return ids;
   }
 
  private:
@@ -104,9 +109,18 @@ void check_sizes(const LlamaConfig& c, const std::string& where) {
             where, ": ", c.rope_factors.size(), " rope factors for head_dim ", c.head_dim);
   for (const float f : c.rope_factors)
     BBB_CHECK(std::isfinite(f) && f > 0, where, ": a rope factor is not positive");
-  for (const auto& id : {c.bos_id, c.eos_id})
-    BBB_CHECK(!id || *id < c.vocab, where, ": token id ", *id, " is outside the vocabulary of ",
-              c.vocab);
+}
+
+void check_architectures(const Object& in) {
+  const json& names = in.need("architectures");
+  bool known = names.is_array() && names.empty();
+  std::string text;
+  for (const json& name : names) {
+    known = known || name == "LlamaForCausalLM" || name == "MistralForCausalLM";
+    text += cat(text.empty() ? "" : ", ", name.dump(-1, ' ', true));
+  }
+  BBB_CHECK(known, in.where(), ": unsupported architecture ", printable(text),
+            "; LlamaForCausalLM and MistralForCausalLM are read");
 }
 
 int64_t derived_head_dim(const LlamaConfig& c, const std::string& where) {
@@ -115,21 +129,32 @@ int64_t derived_head_dim(const LlamaConfig& c, const std::string& where) {
   return c.d_model / c.heads;
 }
 
+// What must hold of the model and of its rope object alike.
+void check_partial_rotary(const Object& in) {
+  BBB_CHECK(!in.find("partial_rotary_factor") || in.positive("partial_rotary_factor") == 1,
+            in.where(), ": a partial_rotary_factor other than 1 is not supported");
+}
+
 // rope_scaling, or rope_parameters of newer transformers, which holds rope_theta too.
-std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope) {
+// `original_positions`: what llama3 without original_max_position_embeddings takes.
+std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t original_positions) {
+  check_partial_rotary(rope);
+  const bool unscaled = !rope.find("factor") || rope.positive("factor") == 1;
   const char* key = rope.find("rope_type") ? "rope_type" : "type";
   if (!rope.find(key)) {
-    BBB_CHECK(!rope.find("factor"), rope.where(), ": 'rope_type' is missing");
+    BBB_CHECK(unscaled, rope.where(), ": 'rope_type' is missing");
     return std::nullopt;
   }
   const std::string& type = rope.string(key);
   if (type == "default") return std::nullopt;
+  if (type == "linear" && rope.positive("factor") == 1) return std::nullopt;
   BBB_CHECK(type == "llama3", rope.where(), ": unsupported rope scaling '", printable(type), "'");
   Llama3RopeScaling s;
   s.factor = rope.positive("factor");
   s.low_freq_factor = rope.positive("low_freq_factor");
   s.high_freq_factor = rope.positive("high_freq_factor");
-  s.original_max_position = rope.integer("original_max_position_embeddings", 1, kMostPosition);
+  s.original_max_position =
+      rope.integer_or("original_max_position_embeddings", original_positions, kMostPosition);
   BBB_CHECK(s.high_freq_factor > s.low_freq_factor, rope.where(),
             ": high_freq_factor is not above low_freq_factor");
   return s;
@@ -182,6 +207,11 @@ int64_t LlamaConfig::linear_parameters() const {
   return layers * per_layer;
 }
 
+std::vector<int64_t> eos_ids_from_json(const std::string& text, const std::string& where) {
+  const json parsed = data::parse_json(text, where);
+  return Object(parsed, where).tokens("eos_token_id");
+}
+
 LlamaConfig config_from_json(const std::string& text, const std::string& where) {
   const json parsed = data::parse_json(text, where);
   const Object in(parsed, where);
@@ -189,48 +219,45 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
   c.model_type = in.string("model_type");
   BBB_CHECK(c.model_type == "llama" || c.model_type == "mistral", where,
             ": unsupported model_type '", printable(c.model_type), "'; llama and mistral are read");
-  if (const json* names = in.find("architectures")) {
-    BBB_CHECK(names->is_array() && names->size() == 1 && names->front().is_string(), where,
-              ": 'architectures' is not one name");
-    const std::string& name = names->front().get_ref<const std::string&>();
-    BBB_CHECK(name == "LlamaForCausalLM" || name == "MistralForCausalLM", where,
-              ": unsupported architecture '", printable(name), "'");
-  }
+  const bool mistral = c.model_type == "mistral";
+  if (in.find("architectures")) check_architectures(in);
   c.vocab = in.integer("vocab_size", 1, kMostVocab);
   c.d_model = in.integer("hidden_size", 1, kMostWidth);
   c.hidden = in.integer("intermediate_size", 1, kMostWidth);
   c.layers = in.integer("num_hidden_layers", 1, kMostLayers);
   c.heads = in.integer("num_attention_heads", 1, kMostHeads);
+  // Mistral without the key has transformers' default, with null a key-value head for each head.
   c.kv_heads =
-      in.find("num_key_value_heads") ? in.integer("num_key_value_heads", 1, kMostHeads) : c.heads;
+      in.integer_or("num_key_value_heads",
+                    mistral && !parsed.contains("num_key_value_heads") ? 8 : c.heads, kMostHeads);
   c.head_dim =
       in.find("head_dim") ? in.integer("head_dim", 1, kMostHeads) : derived_head_dim(c, where);
-  c.max_position = in.integer("max_position_embeddings", 1, kMostPosition);
-  c.rms_eps = in.positive("rms_norm_eps");
+  c.max_position = in.integer_or("max_position_embeddings", mistral ? 131072 : 2048, kMostPosition);
+  c.rms_eps = in.find("rms_norm_eps") ? in.positive("rms_norm_eps") : 1e-6;
   c.tied_head = in.boolean("tie_word_embeddings", false);
-  c.bos_id = in.token("bos_token_id");
-  c.eos_id = in.token("eos_token_id");
+  if (const std::vector<int64_t> bos = in.tokens("bos_token_id"); !bos.empty()) c.bos_id = bos[0];
+  c.eos_ids = in.tokens("eos_token_id");
   // Llama ignores a window; Mistral without the key has transformers' default, with null none.
-  if (c.model_type == "mistral")
-    c.sliding_window = !parsed.contains("sliding_window") ? 4096
-                       : in.find("sliding_window") ? in.integer("sliding_window", 1, kMostPosition)
-                                                   : 0;
+  if (mistral)
+    c.sliding_window = !parsed.contains("sliding_window")
+                           ? 4096
+                           : in.integer_or("sliding_window", 0, kMostPosition);
 
   for (const char* key : {"attention_bias", "mlp_bias"})
     BBB_CHECK(!in.boolean(key, false), where, ": '", key, "' is true; biases are not supported");
   if (in.find("hidden_act"))
     BBB_CHECK(in.string("hidden_act") == "silu", where, ": unsupported hidden_act '",
               printable(in.string("hidden_act")), "'");
-  if (in.find("partial_rotary_factor"))
-    BBB_CHECK(in.positive("partial_rotary_factor") == 1, where,
-              ": a partial_rotary_factor other than 1 is not supported");
+  check_partial_rotary(in);
 
   if (in.find("rope_theta")) c.rope_theta = in.positive("rope_theta");
+  const int64_t original =
+      in.integer_or("original_max_position_embeddings", c.max_position, kMostPosition);
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
     if (!in.find(key)) continue;
     const Object rope = in.object(key);
     if (rope.find("rope_theta")) c.rope_theta = rope.positive("rope_theta");
-    if (const auto scaling = read_rope_scaling(rope)) c.rope_scaling = scaling;
+    if (const auto scaling = read_rope_scaling(rope, original)) c.rope_scaling = scaling;
   }
   if (const json* factors = in.find("rope_factors")) {
     BBB_CHECK(factors->is_array(), where, ": 'rope_factors' is not an array");
@@ -244,6 +271,26 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
   return c;
 }
 
+namespace {
+
+// As llama.cpp: the type is linear where none is given, and a factor of 0 scales nothing.
+void check_gguf_rope(const data::Gguf& gguf) {
+  const auto factor_of = [&](const char* key) { return gguf.has(key) ? gguf.real(key) : 0; };
+  const std::string type =
+      gguf.has("llama.rope.scaling.type") ? gguf.string("llama.rope.scaling.type") : "linear";
+  BBB_CHECK(type == "none" || type == "linear", gguf.path(), ": unsupported rope scaling '",
+            printable(type), "'");
+  double factor = factor_of("llama.rope.scaling.factor");
+  if (factor == 0) factor = factor_of("llama.rope.scale_linear");
+  BBB_CHECK(type == "none" || factor == 0 || factor == 1, gguf.path(), ": linear rope scaling by ",
+            factor, " is not supported");
+  const double attention = factor_of("llama.rope.scaling.attn_factor");
+  BBB_CHECK(attention == 0 || attention == 1, gguf.path(), ": llama.rope.scaling.attn_factor is ",
+            attention, ", which is not supported");
+}
+
+}  // namespace
+
 LlamaConfig config_from_gguf(const data::Gguf& gguf) {
   const std::string& where = gguf.path();
   const std::string& architecture = gguf.string("general.architecture");
@@ -251,9 +298,6 @@ LlamaConfig config_from_gguf(const data::Gguf& gguf) {
             "'; llama is read");
   const auto optional = [&](const char* key, int64_t fallback) {
     return gguf.has(key) ? gguf.integer(key) : fallback;
-  };
-  const auto token = [&](const char* key) -> std::optional<int64_t> {
-    return gguf.has(key) ? std::optional(gguf.integer(key)) : std::nullopt;
   };
   BBB_CHECK(optional("llama.expert_count", 0) == 0, where,
             ": a mixture of experts (llama.expert_count) is not supported");
@@ -273,21 +317,20 @@ LlamaConfig config_from_gguf(const data::Gguf& gguf) {
   if (gguf.has("llama.rope.freq_base")) c.rope_theta = shortest(gguf.real("llama.rope.freq_base"));
   c.sliding_window = optional("llama.attention.sliding_window", 0);
   if (c.sliding_window > 0) c.model_type = "mistral";
-  if (gguf.has("llama.rope.scaling.type"))
-    BBB_CHECK(gguf.string("llama.rope.scaling.type") == "none", where,
-              ": unsupported rope scaling '", printable(gguf.string("llama.rope.scaling.type")),
-              "'");
-  if (gguf.has("llama.rope.scale_linear"))
-    BBB_CHECK(gguf.real("llama.rope.scale_linear") == 1, where,
-              ": linear rope scaling is not supported");
+  check_gguf_rope(gguf);
 
   const data::GgufTensor& embedding = gguf.tensor("token_embd.weight");
   c.vocab = embedding.shape.front();
   BBB_CHECK(optional("llama.vocab_size", c.vocab) == c.vocab, where, ": llama.vocab_size is ",
             gguf.integer("llama.vocab_size"), ", token_embd.weight has ", c.vocab, " rows");
   c.tied_head = gguf.tensors().count("output.weight") == 0;
-  c.bos_id = token("tokenizer.ggml.bos_token_id");
-  c.eos_id = token("tokenizer.ggml.eos_token_id");
+  if (const int64_t bos = optional("tokenizer.ggml.bos_token_id", -1); bos >= 0) c.bos_id = bos;
+  for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
+                          "tokenizer.ggml.eom_token_id"}) {
+    const int64_t id = optional(key, -1);
+    if (id >= 0 && std::find(c.eos_ids.begin(), c.eos_ids.end(), id) == c.eos_ids.end())
+      c.eos_ids.push_back(id);
+  }
   if (gguf.tensors().count("rope_freqs.weight")) {
     const data::GgufTensor& factors = gguf.tensor("rope_freqs.weight");
     BBB_CHECK(factors.shape == engine::Shape{c.head_dim / 2}, where,
@@ -319,21 +362,21 @@ LlamaConfig synthetic_config(const std::string& name) {
     sizes(49152, 576, 1536, 30, 9, 3, 8192, 1e5);
     c.tied_head = true;
     c.bos_id = 1;
-    c.eos_id = 2;
+    c.eos_ids = {2};
   } else if (name == "llama-3.2-1b") {
     sizes(128256, 2048, 8192, 16, 32, 8, 131072, 5e5);
     c.rope_scaling = Llama3RopeScaling{32, 1, 4, 8192};
     c.tied_head = true;
     c.bos_id = 128000;
-    c.eos_id = 128001;
+    c.eos_ids = {128001};
   } else if (name == "llama-3-8b") {
     sizes(128256, 4096, 14336, 32, 32, 8, 8192, 5e5);
     c.bos_id = 128000;
-    c.eos_id = 128001;
+    c.eos_ids = {128001};
   } else if (name == "llama-2-7b") {
     sizes(32000, 4096, 11008, 32, 32, 32, 4096, 1e4);
     c.bos_id = 1;
-    c.eos_id = 2;
+    c.eos_ids = {2};
   } else {
     throw UsageError(cat("no synthetic model '", printable(name),
                          "'; there are smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b"));
@@ -374,7 +417,10 @@ std::string config_to_json(const LlamaConfig& c) {
   }
   out["tie_word_embeddings"] = c.tied_head;
   if (c.bos_id) out["bos_token_id"] = *c.bos_id;
-  if (c.eos_id) out["eos_token_id"] = *c.eos_id;
+  if (c.eos_ids.size() == 1)
+    out["eos_token_id"] = c.eos_ids[0];
+  else if (!c.eos_ids.empty())
+    out["eos_token_id"] = c.eos_ids;
   out["torch_dtype"] = "bfloat16";
   return out.dump(2) + "\n";
 }

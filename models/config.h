@@ -36,15 +36,19 @@ struct LlamaConfig {
   std::vector<float>
       rope_factors;  // GGUF's rope_freqs.weight: divides each frequency; empty if none
   bool tied_head = false;
-  std::optional<int64_t> bos_id, eos_id;
+  std::optional<int64_t> bos_id;
+  std::vector<int64_t> eos_ids;  // the file's eos_token_id: each ends a text
 
   int64_t linear_parameters() const;  // of all quantized linears
 };
 
 // Throw, naming the key, on a missing, mistyped or absurd value, an architecture other than Llama,
-// Mistral (and SmolLM2, which is Llama), biases, or a rope scaling other than llama3.
+// Mistral (and SmolLM2, which is Llama), biases, or a rope scaling other than llama3. A key that
+// may be missing has the value that transformers (or llama.cpp) gives it then.
 LlamaConfig config_from_json(const std::string& json, const std::string& where);
 LlamaConfig config_from_gguf(const data::Gguf& gguf);
+// eos_token_id of config.json or generation_config.json: an id, several, or none.
+std::vector<int64_t> eos_ids_from_json(const std::string& json, const std::string& where);
 // smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b; throws UsageError, listing them, otherwise.
 LlamaConfig synthetic_config(const std::string& name);
 // A Hugging Face config.json for this model, without quantization_config.

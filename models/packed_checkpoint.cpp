@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "data/files.h"
+#include "data/json.h"
 #include "data/safetensors.h"
 #include "engine/bf16.h"
 #include "quant/pack.h"
@@ -218,8 +219,10 @@ void compare_layer(const Checkpoint& written, const ExportLayer& layer, int64_t 
 }
 
 std::string exported_config(const Checkpoint& source, const GridSpec& spec, ExportFormat format) {
-  ordered_json config = ordered_json::parse(source.config_json());
+  ordered_json config = data::parse_ordered_json(source.config_json(), source.path());
   config.erase("quantization_config");
+  if (!source.config().tied_head && config.contains("tie_word_embeddings"))
+    config["tie_word_embeddings"] = false;  // also where the file has a head that the config denies
   if (format == ExportFormat::Packed)
     config["quantization_config"] = {
         {"quant_method", "bbb"},

@@ -69,6 +69,9 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     for (int64_t w = 0; w < batch; ++w) {
       double sum = 0;
       for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
+      const int64_t first = (begin + w) * seq_len;
+      BBB_CHECK(std::isfinite(sum), "the loss of window ", begin + w, " (tokens ", first, " to ",
+                first + seq_len - 1, ") is ", sum, ": no perplexity can be given");
       window_nll.push_back(sum / static_cast<double>(seq_len - 1));
     }
     if (progress) progress(begin + batch);

@@ -4,8 +4,9 @@
 usage: pip install gguf==0.19.0 numpy && scripts/make_gguf_goldens.py
 
 gguf_types.json: for each ggml type, random blocks (hex) and what gguf.quants.dequantize makes of
-them (hex of little-endian FP32). tiny.gguf: one metadata value of every kind and two tensors, as
-gguf.GGUFWriter writes them.
+them (hex of little-endian FP32). gguf_type_names.json: the number of every type that the package
+knows. tiny.gguf: one metadata value of every kind and two tensors, as gguf.GGUFWriter writes them.
+split-0000N-of-00003.gguf: three tensors, a file each, as the same writer splits them.
 """
 import json
 import pathlib
@@ -71,8 +72,21 @@ def tiny(path):
     w.add_array("integers", [1, -2, 3])
     w.add_array("reals", [0.5, 1.5])
     w.add_array("strings", ["a", "", "\u4e16"])
+    w.add_array("nested", [[1, 2], [3]])
     w.add_tensor("first", np.arange(6, dtype=np.float32).reshape(2, 3))
     w.add_tensor("second", np.full((4,), 0.25, dtype=np.float16))
+    finish(w)
+
+
+def split(path):
+    w = gguf.GGUFWriter(path, "llama", split_max_tensors=1)
+    w.add_string("a.string", "in the first part")
+    for i, name in enumerate(["first", "second", "third"]):
+        w.add_tensor(name, np.full((4,), i + 0.5, dtype=np.float32))
+    finish(w)
+
+
+def finish(w):
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -82,4 +96,7 @@ def tiny(path):
 if __name__ == "__main__":
     GOLDENS.mkdir(exist_ok=True)
     (GOLDENS / "gguf_types.json").write_text(json.dumps(types(), indent=1) + "\n")
+    names = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
+    (GOLDENS / "gguf_type_names.json").write_text(json.dumps(names, indent=1) + "\n")
     tiny(GOLDENS / "tiny.gguf")
+    split(GOLDENS / "split.gguf")

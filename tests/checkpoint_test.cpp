@@ -14,6 +14,7 @@ using namespace bbb::models;
 using Catch::Matchers::Contains;
 using data::FileDType;
 using tests::FileTensor;
+using tests::raw;
 using tests::TempDir;
 
 namespace {
@@ -73,17 +74,209 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
   }
 }
 
-TEST_CASE("checkpoint: tied files may hold a head, old ones the rope's table") {
+TEST_CASE("checkpoint: a head in a file that config.json ties") {
   const TempDir dir;
   engine::Rng rng(3);
   LlamaConfig c = tests::file_model_config();
   c.tied_head = true;
   std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
-  tensors.push_back(tests::file_tensor("lm_head.weight", FileDType::F16, {40, 64}, rng));
+  // Old files keep the rope's table.
   tensors.push_back(
       tests::file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", FileDType::F32, {8}, rng));
-  write_model(dir, config_to_json(c), tensors);
+  FileTensor& table = named(tensors, kEmbedding);
+  table.bytes.clear();
+  for (int i = 0; i < 40 * 64; ++i) table.bytes += raw(static_cast<uint16_t>(0x3f80 + i % 50));
+  FileTensor same = table, wider = table, other = table, misshapen = table;
+  for (FileTensor* t : {&same, &wider, &other, &misshapen}) t->name = kHead;
+  wider.dtype = FileDType::F32;
+  wider.bytes.clear();
+  for (int i = 0; i < 40 * 64; ++i)
+    wider.bytes += raw(static_cast<uint32_t>(0x3f80 + i % 50) << 16);
+  other.bytes.back() = '\x40';
+  misshapen.shape = {64, 40};
+  const auto open = [&](const FileTensor& head) {
+    std::vector<FileTensor> all = tensors;
+    all.push_back(head);
+    write_model(dir, config_to_json(c), all);
+    return open_checkpoint(dir.path());
+  };
+  for (const FileTensor& head : {same, wider}) CHECK(open(head)->config().tied_head);
+  {
+    const auto checkpoint = open(other);
+    CHECK_FALSE(checkpoint->config().tied_head);
+    CHECK(checkpoint->load(kHead, {40, 64}).back() == 4.28125f);
+  }
+  wider.bytes.back() = '\x40';
+  CHECK_FALSE(open(wider)->config().tied_head);
+  CHECK_THROWS_WITH(open(misshapen), Contains("'lm_head.weight' has shape (64, 40)"));
+
+  // An exported file alike.
+  std::vector<FileTensor> packed = tests::tiny_packed(c, 2, 32, rng);
+  packed.push_back(other);
+  write_model(dir, tests::packed_config(c), packed);
+  CHECK_FALSE(open_checkpoint(dir.path())->config().tied_head);
+  packed.back().bytes = named(packed, kEmbedding).bytes;
+  write_model(dir, tests::packed_config(c), packed);
   CHECK(open_checkpoint(dir.path())->config().tied_head);
+}
+
+TEST_CASE("checkpoint: weights that are no numbers are named") {
+  const float inf = INFINITY;
+  const auto f16 = [](uint16_t bits) { return raw(bits); };
+  struct Case {
+    const char* name;
+    FileDType dtype;
+    std::string value;
+    const char* message;  // "" where nothing is wrong
+  };
+  const Case cases[] = {
+      {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(NAN), "[3, 17] is nan"},
+      {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(-NAN), "[3, 17] is nan"},
+      {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(-inf), "[3, 17] is -inf"},
+      {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(3.3961776e38f),
+       "[3, 17] is 3.39618e+38, beyond BF16's range"},
+      {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(3.38e38f), ""},
+      {"model.layers.0.self_attn.q_proj.weight", FileDType::F64, raw(double{NAN}), "is nan"},
+      {"model.layers.0.self_attn.q_proj.weight", FileDType::F64, raw(1e300), "is inf"},
+      {"model.layers.0.self_attn.q_proj.weight", FileDType::F64, raw(-3.38e38), ""},
+      {"model.embed_tokens.weight", FileDType::F16, f16(0x7c01), "is nan"},
+      {"model.embed_tokens.weight", FileDType::F16, f16(0xfc00), "is -inf"},
+      {"model.embed_tokens.weight", FileDType::F16, f16(0x7bff), ""},
+      {"lm_head.weight", FileDType::BF16, f16(0xffff), "is nan"},
+      {"lm_head.weight", FileDType::BF16, f16(0x7f80), "is inf"},
+      {"lm_head.weight", FileDType::BF16, f16(0xff7f), ""},
+      {"model.norm.weight", FileDType::F32, raw(inf), "[17] is inf"},
+      {"model.layers.0.input_layernorm.weight", FileDType::BF16, f16(0x7fc0), "[17] is nan"},
+      {"model.layers.1.post_attention_layernorm.weight", FileDType::F16, f16(0x7c00), "is inf"},
+  };
+  const TempDir dir;
+  const LlamaConfig c = tests::file_model_config();
+  const auto open = [&](auto edit) {
+    engine::Rng rng(3);
+    std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
+    for (FileTensor& t : tensors) t.bytes.assign(t.bytes.size(), '\0');
+    tensors.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq",
+                       FileDType::F32,
+                       {1},
+                       raw(NAN)});  // enters nothing
+    edit(tensors);
+    write_model(dir, config_to_json(c), tensors);
+    return open_checkpoint(dir.path());
+  };
+  for (const Case& k : cases) {
+    INFO(k.name << k.message);
+    const auto checkpoint = open([&](auto& tensors) {
+      FileTensor& t = named(tensors, k.name);
+      const engine::Shape shape = t.shape;
+      change(tensors, k.name, k.dtype, shape);
+      const int64_t at = shape.size() == 1 ? 17 : 3 * shape[1] + 17;
+      t.bytes.replace(static_cast<size_t>(at) * k.value.size(), k.value.size(), k.value);
+    });
+    if (*k.message)
+      CHECK_THROWS_WITH(checkpoint->check_finite(),
+                        Contains(std::string(": ") + k.name) && Contains(k.message));
+    else
+      CHECK_NOTHROW(checkpoint->check_finite());
+  }
+}
+
+TEST_CASE("checkpoint: of many bad weights the first is named, whichever thread finds it") {
+  const TempDir dir;
+  LlamaConfig c = tests::file_model_config();
+  c.vocab = 40000;  // a table of five pieces
+  engine::Rng rng(3);
+  std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
+  for (FileTensor& t : tensors) t.bytes.assign(t.bytes.size(), '\0');
+  for (const size_t row : {39999u, 20001u, 33333u})
+    named(tensors, kEmbedding).bytes.replace(row * 128 + 126, 2, raw(uint16_t{0x7fc0}));
+  named(tensors, "model.norm.weight").bytes = std::string(256, '\xff');
+  write_model(dir, config_to_json(c), tensors);
+  const auto checkpoint = open_checkpoint(dir.path());
+  for (int i = 0; i < 20; ++i)
+    CHECK_THROWS_WITH(checkpoint->check_finite(),
+                      Contains("embed_tokens.weight[20001, 63] is nan"));
+}
+
+TEST_CASE("checkpoint: a GGUF's and an export's scales are weights too") {
+  const TempDir dir;
+  const LlamaConfig c = tests::file_model_config();
+  struct Type {
+    uint32_t number;
+    std::string name;
+    size_t bytes;
+    std::vector<size_t> halves;
+  };
+  // K is 64 for the first of these and 256 for the others.
+  const Type types[] = {{2, "Q4_0", 18, {0}},      {3, "Q4_1", 20, {0, 2}},
+                        {6, "Q5_0", 22, {0}},      {7, "Q5_1", 24, {0, 2}},
+                        {8, "Q8_0", 34, {0}},      {12, "Q4_K", 144, {0, 2}},
+                        {13, "Q5_K", 176, {0, 2}}, {14, "Q6_K", 210, {208}}};
+  LlamaConfig wide = c;
+  wide.hidden = 256;
+  for (const Type& t : types)
+    for (const size_t half : t.halves)
+      for (const uint16_t bits : {0x7e00, 0xfc00, 0x7bff}) {
+        INFO(t.name << " " << half << " " << bits);
+        engine::Rng rng(4);
+        tests::GgufFile file = tests::tiny_gguf(wide, rng, "blk.1.ffn_down.weight");
+        const size_t row = (t.number < 9 ? 8 : 1) * t.bytes;
+        std::string blocks(64 * row, '\0');
+        blocks.replace(5 * row + half, 2, raw(bits));
+        file.tensor("blk.1.ffn_down.weight", {64, 256}, t.number, blocks);
+        tests::write_plain(dir / "m", file.bytes());
+        const auto checkpoint = open_checkpoint(dir / "m");
+        if (bits == 0x7bff)
+          CHECK_NOTHROW(checkpoint->check_finite());
+        else
+          CHECK_THROWS_WITH(checkpoint->check_finite(),
+                            Contains("m: blk.1.ffn_down.weight[5, 0] is "));
+      }
+
+  for (const char* code : {"\x7f", "\xff", "\x7e"}) {
+    engine::Rng rng(5);
+    std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
+    for (FileTensor& t : tensors)
+      if (!t.name.ends_with(".master_scale")) t.bytes.assign(t.bytes.size(), '\0');
+    named(tensors, kQ + ".scales").bytes.replace(2 * 7 + 1, 1, code);
+    for (FileTensor& t : tensors)
+      if (t.name.ends_with("weight") && t.dtype == FileDType::U8)
+        t.bytes.assign(t.bytes.size(), '\xff');  // codes are no numbers
+    write_model(dir, tests::packed_config(c), tensors);
+    const auto checkpoint = open_checkpoint(dir.path());
+    if (*code == '\x7e')
+      CHECK_NOTHROW(checkpoint->check_finite());
+    else
+      CHECK_THROWS_WITH(checkpoint->check_finite(), Contains(kQ + ".scales[7, 1] is nan"));
+  }
+}
+
+TEST_CASE("checkpoint: the ids at which a text ends") {
+  const TempDir dir;
+  engine::Rng rng(3);
+  LlamaConfig c = tests::file_model_config();
+  c.eos_ids = {7, 3};
+  write_model(dir, config_to_json(c), tests::tiny_hf(c, rng));
+  const auto checkpoint = open_checkpoint(dir.path());
+  const auto stops_with = [&](const std::string& generation) {
+    tests::write_plain(dir / "generation_config.json", generation);
+    return checkpoint->stop_ids();
+  };
+  using Ids = std::vector<int32_t>;
+  CHECK(checkpoint->stop_ids() == Ids{7, 3});
+  CHECK(stops_with("{}") == Ids{7, 3});
+  CHECK(stops_with(R"({"eos_token_id": 5, "top_p": NaN})") == Ids{7, 3, 5});
+  CHECK(stops_with(R"({"eos_token_id": [3, 9, 9, 40, -1]})") == Ids{7, 3, 9});  // 40 rows
+  CHECK_THROWS_WITH(stops_with("{"), Contains("generation_config.json: malformed JSON"));
+  CHECK_THROWS_WITH(stops_with(R"({"eos_token_id": "x"})"), Contains("'eos_token_id' is not"));
+
+  tests::GgufFile file = tests::tiny_gguf(c, rng);
+  file.integer("tokenizer.ggml.eos_token_id", 2);
+  file.integer("tokenizer.ggml.eot_token_id", 9);
+  file.integer("tokenizer.ggml.eom_token_id", 2);
+  tests::write_plain(dir / "m", file.bytes());
+  const auto gguf = open_checkpoint(dir / "m");
+  CHECK(gguf->stop_ids() == Ids{2, 9});
+  CHECK(config_from_json(gguf->config_json(), "f").eos_ids == std::vector<int64_t>{2, 9});
 }
 
 TEST_CASE("checkpoint: a Hugging Face directory that does not fit its config") {
@@ -124,9 +317,9 @@ TEST_CASE("checkpoint: what is no model") {
   CHECK_THROWS_WITH(open_checkpoint(dir / "none"), Contains("no such file"));
   CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("no config.json"));
   tests::write_plain(dir / "f.safetensors", "x");
-  CHECK_THROWS_WITH(open_checkpoint(dir / "f.safetensors"), Contains("a model is a directory"));
   tests::write_plain(dir / "f.gguf", "something else");
-  CHECK_THROWS_WITH(open_checkpoint(dir / "f.gguf"), Contains("not a GGUF file"));
+  for (const char* name : {"f.safetensors", "f.gguf"})
+    CHECK_THROWS_WITH(open_checkpoint(dir / name), Contains("not a GGUF file; a model is one, or"));
   tests::write_plain(dir / "config.json", config_to_json(tests::file_model_config()));
   CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("neither model.safetensors"));
 }
@@ -235,6 +428,27 @@ TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
       Contains("'blk.0.attn_q.bias' is no part of a llama model"));
   CHECK_THROWS_WITH(open("", "", [](auto& f) { f.text("llama.rope.scaling.type", "yarn"); }),
                     Contains("unsupported rope scaling 'yarn'"));
+  // The type is linear where none is given.
+  for (const char* type : {"", "linear", "none"}) {
+    const auto scaled = [&](const char* key, float factor) {
+      open("", "", [&](auto& f) {
+        if (*type) f.text("llama.rope.scaling.type", type);
+        f.real(key, factor);
+      });
+    };
+    for (const char* key : {"llama.rope.scaling.factor", "llama.rope.scale_linear"}) {
+      CHECK_NOTHROW(scaled(key, 1));
+      CHECK_NOTHROW(scaled(key, 0));
+      if (*type == 'n')
+        CHECK_NOTHROW(scaled(key, 4));
+      else
+        CHECK_THROWS_WITH(scaled(key, 4), Contains("linear rope scaling by 4 is not supported"));
+    }
+    CHECK_THROWS_WITH(scaled("llama.rope.scaling.attn_factor", 2), Contains("attn_factor is 2"));
+  }
+  CHECK_NOTHROW(open("", "", [](auto& f) {
+    f.tensor("blk.1.attn_rot_embd.weight", {8}, 0, std::string(32, 'x'));
+  }));
   CHECK_THROWS_WITH(open("", "", [](auto& f) { f.integer("llama.rope.dimension_count", 8); }),
                     Contains("llama.rope.dimension_count is 8, head_dim is 16"));
   CHECK_THROWS_WITH(open("", "", [](auto& f) { f.integer("llama.vocab_size", 41); }),

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 
+#include "data/json.h"
 #include "quant/check.h"
 #include "tests/support.h"
 
@@ -57,12 +58,95 @@ TEST_CASE("config: defaults and derived sizes") {
   CHECK(d.rope_theta == 5e5);
   CHECK(d.tied_head);
   CHECK(d.bos_id == 1);
-  CHECK(d.eos_id == 7);
+  CHECK(d.eos_ids == std::vector<int64_t>{7, 8});
   CHECK(d.sliding_window == 0);  // Llama has none, whatever the file says
   CHECK(block_linears(d)[0].n == 4 * 32);
   CHECK(block_linears(d)[1].n == 2 * 32);
   CHECK(block_linears(d)[3].k == 4 * 32);
   CHECK(layer_name(3, "mlp.up_proj") == "model.layers.3.mlp.up_proj");
+}
+
+TEST_CASE("config: what transformers reads is read") {
+  struct Case {
+    json changes;
+    std::vector<std::string> remove;
+  };
+  const Case same[] = {
+      {{{"architectures", {"LlamaForCausalLM", "Other"}}}, {}},
+      {{{"architectures", {"Other", "LlamaForCausalLM"}}}, {}},
+      {{{"architectures", json::array()}}, {}},
+      {{{"eos_token_id", json::array()}}, {}},
+      {{{"eos_token_id", nullptr}}, {}},
+      {{{"eos_token_id", -1}}, {}},
+      {{{"num_key_value_heads", nullptr}, {"head_dim", nullptr}, {"rope_scaling", nullptr}}, {}},
+      {{{"tie_word_embeddings", nullptr}, {"attention_bias", nullptr}}, {}},
+      {{{"hidden_act", nullptr}, {"rope_theta", nullptr}, {"rope_parameters", nullptr}}, {}},
+      {{{"rope_scaling", {{"type", "linear"}, {"factor", 1.0}}}}, {}},
+      {{{"rope_parameters", {{"rope_type", "linear"}, {"rope_theta", 1e4}, {"factor", 1}}}}, {}},
+      {{{"rope_parameters", {{"rope_theta", 1e4}, {"factor", 1.0}}}}, {}},
+      {{{"rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 1.0}}}}, {}},
+      {{{"torch_dtype", "float16"}, {"dtype", nullptr}, {"bos_token_id", nullptr}}, {}},
+      {json::object(), {"rms_norm_eps"}},
+      {{{"rms_norm_eps", nullptr}}, {}},
+  };
+  const std::string plain = config_to_json(read(json::object()));
+  for (const Case& c : same) {
+    INFO(c.changes.dump());
+    CHECK(config_to_json(read(c.changes, c.remove)) == plain);
+  }
+  CHECK(read(json::object(), {"max_position_embeddings"}).max_position == 2048);
+  const LlamaConfig mistral = read({{"model_type", "mistral"}, {"num_attention_heads", 16}},
+                                   {"max_position_embeddings", "rms_norm_eps"});
+  CHECK(mistral.max_position == 131072);
+  CHECK(mistral.rms_eps == 1e-6);
+  CHECK(mistral.kv_heads == 8);
+  CHECK(read({{"model_type", "mistral"}, {"num_key_value_heads", nullptr}}).kv_heads == 4);
+  const LlamaConfig scaled = read({{"rope_scaling",
+                                    {{"rope_type", "llama3"},
+                                     {"factor", 8.0},
+                                     {"low_freq_factor", 1.0},
+                                     {"high_freq_factor", 4.0}}}});
+  CHECK(scaled.rope_scaling->original_max_position == 128);
+  // An id without a row of the embedding can end no text, but spoils nothing.
+  CHECK(read({{"eos_token_id", {3, 100}}, {"bos_token_id", 101}}).bos_id == 101);
+}
+
+TEST_CASE("config: several ends of a text survive config.json") {
+  LlamaConfig c = synthetic_config("llama-3.2-1b");
+  for (const std::vector<int64_t>& ids : {std::vector<int64_t>{}, {5}, {5, 6}}) {
+    c.eos_ids = ids;
+    CHECK(config_from_json(config_to_json(c), "f").eos_ids == ids);
+    CHECK(eos_ids_from_json(config_to_json(c), "f") == ids);
+  }
+  CHECK(eos_ids_from_json(R"({"temperature": 0.6})", "f").empty());
+  CHECK_THROWS_WITH(eos_ids_from_json(R"({"eos_token_id": [true]})", "f"),
+                    Contains("f: 'eos_token_id' is not a token id"));
+}
+
+TEST_CASE("config: the numbers that Python's JSON has beside JSON's") {
+  const std::string text = config_text(json::object());
+  const auto with = [&](const std::string& key, const std::string& value) {
+    return config_from_json("{\"" + key + "\":" + value + "," + text.substr(1), "f");
+  };
+  for (const char* value : {"NaN", "Infinity", "-Infinity", " NaN ", "[1, NaN,-Infinity, -2]",
+                            R"({"a": NaN, "b": "NaN, [Infinity", "c\\": [[Infinity]]})"})
+    CHECK(config_to_json(with("other", value)) == config_to_json(with("other", "0")));
+  // Where a value is used, it is what it is: no number of any use.
+  for (const char* value : {"NaN", "Infinity", "-Infinity"}) {
+    CHECK_THROWS_WITH(with("rope_theta", value), Contains("'rope_theta' is not positive"));
+    CHECK_THROWS_WITH(with("head_dim", value), Contains("'head_dim' is not an integer"));
+  }
+  for (const char* value : {"nan", "-NaN", "NaN0", "1NaN", "+Infinity", "Inf", "NaNNaN", "-"})
+    CHECK_THROWS_WITH(with("other", value), Contains("f: malformed JSON at byte"));
+
+  const auto values =
+      data::parse_json(R"([1, NaN, "NaN", -Infinity, {"NaN": Infinity}, -2.5])", "f");
+  CHECK(values[0] == 1);
+  CHECK(std::isnan(values[1].get<double>()));
+  CHECK(values[2] == "NaN");
+  CHECK(values[3] == -INFINITY);
+  CHECK(values[4]["NaN"] == INFINITY);
+  CHECK(values[5] == -2.5);
 }
 
 TEST_CASE("config: Mistral's window") {
@@ -99,9 +183,8 @@ TEST_CASE("config: rope, in the old place and the new") {
 }
 
 TEST_CASE("config: what is missing is named") {
-  for (const char* key :
-       {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "rms_norm_eps", "max_position_embeddings"})
+  for (const char* key : {"model_type", "vocab_size", "hidden_size", "intermediate_size",
+                          "num_hidden_layers", "num_attention_heads"})
     CHECK_THROWS_WITH(read(json::object(), {key}),
                       Contains("config.json: '" + std::string(key) + "' is missing"));
 }
@@ -130,7 +213,13 @@ TEST_CASE("config: what is wrong is named") {
       {{{"head_dim", 15}}, "head_dim 15 is odd"},
       {{{"rms_norm_eps", 0}}, "'rms_norm_eps' is not positive"},
       {{{"rope_theta", -1.0}}, "'rope_theta' is not positive"},
-      {{{"bos_token_id", 100}}, "token id 100 is outside the vocabulary"},
+      {{{"eos_token_id", "</s>"}}, "'eos_token_id' is not a token id"},
+      {{{"eos_token_id", {1, 2.5}}}, "'eos_token_id' is not a token id"},
+      {{{"architectures", "LlamaForCausalLM"}}, "unsupported architecture"},
+      {{{"architectures", {"A", "B"}}}, "unsupported architecture \"A\", \"B\""},
+      {{{"rope_parameters", {{"partial_rotary_factor", 0.5}}}}, "partial_rotary_factor"},
+      {{{"rope_scaling", {{"factor", 2.0}}}}, "'rope_type' is missing"},
+      {{{"rope_scaling", {{"type", "linear"}}}}, "'factor' is missing"},
       {{{"partial_rotary_factor", 0.5}}, "partial_rotary_factor"},
       {{{"rope_factors", {1.0}}}, "1 rope factors for head_dim 16"},
   };

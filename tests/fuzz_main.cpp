@@ -1,7 +1,8 @@
 // Mutation fuzzer over the parsers: bbb_fuzz COUNT SEED. Takes well-formed safetensors, GGUF,
-// config.json, exported directories and GGUF models, breaks each a little, and reads it. Whatever
-// is wrong with a file may only end in a bbb::Error of one line; whatever is accepted is read to
-// its last byte, under sanitizers. Prints a summary line; anything else ends with a nonzero code.
+// config.json, exported directories, GGUF models and split ones, breaks each a little, and reads
+// it. Whatever is wrong with a file may only end in a bbb::Error of one line; whatever is accepted
+// is read to its last byte, under sanitizers. Prints a summary line; anything else ends with a
+// nonzero code.
 #include <unistd.h>
 
 #include <cstdio>
@@ -26,9 +27,9 @@ const uint64_t kNasty[] = {0,          1,          2,          7,          31,  
                            255,        0x7fff,     0x80000000, 0xffffffff, 1ull << 32, 1ull << 40,
                            1ull << 61, 1ull << 62, INT64_MAX,  1ull << 63, ~0ull - 1,  ~0ull};
 constexpr int64_t kNastyCount = std::size(kNasty);
-const char* const kFragments[] = {"{",     "}",    "[",    "]",       "null",  "-1",   "1e999",
-                                  "\"\"",  "true", "0.5",  "\\ud800", "\xff",  "\n",   ":",
-                                  "[[[[[", "{}",   "1e18", "\"F32\"", "\"a\"", "\"..", ","};
+const char* const kFragments[] = {
+    "{",  "}", "[",     "]",  "null", "-1",      "1e999", "\"\"", "true", "0.5", "\\ud800",  "\xff",
+    "\n", ":", "[[[[[", "{}", "1e18", "\"F32\"", "\"a\"", "\"..", ",",    "NaN", "-Infinity"};
 constexpr int64_t kFragmentCount = std::size(kFragments);
 
 // Half of all edits fall on the first 2 kB, where headers are.
@@ -162,6 +163,7 @@ void read_checkpoint(const std::string& path) {
         checkpoint->load(name + ".weight", {l.n, l.k});
       }
     }
+  checkpoint->check_finite();
 }
 
 }  // namespace
@@ -197,13 +199,26 @@ int main(int argc, char** argv) {
   gguf.tensor("k", {256}, 14, tests::random_bytes(rng, 210));
   const std::string rich = gguf.bytes();
 
+  // A split model: the second part holds one tensor.
+  const char* const moved = "blk.0.ffn_down.weight";
+  tests::GgufFile first = tests::tiny_gguf(config, rng, moved), second;
+  for (tests::GgufFile* part : {&first, &second}) {
+    part->integer("split.no", part == &second);
+    part->integer("split.count", 2);
+  }
+  second.tensor(moved, {config.d_model, config.hidden}, 0,
+                std::string(static_cast<size_t>(4 * config.d_model * config.hidden), '\0'));
+  const std::string parts[] = {first.bytes(), second.bytes()};
+
   const std::string directory =
       (std::filesystem::temp_directory_path() / ("bbb_fuzz-" + std::to_string(::getpid())))
           .string();
   std::filesystem::create_directories(directory);
   const std::string config_path = directory + "/config.json",
                     weights_path = directory + "/model.safetensors",
-                    model_path = directory + "/model.gguf";
+                    model_path = directory + "/model.gguf",
+                    part_paths[] = {directory + "/part-00001-of-00002.gguf",
+                                    directory + "/part-00002-of-00002.gguf"};
   const std::function<void()> kinds[] = {
       [&] { read_safetensors(broken(rng, few, edit_safetensors)); },
       [&] { read_gguf(broken(rng, rich, edit_bytes)); },
@@ -218,9 +233,15 @@ int main(int argc, char** argv) {
       [&] {
         tests::write_plain(model_path, broken(rng, model, edit_bytes));
         read_checkpoint(model_path);
+      },
+      [&] {
+        const int64_t at = rng.below(2);
+        for (int64_t i : {0, 1})
+          tests::write_plain(part_paths[i], i == at ? broken(rng, parts[i], edit_bytes) : parts[i]);
+        read_checkpoint(part_paths[0]);
       }};
-  // Whole models cost most: two inputs of ten.
-  const int schedule[] = {0, 1, 2, 0, 1, 2, 0, 1, 3, 4};
+  // Whole models cost most: three inputs of twelve.
+  const int schedule[] = {0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4, 5};
 
   int64_t refused = 0;
   int code = 0;

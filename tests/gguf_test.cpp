@@ -3,6 +3,7 @@
 #include "data/gguf.h"
 
 #include <catch2/catch.hpp>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "data/files.h"
@@ -60,6 +61,8 @@ TEST_CASE("gguf: a file of the reference writer") {
   CHECK(g.integers("integers") == std::vector<int64_t>{1, -2, 3});
   CHECK(g.reals("reals") == std::vector<double>{0.5, 1.5});
   CHECK(g.strings("strings") == std::vector<std::string>{"a", "", "\xe4\xb8\x96"});
+  CHECK(g.has("nested"));
+  CHECK_THROWS_WITH(g.integers("nested"), Contains("'nested' is not an array of integers"));
   CHECK(g.tensor("first").shape == engine::Shape{2, 3});
   std::vector<float> first(6), second(4);
   data::gguf_dequantize(first.data(), g.tensor("first"), "first");
@@ -99,6 +102,75 @@ TEST_CASE("gguf: every type dequantizes to the reference's values") {
   CHECK_THROWS_WITH(data::gguf_type_bytes(12, 255), Contains("not whole blocks of Q4_K"));
 }
 
+TEST_CASE("gguf: every type of the reference is read, or refused by its name") {
+  const auto names = nlohmann::json::parse(data::read_file(golden("gguf_type_names.json")));
+  CHECK(names.size() > 30);
+  for (const auto& [name, number] : names.items()) {
+    std::string said;
+    try {
+      said = data::gguf_type_name(number.get<uint32_t>());
+    } catch (const Error& e) {
+      said = std::string(e.what());
+      CHECK_THAT(said, Contains("unsupported ggml type " + name + "; F32, F16, Q4_0"));
+      continue;
+    }
+    CHECK(said == name);
+  }
+}
+
+TEST_CASE("gguf: a split model is read whole by its first part") {
+  const tests::TempDir dir;
+  const auto part = [](int i, const std::string& count = "00003") {
+    return "split-0000" + std::to_string(i) + "-of-" + count + ".gguf";
+  };
+  const auto copy = [&](int from, const std::string& to) {
+    tests::write_plain(dir / to, data::read_file(golden(part(from))));
+  };
+  for (int i : {1, 2, 3}) copy(i, part(i));
+  {
+    const data::Gguf g(dir / part(1));
+    CHECK(g.string("a.string") == "in the first part");
+    CHECK(g.tensors().size() == 3);
+    for (const auto& [name, value] :
+         {std::pair("first", 0.5f), std::pair("second", 1.5f), std::pair("third", 2.5f)}) {
+      std::vector<float> out(4);
+      data::gguf_dequantize(out.data(), g.tensor(name), name);
+      CHECK(out == std::vector<float>(4, value));
+    }
+  }
+  CHECK_THROWS_WITH(data::Gguf(dir / part(2)),
+                    Contains(part(2) + ": part 2 of 3") && Contains(dir / part(1)));
+  copy(1, "blob");
+  CHECK_THROWS_WITH(data::Gguf(dir / "blob"), Contains("name holds '-00001-of-00003'"));
+  copy(2, part(3));
+  CHECK_THROWS_WITH(data::Gguf(dir / part(1)), Contains(part(3) + ": is not part 3 of 3"));
+  std::filesystem::remove(dir / part(3));
+  CHECK_THROWS_WITH(data::Gguf(dir / part(1)), Contains("part 3, " + (dir / part(3))));
+
+  // Suffixes do not matter.
+  for (int i : {1, 2, 3}) copy(i, "m-0000" + std::to_string(i) + "-of-00003");
+  CHECK(data::Gguf(dir / "m-00001-of-00003").tensors().size() == 3);
+}
+
+TEST_CASE("gguf: parts of a set that do not fit together") {
+  const tests::TempDir dir;
+  const auto write = [&](uint32_t i, const std::string& tensor, uint32_t tensors) {
+    GgufFile f;
+    f.integer("split.no", i - 1);
+    f.integer("split.count", 2);
+    f.integer("split.tensors.count", tensors);
+    f.tensor(tensor, {1}, 0, raw(1.0f));
+    tests::write_plain(dir / ("s-0000" + std::to_string(i) + "-of-00002.gguf"), f.bytes());
+  };
+  write(1, "a", 2);
+  write(2, "a", 2);
+  CHECK_THROWS_WITH(data::Gguf(dir / "s-00001-of-00002.gguf"), Contains("'a' is in another part"));
+  write(2, "b", 2);
+  CHECK(data::Gguf(dir / "s-00001-of-00002.gguf").tensors().size() == 2);
+  write(1, "a", 3);
+  CHECK_THROWS_WITH(data::Gguf(dir / "s-00001-of-00002.gguf"), Contains("hold 2 tensors, not 3"));
+}
+
 TEST_CASE("gguf: every truncation of a good file is refused") {
   const std::string file = small().bytes();
   CHECK(parse(file).tensors.size() == 2);
@@ -135,7 +207,15 @@ TEST_CASE("gguf: malformed metadata") {
   CHECK_THROWS_WITH(parse(with(7, "\2")), Contains("'key' holds 2 where a boolean"));
   CHECK_THROWS_WITH(parse(with(10, raw(~uint64_t{0}))), Contains("too large"));
   CHECK_THROWS_WITH(parse(with(8, raw(~uint64_t{0}))), Contains("runs past the file's end"));
-  CHECK_THROWS_WITH(parse(array(9, 1, "")), Contains("'key' is an array of arrays"));
+  CHECK_THROWS_WITH(parse(array(9, 1, "")), Contains("more than the file can hold"));
+  std::string nested = raw<uint32_t>(4) + raw<uint64_t>(1) + raw<uint32_t>(7);
+  for (int depth = 1; depth <= 8; ++depth) {
+    CHECK(parse(with(9, nested)).metadata.count("key") == 1);
+    nested = raw<uint32_t>(9) + raw<uint64_t>(1) + nested;
+  }
+  CHECK(parse(with(9, nested)).metadata.count("key") == 1);
+  CHECK_THROWS_WITH(parse(with(9, raw<uint32_t>(9) + raw<uint64_t>(1) + nested)),
+                    Contains("'key' nests arrays too deeply"));
   CHECK_THROWS_WITH(parse(array(77, 1, "")), Contains("'key' has unknown value type 77"));
   for (const uint32_t type : {0u, 6u, 7u, 8u, 12u})
     for (const uint64_t count : {~uint64_t{0}, uint64_t{1} << 61, uint64_t{1000}})
@@ -187,8 +267,8 @@ TEST_CASE("gguf: malformed tensors") {
       {{~uint64_t{0}}, 0, 0, "too many elements"},
       {{huge, huge}, 0, 0, "too many elements"},
       {{huge}, 0, 0, "truncated?"},
-      {{4}, 4, 0, "tensor 't': unsupported ggml type number 4"},
-      {{4}, 16, 0, "tensor 't': unsupported ggml type number 16"},
+      {{4}, 4, 0, "tensor 't': unsupported ggml type Q4_2"},
+      {{4}, 16, 0, "tensor 't': unsupported ggml type IQ2_XXS"},
       {{31}, 2, 0, "not a multiple of Q4_0's 32"},
       {{16, 2}, 2, 0, "rows of 16, not a multiple of Q4_0's 32"},
       {{4}, 0, 8, "not aligned to 32"},

@@ -90,8 +90,10 @@ inline models::LlamaConfig file_model_config() {
   return c;
 }
 
-// A GGUF of the llama architecture: norms F32, tables F16, linears Q4_0 with scale 1.
-inline GgufFile tiny_gguf(const models::LlamaConfig& c, engine::Rng& rng) {
+// A GGUF of the llama architecture: norms F32, tables F16, linears Q4_0 with scale 1; without the
+// tensor `left_out`.
+inline GgufFile tiny_gguf(const models::LlamaConfig& c, engine::Rng& rng,
+                          const std::string& left_out = "") {
   GgufFile f;
   const auto size = [](int64_t n) { return static_cast<uint32_t>(n); };
   f.text("general.architecture", "llama");
@@ -107,6 +109,7 @@ inline GgufFile tiny_gguf(const models::LlamaConfig& c, engine::Rng& rng) {
     f.tensor(name, {c.d_model}, 0, std::string(static_cast<size_t>(4 * c.d_model), '\0'));
   };
   const auto linear = [&](const std::string& name, int64_t n, int64_t k) {
+    if (name == left_out) return;
     std::string blocks;
     for (int64_t i = 0; i < n * k / 32; ++i)
       blocks += raw<uint16_t>(0x3c00) + random_bytes(rng, 16);

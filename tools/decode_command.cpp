@@ -214,6 +214,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   sampling.seed = static_cast<uint64_t>(line.integer("seed", 0));
 
   const auto source = models::open_checkpoint(path);
+  source->check_finite();
   const auto tokenizer = data::load_tokenizer(path);
   std::vector<int32_t> prompt =
       chat ? tokenizer->encode(data::render_chat(*tokenizer, line.text("chat")),
@@ -240,7 +241,8 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const std::vector<float>* logits = &generator.prefill(prompt);
   report.prefill_s = seconds_since(start);
 
-  const std::vector<int32_t> stops = tokenizer->end_of_turn();
+  std::vector<int32_t> stops = tokenizer->end_of_turn();
+  for (const int32_t id : source->stop_ids()) stops.push_back(id);
   Sampler sampler(sampling);
   TextStream out;
   while (report.generated < max_tokens) {

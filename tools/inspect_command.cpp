@@ -8,7 +8,7 @@ namespace bbb::tools {
 
 int inspect_command(const Arguments& arguments) {
   CommandLine line("inspect", "Architecture, tensors, dtypes and bits per weight of a checkpoint");
-  line.options()("model", "directory or .gguf file", cxxopts::value<std::string>());
+  line.options()("model", "directory or GGUF file", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   const auto source = models::open_checkpoint(line.required("model"));
   const models::LlamaConfig& c = source->config();

@@ -16,7 +16,7 @@ namespace bbb::tools {
 int ppl_command(const Arguments& arguments) {
   CommandLine line("ppl", "Perplexity of a checkpoint (Hugging Face, GGUF or exported) on a text");
   line.options()                                                                            //
-      ("model", "directory or .gguf file", cxxopts::value<std::string>())                   //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
       ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
       ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
       ("max-windows", "stop after so many; 0: all",
@@ -29,6 +29,7 @@ int ppl_command(const Arguments& arguments) {
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path);
   backend->check_head_size(source->config().head_dim);
+  source->check_finite();
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));

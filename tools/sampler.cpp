@@ -12,7 +12,8 @@ int32_t Sampler::next(const std::vector<float>& logits) {
   BBB_ASSERT(!logits.empty());
   size_t best = 0;
   for (size_t i = 0; i < logits.size(); ++i) {
-    BBB_CHECK(!std::isnan(logits[i]), "logit ", i, " is NaN: the model's weights are damaged");
+    BBB_CHECK(std::isfinite(logits[i]), "the logit of token ", i, " is ", logits[i],
+              ": no next token can be chosen");
     if (logits[i] > logits[best]) best = i;
   }
   if (spec_.temperature <= 0) return static_cast<int32_t>(best);

@@ -17,7 +17,7 @@ struct SamplerSpec {
 class Sampler {
  public:
   explicit Sampler(const SamplerSpec& spec) : spec_(spec), rng_(spec.seed) {}
-  // Throws where a logit is NaN.
+  // Throws where a logit is NaN or infinite.
   int32_t next(const std::vector<float>& logits);
 
  private:

@@ -57,10 +57,12 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
            TrainConfig config) {
   backend.check_head_size(source.config().head_dim);
   config = resolve(config, source.config(), backend.device());
-  const int32_t doc_end = config.doc_end ? *config.doc_end : tokenizer.document_end();
+  const int32_t doc_end =
+      config.doc_end ? *config.doc_end : tokenizer.document_end(source.stop_ids());
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
+  source.check_finite();
   const std::vector<int32_t> tokens =
       data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
   train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
@@ -194,6 +196,7 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const models::LlamaConfig& model = source.config();
   BBB_CHECK(run.finished(config, model.layers), run_directory,
             ": the run is not finished; the same `bbb train` command goes on with it");
+  source.check_finite();
   BBB_CHECK(model_checksum(source) == identity.model_checksum, source.path(),
             ": is not the model that ", run_directory, " was trained from");
 
@@ -219,6 +222,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
                   GridSpec spec, const std::string& out_directory, models::ExportFormat format) {
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; rounding starts from full precision");
+  source.check_finite();
   const models::LlamaConfig& model = source.config();
   for (const models::LinearShape& linear : models::block_linears(model))
     BBB_CHECK(linear.k % spec.group == 0, "--group-size ", spec.group, " does not divide the ",
