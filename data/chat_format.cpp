@@ -1,17 +1,15 @@
 // Reading a chat format from its Jinja template, in three steps:
 //   1. canonical_template(): one spelling for each construct.
-//   2. kRules: branches for tools and for contents that are not text go, detours are straightened.
-//   3. One regular expression, the shape of all known formats, must match everything that is left.
+//   2. plain_template(): what cannot matter, such as branches for tools, goes.
+//   3. kShape: one regular expression, the shape of all known formats, must match everything that
+//   is left.
 // So a template is either read completely or refused.
 #include "data/chat_format.h"
 
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
-
 #include <algorithm>
 #include <map>
-#include <memory>
 
+#include "data/chat_pattern.h"
 #include "data/chat_template.h"
 #include "data/files.h"
 #include "data/json.h"
@@ -25,189 +23,6 @@ constexpr const char* kUnknown =
     "the model's chat template is not one of the formats that bbb knows (ChatML, Llama-2, Llama-3, "
     "Mistral, Zephyr, DeepSeek); write the special tokens yourself with --prompt TEXT --special";
 constexpr const char* kRoles[] = {"system", "user", "assistant"};
-
-void replace_all(std::string* text, std::string_view from, std::string_view to) {
-  for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size())
-    text->replace(at, from.size(), to);
-}
-
-// Writes tags as canonical_template() does.
-std::string marked(std::string text) {
-  for (const auto& [from, to] : {std::pair{"{%", "\1"}, {"%}", "\2"}, {"{{", "\3"}, {"}}", "\4"}})
-    replace_all(&text, from, to);
-  return text;
-}
-
-// Names for parts of patterns. BODY is anything in which each if and for has its end.
-constexpr std::pair<const char*, const char*> kParts[] = {
-    {"DEAD",
-     "(?:not tools is defined|not add_generation_prompt is defined|TOOLCALL|"
-     "(?:tools|tools is not none|(?:custom_tools|builtin_tools) is defined|"
-     "tools_in_user_message and not tools is none|"
-     "USE_DEFAULT_PROMPT==true|false==true)(?: and (?:(?! or )[^\\x02])*)?|"
-     "builtin_tools is defined or tools is not none)"},
-    {"TRUE",
-     "(?:not \\(TOOLCALL\\)|(?:message|messages[0]).content is string|"
-     "strftime_now is defined|not date_string is defined|"
-     "not tools_in_user_message is defined)"},
-    {"TOOLCALL", "ONECALL(?: or ONECALL)*"},
-    {"ONECALL",
-     "\\(?(?:message.role=='(?:tool|tool_results|tool_calls|ipython)'|"
-     "'tool_calls' in message|message.tool_calls(?: is defined)?"
-     "(?: and message.tool_calls is not none)?)\\)?"},
-    {"HAS_SYSTEM", "system(?: is defined|!=false)"},
-    {"LINE", "[^\\x01\\x02]*"},
-    {"BODY", "(?&body)"},
-    {".", "\\."},
-    {"[0]", "\\[0\\]"},
-    {"[1:]", "\\[1:\\]"},
-};
-constexpr const char* kBody =
-    "(?(DEFINE)(?<body>(?:[^\\x01]++|\\x01(?!if |for |el|endif|endfor)[^\\x02]*+\\x02|"
-    "\\x01(?:if|for) [^\\x02]*+\\x02(?&body)(?:\\x01el[^\\x02]*+\\x02(?&body))*+"
-    "\\x01end(?:if|for)\\x02)*+))";
-
-class Pattern {
- public:
-  explicit Pattern(const std::string& pattern) {
-    std::string text = marked(pattern);
-    for (const auto& [name, part] : kParts) replace_all(&text, name, part);
-    text += kBody;
-    int error = 0;
-    size_t offset = 0;
-    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
-                              PCRE2_DOTALL | PCRE2_DUPNAMES, &error, &offset, nullptr));
-    BBB_CHECK(code_ != nullptr, "internal error: the pattern ", text, " fails at ", offset);
-    match_.reset(pcre2_match_data_create_from_pattern(code_.get(), nullptr));
-  }
-
-  // Finds the pattern from `from` on.
-  bool find(const std::string& text, size_t from = 0) {
-    const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()),
-                                  text.size(), from, 0, match_.get(), nullptr);
-    BBB_CHECK(found > 0 || found == PCRE2_ERROR_NOMATCH, "the chat template is too complex");
-    return found > 0;
-  }
-  size_t end() const { return pcre2_get_ovector_pointer(match_.get())[1]; }
-  // A group of the last match; none if it took no part.
-  std::optional<std::string> group(const char* name) const {
-    PCRE2_UCHAR* text = nullptr;
-    size_t size = 0;
-    if (pcre2_substring_get_byname(match_.get(), reinterpret_cast<PCRE2_SPTR>(name), &text, &size) <
-        0)
-      return std::nullopt;
-    const std::string out(reinterpret_cast<const char*>(text), size);
-    pcre2_substring_free(text);
-    return out;
-  }
-  std::string text(const char* name) const { return group(name).value_or(""); }
-
-  // Replaces every match; false if there is none.
-  bool replace(std::string* text, const std::string& with) {
-    size_t size = 2 * text->size() + 4096;
-    std::string out(size, '\0');
-    const int count = pcre2_substitute(
-        code_.get(), reinterpret_cast<PCRE2_SPTR>(text->data()), text->size(), 0,
-        PCRE2_SUBSTITUTE_GLOBAL, match_.get(), nullptr, reinterpret_cast<PCRE2_SPTR>(with.data()),
-        with.size(), reinterpret_cast<PCRE2_UCHAR*>(out.data()), &size);
-    BBB_CHECK(count >= 0, "the chat template is too complex");
-    text->assign(out, 0, size);
-    return count > 0;
-  }
-
- private:
-  struct Free {
-    void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-    void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
-  };
-  std::unique_ptr<pcre2_code, Free> code_;
-  std::unique_ptr<pcre2_match_data, Free> match_;
-};
-
-// Rewrites that change nothing for messages of system, user and assistant whose contents are text,
-// without tools. transformers defines `tools` (none) and strftime_now, and no other variable.
-constexpr std::pair<const char*, const char*> kRules[] = {
-    // Branches that are never or always taken.
-    {"{%if DEAD%}BODY{%endif%}", ""},
-    {"{%if DEAD%}BODY{%else%}(BODY){%endif%}", "$1"},
-    {"{%if DEAD%}BODY{%elif ", "{%if "},
-    {"{%elif DEAD%}BODY(?={%e)", ""},
-    {"{%if TRUE%}(BODY)(?:{%el[^\\x02]*%}BODY)*{%endif%}", "$1"},
-    // Statements without effect.
-    {"{%if [^\\x02]*%}{%endif%}", ""},
-    {"{%set (?:tools_in_user_message|user_messages)%}LINE{%endset%}", ""},
-    {"{%(?:end)?generation%}", ""},
-    // A loop whose result stays inside it.
-    {"{%set (\\w+)%}{{\\[\\]}}{%endset%}{%for message in rest%}{%if message.role not "
-     "in \\['tool','tool_results'\\] and not message.get\\('tool_calls'\\)%}{%set "
-     "\\1%}{{\\1}}{{\\[message\\]}}{%endset%}{%endif%}{%endfor%}{%for message in "
-     "\\1%}BODY{%endfor%}",
-     ""},
-    // The check of roles, in the loop over the turns or in one of its own.
-    {"{%set ns%}{{namespace\\((?:index=0)?\\)}}{%endset%}(?:{%set ns.index%}{{0}}{%endset%})?"
-     "({%for message in (?:messages|rest)%}{%if \\(message.role=='user'\\)!=\\()ns.index%2==0"
-     "(\\)%}LINE{%endif%}){%set ns.index%}{{ns.index}}{{1}}{%endset%}{%endfor%}",
-     "${1}loop.index0%2==0$2{%endfor%}"},
-    {"{%if "
-     "\\(message.role=='user'\\)!=\\(loop.index0%2==0\\)%}{{raise_exception\\('([^\\x04]*)'\\)}}"
-     "{%endif%}",
-     "{%alternate $1%}"},
-    {"{%for message in (?:messages|rest)%}({%alternate [^\\x02]*%}){%endfor%}", "$1"},
-    // "Is there any system message?"
-    {"{%set ns%}{{namespace\\(found=false\\)}}{%endset%}{%for message in messages%}{%if "
-     "message.role=='system'%}{%set ns.found%}{{true}}{%endset%}{%endif%}{%endfor%}(LINE){%if not "
-     "ns.found%}",
-     "$1{%if no_system%}"},
-    // One chain of branches for the roles.
-    {"{%else%}({%if message.role==[^\\x02]*%}BODY(?:{%el[^\\x02]*%}BODY)*{%endif%}){%endif%}",
-     "{%el$1"},
-    {"{%el{%if", "{%elif"},
-    {"({%if message.role=='\\w+'%}LINE(?:{%elif message.role=='\\w+'%}LINE)*){%endif%}"
-     "(?={%if message.role=='\\w+'%}LINE(?:{%elif message.role=='\\w+'%}LINE)*{%endif%})",
-     "$1{%chain%}"},
-    {"{%chain%}{%if ", "{%elif "},
-    // BOS put in front of the first turn.
-    {"{%set (\\w+)%}(LINE){%endset%}{%if loop.first%}{%set "
-     "\\1%}{{bos_token}}{{\\1}}{%endset%}{%endif%}{{\\1}}",
-     "{%if loop.first%}{{bos_token}}{%endif%}$2"},
-};
-
-// Variables that hold the same text wherever they are read are replaced by it.
-void replace_aliases(std::string* text) {
-  static Pattern alias(
-      "^LINE{%set "
-      "(?<name>\\w+)%}(?<value>(?:[^\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}");
-  while (alias.find(*text)) {
-    const std::string set = marked("{%set " + alias.text("name") + "%}");
-    if (text->find(set) != text->rfind(set)) break;
-    const std::string hole = marked("{{" + alias.text("name") + "}}"), value = alias.text("value");
-    replace_all(text, set + value + marked("{%endset%}"), "");
-    replace_all(text, hole, value);
-  }
-  for (const char* value : {"message.content", "message.content|trim"}) {
-    std::string without = *text;
-    replace_all(&without, marked(cat("{%set content%}{{", value, "}}{%endset%}")), "");
-    if (without == *text || without.find(marked("{%set content%}")) != std::string::npos) continue;
-    replace_all(&without, marked("{{content}}"), marked(cat("{{", value, "}}")));
-    replace_all(&without, marked("{{content|trim}}"), marked("{{message.content|trim}}"));
-    *text = without;
-  }
-}
-
-std::string simplified(const std::string& jinja) {
-  static std::vector<std::pair<Pattern, std::string>> rules = [] {
-    std::vector<std::pair<Pattern, std::string>> made;
-    for (const auto& [pattern, with] : kRules) made.emplace_back(Pattern(pattern), marked(with));
-    return made;
-  }();
-  std::string text = canonical_template(jinja), before;
-  while (before != text) {
-    before = text;
-    for (auto& [pattern, with] : rules) pattern.replace(&text, with);
-    replace_aliases(&text);
-  }
-  return text;
-}
 
 // The shape of all known formats.
 constexpr const char* kShape =
@@ -304,7 +119,7 @@ size_t role_index(const std::string& role) {
 
 ChatFormat::ChatFormat(const std::string& jinja) {
   static Pattern shape(kShape);
-  const std::string text = simplified(jinja);
+  const std::string text = plain_template(jinja);
   BBB_CHECK(shape.find(text), kUnknown);
   alternate_ = shape.group("alternate");
   first_content_ = shape.group("content");
