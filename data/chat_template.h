@@ -1,33 +1,28 @@
-// Chat templates: a subset of Jinja, as Hugging Face renders it (trim_blocks, lstrip_blocks).
-//
-//   statements   for (else, if), if / elif / else, set (name, namespace attribute, block)
-//   expressions  literals, names, attributes, subscripts, slices, calls, + - * / // % ~,
-//   comparisons,
-//                in, and / or / not, inline if, filters, tests
-//   functions    namespace, range, raise_exception, strftime_now
-// Anything else is an error that names it.
+// A chat template's Jinja in one canonical spelling, in which equal templates look equal.
 #pragma once
 
 #include <string>
-#include <vector>
 
 namespace bbb::data {
 
-struct ChatMessage {
-  std::string role;
-  std::string content;
-};
+// Comments, quotes, white space inside tags and white-space control (trim_blocks and lstrip_blocks,
+// as Hugging Face sets them) are resolved; an output's constants become plain text:
+//
+//   {{ 'a' + x.b }}, {{ "a" ~ x['b'] }}        a{{x.b}}
+//   {% set x = 'a' + y %}                      {%set x%}a{{y}}{%endset%}
+//   x.strip(), loop.index0 == 0                x|trim, loop.first
+//   for m in messages                          for message in messages
+//   names set to messages[1:], messages[0]['content'], message['content']
+//                                              rest, system, content
+//
+// {% %} are written as the bytes 1 and 2, {{ }} as 3 and 4, a quote inside a tag's string as 5, so
+// that no text looks like a tag. Throws Error on templates that hold these bytes and on tags that
+// do not end.
+std::string canonical_template(const std::string& jinja);
 
-struct ChatContext {
-  std::vector<ChatMessage> messages;
-  std::string bos_token;
-  std::string eos_token;
-  bool add_generation_prompt = true;
-  std::string date;  // what strftime_now returns; empty: the template finds it undefined
-};
-
-// Throws Error, naming what, on malformed templates, on constructs outside the subset, and with the
-// template's own words on raise_exception.
-std::string render_template(const std::string& source, const ChatContext& context);
+// The canonical template without what cannot matter for messages of system, user and assistant
+// whose contents are text: branches for tools, aliases, detours. Throws as above, and on templates
+// that take too long.
+std::string plain_template(const std::string& jinja);
 
 }  // namespace bbb::data

@@ -72,8 +72,5 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path);
 // its text may be cut otherwise than its model expects.
 std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf);
 
-// Renders one user message with the model's own chat template (a Jinja subset; throws, naming what
-// it does not support), generation prompt included.
-std::string render_chat(const Tokenizer& tokenizer, const std::string& user_message);
 
 }  // namespace bbb::data

@@ -53,6 +53,13 @@ std::string CommandLine::text(const std::string& name) const {
   return has(name) || result_[name].has_default() ? result_[name].as<std::string>() : "";
 }
 
+std::vector<std::string> CommandLine::texts(const std::string& name) const {
+  std::vector<std::string> values;
+  for (const cxxopts::KeyValue& option : result_.arguments())
+    if (option.key() == name) values.push_back(option.value());
+  return values;
+}
+
 int64_t CommandLine::integer(const std::string& name, int64_t minimum, int64_t maximum) const {
   const std::string value = text(name);
   int64_t number = 0;

@@ -24,6 +24,8 @@ class CommandLine {
 
   bool has(const std::string& name) const { return result_.count(name) > 0; }
   std::string text(const std::string& name) const;
+  // The values of an option that may be repeated, in order.
+  std::vector<std::string> texts(const std::string& name) const;
   int64_t integer(const std::string& name, int64_t minimum, int64_t maximum = INT64_MAX) const;
   double real(const std::string& name, double minimum, double maximum) const;
   // The value, which must be one of `choices`; its index.

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <nlohmann/json.hpp>
 
+#include "data/chat_format.h"
 #include "data/files.h"
 #include "data/tokenizer.h"
 #include "engine/progress.h"
@@ -203,11 +204,43 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
   return report;
 }
 
+// Exactly one of --prompt, --chat and --messages, and what goes with each.
+void check_prompt_options(const CommandLine& line) {
+  if (line.has("prompt") + line.has("chat") + line.has("messages") != 1)
+    throw UsageError("give one of --prompt, --chat, --messages and --synthetic");
+  if (line.has("special") && !line.has("prompt")) throw UsageError("--special needs --prompt");
+  if (line.has("system") && !line.has("chat")) throw UsageError("--system needs --chat");
+  if (line.texts("chat").size() % 2 == 0 && line.has("chat"))
+    throw UsageError("the last --chat is an assistant's; give the user's next message too");
+}
+
+// The messages of --messages, or of --system and each --chat.
+std::vector<data::ChatMessage> chat_messages(const CommandLine& line) {
+  std::vector<data::ChatMessage> messages;
+  if (line.has("messages")) {
+    const std::string path = line.required("messages");
+    messages = data::parse_messages(data::read_file(path), path);
+    BBB_CHECK(messages.back().role == "user", path, ": the last message must be the user's");
+    return messages;
+  }
+  if (line.has("system")) messages.push_back({"system", line.text("system")});
+  bool user = false;
+  for (const std::string& text : line.texts("chat"))
+    messages.push_back({(user = !user) ? "user" : "assistant", text});
+  return messages;
+}
+
+std::vector<int32_t> prompt_ids(const CommandLine& line, const data::Tokenizer& tokenizer) {
+  if (line.has("prompt"))
+    return tokenizer.encode(line.text("prompt"), line.has("special") ? data::SpecialText::Parse
+                                                                     : data::SpecialText::AsText);
+  return tokenizer.encode(data::render_chat(tokenizer, chat_messages(line)),
+                          data::SpecialText::Parse);
+}
+
 Report decode_model(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const std::string path = line.required("model");
-  if (line.has("prompt") == line.has("chat"))
-    throw UsageError("give one of --prompt, --chat and --synthetic");
-  const bool chat = line.has("chat");
+  check_prompt_options(line);
   SamplerSpec sampling;
   sampling.temperature = line.real("temperature", 0, 100);
   sampling.top_p = line.real("top-p", 0, 1);
@@ -216,10 +249,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const auto source = models::open_checkpoint(path);
   source->check_finite();
   const auto tokenizer = data::load_tokenizer(path);
-  std::vector<int32_t> prompt =
-      chat ? tokenizer->encode(data::render_chat(*tokenizer, line.text("chat")),
-                               data::SpecialText::Parse)
-           : tokenizer->encode(line.text("prompt"), data::SpecialText::AsText);
+  std::vector<int32_t> prompt = prompt_ids(line, *tokenizer);
   const auto bos = tokenizer->bos();
   if (tokenizer->add_bos() && bos && (prompt.empty() || prompt.front() != *bos))
     prompt.insert(prompt.begin(), *bos);
@@ -272,8 +302,15 @@ int decode_command(const Arguments& arguments) {
   CommandLine line("decode", "Generate text from any checkpoint, or time a synthetic one");
   line.options()                                                           //
       ("model", "directory or .gguf file", cxxopts::value<std::string>())  //
-      ("prompt", "text to continue", cxxopts::value<std::string>())        //
-      ("chat", "a user's message, through the model's chat template",
+      ("prompt", "text to continue; special tokens in it are plain text without --special",
+       cxxopts::value<std::string>())                                                  //
+      ("special", "special tokens in the text of --prompt, such as </s>, are parsed")  //
+      ("chat",
+       "a user's message, in the model's chat format; repeated: the turns of user, assistant, "
+       "user, ...",
+       cxxopts::value<std::string>())                                              //
+      ("system", "with --chat: the system prompt", cxxopts::value<std::string>())  //
+      ("messages", "a chat as a JSON file: [{\"role\": \"user\", \"content\": \"Hi\"}, ..]",
        cxxopts::value<std::string>())                                                        //
       ("max-tokens", "at most so many", cxxopts::value<std::string>()->default_value("64"))  //
       ("temperature", "0: always the most likely token",
@@ -287,8 +324,9 @@ int decode_command(const Arguments& arguments) {
        cxxopts::value<std::string>()->default_value("1024"));
   if (!line.parse(arguments)) return 0;
   const int64_t max_tokens = line.integer("max-tokens", 1, 1 << 20);
-  if (line.has("synthetic") && (line.has("model") || line.has("prompt") || line.has("chat")))
-    throw UsageError("--synthetic takes no --model, --prompt or --chat");
+  for (const char* name : {"model", "prompt", "special", "chat", "system", "messages"})
+    if (line.has("synthetic") && line.has(name))
+      throw UsageError(cat("--synthetic takes no --", name));
   const auto backend = line.make_backend();
   const Report report = line.has("synthetic") ? decode_synthetic(line, *backend, max_tokens)
                                               : decode_model(line, *backend, max_tokens);

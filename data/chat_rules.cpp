@@ -1,0 +1,100 @@
+#include <utility>
+#include <vector>
+
+#include "data/chat_pattern.h"
+#include "data/chat_template.h"
+#include "quant/check.h"
+
+namespace bbb::data {
+
+namespace {
+
+// Rewrites that change nothing for messages of system, user and assistant whose contents are text,
+// without tools. transformers defines `tools` (none) and strftime_now, and no other variable.
+constexpr std::pair<const char*, const char*> kRules[] = {
+    // Branches that are never or always taken.
+    {"{%if DEAD%}BODY{%endif%}", ""},
+    {"{%if DEAD%}BODY{%else%}(BODY){%endif%}", "$1"},
+    {"{%if DEAD%}BODY{%elif ", "{%if "},
+    {"{%elif DEAD%}BODY(?={%e)", ""},
+    {"{%if TRUE%}(BODY)(?:{%el[^\\x02]*%}BODY)*{%endif%}", "$1"},
+    // Statements without effect.
+    {"{%if [^\\x02]*%}{%endif%}", ""},
+    {"{%set (?:tools_in_user_message|user_messages)%}LINE{%endset%}", ""},
+    {"{%(?:end)?generation%}", ""},
+    // A loop whose result stays inside it.
+    {"{%set (\\w+)%}{{\\[\\]}}{%endset%}{%for message in rest%}{%if message.role not "
+     "in \\['tool','tool_results'\\] and not message.get\\('tool_calls'\\)%}{%set "
+     "\\1%}{{\\1}}{{\\[message\\]}}{%endset%}{%endif%}{%endfor%}{%for message in "
+     "\\1%}BODY{%endfor%}",
+     ""},
+    // The check of roles, in the loop over the turns or in one of its own.
+    {"{%set ns%}{{namespace\\((?:index=0)?\\)}}{%endset%}(?:{%set ns.index%}{{0}}{%endset%})?"
+     "({%for message in (?:messages|rest)%}{%if \\(message.role=='user'\\)!=\\()ns.index%2==0"
+     "(\\)%}LINE{%endif%}){%set ns.index%}{{ns.index}}{{1}}{%endset%}{%endfor%}",
+     "${1}loop.index0%2==0$2{%endfor%}"},
+    {"{%if "
+     "\\(message.role=='user'\\)!=\\(loop.index0%2==0\\)%}{{raise_exception\\('([^\\x04]*)'\\)}}"
+     "{%endif%}",
+     "{%alternate $1%}"},
+    {"{%for message in (?:messages|rest)%}({%alternate [^\\x02]*%}){%endfor%}", "$1"},
+    // "Is there any system message?"
+    {"{%set ns%}{{namespace\\(found=false\\)}}{%endset%}{%for message in messages%}{%if "
+     "message.role=='system'%}{%set ns.found%}{{true}}{%endset%}{%endif%}{%endfor%}(LINE){%if not "
+     "ns.found%}",
+     "$1{%if no_system%}"},
+    // One chain of branches for the roles.
+    {"{%else%}({%if message.role==[^\\x02]*%}BODY(?:{%el[^\\x02]*%}BODY)*{%endif%}){%endif%}",
+     "{%el$1"},
+    {"{%el{%if", "{%elif"},
+    {"({%if message.role=='\\w+'%}LINE(?:{%elif message.role=='\\w+'%}LINE)*){%endif%}"
+     "(?={%if message.role=='\\w+'%}LINE(?:{%elif message.role=='\\w+'%}LINE)*{%endif%})",
+     "$1{%chain%}"},
+    {"{%chain%}{%if ", "{%elif "},
+    // BOS put in front of the first turn.
+    {"{%set (\\w+)%}(LINE){%endset%}{%if loop.first%}{%set "
+     "\\1%}{{bos_token}}{{\\1}}{%endset%}{%endif%}{{\\1}}",
+     "{%if loop.first%}{{bos_token}}{%endif%}$2"},
+};
+
+// Variables that hold the same text wherever they are read are replaced by it.
+void replace_aliases(std::string* text) {
+  static Pattern alias(
+      "^LINE{%set "
+      "(?<name>(?!tools|custom_tools|builtin_tools|add_generation_prompt|USE_)\\w+)%}(?<value>(?:[^"
+      "\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}");
+  while (alias.find(*text)) {
+    const std::string set = marked("{%set " + alias.text("name") + "%}");
+    if (text->find(set) != text->rfind(set)) break;
+    const std::string hole = marked("{{" + alias.text("name") + "}}"), value = alias.text("value");
+    replace_all(text, set + value + marked("{%endset%}"), "");
+    replace_all(text, hole, value);
+  }
+  for (const char* value : {"message.content", "message.content|trim"}) {
+    std::string without = *text;
+    replace_all(&without, marked(cat("{%set content%}{{", value, "}}{%endset%}")), "");
+    if (without == *text || without.find(marked("{%set content%}")) != std::string::npos) continue;
+    replace_all(&without, marked("{{content}}"), marked(cat("{{", value, "}}")));
+    replace_all(&without, marked("{{content|trim}}"), marked("{{message.content|trim}}"));
+    *text = without;
+  }
+}
+
+}  // namespace
+
+std::string plain_template(const std::string& jinja) {
+  static std::vector<std::pair<Pattern, std::string>> rules = [] {
+    std::vector<std::pair<Pattern, std::string>> made;
+    for (const auto& [pattern, with] : kRules) made.emplace_back(Pattern(pattern), marked(with));
+    return made;
+  }();
+  std::string text = canonical_template(jinja), before;
+  while (before != text) {
+    before = text;
+    for (auto& [pattern, with] : rules) pattern.replace(&text, with);
+    replace_aliases(&text);
+  }
+  return text;
+}
+
+}  // namespace bbb::data
