@@ -79,6 +79,12 @@ void check_shape(const Shape& found, const Shape& wanted, const std::string& nam
             engine::to_string(found), ", the model needs ", engine::to_string(wanted));
 }
 
+// Of a tensor in a mapped file.
+template <typename T>
+data::Bytes bytes_of(const T& tensor) {
+  return {tensor.data, static_cast<size_t>(tensor.bytes)};
+}
+
 // What the two kinds of directory share.
 class DirectoryCheckpoint : public Checkpoint {
  public:
@@ -91,7 +97,7 @@ class DirectoryCheckpoint : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, t] : tensors_.tensors())
-      out.push_back({name, name_of(t.dtype), t.shape, t.bytes});
+      out.push_back({name, name_of(t.dtype), t.shape, t.bytes, bytes_of(t)});
     return out;
   }
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
@@ -312,7 +318,7 @@ class GgufCheckpoint final : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, t] : gguf_.tensors())
-      out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes});
+      out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes, bytes_of(t)});
     return out;
   }
   bool contains(const std::string& name) const override {
