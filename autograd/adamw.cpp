@@ -1,6 +1,4 @@
 // AdamW over a ParameterSet: two passes over flat buffers, nothing waits for the host.
-#include <utility>
-
 #include "autograd/parameter.h"
 
 namespace bbb::autograd {
@@ -8,11 +6,10 @@ namespace bbb::autograd {
 AdamW::AdamW(ParameterSet& parameters, engine::AdamWSpec spec, engine::Schedule schedule)
     : parameters_(parameters),
       spec_(spec),
-      schedule_(std::move(schedule)),
+      schedule_(schedule),
       control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())) {}
 
-void AdamW::restart(engine::Schedule schedule) {
-  schedule_ = std::move(schedule);
+void AdamW::restart() {
   parameters_.reset_moments();
   parameters_.backend().zero(control_);
 }

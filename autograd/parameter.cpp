@@ -39,7 +39,7 @@ void ParameterSet::allocate() {
   quantized_.s = backend_.zeros({slots}, backend_.real());
   quantized_.ahead = backend_.zeros({slots}, backend_.real());
   quantized_.clipped = backend_.zeros({total / 8}, engine::DType::U8);
-  upload_tiles();
+  backend_.upload(quantized_.tiles, tiles_.data());
 }
 
 QuantizedParameter ParameterSet::add_quantizer(const Parameter& parameter, engine::GridSpec spec,
@@ -58,11 +58,7 @@ QuantizedParameter ParameterSet::add_quantizer(const Parameter& parameter, engin
   BBB_ASSERT(quantized_.group == spec.group && quantized_.rounding == rounding);
   set_bits(parameter, spec.bits);
 
-  const auto first = std::find_if(tiles_.begin(), tiles_.end(), [&](const quant::WeightTile& tile) {
-    return tile.slot == static_cast<int32_t>(parameter.slot);
-  });
-  BBB_ASSERT(first != tiles_.end());
-  const int64_t begin = first->begin * quant::kTileAlign;
+  const int64_t begin = tiles_of(parameter).front().begin * quant::kTileAlign;
   const int64_t count = parameter.master.numel();
   const Shape groups{shape[0], shape[1] / spec.group};
   return {quantized_.wq.slice(begin, count).view(shape),
@@ -71,33 +67,32 @@ QuantizedParameter ParameterSet::add_quantizer(const Parameter& parameter, engin
           quantized_.s.slice(parameter.slot, 1)};
 }
 
-void ParameterSet::set_bits(const Parameter& parameter, int bits) {
-  for (quant::WeightTile& tile : tiles_)
-    if (tile.slot == parameter.slot) tile.bits = bits;
-  tiles_changed_ = true;
+std::span<quant::WeightTile> ParameterSet::tiles_of(const Parameter& parameter) {
+  const auto found =
+      std::equal_range(tiles_.begin(), tiles_.end(),
+                       quant::WeightTile{0, 0, static_cast<int32_t>(parameter.slot), 0},
+                       [](const auto& a, const auto& b) { return a.slot < b.slot; });
+  return {found.first, found.second};
 }
 
-void ParameterSet::upload_tiles() {
-  backend_.upload(quantized_.tiles, tiles_.data());
-  tiles_changed_ = false;
+void ParameterSet::set_bits(const Parameter& parameter, int bits) {
+  const std::span<quant::WeightTile> tiles = tiles_of(parameter);
+  for (quant::WeightTile& tile : tiles) tile.bits = bits;
+  const int64_t first = tiles.data() - tiles_.data(), count = static_cast<int64_t>(tiles.size());
+  backend_.upload(quantized_.tiles.rows(first, count), tiles.data());
+  // What AdamW has quantized ahead has the old width.
+  backend_.zero(quantized_.ahead.slice(parameter.slot, 1));
 }
 
 void ParameterSet::prepare() {
   if (!quantized_.wq.defined()) return;
-  if (tiles_changed_) upload_tiles();
   backend_.widest_groups(quantized_, masters_);
   quantize();
 }
 
 void ParameterSet::quantize() {
   if (!quantized_.wq.defined()) return;
-  BBB_ASSERT(!tiles_changed_);
   backend_.fake_quant(quantized_, masters_);
-}
-
-const engine::FakeQuantWeights& ParameterSet::quantized() const {
-  BBB_ASSERT(!tiles_changed_);
-  return quantized_;
 }
 
 void ParameterSet::reset_moments() {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,7 @@ class ParameterSet {
   // fills what this returns. All of a set share group and rounding; bits may be kNoQuantizer.
   QuantizedParameter add_quantizer(const Parameter& parameter, engine::GridSpec spec,
                                    engine::Rounding rounding);
-  void set_bits(const Parameter& parameter, int bits);  // takes effect in prepare()
+  void set_bits(const Parameter& parameter, int bits);  // from the next quantize() or prepare() on
   // Quantizes masters that anything may have written.
   void prepare();
   // The same where nothing but AdamW has written them since prepare(): the start of a step.
@@ -69,11 +70,11 @@ class ParameterSet {
   // what rounding takes from it is less than a gradient's own noise.
   const Tensor& m() const { return m_; }
   const Tensor& v() const { return v_; }  // real: a step moves it by less than act's half ulp
-  const engine::FakeQuantWeights& quantized() const;  // after prepare(), if any parameter is
+  const engine::FakeQuantWeights& quantized() const { return quantized_; }
   void reset_moments();
 
  private:
-  void upload_tiles();
+  std::span<quant::WeightTile> tiles_of(const Parameter& parameter);
 
   Backend& backend_;
   GradientPasses passes_;
@@ -81,7 +82,6 @@ class ParameterSet {
   std::vector<Shape> shapes_;
   Tensor masters_, grads_, m_, v_;
   std::vector<quant::WeightTile> tiles_;
-  bool tiles_changed_ = false;  // since they were uploaded
   engine::FakeQuantWeights quantized_;
 };
 
@@ -90,14 +90,14 @@ class ParameterSet {
 class AdamW {
  public:
   AdamW(ParameterSet& parameters, engine::AdamWSpec spec, engine::Schedule schedule);
-  void restart(engine::Schedule schedule);            // zero moments, step 0
+  void restart();  // zero moments, step 0; the schedule stays, for recorded steps hold a copy of it
   void step(const Tensor& loss);                      // loss real (1), for the guard and the log
   const Tensor& control() const { return control_; }  // engine::ControlSlot
 
  private:
   ParameterSet& parameters_;
-  engine::AdamWSpec spec_;
-  engine::Schedule schedule_;
+  const engine::AdamWSpec spec_;
+  const engine::Schedule schedule_;
   Tensor control_;
 };
 

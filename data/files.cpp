@@ -157,11 +157,4 @@ void AtomicDirectory::commit() {
   sync_directory(parent_of(path_));
 }
 
-uint64_t checksum64(const void* data, int64_t bytes) {
-  const uint8_t* p = static_cast<const uint8_t*>(data);
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (int64_t i = 0; i < bytes; ++i) hash = (hash ^ p[i]) * 0x100000001b3ull;
-  return hash;
-}
-
 }  // namespace bbb::data

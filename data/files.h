@@ -52,6 +52,4 @@ class AtomicDirectory {
   bool committed_ = false;
 };
 
-uint64_t checksum64(const void* data, int64_t bytes);  // FNV-1a, for run records, not for security
-
 }  // namespace bbb::data

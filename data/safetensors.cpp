@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <set>
 
+#include "data/checksum.h"
 #include "data/files.h"
 #include "data/half.h"
 #include "data/json.h"
@@ -249,15 +250,26 @@ RawWeight raw_weight(const SafeTensor& tensor, const std::string& name) {
   return {name, tensor.shape, tensor.data, *type};
 }
 
+static constexpr const char* kSeal = "checksum";
+
+bool seal_fits(const MappedFile& file) {
+  const int64_t content = file.bytes() - static_cast<int64_t>(sizeof(uint64_t));
+  return content > 0 &&
+         load_as<uint64_t>(file.data() + content) == checksum64(file.data(), content);
+}
+
 struct SafeTensorsWriter::Impl {
   AtomicFile file;
   std::vector<Entry> entries;
+  Seal seal;
+  Checksum checksum = {};  // of what was written
   size_t next = 0;
   int64_t added_bytes = 0;  // of the next entry
 };
 
 SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entries,
-                                     std::map<std::string, std::string> metadata) {
+                                     std::map<std::string, std::string> metadata, Seal seal) {
+  if (seal == Seal::Checksum) entries.push_back({kSeal, FileDType::I64, {1}});
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
@@ -270,10 +282,15 @@ SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entrie
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data begin at a multiple of 8
-  impl_ = std::unique_ptr<Impl>(new Impl{AtomicFile(std::move(path)), std::move(entries)});
+  impl_ = std::unique_ptr<Impl>(new Impl{AtomicFile(std::move(path)), std::move(entries), seal});
   const uint64_t header_bytes = text.size();
-  impl_->file.write(&header_bytes, sizeof header_bytes);
-  impl_->file.write(text.data(), static_cast<int64_t>(text.size()));
+  write(&header_bytes, sizeof header_bytes);
+  write(text.data(), static_cast<int64_t>(text.size()));
+}
+
+void SafeTensorsWriter::write(const void* data, int64_t bytes) {
+  impl_->file.write(data, bytes);
+  if (impl_->seal == Seal::Checksum) impl_->checksum.add(data, bytes);
 }
 
 SafeTensorsWriter::~SafeTensorsWriter() = default;
@@ -284,7 +301,7 @@ void SafeTensorsWriter::add(const std::string& name, const void* data, int64_t b
   const int64_t whole_bytes = engine::numel_of(entry.shape) * size_bytes(entry.dtype);
   BBB_ASSERT(entry.name == name);
   BBB_ASSERT(bytes <= whole_bytes - impl_->added_bytes);
-  impl_->file.write(data, bytes);
+  write(data, bytes);
   impl_->added_bytes += bytes;
   if (impl_->added_bytes < whole_bytes) return;
   impl_->added_bytes = 0;
@@ -292,6 +309,10 @@ void SafeTensorsWriter::add(const std::string& name, const void* data, int64_t b
 }
 
 void SafeTensorsWriter::finish() {
+  if (impl_->seal == Seal::Checksum) {
+    const uint64_t checksum = impl_->checksum.value();
+    add(kSeal, &checksum, sizeof checksum);
+  }
   BBB_ASSERT(impl_->next == impl_->entries.size());
   impl_->file.commit();
 }

@@ -70,6 +70,11 @@ void to_float(float* out, const SafeTensor& tensor, const std::string& name);
 // For check_finite(): F64, F32, F16, BF16 and F8_E4M3, of which every code but NaN is finite.
 RawWeight raw_weight(const SafeTensor& tensor, const std::string& name);
 
+// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more tensor
+// that the writer adds by itself: "checksum", I64 (1).
+enum class Seal { None, Checksum };
+bool seal_fits(const MappedFile& file);
+
 // Writes one file: header first, then tensors as they are added in the declared order. The file is
 // made under a temporary name beside `path`, synced, and renamed by finish(); a writer destroyed
 // without finish() removes it. Throws, naming path and cause, on any I/O error (a full disk).
@@ -81,13 +86,15 @@ class SafeTensorsWriter {
     engine::Shape shape;
   };
   SafeTensorsWriter(std::string path, std::vector<Entry> entries,
-                    std::map<std::string, std::string> metadata = {});
+                    std::map<std::string, std::string> metadata = {}, Seal seal = Seal::None);
   ~SafeTensorsWriter();
   // Entries in order, each whole or in consecutive pieces.
   void add(const std::string& name, const void* data, int64_t bytes);
   void finish();
 
  private:
+  void write(const void* data, int64_t bytes);
+
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

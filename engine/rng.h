@@ -3,11 +3,20 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 namespace bbb::engine {
+
+// A seed from names or numbers: FNV-1a. What is drawn depends on it, so it never changes.
+inline uint64_t seed_from(const void* data, size_t bytes) {
+  uint64_t seed = 0xcbf29ce484222325ull;
+  for (size_t i = 0; i < bytes; ++i)
+    seed = (seed ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001b3ull;
+  return seed;
+}
 
 class Rng {
  public:

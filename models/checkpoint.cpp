@@ -97,6 +97,12 @@ bool equal_weights(const SafeTensor& a, const SafeTensor& b) {
   return true;
 }
 
+// Of a tensor in a mapped file.
+template <typename T>
+data::Bytes bytes_of(const T& tensor) {
+  return {tensor.data, static_cast<size_t>(tensor.bytes)};
+}
+
 // What the two kinds of directory share.
 class DirectoryCheckpoint : public Checkpoint {
  public:
@@ -110,7 +116,7 @@ class DirectoryCheckpoint : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, t] : tensors_.tensors())
-      out.push_back({name, name_of(t.dtype), t.shape, t.bytes});
+      out.push_back({name, name_of(t.dtype), t.shape, t.bytes, bytes_of(t)});
     return out;
   }
   bool contains(const std::string& name) const override { return tensors_.contains(name); }
@@ -380,7 +386,7 @@ class GgufCheckpoint final : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, t] : gguf_.tensors())
-      out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes});
+      out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes, bytes_of(t)});
     return out;
   }
   bool contains(const std::string& name) const override {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "data/checksum.h"
 #include "data/gguf.h"
 #include "data/safetensors.h"
 #include "models/config.h"
@@ -36,6 +37,7 @@ struct TensorInfo {
   std::string dtype;
   engine::Shape shape;
   int64_t bytes;
+  data::Bytes source;  // what decides its values: its bytes in the mapped file, or a seed
 };
 
 class Checkpoint {

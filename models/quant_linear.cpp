@@ -2,13 +2,17 @@
 
 #include <utility>
 
+#include "engine/cpu/thread_pool.h"
 #include "quant/e4m3.h"
+#include "quant/host.h"
 
 namespace bbb::models {
 
 using autograd::linear;
 using engine::DType;
 using engine::Shape;
+
+static constexpr int64_t kSnapRows = 64;  // one thread's work
 
 Tensor upload_as(Backend& backend, const std::vector<float>& values, Shape shape, DType dtype) {
   Tensor out = backend.empty(std::move(shape), dtype);
@@ -166,8 +170,13 @@ QuantizedState QuantLinear::quantized_state() const {
 }
 
 void QuantLinear::snap() {
-  BBB_ASSERT(state_ == LinearState::FakeQuant);
-  upload_into(backend_, parameter_->master, quantized_state().dequantize());
+  BBB_ASSERT(state_ == LinearState::FakeQuant && quantizes());
+  std::vector<float> masters = download_floats(backend_, parameter_->master);
+  const float master_scale = download_floats(backend_, master_scale_)[0];
+  engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {
+    quant::host::snap(masters.data(), {begin, end}, k_, master_scale, spec_);
+  });
+  upload_into(backend_, parameter_->master, masters);
 }
 
 Var QuantLinear::forward(Tape& tape, const Var& x, const Var& residual) {

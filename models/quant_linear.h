@@ -62,7 +62,9 @@ class QuantLinear {
   // `master` is a parameter of `set`, which must outlive this state.
   void set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
                       Rounding rounding = Rounding::Nearest);
-  void set_bits(int bits);  // FakeQuant: the next stage's width, from the set's next prepare() on
+  // FakeQuant: another width, from the set's next quantize() or prepare() on; steps that are recorded
+  // take it, too.
+  void set_bits(int bits);
   // From the current FakeQuant codes and scales (after prepare()): sigma is the parameter, (N,
   // K/G), initialised here.
   void set_scales(Parameter& sigma);
@@ -74,7 +76,8 @@ class QuantLinear {
   // passes since the last finish_backward() left in dW^. False, and ds as it was, where none did.
   bool input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const;
   void finish_backward();
-  // Masters to the middle of their bins: master = S e (q - z). FakeQuant only, after prepare().
+  // Masters to the middle of their bins, S e (q - z), as far as that keeps their grid: quantized
+  // again, they give the same S, e, z and codes. FakeQuant only, after prepare().
   void snap();
   Var forward(Tape& tape, const Var& x, const Var& residual);
   // FakeQuant (fewer than 16 bits) or Scales, after prepare() with no step in between.
@@ -90,7 +93,8 @@ class QuantLinear {
 
  private:
   bool quantizes() const { return state_ == LinearState::Scales || spec_.bits < kNoQuantizer; }
-  Tensor multiplier() const { return parameter_ && quantizes() ? master_scale_ : Tensor(); }
+  // Of a parameter on the device even where it is 1, so that recorded steps see a width change.
+  Tensor multiplier() const { return parameter_ ? master_scale_ : Tensor(); }
   Var forward_packed(Tape& tape, const Var& x, const Var& residual);
   Tensor current_codes() const;  // U8 (N, K)
   void fresh_leaf();             // the weight's Var, whose gradient nothing has written yet

@@ -7,7 +7,6 @@
 #include <thread>
 #include <utility>
 
-#include "data/files.h"
 #include "engine/rng.h"
 #include "quant/check.h"
 
@@ -60,7 +59,7 @@ void fill_random(std::vector<float>& values, uint64_t seed, double deviation) {
 
 class SyntheticCheckpoint final : public Checkpoint {
  public:
-  SyntheticCheckpoint(LlamaConfig config, std::string path, uint64_t seed) : seed_(seed) {
+  SyntheticCheckpoint(LlamaConfig config, std::string path, uint64_t seed) {
     config_ = std::move(config);
     path_ = std::move(path);
     const Shape table{config_.vocab, config_.d_model}, norm{config_.d_model};
@@ -73,6 +72,8 @@ class SyntheticCheckpoint final : public Checkpoint {
       for (const LinearShape& l : block_linears(config_))
         shapes_[layer_name(layer, l.name) + ".weight"] = {l.n, l.k};
     }
+    for (const auto& [name, shape] : shapes_)
+      seeds_[name] = engine::seed_from(name.data(), name.size()) ^ seed;
   }
 
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
@@ -84,7 +85,9 @@ class SyntheticCheckpoint final : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, shape] : shapes_)
-      out.push_back({name, "BF16", shape, 2 * engine::numel_of(shape)});
+      out.push_back({name, "BF16", shape, 2 * engine::numel_of(shape),
+                     data::Bytes(reinterpret_cast<const uint8_t*>(&seeds_.at(name)),
+                                 sizeof(uint64_t))});
     return out;
   }
 
@@ -94,15 +97,13 @@ class SyntheticCheckpoint final : public Checkpoint {
               "' of shape ", engine::to_string(shape));
     std::vector<float> values(static_cast<size_t>(engine::numel_of(shape)), 1.0f);
     if (shape.size() == 1) return values;  // a norm
-    const uint64_t name_seed =
-        data::checksum64(name.data(), static_cast<int64_t>(name.size())) ^ seed_;
-    fill_random(values, name_seed, 1 / std::sqrt(static_cast<double>(shape.back())));
+    fill_random(values, seeds_.at(name), 1 / std::sqrt(static_cast<double>(shape.back())));
     return values;
   }
 
  private:
-  uint64_t seed_;
   std::map<std::string, Shape> shapes_;
+  std::map<std::string, uint64_t> seeds_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "quant/host.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -29,10 +30,11 @@ Real largest(const Real* x, int64_t count) {
   return result;
 }
 
+constexpr int kLargestGroup = 128;
+
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
                 int64_t k, Real master_scale, GridSpec spec, Rounding rounding) {
-  constexpr int kLargestGroup = 128;
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real* x = w + g * group;
@@ -57,6 +59,34 @@ void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* 
       for (int j = 0; j < 8; ++j) byte |= int{is_clipped(codes[i + j], spec.bits)} << j;
       bits[i / 8] = static_cast<uint8_t>(byte);
     }
+  }
+}
+
+template <typename Real>
+void snap(Real* w, Rows rows, int64_t k, Real master_scale, GridSpec spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    Real* x = w + g * group;
+    const Range<Real> range = range_of(x, group);
+    const GroupParams p = group_params(range, master_scale, spec.bits);
+    const Real step = step_of(p.e, master_scale);
+    Real middle[kLargestGroup];
+    for (int i = 0; i < group; ++i)
+      middle[i] = (code_of(x[i], step, p.z, spec.bits) - Real(p.z)) * step;
+
+    const Range<Real> spanned = range_of(middle, group);
+    const GroupParams q = group_params(spanned, master_scale, spec.bits);
+    // The widest groups give S; one of them may be the only one.
+    const auto gives_s = [&](const Range<Real>& r) {
+      return master_scale_of(raw_scale(r.width(), spec.bits)) == master_scale;
+    };
+    const bool same = q.e == p.e && q.z == p.z && gives_s(spanned) == gives_s(range);
+    // Between a weight and the middle of its bin every value has the same code.
+    for (int i = 0; i < group; ++i)
+      if (same)
+        x[i] = middle[i];
+      else if (x[i] != range.mn && x[i] != range.mx)
+        x[i] = std::clamp(middle[i], range.mn, range.mx);
   }
 }
 
@@ -150,6 +180,7 @@ void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend
   template Real largest(const Real*, int64_t);                                                    \
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, \
                            GridSpec, Rounding);                                                   \
+  template void snap(Real*, Rows, int64_t, Real, GridSpec);                                       \
   template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
                                int64_t, Real, GridSpec);                                          \
   template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \

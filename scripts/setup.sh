@@ -11,7 +11,7 @@ fail() {
 }
 
 packages=(git g++ cmake ninja-build libpcre2-dev libutf8proc-dev libopenblas-dev libfmt-dev
-  libcxxopts-dev nlohmann-json3-dev catch2 python3 python3-pip ca-certificates)
+  libcxxopts-dev libxxhash-dev nlohmann-json3-dev catch2 python3 python3-pip ca-certificates)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok' || missing+=("$package")

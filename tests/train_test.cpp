@@ -10,6 +10,7 @@
 #include <map>
 
 #include "data/files.h"
+#include "models/synthetic_checkpoint.h"
 #include "tests/support.h"
 #include "tests/tiny_run.h"
 #include "train/run_directory.h"
@@ -28,7 +29,7 @@ constexpr int64_t kSeqLen = Fixture::kSeqLen;
 const int32_t kPoisoned = Fixture::kPoisoned;
 
 // A tokenizer that is only carried into exports.
-class NoTokenizer final : public data::Tokenizer {
+class NoTokenizer : public data::Tokenizer {
  public:
   std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
   std::string piece(int32_t, bool) const override { return ""; }
@@ -211,8 +212,7 @@ TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one 
   const std::string early = data::read_file(config.out + state);
 
   data::write_file_atomic(config.out + state, data::read_file(other.out + state));
-  CHECK_THROWS_WITH(fixture.run(config),
-                    Contains("state.safetensors: is the state of another run"));
+  CHECK_THROWS_WITH(fixture.run(config), Contains("state.safetensors: is of another run"));
   data::write_file_atomic(config.out + state, early.substr(0, early.size() / 2));
   CHECK_THROWS_WITH(fixture.run(config), Contains("state.safetensors"));
   data::write_file_atomic(config.out + state, early);
@@ -251,7 +251,7 @@ TEST_CASE("a state holds tensors of both dtypes, and is loaded into the same one
   CHECK(bytes_of(b, v) == bytes_of(b, wide));
   CHECK(bytes_of(b, m) == bytes_of(b, narrow));
   CHECK_THROWS_WITH(saved.load(b, {{"m", v}}),
-                    path + ": m is a BF16, but must be F32; remove it to go on without it");
+                    path + ": m is a BF16, but must be F32; delete it to go on without it");
   CHECK_THROWS_WITH(saved.load(b, {{"v", m}}), Contains("v is a F32, but must be BF16"));
   CHECK_THROWS_WITH(saved.load(b, {{"v", b.zeros({95}, DType::F32)}}),
                     path + ": v is of another model");
@@ -351,30 +351,22 @@ TEST_CASE("a run whose every step is skipped says so", "[train]") {
   CHECK_THROWS_WITH(fixture.run(fixture.both_phases("run")), Contains("every step was skipped"));
 }
 
-TEST_CASE("snapping moves masters onto their own grid", "[train]") {
-  engine::Rng rng(3);
-  autograd::ParameterSet parameters(backend(), autograd::GradientPasses::One);
-  autograd::Parameter& master = parameters.add("w", {64, 96});
-  parameters.allocate();
-  models::QuantLinear linear(backend(), "w", 64, 96);
-  linear.set_fake_quant(parameters, master, {2, 32});
-  const std::vector<double> values = normal(rng, 64 * 96, 0.05);
-  models::upload_into(backend(), master.master, {values.begin(), values.end()});
-  parameters.prepare();
-  const models::QuantizedState before = linear.quantized_state();
-  linear.snap();
-  CHECK(models::download_floats(backend(), master.master) == before.dequantize());
-
-  // A group that does not reach both ends of its grid gets a narrower one from its snapped masters;
-  // every other group keeps its codes.
-  parameters.prepare();
-  const models::QuantizedState after = linear.quantized_state();
-  for (size_t g = 0; g < before.scales.size(); ++g) {
-    const auto begin = before.codes.begin() + static_cast<int64_t>(32 * g);
-    const auto [lowest, highest] = std::minmax_element(begin, begin + 32);
-    if (*lowest == 0 && *highest == 3)
-      CHECK(std::equal(begin, begin + 32, after.codes.begin() + static_cast<int64_t>(32 * g)));
+TEST_CASE("snapping starts from the model that the blocks made", "[train]") {
+  const Fixture fixture;
+  TrainConfig blocks = fixture.both_phases("blocks");
+  blocks.e2e_steps = 0;
+  TrainConfig snapped = fixture.both_phases("snapped");
+  snapped.e2e_snap = train::Snap::On;
+  snapped.e2e_steps = 1;
+  snapped.e2e_lr = 1e-30;  // moves nothing
+  std::vector<std::string> weights;
+  for (const TrainConfig& config : {blocks, snapped}) {
+    fixture.run(config);
+    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
+                      ExportFormat::Packed);
+    weights.push_back(data::read_file(config.out + "_out/model.safetensors"));
   }
+  CHECK(weights[0] == weights[1]);
 }
 
 TEST_CASE("a finished run exports to a checkpoint that gives the trained model", "[train]") {
@@ -426,6 +418,179 @@ TEST_CASE("an unfinished run, or another model's, is not exported", "[train]") {
   CHECK_THROWS_WITH(export_it(*models::open_checkpoint(fixture.dir / "other")),
                     Contains("is not the model"));
   CHECK_FALSE(fs::exists(config.out + "_out"));
+}
+
+TEST_CASE("a model that differs anywhere from the run's is named and refused", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  const NoTokenizer tokenizer;
+  const auto run_with = [&](const models::Checkpoint& source, const data::Tokenizer& made_by) {
+    train::Observer quiet;
+    quiet.quiet = true;
+    train::train_windows(backend(), source, fixture.windows, config, quiet, &made_by);
+  };
+  const auto export_with = [&](const models::Checkpoint& source, const data::Tokenizer& made_by) {
+    train::export_run(backend(), source, made_by, config.out, config.out + "_out",
+                      ExportFormat::Packed);
+  };
+  run_with(*fixture.source, tokenizer);
+
+  const std::string other = fixture.dir / "other", weights = other + "/model.safetensors";
+  fs::copy(fixture.dir / "model", other);
+  const auto check = [&](const std::string& part, const data::Tokenizer& made_by) {
+    const auto source = models::open_checkpoint(other);
+    CHECK_THROWS_WITH(run_with(*source, made_by),
+                      Contains("holds a run of another model: " + part + " differs"));
+    CHECK_THROWS_WITH(export_with(*source, made_by), Contains(other + ": is not the model") &&
+                                                         Contains(": " + part + " differs"));
+  };
+  const std::string bytes = data::read_file(weights);
+  for (const models::TensorInfo& tensor : models::open_checkpoint(other)->list()) {
+    std::string changed = bytes;
+    const uint8_t* begin = reinterpret_cast<const uint8_t*>(bytes.data());
+    const auto tensors =
+        data::parse_safetensors(begin, static_cast<int64_t>(bytes.size()), weights);
+    const int64_t at = tensors.at(tensor.name).data - begin + tensor.bytes / 8 * 4 + 2;
+    changed[static_cast<size_t>(at)] ^= 1;
+    data::write_file_atomic(weights, changed);
+    check(tensor.name, tokenizer);
+  }
+  data::write_file_atomic(weights, bytes);
+
+  models::LlamaConfig settings = tiny_config();
+  settings.rms_eps *= 2;
+  const std::string same_settings = data::read_file(other + "/config.json");
+  data::write_file_atomic(other + "/config.json", models::config_to_json(settings));
+  check("config.json", tokenizer);
+  data::write_file_atomic(other + "/config.json", same_settings);
+
+  data::write_file_atomic(other + "/generation_config.json", "{}");
+  check("generation_config.json", tokenizer);
+  fs::remove(other + "/generation_config.json");
+
+  class OtherTokenizer final : public NoTokenizer {
+    std::vector<std::pair<std::string, std::string>> export_files() const override {
+      return {{"tokenizer.json", "{\"model\": {}}"}};
+    }
+  };
+  check("tokenizer.json", OtherTokenizer());
+  CHECK_FALSE(fs::exists(config.out + "_out"));
+  export_with(*models::open_checkpoint(other), tokenizer);  // it is the run's again
+}
+
+TEST_CASE("a model is the same in one file and in shards, and made from another seed another one",
+          "[train]") {
+  const Fixture fixture;
+  const std::string sharded = fixture.dir / "sharded";
+  fs::create_directory(sharded);
+  fs::copy(fixture.dir / "model/config.json", sharded + "/config.json");
+  const data::SafeTensors whole(fixture.dir / "model");
+  Json index;
+  for (const auto& [name, tensor] : whole.tensors()) {
+    const std::string file = name + ".safetensors";
+    data::SafeTensorsWriter writer(sharded + "/" + file, {{name, tensor.dtype, tensor.shape}});
+    writer.add(name, tensor.data, tensor.bytes);
+    writer.finish();
+    index["weight_map"][name] = file;
+  }
+  data::write_file_atomic(sharded + "/model.safetensors.index.json", index.dump());
+  CHECK(train::model_parts(*models::open_checkpoint(sharded)) ==
+        train::model_parts(*fixture.source));
+
+  const auto made = [](uint64_t seed) {
+    return train::model_parts(*models::make_synthetic_checkpoint(tiny_config(), "made", seed));
+  };
+  CHECK(made(1) == made(1));
+  CHECK(made(1).at("model.embed_tokens.weight") != made(2).at("model.embed_tokens.weight"));
+}
+
+namespace {
+
+// Every so often, and at both ends.
+std::vector<std::string> damaged(const std::string& bytes) {
+  std::vector<std::string> all;
+  for (size_t i = 0; i < 8; ++i) {
+    std::string one = bytes;
+    one[(bytes.size() - 1) * i / 7] ^= 4;
+    all.push_back(one);
+  }
+  all.push_back(bytes.substr(0, bytes.size() / 2));
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("a damaged file is named by export and resume, and deleting it mends the run",
+          "[train]") {
+  const Fixture fixture;
+  TrainConfig config = fixture.both_phases("run");
+  config.e2e_train = train::EndToEndTrain::Scales;  // its export reads the blocks' norms, too
+  fixture.run(config);
+  const auto expected = results(config.out);
+  const auto export_it = [&] {
+    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
+                      ExportFormat::Packed);
+  };
+  const auto check = [&](const std::string& name, const std::string& advice, const auto& read) {
+    const std::string path = config.out + "/" + name, whole = data::read_file(path);
+    for (const std::string& bytes : damaged(whole)) {
+      data::write_file_atomic(path, bytes);
+      CHECK_THROWS_WITH(read(), Contains(path + ": damaged") && Contains(advice));
+    }
+    data::write_file_atomic(path, whole);
+  };
+  const std::string stage = "blocks/block_001_stage_1.safetensors",
+                    final = "e2e/final.safetensors";
+  check("run.json", "delete the run's directory", export_it);
+  check("run.json", "delete the run's directory", [&] { fixture.run(config); });
+  check(final, "delete it, and the run trains end to end again", export_it);
+  check(stage, "delete it, and the run trains from there again", export_it);
+  for (const std::string& name : {stage, final}) {
+    fs::remove(config.out + "/" + name);
+    CHECK_THROWS_WITH(export_it(), Contains("not finished"));
+    fixture.run(config);
+    CHECK(results(config.out) == expected);
+  }
+  // Another run's stage, whole as it is.
+  TrainConfig other = config;
+  other.out = fixture.dir / "other";
+  other.seed = 1;
+  fixture.run(other);
+  data::write_file_atomic(config.out + "/" + stage, results(other.out).at(stage));
+  CHECK_THROWS_WITH(export_it(), Contains(stage + ": is of another run"));
+  CHECK_FALSE(fs::exists(config.out + "_out"));
+
+  // Read by a run that goes on.
+  fs::remove_all(config.out);
+  train::Observer observer;
+  observer.after_block_step = [](int64_t block, int64_t, int64_t step) {
+    if (block == 1 && step == 3) throw Killed();
+  };
+  CHECK_THROWS_AS(fixture.run(config, observer), Killed);
+  const auto go_on = [&] { fixture.run(config); };
+  check("blocks/block_000_stage_0.safetensors", "delete it", go_on);
+  check("blocks/state.safetensors", "delete it to go on without it", go_on);
+  fs::remove(config.out + "/blocks/block_000_stage_0.safetensors");
+  CHECK_THROWS_WITH(go_on(), Contains("block_000_stage_0.safetensors is missing; delete the state"));
+  fs::remove(config.out + "/blocks/state.safetensors");
+  train::Observer end_to_end;
+  end_to_end.after_e2e_step = [](int64_t step) {
+    if (step == 3) throw Killed();
+  };
+  CHECK_THROWS_AS(fixture.run(config, end_to_end), Killed);
+  check("e2e/state.safetensors", "delete it to go on without it", go_on);
+  go_on();
+  CHECK(results(config.out) == expected);
+}
+
+TEST_CASE("a run of a bbb that knew no checksums is refused, and says why", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  fixture.run(config);
+  Json record = Json::parse(data::read_file(config.out + "/run.json"));
+  record.erase("checksum");
+  data::write_file_atomic(config.out + "/run.json", record.dump(2) + "\n");
+  CHECK_THROWS_WITH(fixture.run(config), Contains("an earlier bbb began this run"));
 }
 
 TEST_CASE("a directory with another run, or with something else, is refused", "[train]") {

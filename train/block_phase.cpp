@@ -16,6 +16,7 @@
 #include "engine/progress.h"
 #include "engine/rng.h"
 #include "train/block_times.h"
+#include "train/run_file.h"
 #include "train/saved_state.h"
 #include "train/step_probe.h"
 
@@ -41,9 +42,8 @@ constexpr int64_t kStepsInFlight = 16;  // steps queued before the progress bar 
 
 // What one stage keeps from block to block.
 struct StageStep {
-  explicit StageStep(ParameterSet& parameters, const Schedule& s)
-      : schedule(s), optimizer(parameters, {}, s) {}
-  Schedule schedule;
+  StageStep(ParameterSet& parameters, const Schedule& schedule)
+      : optimizer(parameters, {}, schedule) {}
   AdamW optimizer;
   std::vector<std::unique_ptr<Replay>> steps;  // one an input stream, taken in turn
 };
@@ -143,7 +143,7 @@ class BlockPhase {
     rewind();
   }
   void rewind() {
-    stages_[0]->optimizer.restart(stages_[0]->schedule);
+    stages_[0]->optimizer.restart();
     upload_order(0, 0);
     Feed(*this, 0, 0, steps_per_epoch_)
         .next(0);  // the batch that steps read where no stream is on the device
@@ -291,8 +291,7 @@ class BlockPhase {
   }
 
   BlockMasters finished_masters(int64_t layer, size_t t) const {
-    const data::SafeTensors file(run_.stage_file(layer, static_cast<int64_t>(t)));
-    return read_masters(file, layer_prefix(layer), model_);
+    return run_.stage_masters(layer, static_cast<int64_t>(t), model_);
   }
 
   // The streams behind the first `blocks` blocks, which are finished.
@@ -347,11 +346,11 @@ class BlockPhase {
   // Returns the masters of the best validation loss, which are on their way into the stage's file.
   std::shared_ptr<const BlockMasters> train_stage(int64_t layer, size_t t) {
     StageStep& stage = *stages_[t];
-    stage.optimizer.restart(stage.schedule);
+    stage.optimizer.restart();
     upload_order(layer, t);
     // Ahead of the validation, which has some of its products: they are timed as a step's.
     if (stage.steps.empty()) {
-      parameters_.prepare();  // uploads the tiles, which a recording cannot
+      parameters_.prepare();  // products are timed on quantized weights
       for (size_t i = 0; i < training_inputs(t).size(); ++i)
         stage.steps.push_back(backend_.record([this, t, i] { step(t, i, StepPart::Optimizer); }));
     }
@@ -639,8 +638,8 @@ class BlockPhase {
              const std::vector<double>& validation) const {
     std::vector<data::SafeTensorsWriter::Entry> entries;
     declare_masters(entries, layer_prefix(layer), model_);
-    data::SafeTensorsWriter writer(
-        run_.stage_file(layer, static_cast<int64_t>(t)), entries,
+    RunFileWriter writer(
+        run_.stage_file(layer, static_cast<int64_t>(t)), run_.checksum(), entries,
         {{"stage", to_string({config_.stages[t]})}, {"validation_loss", Json(validation).dump()}});
     add_masters(writer, layer_prefix(layer), model_, masters);
     writer.finish();
@@ -725,7 +724,7 @@ std::optional<SavedState> state_within(const TrainConfig& config, const RunDirec
   BBB_CHECK(
       stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage, ", but ",
       run.stage_file(finished_stages / stages_of(config), finished_stages % stages_of(config)),
-      " is missing");
+      " is missing; delete the state, too, to train from there again");
   if (stage < finished_stages) saved.reset();  // its stage was finished since
   return saved;
 }

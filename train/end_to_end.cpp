@@ -9,6 +9,7 @@
 #include "autograd/ops.h"
 #include "engine/progress.h"
 #include "engine/rng.h"
+#include "train/run_file.h"
 #include "train/saved_state.h"
 #include "train/step_probe.h"
 
@@ -334,7 +335,7 @@ class EndToEnd {
       else
         declare_quantized(entries, layer);
     }
-    SafeTensorsWriter writer(run_.final_file(), entries);
+    RunFileWriter writer(run_.final_file(), run_.checksum(), entries);
     for (auto& block : student_.blocks()) {
       if (all)
         add_masters(writer, layer_prefix(block->layer()), model_, block->masters());
@@ -490,8 +491,7 @@ BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,
                           const Checkpoint& source, int64_t layer) {
   if (config.stages.empty()) return float_masters(source, layer);
   const int64_t last = static_cast<int64_t>(config.stages.size()) - 1;
-  return read_masters(data::SafeTensors(run.stage_file(layer, last)), layer_prefix(layer),
-                      source.config());
+  return run.stage_masters(layer, last, source.config());
 }
 
 std::vector<QuantizedState> read_quantized(const data::SafeTensors& file, int64_t layer,

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "data/checksum.h"
 #include "data/files.h"
 #include "data/json.h"
 #include "models/llama.h"
@@ -21,7 +22,7 @@ std::string checksum(const GemmChoices& choices) {
   std::string text = choices.made_by;
   for (const auto& [product, algorithm] : choices.algorithms)
     text += cat("\n", product, "\n", algorithm);
-  return std::to_string(data::checksum64(text.data(), static_cast<int64_t>(text.size())));
+  return data::hex(data::checksum64(text));
 }
 
 }  // namespace
@@ -41,7 +42,7 @@ GemmChoices load_gemm_choices(const std::string& path) {
     json.at("made_by").get_to(choices.made_by);
     json.at("algorithms").get_to(choices.algorithms);
     BBB_CHECK(json.at("checksum").get<std::string>() == checksum(choices), path,
-              ": damaged: its checksum does not fit");
+              ": damaged: its checksum does not fit; delete it to time the products again");
   } catch (const nlohmann::json::exception& error) {
     throw Error(cat(path, ": not the GEMM algorithms of a run: ", error.what()));
   }

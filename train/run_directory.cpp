@@ -14,7 +14,10 @@
 #include <fstream>
 #include <regex>
 
+#include "data/checksum.h"
 #include "data/files.h"
+#include "engine/rng.h"
+#include "train/run_file.h"
 
 namespace bbb::train {
 namespace {
@@ -23,18 +26,13 @@ namespace fs = std::filesystem;
 using models::kInputNorm;
 using models::kPostNorm;
 
-std::string hex(uint64_t value) {
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
-  return text;
-}
-
 // Where a run may go on although these differ: they do not decide what is computed.
 bool decides(const std::string& key) {
   return key != "model" && key != "data" && key != "save_every";
 }
 
 constexpr const char* kLockName = "lock";
+constexpr const char* kChecksum = "checksum";
 
 void make_directory(const std::string& path) {
   std::error_code error;
@@ -81,24 +79,54 @@ void add_measures(Json& line, const float* control, double tokens_per_s, int64_t
   line["memory_bytes"] = memory_bytes;
 }
 
-std::string RunIdentity::to_json() const {
+// The record but for its checksum.
+static Json record_of(const RunIdentity& identity) {
   Json j;
   j["program"] = "bbb " BBB_VERSION;
-  j["device"] = device;
-  j["device_name"] = device_name;
-  j["model_checksum"] = model_checksum;
-  j["data_checksum"] = data_checksum;
-  j["config"] = Json::parse(train::to_json(config));
-  return j.dump(2) + "\n";
+  j["device"] = identity.device;
+  j["device_name"] = identity.device_name;
+  j["model_checksum"] = checksum_of(identity.model);
+  j["data_checksum"] = identity.data_checksum;
+  j["config"] = Json::parse(train::to_json(identity.config));
+  j["model"] = identity.model;
+  j["tokenizer"] = identity.tokenizer;
+  return j;
+}
+
+static std::string sealed(Json record) {
+  record[kChecksum] = data::hex(data::checksum64(record.dump()));
+  return record.dump(2) + "\n";
+}
+
+// Of a record as it was written, to the byte.
+static Json read_record(const std::string& text, const std::string& where) {
+  const Json record = Json::parse(text, nullptr, false);
+  BBB_CHECK(!record.is_object() || !record.contains("config") || record.contains(kChecksum), where,
+            ": holds no checksum of itself: an earlier bbb began this run; name another --out");
+  Json content = record;
+  if (content.is_object()) content.erase(kChecksum);
+  BBB_CHECK(content.is_object() && sealed(content) == text, where,
+            ": damaged: its checksum does not fit; delete the run's directory to train it again");
+  return record;
+}
+
+std::string RunIdentity::to_json() const { return sealed(record_of(*this)); }
+
+std::string RunIdentity::summary() const {
+  Json record = record_of(*this);
+  record.erase("model");
+  record.erase("tokenizer");
+  return record.dump(2) + "\n";
 }
 
 RunIdentity RunIdentity::from_json(const std::string& json, const std::string& where) {
+  const Json j = read_record(json, where);
   try {
-    const Json j = Json::parse(json);
     RunIdentity identity;
     j.at("device").get_to(identity.device);
     j.at("device_name").get_to(identity.device_name);
-    j.at("model_checksum").get_to(identity.model_checksum);
+    j.at("model").get_to(identity.model);
+    j.at("tokenizer").get_to(identity.tokenizer);
     j.at("data_checksum").get_to(identity.data_checksum);
     identity.config = config_from_json(j.at("config").dump(), where);
     return identity;
@@ -107,26 +135,51 @@ RunIdentity RunIdentity::from_json(const std::string& json, const std::string& w
   }
 }
 
-std::string model_checksum(const models::Checkpoint& source) {
-  std::string digest;
-  for (const models::TensorInfo& tensor : source.list())
-    digest += cat(tensor.name, tensor.dtype, engine::to_string(tensor.shape), ";");
-  // Whole weights of three blocks: another model of the same shape differs somewhere in them.
-  const models::LlamaConfig& config = source.config();
-  for (int64_t layer : {int64_t{0}, config.layers / 2, config.layers - 1}) {
-    const models::BlockMasters masters = float_masters(source, layer);
-    for (const std::vector<float>& w : masters.linears)
-      digest += hex(data::checksum64(w.data(), static_cast<int64_t>(w.size() * sizeof(float))));
-    digest +=
-        hex(data::checksum64(masters.input_norm.data(),
-                             static_cast<int64_t>(masters.input_norm.size() * sizeof(float))));
-  }
-  return hex(data::checksum64(digest.data(), static_cast<int64_t>(digest.size())));
+Parts model_parts(const models::Checkpoint& source) {
+  const std::vector<models::TensorInfo> tensors = source.list();
+  std::vector<data::Bytes> bytes;
+  for (const models::TensorInfo& tensor : tensors) bytes.push_back(tensor.source);
+  const std::vector<uint64_t> sums = data::checksums(bytes);
+  Parts parts;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    parts[tensors[i].name] = data::hex(data::checksum64(
+        cat(tensors[i].dtype, engine::to_string(tensors[i].shape), data::hex(sums[i]))));
+  parts["config.json"] = data::hex(data::checksum64(source.config_json()));
+  if (const std::string generation = source.generation_config_json(); !generation.empty())
+    parts["generation_config.json"] = data::hex(data::checksum64(generation));
+  return parts;
+}
+
+Parts tokenizer_parts(const data::Tokenizer& tokenizer) {
+  Parts parts;
+  for (const auto& [name, content] : tokenizer.export_files())
+    parts[name] = data::hex(data::checksum64(content));
+  return parts;
+}
+
+std::string checksum_of(const Parts& parts) {
+  std::string text;
+  for (const auto& [name, checksum] : parts) text += cat(name, "\n", checksum, "\n");
+  return data::hex(data::checksum64(text));
 }
 
 std::string data_checksum(const data::Windows& windows) {
-  return hex(data::checksum64(windows.ids.data(),
-                              static_cast<int64_t>(windows.ids.size() * sizeof(int32_t))));
+  return data::hex(data::checksum64(windows.ids.data(),
+                                    static_cast<int64_t>(windows.ids.size() * sizeof(int32_t))));
+}
+
+static std::string difference(const Parts& a, const Parts& b) {
+  for (const auto& [name, checksum] : a)
+    if (b.count(name) == 0 || b.at(name) != checksum) return name;
+  for (const auto& [name, checksum] : b)
+    if (a.count(name) == 0) return name;
+  return "";
+}
+
+std::string difference(const RunIdentity& a, const RunIdentity& b) {
+  const std::string model = difference(a.model, b.model);
+  if (!model.empty() || a.tokenizer.empty() || b.tokenizer.empty()) return model;
+  return difference(a.tokenizer, b.tokenizer);
 }
 
 FileLock::FileLock(const std::string& path, const std::string& holder)
@@ -166,13 +219,16 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
 }
 
 void RunDirectory::check_identity(const RunIdentity& identity) const {
-  const Json there = Json::parse(data::read_file(run_file()), nullptr, false);
-  BBB_CHECK(there.is_object() && there.contains("config"), run_file(), ": not the record of a run");
-  const Json here = Json::parse(identity.to_json());
-  for (const char* key : {"program", "device", "device_name", "model_checksum", "data_checksum"})
+  const Json there = read_record(data::read_file(run_file()), run_file());
+  const Json here = record_of(identity);
+  // Another program's record may have other keys: only an equal one's is read further.
+  for (const char* key : {"program", "device", "device_name", "data_checksum"})
     BBB_CHECK(there.value(key, "") == here[key].get<std::string>(), path_,
               ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
               here[key].get<std::string>(), "; name another --out");
+  const std::string part = difference(this->identity(), identity);
+  BBB_CHECK(part.empty(), path_, ": holds a run of another model: ", part,
+            " differs; name another --out");
   for (const auto& [key, value] : here["config"].items()) {
     if (!decides(key) || (key == "threads" && identity.device == "cuda")) continue;
     const Json other = there["config"].value(key, Json());
@@ -190,10 +246,7 @@ RunIdentity RunDirectory::identity() const {
   return RunIdentity::from_json(data::read_file(run_file()), run_file());
 }
 
-uint64_t RunDirectory::checksum() const {
-  const std::string record = data::read_file(run_file());
-  return data::checksum64(record.data(), static_cast<int64_t>(record.size()));
-}
+uint64_t RunDirectory::checksum() const { return data::checksum64(data::read_file(run_file())); }
 
 std::string RunDirectory::lock_file() const { return cat(path_, "/", kLockName); }
 
@@ -216,11 +269,22 @@ bool RunDirectory::blocks_finished(const TrainConfig& config, int64_t layers) co
 }
 
 bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
-  return config.e2e_steps > 0 ? fs::exists(final_file()) : blocks_finished(config, layers);
+  if (config.e2e_steps == 0) return blocks_finished(config, layers);
+  // Where scales alone were trained, the norms are those of the blocks.
+  return fs::exists(final_file()) &&
+         (config.e2e_train == EndToEndTrain::All || blocks_finished(config, layers));
 }
 
 bool RunDirectory::has_states() const {
   return fs::exists(block_state_file()) || fs::exists(e2e_state_file());
+}
+
+models::BlockMasters RunDirectory::stage_masters(int64_t block, int64_t stage,
+                                                 const models::LlamaConfig& model) const {
+  const data::SafeTensors file =
+      open_run_file(stage_file(block, stage), checksum(),
+                    "delete it, and the run trains from there again");
+  return read_masters(file, layer_prefix(block), model);
 }
 
 void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {
@@ -298,7 +362,7 @@ std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); 
 
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
   const uint64_t words[] = {seed, a, b};
-  return data::checksum64(words, sizeof words);
+  return engine::seed_from(words, sizeof words);
 }
 
 int64_t device_room(engine::Backend& backend, const MemoryBudget& budget) {

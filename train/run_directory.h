@@ -6,6 +6,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -13,6 +14,7 @@
 
 #include "data/safetensors.h"
 #include "data/text.h"
+#include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "models/llama.h"
 #include "train/config.h"
@@ -24,22 +26,33 @@ using Json = nlohmann::ordered_json;
 // What every step's log line says: `control` holds the slots of engine::ControlSlot.
 void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes);
 
+// What a model is made of: names and checksums.
+using Parts = std::map<std::string, std::string>;
+
 // What a run computes and from what. Two runs with equal identities give equal bytes on equal
 // devices, where the algorithms of their matrix products (gemm.json) are equal too.
 struct RunIdentity {
   TrainConfig config;  // resolved
   std::string device;  // "cpu" or "cuda"
   std::string device_name;
-  std::string model_checksum;
+  Parts model;
+  Parts tokenizer;  // empty: the run was given tokens
   std::string data_checksum;
 
-  std::string to_json() const;
+  std::string to_json() const;  // the whole record, its own checksum last
+  std::string summary() const;  // without the parts, to be read
   static RunIdentity from_json(const std::string& json, const std::string& where);
 };
 
-// Of sizes, names and a sample of the weights; of all token ids.
-std::string model_checksum(const models::Checkpoint& source);
-std::string data_checksum(const data::Windows& windows);
+// Every tensor as it is stored, config.json and generation_config.json.
+Parts model_parts(const models::Checkpoint& source);
+// The files that an export carries.
+Parts tokenizer_parts(const data::Tokenizer& tokenizer);
+std::string checksum_of(const Parts& parts);
+std::string data_checksum(const data::Windows& windows);  // of all token ids
+// The first part that differs or that one side lacks; "" where all are equal. A run that was given
+// tokens takes any tokenizer.
+std::string difference(const RunIdentity& a, const RunIdentity& b);
 
 // An exclusive lock on a file, made if it is not there and never removed. The system gives it back
 // when the process ends, however it ends.
@@ -70,7 +83,7 @@ class RunDirectory {
   // Throws, saying what differs, where the run that is here has another identity. Reads only.
   void check_identity(const RunIdentity& identity) const;
   RunIdentity identity() const;  // of an existing run
-  uint64_t checksum() const;     // of the identity, which the run's states carry
+  uint64_t checksum() const;     // of its record, which the run's files carry
 
   const std::string& path() const { return path_; }
   std::string run_file() const { return path_ + "/run.json"; }
@@ -86,6 +99,9 @@ class RunDirectory {
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
   bool finished(const TrainConfig& config, int64_t layers) const;
   bool has_states() const;
+  // What a finished stage left; throws where its file is damaged.
+  models::BlockMasters stage_masters(int64_t block, int64_t stage,
+                                     const models::LlamaConfig& model) const;
   // Removes states of phases that are finished: a kill can come between a result and that.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "train/run_file.h"
+
 namespace bbb::train {
 namespace {
 
@@ -12,7 +14,6 @@ using data::SafeTensorsWriter;
 using engine::DType;
 using engine::Tensor;
 
-constexpr const char* kRun = "run";
 constexpr const char* kPosition = "position";
 constexpr const char* kValidation = "validation";
 
@@ -51,15 +52,13 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
                 engine::Backend& backend, const NamedTensors& tensors) {
   const std::vector<int64_t> where{position.block, position.stage, position.step};
   const std::vector<double>& losses = position.validation;
-  std::vector<SafeTensorsWriter::Entry> entries{{kRun, FileDType::I64, {1}},
-                                                {kPosition, FileDType::I64, {3}}};
+  std::vector<SafeTensorsWriter::Entry> entries{{kPosition, FileDType::I64, {3}}};
   if (!losses.empty())
     entries.push_back({kValidation, FileDType::F64, {static_cast<int64_t>(losses.size())}});
   for (const auto& [name, tensor] : tensors)
     entries.push_back({name, file_dtype(tensor), tensor.shape()});
 
-  SafeTensorsWriter writer(path, entries);
-  writer.add(kRun, &run, sizeof run);
+  RunFileWriter writer(path, run, entries);
   writer.add(kPosition, where.data(), bytes_of(where));
   if (!losses.empty()) writer.add(kValidation, losses.data(), bytes_of(losses));
   // In pieces: a whole model's weights may be more than the host has to spare.
@@ -78,13 +77,10 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
   writer.finish();
 }
 
-SavedState::SavedState(const std::string& path, uint64_t run) : path_(path), file_(path) {
-  const auto numbers = [&](const char* name) {
-    return values_of<int64_t>(file_.at(name), FileDType::I64, path_ + ": " + name);
-  };
-  BBB_CHECK(numbers(kRun) == std::vector<int64_t>{static_cast<int64_t>(run)}, path_,
-            ": is the state of another run; remove it to go on without it");
-  const std::vector<int64_t> where = numbers(kPosition);
+SavedState::SavedState(const std::string& path, uint64_t run)
+    : path_(path), file_(open_run_file(path, run, "delete it to go on without it")) {
+  const std::vector<int64_t> where =
+      values_of<int64_t>(file_.at(kPosition), FileDType::I64, path_ + ": " + kPosition);
   BBB_CHECK(where.size() == 3, path_, ": ", kPosition, " is malformed");
   position_.block = where[0];
   position_.stage = where[1];
@@ -99,7 +95,7 @@ void SavedState::load(engine::Backend& backend, const NamedTensors& tensors) con
     const SafeTensor& saved = file_.at(name);
     BBB_CHECK(saved.shape == tensor.shape(), path_, ": ", name, " is of another model");
     BBB_CHECK(saved.dtype == file_dtype(tensor), path_, ": ", name, " is a ", name_of(saved.dtype),
-              ", but must be ", name_of(file_dtype(tensor)), "; remove it to go on without it");
+              ", but must be ", name_of(file_dtype(tensor)), "; delete it to go on without it");
     backend.upload(tensor, saved.data);
   }
 }

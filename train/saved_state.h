@@ -1,8 +1,7 @@
 // The middle of a phase on disk: all that it needs to go on from a step as if it had never stopped,
 // and when that is written.
 //
-// One safetensors file: the phase's tensors as they are on the device, beside them
-//   run         I64 (1)  checksum of the run's identity
+// A file of the run (run_file.h): the phase's tensors as they are on the device, beside them
 //   position    I64 (3)  block, stage, steps done
 //   validation  F64 (n)  losses of the stage so far; only where there are any
 #pragma once
@@ -35,7 +34,7 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
 
 class SavedState {
  public:
-  // Maps the file. Throws, naming it, where it is malformed or of another run.
+  // Maps the file. Throws, naming it, where it is damaged or of another run.
   SavedState(const std::string& path, uint64_t run);
   const Position& position() const { return position_; }
   // Uploads every tensor; throws where the file holds it in another shape or dtype.

@@ -10,6 +10,7 @@
 #include "train/end_to_end.h"
 #include "train/gemm_choices.h"
 #include "train/run_directory.h"
+#include "train/run_file.h"
 
 namespace bbb::train {
 
@@ -66,7 +67,7 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
   const std::vector<int32_t> tokens =
       data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
   train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
-                Observer());
+                Observer(), &tokenizer);
 }
 
 namespace {
@@ -87,7 +88,8 @@ int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& conf
 }  // namespace
 
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                   TrainConfig config, const Observer& observer) {
+                   TrainConfig config, const Observer& observer,
+                   const data::Tokenizer* tokenizer) {
   const models::LlamaConfig& model = source.config();
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; training starts from full precision");
@@ -106,9 +108,13 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   // A finished run is left alone, wherever it lies: not even a lock is written.
   const bool finished = run.exists() && run.finished(config, model.layers) && !run.has_states();
   if (run.exists() && !finished) run.lock();
-  const RunIdentity identity{config, backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
-                             backend.device_name(), model_checksum(source), data_checksum(windows)};
-  if (!observer.quiet) std::printf("%s", identity.to_json().c_str());
+  const RunIdentity identity{config,
+                             backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
+                             backend.device_name(),
+                             model_parts(source),
+                             tokenizer != nullptr ? tokenizer_parts(*tokenizer) : Parts(),
+                             data_checksum(windows)};
+  if (!observer.quiet) std::printf("%s", identity.summary().c_str());
   if (finished) {
     run.check_identity(identity);
   } else if (run.exists()) {
@@ -196,14 +202,20 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const models::LlamaConfig& model = source.config();
   BBB_CHECK(run.finished(config, model.layers), run_directory,
             ": the run is not finished; the same `bbb train` command goes on with it");
+  RunIdentity here;
+  here.model = model_parts(source);
+  here.tokenizer = tokenizer_parts(tokenizer);
+  const std::string part = difference(identity, here);
+  BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
+            " was trained from: ", part, " differs");
   source.check_finite();
-  BBB_CHECK(model_checksum(source) == identity.model_checksum, source.path(),
-            ": is not the model that ", run_directory, " was trained from");
 
   const GridSpec spec{config.bits, config.group};
   Quantizer quantizer(backend, model, spec);
   std::optional<data::SafeTensors> final;
-  if (config.e2e_steps > 0) final.emplace(run.final_file());
+  if (config.e2e_steps > 0)
+    final.emplace(open_run_file(run.final_file(), run.checksum(),
+                                "delete it, and the run trains end to end again"));
   const auto layer = [&](int64_t i) -> ExportLayer {
     if (!final) return quantizer(block_result(run, config, source, i));
     if (config.e2e_train == EndToEndTrain::All)
@@ -233,7 +245,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   record["bits"] = spec.bits;
   record["group_size"] = spec.group;
   record["model"] = source.path();
-  record["model_checksum"] = model_checksum(source);
+  record["model_checksum"] = checksum_of(model_parts(source));
   Quantizer quantizer(backend, model, spec);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
