@@ -17,7 +17,7 @@ using nlohmann::json;
 
 namespace {
 
-const std::string kFolder = std::string(BBB_SOURCE_DIR) + "/tests/goldens/chat/";
+const std::string kFolder = golden_folder() + "/chat/";
 
 data::ChatFormat real_format(const std::string& name) {
   return data::ChatFormat(data::read_file(kFolder + name + ".jinja"));

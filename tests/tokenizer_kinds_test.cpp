@@ -17,7 +17,7 @@ using Ids = std::vector<int32_t>;
 
 namespace {
 
-const std::string kFixtures = std::string(BBB_SOURCE_DIR) + "/tests/goldens/tokenizers/";
+const std::string kFixtures = golden_folder() + "/tokenizers/";
 
 const json& goldens() {
   static const json parsed = json::parse(data::read_file(kFixtures + "kinds.json"));
