@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <utility>
 
 #include "data/files.h"
@@ -13,7 +12,6 @@
 namespace bbb::data {
 namespace {
 
-constexpr char kMagic[] = "GGUF";
 constexpr const char *kSplitNumber = "split.no", *kSplitCount = "split.count",
                      *kSplitTensors = "split.tensors.count";
 
@@ -383,7 +381,8 @@ const std::vector<T>& typed_array(const Gguf& gguf, const std::string& key, cons
 
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path) {
   Reader in(data, bytes, path);
-  BBB_CHECK(bytes >= 4 && std::memcmp(data, kMagic, 4) == 0, path, ": not a GGUF file");
+  BBB_CHECK(bytes >= 4 && std::memcmp(data, "GGUF", 4) == 0, path,
+            ": not a GGUF file; a model is one, or a directory with config.json");
   in.take<uint32_t>("the magic");
   GgufContents out;
   out.version = in.take<uint32_t>("the version");
@@ -454,12 +453,6 @@ RawWeight raw_weight(const GgufTensor& tensor, const std::string& name) {
   return {name, tensor.shape, tensor.data, row_of(tensor.type, name).blocks};
 }
 
-bool is_gguf(const std::string& path) {
-  char magic[4] = {};
-  std::ifstream(path, std::ios::binary).read(magic, sizeof magic);
-  return std::memcmp(magic, kMagic, sizeof magic) == 0;
-}
-
 Gguf::Gguf(const std::string& path) : path_(path) {
   files_.push_back(std::make_unique<MappedFile>(path));
   contents_ = parse_gguf(files_[0]->data(), files_[0]->bytes(), path);
@@ -478,7 +471,7 @@ void Gguf::read_other_parts() {
   };
   const std::string own = of_count(number);
   const size_t at = path_.rfind(own);
-  BBB_CHECK(at != std::string::npos, part,
+  BBB_CHECK(at != std::string::npos && path_.find('/', at) == std::string::npos, part,
             " of a split GGUF; the other parts are found only if its name holds '", own, "'");
   const auto path_of = [&](int64_t i) {
     return std::string(path_).replace(at, own.size(), of_count(i));

@@ -41,17 +41,14 @@ struct GgufContents {
 // Throws Error on anything malformed; never reads outside [data, data + bytes).
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path);
 
-// Whether the file begins as every GGUF does, whatever its name; false where it cannot be read.
-bool is_gguf(const std::string& path);
-
 // "Q4_K" and its kin; throws, naming it, for a type that is not read.
 const char* gguf_type_name(uint32_t type);
 int64_t gguf_type_bytes(uint32_t type, int64_t numel);  // throws where numel is not whole blocks
 void gguf_dequantize(float* out, const GgufTensor& tensor, const std::string& name);
 RawWeight raw_weight(const GgufTensor& tensor, const std::string& name);  // for check_finite()
 
-// A file, or a set of files that llama.cpp split a model into, given by its first part:
-// NAME-00001-of- 0000N with any suffix. The first part's metadata count, and the tensors of all.
+// A GGUF, known by its first bytes. A model that llama.cpp split is given by its first part, whose
+// name holds -00001-of-0000N; the metadata is the first part's, the tensors are those of all parts.
 class Gguf {
  public:
   explicit Gguf(const std::string& path);

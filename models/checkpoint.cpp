@@ -472,8 +472,6 @@ std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
   std::error_code error;
   BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
   if (fs::is_directory(path, error)) return open_directory(path);
-  BBB_CHECK(data::is_gguf(path), path,
-            ": not a GGUF file; a model is one, or a directory with config.json");
   return std::make_unique<GgufCheckpoint>(path);
 }
 

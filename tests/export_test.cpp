@@ -127,6 +127,30 @@ TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
                        logits_of(*trained.model, ids)) < tolerance);
 }
 
+TEST_CASE("export: a head of its own, the ends of a text and Python's numbers are carried over",
+          "[export]") {
+  Trained trained(oracle(), false, 2);
+  // The config ties the head to an embedding from which the file's head differs.
+  const std::string source = trained.directory / "source/";
+  std::string config = data::read_file(source + "config.json");
+  const std::string untied = "\"tie_word_embeddings\": false";
+  config.replace(config.find(untied), untied.size(),
+                 "\"tie_word_embeddings\": true, \"eos_token_id\": [5, 6], \"clip\": -Infinity");
+  data::write_file_atomic(source + "config.json", config);
+  data::write_file_atomic(source + "generation_config.json", "{\"eos_token_id\": [6, 8]}");
+  trained.source = models::open_checkpoint(source);
+  const engine::Shape table = {trained.config.vocab, trained.config.d_model};
+  for (const auto format : {ExportFormat::Packed, ExportFormat::HuggingFace}) {
+    const std::string name = format == ExportFormat::Packed ? "packed" : "hf";
+    trained.write(name, 2, format);
+    const auto written = models::open_checkpoint(trained.directory / name);
+    CHECK_FALSE(written->config().tied_head);
+    CHECK(written->load("lm_head.weight", table) == trained.source->load("lm_head.weight", table));
+    CHECK(written->stop_ids() == std::vector<int32_t>{5, 6, 8});
+    CHECK_THAT(written->config_json(), Catch::Contains("\"tie_word_embeddings\": false"));
+  }
+}
+
 TEST_CASE("export: files, and shards with their index", "[export]") {
   Trained trained(oracle(), false, 2);
   trained.write("sharded", 2, ExportFormat::Packed, 30000);

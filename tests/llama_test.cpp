@@ -137,6 +137,14 @@ TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama
         Approx(std::sqrt(squares / (count - 1) / count)).epsilon(20 * tolerance));
   CHECK(models::perplexity(*tiny.model, {1, 2, 3}, 1, 3, nullptr).nll_stderr == 0);
   CHECK_THROWS_AS(models::perplexity(*tiny.model, {1, 53, 3}, 1, 3, nullptr), Error);
+
+  // A loss that is no number is no result: token 7's row is NaN, the second window holds it.
+  const Tensor& table = tiny.model->embedding();
+  device.copy(table.rows(7, 1), make(device, {1, config.d_model}, table.dtype(),
+                                     std::vector<double>(64, std::nan(""))));
+  CHECK_NOTHROW(models::perplexity(*tiny.model, {1, 2, 3}, 1, 3, nullptr));
+  CHECK_THROWS_WITH(models::perplexity(*tiny.model, {1, 2, 3, 4, 7, 5}, 2, 3, nullptr),
+                    Catch::Contains("the loss of window 1 (tokens 3 to 5) is "));
 }
 
 TEST_CASE("llama: chunks of the head stay within a budget that neither rows nor words move",
