@@ -122,6 +122,7 @@ ChatFormat::ChatFormat(const std::string& jinja) {
   const std::string text = plain_template(jinja);
   BBB_CHECK(shape.find(text), kUnknown);
   alternate_ = shape.group("alternate");
+  if (alternate_) replace_all(&*alternate_, "\5", "'");
   first_content_ = shape.group("content");
   before_turn_ = shape.text("before");
   after_turn_ = shape.text("after");

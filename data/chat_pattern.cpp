@@ -80,6 +80,7 @@ bool Pattern::find(const std::string& text, size_t from) {
   return found > 0;
 }
 
+size_t Pattern::begin() const { return pcre2_get_ovector_pointer(match_of(match_))[0]; }
 size_t Pattern::end() const { return pcre2_get_ovector_pointer(match_of(match_))[1]; }
 
 std::optional<std::string> Pattern::group(const char* name) const {

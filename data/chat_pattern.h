@@ -21,7 +21,8 @@ class Pattern {
  public:
   explicit Pattern(const std::string& pattern);
   bool find(const std::string& text, size_t from = 0);
-  // Of the last match: its end, and a named group, none if it took no part.
+  // Of the last match: its bounds, and a named group, none if it took no part.
+  size_t begin() const;
   size_t end() const;
   std::optional<std::string> group(const char* name) const;
   std::string text(const char* name) const { return group(name).value_or(""); }

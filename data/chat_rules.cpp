@@ -57,27 +57,36 @@ constexpr std::pair<const char*, const char*> kRules[] = {
      "{%if loop.first%}{{bos_token}}{%endif%}$2"},
 };
 
-// Variables that hold the same text wherever they are read are replaced by it.
-void replace_aliases(std::string* text) {
-  static Pattern alias(
-      "^LINE{%set "
-      "(?<name>(?!tools|custom_tools|builtin_tools|add_generation_prompt|USE_)\\w+)%}(?<value>(?:[^"
-      "\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}");
-  while (alias.find(*text)) {
-    const std::string set = marked("{%set " + alias.text("name") + "%}");
-    if (text->find(set) != text->rfind(set)) break;
-    const std::string hole = marked("{{" + alias.text("name") + "}}"), value = alias.text("value");
-    replace_all(text, set + value + marked("{%endset%}"), "");
-    replace_all(text, hole, value);
+// A constant that is set once, outside of branches and loops, and that no condition asks for.
+bool replace_constant(std::string* text) {
+  static Pattern set(
+      "^(?<before>LINE){%set "
+      "(?<name>(?!tools|custom_tools|builtin_tools|add_generation_prompt|USE_)"
+      "\\w+)%}(?<value>(?:[^\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}(?<after>[\\s\\S]*)"
+      "$");
+  if (!set.find(*text)) return false;
+  std::string after = set.text("after");
+  const std::string name = set.text("name");
+  if (Pattern("{%[^\\x02]*\\b" + name + "\\b").find(after)) return false;
+  replace_all(&after, marked("{{" + name + "}}"), set.text("value"));
+  *text = set.text("before") + after;
+  return true;
+}
+
+// A name for the message's content, in the branch or loop that sets it.
+bool replace_content(std::string* text) {
+  static Pattern set(
+      "{%set content%}{{(?<value>message.content(?:\\|trim)?)}}{%endset%}(?<scope>BODY)");
+  for (size_t from = 0; set.find(*text, from); from = set.begin() + 1) {
+    std::string scope = set.text("scope");
+    const bool again = scope.find(marked("{%set content%}")) != std::string::npos;
+    if (again || scope.find(marked("{{content")) == std::string::npos) continue;
+    replace_all(&scope, marked("{{content}}"), marked("{{" + set.text("value") + "}}"));
+    replace_all(&scope, marked("{{content|trim}}"), marked("{{message.content|trim}}"));
+    text->replace(set.begin(), set.end() - set.begin(), scope);
+    return true;
   }
-  for (const char* value : {"message.content", "message.content|trim"}) {
-    std::string without = *text;
-    replace_all(&without, marked(cat("{%set content%}{{", value, "}}{%endset%}")), "");
-    if (without == *text || without.find(marked("{%set content%}")) != std::string::npos) continue;
-    replace_all(&without, marked("{{content}}"), marked(cat("{{", value, "}}")));
-    replace_all(&without, marked("{{content|trim}}"), marked("{{message.content|trim}}"));
-    *text = without;
-  }
+  return false;
 }
 
 }  // namespace
@@ -92,7 +101,8 @@ std::string plain_template(const std::string& jinja) {
   while (before != text) {
     before = text;
     for (auto& [pattern, with] : rules) pattern.replace(&text, with);
-    replace_aliases(&text);
+    while (replace_constant(&text) || replace_content(&text)) {
+    }
   }
   return text;
 }
