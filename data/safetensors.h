@@ -67,8 +67,8 @@ class SafeTensors {
 // F64, F32, F16, BF16 to float; throws, naming `name`, for other dtypes.
 void to_float(float* out, const SafeTensor& tensor, const std::string& name);
 
-// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more tensor
-// that the writer adds by itself: "checksum", I64 (1).
+// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more
+// tensor that the writer adds by itself: "checksum", I64 (1).
 enum class Seal { None, Checksum };
 bool seal_fits(const MappedFile& file);
 
