@@ -28,7 +28,8 @@ std::vector<uint64_t> checksums(const std::vector<Bytes>& parts) {
   for (const Bytes& part : parts) {
     std::vector<uint64_t>& own = sums.emplace_back((part.size() + chunk - 1) / chunk);
     for (size_t i = 0; i < own.size(); ++i)
-      chunks.push_back({part.subspan(i * chunk, std::min(chunk, part.size() - i * chunk)), &own[i]});
+      chunks.push_back(
+          {part.subspan(i * chunk, std::min(chunk, part.size() - i * chunk)), &own[i]});
   }
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,7 +1,8 @@
-// Checksums for the records of a run: XXH3 in chunks, so that threads share the work and a file that
-// is written piece by piece gets the same number.
+// Checksums for the records of a run: XXH3 in chunks, so that threads share the work and a file
+// that is written piece by piece gets the same number.
 //
-//   checksum = XXH3(XXH3(chunk 0), XXH3(chunk 1), ..)   chunks of kChecksumChunk bytes, the last shorter
+//   checksum = XXH3(XXH3(chunk 0), XXH3(chunk 1), ..)   chunks of kChecksumChunk bytes, the last
+//   shorter
 //
 // They tell accidents, not forgeries.
 #pragma once

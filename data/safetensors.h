@@ -70,8 +70,8 @@ void to_float(float* out, const SafeTensor& tensor, const std::string& name);
 // For check_finite(): F64, F32, F16, BF16 and F8_E4M3, of which every code but NaN is finite.
 RawWeight raw_weight(const SafeTensor& tensor, const std::string& name);
 
-// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more tensor
-// that the writer adds by itself: "checksum", I64 (1).
+// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more
+// tensor that the writer adds by itself: "checksum", I64 (1).
 enum class Seal { None, Checksum };
 bool seal_fits(const MappedFile& file);
 

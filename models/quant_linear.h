@@ -62,8 +62,8 @@ class QuantLinear {
   // `master` is a parameter of `set`, which must outlive this state.
   void set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
                       Rounding rounding = Rounding::Nearest);
-  // FakeQuant: another width, from the set's next quantize() or prepare() on; steps that are recorded
-  // take it, too.
+  // FakeQuant: another width, from the set's next quantize() or prepare() on; steps that are
+  // recorded take it, too.
   void set_bits(int bits);
   // From the current FakeQuant codes and scales (after prepare()): sigma is the parameter, (N,
   // K/G), initialised here.

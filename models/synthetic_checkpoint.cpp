@@ -85,9 +85,9 @@ class SyntheticCheckpoint final : public Checkpoint {
   std::vector<TensorInfo> list() const override {
     std::vector<TensorInfo> out;
     for (const auto& [name, shape] : shapes_)
-      out.push_back({name, "BF16", shape, 2 * engine::numel_of(shape),
-                     data::Bytes(reinterpret_cast<const uint8_t*>(&seeds_.at(name)),
-                                 sizeof(uint64_t))});
+      out.push_back(
+          {name, "BF16", shape, 2 * engine::numel_of(shape),
+           data::Bytes(reinterpret_cast<const uint8_t*>(&seeds_.at(name)), sizeof(uint64_t))});
     return out;
   }
 

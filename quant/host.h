@@ -28,8 +28,8 @@ template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
                 int64_t k, Real master_scale, GridSpec spec, Rounding rounding);
 // Moves weights to the middle of their bins, S e (q - z), and keeps the grid: quantized again, they
-// give the same S, e, z and codes. Where the middles alone would narrow a group's range too far, its
-// ends stay where they are and bound the others.
+// give the same S, e, z and codes. Where the middles alone would narrow a group's range too far,
+// its ends stay where they are and bound the others.
 template <typename Real>
 void snap(Real* w, Rows rows, int64_t k, Real master_scale, GridSpec spec);
 template <typename Real>

@@ -416,8 +416,9 @@ TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linea
 
 namespace {
 template <typename Optimizer>
-concept TakesNewSchedules =
-    requires(Optimizer optimizer, engine::Schedule schedule) { optimizer.restart(schedule); };
+concept TakesNewSchedules = requires(Optimizer optimizer, engine::Schedule schedule) {
+  optimizer.restart(schedule);
+};
 }  // namespace
 
 TEST_CASE("quant_linear: a recorded step follows its linear to another width", "[quant_linear]") {

@@ -29,9 +29,9 @@ std::vector<Real> draw(engine::Rng& rng, GridSpec spec, bool lone) {
       if (kind == 1) v = std::abs(v);
       if (kind == 2) v = -std::abs(v);
       if (kind == 3) v = 0;
-      if (kind == 4) v *= 1e-6;                   // its scale is the smallest that there is
-      if (kind == 5) v = std::round(2 * v) / 2;   // many ties
-      if (kind == 6 && i > 1) v *= 0.05;          // two that span the range
+      if (kind == 4) v *= 1e-6;                  // its scale is the smallest that there is
+      if (kind == 5) v = std::round(2 * v) / 2;  // many ties
+      if (kind == 6 && i > 1) v *= 0.05;         // two that span the range
       x[i] = static_cast<Real>(scale * v);
     }
     if (!lone || g > 0) continue;

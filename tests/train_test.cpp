@@ -441,8 +441,8 @@ TEST_CASE("a model that differs anywhere from the run's is named and refused", "
     const auto source = models::open_checkpoint(other);
     CHECK_THROWS_WITH(run_with(*source, made_by),
                       Contains("holds a run of another model: " + part + " differs"));
-    CHECK_THROWS_WITH(export_with(*source, made_by), Contains(other + ": is not the model") &&
-                                                         Contains(": " + part + " differs"));
+    CHECK_THROWS_WITH(export_with(*source, made_by),
+                      Contains(other + ": is not the model") && Contains(": " + part + " differs"));
   };
   const std::string bytes = data::read_file(weights);
   for (const models::TensorInfo& tensor : models::open_checkpoint(other)->list()) {
@@ -539,8 +539,7 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
     }
     data::write_file_atomic(path, whole);
   };
-  const std::string stage = "blocks/block_001_stage_1.safetensors",
-                    final = "e2e/final.safetensors";
+  const std::string stage = "blocks/block_001_stage_1.safetensors", final = "e2e/final.safetensors";
   check("run.json", "delete the run's directory", export_it);
   check("run.json", "delete the run's directory", [&] { fixture.run(config); });
   check(final, "delete it, and the run trains end to end again", export_it);
@@ -571,7 +570,8 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
   check("blocks/block_000_stage_0.safetensors", "delete it", go_on);
   check("blocks/state.safetensors", "delete it to go on without it", go_on);
   fs::remove(config.out + "/blocks/block_000_stage_0.safetensors");
-  CHECK_THROWS_WITH(go_on(), Contains("block_000_stage_0.safetensors is missing; delete the state"));
+  CHECK_THROWS_WITH(go_on(),
+                    Contains("block_000_stage_0.safetensors is missing; delete the state"));
   fs::remove(config.out + "/blocks/state.safetensors");
   train::Observer end_to_end;
   end_to_end.after_e2e_step = [](int64_t step) {

@@ -281,9 +281,8 @@ bool RunDirectory::has_states() const {
 
 models::BlockMasters RunDirectory::stage_masters(int64_t block, int64_t stage,
                                                  const models::LlamaConfig& model) const {
-  const data::SafeTensors file =
-      open_run_file(stage_file(block, stage), checksum(),
-                    "delete it, and the run trains from there again");
+  const data::SafeTensors file = open_run_file(stage_file(block, stage), checksum(),
+                                               "delete it, and the run trains from there again");
   return read_masters(file, layer_prefix(block), model);
 }
 

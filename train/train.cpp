@@ -88,8 +88,7 @@ int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& conf
 }  // namespace
 
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                   TrainConfig config, const Observer& observer,
-                   const data::Tokenizer* tokenizer) {
+                   TrainConfig config, const Observer& observer, const data::Tokenizer* tokenizer) {
   const models::LlamaConfig& model = source.config();
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; training starts from full precision");

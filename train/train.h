@@ -49,7 +49,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                    const data::Tokenizer* tokenizer = nullptr);
 
 // Exports a finished run. The model and its tokenizer are at `model_path`, or, where that is empty,
-// where run.json says; another model or tokenizer than the run's is refused, and a damaged file. Returns the true bits per weight.
+// where run.json says; another model or tokenizer than the run's is refused, and a damaged file.
+// Returns the true bits per weight.
 double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
                   const std::string& out_directory, models::ExportFormat format);
 double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
