@@ -207,13 +207,12 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   uint32_t x1[kBlocks][kWide ? 1 : D / 16][4], x2[kBlocks][kWide ? 1 : D / 16][4];
   const int warp_row = warp * kWarpRows;
   const SmemTile<D> x1_tile{base}, x2_tile{base + kRows * D * 2};
-  {
-    load_tile_async<D, kRows, kThreads>(x1_tile, (kKeys ? args.k : args.q) + x_offset, x_stride, x0,
-                                        args.t, d, threadIdx.x);
+  load_tile_async<D, kRows, kThreads>(x1_tile, (kKeys ? args.k : args.q) + x_offset, x_stride, x0,
+                                      args.t, d, threadIdx.x);
+  if constexpr (kFirst)
     load_tile_async<D, kRows, kThreads>(x2_tile, (kKeys ? args.v : args.dout) + x_offset, x_stride,
                                         x0, args.t, d, threadIdx.x);
-    cp_async_commit();
-  }
+  cp_async_commit();
   if constexpr (!kWide) {
     cp_async_wait<0>();
     __syncthreads();
@@ -282,14 +281,12 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
       float s[kBlocks][kSub / 8][4] = {}, ds[kBlocks][kSub / 8][4] = {};
 #pragma unroll
       for (int kk = 0; kk < D / 16; ++kk) {
-        constexpr bool kSecondScores = kFirst;  // dx2 = p^T y2 needs no ds
         const int at = kWide ? 0 : kk;
         if constexpr (kWide) {
 #pragma unroll
           for (int m = 0; m < kBlocks; ++m) {
             load_a(x1[m][0], x1_tile, warp_row + m * 16, kk * 16, lane);
-            if constexpr (kSecondScores)
-              load_a(x2[m][0], x2_tile, warp_row + m * 16, kk * 16, lane);
+            if constexpr (kFirst) load_a(x2[m][0], x2_tile, warp_row + m * 16, kk * 16, lane);
           }
         }
 #pragma unroll
@@ -301,7 +298,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
             mma_bf16(s[m][2 * n], x1[m][at], rows[0], rows[1]);
             mma_bf16(s[m][2 * n + 1], x1[m][at], rows[2], rows[3]);
           }
-          if constexpr (kSecondScores) {
+          if constexpr (kFirst) {  // ds; dx2 = p^T y2 needs none
             load_b(rows, y2_tile, sub + n * 16, kk * 16, lane);
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m) {

@@ -18,7 +18,7 @@ using tests::raw;
 namespace {
 
 std::string golden(const std::string& name) {
-  return golden_folder() + "/" + name;
+  return tests::golden_folder() + "/" + name;
 }
 
 std::string from_hex(const std::string& hex) {
