@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 #include "data/files.h"
 #include "engine/cpu/thread_pool.h"
@@ -68,10 +69,11 @@ void check_finite(const std::vector<RawWeight>& weights, const std::string& path
       }
     }
   };
-  if (count > 1)
-    engine::ThreadPool(0).parallel_for(count, 1, scan);
-  else
-    scan(0, count);
+  int64_t bytes = 0;
+  for (const Piece& p : pieces) bytes += (p.end - p.begin) * p.weight->type.bytes;
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int threads = static_cast<int>(std::min(cores, bytes / kPieceBytes + 1));
+  engine::ThreadPool(threads).parallel_for(count, 1, scan);
   if (first < count) report(pieces[static_cast<size_t>(first.load())], path);
 }
 
