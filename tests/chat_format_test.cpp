@@ -144,8 +144,8 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
     INFO(unknown);
     CHECK_THROWS_WITH(data::ChatFormat(unknown), Contains("--prompt TEXT --special"));
   }
-  for (const std::string& broken : {"{{", "{% if %}", "{# open", "{{ 'open }}", "{% for x %}",
-                                    "{{ '\\x41' }}", "\1if DEAD\2", "{% endfor %}"}) {
+  for (const char* broken : {"{{", "{% if %}", "{# open", "{{ 'open }}", "{% for x %}",
+                             "{{ '\\x41' }}", "\1if DEAD\2", "{% endfor %}"}) {
     INFO(broken);
     CHECK_THROWS_AS(data::ChatFormat(broken), Error);
   }
