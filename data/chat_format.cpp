@@ -32,13 +32,14 @@ constexpr const char* kShape =
     "(?:{%if HAS_SYSTEM%}(?<use>LINE){%endif%})?"
     "(?:{%if (?:messages[0].role!='system'|(?<none>no_system))%}(?<default>LINE){%endif%})?"
     "{%for message in (?<list>messages|rest)%}"
-    "(?:{%if loop.first%}(?<first>LINE){%endif%})?"
+    "(?:{%if loop.first%}(?<first>LINE)(?<looped>){%endif%})?"
     "(?:{%if loop.first and messages[0].role!='system'%}(?<default>LINE){%endif%})?"
     "(?:{%alternate (?<alternate>[^\\x02]*)%})?"
     "(?:{%if loop.first and HAS_SYSTEM%}{%set content%}(?<content>LINE){%endset%}{%else%}"
     "{%set content%}{{message.content}}{%endset%}{%endif%})?"
     "(?<before>LINE)(?<chain>{%if message.role==[^\\x02]*%}BODY(?:{%el[^\\x02]*%}BODY)*{%endif%})?"
-    "(?<after>LINE)(?:{%if loop.last and add_generation_prompt%}(?<generation>LINE){%endif%})?"
+    "(?<after>LINE)(?:{%if loop.last and add_generation_prompt%}(?<generation>LINE)(?<looped>)"
+    "{%endif%})?"
     "{%endfor%}(?<end>LINE)(?:{%if add_generation_prompt%}(?<generation>LINE){%endif%})?$";
 
 // Marks of the families, all in the text of a turn of each role with its generation prompt.
@@ -131,7 +132,10 @@ ChatFormat::ChatFormat(const std::string& jinja) {
   any_system_ = shape.group("none").has_value();
   start_with_system_ = start_without_ = shape.text("start1");
   read_prologue(shape.text("with"), shape.text("without"));
-  BBB_CHECK(skips_system_ == (shape.text("list") == "rest"), kUnknown);
+  // A loop over the rest may run no turn, and then not write what stands in its first or last.
+  BBB_CHECK(
+      skips_system_ == (shape.text("list") == "rest") && !(skips_system_ && shape.group("looped")),
+      kUnknown);
   start_with_system_ += shape.text("start2") + shape.text("use") + shape.text("first");
   start_without_ += shape.text("start2") + (default_system_ ? shape.text("use") : "") +
                     shape.text("first") + shape.text("default");
@@ -250,7 +254,8 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
       values["content"] = filled(*first_content_, values, context);
     const std::optional<Turn>& turn = turns_[role_index(message.role)];
     BBB_CHECK(turn || (i == 0 && first_is_system && system_),
-              "the chat template has no place for a ", message.role, " message behind the first");
+              "the chat template would drop message ", i + 1, ", which is the ", message.role,
+              "'s");
     out += filled(before_turn_, values, context);
     if (turn) {
       const bool holds = (turn->system_in == SystemIn::FirstTurn && i == begin) ||

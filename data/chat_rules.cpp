@@ -37,7 +37,9 @@ constexpr std::pair<const char*, const char*> kRules[] = {
      "\\(message.role=='user'\\)!=\\(loop.index0%2==0\\)%}{{raise_exception\\('([^\\x04]*)'\\)}}"
      "{%endif%}",
      "{%alternate $1%}"},
-    {"{%for message in (?:messages|rest)%}({%alternate [^\\x02]*%}){%endfor%}", "$1"},
+    {"{%for message in (messages|rest)%}({%alternate [^\\x02]*%}){%endfor%}"
+     "(?=[\\s\\S]*{%for message in \\1%})",
+     "$2"},
     // "Is there any system message?"
     {"{%set ns%}{{namespace\\(found=false\\)}}{%endset%}{%for message in messages%}{%if "
      "message.role=='system'%}{%set ns.found%}{{true}}{%endset%}{%endif%}{%endfor%}(LINE){%if not "
@@ -62,7 +64,8 @@ bool replace_constant(std::string* text) {
   static Pattern set(
       "^(?<before>LINE){%set "
       "(?<name>(?!tools|custom_tools|builtin_tools|add_generation_prompt|USE_)"
-      "\\w+)%}(?<value>(?:[^\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}(?<after>[\\s\\S]*)"
+      "\\w+)%}(?<value>(?:[^\\x01-\\x04]|{{strftime_now\\([^\\x04]*\\)}})*){%endset%}(?<after>["
+      "\\s\\S]*)"
       "$");
   if (!set.find(*text)) return false;
   std::string after = set.text("after");

@@ -61,7 +61,7 @@ TEST_CASE("chats of real templates are transformers' text and ids", "[chat_forma
     try {
       text = formats.at(name).render(messages, generation, now);
     } catch (const Error& error) {  // what the template would drop without a word
-      CHECK_THAT(error.what(), Contains("has no place for a system message"));
+      CHECK_THAT(error.what(), Contains("would drop message"));
       ++refused_alone;
       continue;
     }
@@ -137,6 +137,16 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
            changed(smollm, "message['role'] +", "message['role'].title() +"),
            changed(smollm, "'<|im_start|>'", "'<|im_begin|>'"),
            changed(smollm, "{% endif %}", "{% else %}x{% endif %}"),
+           // The check of roles is over other messages than the turns.
+           changed(data::read_file(kFolder + "mistral-v3.jinja"),
+                   "{%- for message in loop_messages %}", "{%- for message in messages %}"),
+           // Names that hold only in some cases.
+           "{% if messages[0]['role'] == 'user' %}{% set m = messages %}{% endif %}" +
+               changed(smollm, "in messages", "in m"),
+           changed(smollm, "{{'<|im_start|>'",
+                   "{% if message['role'] == 'user' %}{% set content = message['content'] %}"
+                   "{% endif %}{{ content + '<|im_start|>'"),
+           "{% set add_generation_prompt = 'always' %}" + smollm,
            // Vicuna's marks, in a known shape.
            std::string("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
                        "{% endfor %}"),
