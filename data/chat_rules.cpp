@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -101,6 +102,10 @@ std::string plain_template(const std::string& jinja) {
     return made;
   }();
   std::string text = canonical_template(jinja), before;
+  // Real templates have about 60; the time to match grows with the square of their number.
+  constexpr int64_t kMostTags = 500;
+  BBB_CHECK(std::count(text.begin(), text.end(), '\1') <= kMostTags, "the chat template has over ",
+            kMostTags, " statements");
   while (before != text) {
     before = text;
     for (auto& [pattern, with] : rules) pattern.replace(&text, with);

@@ -22,7 +22,7 @@ std::string canonical_template(const std::string& jinja);
 
 // The canonical template without what cannot matter for messages of system, user and assistant
 // whose contents are text: branches for tools, aliases, detours. Throws as above, and on templates
-// that take too long.
+// of over 500 statements.
 std::string plain_template(const std::string& jinja);
 
 }  // namespace bbb::data
