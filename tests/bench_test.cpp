@@ -32,7 +32,6 @@ TEST_CASE("bench: training steps of both phases") {
     const TrainBenchResult r = tools::bench_train(backend(), bench);
     CHECK(r.step_s > 0);
     CHECK(r.quantize_s > 0);
-    CHECK(r.quantize_s < r.step_s);
     CHECK(r.gemm_peak > 0);
     CHECK(r.peak_bytes > 0);
     if (on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr) CHECK(r.kernels > 0);
