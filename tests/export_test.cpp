@@ -151,6 +151,11 @@ TEST_CASE("export: a head of its own, the ends of a text and Python's numbers ar
   }
 }
 
+TEST_CASE("export: a document ends where the model says, if the vocabulary names no end") {
+  CHECK(FileTokenizer().document_end({5, 6}) == 5);
+  CHECK_THROWS_WITH(FileTokenizer().document_end(), Catch::Contains("give its id with --doc-end"));
+}
+
 TEST_CASE("export: files, and shards with their index", "[export]") {
   Trained trained(oracle(), false, 2);
   trained.write("sharded", 2, ExportFormat::Packed, 30000);
