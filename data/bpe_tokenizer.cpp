@@ -244,9 +244,9 @@ class BpeTokenizer final : public Tokenizer {
     std::vector<AddedToken> normalized;
     for (AddedToken& token :
          settings.added_tokens([this](std::string_view name) { return find(name); })) {
-      store(token.id, token.content, byte_level ? token.content : decoder_(token.content),
-            token.special);
-      if (token.normalized) token.content = normalizer_.apply(token.content);
+      const std::string text = token.content;
+      if (token.normalized) token.content = normalizer_.apply(text);
+      store(token.id, text, byte_level ? text : decoder_(token.content), token.special);
       (token.normalized ? normalized : raw).push_back(std::move(token));
     }
     added_ = AddedTokens(std::move(raw));
@@ -522,7 +522,7 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
   const bool is_llama3 = named.names.front() == "llama-bpe";
   const bool add_bos = gguf.has("tokenizer.ggml.add_bos_token")
                            ? gguf.boolean("tokenizer.ggml.add_bos_token")
-                           : is_llama3;
+                           : is_llama3 && gguf.has("tokenizer.ggml.bos_token_id");
   const GgufVocabulary pieces = read_vocabulary(gguf);
   json config = config_from_gguf(gguf, pieces, add_bos);
   config["tokenizer_class"] = "PreTrainedTokenizerFast";

@@ -328,6 +328,7 @@ json config_from_gguf(const Gguf& gguf, const GgufVocabulary& vocabulary, bool a
 namespace {
 
 std::unique_ptr<Tokenizer> make_tokenizer(TokenizerFiles files) {
+  const std::string source = files.source;
   try {
     const json root = json_of(files, "tokenizer.json");
     const bool is_bpe = root.contains("model") && root.at("model").value("type", "BPE") == "BPE";
@@ -336,9 +337,9 @@ std::unique_ptr<Tokenizer> make_tokenizer(TokenizerFiles files) {
     }
     if (files.find("tokenizer.json")) return make_bpe_tokenizer(std::move(files), root);
   } catch (const json::exception& error) {
-    throw Error(cat(files.source, ": the tokenizer's files are malformed: ", error.what()));
+    throw Error(cat(source, ": the tokenizer's files are malformed: ", error.what()));
   }
-  throw Error(cat(files.source, ": neither tokenizer.model nor tokenizer.json is there"));
+  throw Error(cat(source, ": neither tokenizer.model nor tokenizer.json is there"));
 }
 
 }  // namespace

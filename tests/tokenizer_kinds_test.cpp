@@ -182,10 +182,10 @@ TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one t
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "<unk>aaa")), Contains("no error"));
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "\x3c|end|\x3e\x20")),
              Contains("no error"));
-  // "th" is a piece of its own; "er" becomes another "th".
+  // "he" is a piece of its own; "er" becomes another "he".
   CHECK_THAT(error_of(changed("pieces.gguf", std::string("\2\0\0\0\0\0\0\0er", 10),
-                              std::string("\2\0\0\0\0\0\0\0th", 10))),
-             Contains("th") && Contains("both"));
+                              std::string("\2\0\0\0\0\0\0\0he", 10))),
+             Contains("both he"));
 }
 
 TEST_CASE("an id behind the vocabulary has no text", "[tokenizer]") {

@@ -235,6 +235,7 @@ TEST_CASE("bad tokenizer files are one-line errors that name the cause", "[token
     nlohmann::json root = good;
     root[nlohmann::json::json_pointer(pointer)] = value;
     const std::string error = error_of(root.dump());
+    INFO(error);
     CHECK(error.find('\n') == std::string::npos);
     if (error != "no error") CHECK(error.find(dir.path()) != std::string::npos);
     return error;
