@@ -2,7 +2,8 @@
 // between them.
 //
 // PCRE2's \s under UCP differs from Unicode's White_Space (it has U+180E), so \s and \S are written
-// out as classes. Invalid bytes are cut off first: PCRE2 only ever sees valid UTF-8.
+// out as classes. ^ and $ match at every line, as in Oniguruma, which the reference uses. Invalid
+// bytes are cut off first: PCRE2 only ever sees valid UTF-8.
 #include "data/pre_tokenizer.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
@@ -124,7 +125,7 @@ class Pattern {
     int error = 0;
     PCRE2_SIZE offset = 0;
     code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                              PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr));
+                              PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &offset, nullptr));
     BBB_CHECK(code_ != nullptr, source, ": the pre-tokenizer's pattern ", text,
               " does not compile: ", pcre2_message(error));
     pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // without a JIT the interpreter matches

@@ -210,9 +210,7 @@ std::vector<AddedTokens::Span> AddedTokens::split(std::string_view text,
     }
     if (begin > done) spans.push_back({text.substr(done, begin - done), -1});
     spans.push_back({text.substr(begin, end - begin), token->id});
-    // As in the reference, another token may begin inside the white space that rstrip took.
-    i += token->content.size();
-    done = end;
+    i = done = end;
   }
   if (done < text.size()) spans.push_back({text.substr(done), -1});
   return spans;

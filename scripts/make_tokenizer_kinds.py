@@ -109,6 +109,7 @@ def kinds(pieces, size):
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         yield form, "gpt2", {"normalizer": {"type": form}}
     yield "NFC in a Sequence", "gpt2", {"normalizer": sequence({"type": "NFC"})}
+    yield "white space at the end of a line", "gpt2", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": r"\s+$|^\p{L}"}, "behavior": "Isolated", "invert": False}, BYTES]}}
     yield "prefix space", "gpt2", {"pre_tokenizer": BYTES}
     yield "prefix space behind Digits", "gpt2", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}
 
