@@ -154,7 +154,8 @@ class Backend {
   virtual Transfers& transfers() = 0;  // copies from and to host memory that run beside the ops
   // Records `step` and returns it ready to run(); recording does not execute it. Memory that `step`
   // allocates lives as long as the Replay; what it lets go of may be overwritten by another Replay.
-  // On the CPU run() simply calls `step`.
+  // On the CPU run() simply calls `step`; a GPU repeats the host's values of the recording. So what
+  // may change between runs lies on the device, and nothing else that `step` reads may change.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
   // Runs both. In a recorded step on a GPU what they queue may run at the same time, so neither
   // uses what the other writes, and what `side` reads lives until this returns.

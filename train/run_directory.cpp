@@ -102,7 +102,7 @@ static std::string sealed(Json record) {
 static Json read_record(const std::string& text, const std::string& where) {
   const Json record = Json::parse(text, nullptr, false);
   BBB_CHECK(!record.is_object() || !record.contains("config") || record.contains(kChecksum), where,
-            ": holds no checksum of itself: an earlier bbb began this run; name another --out");
+            ": holds no checksum of itself: an earlier bbb began this run; train in another --out");
   Json content = record;
   if (content.is_object()) content.erase(kChecksum);
   BBB_CHECK(content.is_object() && sealed(content) == text, where,
