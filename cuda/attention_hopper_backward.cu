@@ -40,7 +40,8 @@
 //                  waits, copies
 //   y, ds, terms   copy engine writes, completes the bytes of y_full; threads wait, read
 //                  wgmma_wait and loads return, __syncwarp, each warp's lane 0 arrives at y_empty;
-//                  copying thread waits, copies
+//                  copying thread waits, copies (racecheck reports this pair for the terms: it does
+//                  not follow the order from the other lanes to lane 0 through __syncwarp)
 // Global memory, between blocks:
 //   ds             threads write, publish_writes, sync(); thread 0 counts keys_done; a copying
 //                  thread waits for the count, engine reads

@@ -247,7 +247,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   sampling.seed = static_cast<uint64_t>(line.integer("seed", 0));
 
   const auto source = models::open_checkpoint(path);
-  source->check_finite();
+  backend.check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(path);
   std::vector<int32_t> prompt = prompt_ids(line, *tokenizer);
   const auto bos = tokenizer->bos();
@@ -258,6 +258,11 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const int64_t n = static_cast<int64_t>(prompt.size()), positions = source->config().max_position;
   BBB_CHECK(n < positions, "the prompt has ", n, " tokens, but the model knows ", positions,
             " positions");
+  for (const int32_t id : prompt)
+    BBB_CHECK(id < source->config().vocab, path, ": token ", id, " ('",
+              data::printable(tokenizer->piece(id, true)), "') of the prompt has no row in the ",
+              "embedding of ", source->config().vocab);
+  source->check_finite();  // last: it reads every weight
   max_tokens = std::min(max_tokens, positions - n);
   models::Llama model(backend, *source, models::HeadRounding::None);
   {
@@ -300,8 +305,8 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
 
 int decode_command(const Arguments& arguments) {
   CommandLine line("decode", "Generate text from any checkpoint, or time a synthetic one");
-  line.options()                                                           //
-      ("model", "directory or .gguf file", cxxopts::value<std::string>())  //
+  line.options()                                                          //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())  //
       ("prompt", "text to continue; special tokens in it are plain text without --special",
        cxxopts::value<std::string>())                                                  //
       ("special", "special tokens in the text of --prompt, such as </s>, are parsed")  //

@@ -29,13 +29,13 @@ int ppl_command(const Arguments& arguments) {
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path);
   backend->check_head_size(source->config().head_dim);
-  source->check_finite();
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));
   data::Windows windows = data::make_windows(tokens, seq_len, text_path);
   const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
   windows.ids.resize(static_cast<size_t>(count * seq_len));
+  source->check_finite();  // last: it reads every weight
 
   models::Llama model(*backend, *source, models::HeadRounding::None);
   {

@@ -12,7 +12,7 @@ namespace bbb::tools {
 int tokenize_command(const Arguments& arguments) {
   CommandLine line("tokenize", "Token ids of a text, without BOS, and the text of each token");
   line.options()                                                                            //
-      ("model", "directory or .gguf file", cxxopts::value<std::string>())                   //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
       ("text-file", "the text, taken as it is", cxxopts::value<std::string>())              //
       ("chat", "the text is a user's message: put it into the model's chat format")         //
       ("special", "the text of a special token becomes that token; else it is plain text")  //

@@ -31,8 +31,8 @@ int train_command(const Arguments& arguments) {
   const auto value = [](const char* fallback) {
     return cxxopts::value<std::string>()->default_value(fallback);
   };
-  line.options()                                                           //
-      ("model", "directory or .gguf file", cxxopts::value<std::string>())  //
+  line.options()                                                          //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())  //
       ("synthetic",
        "instead of --model: random weights, byte tokens: llama-2-7b, llama-3-8b, llama-3.2-1b, "
        "smollm2-135m",
