@@ -2,7 +2,7 @@
 //
 // A head has d values, a multiple of 8 up to 256. The kernels are compiled for a few sizes D and
 // take the smallest that holds d: a row in memory has d values, in shared memory and registers D,
-// and those past d are zeros, which no product sees and no kernel writes back.
+// and those past d are zeros, which change no product and are not written back.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -397,7 +397,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
 // dk and dv = the sum over `count` query heads, in their order, of partial (count, 2, size).
 __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
                                  const float* __restrict__ partial, int64_t size, int count) {
-  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 4;  // d is a multiple of 4
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 4;  // d is a multiple of 8
   if (i >= 2 * size) return;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   for (int n = 0; n < count; ++n) {

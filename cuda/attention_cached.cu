@@ -23,9 +23,8 @@ constexpr int kQueryRows = 16;  // query heads of a block
 
 constexpr int warp_keys(int64_t d) { return d <= 128 ? 32 : 16; }
 constexpr int split_keys(int64_t d) { return kWarps * warp_keys(d); }
-constexpr int combine_groups(int64_t d) {
-  return d <= 128 ? 8 : 4;
-}  // of splits, merged side by side
+// Groups of splits that are merged side by side.
+constexpr int combine_groups(int64_t d) { return d <= 128 ? 8 : 4; }
 
 struct DecodeArgs {
   float* partial_o;      // (B, H, splits, d)
@@ -61,9 +60,11 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   const int g = lane / 4;
   const int pair = lane % 4 * 2;
   const int split = blockIdx.x;
-  if (split == 0 && threadIdx.x == 0 && !in_cache(*args.start, 1, args.t_max))
-    *args.fault = {*args.start, 1, args.t_max};
-  const int length = min(*args.start + 1, args.t_max);
+  if (!in_cache(*args.start, 1, args.t_max)) {
+    if (split == 0 && threadIdx.x == 0) *args.fault = {*args.start, 1, args.t_max};
+    return;
+  }
+  const int length = *args.start + 1;
   const int first_key = max(0, length - args.window);
   if (split * kSplitKeys >= length || (split + 1) * kSplitKeys <= first_key) return;
 
@@ -197,13 +198,14 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
 // o = sum over splits of weight * o / sum over splits of weight * sum.   block (d, kGroups)
 template <int kGroups, int kSplitKeys>
 __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs args) {
+  if (!in_cache(*args.start, 1, args.t_max)) return;
   const int d = args.d;
   float* group_o = reinterpret_cast<float*>(dynamic_smem());              // (groups, d)
   float2* group_stat = reinterpret_cast<float2*>(group_o + kGroups * d);  // (groups)
   const int64_t head = blockIdx.x;                                        // (b, h)
   const int column = threadIdx.x;
   const int group = threadIdx.y;
-  const int length = min(*args.start + 1, args.t_max);
+  const int length = *args.start + 1;
   const int first = max(0, length - args.window) / kSplitKeys;
   const int end = (length - 1) / kSplitKeys + 1;
   const float scale_log2 = score_scale(d) * kLog2E;

@@ -185,7 +185,7 @@ void CudaBackend::synchronize() {
 
 void CudaBackend::check_faults() {
   const CacheFault fault = std::exchange(*cache_fault_, CacheFault{});
-  BBB_CHECK(fault.t == 0, "positions ", fault.start, " to ", int64_t{fault.start} + fault.t,
+  BBB_CHECK(fault.t == 0, "positions ", fault.start, " to ", int64_t{fault.start} + fault.t - 1,
             " of a key-value cache of ", fault.capacity);
 }
 

@@ -59,6 +59,14 @@ __device__ inline void stress_pause() {
 #endif
 }
 
+// The same before an instruction that wants a converged warp.
+__device__ inline void stress_pause_warp() {
+#ifdef BBB_STRESS
+  stress_pause();
+  __syncwarp();
+#endif
+}
+
 __device__ inline void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -106,13 +114,13 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
 
 // Named barriers; 0 is __syncthreads().
 __device__ inline void named_sync(int id, int threads) {
-  stress_pause();
+  stress_pause_warp();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
   stress_pause();
 }
 
 __device__ inline void named_arrive(int id, int threads) {
-  stress_pause();
+  stress_pause_warp();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

@@ -5,7 +5,7 @@
 namespace bbb::engine {
 
 std::unique_ptr<Backend> make_cuda_backend(int) {
-  throw Error("this bbb was built without CUDA: use --device cpu, or build where CUDA 13 or newer is");
+  throw Error("this bbb was built without CUDA: use --device cpu, or build with CUDA 13 or newer");
 }
 
 bool cuda_available() { return false; }

@@ -84,7 +84,8 @@ void check_shape(const Shape& found, const Shape& wanted, const std::string& nam
 
 // Whether two tensors of one shape hold the same values, whatever their types.
 bool equal_weights(const SafeTensor& a, const SafeTensor& b) {
-  if (a.dtype == b.dtype) return std::memcmp(a.data, b.data, static_cast<size_t>(a.bytes)) == 0;
+  if (a.dtype == b.dtype && std::memcmp(a.data, b.data, static_cast<size_t>(a.bytes)) == 0)
+    return true;
   const int64_t rows = a.shape[0];
   const auto row_of = [&](const SafeTensor& t, int64_t row) {
     const SafeTensor one = {t.dtype, {t.shape[1]}, t.data + row * (t.bytes / rows), t.bytes / rows};

@@ -73,9 +73,7 @@ LlamaBlock::LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t laye
       o_(make_linear(backend, config, layer, 3)),
       gate_(make_linear(backend, config, layer, 4)),
       up_(make_linear(backend, config, layer, 5)),
-      down_(make_linear(backend, config, layer, 6)) {
-  backend.check_head_size(config.head_dim);
-}
+      down_(make_linear(backend, config, layer, 6)) {}
 
 std::vector<QuantLinear*> LlamaBlock::linears() {
   return {&q_, &k_, &v_, &o_, &gate_, &up_, &down_};
@@ -268,6 +266,7 @@ std::vector<QuantizedState> LlamaBlock::quantized_state() {
 // The model.
 
 Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(std::move(config)) {
+  backend.check_head_size(config_.head_dim);
   inv_freq_ = upload_as(backend_, rope_inv_freq(config_), {config_.head_dim / 2}, DType::F32);
   for (int64_t layer = 0; layer < config_.layers; ++layer)
     blocks_.push_back(std::make_unique<LlamaBlock>(backend_, config_, layer, inv_freq_));

@@ -83,6 +83,8 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
   const double n = static_cast<double>(count);
   for (double nll : window_nll) result.nll += nll / n;
   result.perplexity = std::exp(result.nll);
+  BBB_CHECK(std::isfinite(result.perplexity), "the mean loss is ", result.nll,
+            ": its perplexity is beyond F64");
   double squares = 0;
   for (double nll : window_nll) squares += (nll - result.nll) * (nll - result.nll);
   if (count > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);

@@ -51,7 +51,8 @@ PY
 run_tests cpu cpu
 run_tests cuda cuda
 # Other GPUs run these kernels anyway.
-if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qx '9\.0'; then
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true)
+if [ "${capability%%$'\n'*}" = 9.0 ]; then
   run_tests cuda_generic cuda BBB_GENERIC_KERNELS=1
 fi
 

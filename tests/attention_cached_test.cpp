@@ -130,7 +130,7 @@ TEST_CASE("positions past a key-value cache throw, and none of its bytes change"
     const Tensor x = make(b, rows, b.act(), activations(rng, t * heads * d));
     const Tensor o = b.empty(rows, b.act()), at = make_ids(b, {1}, {start});
     const std::string says =
-        cat("positions ", start, " to ", start + t, " of a key-value cache of 20");
+        cat("positions ", start, " to ", start + t - 1, " of a key-value cache of 20");
     const auto append = [&] {
       b.append_kv(k_cache.tensor(), v_cache.tensor(), x, x, at);
       b.synchronize();
@@ -160,7 +160,7 @@ TEST_CASE("positions past a key-value cache throw, and none of its bytes change"
     b.synchronize();
   };
   CHECK_NOTHROW(step());
-  CHECK_THROWS_WITH(step(), Catch::Contains("positions 20 to 21"));
+  CHECK_THROWS_WITH(step(), Catch::Contains("positions 20 to 20"));
 }
 
 TEST_CASE("a recorded attention_cached follows start", "[attention_cached]") {

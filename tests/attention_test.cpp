@@ -1,6 +1,7 @@
 // attention and its backward against the F64 oracle.
 #include <catch2/catch.hpp>
 
+#include "models/synthetic_checkpoint.h"
 #include "tests/op_test.h"
 #include "tests/tiny_model.h"
 
@@ -172,7 +173,7 @@ TEST_CASE("attention gives the same bytes twice", "[attention]") {
 // Built with -DBBB_STRESS=ON, the Hopper kernels' copying and computing threads and their queue
 // pause at random points, so that what only usually happens in order no longer does.
 TEST_CASE("attention gives the same bytes whoever is late", "[attention][stress]") {
-  if (!on_cuda()) return;
+  if (!needs_cuda()) return;
 #ifdef BBB_STRESS
   constexpr int kRuns = 100;
 #else
@@ -266,13 +267,12 @@ TEST_CASE("a model whose head size attention lacks is refused before it is loade
     CAPTURE(d);
     models::LlamaConfig config = tiny_config();
     config.head_dim = d;
-    const auto make_block = [&] {
-      models::LlamaBlock(backend(), config, 0, frequencies(backend(), d));
-    };
+    const auto source = models::make_synthetic_checkpoint(config, "tiny");
+    const auto make_model = [&] { models::Llama(backend(), *source, models::HeadRounding::None); };
     if (on_cuda())
-      CHECK_THROWS_WITH(make_block(), Catch::Contains(cat("not ", d, " ")));
+      CHECK_THROWS_WITH(make_model(), Catch::Contains(cat("not ", d, " ")));
     else
-      CHECK_NOTHROW(make_block());
+      CHECK_NOTHROW(make_model());
   }
 }
 

@@ -274,7 +274,7 @@ TEST_CASE("attention over a cache equals attention, token by token and in pieces
     }
     const Tensor full = make_ids(b, {1}, {kCapacity});
     CHECK_THROWS_WITH(b.append_kv(k_cache, v_cache, cut(k, 0, 1), cut(v, 0, 1), full),
-                      "positions 100 to 101 of a key-value cache of 100");
+                      "positions 100 to 100 of a key-value cache of 100");
   }
 }
 

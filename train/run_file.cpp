@@ -1,5 +1,7 @@
 #include "train/run_file.h"
 
+#include <filesystem>
+
 #include "data/half.h"
 #include "quant/check.h"
 
@@ -23,8 +25,8 @@ RunFileWriter::RunFileWriter(const std::string& path, uint64_t run, Entries entr
 }
 
 data::SafeTensors open_run_file(const std::string& path, uint64_t run, const std::string& remedy) {
-  BBB_CHECK(data::seal_fits(data::MappedFile(path)), path, ": damaged: its checksum does not fit; ",
-            remedy);
+  BBB_CHECK(std::filesystem::file_size(path) > 0 && data::seal_fits(data::MappedFile(path)), path,
+            ": damaged: its checksum does not fit; ", remedy);
   data::SafeTensors file(path);
   BBB_CHECK(file.contains(kRun) && data::load_as<uint64_t>(file.at(kRun).data) == run, path,
             ": is of another run; ", remedy);

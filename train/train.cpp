@@ -63,7 +63,6 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
-  source.check_finite();
   const std::vector<int32_t> tokens =
       data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
   train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
@@ -124,6 +123,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
+  source.check_finite();
   // What cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
@@ -207,7 +207,6 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const std::string part = difference(identity, here);
   BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
             " was trained from: ", part, " differs");
-  source.check_finite();
 
   const GridSpec spec{config.bits, config.group};
   Quantizer quantizer(backend, model, spec);

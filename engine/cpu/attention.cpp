@@ -152,7 +152,7 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
                                  const Tensor& v, const Tensor& start) {
   const int64_t batch = k.dim(0), time = k.dim(1), capacity = k_cache.dim(1);
   const int64_t width = k.dim(2) * k.dim(3), first = *start.data<int32_t>();
-  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time,
+  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time - 1,
             " of a key-value cache of ", capacity);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t to = (b * capacity + first) * width, from = b * time * width;
@@ -168,7 +168,7 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t capacity = k_cache.dim(1), kv_heads = k_cache.dim(2), group = heads / kv_heads;
   const int64_t ldq = heads * d, ldk = kv_heads * d, first = *start.data<int32_t>();
-  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time,
+  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time - 1,
             " of a key-value cache of ", capacity);
   const auto cache = [&](const Tensor& t, int64_t b, int64_t kv) {
     return data(t) + b * capacity * ldk + kv * d;
