@@ -108,7 +108,7 @@ struct Decoder {
     } else if (type == "Strip" && spec.value("content", "") == " " && spec.value("stop", 0) == 0) {
       leading_spaces = spec.value("start", 0);
     } else {
-      BBB_CHECK(type == "Fuse" || type == "ByteLevel", source, ": the decoder ", type,
+      BBB_CHECK(type == "Fuse" || type == "ByteLevel", source, ": the decoder ", printable(type),
                 " is not supported");
     }
   }
@@ -117,7 +117,7 @@ struct Decoder {
     const std::optional<uint8_t> byte = byte_fallback ? byte_of_piece(text) : std::nullopt;
     if (byte) return std::string(1, static_cast<char>(*byte));
     std::string out = text;
-    for (const auto& [from, to] : replace) out = replace_all(out, from, to);
+    for (const auto& [from, to] : replace) out = replaced(out, from, to);
     return out;
   }
 };
@@ -130,7 +130,7 @@ class BpeTokenizer final : public Tokenizer {
     const std::string where = files.source + "/tokenizer.json";
     const json& model = root.at("model");
     BBB_CHECK(model.value("type", "BPE") == "BPE", where, ": the tokenizer model ",
-              model.value("type", ""), " is not supported");
+              printable(model.value("type", "")), " is not supported");
     for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
       const bool unset = !model.contains(key) || model.at(key).is_null() || model.at(key) == "";
       BBB_CHECK(unset, where, ": the model's ", key, " is not supported");
@@ -150,12 +150,16 @@ class BpeTokenizer final : public Tokenizer {
     if (model.contains("unk_token") && model.at("unk_token").is_string()) {
       unknown_ = find(model.at("unk_token").get<std::string>());
     }
-    if (settings.bos) bos_ = find(*settings.bos);
+    const std::optional<std::string> first = template_start(root.value("post_processor", json()));
+    add_bos_ = settings.add_bos.value_or(first.has_value());
+    // Where no flag decides, it is the template's token that the reference adds.
+    const std::optional<std::string> bos =
+        first && (!settings.bos || !settings.add_bos) ? first : settings.bos;
+    if (bos) bos_ = find(*bos);
     if (settings.eos) eos_ = find(*settings.eos);
     chat_template_ = settings.chat_template;
-    add_bos_ = settings.add_bos.value_or(
-        starts_with_bos(root.value("post_processor", json()), settings.bos));
-    BBB_CHECK(!add_bos_ || bos_, where, ": a BOS token is to be added, but none is named");
+    BBB_CHECK(!add_bos_ || bos, where, ": a BOS token is to be added, but none is named");
+    BBB_CHECK(!add_bos_ || bos_, where, ": the vocabulary lacks the BOS token ", printable(*bos));
     files_ = std::move(files.files);
   }
 
@@ -219,7 +223,7 @@ class BpeTokenizer final : public Tokenizer {
     const int64_t limit =
         2 * static_cast<int64_t>(vocabulary.size() + settings.added.size()) + 1024;
     const auto store = [&](int64_t id, const std::string& text, std::string bytes, bool special) {
-      BBB_CHECK(id >= 0 && id < limit, where, ": the id ", id, " of the token ", text,
+      BBB_CHECK(id >= 0 && id < limit, where, ": the id ", id, " of the token ", printable(text),
                 " is out of range");
       if (id >= vocab_size()) {
         bytes_.resize(static_cast<size_t>(id) + 1);
@@ -246,6 +250,8 @@ class BpeTokenizer final : public Tokenizer {
          settings.added_tokens([this](std::string_view name) { return find(name); })) {
       const std::string text = token.content;
       if (token.normalized) token.content = normalizer_.apply(text);
+      BBB_CHECK(!token.content.empty(), where,
+                ": the normalizer leaves nothing of the added token ", printable(text));
       store(token.id, text, byte_level ? text : decoder_(token.content), token.special);
       (token.normalized ? normalized : raw).push_back(std::move(token));
     }
@@ -262,7 +268,8 @@ class BpeTokenizer final : public Tokenizer {
       if (merge.is_string()) {
         const std::string text = merge.get<std::string>();
         const size_t space = text.find(' ', 1);
-        BBB_CHECK(space != std::string::npos, where, ": the merge \"", text, "\" is not a pair");
+        BBB_CHECK(space != std::string::npos, where, ": the merge \"", printable(text),
+                  "\" is not a pair");
         left = text.substr(0, space);
         right = text.substr(space + 1);
       } else {
@@ -270,23 +277,24 @@ class BpeTokenizer final : public Tokenizer {
         right = merge.at(1).get<std::string>();
       }
       const std::optional<int32_t> ids[3] = {find(left), find(right), find(left + right)};
-      BBB_CHECK(ids[0] && ids[1] && ids[2], where, ": the merge of ", left, " and ", right,
-                " names a token that the vocabulary lacks");
+      BBB_CHECK(ids[0] && ids[1] && ids[2], where, ": the merge of ", printable(left), " and ",
+                printable(right), " names a token that the vocabulary lacks");
       merges_[pair_key(*ids[0], *ids[1])] = {rank++, *ids[2]};
     }
   }
 
-  // Whether the post-processor's template puts BOS before a single text.
-  static bool starts_with_bos(const json& spec, const std::optional<std::string>& bos) {
-    if (!spec.is_object() || !bos) return false;
-    if (spec.value("type", "") == "Sequence") {
+  // The token that the post-processor's template puts before a single text, if any.
+  static std::optional<std::string> template_start(const json& spec) {
+    const std::string type = spec.is_object() ? spec.value("type", "") : "";
+    if (type == "Sequence") {
       for (const json& step : spec.at("processors")) {
-        if (starts_with_bos(step, bos)) return true;
+        if (const auto token = template_start(step)) return token;
       }
     }
-    if (spec.value("type", "") != "TemplateProcessing" || spec.at("single").empty()) return false;
+    if (type != "TemplateProcessing" || spec.at("single").empty()) return std::nullopt;
     const json& first = spec.at("single").at(0);
-    return first.contains("SpecialToken") && first.at("SpecialToken").at("id") == *bos;
+    if (!first.contains("SpecialToken")) return std::nullopt;
+    return first.at("SpecialToken").at("id").get<std::string>();
   }
 
   // The ids of the word's bytes or characters. One that the vocabulary lacks becomes the pieces of
@@ -417,11 +425,13 @@ class BpeTokenizer final : public Tokenizer {
 };
 
 // The word patterns that llama.cpp has for the names of tokenizer.ggml.pre; each cuts the words
-// that the ones before it left. `gpt2` says that GPT-2's comes last.
+// that the ones before it left. `gpt2`: GPT-2's comes last. `llama3`: a word that is a token is not
+// merged, and BOS is added unless the file says otherwise.
 struct NamedPatterns {
   std::vector<std::string_view> names;
   std::vector<std::string> patterns;
   bool gpt2 = false;
+  bool llama3 = false;
 };
 
 // DeepSeek's letters: those of the scripts that have upper and lower case.
@@ -440,12 +450,20 @@ const char* const kCasedLetters =
     "\U000118a0-\U000118df\U0001e900-\U0001e943";
 
 const NamedPatterns& patterns_of(const std::string& name, const std::string& source) {
-  static const std::string kQwen2 = replace_all(kLlama3Pattern, R"(\p{N}{1,3})", R"(\p{N})");
+  static const std::string kQwen2 = replaced(kLlama3Pattern, R"(\p{N}{1,3})", R"(\p{N})");
+  static const std::string kTekken =
+      R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|)"
+      R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
+      R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
   static const std::string kIdeographs = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+";
   static const NamedPatterns kNamed[] = {
       {{"gpt-2", "gpt2", "phi-2"}, {}, true},
       {{"smollm", "starcoder", "refact"}, {R"(\p{N})"}, true},
-      {{"llama-bpe", "llama3", "llama-v3"}, {kLlama3Pattern}},
+      {{"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"},
+       {kLlama3Pattern},
+       false,
+       true},
+      {{"tekken"}, {kTekken}, false, true},
       {{"qwen2", "deepseek-r1-qwen"}, {kQwen2}},
       {{"deepseek-llm"},
        {R"([\r\n])", cat(R"(\s?[)", kCasedLetters, "]+"),
@@ -519,10 +537,9 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
                  gguf.path().c_str());
   }
   const NamedPatterns& named = patterns_of(pre, gguf.path());
-  const bool is_llama3 = named.names.front() == "llama-bpe";
   const bool add_bos = gguf.has("tokenizer.ggml.add_bos_token")
                            ? gguf.boolean("tokenizer.ggml.add_bos_token")
-                           : is_llama3 && gguf.has("tokenizer.ggml.bos_token_id");
+                           : named.llama3 && gguf.has("tokenizer.ggml.bos_token_id");
   const GgufVocabulary pieces = read_vocabulary(gguf);
   json config = config_from_gguf(gguf, pieces, add_bos);
   config["tokenizer_class"] = "PreTrainedTokenizerFast";
@@ -571,7 +588,7 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
                        {"end_of_word_suffix", nullptr},
                        {"fuse_unk", false},
                        {"byte_fallback", false},
-                       {"ignore_merges", is_llama3},
+                       {"ignore_merges", named.llama3},
                        {"vocab", std::move(vocabulary)},
                        {"merges", gguf.strings("tokenizer.ggml.merges")}}}};
   return {gguf.path(),

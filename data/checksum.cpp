@@ -37,11 +37,10 @@ std::vector<uint64_t> checksums(const std::vector<Bytes>& parts) {
       *c.sum = XXH3_64bits(c.bytes.data(), c.bytes.size());
     }
   };
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  if (count > 1)
-    engine::ThreadPool(0).parallel_for(count, 1, work);
-  else
-    work(0, count);
+  int64_t bytes = 0;
+  for (const Bytes& part : parts) bytes += static_cast<int64_t>(part.size());
+  engine::ThreadPool(engine::threads_for(bytes, kChecksumChunk))
+      .parallel_for(static_cast<int64_t>(chunks.size()), 1, work);
   std::vector<uint64_t> result;
   for (const std::vector<uint64_t>& own : sums) result.push_back(join(own));
   return result;

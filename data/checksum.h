@@ -23,7 +23,7 @@ uint64_t checksum64(const void* data, int64_t bytes);
 inline uint64_t checksum64(const std::string& text) {
   return checksum64(text.data(), static_cast<int64_t>(text.size()));
 }
-// One for each part, at the speed of memory: all cores share all chunks.
+// One for each part, at the speed of memory: threads share all chunks.
 std::vector<uint64_t> checksums(const std::vector<Bytes>& parts);
 
 std::string hex(uint64_t checksum);  // 16 digits

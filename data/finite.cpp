@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 
 #include "data/files.h"
 #include "engine/cpu/thread_pool.h"
@@ -71,9 +70,7 @@ void check_finite(const std::vector<RawWeight>& weights, const std::string& path
   };
   int64_t bytes = 0;
   for (const Piece& p : pieces) bytes += (p.end - p.begin) * p.weight->type.bytes;
-  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const int threads = static_cast<int>(std::min(cores, bytes / kPieceBytes + 1));
-  engine::ThreadPool(threads).parallel_for(count, 1, scan);
+  engine::ThreadPool(engine::threads_for(bytes, kPieceBytes)).parallel_for(count, 1, scan);
   if (first < count) report(pieces[static_cast<size_t>(first.load())], path);
 }
 

@@ -460,9 +460,11 @@ Gguf::Gguf(const std::string& path) : path_(path) {
 }
 
 void Gguf::read_other_parts() {
-  const int64_t count = integer(kSplitCount), number = integer(kSplitNumber) + 1;
+  const int64_t count = integer(kSplitCount), own_index = integer(kSplitNumber);
+  BBB_CHECK(own_index >= 0 && own_index < count, path_, ": ", kSplitNumber, " is ", own_index,
+            ", but the split GGUF has ", count, " parts, from 0 on");
+  const int64_t number = own_index + 1;
   const std::string part = cat(path_, ": part ", number, " of ", count);
-  BBB_CHECK(number >= 1 && number <= count, part, " of a split GGUF: there is no such part");
   const auto of_count = [&](int64_t i) {
     char text[64];
     std::snprintf(text, sizeof text, "-%05lld-of-%05lld", static_cast<long long>(i),

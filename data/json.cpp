@@ -17,6 +17,21 @@ namespace {
 constexpr std::pair<std::string_view, double> kLiterals[] = {
     {"NaN", NAN}, {"Infinity", INFINITY}, {"-Infinity", -INFINITY}};
 
+// Whether a value can begin here.
+bool can_begin(std::string_view text, size_t at) {
+  return at == 0 || std::string_view(" \t\r\n:,[").find(text[at - 1]) != std::string_view::npos;
+}
+
+// Whether a literal stands where a value can, inside a string or not: words such as "isNaN" in a
+// vocabulary must not cost a copy of it.
+bool may_have_literals(std::string_view text) {
+  for (const auto& [literal, value] : kLiterals) {
+    for (size_t at = text.find(literal); at != text.npos; at = text.find(literal, at + 1))
+      if (can_begin(text, at)) return true;
+  }
+  return false;
+}
+
 // For each number of the text, in order: the literal that it stands for, if any.
 using Numbers = std::vector<std::optional<double>>;
 
@@ -32,9 +47,7 @@ Numbers replace_literals(std::string& text) {
       continue;
     }
     if (c == '"') in_string = !in_string;
-    const bool begins =
-        i == 0 || std::string_view(" \t\r\n:,[").find(text[i - 1]) != std::string::npos;
-    if (in_string || !begins) continue;
+    if (in_string || !can_begin(text, i)) continue;
     const std::string_view rest = std::string_view(text).substr(i);
     const auto* literal = std::find_if(std::begin(kLiterals), std::end(kLiterals),
                                        [&](const auto& l) { return rest.starts_with(l.first); });
@@ -56,7 +69,7 @@ Json parse(const char* begin, const char* end, const std::string& where) {
   const std::string_view view(begin, static_cast<size_t>(end - begin));
   std::string copy;
   Numbers numbers;
-  if (view.find("NaN") != view.npos || view.find("Infinity") != view.npos) {
+  if (may_have_literals(view)) {
     copy = view;
     numbers = replace_literals(copy);
     begin = copy.data();

@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "data/files.h"
 #include "data/pre_tokenizer.h"
 #include "quant/check.h"
 
@@ -67,10 +68,10 @@ void Normalizer::add(const json& spec, const std::string& source) {
     BBB_CHECK(!from.empty(), source,
               ": a Replace normalizer other than of a String is not supported");
     steps_.push_back([from, to = spec.at("content").get<std::string>()](std::string_view text) {
-      return replace_all(text, from, to);
+      return replaced(text, from, to);
     });
   } else {
-    throw Error(cat(source, ": the normalizer ", type, " is not supported"));
+    throw Error(cat(source, ": the normalizer ", printable(type), " is not supported"));
   }
 }
 

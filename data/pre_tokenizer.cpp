@@ -13,6 +13,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "data/files.h"
 #include "quant/check.h"
 
 namespace bbb::data {
@@ -60,7 +61,7 @@ std::vector<std::pair<std::string_view, bool>> utf8_runs(std::string_view text) 
   return runs;
 }
 
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
+std::string replaced(std::string_view text, std::string_view from, std::string_view to) {
   std::string out;
   for (size_t done = 0;;) {
     const size_t found = text.find(from, done);
@@ -73,9 +74,6 @@ std::string replace_all(std::string_view text, std::string_view from, std::strin
 
 namespace {
 
-constexpr std::string_view kWhiteSpace =
-    R"(\x{9}-\x{d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-
 // The pattern with \s and \S written out as Unicode's White_Space.
 std::string expand_white_space(const std::string& pattern, const std::string& source) {
   std::string out;
@@ -86,7 +84,7 @@ std::string expand_white_space(const std::string& pattern, const std::string& so
       const char escaped = pattern[++i];
       if (escaped == 's' || escaped == 'S') {
         BBB_CHECK(escaped == 's' || !in_class, source, ": \\S inside a class of the pattern ",
-                  pattern, " is not supported");
+                  printable(pattern), " is not supported");
         if (in_class) {
           out += kWhiteSpace;
         } else {
@@ -126,7 +124,7 @@ class Pattern {
     PCRE2_SIZE offset = 0;
     code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                               PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &offset, nullptr));
-    BBB_CHECK(code_ != nullptr, source, ": the pre-tokenizer's pattern ", text,
+    BBB_CHECK(code_ != nullptr, source, ": the pre-tokenizer's pattern ", printable(text),
               " does not compile: ", pcre2_message(error));
     pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // without a JIT the interpreter matches
   }
@@ -169,7 +167,7 @@ PreTokenizer::PreTokenizer(const json& spec, const std::string& source) {
 
 void PreTokenizer::add(const json& spec, const std::string& source) {
   const std::string type = spec.is_object() ? spec.value("type", "") : spec.dump();
-  BBB_CHECK(!byte_level_, source, ": the pre_tokenizer ", type,
+  BBB_CHECK(!byte_level_, source, ": the pre_tokenizer ", printable(type),
             " behind ByteLevel is not supported");
   if (type == "Sequence") {
     for (const json& step : spec.at("pretokenizers")) add(step, source);
@@ -193,7 +191,7 @@ void PreTokenizer::add(const json& spec, const std::string& source) {
   } else if (type == "Metaspace") {
     add_metaspace(spec, source);
   } else {
-    throw Error(cat(source, ": the pre_tokenizer ", type, " is not supported"));
+    throw Error(cat(source, ": the pre_tokenizer ", printable(type), " is not supported"));
   }
 }
 
@@ -217,11 +215,11 @@ void PreTokenizer::add_metaspace(const json& spec, const std::string& source) {
   const std::string scheme =
       spec.value("prepend_scheme", spec.value("add_prefix_space", true) ? "always" : "never");
   BBB_CHECK(scheme == "always" || scheme == "first" || scheme == "never", source,
-            ": Metaspace's prepend_scheme ", scheme, " is not supported");
+            ": Metaspace's prepend_scheme ", printable(scheme), " is not supported");
   BBB_CHECK(!replacement.empty(), source, ": Metaspace's replacement is empty");
   const bool is_split = spec.value("split", true);
   steps_.push_back([=](std::string_view word, bool is_first, Words* out) {
-    std::string& text = out->made->emplace_back(replace_all(word, " ", replacement));
+    std::string& text = out->made->emplace_back(replaced(word, " ", replacement));
     if (!text.starts_with(replacement) && (scheme == "always" || (scheme == "first" && is_first))) {
       text.insert(0, replacement);
     }

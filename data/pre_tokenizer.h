@@ -17,6 +17,12 @@ namespace bbb::data {
 extern const char* const kGpt2Pattern;
 extern const char* const kLlama3Pattern;
 
+// The characters of Unicode's White_Space.
+inline constexpr std::string_view kWhiteSpace =
+    "\t\n\v\f\r "
+    "\u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000";
+
 // The length of the valid UTF-8 character at the start of `text`, 0 where there is none.
 int64_t utf8_length(std::string_view text);
 // The runs of valid (true) and of invalid bytes that `text` consists of.
@@ -51,7 +57,7 @@ class PreTokenizer {
   bool byte_level_ = false;
 };
 
-// `text` with every `from`, which is not empty, replaced by `to`.
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to);
+// `text` with every `from`, which is not empty, written as `to`.
+std::string replaced(std::string_view text, std::string_view from, std::string_view to);
 
 }  // namespace bbb::data

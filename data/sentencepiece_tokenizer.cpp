@@ -12,6 +12,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "data/files.h"
 #include "data/tokenizer_parts.h"
 #include "quant/check.h"
 
@@ -85,7 +86,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     for (const AddedToken& token :
          settings.added_tokens([this](std::string_view name) { return find_piece(name); })) {
       BBB_CHECK(token.id < 2 * pieces() + 1024, where, ": the id ", token.id,
-                " of the added token ", token.content, " is out of range");
+                " of the added token ", printable(token.content), " is out of range");
       added[token.id] = token;
       size_ = std::max<int64_t>(size_, token.id + 1);
     }
@@ -157,7 +158,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     const auto status = processor->LoadFromSerializedProto(model);
     BBB_CHECK(status.ok(), where,
               ": tokenizer.model is not a sentencepiece model, and there is no ",
-              "tokenizer.json of BPE: ", status.ToString());
+              "tokenizer.json of BPE: ", printable(status.ToString()));
   }
   int32_t pieces() const { return processor_.GetPieceSize(); }
   std::optional<int32_t> find_piece(std::string_view text) const {

@@ -4,12 +4,14 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <unordered_map>
 
 #include "data/files.h"
 #include "data/json.h"
+#include "data/pre_tokenizer.h"
 #include "data/tokenizer_parts.h"
 #include "quant/check.h"
 
@@ -34,16 +36,8 @@ std::optional<std::string> token_text(const json& object, const char* key) {
 
 // The length in bytes of the white-space character at the start of `text`, 0 where there is none.
 size_t white_space_length(std::string_view text) {
-  static constexpr std::string_view kWide[] = {"\u0085", "\u00a0", "\u1680", "\u2000", "\u2001",
-                                               "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
-                                               "\u2007", "\u2008", "\u2009", "\u200a", "\u2028",
-                                               "\u2029", "\u202f", "\u205f", "\u3000"};
-  if (text.empty()) return 0;
-  if (text[0] == ' ' || (text[0] >= '\t' && text[0] <= '\r')) return 1;
-  for (const std::string_view wide : kWide) {
-    if (text.substr(0, wide.size()) == wide) return wide.size();
-  }
-  return 0;
+  const std::string_view character = text.substr(0, static_cast<size_t>(utf8_length(text)));
+  return kWhiteSpace.find(character) == std::string_view::npos ? 0 : character.size();
 }
 
 }  // namespace
@@ -78,8 +72,8 @@ AddedToken read_added_token(const json& object, int64_t id, const std::string& s
   token.normalized = object.value("normalized", !token.special);
   BBB_CHECK(id >= 0 && id < INT32_MAX && !token.content.empty(), source, ": the added token ", id,
             " has no text or an id out of range");
-  BBB_CHECK(!object.value("single_word", false), source, ": the added token ", token.content,
-            " has single_word, which is not supported");
+  BBB_CHECK(!object.value("single_word", false), source, ": the added token ",
+            printable(token.content), " has single_word, which is not supported");
   return token;
 }
 
@@ -143,9 +137,13 @@ TokenizerSettings read_settings(const TokenizerFiles& files, const json& root) {
   }
   const json decoder = config.value("added_tokens_decoder", json::object());
   const json listed = json_of(files, "added_tokens.json");
-  for (const auto& [id, token] : decoder.items()) {
-    add(read_added_token(token, std::strtoll(id.c_str(), nullptr, 10),
-                         files.source + "/tokenizer_config.json"));
+  for (const auto& [key, token] : decoder.items()) {
+    const std::string where = files.source + "/tokenizer_config.json";
+    int64_t id = 0;
+    const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), id);
+    BBB_CHECK(error == std::errc() && end == key.data() + key.size(), where,
+              ": added_tokens_decoder has the key '", printable(key), "', which is no id");
+    add(read_added_token(token, id, where));
   }
   for (const auto& [content, id] : listed.items()) {
     add(read_added_token({{"content", content}, {"special", is_named(content)}}, id.get<int64_t>(),
@@ -353,7 +351,7 @@ std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf) {
   } catch (const json::exception& error) {  // a token that is not UTF-8
     throw Error(cat(gguf.path(), ": the vocabulary is malformed: ", error.what()));
   }
-  throw Error(cat(gguf.path(), ": the tokenizer model ", model, " is not supported"));
+  throw Error(cat(gguf.path(), ": the tokenizer model ", printable(model), " is not supported"));
 }
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {

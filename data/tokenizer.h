@@ -1,10 +1,9 @@
 // Tokenizers: text to ids and back, equal to the reference implementations on every input.
 //
-//   BPE            tokenizer.json: byte-level, or of sentencepiece's kind (Metaspace, byte
-//   fallback);
+//   BPE            a tokenizer.json, byte-level or with Metaspace and byte fallback;
 //                  a GGUF's "gpt2" vocabulary
-//   sentencepiece  tokenizer.model where there is no tokenizer.json of BPE; a GGUF's "llama"
-//                  vocabulary
+//   sentencepiece  a tokenizer.model where no tokenizer.json holds BPE;
+//                  a GGUF's "llama" vocabulary
 //
 // A vocabulary may be smaller than the model's embedding: an id behind its last token has no text.
 #pragma once
@@ -71,6 +70,5 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path);
 // Of a GGUF without a pre-tokenizer's name, or with the name "default", a line on stderr says that
 // its text may be cut otherwise than its model expects.
 std::unique_ptr<Tokenizer> make_tokenizer(const Gguf& gguf);
-
 
 }  // namespace bbb::data

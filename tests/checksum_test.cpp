@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 
+#include "engine/cpu/thread_pool.h"
 #include "engine/rng.h"
 
 namespace bbb::tests {
@@ -46,6 +47,13 @@ TEST_CASE("checksum: piece by piece, whole, and beside others") {
     expected.push_back(data::checksum64(bytes.data(), size));
   }
   CHECK(data::checksums(parts) == expected);
+}
+
+TEST_CASE("checksum: no more threads than chunks") {
+  CHECK(engine::threads_for(0, kChecksumChunk) == 1);
+  CHECK(engine::threads_for(kChecksumChunk, kChecksumChunk) == 1);
+  CHECK(engine::threads_for(kChecksumChunk + 1, kChecksumChunk) <= 2);
+  CHECK(engine::threads_for(INT64_MAX, 1) == engine::ThreadPool(0).threads());
 }
 
 TEST_CASE("checksum: every byte and its place count") {

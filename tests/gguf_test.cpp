@@ -17,9 +17,7 @@ using tests::raw;
 
 namespace {
 
-std::string golden(const std::string& name) {
-  return tests::golden_folder() + "/" + name;
-}
+std::string golden(const std::string& name) { return tests::golden_folder() + "/" + name; }
 
 std::string from_hex(const std::string& hex) {
   std::string out;
@@ -169,6 +167,15 @@ TEST_CASE("gguf: parts of a set that do not fit together") {
   CHECK(data::Gguf(dir / "s-00001-of-00002.gguf").tensors().size() == 2);
   write(1, "a", 3);
   CHECK_THROWS_WITH(data::Gguf(dir / "s-00001-of-00002.gguf"), Contains("hold 2 tensors, not 3"));
+
+  for (const int64_t number : {int64_t{-1}, int64_t{2}, INT64_MAX}) {
+    GgufFile f;
+    f.pair("split.no", 11, raw(number));
+    f.integer("split.count", 2);
+    tests::write_plain(dir / "one.gguf", f.bytes());
+    CHECK_THROWS_WITH(data::Gguf(dir / "one.gguf"),
+                      Contains("split.no is " + std::to_string(number) + ","));
+  }
 }
 
 TEST_CASE("gguf: every truncation of a good file is refused") {

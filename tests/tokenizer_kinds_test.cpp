@@ -1,10 +1,12 @@
 // The kinds of tokenizer files that real checkpoints hold, against the ids of Python's `tokenizers`
 // and `sentencepiece` (scripts/make_tokenizer_kinds.py).
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
 
 #include "data/files.h"
 #include "data/tokenizer.h"
+#include "tests/model_files.h"
 #include "tests/support.h"
 #include "tools/cli.h"
 
@@ -57,6 +59,25 @@ std::string error_of(const std::string& model) {
     return error.what();
   }
   return "no error";
+}
+
+// A changed copy of a fixture. A GGUF is not known by its name.
+std::string changed(const TempDir& dir, const std::string& fixture, const std::string& from,
+                    const std::string& to) {
+  std::string bytes = data::read_file(kFixtures + fixture);
+  const size_t at = bytes.find(from);
+  REQUIRE(at != std::string::npos);
+  data::write_file_atomic(dir / "changed", bytes.replace(at, from.size(), to));
+  return dir / "changed";
+}
+
+// The code point in UTF-8's form, a surrogate too.
+std::string utf8(uint32_t point) {
+  const auto tail = [&](int shift) { return static_cast<char>(0x80 | (point >> shift & 0x3F)); };
+  if (point < 0x80) return {static_cast<char>(point)};
+  if (point < 0x800) return {static_cast<char>(0xC0 | point >> 6), tail(0)};
+  if (point < 0x10000) return {static_cast<char>(0xE0 | point >> 12), tail(6), tail(0)};
+  return {static_cast<char>(0xF0 | point >> 18), tail(12), tail(6), tail(0)};
 }
 
 // `tokenizer` exported, and loaded again.
@@ -117,6 +138,45 @@ TEST_CASE("a folder with tokenizer.model writes the prefix space where `legacy` 
   }
 }
 
+TEST_CASE("BOS by the post-processor's template, whatever else names a BOS", "[tokenizer]") {
+  const json start = {{"SpecialToken", {{"id", "<|im_start|>"}, {"type_id", 0}}}};
+  const json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}};
+  const auto load = [&](const json& single, const json& config) {
+    const TempDir dir;
+    json root = base_of("gpt2");
+    const json by_template = {{"type", "TemplateProcessing"}, {"single", single}};
+    root["post_processor"] = {{"type", "Sequence"},
+                              {"processors", {{{"type", "ByteLevel"}}, by_template}}};
+    write(dir / "tokenizer.json", root);
+    if (!config.is_null()) write(dir / "tokenizer_config.json", config);
+    return data::load_tokenizer(dir.path());
+  };
+  struct Case {
+    json single, config;
+    std::optional<int32_t> bos;
+    bool add_bos;
+  };
+  const Case cases[] = {
+      {{start, text}, nullptr, 1, true},
+      {{text, start}, nullptr, std::nullopt, false},
+      {{text}, nullptr, std::nullopt, false},
+      {{start, text}, {{"bos_token", "<|endoftext|>"}}, 1, true},
+      {{start, text}, {{"add_bos_token", true}}, 1, true},
+      {{start, text}, {{"add_bos_token", false}, {"bos_token", "<|endoftext|>"}}, 0, false},
+      {{text}, {{"add_bos_token", true}, {"bos_token", "<|endoftext|>"}}, 0, true},
+  };
+  for (const Case& c : cases) {
+    INFO(c.single << ", " << c.config);
+    const auto tokenizer = load(c.single, c.config);
+    CHECK(tokenizer->bos() == c.bos);
+    CHECK(tokenizer->add_bos() == c.add_bos);
+  }
+  json unknown = start;
+  unknown["SpecialToken"]["id"] = "<no\n>";
+  CHECK_THROWS_WITH(load({unknown, text}, nullptr),
+                    Catch::Contains("lacks the BOS token <no\\x0a>"));
+}
+
 TEST_CASE("tokenizer.json outranks a tokenizer.model beside it", "[tokenizer]") {
   const TempDir dir;
   write(dir / "tokenizer.json", base_of("gpt2"));
@@ -161,17 +221,55 @@ TEST_CASE("a GGUF's byte-level vocabulary is cut as its pre-tokenizer's name say
   }
 }
 
+TEST_CASE("deepseek-llm's classes hold the reference's code points", "[tokenizer]") {
+  // A letter, an "ideograph" and a sign, and the ranges that stay in one word with each; the bytes
+  // of such a word merge across the two.
+  const auto tokenizer = data::load_tokenizer(kFixtures + "pre-deepseek-llm.gguf");
+  const json& golden = goldens().at("pre").at("deepseek-llm").at("joined");
+  REQUIRE(golden.size() == 3);
+  for (const auto& [probe, ranges] : golden.items()) {
+    INFO("probe " << probe);
+    const Ids alone = tokenizer->encode(probe, SpecialText::AsText);
+    REQUIRE(alone.size() == 1);
+    std::vector<bool> expected(0x20000);
+    for (const json& range : ranges) {
+      for (size_t point = range[0]; point <= range[1]; ++point) expected[point] = true;
+    }
+    std::vector<bool> joined(expected.size());
+    for (uint32_t point = 0; point < joined.size(); ++point) {
+      joined[point] = tokenizer->encode(probe + utf8(point), SpecialText::AsText)[0] != alone[0];
+    }
+    CHECK(std::count(joined.begin(), joined.end(), true) > 30);
+    const auto wrong = std::mismatch(joined.begin(), joined.end(), expected.begin());
+    INFO("first wrong code point " << wrong.first - joined.begin());
+    CHECK(wrong.first == joined.end());
+  }
+}
+
+TEST_CASE("GGUFs whose pre-tokenizer's name is another one's, or begins a text with BOS",
+          "[tokenizer]") {
+  const TempDir dir;
+  const json& golden = goldens().at("pre").at("llama-bpe");
+  for (const std::string& name : {"llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"}) {
+    INFO(name);
+    const auto tokenizer = data::load_tokenizer(
+        changed(dir, "pre-llama-bpe.gguf", gguf_string("llama-bpe"), gguf_string(name)));
+    check_ids(*tokenizer, golden.at("texts"), golden.at("ids"));
+  }
+  for (const char* fixture : {"pre-llama-bpe.gguf", "pre-tekken.gguf", "pre-qwen2.gguf"}) {
+    INFO(fixture);
+    const auto tokenizer = data::load_tokenizer(
+        changed(dir, fixture, "tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id"));
+    CHECK(tokenizer->bos() == 0);
+    CHECK(tokenizer->add_bos() == (std::string(fixture) != "pre-qwen2.gguf"));
+  }
+}
+
 TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one text twice",
           "[tokenizer]") {
-  // A changed copy of a fixture: `from` and `to` are of one length.
   const TempDir dir;
   const auto changed = [&](const char* fixture, const std::string& from, const std::string& to) {
-    std::string bytes = data::read_file(kFixtures + fixture);
-    const size_t at = bytes.find(from);
-    REQUIRE(at != std::string::npos);
-    bytes.replace(at, from.size(), to);
-    data::write_file_atomic(dir / "changed", bytes);  // a GGUF is not known by its name
-    return dir / "changed";
+    return tests::changed(dir, fixture, from, to);
   };
   const auto unnamed =
       data::load_tokenizer(changed("pre-default.gguf", "tokenizer.ggml.pre", "tokenizer.ggml.xyz"));
@@ -182,6 +280,9 @@ TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one t
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "<unk>aaa")), Contains("no error"));
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "\x3c|end|\x3e\x20")),
              Contains("no error"));
+  const std::string model =
+      error_of(changed("pieces.gguf", gguf_string("llama"), gguf_string("no\nne")));
+  CHECK_THAT(model, Contains("model no\\x0ane is not supported"));
   // "he" is a piece of its own; "er" becomes another "he".
   CHECK_THAT(error_of(changed("pieces.gguf", std::string("\2\0\0\0\0\0\0\0er", 10),
                               std::string("\2\0\0\0\0\0\0\0he", 10))),

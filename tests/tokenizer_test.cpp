@@ -255,6 +255,41 @@ TEST_CASE("bad tokenizer files are one-line errors that name the cause", "[token
   CHECK_THAT(changed("/model/vocab/a", -7), Contains("-7"));
   CHECK_THAT(changed("/model/vocab", "text"), Contains("malformed"));
   CHECK_THAT(changed("/added_tokens/0/single_word", true), Contains("single_word"));
+  // Texts of the file's own stay in the line.
+  CHECK_THAT(changed("/pre_tokenizer", {{"type", "a\nb"}}), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/pre_tokenizer", {{"type", "Metaspace"}, {"prepend_scheme", "a\nb"}}),
+             Contains("a\\x0ab"));
+  for (const char* pattern : {"a\nb(", "a\nb[\\S]"}) {
+    CHECK_THAT(
+        changed("/pre_tokenizer",
+                {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}}),
+        Contains("a\\x0ab"));
+  }
+  CHECK_THAT(changed("/normalizer", {{"type", "a\nb"}}), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/decoder", {{"type", "a\nb"}}), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/model/type", "a\nb"), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/model/merges/0", "a\nb"), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/model/merges/0", {"a\nb", "c\nd"}), Contains("a\\x0ab and c\\x0ad"));
+  CHECK_THAT(changed("/model/vocab/a\nb", -1), Contains("a\\x0ab"));
+  CHECK_THAT(changed("/added_tokens/0", {{"id", 0}, {"content", "a\nb"}, {"single_word", true}}),
+             Contains("a\\x0ab"));
+
+  auto erased = good;
+  erased["normalizer"] = {{"type", "Replace"}, {"pattern", {{"String", "Q\n"}}}, {"content", ""}};
+  erased["added_tokens"].push_back({{"id", 600}, {"content", "Q\n"}, {"normalized", true}});
+  CHECK_THAT(error_of(erased.dump()), Contains("nothing of the added token Q\\x0a"));
+
+  data::write_file_atomic(dir / "tokenizer.json", good.dump());
+  for (const std::string key : {"x7", "7x", "", " 7", "99999999999999999999", "a\nb"}) {
+    data::write_file_atomic(
+        dir / "tokenizer_config.json",
+        nlohmann::json({{"added_tokens_decoder", {{key, {{"content", "x"}}}}}}).dump());
+    CHECK_THROWS_WITH(data::load_tokenizer(dir.path()),
+                      Contains("tokenizer_config.json: added_tokens_decoder has the key '" +
+                               data::printable(key) + "', which is no id"));
+  }
+  data::write_file_atomic(dir / "tokenizer_config.json", "{}");
+
   CHECK_THAT(error_of("{"), Contains("malformed"));
   CHECK_THAT(error_of("[]"), Contains("tokenizer.json"));
   const TempDir empty;

@@ -5,10 +5,17 @@
 namespace bbb::engine {
 namespace {
 thread_local bool inside_loop = false;
+
+int cores() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
+}  // namespace
+
+int threads_for(int64_t bytes, int64_t piece_bytes) {
+  const int64_t pieces = bytes / piece_bytes + (bytes % piece_bytes != 0);
+  return static_cast<int>(std::clamp<int64_t>(pieces, 1, cores()));
 }
 
 ThreadPool::ThreadPool(int threads) {
-  if (threads <= 0) threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  if (threads <= 0) threads = cores();
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
 }
 

@@ -16,6 +16,10 @@
 
 namespace bbb::engine {
 
+// The threads that a loop over `bytes` of memory is worth: one for each `piece_bytes` begun, at
+// least one, at most all cores.
+int threads_for(int64_t bytes, int64_t piece_bytes);
+
 class ThreadPool {
  public:
   using Range = std::function<void(int64_t begin, int64_t end)>;
