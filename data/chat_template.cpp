@@ -1,9 +1,9 @@
 #include "data/chat_template.h"
 
 #include <algorithm>
-#include <map>
-#include <set>
+#include <nlohmann/json.hpp>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "quant/check.h"
@@ -13,145 +13,100 @@ namespace bbb::data {
 namespace {
 
 constexpr std::string_view kSpaces = " \t\n\v\f\r";
-
-struct Token {
-  enum Kind { Word, Text, Sign } kind;  // Word: names and numbers
-  std::string text;
-  bool operator==(const Token& other) const { return kind == other.kind && text == other.text; }
-};
-using Tokens = std::vector<Token>;
+constexpr std::string_view kMarks = "\1\2\3\4\5";
+constexpr std::pair<const char*, const char*> kShown[] = {
+    {"\1", "{%"}, {"\2", "%}"}, {"\3", "{{"}, {"\4", "}}"}};
 
 bool is_word(char c) {
   return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
 }
 
-// One spelling for the same access: x['y'] is x.y, x.strip() is x|trim.
-Tokens one_spelling(const Tokens& tokens) {
-  Tokens out;
-  const auto starts = [&](size_t at, const Tokens& those) {
-    return tokens.size() - at >= those.size() &&
-           std::equal(those.begin(), those.end(), tokens.begin() + static_cast<ptrdiff_t>(at));
-  };
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const bool key = i > 0 && i + 2 < tokens.size() && tokens[i].text == "[" &&
-                     tokens[i].kind == Token::Sign && tokens[i - 1].text != "in" &&
-                     tokens[i + 1].kind == Token::Text && tokens[i + 2].text == "]" &&
-                     !tokens[i + 1].text.empty() &&
-                     std::all_of(tokens[i + 1].text.begin(), tokens[i + 1].text.end(), is_word);
-    if (key) {
-      out.push_back({Token::Sign, "."});
-      out.push_back({Token::Word, tokens[i + 1].text});
-      i += 2;
-    } else if (starts(i, {{Token::Sign, "."},
-                          {Token::Word, "strip"},
-                          {Token::Sign, "("},
-                          {Token::Sign, ")"}})) {
-      out.push_back({Token::Sign, "|"});
-      out.push_back({Token::Word, "trim"});
-      i += 3;
-    } else if (starts(i, {{Token::Word, "index0"}, {Token::Sign, "=="}, {Token::Word, "0"}})) {
-      out.push_back({Token::Word, "first"});
-      i += 2;
-    } else {
-      out.push_back(tokens[i]);
-    }
-  }
-  return out;
+void replace_all(std::string* text, std::string_view from, std::string_view to) {
+  for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size())
+    text->replace(at, from.size(), to);
 }
 
-// Whether `begin`, an opening parenthesis, is closed by the token in front of `end`.
-bool wrapped(const Tokens& tokens, size_t begin, size_t end) {
-  if (end - begin < 2 || !(tokens[begin] == Token{Token::Sign, "("})) return false;
-  int depth = 0;
-  for (size_t i = begin; i < end; ++i) {
-    if (tokens[i].kind != Token::Sign) continue;
-    depth += (tokens[i].text == "(") - (tokens[i].text == ")");
-    if (depth == 0) return i + 1 == end;
-  }
-  return false;
-}
+// Of a tag: words, signs, and strings between the bytes 5.
+using Tokens = std::vector<std::string>;
 
-std::string join(const Tokens& tokens, size_t begin, size_t end) {
-  while (wrapped(tokens, begin, end)) ++begin, --end;
-  static constexpr std::string_view kOperators[] = {"and", "or", "not", "in", "is", "if", "else"};
-  const auto spaced = [&](size_t i) {
-    return tokens[i].kind == Token::Word && std::ranges::count(kOperators, tokens[i].text) > 0;
-  };
+bool is_string(const std::string& token) { return token[0] == '\5'; }
+
+std::string join(const Tokens& tokens) {
   std::string out;
-  for (size_t i = begin; i < end; ++i) {
-    const bool words =
-        i > begin && tokens[i].kind != Token::Sign && tokens[i - 1].kind != Token::Sign;
-    if (i > begin && (words || spaced(i) || spaced(i - 1))) out += ' ';
-    std::string text = tokens[i].text;
-    if (tokens[i].kind == Token::Text) {
-      std::replace(text.begin(), text.end(), '\'', '\5');
-      text = "'" + text + "'";
-    }
-    out += text;
+  for (const std::string& token : tokens) {
+    const bool words = !out.empty() && (is_word(out.back()) || out.back() == '\5') &&
+                       (is_word(token[0]) || is_string(token));
+    out += (words ? " " : "") + token;
   }
   return out;
 }
 
 // A sum of strings as text with holes.
-std::string line(const Tokens& tokens, size_t begin) {
+std::string joined_output(const Tokens& tokens) {
   std::string out;
+  Tokens term;
   int depth = 0;
-  for (size_t i = begin, term = begin; i <= tokens.size(); ++i) {
-    const bool at_sign = i < tokens.size() && tokens[i].kind == Token::Sign;
-    const std::string sign = at_sign ? tokens[i].text : "";
-    depth +=
-        (sign == "(" || sign == "[" || sign == "{") - (sign == ")" || sign == "]" || sign == "}");
-    if (i < tokens.size() && (depth > 0 || (sign != "+" && sign != "~"))) continue;
-    const bool constant = i - term == 1 && tokens[term].kind == Token::Text;
-    out += constant ? tokens[term].text : "\3" + join(tokens, term, i) + "\4";
-    term = i + 1;
+  for (size_t i = 0; i <= tokens.size(); ++i) {
+    const std::string token = i < tokens.size() ? tokens[i] : "+";
+    depth += (token == "(" || token == "[" || token == "{") -
+             (token == ")" || token == "]" || token == "}");
+    if (i < tokens.size() && (depth > 0 || (token != "+" && token != "~"))) {
+      term.push_back(token);
+      continue;
+    }
+    const bool constant = term.size() == 1 && is_string(term[0]);
+    out += constant ? term[0].substr(1, term[0].size() - 2) : "\3" + join(term) + "\4";
+    term.clear();
   }
   return out;
 }
 
 class Reader {
  public:
-  explicit Reader(const std::string& source) : source_(source) {
-    BBB_CHECK(source.find_first_of("\1\2\3\4\5") == std::string::npos,
-              "the chat template holds control characters");
-    if (!source_.empty() && source_.back() == '\n') source_.pop_back();  // as Jinja does
-  }
+  explicit Reader(const std::string& source) : source_(source) {}
 
   std::string run() {
     bool line_start = true;
     while (at_ < source_.size()) {
       const size_t open = next_open();
       std::string text = source_.substr(at_, open - at_);
-      at_ = open;
-      if (open == source_.size()) return out_ + text;
+      if (open == source_.size()) {
+        out_ += text;
+        break;
+      }
       const char kind = source_[open + 1];
-      at_ += 2;
-      const char sign = at_ < source_.size() ? source_[at_] : '\0';
+      at_ = open + 2;
+      const char sign = take_sign();
       if (sign == '-') text.resize(text.find_last_not_of(kSpaces) + 1);
-      if (kind != '{' && sign != '-' && sign != '+') strip_indent(&text, line_start);
+      if (kind != '{' && sign == '\0') strip_indent(&text, line_start);
       out_ += text;
-      at_ += sign == '-' || sign == '+';
       const char end_sign = kind == '#' ? skip_comment() : read_tag(kind);
       line_start = skip_behind(end_sign, kind != '{');
     }
+    BBB_CHECK(loop_variable_.empty() || !names_message_, "it uses the names ", loop_variable_,
+              " and message");
     return out_;
   }
 
  private:
   size_t next_open() const {
-    size_t at = source_.find('{', at_);
-    while (at < source_.size() &&
-           (at + 1 == source_.size() ||
-            std::string_view("{%#").find(source_[at + 1]) == std::string::npos))
-      at = source_.find('{', at + 1);
-    return std::min(at, source_.size());
+    size_t at = at_;
+    while (
+        at + 1 < source_.size() &&
+        !(source_[at] == '{' && std::string_view("{%#").find(source_[at + 1]) != std::string::npos))
+      ++at;
+    return at + 1 < source_.size() ? at : source_.size();
+  }
+
+  char take_sign() {
+    const bool sign = at_ < source_.size() && (source_[at_] == '-' || source_[at_] == '+');
+    return sign ? source_[at_++] : '\0';
   }
 
   // lstrip_blocks: blanks between the start of a line and a block go.
   static void strip_indent(std::string* text, bool line_start) {
-    const size_t newline = text->rfind('\n');
-    if (newline == std::string::npos && !line_start) return;
-    const size_t begin = newline == std::string::npos ? 0 : newline + 1;
+    const size_t begin = text->rfind('\n') + 1;  // 0 where there is none
+    if (begin == 0 && !line_start) return;
     if (text->find_first_not_of(" \t", begin) == std::string::npos) text->resize(begin);
   }
 
@@ -164,127 +119,183 @@ class Reader {
     return at_ > begin && source_[at_ - 1] == '\n';
   }
 
+  // This and read_tag() return the sign in front of the end.
   char skip_comment() {
     const size_t close = source_.find("#}", at_);
-    BBB_CHECK(close != std::string::npos, "the chat template has a comment that does not end");
+    BBB_CHECK(close != std::string::npos, "a comment does not end");
+    at_ = close - 1;
+    const char sign = take_sign();
     at_ = close + 2;
-    const char sign = source_[close - 1];
-    return sign == '-' || sign == '+' ? sign : '\0';
+    return sign;
   }
 
-  // Writes the tag; returns the sign in front of its end.
   char read_tag(char kind) {
     const std::string_view close = kind == '{' ? "}}" : "%}";
     Tokens tokens;
-    int braces = 0;
-    while (at_ < source_.size()) {
-      const char c = source_[at_];
-      const bool sign = c == '-' || c == '+';
-      if (braces == 0 && source_.compare(at_ + sign, 2, close) == 0) {
-        at_ += 2 + sign;
-        write(kind, one_spelling(tokens));
-        return sign ? c : '\0';
-      }
+    for (int braces = 0; at_ < source_.size();) {
       const size_t begin = at_;
-      if (kSpaces.find(c) != std::string_view::npos) {
-        ++at_;
-      } else if (c == '\'' || c == '"') {
-        tokens.push_back({Token::Text, read_string()});
-      } else if (is_word(c)) {
-        while (at_ < source_.size() && is_word(source_[at_])) ++at_;
-        tokens.push_back({Token::Word, source_.substr(begin, at_ - begin)});
-      } else {
-        braces += (c == '{') - (c == '}');
-        const bool pair = at_ + 1 < source_.size() && source_[at_ + 1] == '=' &&
-                          std::string_view("=!<>").find(c) != std::string_view::npos;
-        at_ += 1 + pair;
-        tokens.push_back({Token::Sign, source_.substr(begin, at_ - begin)});
+      const char c = source_[at_], sign = take_sign();
+      if (braces == 0 && source_.compare(at_, 2, close) == 0) {
+        at_ += 2;
+        write(kind, tokens);
+        return sign;
       }
+      at_ = begin + 1;
+      if (kSpaces.find(c) != std::string_view::npos) continue;
+      if (c == '\'' || c == '"') {
+        tokens.push_back("\5" + read_string(c) + "\5");
+        continue;
+      }
+      while (is_word(c) && at_ < source_.size() && is_word(source_[at_])) ++at_;
+      if (std::string_view("=!<>").find(c) != std::string_view::npos)
+        at_ += source_.compare(at_, 1, "=") == 0;
+      braces += (c == '{') - (c == '}');
+      tokens.push_back(source_.substr(begin, at_ - begin));
+      use_one_spelling(&tokens);
     }
-    throw Error("the chat template has a tag that does not end");
+    throw Error("a tag does not end");
   }
 
-  std::string read_string() {
-    const char quote = source_[at_++];
+  std::string read_string(char quote) {
     std::string out;
-    for (; at_ < source_.size() && source_[at_] != quote; ++at_) {
-      if (source_[at_] == '\\' && at_ + 1 < source_.size()) {
-        static constexpr std::string_view kEscapes = "ntr\\'\"", kEscaped = "\n\t\r\\'\"";
-        if (source_[++at_] == '\n') continue;  // the string goes on in the next line
-        const size_t escape = kEscapes.find(source_[at_]);
-        BBB_CHECK(escape < kEscapes.size(), "the chat template has the escape \\", source_[at_],
-                  ", which is not supported");
-        out += kEscaped[escape];
-      } else {
-        out += source_[at_];
-      }
+    while (at_ < source_.size() && source_[at_] != quote) {
+      const char c = source_[at_++];
+      out += c == '\\' && at_ < source_.size() ? read_escape() : std::string(1, c);
     }
-    BBB_CHECK(at_ < source_.size(), "the chat template has a string that does not end");
+    BBB_CHECK(at_ < source_.size(), "a string does not end");
     ++at_;
     return out;
   }
 
-  void write(char kind, Tokens tokens) {
-    const bool sets = kind == '%' && tokens.size() > 3 && tokens[0].text == "set";
-    for (size_t i = sets && tokens[2].text == "=" ? 2 : 0; i < tokens.size(); ++i) {
-      const bool attribute = i > 0 && tokens[i - 1] == Token{Token::Sign, "."};
-      const auto name = names_.find(tokens[i].text);
-      if (tokens[i].kind == Token::Word && !attribute && name != names_.end())
-        tokens[i].text = name->second;
-    }
-    if (kind == '{') {
-      out_ += line(tokens, 0);
-      return;
-    }
-    if (tokens.size() == 4 && tokens[0].text == "for" && tokens[2].text == "in" &&
-        (tokens[3].text == "messages" || tokens[3].text == "rest")) {
-      names_[tokens[1].text] = "message";
-      tokens[1].text = "message";
-    }
-    if (!tokens.empty()) {
-      const std::string& word = tokens[0].text;
-      depth_ += (word == "if" || word == "for") - (word == "endif" || word == "endfor");
-    }
-    const auto equals = std::find(tokens.begin(), tokens.end(), Token{Token::Sign, "="});
-    if (!sets || equals == tokens.end()) {
-      const bool tests = tokens.size() > 1 && (tokens[0].text == "if" || tokens[0].text == "elif");
-      out_ += "\1" +
-              (tests ? tokens[0].text + " " + join(tokens, 1, tokens.size())
-                     : join(tokens, 0, tokens.size())) +
-              "\2";
-      return;
-    }
-    const size_t value = static_cast<size_t>(equals - tokens.begin()) + 1;
-    std::string name = join(tokens, 1, value - 1);
-    if (value == 3) {
-      const std::string what = join(tokens, value, tokens.size());
-      const bool again = !set_.insert(name).second;
-      if (what == "messages" && depth_ == 0 && !again) {
-        names_[name] = "messages";
-        return;
-      }
-      for (const auto& [from, to] : {std::pair{"messages[1:]", "rest"},
-                                     {"messages[0].content", "system"},
-                                     {"messages[0].content|trim", "system"},
-                                     {"message.content", "content"},
-                                     {"message.content|trim", "content"}}) {
-        if (what == from && (!again || name == to)) names_[name] = to;
-      }
-      if (name != "messages" && names_.contains(name)) name = names_[name];
-    }
-    out_ += "\1set " + name + "\2" + line(tokens, value) + "\1endset\2";
+  std::string read_escape() {
+    static constexpr std::string_view kEscapes = "ntrabfv\\'\"", kEscaped = "\n\t\r\a\b\f\v\\'\"";
+    const char name = source_[at_++];
+    if (name == '\n') return "";  // the string goes on in the next line
+    const size_t escape = kEscapes.find(name);
+    if (escape < kEscapes.size()) return {kEscaped[escape]};
+    const std::string digits = source_.substr(at_, name == 'x' ? 2 : name == 'u' ? 4 : 0);
+    const auto json =
+        nlohmann::json::parse(cat("\"\\u", name == 'x' ? "00" : "", digits, "\""), nullptr, false);
+    const std::string out = json.is_string() ? json.get<std::string>() : "";
+    BBB_CHECK(!out.empty() && kMarks.find(out[0]) == std::string::npos, "the escape \\", name,
+              digits, " in a string is not supported");
+    at_ += digits.size();
+    return out;
   }
 
-  std::string source_;
+  // x['y'] is x.y, x.strip() is x|trim, index0==0 is first.
+  static void use_one_spelling(Tokens* tokens) {
+    const auto ends = [&](size_t back, const char* token) {
+      return tokens->size() >= back && (*tokens)[tokens->size() - back] == token;
+    };
+    const auto replace = [&](size_t count, const Tokens& with) {
+      tokens->resize(tokens->size() - count);
+      tokens->insert(tokens->end(), with.begin(), with.end());
+    };
+    const size_t size = tokens->size();
+    if (ends(4, ".") && ends(3, "strip") && ends(2, "(") && ends(1, ")")) {
+      replace(4, {"|", "trim"});
+    } else if (ends(3, "index0") && ends(2, "==") && ends(1, "0")) {
+      replace(3, {"first"});
+    } else if (size > 3 && ends(3, "[") && ends(1, "]")) {
+      const std::string object = (*tokens)[size - 4], key = (*tokens)[size - 2];
+      const bool indexes = (is_word(object[0]) && object != "in") || object == "]";
+      if (indexes && is_string(key) && key.size() > 2 &&
+          std::all_of(key.begin() + 1, key.end() - 1, is_word))
+        replace(3, {".", key.substr(1, key.size() - 2)});
+    }
+  }
+
+  void write(char kind, Tokens tokens) {
+    if (loop_variable_.empty() && tokens.size() == 4 && tokens[0] == "for" &&
+        tokens[3] == "messages" && tokens[1] != "message")
+      loop_variable_ = tokens[1];
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      if (i > 0 && tokens[i - 1] == ".") continue;
+      names_message_ = names_message_ || tokens[i] == "message";
+      if (tokens[i] == loop_variable_) tokens[i] = "message";
+    }
+    const std::string word = tokens.empty() ? "" : tokens[0];
+    BBB_CHECK(kind == '{' || word != "raw", "the statement raw is not supported");
+    if (kind == '{') out_ += joined_output(tokens);
+    // A generation block only marks what an assistant wrote.
+    if (kind == '%' && word != "generation" && word != "endgeneration")
+      out_ += "\1" + join(tokens) + "\2";
+  }
+
+  const std::string& source_;
   size_t at_ = 0;
   std::string out_;
-  std::map<std::string, std::string> names_;  // what a template calls a thing, and its name here
-  int depth_ = 0;                             // of if and for
-  std::set<std::string> set_;                 // names that have been set
+  std::string loop_variable_;   // of the first loop over messages, unless it is "message"
+  bool names_message_ = false;  // the template has something else of this name
 };
+
+// Writes {% %} {{ }}, and ' inside them, as canonical templates have them.
+std::string marked(std::string text) {
+  for (const auto& [mark, shown] : kShown) replace_all(&text, shown, mark);
+  bool tag = false;
+  for (char& c : text) {
+    tag = c == '\1' || c == '\3' || (tag && c != '\2' && c != '\4');
+    if (tag && c == '\'') c = '\5';
+  }
+  return text;
+}
+
+// Where the body that begins at `at` ends: at the else, elif, endif or endfor of its statement.
+size_t branch_end(std::string_view text, size_t at) {
+  int depth = 0;
+  for (at = text.find('\1', at); at != std::string_view::npos; at = text.find('\1', at + 1)) {
+    const auto end = std::find_if_not(text.begin() + at + 1, text.end(), is_word);
+    const std::string_view word(text.begin() + at + 1, end);
+    const bool ends = word == "endif" || word == "endfor";
+    if (depth == 0 && (ends || word == "else" || word == "elif")) return at;
+    depth += (word == "if" || word == "for") - ends;
+  }
+  return text.size();
+}
 
 }  // namespace
 
-std::string canonical_template(const std::string& jinja) { return Reader(jinja).run(); }
+std::string canonical_template(std::string jinja) {
+  BBB_CHECK(jinja.find_first_of(kMarks) == std::string::npos, "it holds control characters");
+  replace_all(&jinja, "\r\n", "\n");
+  replace_all(&jinja, "\r", "\n");
+  if (jinja.ends_with('\n')) jinja.pop_back();  // as Jinja does
+  return Reader(jinja).run();
+}
+
+std::string shown_template(std::string canonical) {
+  for (const auto& [mark, shown] : kShown) replace_all(&canonical, mark, shown);
+  replace_all(&canonical, "\5", "'");
+  return canonical;
+}
+
+std::optional<WildcardTexts> match_template(const std::string& pattern,
+                                            const std::string& canonical, size_t* reached) {
+  const std::string want = marked(pattern);
+  WildcardTexts texts;
+  size_t& at = *reached = 0;
+  for (size_t i = 0; i < want.size();) {
+    if (want.compare(i, 4, "{..}") == 0) {
+      at = branch_end(canonical, at);
+      i += 4;
+    } else if (want[i] == '{') {
+      const size_t limit = std::min(canonical.find_first_of(kMarks, at), canonical.size());
+      const std::string found = canonical.substr(at, limit - at);
+      const std::string behind = want.substr(i + 3, want.find_first_of(kMarks, i) - i - 3);
+      if (!found.ends_with(behind)) return {};
+      at = limit - behind.size();
+      texts.at(static_cast<size_t>(want[i + 1] - '0')) =
+          found.substr(0, found.size() - behind.size());
+      i += 3;
+    } else if (at == canonical.size() || canonical[at] != want[i]) {
+      return {};
+    } else {
+      ++at, ++i;
+    }
+  }
+  if (at != canonical.size()) return {};
+  return texts;
+}
 
 }  // namespace bbb::data

@@ -1,28 +1,39 @@
-// A chat template's Jinja in one canonical spelling, in which equal templates look equal.
+// A chat template's Jinja in one canonical spelling, and patterns that a whole template must match.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <string>
 
 namespace bbb::data {
 
-// Comments, quotes, white space inside tags and white-space control (trim_blocks and lstrip_blocks,
-// as Hugging Face sets them) are resolved; an output's constants become plain text:
+// Equal templates look equal. Comments, quotes, white space inside tags and white-space control
+// (trim_blocks and lstrip_blocks, as Hugging Face sets them) are resolved, all line ends are \n,
+// and the strings that an output joins become plain text:
 //
 //   {{ 'a' + x.b }}, {{ "a" ~ x['b'] }}        a{{x.b}}
-//   {% set x = 'a' + y %}                      {%set x%}a{{y}}{%endset%}
 //   x.strip(), loop.index0 == 0                x|trim, loop.first
 //   for m in messages                          for message in messages
-//   names set to messages[1:], messages[0]['content'], message['content']
-//                                              rest, system, content
 //
-// {% %} are written as the bytes 1 and 2, {{ }} as 3 and 4, a quote inside a tag's string as 5, so
-// that no text looks like a tag. Throws Error on templates that hold these bytes and on tags that
-// do not end.
-std::string canonical_template(const std::string& jinja);
+// {% %} are written as the bytes 1 and 2, {{ }} as 3 and 4, the quotes of a string inside a tag as
+// 5, so that no text looks like a tag. Throws Error, saying what, on templates that hold these
+// bytes, on tags that do not end, and on escapes that Jinja does not know.
+std::string canonical_template(std::string jinja);
 
-// The canonical template without what cannot matter for messages of system, user and assistant
-// whose contents are text: branches for tools, aliases, detours. Throws as above, and on templates
-// of over 500 statements.
-std::string plain_template(const std::string& jinja);
+// A canonical template for readers: with {% %} {{ }} and '.
+std::string shown_template(std::string canonical);
+
+// The texts that the wildcards {0} .. {9} stand for.
+using WildcardTexts = std::array<std::string, 10>;
+
+// Matches the whole of a canonical template with a pattern, which is written as canonical templates
+// are shown, with two kinds of wildcard:
+//
+//   {0} .. {9}   any text, up to the next tag or end of string but for what follows in the pattern
+//   {..}         the body of a branch, in which each if and for has its end
+//
+// `reached` becomes the number of bytes that match.
+std::optional<WildcardTexts> match_template(const std::string& pattern,
+                                            const std::string& canonical, size_t* reached);
 
 }  // namespace bbb::data

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "data/files.h"
 #include "tests/support.h"
@@ -43,7 +44,11 @@ TEST_CASE("chats of real templates are transformers' text and ids", "[chat_forma
   std::map<std::string, data::ChatFormat> formats;
   data::ChatContext now = context();
   now.now = golden.at("now");
-  int texts = 0, refused_alone = 0;
+  // DeepSeek R1 puts the last system prompt in front, wherever it stands.
+  const auto refused_here = [](const std::string& name, int chat) {
+    return name == "deepseek-r1-distill" && (chat == 10 || chat == 11);
+  };
+  int texts = 0;
   for (const json& one : golden.at("cases")) {
     const std::string name = one.at("template");
     if (!formats.contains(name)) formats.emplace(name, real_format(name));
@@ -52,48 +57,38 @@ TEST_CASE("chats of real templates are transformers' text and ids", "[chat_forma
       messages.push_back({message.at("role"), message.at("content")});
     const auto generation = one.at("prompt") ? GenerationPrompt::Add : GenerationPrompt::None;
     INFO(one.dump());
+    const auto text = [&] { return formats.at(name).render(messages, generation, now); };
     if (one.contains("error")) {
-      CHECK_THROWS_WITH(formats.at(name).render(messages, generation, now),
-                        Contains(one.at("error").get<std::string>()));
+      CHECK_THROWS_WITH(text(), Contains(one.at("error").get<std::string>()));
       continue;
     }
-    std::string text;
-    try {
-      text = formats.at(name).render(messages, generation, now);
-    } catch (const Error& error) {  // what the template would drop without a word
-      CHECK_THAT(error.what(), Contains("would drop message"));
-      ++refused_alone;
+    if (refused_here(name, one.at("chat"))) {
+      CHECK_THROWS_WITH(text(), Contains("has no place in the chat template"));
       continue;
     }
     ++texts;
-    CHECK(text == one.at("text").get<std::string>());
+    CHECK(text() == one.at("text").get<std::string>());
     if (one.contains("ids"))
-      CHECK(tokenizer->encode(text, data::SpecialText::Parse) ==
+      CHECK(tokenizer->encode(text(), data::SpecialText::Parse) ==
             one.at("ids").get<std::vector<int32_t>>());
   }
-  CHECK(texts > 350);
-  CHECK(refused_alone < 10);
+  CHECK(texts > 430);
 }
 
-TEST_CASE("each template's family is known", "[chat_format]") {
-  for (const auto& [name, family] :
-       std::map<std::string, std::string>{{"smollm", "ChatML"},
-                                          {"smollm2", "ChatML"},
-                                          {"hermes-3", "ChatML"},
-                                          {"llama-2", "Llama-2"},
-                                          {"llama-3", "Llama-3"},
-                                          {"llama-3.1", "Llama-3"},
-                                          {"llama-3.2", "Llama-3"},
-                                          {"mistral-v1", "Mistral"},
-                                          {"mistral-v1-old", "Mistral"},
-                                          {"mistral-v3", "Mistral"},
-                                          {"mistral-v7", "Mistral"},
-                                          {"mistral-nemo", "Mistral"},
-                                          {"zephyr", "Zephyr"},
-                                          {"deepseek-llm", "DeepSeek"},
-                                          {"deepseek-coder", "DeepSeek"}}) {
-    INFO(name);
-    CHECK(real_format(name).family() == family);
+TEST_CASE("line ends of a chat template do not matter", "[chat_format]") {
+  const json golden = json::parse(data::read_file(kFolder + "goldens.json"));
+  std::set<std::string> names;
+  for (const json& one : golden.at("cases")) names.insert(one.at("template").get<std::string>());
+  CHECK(names.size() >= 19);
+  const std::vector<ChatMessage> chat = {{"user", "a"}, {"assistant", "b"}, {"user", "c"}};
+  for (const std::string& name : names) {
+    const std::string jinja = data::read_file(kFolder + name + ".jinja");
+    for (const std::string end : {"\r\n", "\r"}) {
+      std::string other;
+      for (const char c : jinja) other += c == '\n' ? end : std::string(1, c);
+      INFO(name);
+      CHECK(render(other, chat) == render(jinja, chat));
+    }
   }
 }
 
@@ -109,6 +104,12 @@ TEST_CASE("details of a chat format are read from its template", "[chat_format]"
         "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n");
   CHECK(render("{{ bos_token }}" + chatml, hi) ==
         "<s><|im_start|>user\n Hi <|im_end|><|im_start|>assistant\n");
+  // Strings as Python reads them; a value of any other name in place of the loop's variable.
+  const std::string prompt = "<|im_start|>system\nA B \u00e9 \u65e5'\\<|im_end|>\n";
+  CHECK(render(changed(data::read_file(kFolder + "smollm2.jinja"),
+                       "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+                       R"(\x41 \u0042 \xe9 \u65e5\'\\)"),
+               hi) == prompt + "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n");
   const std::string zephyr =
       "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}"
       "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
@@ -124,8 +125,8 @@ TEST_CASE("details of a chat format are read from its template", "[chat_format]"
 TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
   const std::string smollm = data::read_file(kFolder + "smollm.jinja");
   CHECK_NOTHROW(data::ChatFormat(smollm));
-  for (const std::string& unknown : {
-           std::string(),
+  for (const std::string& unknown : std::vector<std::string>{
+           "",
            std::string("{{ messages[0]['content'] }}"),
            changed(smollm, "message['content']", "message['content'] | upper"),
            changed(smollm, "message['content']", "message['content'][1:]"),
@@ -147,15 +148,44 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
                    "{% if message['role'] == 'user' %}{% set content = message['content'] %}"
                    "{% endif %}{{ content + '<|im_start|>'"),
            "{% set add_generation_prompt = 'always' %}" + smollm,
+           // Order and number of texts in and behind the loop.
+           changed(smollm, "{% endfor %}",
+                   "{% if loop.last and add_generation_prompt %}G{% endif %}{% endfor %}"),
+           changed(data::read_file(kFolder + "zephyr.jinja"), "{% endfor %}", "{% endfor %}E"),
+           "{% if messages[0].role != 'system' %}D{% endif %}" +
+               data::read_file(kFolder + "smollm2.jinja"),
+           changed(data::read_file(kFolder + "smollm2.jinja"), "{{'<|im_start|>'",
+                   "{% if loop.first %}F{% endif %}{{'<|im_start|>'"),
+           // Two names for the system prompt, one of them trimmed.
+           changed(data::read_file(kFolder + "mistral-v1.jinja"),
+                   "{%- set system_message = messages[0]['content'] %}",
+                   "{%- set system_message = messages[0]['content'] %}"
+                   "{%- set b = messages[0]['content'] | trim %}"),
+           std::string("{% set message = 'x' %}{% for m in messages %}{{ '<|im_start|>' + "
+                       "m['role'] + '\\n' + "
+                       "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"),
+           // The system prompt "is defined" is not "is not false".
+           changed(data::read_file(kFolder + "llama-2.jinja"), "system_message != false",
+                   "system_message is defined"),
+           changed(data::read_file(kFolder + "mistral-v1.jinja"), "system_message is defined",
+                   "system_message != false"),
+           // A branch without tools that is not one.
+           changed(data::read_file(kFolder + "mistral-v3.jinja"), "{%- if tools is not none and",
+                   "{%- if tools is none and"),
+           changed(data::read_file(kFolder + "llama-3.1.jinja"), "{%- set tools = none %}",
+                   "{%- set tools = [1] %}"),
            // Vicuna's marks, in a known shape.
            std::string("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
                        "{% endfor %}"),
        }) {
     INFO(unknown);
-    CHECK_THROWS_WITH(data::ChatFormat(unknown), Contains("--prompt TEXT --special"));
+    CHECK_THROWS_WITH(data::ChatFormat(unknown), Contains("it differs from ") || Contains("names"));
   }
+  CHECK_THROWS_WITH(data::ChatFormat(changed(smollm, "message['content']", "message['text']")),
+                    Contains("ChatML at 'text}}<|im_end|>"));
   for (const char* broken : {"{{", "{% if %}", "{# open", "{{ 'open }}", "{% for x %}",
-                             "{{ '\\x41' }}", "\1if DEAD\2", "{% endfor %}"}) {
+                             "{{ '\\x4' }}", "{{ '\\ud800' }}", "{{ '\\q' }}",
+                             "{% raw %}x{% endraw %}", "\1if DEAD\2", "{% endfor %}"}) {
     INFO(broken);
     CHECK_THROWS_AS(data::ChatFormat(broken), Error);
   }
@@ -174,9 +204,23 @@ TEST_CASE("messages that a format cannot carry are refused", "[chat_format]") {
   CHECK_THROWS_WITH(render_these({{"system", "s"}, {"user", "u"}}), Contains("must alternate"));
   CHECK_THROWS_WITH(render_these({{"tool", "t"}}), Contains("'tool'"));
   CHECK_THROWS_WITH(render_these({}), Contains("a chat needs a message"));
-  CHECK_THROWS_WITH(
-      data::render_chat(*data::load_tokenizer("synthetic:smollm2-135m"), {{"user", "Hi"}}),
-      Contains("--prompt TEXT --special"));
+}
+
+TEST_CASE("a refused template names the model and what to do", "[chat_format]") {
+  const TempDir folder;
+  const std::string path = folder.path();
+  for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
+    data::write_file_atomic(path + "/" + file, data::read_file(kFolder + file));
+  const std::vector<ChatMessage> hi = {{"user", "Hi"}};
+  const std::string advice = "bbb decode --prompt TEXT --special";
+  CHECK_THROWS_WITH(data::render_chat(*data::load_tokenizer(path), hi, path),
+                    Contains(path) && Contains(advice) && Contains("has no chat template"));
+  for (const auto& [jinja, what] : std::map<std::string, std::string>{
+           {"{{ messages[0]['text'] }}", "{{messages[0].text}}"}, {"{{ '\\q' }}", "escape \\q"}}) {
+    data::write_file_atomic(path + "/chat_template.jinja", jinja);
+    CHECK_THROWS_WITH(data::render_chat(*data::load_tokenizer(path), hi, path),
+                      Contains(path) && Contains(advice) && Contains(what));
+  }
 }
 
 TEST_CASE("messages files are checked", "[chat_format]") {
