@@ -250,7 +250,7 @@ TEST_CASE("GGUFs whose pre-tokenizer's name is another one's, or begins a text w
           "[tokenizer]") {
   const TempDir dir;
   const json& golden = goldens().at("pre").at("llama-bpe");
-  for (const std::string& name : {"llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"}) {
+  for (const std::string name : {"llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"}) {
     INFO(name);
     const auto tokenizer = data::load_tokenizer(
         changed(dir, "pre-llama-bpe.gguf", gguf_string("llama-bpe"), gguf_string(name)));
