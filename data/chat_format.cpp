@@ -110,7 +110,9 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
     std::tm now{};
     localtime_r(&context.now, &now);
     char text[256];
-    date.assign(text, std::strftime(text, sizeof(text), date.c_str(), &now));
+    const size_t size = std::strftime(text, sizeof(text), date.c_str(), &now);
+    BBB_CHECK(size > 0, "the chat template's date format '", printable(date), "' gives no date");
+    date.assign(text, size);
   }
 
   const bool own_turn = known_->system_in == SystemIn::OwnTurn;

@@ -228,8 +228,8 @@ std::vector<KnownChat> make_known_chats() {
   add("{%for message in messages%}"
       "{%if message.role=='user'%}<|user|>\n{{message.content}}{{eos_token}}{1}"
       "{%elif message.role=='system'%}<|system|>\n{{message.content}}{{eos_token}}{2}"
-      "{%elif "
-      "message.role=='assistant'%}<|assistant|>\n{{message.content}}{{eos_token}}{3}{%endif%}"
+      "{%elif message.role=='assistant'%}<|assistant|>\n{{message.content}}{{eos_token}}{3}"
+      "{%endif%}"
       "{%if loop.last and add_generation_prompt%}<|assistant|>{4}{%endif%}{%endfor%}");
   chat = {
       .name = "Zephyr", .turn = "<|{role}|>\n{content}{eos}{1}", .generation = "<|assistant|>{2}"};
@@ -287,9 +287,8 @@ std::vector<KnownChat> make_known_chats() {
       "{..}{%else%}{%set content=message.content%}{%if '</think>' in content%}"
       "{%set content=content.split('</think>')[-1]%}{%endif%}<｜Assistant｜>{{content}}"
       "<｜end▁of▁sentence｜>{%endif%}{%endif%}{%if message.role=='tool'%}{..}{%endif%}{%endfor%}"
-      "{%if ns.is_tool%}{..}{%endif%}{%if add_generation_prompt and not "
-      "ns.is_tool%}<｜Assistant｜>{1}"
-      "{%endif%}");
+      "{%if ns.is_tool%}{..}{%endif%}"
+      "{%if add_generation_prompt and not ns.is_tool%}<｜Assistant｜>{1}{%endif%}");
   return all;
 }
 
