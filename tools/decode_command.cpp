@@ -234,7 +234,7 @@ std::vector<int32_t> prompt_ids(const CommandLine& line, const data::Tokenizer& 
   if (line.has("prompt"))
     return tokenizer.encode(line.text("prompt"), line.has("special") ? data::SpecialText::Parse
                                                                      : data::SpecialText::AsText);
-  return tokenizer.encode(data::render_chat(tokenizer, chat_messages(line)),
+  return tokenizer.encode(data::render_chat(tokenizer, chat_messages(line), line.required("model")),
                           data::SpecialText::Parse);
 }
 

@@ -23,7 +23,7 @@ int tokenize_command(const Arguments& arguments) {
   std::string text = data::read_file(line.required("text-file"));
   const auto tokenizer = data::load_tokenizer(model);
   const bool is_chat = line.has("chat");
-  if (is_chat) text = data::render_chat(*tokenizer, {{"user", text}});
+  if (is_chat) text = data::render_chat(*tokenizer, {{"user", text}}, model);
   const auto special =
       is_chat || line.has("special") ? data::SpecialText::Parse : data::SpecialText::AsText;
 
