@@ -280,9 +280,10 @@ TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one t
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "<unk>aaa")), Contains("no error"));
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "\x3c|end|\x3e\x20")),
              Contains("no error"));
-  const std::string model =
-      error_of(changed("pieces.gguf", gguf_string("llama"), gguf_string("no\nne")));
-  CHECK_THAT(model, Contains("model no\\x0ane is not supported"));
+  const std::string model = std::string("tokenizer.ggml.model\x8\0\0\0", 24);  // and a string
+  CHECK_THAT(
+      error_of(changed("pieces.gguf", model + gguf_string("llama"), model + gguf_string("no\nne"))),
+      Contains("model no\\x0ane is not supported"));
   // "he" is a piece of its own; "er" becomes another "he".
   CHECK_THAT(error_of(changed("pieces.gguf", std::string("\2\0\0\0\0\0\0\0er", 10),
                               std::string("\2\0\0\0\0\0\0\0he", 10))),

@@ -63,6 +63,7 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
+  source.check_finite();
   const std::vector<int32_t> tokens =
       data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
   train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
@@ -123,7 +124,6 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
-  source.check_finite();
   // What cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
