@@ -27,7 +27,8 @@ void* Chunks::take(int64_t bytes) {
   const int64_t rest = place->second.bytes - bytes;
   place->second.bytes = bytes;
   if (rest > 0)
-    set_free(chunks_.emplace_hint(std::next(place), place->first + bytes, Chunk{rest, false, false}));
+    set_free(
+        chunks_.emplace_hint(std::next(place), place->first + bytes, Chunk{rest, false, false}));
   return place->first;
 }
 

@@ -28,6 +28,10 @@ uint64_t of(const std::vector<uint8_t>& bytes) {
 TEST_CASE("checksum: written records keep their meaning") {
   CHECK(data::hex(data::checksum64("")) == "2d06800538d394c2");  // XXH3's own, of nothing
   CHECK(data::hex(0x1f) == "000000000000001f");
+  // Two chunks and a rest, by another implementation of XXH3.
+  std::vector<uint8_t> bytes(static_cast<size_t>(2 * kChecksumChunk + 5));
+  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 31 + (i >> 8));
+  CHECK(data::hex(of(bytes)) == "f1e6d0951bb883f7");
 }
 
 TEST_CASE("checksum: piece by piece, whole, and beside others") {

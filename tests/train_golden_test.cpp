@@ -1,5 +1,6 @@
 // The losses of a run of blocks against an independent reading of the method in F64
-// (scripts/make_train_goldens.py).
+// (scripts/make_train_goldens.py). Sharp in F32 on the CPU. Rounding to bf16 moves these losses by
+// 5 to 17 %, so that on a GPU only gross errors fail.
 #include <catch2/catch.hpp>
 #include <cmath>
 
