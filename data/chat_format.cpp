@@ -6,6 +6,7 @@
 #include "data/chat_known.h"
 #include "data/files.h"
 #include "data/json.h"
+#include "data/pre_tokenizer.h"
 #include "quant/check.h"
 
 namespace bbb::data {
@@ -23,22 +24,22 @@ const std::string kBos = "\3bos_token\4";
 
 using Values = std::map<std::string, std::string>;
 
-// Without the white space at both ends, as Python sees it.
+// Without the white space at both ends. Python counts four control characters as white space, too.
 std::string trimmed(std::string_view text) {
-  static constexpr std::string_view kSpaces[] = {
-      " ",      "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",
-      "\x1e",   "\x1f",   "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
-      "\u2003", "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
-      "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
-  for (bool more = true; more;) {
-    more = false;
-    for (const std::string_view space : kSpaces) {
-      const bool front = text.starts_with(space), back = !front && text.ends_with(space);
-      if (front) text.remove_prefix(space.size());
-      if (back) text.remove_suffix(space.size());
-      more = more || front || back;
-    }
-  }
+  static const std::string spaces = std::string(kWhiteSpace) + "\x1c\x1d\x1e\x1f";
+  const auto is_space = [](std::string_view character) {
+    const size_t whole = static_cast<size_t>(utf8_length(character));  // 0: cut or malformed
+    return whole > 0 && whole == character.size() && spaces.find(character) != std::string::npos;
+  };
+  size_t size = 0;
+  while (is_space(text.substr(0, size = static_cast<size_t>(utf8_length(text)))))
+    text.remove_prefix(size);
+  const auto last = [&] {
+    size_t at = text.empty() ? 0 : text.size() - 1;
+    while (at > 0 && (static_cast<uint8_t>(text[at]) & 0xc0) == 0x80) --at;
+    return text.substr(at);
+  };
+  while (is_space(last())) text.remove_suffix(last().size());
   return std::string(text);
 }
 
