@@ -14,9 +14,9 @@
 #include "autograd/ops.h"
 #include "engine/cpu/memory.h"
 #include "engine/progress.h"
-#include "engine/rng.h"
 #include "train/block_times.h"
 #include "train/run_file.h"
+#include "train/sample_order.h"
 #include "train/saved_state.h"
 #include "train/step_probe.h"
 
@@ -526,15 +526,9 @@ class BlockPhase {
     backend_.advance(cursor_);
   }
 
-  // A permutation an epoch; the samples beyond the last whole batch are left out.
   void upload_order(int64_t layer, size_t t) {
-    engine::Rng rng(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t));
-    host_order_.clear();
-    for (int64_t epoch = 0; epoch < config_.epochs; ++epoch) {
-      const std::vector<int32_t> permutation = rng.permutation(config_.samples);
-      host_order_.insert(host_order_.end(), permutation.begin(),
-                         permutation.begin() + steps_per_epoch_ * config_.batch);
-    }
+    host_order_ = sample_order(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t),
+                               config_.samples, config_.batch, steps_per_stage(config_));
     backend_.upload(order_, host_order_.data());
     backend_.zero(cursor_);
   }

@@ -8,8 +8,8 @@
 
 #include "autograd/ops.h"
 #include "engine/progress.h"
-#include "engine/rng.h"
 #include "train/run_file.h"
+#include "train/sample_order.h"
 #include "train/saved_state.h"
 #include "train/step_probe.h"
 
@@ -225,16 +225,9 @@ class EndToEnd {
     backend_.upload(ids_, ids.data());
     backend_.upload(targets_, targets.data());
 
-    const int64_t steps_per_epoch = config_.samples / config_.e2e_batch;
-    std::vector<int32_t> order;
-    for (int64_t step = 0; step < config_.e2e_steps; step += steps_per_epoch) {
-      engine::Rng rng(
-          sub_seed(config_.seed, kOrderSeed, static_cast<uint64_t>(step / steps_per_epoch)));
-      const std::vector<int32_t> permutation = rng.permutation(config_.samples);
-      const int64_t steps = std::min(steps_per_epoch, config_.e2e_steps - step);
-      order.insert(order.end(), permutation.begin(),
-                   permutation.begin() + steps * config_.e2e_batch);
-    }
+    const std::vector<int32_t> order =
+        sample_order(sub_seed(config_.seed, kOrderSeed, 0), config_.samples, config_.e2e_batch,
+                     config_.e2e_steps);
     order_ = backend_.empty({static_cast<int64_t>(order.size())}, DType::I32);
     backend_.upload(order_, order.data());
     cursor_ = backend_.empty({1}, DType::I32);
