@@ -42,7 +42,7 @@ void ParameterSet::allocate() {
   backend_.upload(quantized_.tiles, tiles_.data());
 }
 
-QuantizedParameter ParameterSet::add_quantizer(const Parameter& parameter, engine::GridSpec spec,
+QuantizedParameter ParameterSet::add_quantizer(const Parameter& parameter, engine::WeightGrid spec,
                                                engine::Rounding rounding) {
   const Shape& shape = parameter.master.shape();
   BBB_ASSERT(parameters_[static_cast<size_t>(parameter.slot)].get() == &parameter);

@@ -54,7 +54,7 @@ class ParameterSet {
 
   // Puts a parameter (N, K) of this set behind the quantizer, after allocate(); prepare() then
   // fills what this returns. All of a set share group and rounding; bits may be kNoQuantizer.
-  QuantizedParameter add_quantizer(const Parameter& parameter, engine::GridSpec spec,
+  QuantizedParameter add_quantizer(const Parameter& parameter, engine::WeightGrid spec,
                                    engine::Rounding rounding);
   void set_bits(const Parameter& parameter, int bits);  // from the next quantize() or prepare() on
   // Quantizes masters that anything may have written.

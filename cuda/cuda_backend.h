@@ -28,7 +28,7 @@ using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
 using engine::FakeQuantWeights;
-using engine::GridSpec;
+using engine::WeightGrid;
 using engine::PackedWeight;
 using engine::Replay;
 using engine::Rotation;
@@ -147,11 +147,11 @@ class CudaBackend final : public engine::Backend {
   void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) override;
   void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) override;
   void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
-                         const Tensor& s, const GridSpec& spec) override;
+                         const Tensor& s, const WeightGrid& spec) override;
   void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
-                      const Tensor& z, const Tensor& sigma, const GridSpec& spec) override;
+                      const Tensor& z, const Tensor& sigma, const WeightGrid& spec) override;
   void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
-                               const Tensor& z, const GridSpec& spec, Write mode) override;
+                               const Tensor& z, const WeightGrid& spec, Write mode) override;
   void do_unpack(const Tensor& wq, const PackedWeight& w) override;
   void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                       const Tensor& addend) override;

@@ -447,7 +447,7 @@ const std::vector<uint16_t>& GemmPlanner::normals() {
 
 const std::vector<uint16_t>& GemmPlanner::levels() {
   if (!levels_.empty()) return levels_;
-  constexpr quant::GridSpec kSpec{.bits = 2, .group = 32};
+  constexpr quant::WeightGrid kSpec{.bits = 2, .group = 32};
   // S of these normals: their widest group is 7.2 wide, and 7.2 / 3 / 448 rounds up to 2^-7.
   const quant::GroupQuantizer quantizer(0x1p-7f, kSpec.bits);
   for (size_t begin = 0; begin < normals().size(); begin += kSpec.group) {

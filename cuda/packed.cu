@@ -11,14 +11,8 @@ static void check_aligned(const Tensor& t, const char* what) {
 }
 
 static quant::PackedView view_of(const PackedWeight& w) {
-  check_aligned(w.qweight, "qweight");
-  return {w.qweight.data<uint8_t>(),
-          w.scales.data<uint8_t>(),
-          w.zeros.data<uint8_t>(),
-          w.master_scale.data<float>(),
-          w.n,
-          w.k,
-          w.spec};
+  check_aligned(w[quant::StoredPart::Codes], "codes");
+  return w.view();
 }
 
 void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {

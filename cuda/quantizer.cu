@@ -24,14 +24,14 @@ void CudaBackend::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
 }
 
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
-                                    const Tensor& z, const Tensor& s, const GridSpec& spec) {
+                                    const Tensor& z, const Tensor& s, const WeightGrid& spec) {
   quant::launch_quantize_codes(stream_, codes.data<uint8_t>(), w.data<float>(), e.data<uint8_t>(),
                                z.data<uint8_t>(), s.data<float>(), w.numel(), spec);
 }
 
 void CudaBackend::do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
                                  const Tensor& codes, const Tensor& z, const Tensor& sigma,
-                                 const GridSpec& spec) {
+                                 const WeightGrid& spec) {
   quant::launch_scale_codes(stream_, bf16_of(wq), e.data<uint8_t>(), s.data<float>(),
                             codes.data<uint8_t>(), z.data<uint8_t>(), sigma.data<float>(),
                             codes.numel(), spec);
@@ -39,7 +39,7 @@ void CudaBackend::do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor
 
 void CudaBackend::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw,
                                           const Tensor& codes, const Tensor& z,
-                                          const GridSpec& spec, Write mode) {
+                                          const WeightGrid& spec, Write mode) {
   with_elements(dw, [&]<typename T>(T* gradient) {
     quant::launch_scale_codes_backward<T>(stream_, static_cast<T*>(dsigma.raw()), gradient,
                                           codes.data<uint8_t>(), z.data<uint8_t>(), codes.numel(),

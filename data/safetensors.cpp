@@ -21,23 +21,6 @@ namespace {
 
 using nlohmann::json;
 
-struct DTypeRow {
-  FileDType dtype;
-  const char* name;
-  int64_t bytes;
-};
-constexpr DTypeRow kDTypes[] = {
-    {FileDType::F64, "F64", 8},   {FileDType::F32, "F32", 4},         {FileDType::F16, "F16", 2},
-    {FileDType::BF16, "BF16", 2}, {FileDType::F8_E4M3, "F8_E4M3", 1}, {FileDType::I64, "I64", 8},
-    {FileDType::I32, "I32", 4},   {FileDType::I16, "I16", 2},         {FileDType::I8, "I8", 1},
-    {FileDType::U8, "U8", 1},     {FileDType::Bool, "BOOL", 1}};
-
-const DTypeRow& row_of(FileDType dtype) {
-  for (const DTypeRow& row : kDTypes)
-    if (row.dtype == dtype) return row;
-  BBB_ASSERT(false);
-}
-
 // The reference implementation's own bound on a header.
 constexpr uint64_t kLargestHeader = 100'000'000;
 
@@ -56,9 +39,11 @@ SafeTensor parse_entry(const json& entry, const uint8_t* data, int64_t data_byte
   const json& dtype = entry["dtype"];
   BBB_CHECK(dtype.is_string(), what, ": dtype is not a string");
   const std::string& dtype_name = dtype.get_ref<const std::string&>();
-  const DTypeRow* row = std::find_if(std::begin(kDTypes), std::end(kDTypes),
-                                     [&](const DTypeRow& r) { return dtype_name == r.name; });
-  BBB_CHECK(row != std::end(kDTypes), what, ": unsupported dtype '", printable(dtype_name), "'");
+  const quant::FileDTypeRow* row =
+      std::find_if(std::begin(quant::kFileDTypes), std::end(quant::kFileDTypes),
+                   [&](const quant::FileDTypeRow& r) { return dtype_name == r.name; });
+  BBB_CHECK(row != std::end(quant::kFileDTypes), what, ": unsupported dtype '",
+            printable(dtype_name), "'");
   t.dtype = row->dtype;
 
   const json& shape = entry["shape"];
@@ -128,9 +113,6 @@ std::string join(const std::string& directory, const std::string& name) {
 }
 
 }  // namespace
-
-int64_t size_bytes(FileDType dtype) { return row_of(dtype).bytes; }
-const char* name_of(FileDType dtype) { return row_of(dtype).name; }
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);

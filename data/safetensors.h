@@ -12,12 +12,13 @@
 
 #include "data/finite.h"
 #include "engine/tensor.h"
+#include "quant/file_dtype.h"
 
 namespace bbb::data {
 
-enum class FileDType : uint8_t { F64, F32, F16, BF16, F8_E4M3, I64, I32, I16, I8, U8, Bool };
-int64_t size_bytes(FileDType dtype);
-const char* name_of(FileDType dtype);
+using quant::FileDType;
+using quant::name_of;
+using quant::size_bytes;
 
 // A read-only mapping of a whole file. Throws where it cannot be opened, is a directory, or is
 // empty.

@@ -96,7 +96,7 @@ class Op {
   }
 
   // A grid that fits rows of K features.
-  void grid(const GridSpec& spec, int64_t k) const {
+  void grid(const WeightGrid& spec, int64_t k) const {
     BBB_CHECK(spec.bits == 2 || spec.bits == 3 || spec.bits == 4 || spec.bits == 8, name_,
               ": bits must be 2, 3, 4 or 8, got ", spec.bits);
     BBB_CHECK(spec.group == 32 || spec.group == 64 || spec.group == 128, name_,
@@ -158,12 +158,9 @@ class Op {
   }
 
   void packed(const PackedWeight& w) const {
-    grid(w.spec, w.k);
-    const int64_t groups = w.k / w.spec.group, bits = w.spec.bits;
-    is("qweight", w.qweight, DType::U8, {w.n, w.k * bits / 8});
-    is("scales", w.scales, DType::U8, {w.n, groups});
-    is("zeros", w.zeros, DType::U8, {w.n, (groups * bits + 7) / 8});
-    is("master_scale", w.master_scale, backend_.real(), {1});
+    grid(w.format.weight, w.format.k);
+    for (const quant::StoredTensor& stored : w.format.tensors())
+      like(stored.suffix, w[stored.part], dtype_of(stored), stored.shape);
   }
 
  private:
@@ -172,6 +169,34 @@ class Op {
 };
 
 }  // namespace
+
+DType dtype_of(const quant::StoredTensor& tensor) {
+  return tensor.dtype == quant::FileDType::F32 ? DType::F32 : DType::U8;
+}
+
+PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
+                           const std::function<const void*(const quant::StoredTensor&)>& bytes) {
+  PackedWeight weight{format, {}};
+  for (const quant::StoredTensor& stored : format.tensors()) {
+    Tensor& tensor = weight.tensors[static_cast<size_t>(stored.part)];
+    tensor = backend.empty(stored.shape, dtype_of(stored));
+    backend.upload(tensor, bytes(stored));
+  }
+  return weight;
+}
+
+quant::PackedView PackedWeight::view() const {
+  const auto bytes = [&](quant::StoredPart part) {
+    return static_cast<const uint8_t*>((*this)[part].raw());
+  };
+  return {.qweight = bytes(quant::StoredPart::Codes),
+          .scales = bytes(quant::StoredPart::Scales),
+          .zeros = bytes(quant::StoredPart::Zeros),
+          .master_scale = (*this)[quant::StoredPart::MasterScale].data<float>(),
+          .n = format.n,
+          .k = format.k,
+          .grid = format.weight};
+}
 
 // Memory.
 
@@ -542,7 +567,7 @@ void Backend::fake_quant(const FakeQuantWeights& q, const Tensor& w) {
 }
 
 void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
-                             const Tensor& s, const GridSpec& spec) {
+                             const Tensor& s, const WeightGrid& spec) {
   const Op op(*this, "quantize_codes");
   op.rank("w", w, 2);
   const int64_t n = w.dim(0), k = w.dim(1);
@@ -556,7 +581,7 @@ void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor&
 }
 
 void Backend::scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
-                          const Tensor& z, const Tensor& sigma, const GridSpec& spec) {
+                          const Tensor& z, const Tensor& sigma, const WeightGrid& spec) {
   const Op op(*this, "scale_codes");
   op.rank("codes", codes, 2);
   const int64_t n = codes.dim(0), k = codes.dim(1);
@@ -571,7 +596,7 @@ void Backend::scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, co
 }
 
 void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
-                                   const Tensor& z, const GridSpec& spec, Write mode) {
+                                   const Tensor& z, const WeightGrid& spec, Write mode) {
   const Op op(*this, "scale_codes_backward");
   op.rank("codes", codes, 2);
   const int64_t n = codes.dim(0), k = codes.dim(1);
@@ -588,7 +613,7 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
 void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   const Op op(*this, "unpack");
   op.packed(w);
-  op.is("wq", wq, act(), {w.n, w.k});
+  op.is("wq", wq, act(), {w.format.n, w.format.k});
   do_unpack(wq, w);
 }
 
@@ -597,11 +622,11 @@ void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& 
   const Op op(*this, "packed_gemv");
   op.packed(w);
   op.rank("x", x, 2);
-  op.is("x", x, act(), {x.dim(0), w.k});
+  op.is("x", x, act(), {x.dim(0), w.format.k});
   BBB_CHECK(x.dim(0) <= kMaxPackedRows, "packed_gemv: x ", to_string(x.shape()), " has more than ",
             kMaxPackedRows, " rows");
-  op.is_act_or_real("y", y, {x.dim(0), w.n});
-  op.is_or_undefined("addend", addend, act(), {x.dim(0), w.n});
+  op.is_act_or_real("y", y, {x.dim(0), w.format.n});
+  op.is_or_undefined("addend", addend, act(), {x.dim(0), w.format.n});
   do_packed_gemv(y, x, w, addend);
 }
 

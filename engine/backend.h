@@ -20,6 +20,7 @@
 // stream order on its backend and is deterministic: the same inputs give the same bytes.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -29,13 +30,13 @@
 #include "engine/gemm_choices.h"
 #include "engine/tensor.h"
 #include "engine/transfers.h"
-#include "quant/spec.h"
+#include "quant/format.h"
 #include "quant/tiles.h"
 
 namespace bbb::engine {
 
-using quant::GridSpec;
 using quant::Rounding;
+using quant::WeightGrid;
 
 enum class Write { Overwrite, Add };
 enum class Rotation { Forward, Inverse };
@@ -68,16 +69,21 @@ struct AttentionSpec {
   int64_t ds_bytes = int64_t{1} << 30;
 };
 
-// A quantized linear as the file holds it (format.md): W = S * e * (q - z), (N, K).
+// A stored linear on the device: the tensors of its format, each U8 but for an F32 master scale.
 struct PackedWeight {
-  Tensor qweight;       // U8 (N, K * bits / 8)
-  Tensor scales;        // U8 (N, K / G), E4M3 bytes
-  Tensor zeros;         // U8 (N, ceil(K / G * bits / 8))
-  Tensor master_scale;  // real (1): S
-  GridSpec spec;
-  int64_t n = 0;
-  int64_t k = 0;
+  quant::LinearFormat format;
+  std::array<Tensor, quant::kStoredParts> tensors;
+
+  const Tensor& operator[](quant::StoredPart part) const {
+    return tensors[static_cast<size_t>(part)];
+  }
+  quant::PackedView view() const;  // for kernels
 };
+DType dtype_of(const quant::StoredTensor& tensor);  // on a device
+class Backend;
+// `bytes` gives each of the format's tensors as it is stored.
+PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
+                           const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
 // Everything that the quantizer makes of a model's masters: flat buffers laid out as the P elements
 // of the masters are, P a multiple of quant::kTileAlign. A parameter's place in `widest`, `s` and
@@ -293,15 +299,15 @@ class Backend {
   void fake_quant(const FakeQuantWeights& q, const Tensor& w);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
-                      const Tensor& s, const GridSpec& spec);
+                      const Tensor& s, const WeightGrid& spec);
   // Learned scales: S from the largest sigma; e = E4M3(sigma / S); wq = (codes - z) e. sigma real
   // (N, K/G).
   void scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
-                   const Tensor& z, const Tensor& sigma, const GridSpec& spec);
+                   const Tensor& z, const Tensor& sigma, const WeightGrid& spec);
   // dsigma (+)= sum over the group of dw (codes - z), straight through E4M3. dw (N, K) and dsigma
   // (N, K/G) both act (Overwrite only) or both real.
   void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
-                            const Tensor& z, const GridSpec& spec, Write mode);
+                            const Tensor& z, const WeightGrid& spec, Write mode);
 
   // --- packed inference -------------------------------------------------------------------------
   // wq = (q - z) e, the GEMM's operand for a whole layer (S goes into the GEMM's alpha). wq act (N,
@@ -389,12 +395,12 @@ class Backend {
   virtual void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) = 0;
   virtual void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) = 0;
   virtual void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
-                                 const Tensor& z, const Tensor& s, const GridSpec& spec) = 0;
+                                 const Tensor& z, const Tensor& s, const WeightGrid& spec) = 0;
   virtual void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
                               const Tensor& codes, const Tensor& z, const Tensor& sigma,
-                              const GridSpec& spec) = 0;
+                              const WeightGrid& spec) = 0;
   virtual void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
-                                       const Tensor& z, const GridSpec& spec, Write mode) = 0;
+                                       const Tensor& z, const WeightGrid& spec, Write mode) = 0;
   virtual void do_unpack(const Tensor& wq, const PackedWeight& w) = 0;
   virtual void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                               const Tensor& addend) = 0;

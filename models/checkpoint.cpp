@@ -225,16 +225,14 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       known.insert(e.name);
     }
     for (const Linear& l : all_linears(config_)) {
-      if (!is_packed(l.name)) {
+      const auto format = packed_format(l.name, l.n, l.k);
+      if (!format) {
         linear_bytes_ += check_float(l.name + ".weight", {l.n, l.k}).bytes;
         known.insert(l.name + ".weight");
         continue;
       }
-      const PackedTensors p = packed(l.name, l.n, l.k);
-      for (const SafeTensor* t : {p.qweight, p.scales, p.zeros, p.master_scale})
-        linear_bytes_ += t->bytes;
-      for (const char* suffix : {".qweight", ".scales", ".zeros", ".master_scale"})
-        known.insert(l.name + suffix);
+      linear_bytes_ += format->bytes();
+      for (const quant::StoredTensor& t : format->tensors()) known.insert(l.name + t.suffix);
     }
     for (const auto& [name, t] : tensors_.tensors()) {
       BBB_CHECK(!name.ends_with(".split_channels") && !name.ends_with(".outlier_channels"), path_,
@@ -249,36 +247,32 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     for (const Expected& e : expected_tables(config_)) names.push_back(e.name);
     for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
     for (const Linear& l : all_linears(config_)) {
-      const char* suffixes[] = {".scales", ".master_scale"};
-      if (is_packed(l.name))
-        for (const char* suffix : suffixes) names.push_back(l.name + suffix);
-      else
-        names.push_back(l.name + ".weight");
+      const auto format = packed_format(l.name, l.n, l.k);
+      if (!format) names.push_back(l.name + ".weight");
+      for (const quant::StoredTensor& t :
+           format ? format->tensors() : std::vector<quant::StoredTensor>())
+        if (t.dtype != FileDType::U8) names.push_back(l.name + t.suffix);
     }
     DirectoryCheckpoint::check_finite(names);
   }
-  bool is_packed(const std::string& linear) const override {
-    return tensors_.contains(linear + ".qweight") || !unconverted_.count(linear);
+  std::optional<quant::LinearFormat> packed_format(const std::string& linear, int64_t n,
+                                                   int64_t k) const override {
+    const quant::LinearFormat format{.n = n, .k = k, .weight = grid_};
+    const std::vector<quant::StoredTensor> tensors = format.tensors();
+    if (unconverted_.count(linear) && !tensors_.contains(linear + tensors[0].suffix))
+      return std::nullopt;
+    for (const quant::StoredTensor& t : tensors) {
+      const std::string name = linear + t.suffix;
+      const SafeTensor& found = check_exact(name, t.shape, t.dtype);
+      if (t.part != quant::StoredPart::MasterScale) continue;
+      const float s = data::load_as<float>(found.data);
+      int exponent;
+      BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", name,
+                "' holds ", s, ", not a power of two");
+    }
+    return format;
   }
-
-  // Row bytes: K' b / 8 codes and ceil(K' / G b / 8) zero points, K' being K in whole groups.
-  PackedTensors packed(const std::string& linear, int64_t n, int64_t k) const override {
-    const int64_t groups = (k + spec_.group - 1) / spec_.group;
-    PackedTensors p = {};
-    p.qweight = &check_exact(linear + ".qweight", {n, groups * spec_.group * spec_.bits / 8},
-                             FileDType::U8);
-    p.scales = &check_exact(linear + ".scales", {n, groups}, FileDType::F8_E4M3);
-    p.zeros = &check_exact(linear + ".zeros", {n, (groups * spec_.bits + 7) / 8}, FileDType::U8);
-    p.master_scale = &check_exact(linear + ".master_scale", {1}, FileDType::F32);
-    const float s = data::load_as<float>(p.master_scale->data);
-    int exponent;
-    BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", linear,
-              ".master_scale' holds ", s, ", not a power of two");
-    p.spec = spec_;
-    p.n = n;
-    p.k = k;
-    return p;
-  }
+  const uint8_t* stored(const std::string& name) const override { return tensors_.at(name).data; }
 
   double bits_per_weight() const override {
     return 8.0 * static_cast<double>(linear_bytes_) /
@@ -306,8 +300,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     choose("activation_bits", {16}, false);
     choose("overrides", {json::object(), nullptr}, false);
     choose("rotate", {nullptr}, false);
-    spec_.bits = choose("bits", {2, 3, 4, 8}, true).get<int>();
-    spec_.group = choose("group_size", {32, 64, 128}, true).get<int>();
+    grid_.bits = choose("bits", {2, 3, 4, 8}, true).get<int>();
+    grid_.group = choose("group_size", {32, 64, 128}, true).get<int>();
 
     std::set<std::string> convertible = {"lm_head", "model.embed_tokens"};
     for (const Linear& l : all_linears(config_)) convertible.insert(l.name);
@@ -328,7 +322,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       BBB_CHECK(kKnown.count(key), where, ": unknown key '", printable(key), "'");
   }
 
-  quant::GridSpec spec_;
+  quant::WeightGrid grid_;
   std::set<std::string> unconverted_;
   int64_t linear_bytes_ = 0;
 };
@@ -448,8 +442,8 @@ std::unique_ptr<Checkpoint> open_directory(const std::string& path) {
 
 }  // namespace
 
-PackedTensors Checkpoint::packed(const std::string& linear, int64_t, int64_t) const {
-  throw Error(cat(path_, ": '", printable(linear), "' is not packed"));
+const uint8_t* Checkpoint::stored(const std::string& name) const {
+  throw Error(cat(path_, ": '", printable(name), "' is not packed"));
 }
 
 std::vector<int32_t> Checkpoint::stop_ids() const {

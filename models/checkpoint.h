@@ -8,6 +8,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,22 +16,11 @@
 #include "data/gguf.h"
 #include "data/safetensors.h"
 #include "models/config.h"
-#include "quant/spec.h"
+#include "quant/format.h"
 
 namespace bbb::models {
 
 enum class CheckpointKind { HuggingFace, Gguf, Packed };
-
-// One linear of an exported directory, pointing into the mapped file.
-struct PackedTensors {
-  const data::SafeTensor* qweight;
-  const data::SafeTensor* scales;
-  const data::SafeTensor* zeros;
-  const data::SafeTensor* master_scale;
-  quant::GridSpec spec;
-  int64_t n;
-  int64_t k;
-};
 
 struct TensorInfo {
   std::string name;
@@ -58,9 +48,14 @@ class Checkpoint {
   // A full-precision tensor by Hugging Face name, of exactly this shape; throws, naming it,
   // otherwise.
   virtual std::vector<float> load(const std::string& name, const engine::Shape& shape) const = 0;
-  // Packed only: the linear's tensors, checked against format.md and these sizes.
-  virtual PackedTensors packed(const std::string& linear, int64_t n, int64_t k) const;
-  virtual bool is_packed(const std::string&) const { return false; }
+  // What the linear (N, K) is in an exported directory, all its tensors checked; nullopt where it
+  // is in full precision.
+  virtual std::optional<quant::LinearFormat> packed_format(const std::string&, int64_t,
+                                                           int64_t) const {
+    return std::nullopt;
+  }
+  // The bytes of a tensor of such a linear, in the mapped file.
+  virtual const uint8_t* stored(const std::string& name) const;
   // 8 x bytes over elements, of the linears that are (or would be) quantized.
   virtual double bits_per_weight() const = 0;
   // Hugging Face files to carry into an export: config.json, generation_config.json (name,

@@ -34,12 +34,6 @@ std::vector<float> without_zeros(std::vector<float> norm) {
   return norm;
 }
 
-Tensor upload_bytes(Backend& backend, const Shape& shape, DType dtype, const void* data) {
-  Tensor out = backend.empty(shape, dtype);
-  backend.upload(out, data);
-  return out;
-}
-
 }  // namespace
 
 void NormWeight::set_constant(Tensor weight) {
@@ -126,56 +120,37 @@ Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompu
 
 // Weights.
 
-std::vector<float> LlamaBlock::load_linear(const Checkpoint& source,
-                                           const QuantLinear& linear) const {
-  return source.load(linear.name() + ".weight", {linear.n(), linear.k()});
-}
-
-std::vector<float> LlamaBlock::load_norm(const Checkpoint& source, const char* suffix) const {
-  return source.load(layer_name(layer_, suffix), {config_.d_model});
-}
-
-void LlamaBlock::load_norms(const Checkpoint& source) {
-  const DType real = backend_.real();
+void LlamaBlock::set_norms(const std::vector<float>& input, const std::vector<float>& post) {
   const Shape shape{config_.d_model};
-  input_norm_.set_constant(upload_as(backend_, load_norm(source, kInputNorm), shape, real));
-  post_norm_.set_constant(upload_as(backend_, load_norm(source, kPostNorm), shape, real));
+  input_norm_.set_constant(upload_as(backend_, input, shape, backend_.real()));
+  post_norm_.set_constant(upload_as(backend_, post, shape, backend_.real()));
 }
 
-void LlamaBlock::load_float(const Checkpoint& source) {
-  load_norms(source);
-  for (QuantLinear* linear : linears())
-    linear->set_float(upload_as(backend_, load_linear(source, *linear), {linear->n(), linear->k()},
-                                backend_.act()));
-}
-
-void LlamaBlock::set_float(const BlockMasters& weights) {
+void LlamaBlock::set_float(const LayerResult& weights) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(weights.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i)
     all[i]->set_float(
-        upload_as(backend_, weights.linears[i], {all[i]->n(), all[i]->k()}, backend_.act()));
-  const Shape shape{config_.d_model};
-  input_norm_.set_constant(upload_as(backend_, weights.input_norm, shape, backend_.real()));
-  post_norm_.set_constant(upload_as(backend_, weights.post_norm, shape, backend_.real()));
+        upload_as(backend_, weights.linears[i].master, {all[i]->n(), all[i]->k()}, backend_.act()));
+  set_norms(weights.input_norm, weights.post_norm);
 }
 
 void LlamaBlock::load_packed(const Checkpoint& source, Tensor buffer) {
-  load_norms(source);
+  const Shape norm{config_.d_model};
+  set_norms(source.load(layer_name(layer_, kInputNorm), norm),
+            source.load(layer_name(layer_, kPostNorm), norm));
   for (QuantLinear* linear : linears()) {
-    if (!source.is_packed(linear->name())) {
-      linear->set_float(upload_as(backend_, load_linear(source, *linear),
-                                  {linear->n(), linear->k()}, backend_.act()));
-      continue;
-    }
-    const PackedTensors file = source.packed(linear->name(), linear->n(), linear->k());
-    const auto upload = [&](const data::SafeTensor& tensor, DType dtype) {
-      return upload_bytes(backend_, tensor.shape, dtype, tensor.data);
-    };
-    linear->set_packed({upload(*file.qweight, DType::U8), upload(*file.scales, DType::U8),
-                        upload(*file.zeros, DType::U8), upload(*file.master_scale, DType::F32),
-                        file.spec, file.n, file.k},
-                       buffer);
+    const std::string& name = linear->name();
+    const Shape shape{linear->n(), linear->k()};
+    const auto format = source.packed_format(name, linear->n(), linear->k());
+    if (format)
+      linear->set_packed(engine::upload_packed(backend_, *format,
+                                               [&](const quant::StoredTensor& tensor) {
+                                                 return source.stored(name + tensor.suffix);
+                                               }),
+                         buffer);
+    else
+      linear->set_float(
+          upload_as(backend_, source.load(name + ".weight", shape), shape, backend_.act()));
   }
 }
 
@@ -189,7 +164,7 @@ void LlamaBlock::declare_parameters(ParameterSet& set) {
     declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
 }
 
-void LlamaBlock::bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding) {
+void LlamaBlock::bind_parameters(ParameterSet& set, WeightGrid spec, Rounding rounding) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(set.masters().defined() && declared_.size() == all.size() + 2);
   for (size_t i = 0; i < all.size(); ++i)
@@ -199,29 +174,28 @@ void LlamaBlock::bind_parameters(ParameterSet& set, GridSpec spec, Rounding roun
   declared_.clear();
 }
 
-void LlamaBlock::load_masters(const Checkpoint& source) {
-  for (QuantLinear* linear : linears())
-    upload_into(backend_, linear->parameter()->master, load_linear(source, *linear));
-  upload_into(backend_, input_norm_.value, without_zeros(load_norm(source, kInputNorm)));
-  upload_into(backend_, post_norm_.value, load_norm(source, kPostNorm));
-}
-
-BlockMasters LlamaBlock::masters() {
-  BlockMasters saved;
-  for (QuantLinear* linear : linears())
-    saved.linears.push_back(download_floats(backend_, linear->parameter()->master));
-  saved.input_norm = download_floats(backend_, input_norm_.value);
-  saved.post_norm = download_floats(backend_, post_norm_.value);
-  return saved;
-}
-
-void LlamaBlock::set_masters(const BlockMasters& saved) {
+void LlamaBlock::set_masters(const LayerResult& result) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(saved.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i)
-    upload_into(backend_, all[i]->parameter()->master, saved.linears[i]);
-  upload_into(backend_, input_norm_.value, without_zeros(saved.input_norm));
-  upload_into(backend_, post_norm_.value, saved.post_norm);
+    upload_into(backend_, all[i]->parameter()->master, result.linears[i].master);
+  upload_into(backend_, input_norm_.value, without_zeros(result.input_norm));
+  upload_into(backend_, post_norm_.value, result.post_norm);
+}
+
+LayerResult LlamaBlock::result(LinearContent content) {
+  LayerResult result;
+  for (QuantLinear* linear : linears()) {
+    if (content == LinearContent::Stored) {
+      result.linears.push_back(linear->quantized());
+      continue;
+    }
+    LinearResult& trained = result.linears.emplace_back();
+    trained.format = linear->format();
+    trained.master = download_floats(backend_, linear->parameter()->master);
+  }
+  result.input_norm = download_floats(backend_, input_norm_.value);
+  result.post_norm = download_floats(backend_, post_norm_.value);
+  return result;
 }
 
 void LlamaBlock::set_bits(int bits) {
@@ -255,12 +229,6 @@ void LlamaBlock::finish_input_norm() {
 
 void LlamaBlock::snap() {
   for (QuantLinear* linear : linears()) linear->snap();
-}
-
-std::vector<QuantizedState> LlamaBlock::quantized_state() {
-  std::vector<QuantizedState> states;
-  for (QuantLinear* linear : linears()) states.push_back(linear->quantized_state());
-  return states;
 }
 
 // The model.
@@ -305,13 +273,13 @@ void Llama::load_blocks(const Checkpoint& source,
     if (packed)
       block->load_packed(source, buffer);
     else
-      block->load_float(source);
+      block->set_float(full_precision(source, block->layer()));
     if (progress) progress(block->layer() + 1);
   }
 }
 
-std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config, GridSpec spec,
-                                        uint64_t seed) {
+std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config,
+                                        WeightGrid grid, uint64_t seed) {
   std::unique_ptr<Llama> model(new Llama(backend, config));
   engine::Rng rng(seed);
 
@@ -338,31 +306,31 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
 
   // Linears: uniform codes and zero points, e in [1/2, 2), S of the order of 1 / sqrt(K). All
   // layers read one random stream, each from an offset of its own.
-  const std::vector<LinearShape> shapes = block_linears(config);
   constexpr int64_t kLayerOffset = 64;
   int64_t stream_bytes = 0;
-  for (const LinearShape& shape : shapes)
-    stream_bytes = std::max(stream_bytes, shape.n * shape.k * spec.bits / 8);
+  for (const LinearShape& shape : block_linears(config))
+    stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
   stream_bytes += kLayerOffset * config.layers;
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
 
   const Tensor buffer = model->packed_buffer();
+  std::vector<uint8_t> scales;
   for (auto& block : model->blocks_) {
     const uint8_t* bytes = stream + kLayerOffset * block->layer();
     for (QuantLinear* linear : block->linears()) {
-      const int64_t n = linear->n(), k = linear->k(), groups = k / spec.group;
-      std::vector<uint8_t> scales(static_cast<size_t>(n * groups));
-      for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0x30 + bytes[i] % 16;
-      const float master_scale =
-          static_cast<float>(std::exp2(std::round(-0.5 * std::log2(static_cast<double>(k)))));
-      linear->set_packed(
-          {upload_bytes(backend, {n, k * spec.bits / 8}, DType::U8, bytes),
-           upload_bytes(backend, {n, groups}, DType::U8, scales.data()),
-           upload_bytes(backend, {n, (groups * spec.bits + 7) / 8}, DType::U8, bytes),
-           upload_bytes(backend, {1}, DType::F32, &master_scale), spec, n, k},
-          buffer);
+      const quant::LinearFormat format{.n = linear->n(), .k = linear->k(), .weight = grid};
+      const float master_scale = static_cast<float>(
+          std::exp2(std::round(-0.5 * std::log2(static_cast<double>(format.k)))));
+      const auto drawn = [&](const quant::StoredTensor& tensor) -> const void* {
+        if (tensor.part == quant::StoredPart::MasterScale) return &master_scale;
+        if (tensor.part != quant::StoredPart::Scales) return bytes;
+        scales.resize(static_cast<size_t>(tensor.bytes()));
+        for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0x30 + bytes[i] % 16;
+        return scales.data();
+      };
+      linear->set_packed(engine::upload_packed(backend, format, drawn), buffer);
     }
     block->input_norm().set_constant(ones());
     block->post_norm().set_constant(ones());

@@ -39,12 +39,6 @@ struct NormWeight {
   Var leaf;  // one handle for all uses since finish_backward()
 };
 
-// Everything that training changes in a block, on the host: what a finished block saves.
-struct BlockMasters {
-  std::vector<std::vector<float>> linears;  // in the order of block_linears()
-  std::vector<float> input_norm, post_norm;
-};
-
 class LlamaBlock {
  public:
   // `config` must outlive the block.
@@ -54,9 +48,8 @@ class LlamaBlock {
   // an inference tape only, which keeps nothing and heeds no `recompute`.
   Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute);
 
-  // Full-precision weights (rounded to act): from a checkpoint, one at a time, or at hand already.
-  void load_float(const Checkpoint& source);
-  void set_float(const BlockMasters& weights);
+  // Full-precision weights, rounded to act.
+  void set_float(const LayerResult& weights);
   // Exported linears; one that the export left alone is loaded as Float. `buffer` is shared.
   void load_packed(const Checkpoint& source, Tensor buffer);
 
@@ -64,18 +57,17 @@ class LlamaBlock {
   // allocated).
   void declare_parameters(ParameterSet& set);
   // After set.allocate().
-  void bind_parameters(ParameterSet& set, GridSpec spec, Rounding rounding = Rounding::Nearest);
-  void load_masters(const Checkpoint& source);  // full precision into the parameters
-  // What the parameters hold now, masters or scales, and back. Loading turns an input norm's zeros
-  // into 2^-60: its gradient is found by dividing through it.
-  BlockMasters masters();
-  void set_masters(const BlockMasters& saved);
+  void bind_parameters(ParameterSet& set, WeightGrid spec, Rounding rounding = Rounding::Nearest);
+  // The parameters from the masters of a result. The norm's gradient is found by dividing by its
+  // weight, so an exact zero could never train again: zeros become 2^-60.
+  void set_masters(const LayerResult& result);
+  // The layer as it is now: its masters, or what the quantizer holds (QuantLinear::quantized).
+  LayerResult result(LinearContent content);
 
   void set_bits(int bits);
   void prepare_scales();  // after every linear's set_scales()
   void finish_backward();
   void snap();
-  std::vector<QuantizedState> quantized_state();
 
   std::vector<QuantLinear*> linears();  // in the order of block_linears()
   NormWeight& input_norm() { return input_norm_; }
@@ -83,9 +75,7 @@ class LlamaBlock {
   int64_t layer() const { return layer_; }
 
  private:
-  void load_norms(const Checkpoint& source);
-  std::vector<float> load_linear(const Checkpoint& source, const QuantLinear& linear) const;
-  std::vector<float> load_norm(const Checkpoint& source, const char* suffix) const;
+  void set_norms(const std::vector<float>& input, const std::vector<float>& post);
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
   void finish_input_norm();
@@ -113,7 +103,7 @@ class Llama {
   Llama& operator=(const Llama&) = delete;
   // Packed random weights of these sizes; `seed` fixes them. Device memory is that of a real model.
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
-                                          GridSpec spec, uint64_t seed);
+                                          WeightGrid spec, uint64_t seed);
 
   // Float or packed, as the source is. `progress` hears how many blocks are loaded.
   void load_blocks(const Checkpoint& source,

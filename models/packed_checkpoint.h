@@ -7,29 +7,25 @@
 
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
-#include "models/quant_linear.h"
+#include "models/layer_result.h"
 
 namespace bbb::models {
-
-struct ExportLayer {
-  std::vector<float> input_norm, post_norm;  // (D)
-  std::vector<QuantizedState> linears;       // in the order of block_linears()
-};
 
 enum class ExportFormat { Packed, HuggingFace };
 
 constexpr int64_t kMaxShardBytes = 5'000'000'000;
 
 // Writes `directory` from the source's embedding, final norm, head and tokenizer and from the
-// layers that `layer(i)` gives. It is asked for each layer twice: every linear is read back and
-// compared with a second answer, code by code, before the directory is renamed into place. Any
-// error, also one that `layer` throws, leaves nothing behind. bbb_json: the content of bbb.json.
-// progress: layers written, then read back: twice as many in all. Returns true bits per weight,
-// from the file.
+// quantized layers that `layer(i)` gives; formats(i): those of its linears. `layer` is called twice
+// for each layer: every linear is read back and compared with a second answer, byte by byte, before
+// the directory is renamed into place. Any error, also one that `layer` throws, leaves nothing
+// behind. bbb_json: the content of bbb.json. progress: layers written, then read back, twice as
+// many in all. Returns the bits per weight, from the file.
 double export_model(const std::string& directory, const Checkpoint& source,
-                    const data::Tokenizer& tokenizer, GridSpec spec, ExportFormat format,
-                    const std::function<ExportLayer(int64_t)>& layer, const std::string& bbb_json,
-                    const std::function<void(int64_t done)>& progress,
+                    const data::Tokenizer& tokenizer,
+                    const std::function<std::vector<quant::LinearFormat>(int64_t)>& formats,
+                    ExportFormat format, const std::function<LayerResult(int64_t)>& layer,
+                    const std::string& bbb_json, const std::function<void(int64_t done)>& progress,
                     int64_t max_shard_bytes = kMaxShardBytes);
 
 }  // namespace bbb::models

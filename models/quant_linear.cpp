@@ -11,6 +11,13 @@ namespace bbb::models {
 using autograd::linear;
 using engine::DType;
 using engine::Shape;
+using quant::StoredPart;
+
+static std::vector<uint8_t> download_bytes(Backend& backend, const Tensor& tensor) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(tensor.bytes()));
+  backend.download(bytes.data(), tensor);
+  return bytes;
+}
 
 static constexpr int64_t kSnapRows = 64;  // one thread's work
 
@@ -42,17 +49,6 @@ std::vector<float> download_floats(Backend& backend, const Tensor& tensor) {
   return values;
 }
 
-std::vector<float> QuantizedState::dequantize() const {
-  std::vector<float> weight(codes.size());
-  const size_t group = static_cast<size_t>(spec.group);
-  for (size_t g = 0; g < scales.size(); ++g) {
-    const float s = master_scale * quant::e4m3_decode(scales[g]);
-    for (size_t i = g * group; i < (g + 1) * group; ++i)
-      weight[i] = s * static_cast<float>(static_cast<int>(codes[i]) - static_cast<int>(zeros[g]));
-  }
-  return weight;
-}
-
 QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k)
     : backend_(backend), name_(std::move(name)), n_(n), k_(k) {}
 
@@ -67,7 +63,7 @@ void QuantLinear::set_float(Tensor weight) {
   packed_ = PackedWeight();
 }
 
-void QuantLinear::set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
+void QuantLinear::set_fake_quant(ParameterSet& set, Parameter& master, WeightGrid spec,
                                  Rounding rounding) {
   BBB_ASSERT(master.master.shape() == (Shape{n_, k_}));
   BBB_CHECK(k_ % spec.group == 0, name_, ": ", k_, " input features are no multiple of the group ",
@@ -95,10 +91,10 @@ void QuantLinear::set_bits(int bits) {
 
 void QuantLinear::set_scales(Parameter& sigma) {
   BBB_ASSERT(sigma.master.shape() == (Shape{n_, k_ / spec_.group}));
-  const QuantizedState current = quantized_state();
-  std::vector<float> initial(current.scales.size());
-  for (size_t g = 0; g < initial.size(); ++g)
-    initial[g] = current.master_scale * quant::e4m3_decode(current.scales[g]);
+  const float master_scale = download_floats(backend_, master_scale_)[0];
+  std::vector<float> initial;
+  for (const uint8_t e : download_bytes(backend_, e_))
+    initial.push_back(master_scale * quant::e4m3_decode(e));
   upload_into(backend_, sigma.master, initial);
 
   codes_ = current_codes();
@@ -110,15 +106,15 @@ void QuantLinear::set_scales(Parameter& sigma) {
 }
 
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
-  BBB_ASSERT(weight.n == n_ && weight.k == k_ && buffer.numel() >= n_ * k_);
+  BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_ && buffer.numel() >= n_ * k_);
   state_ = LinearState::Packed;
-  spec_ = weight.spec;
+  spec_ = weight.format.weight;
   set_ = nullptr;
   parameter_ = nullptr;
   weight_ = e_ = z_ = codes_ = dweight_ = Tensor();
   leaf_ = Var();
   master_scale_ = backend_.empty({1}, backend_.real());
-  backend_.cast(master_scale_, weight.master_scale);
+  backend_.cast(master_scale_, weight[StoredPart::MasterScale]);
   packed_ = std::move(weight);
   buffer_ = std::move(buffer);
 }
@@ -155,18 +151,17 @@ Tensor QuantLinear::current_codes() const {
   return codes;
 }
 
-QuantizedState QuantLinear::quantized_state() const {
-  const Tensor codes = current_codes();
-  QuantizedState state;
-  state.spec = spec_;
-  state.codes.resize(static_cast<size_t>(codes.numel()));
-  state.scales.resize(static_cast<size_t>(e_.numel()));
-  state.zeros.resize(static_cast<size_t>(z_.numel()));
-  backend_.download(state.codes.data(), codes);
-  backend_.download(state.scales.data(), e_);
-  backend_.download(state.zeros.data(), z_);
-  state.master_scale = download_floats(backend_, master_scale_)[0];
-  return state;
+LinearResult QuantLinear::quantized() const {
+  LinearResult result;
+  result.format = format();
+  result.part(StoredPart::Codes) =
+      pack_rows(download_bytes(backend_, current_codes()), n_, spec_.bits);
+  result.part(StoredPart::Scales) = download_bytes(backend_, e_);
+  result.part(StoredPart::Zeros) = pack_rows(download_bytes(backend_, z_), n_, spec_.bits);
+  const float s = download_floats(backend_, master_scale_)[0];
+  const auto* bytes = reinterpret_cast<const uint8_t*>(&s);
+  result.part(StoredPart::MasterScale).assign(bytes, bytes + sizeof s);
+  return result;
 }
 
 void QuantLinear::snap() {

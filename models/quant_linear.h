@@ -19,6 +19,7 @@
 
 #include "autograd/ops.h"
 #include "autograd/parameter.h"
+#include "models/layer_result.h"
 
 namespace bbb::models {
 
@@ -27,26 +28,14 @@ using autograd::ParameterSet;
 using autograd::Tape;
 using autograd::Var;
 using engine::Backend;
-using engine::GridSpec;
 using engine::PackedWeight;
 using engine::Rounding;
 using engine::Tensor;
+using engine::WeightGrid;
 using engine::Write;
 using quant::kNoQuantizer;
 
 enum class LinearState { Float, FakeQuant, Scales, Packed };
-
-// What training holds for a layer and an export must reproduce, on the host.
-struct QuantizedState {
-  std::vector<uint8_t> codes;   // (N, K), one a byte
-  std::vector<uint8_t> scales;  // (N, K/G), E4M3
-  std::vector<uint8_t> zeros;   // (N, K/G), one a byte
-  float master_scale = 1;
-  GridSpec spec;
-
-  // S e (q - z), (N, K) row-major: exact in float.
-  std::vector<float> dequantize() const;
-};
 
 // Host values to a new tensor of a real dtype (round to nearest even), and back.
 Tensor upload_as(Backend& backend, const std::vector<float>& values, engine::Shape shape,
@@ -60,7 +49,7 @@ class QuantLinear {
 
   void set_float(Tensor weight);  // act (N, K)
   // `master` is a parameter of `set`, which must outlive this state.
-  void set_fake_quant(ParameterSet& set, Parameter& master, GridSpec spec,
+  void set_fake_quant(ParameterSet& set, Parameter& master, WeightGrid spec,
                       Rounding rounding = Rounding::Nearest);
   // FakeQuant: another width, from the set's next quantize() or prepare() on; steps that are
   // recorded take it, too.
@@ -80,16 +69,16 @@ class QuantLinear {
   // again, they give the same S, e, z and codes. FakeQuant only, after prepare().
   void snap();
   Var forward(Tape& tape, const Var& x, const Var& residual);
-  // FakeQuant (fewer than 16 bits) or Scales, after prepare() with no step in between.
-  QuantizedState quantized_state() const;
+  // What the quantizer holds, as it is stored. FakeQuant (fewer than 16 bits) or Scales, after
+  // prepare() with no step in between.
+  LinearResult quantized() const;
 
   LinearState state() const { return state_; }
   const std::string& name() const { return name_; }
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
-  const GridSpec& spec() const { return spec_; }
+  quant::LinearFormat format() const { return {.n = n_, .k = k_, .weight = spec_}; }
   Parameter* parameter() const { return parameter_; }
-  const PackedWeight& packed() const { return packed_; }
 
  private:
   bool quantizes() const { return state_ == LinearState::Scales || spec_.bits < kNoQuantizer; }
@@ -103,7 +92,7 @@ class QuantLinear {
   std::string name_;
   int64_t n_, k_;
   LinearState state_ = LinearState::Float;
-  GridSpec spec_;
+  WeightGrid spec_;
   ParameterSet* set_ = nullptr;  // FakeQuant
   Parameter* parameter_ = nullptr;
   Tensor weight_;  // act: the GEMM's operand (Float: W; else wq)

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "quant/spec.h"
+#include "quant/format.h"
 #include "quant/tiles.h"
 
 namespace bbb::quant {
@@ -29,26 +29,15 @@ void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8
                        const float* ahead, const WeightTile* tiles, int64_t tile_count, int group,
                        Rounding rounding);
 void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
-                           const uint8_t* z, const float* s, int64_t count, GridSpec spec);
+                           const uint8_t* z, const float* s, int64_t count, WeightGrid spec);
 // S from the sigmas, then e = E4M3(sigma / S) and wq = (codes - z) e.
 void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
                         const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
-                        GridSpec spec);
+                        WeightGrid spec);
 // T is float or __nv_bfloat16.
 template <typename T>
 void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
-                                 const uint8_t* z, int64_t count, GridSpec spec, bool accumulate);
-
-// A packed matrix (format.md) in device memory.
-struct PackedView {
-  const uint8_t* qweight;     // (N, K * bits / 8)
-  const uint8_t* scales;      // (N, K / G)
-  const uint8_t* zeros;       // (N, ceil(K / G * bits / 8))
-  const float* master_scale;  // (1)
-  int64_t n;
-  int64_t k;
-  GridSpec spec;
-};
+                                 const uint8_t* z, int64_t count, WeightGrid spec, bool accumulate);
 
 // wq = (q - z) e, (N, K).
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);

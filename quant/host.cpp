@@ -34,7 +34,7 @@ constexpr int kLargestGroup = 128;
 
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
-                int64_t k, Real master_scale, GridSpec spec, Rounding rounding) {
+                int64_t k, Real master_scale, WeightGrid spec, Rounding rounding) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real* x = w + g * group;
@@ -63,7 +63,7 @@ void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* 
 }
 
 template <typename Real>
-void snap(Real* w, Rows rows, int64_t k, Real master_scale, GridSpec spec) {
+void snap(Real* w, Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     Real* x = w + g * group;
@@ -92,7 +92,7 @@ void snap(Real* w, Rows rows, int64_t k, Real master_scale, GridSpec spec) {
 
 template <typename Real>
 void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
-                    int64_t k, Real master_scale, GridSpec spec) {
+                    int64_t k, Real master_scale, WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real step = step_of(e[g], master_scale);
@@ -103,7 +103,7 @@ void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8
 
 template <typename Real>
 void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, const Real* sigma,
-                 Rows rows, int64_t k, Real master_scale, GridSpec spec) {
+                 Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     e[g] = encode_scale(sigma[g], master_scale, spec.bits);
@@ -115,7 +115,7 @@ void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, c
 
 template <typename Real>
 void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
-                          Rows rows, int64_t k, GridSpec spec, bool accumulate) {
+                          Rows rows, int64_t k, WeightGrid spec, bool accumulate) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     Real sum = 0;
@@ -127,8 +127,8 @@ void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, co
 
 // One row of (q - z) e.
 template <typename Real>
-static void unpack_row(Real* out, const PackedRows& w, int64_t row) {
-  const int bits = w.spec.bits, group = w.spec.group;
+static void unpack_row(Real* out, const PackedView& w, int64_t row) {
+  const int bits = w.grid.bits, group = w.grid.group;
   const int64_t groups = w.k / group;
   const uint8_t* stream = w.qweight + row * code_row_bytes(w.k, bits);
   const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, bits);
@@ -150,13 +150,13 @@ static void unpack_row(Real* out, const PackedRows& w, int64_t row) {
 }
 
 template <typename Real>
-void unpack(Real* wq, const PackedRows& w, Rows rows) {
+void unpack(Real* wq, const PackedView& w, Rows rows) {
   for (int64_t row = rows.begin; row < rows.end; ++row) unpack_row(wq + row * w.k, w, row);
 }
 
 template <typename Real>
-void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
-                 int64_t m_total, int64_t n_total) {
+void packed_gemv(Real* y, const Real* x, const PackedView& w, const Real* addend, Rows rows,
+                 int64_t m_total) {
   constexpr int64_t kLanes = 32;  // independent sums: they vectorise, and round less than one
   std::vector<Real> weight(static_cast<size_t>(w.k));
   for (int64_t n = rows.begin; n < rows.end; ++n) {
@@ -168,9 +168,9 @@ void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend
           lanes[j] += weight[static_cast<size_t>(i + j)] * x[m * w.k + i + j];
       Real sum = 0;
       for (const Real lane : lanes) sum += lane;
-      Real result = Real(w.master_scale) * sum;
-      if (addend != nullptr) result += addend[m * n_total + n];
-      y[m * n_total + n] = result;
+      Real result = Real(*w.master_scale) * sum;
+      if (addend != nullptr) result += addend[m * w.n + n];
+      y[m * w.n + n] = result;
     }
   }
 }
@@ -179,17 +179,16 @@ void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend
   template Real widest_group(const Real*, Rows, int64_t, int);                                    \
   template Real largest(const Real*, int64_t);                                                    \
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, \
-                           GridSpec, Rounding);                                                   \
-  template void snap(Real*, Rows, int64_t, Real, GridSpec);                                       \
+                           WeightGrid, Rounding);                                                 \
+  template void snap(Real*, Rows, int64_t, Real, WeightGrid);                                     \
   template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
-                               int64_t, Real, GridSpec);                                          \
+                               int64_t, Real, WeightGrid);                                        \
   template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \
-                            int64_t, Real, GridSpec);                                             \
+                            int64_t, Real, WeightGrid);                                           \
   template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,    \
-                                     int64_t, GridSpec, bool);                                    \
-  template void unpack(Real*, const PackedRows&, Rows);                                           \
-  template void packed_gemv(Real*, const Real*, const PackedRows&, const Real*, Rows, int64_t,    \
-                            int64_t)
+                                     int64_t, WeightGrid, bool);                                  \
+  template void unpack(Real*, const PackedView&, Rows);                                           \
+  template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t)
 
 BBB_INSTANTIATE(float);
 BBB_INSTANTIATE(double);

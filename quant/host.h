@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "quant/format.h"
 #include "quant/grid.h"
 #include "quant/spec.h"
 
@@ -26,40 +27,30 @@ Real largest(const Real* x, int64_t count);
 
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
-                int64_t k, Real master_scale, GridSpec spec, Rounding rounding);
+                int64_t k, Real master_scale, WeightGrid spec, Rounding rounding);
 // Moves weights to the middle of their bins, S e (q - z), and keeps the grid: quantized again, they
 // give the same S, e, z and codes. Where the middles alone would narrow a group's range too far,
 // its ends stay where they are and bound the others.
 template <typename Real>
-void snap(Real* w, Rows rows, int64_t k, Real master_scale, GridSpec spec);
+void snap(Real* w, Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 template <typename Real>
 void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
-                    int64_t k, Real master_scale, GridSpec spec);
+                    int64_t k, Real master_scale, WeightGrid spec);
 template <typename Real>
 void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, const Real* sigma,
-                 Rows rows, int64_t k, Real master_scale, GridSpec spec);
+                 Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 // dsigma = or += sum over the group of dw (codes - z).
 template <typename Real>
 void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
-                          Rows rows, int64_t k, GridSpec spec, bool accumulate);
-
-// A packed matrix (format.md) on the host.
-struct PackedRows {
-  const uint8_t* qweight;
-  const uint8_t* scales;
-  const uint8_t* zeros;
-  float master_scale;
-  int64_t k;
-  GridSpec spec;
-};
+                          Rows rows, int64_t k, WeightGrid spec, bool accumulate);
 
 // wq = (q - z) e of the rows.
 template <typename Real>
-void unpack(Real* wq, const PackedRows& w, Rows rows);
+void unpack(Real* wq, const PackedView& w, Rows rows);
 // y[m, n] = S * sum_k x[m, k] wq[n, k] (+ addend[m, n]) for output features n in `rows`.
-// y, addend (M, N) with N = n_total; x (M, K); addend may be null.
+// y, addend (M, N); x (M, K); addend may be null.
 template <typename Real>
-void packed_gemv(Real* y, const Real* x, const PackedRows& w, const Real* addend, Rows rows,
-                 int64_t m_total, int64_t n_total);
+void packed_gemv(Real* y, const Real* x, const PackedView& w, const Real* addend, Rows rows,
+                 int64_t m_total);
 
 }  // namespace bbb::quant::host

@@ -245,7 +245,7 @@ template <int kBits, int kM, int kRows>
 void launch_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32, const __nv_bfloat16* x,
                  const PackedView& w, const __nv_bfloat16* addend, int64_t m) {
   const int64_t chunks = w.k / kChunk;
-  GemvShape shape{w.n, w.k, static_cast<int>(m), w.spec.group, 1, 1};
+  GemvShape shape{w.n, w.k, static_cast<int>(m), w.grid.group, 1, 1};
   while (shape.k_warps < kMaxWarps && shape.k_warps * 32 < chunks) shape.k_warps *= 2;
   while (shape.row_warps * shape.k_warps < kMaxWarps &&
          w.n / (kRows * shape.row_warps * 2) >= kFillingBlocks)
@@ -278,12 +278,12 @@ void with_bits(int bits, const Fn& fn) {
 
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w) {
   const int64_t threads = w.n * (w.k / 8);
-  with_bits(w.spec.bits, [&](auto bits) {
+  with_bits(w.grid.bits, [&](auto bits) {
     launch(stream,
            {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
             dim3(kUnpackThreads)},
            unpack_kernel<bits>, reinterpret_cast<uint4*>(wq), w.qweight, w.scales, w.zeros, w.n,
-           w.k, w.spec.group);
+           w.k, w.grid.group);
   });
 }
 
@@ -294,7 +294,7 @@ void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32
   if (m == 0) return;
   // Four rows a warp share what they read of x; a small matrix needs its rows to fill the GPU.
   const bool wide = w.n >= 4 * kFillingBlocks;
-  with_bits(w.spec.bits, [&](auto bits) {
+  with_bits(w.grid.bits, [&](auto bits) {
     const auto run = [&](auto gemv) { gemv(stream, y_bf16, y_f32, x, w, addend, m); };
     if (m == 1)
       run(wide ? launch_gemv<bits, 1, 4> : launch_gemv<bits, 1, 1>);

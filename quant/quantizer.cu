@@ -283,7 +283,7 @@ void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8
 }
 
 void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
-                           const uint8_t* z, const float* s, int64_t count, GridSpec spec) {
+                           const uint8_t* z, const float* s, int64_t count, WeightGrid spec) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), quantize_codes_kernel<group>,
            reinterpret_cast<uchar4*>(codes), quads_of(w), e, z, s, count / kPerThread, spec.bits);
@@ -292,7 +292,7 @@ void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, 
 
 void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
                         const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
-                        GridSpec spec) {
+                        WeightGrid spec) {
   BBB_CUDA(cudaMemsetAsync(s, 0, sizeof(float), stream));
   const int64_t groups = count / spec.group;
   const int64_t blocks = std::min((groups + kThreads - 1) / kThreads, kMaxReduceBlocks);
@@ -307,15 +307,15 @@ void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, floa
 
 template <typename T>
 void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
-                                 const uint8_t* z, int64_t count, GridSpec spec, bool accumulate) {
+                                 const uint8_t* z, int64_t count, WeightGrid spec, bool accumulate) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), scale_codes_backward_kernel<group, T>, dsigma, dw,
            quads_of(codes), z, count / kPerThread, accumulate);
   });
 }
 template void launch_scale_codes_backward(cudaStream_t, float*, const float*, const uint8_t*,
-                                          const uint8_t*, int64_t, GridSpec, bool);
+                                          const uint8_t*, int64_t, WeightGrid, bool);
 template void launch_scale_codes_backward(cudaStream_t, __nv_bfloat16*, const __nv_bfloat16*,
-                                          const uint8_t*, const uint8_t*, int64_t, GridSpec, bool);
+                                          const uint8_t*, const uint8_t*, int64_t, WeightGrid, bool);
 
 }  // namespace bbb::quant

@@ -1,11 +1,13 @@
-// GridSpec: which quantization grid, and how to round on it.
+// WeightGrid: the grid of a weight, and how to round on it.
 #pragma once
 
 namespace bbb::quant {
 
-struct GridSpec {
+struct WeightGrid {
   int bits = 2;    // 2, 3, 4 or 8; kNoQuantizer where an op says so
   int group = 32;  // input features that share a scale and a zero point: 32, 64 or 128
+
+  bool operator==(const WeightGrid&) const = default;
 };
 
 constexpr int kNoQuantizer = 16;  // bits of a weight that trains in full precision

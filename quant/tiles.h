@@ -22,7 +22,7 @@ struct alignas(16) WeightTile {
   int32_t begin;  // first element / kTileAlign
   int32_t count;  // elements, a multiple of kTileAlign
   int32_t slot;   // of the parameter: where its S and its widest group stand
-  int32_t bits;   // GridSpec's, or kNotQuantized
+  int32_t bits;   // WeightGrid's, or kNotQuantized
 };
 static_assert(sizeof(WeightTile) == 4 * sizeof(int32_t));
 

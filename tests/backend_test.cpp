@@ -12,7 +12,7 @@
 namespace bbb::tests {
 namespace {
 
-using engine::GridSpec;
+using engine::WeightGrid;
 using engine::kControlSize;
 using engine::Rotation;
 using engine::Rounding;
@@ -196,7 +196,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
       {"fake_quant", "z must be U8 (4)", [&] { b.fake_quant(weights, r({128})); }},
       {"quantize_codes", "bits must be 2, 3, 4 or 8, got 5",
        [&] {
-         b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), GridSpec{5, 32});
+         b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), WeightGrid{5, 32});
        }},
       {"adamw", "v must be",
        [&] { b.adamw(r({128}), a({128}), r({256}), r({128}), r({kControlSize}), weights, {}); }},
@@ -223,12 +223,12 @@ TEST_CASE("a wrong call names its op and the shapes") {
          }},
         {"scale_codes_backward", "dw must be F32 to be added to",
          [&] {
-           b.scale_codes_backward(a({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), GridSpec{2, 32},
+           b.scale_codes_backward(a({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), WeightGrid{2, 32},
                                   Write::Add);
          }},
         {"scale_codes_backward", "dsigma must be BF16 (2, 1)",
          [&] {
-           b.scale_codes_backward(r({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), GridSpec{2, 32},
+           b.scale_codes_backward(r({2, 1}), a({2, 32}), u({2, 32}), u({2, 1}), WeightGrid{2, 32},
                                   Write::Overwrite);
          }},
     };

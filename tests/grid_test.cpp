@@ -23,7 +23,7 @@ struct Quantized {
   Values wq;
 };
 
-Quantized quantize(const Values& w, quant::GridSpec spec) {
+Quantized quantize(const Values& w, quant::WeightGrid spec) {
   const auto k = static_cast<int64_t>(w.size());
   const size_t groups = w.size() / static_cast<size_t>(spec.group);
   Quantized out{0, std::vector<uint8_t>(groups), std::vector<uint8_t>(groups), Values(w.size())};
@@ -35,7 +35,7 @@ Quantized quantize(const Values& w, quant::GridSpec spec) {
   return out;
 }
 
-void check_formula(const Values& w, quant::GridSpec spec) {
+void check_formula(const Values& w, quant::WeightGrid spec) {
   const Quantized got = quantize(w, spec);
   const FormulaResult want =
       quantize_by_formula(std::vector<double>(w.begin(), w.end()), spec.bits, spec.group);

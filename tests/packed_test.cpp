@@ -11,7 +11,7 @@
 namespace bbb::tests {
 namespace {
 
-using engine::GridSpec;
+using engine::WeightGrid;
 using engine::PackedWeight;
 using Values = std::vector<double>;
 using Bytes = std::vector<uint8_t>;
@@ -19,12 +19,12 @@ using Bytes = std::vector<uint8_t>;
 // A random matrix as the file holds it, and its levels (q - z) e in F64.
 struct Matrix {
   int64_t n, k;
-  GridSpec spec;
+  WeightGrid spec;
   double master_scale = 0x1p-9;
   Bytes qweight, scales, zeros;
   Values levels;
 
-  Matrix(engine::Rng& rng, int64_t n, int64_t k, GridSpec spec) : n(n), k(k), spec(spec) {
+  Matrix(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec) : n(n), k(k), spec(spec) {
     const int64_t groups = k / spec.group;
     const int64_t row_bytes = quant::code_row_bytes(k, spec.bits);
     const int64_t zero_bytes = quant::zero_row_bytes(k, spec.group, spec.bits);
@@ -99,7 +99,7 @@ Product multiply(const Matrix& matrix, const Values& x, const Values& addend, in
   return out;
 }
 
-void check_gemv(engine::Rng& rng, int64_t n, int64_t k, GridSpec spec, int64_t m, bool with_addend,
+void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t m, bool with_addend,
                 DType y_dtype) {
   CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
   Backend& b = backend();

@@ -15,7 +15,7 @@
 namespace bbb::tests {
 namespace {
 
-using engine::GridSpec;
+using engine::WeightGrid;
 using engine::Rounding;
 using engine::Write;
 using Values = std::vector<double>;
@@ -46,7 +46,7 @@ struct Quantized {
   bool untouched;
 };
 
-Quantized quantize(Backend& b, int64_t n, int64_t k, const Values& w, GridSpec spec,
+Quantized quantize(Backend& b, int64_t n, int64_t k, const Values& w, WeightGrid spec,
                    Rounding rounding = Rounding::Nearest) {
   const int64_t groups = k / spec.group;
   const FlatWeights flat(
@@ -82,13 +82,13 @@ void for_each_case(const Fn& fn) {
     for (const int group : {32, 64, 128})
       for (const auto& [n, groups] : kSizes) {
         CAPTURE(bits, group, n, groups);
-        fn(GridSpec{bits, group}, n, groups * group);
+        fn(WeightGrid{bits, group}, n, groups * group);
       }
 }
 
 TEST_CASE("master scale, codes and levels equal the formula", "[quantizer]") {
   engine::Rng rng(21);
-  for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
+  for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
     const Values w = masters(rng, n, k, spec.group);
     const Quantized got = quantize(backend(), n, k, w, spec);
     const FormulaResult want = quantize_by_formula(w, spec.bits, spec.group);
@@ -210,7 +210,7 @@ TEST_CASE("the widest group is found anywhere in a large matrix", "[quantizer]")
 
 TEST_CASE("without rounding the quantizer is the identity", "[quantizer]") {
   engine::Rng rng(23);
-  const GridSpec spec{2, 32};
+  const WeightGrid spec{2, 32};
   const Values w = masters(rng, 5, 96, 32);
   const Quantized q = quantize(backend(), 5, 96, w, spec, Rounding::Identity);
   Values expected = w;
@@ -222,7 +222,7 @@ TEST_CASE("without rounding the quantizer is the identity", "[quantizer]") {
 TEST_CASE("a bit is set exactly where the grid does not reach a master", "[quantizer]") {
   engine::Rng rng(24);
   int64_t clipped_of_all = 0;
-  for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
+  for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
     const Values w = masters(rng, n, k, spec.group);
     const Quantized q = quantize(backend(), n, k, w, spec);
     const auto e = bytes_of(backend(), q.e), z = bytes_of(backend(), q.z);
@@ -259,7 +259,7 @@ TEST_CASE("NaN and infinity in one master poison every level", "[quantizer]") {
 
 TEST_CASE("codes are written inside their output only", "[quantizer]") {
   engine::Rng rng(26);
-  for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
+  for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
     Backend& b = backend();
     const Quantized q = quantize(b, n, k, masters(rng, n, k, spec.group), spec);
     const Guarded codes(b, {n, k}, DType::U8);
@@ -271,7 +271,7 @@ TEST_CASE("codes are written inside their output only", "[quantizer]") {
 
 TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quantizer]") {
   engine::Rng rng(27);
-  for_each_case([&](GridSpec spec, int64_t n, int64_t k) {
+  for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
     const int64_t groups = k / spec.group;
     Values sigma = normal(rng, n * groups, 0.01);
     for (double& v : sigma) v = static_cast<float>(rng.below(8) == 0 ? v : std::abs(v));

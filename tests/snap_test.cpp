@@ -10,14 +10,14 @@ namespace bbb::tests {
 namespace {
 
 namespace host = quant::host;
-using quant::GridSpec;
+using quant::WeightGrid;
 
 constexpr int64_t kGroups = 24;
 
 // Of one matrix. Where `lone`, the first group alone decides S, from the range of scale codes whose
 // middles would halve it.
 template <typename Real>
-std::vector<Real> draw(engine::Rng& rng, GridSpec spec, bool lone) {
+std::vector<Real> draw(engine::Rng& rng, WeightGrid spec, bool lone) {
   std::vector<Real> w(static_cast<size_t>(kGroups * spec.group));
   const double s = std::ldexp(1.0, static_cast<int>(rng.below(40)) - 30);
   for (int64_t g = 0; g < kGroups; ++g) {
@@ -50,7 +50,7 @@ struct Quantized {
   std::vector<Real> levels;
   std::vector<uint8_t> e, z, clipped;
 
-  Quantized(const std::vector<Real>& w, GridSpec spec)
+  Quantized(const std::vector<Real>& w, WeightGrid spec)
       : levels(w.size()), e(kGroups), z(kGroups), clipped(w.size() / 8) {
     const host::Rows rows{0, kGroups};
     s = quant::master_scale_of(
@@ -61,7 +61,7 @@ struct Quantized {
 };
 
 template <typename Real>
-void check_snap(GridSpec spec) {
+void check_snap(WeightGrid spec) {
   CAPTURE(spec.bits, spec.group, sizeof(Real));
   engine::Rng rng(19);
   int64_t off_middle = 0, total = 0;

@@ -2,7 +2,6 @@
 // each through the next copy of the weight.
 #include <algorithm>
 
-#include "quant/pack.h"
 #include "tools/bench.h"
 
 namespace bbb::tools {
@@ -54,11 +53,9 @@ class ByteCopies {
 
 GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rotation_bytes) {
   const auto [n, k] = shape;
-  const engine::GridSpec spec;
-  const int64_t groups = k / spec.group, act = engine::size_bytes(backend.act());
-  const int64_t code_bytes = n * quant::code_row_bytes(k, spec.bits);
-  const int64_t zero_bytes = n * quant::zero_row_bytes(k, spec.group, spec.bits);
-  const int64_t packed_bytes = code_bytes + n * groups + zero_bytes, dense_bytes = n * k * act;
+  const quant::LinearFormat format{.n = n, .k = k};
+  const int64_t act = engine::size_bytes(backend.act());
+  const int64_t packed_bytes = format.bytes(), dense_bytes = n * k * act;
   const int64_t vectors = (n + k) * act;
 
   GemvResult result;
@@ -69,16 +66,22 @@ GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rotation_bytes)
   const Tensor y = backend.empty({1, n}, backend.act());
   {
     const int64_t copies = copies_for(packed_bytes, rotation_bytes);
-    const ByteCopies codes(backend, copies, {n, code_bytes / n}, 0, 256);
-    const ByteCopies scales(backend, copies, {n, groups}, 0x30, 16);  // E4M3: 1/2 to 15/8
-    const ByteCopies zeros(backend, copies, {n, zero_bytes / n}, 0, 256);
-    const Tensor one = backend.empty({1}, backend.real()), unit = backend.empty({1}, DType::F32);
+    std::vector<PackedWeight> weights(static_cast<size_t>(copies));
+    const Tensor one = backend.empty({1}, DType::F32);
     const float value = 1;
-    backend.upload(unit, &value);
-    backend.cast(one, unit);
+    backend.upload(one, &value);
+    for (const quant::StoredTensor& stored : format.tensors()) {
+      const bool scales = stored.part == quant::StoredPart::Scales;  // E4M3: 1/2 to 15/8
+      const bool bytes = stored.part != quant::StoredPart::MasterScale;
+      const ByteCopies all(backend, copies, stored.shape, scales ? 0x30 : 0, scales ? 16 : 256);
+      for (int64_t i = 0; i < copies; ++i) {
+        PackedWeight& weight = weights[static_cast<size_t>(i)];
+        weight.format = format;
+        weight.tensors[static_cast<size_t>(stored.part)] = bytes ? all[i] : one;
+      }
+    }
     result.packed_s = measure_products(backend, copies, [&](int64_t i) {
-      const PackedWeight weight{codes[i], scales[i], zeros[i], one, spec, n, k};
-      backend.packed_gemv(y, x, weight, Tensor());
+      backend.packed_gemv(y, x, weights[static_cast<size_t>(i)], Tensor());
     });
   }
   const int64_t copies = copies_for(dense_bytes, rotation_bytes);

@@ -124,12 +124,10 @@ class Generator {
   std::unique_ptr<engine::Replay> step_;
 };
 
-// Bytes of a linear's weight as stored: codes, scales and zero points, or act elements.
+// Bytes of a linear's weight as it is held: the tensors of its format, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
-  if (linear.state() != models::LinearState::Packed)
-    return linear.n() * linear.k() * engine::size_bytes(backend.act());
-  const int64_t bits = linear.spec().bits, groups = linear.k() / linear.spec().group;
-  return linear.n() * (linear.k() * bits / 8 + groups + (groups * bits + 7) / 8) + 4;
+  if (linear.state() == models::LinearState::Packed) return linear.format().bytes();
+  return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
 // Bytes that one token reads: the blocks' weights as stored, norms, and the head.
@@ -187,7 +185,7 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
 Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
   const int64_t context = line.integer("context", 1, config.max_position);
-  const auto model = models::Llama::synthetic(backend, config, engine::GridSpec{},
+  const auto model = models::Llama::synthetic(backend, config, engine::WeightGrid{},
                                               static_cast<uint64_t>(line.integer("seed", 0)));
   Generator generator(backend, *model, context + max_tokens);
   generator.set_position(context);

@@ -34,7 +34,7 @@ int export_command(const Arguments& arguments) {
         train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
   } else {
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128};
-    engine::GridSpec spec;
+    engine::WeightGrid spec;
     spec.bits = bits[line.choice("bits", {"2", "3", "4", "8"})];
     spec.group = groups[line.choice("group-size", {"32", "64", "128"})];
     const std::string path = line.required("model");

@@ -34,7 +34,8 @@ using engine::Replay;
 using engine::Schedule;
 using engine::Tensor;
 using engine::Write;
-using models::BlockMasters;
+using models::LayerResult;
+using models::LinearContent;
 using models::LlamaBlock;
 using models::LlamaConfig;
 
@@ -91,6 +92,7 @@ class BlockPhase {
         run_(run),
         observer_(observer),
         model_(source.config()),
+        recipe_(config, model_),
         recompute_(memory.recompute),
         rows_(config.samples + config.val_samples),
         steps_per_epoch_(config.samples / config.batch),
@@ -136,7 +138,7 @@ class BlockPhase {
 
   // For a probe: the first block stands before the first step of its first stage.
   void begin() {
-    const BlockMasters weights = full_precision(0);
+    const LayerResult weights = full_precision(0);
     advance_teacher(0, weights, *target_);
     load(0, weights);
     parameters_.prepare();
@@ -256,11 +258,12 @@ class BlockPhase {
 
   // The original weights of a layer. Layers are asked for in order: the next one's are read, or
   // made, beside the work on this one.
-  BlockMasters full_precision(int64_t layer) {
-    BlockMasters weights =
-        next_weights_.valid() ? next_weights_.get() : float_masters(source_, layer);
+  LayerResult full_precision(int64_t layer) {
+    LayerResult weights =
+        next_weights_.valid() ? next_weights_.get() : models::full_precision(source_, layer);
     if (layer + 1 < model_.layers)
-      next_weights_ = std::async(std::launch::async, float_masters, std::cref(source_), layer + 1);
+      next_weights_ =
+          std::async(std::launch::async, models::full_precision, std::cref(source_), layer + 1);
     return weights;
   }
 
@@ -273,7 +276,7 @@ class BlockPhase {
     seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
 
-  void advance_teacher(int64_t layer, const BlockMasters& weights, Stream& out) {
+  void advance_teacher(int64_t layer, const LayerResult& weights, Stream& out) {
     LlamaBlock teacher(backend_, model_, layer, inv_freq_);
     timed(time_.weights_s, [&] { teacher.set_float(weights); });
     timed(time_.streams_s, [&] { advance(teacher, out, *streams_[0]); });
@@ -285,13 +288,13 @@ class BlockPhase {
     advance(*work_, *streams_[t + 1], *streams_[t + 1]);
   }
 
-  void load(size_t t, const BlockMasters& masters) {
+  void load(size_t t, const LayerResult& masters) {
     work_->set_masters(masters);
     work_->set_bits(config_.stages[t].weight_bits);
   }
 
-  BlockMasters finished_masters(int64_t layer, size_t t) const {
-    return run_.stage_masters(layer, static_cast<int64_t>(t), model_);
+  LayerResult finished_masters(int64_t layer, size_t t) const {
+    return run_.stage_result(layer, static_cast<int64_t>(t), recipe_, model_);
   }
 
   // The streams behind the first `blocks` blocks, which are finished.
@@ -319,13 +322,13 @@ class BlockPhase {
     const bool from_its_start = finished_stages == 0 && !saved_;
     time_ = BlockTime();
     time_.stages.resize(stages_.size());
-    BlockMasters original;
+    LayerResult original;
     timed(time_.weights_s, [&] { original = full_precision(layer); });
     advance_teacher(layer, original, *target_);
-    std::vector<std::shared_ptr<const BlockMasters>> results;
+    std::vector<std::shared_ptr<const LayerResult>> results;
     for (size_t t = 0; t < stages_.size(); ++t) {
       if (static_cast<int64_t>(t) < finished_stages) {
-        results.push_back(std::make_shared<BlockMasters>(finished_masters(layer, t)));
+        results.push_back(std::make_shared<LayerResult>(finished_masters(layer, t)));
         continue;
       }
       timed(time_.weights_s, [&] { load(t, t == 0 ? original : *results.back()); });
@@ -344,7 +347,7 @@ class BlockPhase {
   }
 
   // Returns the masters of the best validation loss, which are on their way into the stage's file.
-  std::shared_ptr<const BlockMasters> train_stage(int64_t layer, size_t t) {
+  std::shared_ptr<const LayerResult> train_stage(int64_t layer, size_t t) {
     StageStep& stage = *stages_[t];
     stage.optimizer.restart();
     upload_order(layer, t);
@@ -357,10 +360,10 @@ class BlockPhase {
     const Position at = saved_ ? resume_stage(stage) : start_stage(layer, t);
     const std::vector<double> validation = train_epochs(t, at);
 
-    std::shared_ptr<const BlockMasters> result;
+    std::shared_ptr<const LayerResult> result;
     timed(time_.weights_s, [&] {
       backend_.copy(parameters_.masters(), best_);
-      result = std::make_shared<BlockMasters>(work_->masters());
+      result = std::make_shared<LayerResult>(work_->result(LinearContent::Masters));
       finish_write();
     });
     writing_ = std::async(std::launch::async, [this, layer, t, result, validation] {
@@ -628,14 +631,16 @@ class BlockPhase {
         static_cast<long long>(model_.layers));
   }
 
-  void write(int64_t layer, size_t t, const BlockMasters& masters,
+  void write(int64_t layer, size_t t, const LayerResult& masters,
              const std::vector<double>& validation) const {
+    const LinearContent content = LinearContent::Masters;
     std::vector<data::SafeTensorsWriter::Entry> entries;
-    declare_masters(entries, layer_prefix(layer), model_);
+    models::declare_layer(entries, layer_prefix(layer), model_,
+                          recipe_.stage_formats(layer, static_cast<int64_t>(t)), content);
     RunFileWriter writer(
         run_.stage_file(layer, static_cast<int64_t>(t)), run_.checksum(), entries,
         {{"stage", to_string({config_.stages[t]})}, {"validation_loss", Json(validation).dump()}});
-    add_masters(writer, layer_prefix(layer), model_, masters);
+    models::add_layer(writer, layer_prefix(layer), model_, masters, content);
     writer.finish();
   }
 
@@ -645,6 +650,7 @@ class BlockPhase {
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
+  const Recipe recipe_;
   const models::Recompute recompute_;
   const int64_t rows_;  // N: training and validation windows
   const int64_t steps_per_epoch_;
@@ -669,7 +675,7 @@ class BlockPhase {
   BlockTime time_;                // of the block at hand
   std::vector<BlockTime> times_;  // of the blocks trained whole by this process, but the last
   // Last, so that what they run ends before anything that it uses.
-  std::future<BlockMasters> next_weights_;
+  std::future<LayerResult> next_weights_;
   std::future<void> writing_;  // the newest stage's file
 };
 

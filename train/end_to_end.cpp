@@ -30,11 +30,10 @@ using engine::DType;
 using engine::Schedule;
 using engine::Tensor;
 using engine::Write;
-using models::BlockMasters;
+using models::LayerResult;
 using models::Llama;
 using models::LlamaBlock;
 using models::LlamaConfig;
-using models::QuantizedState;
 using models::QuantLinear;
 
 // The log comes back from the device this often: reading it makes a GPU wait.
@@ -48,8 +47,6 @@ GradientPasses gradient_passes(const TrainConfig& config) {
 
 constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
 
-int64_t bytes_of(const std::vector<uint8_t>& values) { return static_cast<int64_t>(values.size()); }
-
 class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -61,6 +58,7 @@ class EndToEnd {
         run_(run),
         observer_(observer),
         model_(source.config()),
+        recipe_(config, model_),
         student_(backend, source, models::HeadRounding::BFloat16),
         parameters_(backend, gradient_passes(config)) {
     load(source);
@@ -140,7 +138,7 @@ class EndToEnd {
   }
 
  private:
-  engine::GridSpec spec() const { return {config_.bits, config_.group}; }
+  engine::WeightGrid spec() const { return {config_.bits, config_.group}; }
 
   // Weights of the student, and of the teacher where there is one.
   void load(const Checkpoint& source) {
@@ -166,7 +164,7 @@ class EndToEnd {
     parameters_.allocate();
     for (auto& block : student_.blocks()) {
       block->bind_parameters(parameters_, spec());
-      block->set_masters(block_result(run_, config_, source, block->layer()));
+      block->set_masters(block_result(run_, recipe_, config_, source, block->layer()));
       loaded(block->layer() + 1);
     }
   }
@@ -185,7 +183,7 @@ class EndToEnd {
       block->declare_parameters(masters);
       masters.allocate();
       block->bind_parameters(masters, spec());
-      block->set_masters(block_result(run_, config_, source, block->layer()));
+      block->set_masters(block_result(run_, recipe_, config_, source, block->layer()));
       masters.prepare();
       for (QuantLinear* linear : block->linears()) linear->set_scales(*sigmas[next++]);
       for (models::NormWeight* norm : {&block->input_norm(), &block->post_norm()}) {
@@ -320,43 +318,16 @@ class EndToEnd {
 
   void write_final() {
     prepare();
-    const bool all = config_.e2e_train == EndToEndTrain::All;
+    const models::LinearContent content = final_content(config_);
     std::vector<SafeTensorsWriter::Entry> entries;
-    for (int64_t layer = 0; layer < model_.layers; ++layer) {
-      if (all)
-        declare_masters(entries, layer_prefix(layer), model_);
-      else
-        declare_quantized(entries, layer);
-    }
+    for (int64_t layer = 0; layer < model_.layers; ++layer)
+      models::declare_layer(entries, layer_prefix(layer), model_, recipe_.result_formats(layer),
+                            content);
     RunFileWriter writer(run_.final_file(), run_.checksum(), entries);
-    for (auto& block : student_.blocks()) {
-      if (all)
-        add_masters(writer, layer_prefix(block->layer()), model_, block->masters());
-      else
-        add_quantized(writer, *block);
-    }
+    for (auto& block : student_.blocks())
+      models::add_layer(writer, layer_prefix(block->layer()), model_, block->result(content),
+                        content);
     writer.finish();
-  }
-
-  void declare_quantized(std::vector<SafeTensorsWriter::Entry>& entries, int64_t layer) const {
-    for (const models::LinearShape& linear : models::block_linears(model_)) {
-      const std::string name = models::layer_name(layer, linear.name);
-      const int64_t groups = linear.k / config_.group;
-      entries.push_back({name + ".codes", FileDType::U8, {linear.n, linear.k}});
-      entries.push_back({name + ".scales", FileDType::F8_E4M3, {linear.n, groups}});
-      entries.push_back({name + ".zeros", FileDType::U8, {linear.n, groups}});
-      entries.push_back({name + ".master_scale", FileDType::F32, {1}});
-    }
-  }
-
-  void add_quantized(SafeTensorsWriter& writer, LlamaBlock& block) const {
-    for (const QuantLinear* linear : block.linears()) {
-      const QuantizedState state = linear->quantized_state();
-      writer.add(linear->name() + ".codes", state.codes.data(), bytes_of(state.codes));
-      writer.add(linear->name() + ".scales", state.scales.data(), bytes_of(state.scales));
-      writer.add(linear->name() + ".zeros", state.zeros.data(), bytes_of(state.zeros));
-      writer.add(linear->name() + ".master_scale", &state.master_scale, sizeof(float));
-    }
   }
 
   Backend& backend_;
@@ -365,6 +336,7 @@ class EndToEnd {
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
+  const Recipe recipe_;
 
   Llama student_;
   std::optional<Llama> teacher_;
@@ -480,35 +452,11 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
   EndToEnd(backend, source, windows, config, memory.recompute, run, observer).run();
 }
 
-BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,
-                          const Checkpoint& source, int64_t layer) {
-  if (config.stages.empty()) return float_masters(source, layer);
+LayerResult block_result(const RunDirectory& run, const Recipe& recipe, const TrainConfig& config,
+                         const Checkpoint& source, int64_t layer) {
+  if (config.stages.empty()) return models::full_precision(source, layer);
   const int64_t last = static_cast<int64_t>(config.stages.size()) - 1;
-  return run.stage_masters(layer, last, source.config());
-}
-
-std::vector<QuantizedState> read_quantized(const data::SafeTensors& file, int64_t layer,
-                                           const LlamaConfig& model, engine::GridSpec spec) {
-  std::vector<QuantizedState> states;
-  for (const models::LinearShape& linear : models::block_linears(model)) {
-    const std::string name = models::layer_name(layer, linear.name);
-    const auto read = [&](const char* suffix, const engine::Shape& shape, int64_t element_bytes) {
-      const data::SafeTensor& tensor = file.at(name + suffix);
-      BBB_CHECK(tensor.shape == shape && tensor.bytes == tensor.numel() * element_bytes, name,
-                suffix, ": shape ", engine::to_string(tensor.shape), ", but the model wants ",
-                engine::to_string(shape));
-      return std::vector<uint8_t>(tensor.data, tensor.data + tensor.bytes);
-    };
-    QuantizedState state;
-    state.spec = spec;
-    state.codes = read(".codes", {linear.n, linear.k}, 1);
-    state.scales = read(".scales", {linear.n, linear.k / spec.group}, 1);
-    state.zeros = read(".zeros", {linear.n, linear.k / spec.group}, 1);
-    std::memcpy(&state.master_scale, read(".master_scale", {1}, sizeof(float)).data(),
-                sizeof(float));
-    states.push_back(std::move(state));
-  }
-  return states;
+  return run.stage_result(layer, last, recipe, source.config());
 }
 
 }  // namespace bbb::train

@@ -35,12 +35,8 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
 
 // The masters with which the phase starts, and which an export takes where there is no such phase:
 // those of the block's last stage, or the full-precision weights where no blocks were trained.
-models::BlockMasters block_result(const RunDirectory& run, const TrainConfig& config,
-                                  const Checkpoint& source, int64_t layer);
-
-// Quantized linears of a final file that trained scales over frozen codes.
-std::vector<models::QuantizedState> read_quantized(const data::SafeTensors& file, int64_t layer,
-                                                   const models::LlamaConfig& model,
-                                                   engine::GridSpec spec);
+models::LayerResult block_result(const RunDirectory& run, const Recipe& recipe,
+                                 const TrainConfig& config, const Checkpoint& source,
+                                 int64_t layer);
 
 }  // namespace bbb::train

@@ -23,8 +23,6 @@ namespace bbb::train {
 namespace {
 
 namespace fs = std::filesystem;
-using models::kInputNorm;
-using models::kPostNorm;
 
 // Where a run may go on although these differ: they do not decide what is computed.
 bool decides(const std::string& key) {
@@ -65,8 +63,6 @@ void remove_leftovers(const std::string& path) {
   std::error_code ignored;
   for (const fs::path& leftover : leftovers) fs::remove(leftover, ignored);
 }
-
-std::string weight_name(const models::LinearShape& linear) { return cat(linear.name, ".weight"); }
 
 }  // namespace
 
@@ -269,21 +265,18 @@ bool RunDirectory::blocks_finished(const TrainConfig& config, int64_t layers) co
 }
 
 bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
-  if (config.e2e_steps == 0) return blocks_finished(config, layers);
-  // Where scales alone were trained, the norms are those of the blocks.
-  return fs::exists(final_file()) &&
-         (config.e2e_train == EndToEndTrain::All || blocks_finished(config, layers));
+  return config.e2e_steps == 0 ? blocks_finished(config, layers) : fs::exists(final_file());
 }
 
 bool RunDirectory::has_states() const {
   return fs::exists(block_state_file()) || fs::exists(e2e_state_file());
 }
 
-models::BlockMasters RunDirectory::stage_masters(int64_t block, int64_t stage,
-                                                 const models::LlamaConfig& model) const {
+models::LayerResult RunDirectory::stage_result(int64_t block, int64_t stage, const Recipe& recipe,
+                                               const models::LlamaConfig& model) const {
   const data::SafeTensors file = open_run_file(stage_file(block, stage), checksum(),
                                                "delete it, and the run trains from there again");
-  return read_masters(file, layer_prefix(block), model);
+  return models::read_layer(file, layer_prefix(block), model, recipe.stage_formats(block, stage));
 }
 
 void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {
@@ -307,54 +300,6 @@ void RunDirectory::keep_log(const std::function<bool(const Json& line)>& keep) c
     if (line.is_object() && keep(line)) kept += text + "\n";
   }
   data::write_file_atomic(log_file(), kept);
-}
-
-void declare_masters(std::vector<data::SafeTensorsWriter::Entry>& entries,
-                     const std::string& prefix, const models::LlamaConfig& config) {
-  for (const models::LinearShape& linear : models::block_linears(config))
-    entries.push_back({prefix + weight_name(linear), data::FileDType::F32, {linear.n, linear.k}});
-  for (const char* norm : {kInputNorm, kPostNorm})
-    entries.push_back({prefix + norm, data::FileDType::F32, {config.d_model}});
-}
-
-void add_masters(data::SafeTensorsWriter& writer, const std::string& prefix,
-                 const models::LlamaConfig& config, const models::BlockMasters& masters) {
-  const auto add = [&](const std::string& name, const std::vector<float>& values) {
-    writer.add(prefix + name, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
-  };
-  const std::vector<models::LinearShape> linears = models::block_linears(config);
-  for (size_t i = 0; i < linears.size(); ++i) add(weight_name(linears[i]), masters.linears[i]);
-  add(kInputNorm, masters.input_norm);
-  add(kPostNorm, masters.post_norm);
-}
-
-models::BlockMasters read_masters(const data::SafeTensors& file, const std::string& prefix,
-                                  const models::LlamaConfig& config) {
-  const auto read = [&](const std::string& name, const engine::Shape& shape) {
-    const data::SafeTensor& tensor = file.at(prefix + name);
-    BBB_CHECK(tensor.shape == shape, prefix, name, ": shape ", engine::to_string(tensor.shape),
-              ", but the model wants ", engine::to_string(shape));
-    std::vector<float> values(static_cast<size_t>(tensor.numel()));
-    data::to_float(values.data(), tensor, prefix + name);
-    return values;
-  };
-  models::BlockMasters masters;
-  for (const models::LinearShape& linear : models::block_linears(config))
-    masters.linears.push_back(read(weight_name(linear), {linear.n, linear.k}));
-  masters.input_norm = read(kInputNorm, {config.d_model});
-  masters.post_norm = read(kPostNorm, {config.d_model});
-  return masters;
-}
-
-models::BlockMasters float_masters(const models::Checkpoint& source, int64_t layer) {
-  const models::LlamaConfig& config = source.config();
-  models::BlockMasters masters;
-  for (const models::LinearShape& linear : models::block_linears(config))
-    masters.linears.push_back(
-        source.load(layer_prefix(layer) + weight_name(linear), {linear.n, linear.k}));
-  masters.input_norm = source.load(layer_prefix(layer) + kInputNorm, {config.d_model});
-  masters.post_norm = source.load(layer_prefix(layer) + kPostNorm, {config.d_model});
-  return masters;
 }
 
 std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); }
@@ -394,13 +339,25 @@ models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_byte
 }
 
 int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config) {
-  const int64_t parameters = model.layers * block_parameters(model);
-  int64_t bytes = static_cast<int64_t>(config.stages.size()) * parameters * 4;
-  if (config.e2e_steps > 0)  // masters; or codes, with a scale and a zero point a group
-    bytes += config.e2e_train == EndToEndTrain::All
-                 ? parameters * 4
-                 : model.linear_parameters() / config.group * (config.group + 2);
+  const Recipe recipe(config, model);
+  std::vector<data::SafeTensorsWriter::Entry> entries;
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    for (size_t t = 0; t < config.stages.size(); ++t)
+      models::declare_layer(entries, "", model, recipe.result_formats(layer),
+                            models::LinearContent::Masters);
+    if (config.e2e_steps > 0)
+      models::declare_layer(entries, "", model, recipe.result_formats(layer),
+                            final_content(config));
+  }
+  int64_t bytes = 0;
+  for (const data::SafeTensorsWriter::Entry& entry : entries)
+    bytes += engine::numel_of(entry.shape) * data::size_bytes(entry.dtype);
   return bytes;
+}
+
+models::LinearContent final_content(const TrainConfig& config) {
+  return config.e2e_train == EndToEndTrain::All ? models::LinearContent::Masters
+                                                : models::LinearContent::Stored;
 }
 
 int64_t block_parameters(const models::LlamaConfig& config) {

@@ -16,8 +16,10 @@
 #include "data/text.h"
 #include "data/tokenizer.h"
 #include "models/checkpoint.h"
+#include "models/layer_result.h"
 #include "models/llama.h"
 #include "train/config.h"
+#include "train/recipe.h"
 
 namespace bbb::train {
 
@@ -100,8 +102,8 @@ class RunDirectory {
   bool finished(const TrainConfig& config, int64_t layers) const;
   bool has_states() const;
   // What a finished stage left; throws where its file is damaged.
-  models::BlockMasters stage_masters(int64_t block, int64_t stage,
-                                     const models::LlamaConfig& model) const;
+  models::LayerResult stage_result(int64_t block, int64_t stage, const Recipe& recipe,
+                                   const models::LlamaConfig& model) const;
   // Removes states of phases that are finished: a kill can come between a result and that.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 
@@ -112,16 +114,6 @@ class RunDirectory {
   std::string path_;
   std::unique_ptr<FileLock> lock_;
 };
-
-// The seven masters and two norms of a block as file entries "<prefix>self_attn.q_proj.weight" ...
-void declare_masters(std::vector<data::SafeTensorsWriter::Entry>& entries,
-                     const std::string& prefix, const models::LlamaConfig& config);
-void add_masters(data::SafeTensorsWriter& writer, const std::string& prefix,
-                 const models::LlamaConfig& config, const models::BlockMasters& masters);
-models::BlockMasters read_masters(const data::SafeTensors& file, const std::string& prefix,
-                                  const models::LlamaConfig& config);
-// The same from the full-precision model.
-models::BlockMasters float_masters(const models::Checkpoint& source, int64_t layer);
 
 std::string layer_prefix(int64_t layer);
 
@@ -139,6 +131,8 @@ int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
 models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
                                    const std::function<int64_t(models::Recompute)>& bytes);
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
+// What the final file holds of a linear.
+models::LinearContent final_content(const TrainConfig& config);
 // Of the files that a finished run holds, their headers and the log aside.
 int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config);
 

@@ -14,7 +14,7 @@
 
 namespace bbb::train {
 
-using models::ExportLayer;
+using models::LayerResult;
 
 namespace {
 
@@ -160,21 +160,24 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
 
 namespace {
 
-// Masters to what the file holds, through the code that training runs.
+// Masters to what the file holds, through the code that training runs. What is quantized already
+// stays.
 class Quantizer {
  public:
-  Quantizer(Backend& backend, const models::LlamaConfig& model, GridSpec spec)
+  Quantizer(Backend& backend, const models::LlamaConfig& model, WeightGrid grid)
       : parameters_(backend, autograd::GradientPasses::One),
         block_(backend, model, 0, engine::Tensor()) {
     block_.declare_parameters(parameters_);
     parameters_.allocate();
-    block_.bind_parameters(parameters_, spec);
+    block_.bind_parameters(parameters_, grid);
   }
 
-  ExportLayer operator()(const models::BlockMasters& masters) {
-    block_.set_masters(masters);
+  LayerResult operator()(LayerResult layer) {
+    if (layer.linears[0].quantized()) return layer;
+    block_.set_masters(layer);
     parameters_.prepare();
-    return {masters.input_norm, masters.post_norm, block_.quantized_state()};
+    layer.linears = block_.result(models::LinearContent::Stored).linears;
+    return layer;
   }
 
  private:
@@ -208,28 +211,25 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
             " was trained from: ", part, " differs");
 
-  const GridSpec spec{config.bits, config.group};
-  Quantizer quantizer(backend, model, spec);
+  const Recipe recipe(config, model);
+  Quantizer quantizer(backend, model, {config.bits, config.group});
   std::optional<data::SafeTensors> final;
   if (config.e2e_steps > 0)
     final.emplace(open_run_file(run.final_file(), run.checksum(),
                                 "delete it, and the run trains end to end again"));
-  const auto layer = [&](int64_t i) -> ExportLayer {
-    if (!final) return quantizer(block_result(run, config, source, i));
-    if (config.e2e_train == EndToEndTrain::All)
-      return quantizer(read_masters(*final, layer_prefix(i), model));
-    // Norms stay as the blocks left them.
-    const models::BlockMasters start = block_result(run, config, source, i);
-    return {start.input_norm, start.post_norm, read_quantized(*final, i, model, spec)};
+  const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
+  const auto layer = [&](int64_t i) {
+    return quantizer(final ? models::read_layer(*final, layer_prefix(i), model, formats(i))
+                           : block_result(run, recipe, config, source, i));
   };
   engine::Progress progress("export", 2 * model.layers);
-  return models::export_model(out_directory, source, tokenizer, spec, format, layer,
+  return models::export_model(out_directory, source, tokenizer, formats, format, layer,
                               data::read_file(run.run_file()),
                               [&](int64_t done) { progress.set(done); });
 }
 
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  GridSpec spec, const std::string& out_directory, models::ExportFormat format) {
+                  WeightGrid spec, const std::string& out_directory, models::ExportFormat format) {
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
@@ -244,12 +244,16 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   record["group_size"] = spec.group;
   record["model"] = source.path();
   record["model_checksum"] = checksum_of(model_parts(source));
+  TrainConfig config;
+  config.bits = spec.bits;
+  config.group = spec.group;
+  const Recipe recipe(config, model);
   Quantizer quantizer(backend, model, spec);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, spec, format,
-      [&](int64_t i) { return quantizer(float_masters(source, i)); }, record.dump(2) + "\n",
-      [&](int64_t done) { progress.set(done); });
+      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, format,
+      [&](int64_t i) { return quantizer(models::full_precision(source, i)); },
+      record.dump(2) + "\n", [&](int64_t done) { progress.set(done); });
 }
 
 }  // namespace bbb::train

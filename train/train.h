@@ -26,7 +26,7 @@
 namespace bbb::train {
 
 using engine::Backend;
-using engine::GridSpec;
+using engine::WeightGrid;
 using models::Checkpoint;
 
 // Called between units of work; what they throw ends the run there, as a kill would.
@@ -59,6 +59,6 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
 
 // Round to nearest, without training.
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  GridSpec spec, const std::string& out_directory, models::ExportFormat format);
+                  WeightGrid spec, const std::string& out_directory, models::ExportFormat format);
 
 }  // namespace bbb::train

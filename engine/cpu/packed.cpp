@@ -9,32 +9,23 @@ namespace bbb::engine {
 namespace host = quant::host;
 
 template <typename T>
-static host::PackedRows rows_of(const PackedWeight& w) {
-  const float master_scale = static_cast<float>(*w.master_scale.data<T>());  // exact
-  return {w.qweight.data<uint8_t>(),
-          w.scales.data<uint8_t>(),
-          w.zeros.data<uint8_t>(),
-          master_scale,
-          w.k,
-          w.spec};
-}
-
-template <typename T>
 void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
-  const host::PackedRows packed = rows_of<T>(w);
-  parallel_for(w.n, std::max<int64_t>(1, kElementGrain / w.k), [&](int64_t begin, int64_t end) {
-    host::unpack(wq.data<T>(), packed, {begin, end});
-  });
+  const quant::PackedView packed = w.view();
+  parallel_for(packed.n, std::max<int64_t>(1, kElementGrain / packed.k),
+               [&](int64_t begin, int64_t end) {
+                 host::unpack(wq.data<T>(), packed, {begin, end});
+               });
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                                    const Tensor& addend) {
-  const host::PackedRows packed = rows_of<T>(w);
+  const quant::PackedView packed = w.view();
   const int64_t m = x.dim(0);
-  parallel_for(w.n, std::max<int64_t>(1, kElementGrain / w.k), [&](int64_t begin, int64_t end) {
-    host::packed_gemv(y.data<T>(), x.data<T>(), packed, addend.data<T>(), {begin, end}, m, w.n);
-  });
+  parallel_for(
+      packed.n, std::max<int64_t>(1, kElementGrain / packed.k), [&](int64_t begin, int64_t end) {
+        host::packed_gemv(y.data<T>(), x.data<T>(), packed, addend.data<T>(), {begin, end}, m);
+      });
 }
 
 BBB_CPU_INSTANTIATE(do_unpack, const Tensor&, const PackedWeight&);

@@ -70,7 +70,7 @@ void CpuBackend<T>::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
 
 template <typename T>
 void CpuBackend<T>::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
-                                      const Tensor& z, const Tensor& s, const GridSpec& spec) {
+                                      const Tensor& z, const Tensor& s, const WeightGrid& spec) {
   const int64_t k = w.dim(1);
   parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
     host::quantize_codes(codes.data<uint8_t>(), w.data<T>(), e.data<uint8_t>(), z.data<uint8_t>(),
@@ -81,7 +81,7 @@ void CpuBackend<T>::do_quantize_codes(const Tensor& codes, const Tensor& w, cons
 template <typename T>
 void CpuBackend<T>::do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
                                    const Tensor& codes, const Tensor& z, const Tensor& sigma,
-                                   const GridSpec& spec) {
+                                   const WeightGrid& spec) {
   const int64_t k = codes.dim(1);
   *s.data<T>() = quant::master_scale_of(host::largest(sigma.data<T>(), sigma.numel()));
   parallel_for(codes.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
@@ -93,7 +93,7 @@ void CpuBackend<T>::do_scale_codes(const Tensor& wq, const Tensor& e, const Tens
 template <typename T>
 void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw,
                                             const Tensor& codes, const Tensor& z,
-                                            const GridSpec& spec, Write mode) {
+                                            const WeightGrid& spec, Write mode) {
   const int64_t k = codes.dim(1);
   parallel_for(codes.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
     host::scale_codes_backward(dsigma.data<T>(), dw.data<T>(), codes.data<uint8_t>(),
@@ -104,10 +104,10 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
 BBB_CPU_INSTANTIATE(do_widest_groups, const FakeQuantWeights&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_fake_quant, const FakeQuantWeights&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_quantize_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const GridSpec&);
+                    const Tensor&, const WeightGrid&);
 BBB_CPU_INSTANTIATE(do_scale_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const GridSpec&);
+                    const Tensor&, const Tensor&, const WeightGrid&);
 BBB_CPU_INSTANTIATE(do_scale_codes_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const GridSpec&, Write);
+                    const Tensor&, const WeightGrid&, Write);
 
 }  // namespace bbb::engine

@@ -1,0 +1,137 @@
+#include "models/layer_result.h"
+
+#include <cstring>
+
+#include "quant/host.h"
+#include "quant/pack.h"
+
+namespace bbb::models {
+
+using data::FileDType;
+using data::SafeTensor;
+using engine::Shape;
+using quant::LinearFormat;
+using quant::StoredPart;
+using quant::StoredTensor;
+
+std::vector<float> LinearResult::dequantize() const {
+  BBB_ASSERT(quantized() && format.stored_k() == format.k);
+  float master_scale;
+  std::memcpy(&master_scale, part(StoredPart::MasterScale).data(), sizeof master_scale);
+  const quant::PackedView view{.qweight = part(StoredPart::Codes).data(),
+                               .scales = part(StoredPart::Scales).data(),
+                               .zeros = part(StoredPart::Zeros).data(),
+                               .master_scale = &master_scale,
+                               .n = format.n,
+                               .k = format.k,
+                               .grid = format.weight};
+  std::vector<float> weight(static_cast<size_t>(format.n * format.k));
+  quant::host::unpack(weight.data(), view, {0, format.n});
+  for (float& w : weight) w *= master_scale;
+  return weight;
+}
+
+std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits) {
+  const int64_t columns = static_cast<int64_t>(codes.size()) / rows;
+  const int64_t row_bytes = quant::packed_bytes(columns, bits);
+  std::vector<uint8_t> packed(static_cast<size_t>(rows * row_bytes));
+  for (int64_t r = 0; r < rows; ++r)
+    quant::pack_codes(packed.data() + r * row_bytes, codes.data() + r * columns, columns, bits);
+  return packed;
+}
+
+std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
+                                 int bits) {
+  const int64_t row_bytes = quant::packed_bytes(columns, bits);
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * columns));
+  for (int64_t r = 0; r < rows; ++r)
+    quant::unpack_codes(codes.data() + r * columns, packed.data() + r * row_bytes, columns, bits);
+  return codes;
+}
+
+void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, const std::string& prefix,
+                   const LlamaConfig& config, const std::vector<LinearFormat>& formats,
+                   LinearContent content) {
+  const std::vector<LinearShape> shapes = block_linears(config);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const std::string name = prefix + shapes[i].name;
+    if (content == LinearContent::Masters)
+      entries.push_back({name + ".weight", FileDType::F32, {shapes[i].n, shapes[i].k}});
+    else
+      for (const StoredTensor& t : formats[i].tensors())
+        entries.push_back({name + t.suffix, t.dtype, t.shape});
+  }
+  for (const char* norm : {kInputNorm, kPostNorm})
+    entries.push_back({prefix + norm, FileDType::F32, {config.d_model}});
+}
+
+void add_layer(data::SafeTensorsWriter& writer, const std::string& prefix,
+               const LlamaConfig& config, const LayerResult& layer, LinearContent content) {
+  const auto add = [&]<typename T>(const std::string& name, const std::vector<T>& values) {
+    writer.add(prefix + name, values.data(), static_cast<int64_t>(values.size() * sizeof(T)));
+  };
+  const std::vector<LinearShape> shapes = block_linears(config);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const LinearResult& linear = layer.linears[i];
+    const std::string name = shapes[i].name;
+    if (content == LinearContent::Masters)
+      add(name + ".weight", linear.master);
+    else
+      for (const StoredTensor& t : linear.format.tensors())
+        add(name + t.suffix, linear.part(t.part));
+  }
+  add(kInputNorm, layer.input_norm);
+  add(kPostNorm, layer.post_norm);
+}
+
+LayerResult read_layer(const data::SafeTensors& file, const std::string& prefix,
+                       const LlamaConfig& config, const std::vector<LinearFormat>& formats) {
+  const auto find = [&](const std::string& name, const Shape& shape,
+                        FileDType dtype) -> const SafeTensor& {
+    const SafeTensor& tensor = file.at(prefix + name);
+    BBB_CHECK(tensor.shape == shape && tensor.dtype == dtype, prefix, name, ": ",
+              name_of(tensor.dtype), " ", engine::to_string(tensor.shape), ", but the model wants ",
+              name_of(dtype), " ", engine::to_string(shape));
+    return tensor;
+  };
+  const auto floats = [&](const std::string& name, const Shape& shape) {
+    const SafeTensor& tensor = find(name, shape, FileDType::F32);
+    std::vector<float> values(static_cast<size_t>(tensor.numel()));
+    data::to_float(values.data(), tensor, prefix + name);
+    return values;
+  };
+  LayerResult layer;
+  const std::vector<LinearShape> shapes = block_linears(config);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const LinearFormat& format = formats[i];
+    const std::string name = shapes[i].name;
+    LinearResult& linear = layer.linears.emplace_back();
+    linear.format = format;
+    if (file.contains(prefix + name + ".weight")) {
+      linear.master = floats(name + ".weight", {format.n, format.k});
+      continue;
+    }
+    for (const StoredTensor& t : format.tensors()) {
+      const SafeTensor& tensor = find(name + t.suffix, t.shape, t.dtype);
+      linear.part(t.part).assign(tensor.data, tensor.data + tensor.bytes);
+    }
+  }
+  layer.input_norm = floats(kInputNorm, {config.d_model});
+  layer.post_norm = floats(kPostNorm, {config.d_model});
+  return layer;
+}
+
+LayerResult full_precision(const Checkpoint& source, int64_t layer) {
+  const LlamaConfig& config = source.config();
+  LayerResult result;
+  for (const LinearShape& shape : block_linears(config)) {
+    LinearResult& linear = result.linears.emplace_back();
+    linear.format = {.n = shape.n, .k = shape.k, .weight = {.bits = quant::kNoQuantizer}};
+    linear.master = source.load(layer_name(layer, shape.name) + ".weight", {shape.n, shape.k});
+  }
+  result.input_norm = source.load(layer_name(layer, kInputNorm), {config.d_model});
+  result.post_norm = source.load(layer_name(layer, kPostNorm), {config.d_model});
+  return result;
+}
+
+}  // namespace bbb::models

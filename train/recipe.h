@@ -1,0 +1,43 @@
+// Recipe: which format every linear has in every stage. It answers once for what is trained, saved
+// and exported.
+#pragma once
+
+#include <vector>
+
+#include "models/config.h"
+#include "quant/format.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+class Recipe {
+ public:
+  // Both must outlive the recipe.
+  Recipe(const TrainConfig& config, const models::LlamaConfig& model)
+      : config_(config), model_(model) {}
+
+  // Of the linears of a layer, in the order of block_linears(), in a stage of the block phase.
+  std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const {
+    return formats(layer, config_.stages[static_cast<size_t>(stage)]);
+  }
+  // Of the end-to-end phase and of the export.
+  std::vector<quant::LinearFormat> result_formats(int64_t layer) const {
+    return formats(layer, {.weight_bits = config_.bits});
+  }
+
+ private:
+  std::vector<quant::LinearFormat> formats(int64_t, const Stage& stage) const {
+    std::vector<quant::LinearFormat> formats;
+    for (const models::LinearShape& linear : models::block_linears(model_))
+      formats.push_back({.n = linear.n,
+                         .k = linear.k,
+                         .weight = {.bits = stage.weight_bits, .group = config_.group},
+                         .input = {.bits = stage.activation_bits}});
+    return formats;
+  }
+
+  const TrainConfig& config_;
+  const models::LlamaConfig& model_;
+};
+
+}  // namespace bbb::train
