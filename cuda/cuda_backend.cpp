@@ -222,12 +222,12 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
       step();
       graph = capture.end();
     }
-    if (!gemm_->has_unsettled())
+    if (!gemm_->has_undecided())
       return std::make_unique<GraphReplay>(stream_, graph.get(), std::move(step), std::move(own));
     // Timing takes memory: what this recording took goes back first, unless others hold it too.
     graph.reset();
     own.reset();
-    gemm_->settle_recorded();
+    gemm_->decide_recorded();
   }
 }
 
