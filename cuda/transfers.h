@@ -1,4 +1,5 @@
-// CudaTransfers: a copy stream each way beside the backend's own, page-locked host memory.
+// CudaTransfers: a copy stream for each direction, besides the backend's stream, and page-locked
+// host memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
