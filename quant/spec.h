@@ -1,4 +1,4 @@
-// GridSpec: which quantization grid, and how to round on it.
+// GridSpec: the quantization grid, and how to round on it.
 #pragma once
 
 namespace bbb::quant {
