@@ -35,8 +35,8 @@ inline int checked_int(int64_t n) {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The order of tiles x heads blocks. It keeps the streamed rows of `group` heads in the L2 cache;
-// within a group the tiles of rank 0, the longest, start first. If the rows of all heads fit, they
-// form one group, so that only short tiles are left for the end.
+// within a group the tiles of rank 0, the longest, start first. If all heads fit, they are one
+// group, so that only short tiles are left for the end.
 struct BlockOrder {
   int tiles = 0;
   int heads = 0;

@@ -15,9 +15,8 @@
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 //
-// Order of the accesses to shared memory. The first line of a piece orders a write before its
-// reads, the second these reads before the next write. full and empty are mbarriers: an arrival
-// releases, a wait acquires.
+// Order of the accesses to shared memory. Line one: a write, then its reads. Line two: these reads,
+// then the next write. full, empty: mbarriers; an arrival releases, a wait acquires.
 //   item index     copying thread writes, arrives at q_full; lane 0 of each warp waits, reads
 //                  that lane arrives at q_empty; copying thread waits, writes
 //   q, k, v        copy engine writes, completes the bytes of full; all threads wait, wgmma reads

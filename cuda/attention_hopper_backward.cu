@@ -17,22 +17,21 @@
 // along its rows.
 //
 // Each SM runs one block. Its copying thread, the first of the first warpgroup, takes items from a
-// queue; it takes the next one while the loads of the current one are in flight. Heads are grouped
-// into sets, and sets into groups (BackwardOrder). keys(g) writes ds of group g, queries(g) reads
-// it:
+// queue, the next one while the loads of the current one are in flight. Heads form sets, and sets
+// form groups (BackwardOrder). keys(g) writes ds of group g, queries(g) reads it:
 //     keys(0) .. keys(lag)  queries(0)  keys(lag + 1)  queries(1)  ..
 // The lag is long enough that keys(g) has usually finished, and short enough that ds is still in
 // the L2 cache. No deadlock: an item waits only for earlier items, which running blocks have taken
-// and process in queue order. So the first unfinished item never waits, however few blocks run. A
-// counter per set and side counts the warpgroups that are done.
+// and process in queue order. So the first unfinished item never waits, however few blocks run.
+// Each set counts its finished warpgroups, for each side.
 //
 // Gradients of rotated q and k are rotated back in the registers that summed them, where columns c
 // and c + d/2 belong to one lane. An item reads its rows of the table once, from the L2 cache.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
 //
-// Order of the accesses. The first part of a piece orders a write before its reads, the second
-// these reads before the next write. full and empty are mbarriers: an arrival releases, a wait
-// acquires. sync() is a named barrier of one warpgroup. Shared memory:
+// Order of the accesses. First: a write, then its reads. Below: these reads, then the next write.
+// full, empty: mbarriers; an arrival releases, a wait acquires. sync(): a named barrier of one
+// warpgroup. Shared memory:
 //   item index     copying thread writes, arrives at x_full; lane 0 of each warp waits, reads
 //                  that lane, after its last read, arrives at x_empty; copying thread waits, writes
 //   x              copy engine writes, completes the bytes of x_full; threads wait, wgmma reads

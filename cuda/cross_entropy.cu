@@ -5,8 +5,8 @@
 // One block a row: the first pass takes the running maximum and sum, the second the gradient,
 // element by element, so that dlogits may be the buffer of bf16 logits. 6 bytes moved a bf16 logit.
 //
-// Over chunks of the vocabulary the two passes are two kernels. Between them a state holds the
-// maximum, the sum and the target's logit of every row so far. 2 bytes moved a bf16 logit, then 4.
+// Over chunks of the vocabulary the two passes are two kernels. Between them a state holds every
+// row's maximum, sum and target logit so far. 2 bytes moved a bf16 logit, then 4.
 #include "cuda/cuda_backend.h"
 #include "cuda/softmax_row.h"
 

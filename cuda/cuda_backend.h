@@ -1,9 +1,9 @@
 // CudaBackend: one GPU, bf16 activations, FP32 everywhere that accumulates. Work runs on one
 // stream; in a recorded step, forked work runs on a second one.
 //
-// Memory comes from a caching pool (cuda/memory.h): a freed block is reused by later allocations in
-// the same stream order. While a step is recorded, allocations come from separate pools, one for
-// each stream, so that addresses stay valid.
+// Memory comes from a caching pool (cuda/memory.h): later allocations in the same stream order
+// reuse a freed block. While a step is recorded, each stream has its own pool, so that addresses
+// stay valid.
 #pragma once
 
 #include <cublasLt.h>

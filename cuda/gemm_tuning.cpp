@@ -1,19 +1,18 @@
 // Times the algorithms of a product and chooses one.
 //
 // Candidates run interleaved, so that clock drift slows all of them alike; each is judged by its
-// median time. Operands are random normals. If alpha is on the device, A is a quantized weight: its
-// values are their levels on a 2-bit grid (zeros and numbers with few bits take less power).
-// Operands rotate through more memory than the L2 cache holds, because a training step reads them
-// from memory too. Every round starts with untimed products, so that the GPU runs behind the host
-// and no wait for a launch is measured.
+// median time. Operands are random normals; if alpha is on the device, A is a quantized weight and
+// holds their levels on a 2-bit grid (zeros and numbers with few bits take less power). They rotate
+// through more memory than the L2 cache holds, as in a training step. Every round starts with
+// untimed products: the GPU then runs behind the host, and no wait for a launch is measured.
 //
 // Candidates are the library's suggestions. If the run will spend long on a product, the library's
 // other kernels (gemm_search.cpp) are candidates too; short trials keep the best of all. Long
 // products are then timed in long runs. They keep the GPU at its power limit, where the clock
 // depends on the power of the work: the algorithm of least energy is the fastest, even if it needs
 // more cycles. This shows only if each candidate runs alone for longer than the clock takes to
-// stabilize. The clock also drifts by some per cent, so candidates compete in rounds, each longer
-// and with fewer candidates than the one before.
+// stabilize. The clock also drifts by some per cent, so there are rounds, each longer and with
+// fewer candidates than the one before.
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
 #include <charconv>
@@ -136,7 +135,7 @@ Candidates best_of_trials(cudaStream_t stream, Candidates all, const Multiply& m
       multiply(i);  // loads the kernel, too
       return true;
     } catch (const Error&) {
-      cudaGetLastError();  // clear it: otherwise the next launch reports it
+      cudaGetLastError();  // or the next launch reports it
       return false;
     }
   };

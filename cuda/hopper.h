@@ -138,8 +138,8 @@ struct RingCursor {
   }
 };
 
-// The index of the next item of a persistent kernel. A block's first item is its blockIdx; *queue
-// starts at 0. Which block computes an item does not change the item's result.
+// The index of the next item of a persistent kernel; a block's first item is its blockIdx. *queue
+// starts at 0. Which block computes an item does not change its result.
 __device__ inline int next_item(unsigned* queue) {
   stress_pause();
   return static_cast<int>(gridDim.x + atomicAdd(queue, 1u));
@@ -205,8 +205,8 @@ __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before later accesses to it by the copy
-// engine and wgmma. A barrier between the threads must follow.
+// Orders this thread's ordinary writes to shared memory before later accesses by the copy engine
+// and wgmma. A barrier between the threads must follow.
 __device__ inline void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -235,8 +235,8 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving uses of an accumulator across this point. It does not know that
-// wgmma writes its registers after the instruction has been issued.
+// Keeps the compiler from moving uses of an accumulator across this point: it does not know that
+// wgmma writes the registers later.
 template <int N>
 __device__ inline void accumulator_fence(float (&d)[N][4]) {
 #pragma unroll
@@ -295,9 +295,9 @@ struct Operand {
 #define BBB_REG64 \
   BBB_REG48 ",%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d (+)= a b for one k16 slice; overwrites d if `add` is 0. A comes from a descriptor, used as
-// kAlongA, or from registers; B from a descriptor, used as kAlong. i0 .. i6: the operand numbers
-// after the accumulator's.
+// d (+)= a b for one k16 slice; overwrites d if `add` is 0. A: a descriptor, as kAlongA says, or
+// registers; B: a descriptor, as kAlong says. i0 .. i6: the operand numbers after the
+// accumulator's.
 #define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                      \
   template <Along kAlong, Along kAlongA = Along::Columns>                                       \
   __device__ inline void wgmma(float(&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {    \

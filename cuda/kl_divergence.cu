@@ -3,10 +3,10 @@
 // or F32 (M, V), both of one dtype; targets I32 (M). A negative target gives loss 0 and gradient 0.
 //
 // One block a row, one block an SM at a time. The first pass reads both inputs for their maxima and
-// sums, the second computes the loss and the gradient. Few rows are in flight at a time, so the
-// second pass reads them from the L2 cache. The loss is summed after both log sums are known: its
-// terms are small where the two agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a
-// pair of bf16 logits.
+// sums, the second computes loss and gradient. Few rows are in flight, so the second pass reads
+// them from the L2 cache. The loss is summed after both log sums are known: its terms are small
+// where the two agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a pair of bf16
+// logits.
 //
 // Over chunks of the vocabulary the two passes are two kernels (4 and 6 bytes a pair), with a state
 // of every row between them. The loss then has to come from the first:

@@ -23,7 +23,7 @@ void* device_malloc(int64_t bytes) {
   void* block = nullptr;
   const cudaError_t status = cudaMalloc(&block, static_cast<size_t>(bytes));
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // clear it: otherwise the next launch reports it
+    cudaGetLastError();  // or the next launch reports it
     return nullptr;
   }
   BBB_CUDA(status);

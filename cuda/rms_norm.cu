@@ -2,13 +2,13 @@
 // Backward: dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r.   dw bf16 or F32 (D).
 //
 // A block walks a chunk of rows. Chunks depend on the shape alone, so the sums are the same on
-// every GPU. Up to kMaxColumns columns, a thread keeps its columns of a row in registers. They are
-// the same in every row, so w and its share of dw stay in registers too. A row takes as many warps
-// as it fills; a block of narrow rows takes several rows at once. The next row is loaded while the
-// current one is summed, so that the memory never waits for a sum. Wider rows, and rows that do not
-// split into 16 bytes, are read twice, the second time from the cache, with dw in shared memory.
-// Each block writes a partial sum of dw; a second kernel adds them in order. Bytes moved an
-// element: 4 forward; 6 backward, 8 if it adds to dx.
+// every GPU. Up to kMaxColumns columns, a thread keeps its columns of a row in registers; they are
+// the same in every row, so it keeps w and its share of dw too. A row takes as many warps as it
+// fills; a block of narrow rows takes several at once. The next row is loaded while the current one
+// is summed, so that the memory never waits for a sum. Wider rows, and those that do not split into
+// 16 bytes, are read twice, the second time from the cache, with dw in shared memory. A block
+// writes a partial sum of dw; a second kernel adds them in order. Bytes moved an element: 4
+// forward; 6 backward, 8 if it adds to dx.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"

@@ -35,7 +35,7 @@ std::shared_ptr<engine::Storage> CudaTransfers::host_buffer(int64_t bytes) {
   const cudaError_t status =
       cudaHostAlloc(&block, static_cast<size_t>(bytes > 0 ? bytes : 1), cudaHostAllocDefault);
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // clear it: otherwise the next launch reports it
+    cudaGetLastError();  // or the next launch reports it
     throw Error(cat("out of host memory: ", bytes, " bytes of page-locked memory requested"));
   }
   BBB_CUDA(status);

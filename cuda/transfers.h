@@ -1,5 +1,4 @@
-// CudaTransfers: a copy stream for each direction, besides the backend's stream, and page-locked
-// host memory.
+// CudaTransfers: a copy stream for each direction, and page-locked host memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
