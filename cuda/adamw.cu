@@ -1,24 +1,24 @@
-// The optimizer's device side: the norm and the step's schedule, then the decoupled update.
+// The optimizer on the device: the norm and the step's schedule, then the decoupled update.
 //
 // The gradient g is bf16 or F32; the first moment m is bf16, rounded after the update.
 //
-// step_control, two launches. The first adds the squares of the gradients that were not clipped,
-//     in the fixed order of reduce.h: 2.1 bytes an element of bf16. The second, one block, adds the
-//     partial sums and writes the slots: with t = control[kStep], lr = peak min(1, (t + 1) /
-//     warmup) (f + (1 - f) (1 + cos(pi t / total)) / 2), factor = min(1, clip / |g|). A loss or
-//     norm that is not finite, a square that overflows FP32 included, sets kSkip, and the step
-//     changes nothing.
+// step_control, two launches. The first adds the squares of the gradients that were not clipped, in
+// the fixed order of reduce.h: 2.1 bytes an element of bf16. The second, one block, adds the
+// partial sums and writes the slots. With t = control[kStep]:
+//     lr = peak min(1, (t + 1) / warmup) (f + (1 - f) (1 + cos(pi t / total)) / 2)
+//     factor = min(1, clip / |g|)
+// A loss or norm that is not finite sets kSkip, and the step changes nothing; a square that
+// overflows FP32 makes the norm infinite.
 // adamw (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), t =
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
-//     Each block walks through a stretch of tiles (quant/tiles.h), four neighbouring elements a
-//     thread at a time. The new weights' groups are joined while they are in registers, for the
-//     next S, and quantized by the last one, which is almost always the same: so the next step need
-//     not read its masters to quantize them. 24.3 bytes an element where g is bf16: instructions
-//     have to be few for these to be what takes the time, so root and quotient are the
-//     hardware's (ptx.h). The rest of this file is compiled as written, without contraction, as
-//     the quantizer's files are.
+// Each block walks a run of tiles (quant/tiles.h), four neighbouring elements a thread at a time.
+// While the new weights are in registers, it finds their maximum group range, for the next S, and
+// prequantizes them with the last S. The next S is almost always the same, so the next step need
+// not read its masters to quantize them. 24.3 bytes an element if g is bf16. Memory sets the time
+// only if instructions are few, so root and quotient are the hardware's (ptx.h). The rest of this
+// file is compiled as written, without contraction, like the quantizer's files.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -37,15 +37,15 @@ using quant::WeightTile;
 
 constexpr int kWide = 4;
 constexpr int kMaskedWide = 8;  // elements of one byte of the mask
-constexpr int kDepth = 4;       // loads of the norm's that a thread waits for at once
+constexpr int kDepth = 4;       // loads of the norm that a thread has in flight
 constexpr int kControlThreads = 1024;
 constexpr int kAdamWThreads = 256, kAdamWBlocksPerProcessor = 4;
 
-// kWide elements as they come from memory: taken apart, they would be waited for.
+// kWide loaded elements, kept packed: unpacking them here would stall on the load.
 template <typename T>
 using Words = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
 
-// For what no kernel reads again while the cache would still hold it.
+// Streaming access: the data leaves the cache before any kernel reads it again.
 template <typename T>
 __device__ Words<T> load_streaming(const T* p) {
   return __ldcs(reinterpret_cast<const Words<T>*>(p));
@@ -58,8 +58,8 @@ __device__ void store_streaming(T* p, const float (&x)[kWide]) {
   __stcs(reinterpret_cast<Words<T>*>(p), std::bit_cast<Words<T>>(packed));
 }
 
-// sum + the squares of kCount times kMaskedWide elements, `stride` apart from i on, in that order;
-// all of them are loaded before the first is added.
+// sum + the squares of kCount times kMaskedWide elements, `stride` apart from i on, in that order.
+// All loads come before the first addition.
 template <int kCount, typename T>
 __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int64_t i,
                              int64_t stride) {
@@ -80,7 +80,7 @@ __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int6
   return sum;
 }
 
-// One partial a block. n is a multiple of kMaskedWide.
+// One partial sum a block. n is a multiple of kMaskedWide.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     masked_squares_kernel(float* __restrict__ partials, const T* __restrict__ g,
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kControlThreads)
     norm_squared += partials[i];
   norm_squared = block_sum(norm_squared, shared);
   if (threadIdx.x != 0) return;
-  using namespace engine;  // the slots
+  using namespace engine;  // kStep and the other slots
   const double t = control[kStep];
   const double warmup = static_cast<double>(schedule.warmup_steps);
   const double ramp = warmup > 0 ? fmin(1.0, (t + 1) / warmup) : 1.0;
@@ -129,7 +129,7 @@ struct AdamWConstants {
   float epsilon, weight_decay;
 };
 
-// A thread's four elements, and the mask's byte in which their bits are.
+// A thread's four elements, and the byte of the mask that holds their bits.
 template <typename T>
 struct Quad {
   Words<float> w, v;
@@ -143,14 +143,14 @@ __device__ Vector<T, kWide> elements(const Words<T>& words) {
   return std::bit_cast<Vector<T, kWide>>(words);
 }
 
-// Where the step's quantizer stands in memory (engine::FakeQuantWeights).
+// The buffers of the step's quantizer (engine::FakeQuantWeights).
 struct QuantizerBuffers {
   float *widest, *ahead;
-  const float* s;  // null: quantize nothing ahead
+  const float* s;  // null: nothing is prequantized
   bf16* wq;
   uint8_t *e, *z, *clipped;
 
-  // What belongs to the elements from `begin` on.
+  // The same buffers, counted from element `begin`.
   __device__ QuantizerBuffers from(int64_t begin, int group) const {
     QuantizerBuffers q = *this;
     q.clipped += begin / kMaskedWide;
@@ -159,16 +159,16 @@ struct QuantizerBuffers {
   }
 };
 
-// Quantizes the parameters that a warp passes on its way through the buffer, 128 neighbouring
-// elements at a time, by the S that each has, and finds their widest groups.
+// Prequantizes the parameters that a warp walks through, 128 neighbouring elements at a time, with
+// the S of each, and finds their maximum group ranges.
 template <int kGroup>
 class QuantizerAhead {
  public:
-  // The buffers are those from the first of the tiles on.
+  // The buffers start at the first of the tiles.
   __device__ QuantizerAhead(const QuantizerBuffers& q, const WeightTile* tile)
       : q_(q), next_(tile), begin_(tile->begin) {}
 
-  // Of the warp's next stretch this thread has the elements from i on.
+  // The warp's next 128 elements; this thread has those from i on.
   __device__ void take(const float (&weight)[kWide], uint32_t i) {
     if (i >= end_) move_to(i);
     if (bits_ == quant::kNotQuantized) return;
@@ -201,7 +201,7 @@ class QuantizerAhead {
     quantizer_ = quant::GroupQuantizer(s, bits_);
   }
 
-  // The whole warp takes part: the mask's bytes are two threads' elements.
+  // The whole warp takes part: a byte of the mask holds the bits of two threads.
   __device__ void quantize(const float (&weight)[kWide], const quant::Range<float>& range,
                            uint32_t i) {
     float level[kWide];
@@ -226,20 +226,20 @@ class QuantizerAhead {
   const int begin_;
   uint32_t end_ = 0;  // of the tile that the warp is in
   int slot_ = -1, bits_ = quant::kNotQuantized;
-  float scale_ = 0.0f;  // S by which it is quantized ahead; 0: it is not
+  float scale_ = 0.0f;  // S that it is prequantized with; 0: it is not
   quant::GroupQuantizer quantizer_;
   float most_ = 0.0f;
 };
 
-// Blocks share out the tiles evenly. A thread asks for its next elements before it works on those
-// that have come, so that the memory is never without a request. What was clipped is read before it
-// is replaced, by the warp that replaces it.
+// Blocks divide the tiles evenly. A thread requests its next elements before it computes the
+// current ones, so that the memory always has a request. The warp that overwrites a byte of the
+// mask has read it before.
 template <int kGroup, typename T>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
                  QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
-  // A tile is whole stretches of a warp's 128 elements: no warp stands half inside.
+  // A tile holds a multiple of a warp's 128 elements: no warp is partly outside.
   static_assert(quant::kTileAlign == 32 * kWide);
   constexpr uint32_t kStride = kAdamWThreads * kWide;
   // Everything is counted from the block's first element.
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   q = q.from(begin, kGroup);
   uint32_t i = threadIdx.x * kWide;
   QuantizerAhead<kGroup> quantizer(q, first);
-  if (control[engine::kSkip] != 0.0f) {  // the same weights are quantized by the same S
+  if (control[engine::kSkip] != 0.0f) {  // the same weights are prequantized with the same S
     for (; i < end; i += kStride) {
       float weight[kWide];
       load(weight, w + i, kWide);
@@ -263,8 +263,8 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
 
   const float lr = control[engine::kLr], factor = control[engine::kScale];
   const float t = control[engine::kApplied];
-  // 1 - beta^t without the cancellation of the first steps. The second moment's goes under the
-  // root, from which it is taken out: rate m / (sqrt(v) + epsilon) is lr times the update.
+  // 1 - beta^t without the cancellation of the first steps. The correction of the second moment is
+  // factored out of the root: lr times the update is rate m / (sqrt(v) + epsilon).
   const float root = sqrtf(-expm1f(t * c.log_beta2));
   const float rate = lr * root / -expm1f(t * c.log_beta1);
   const float epsilon = c.epsilon * root, decay = lr * c.weight_decay;
@@ -341,7 +341,7 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
                                  .e = ahead ? q.e.data<uint8_t>() : nullptr,
                                  .z = ahead ? q.z.data<uint8_t>() : nullptr,
                                  .clipped = q.clipped.data<uint8_t>()};
-  // The step's forward has turned the old maxima into S; a skipped step finds them again.
+  // The step's forward has computed S from the old maxima; a skipped step finds them again.
   BBB_CUDA(cudaMemsetAsync(q.widest.raw(), 0, static_cast<size_t>(q.widest.bytes()), stream_));
   const int64_t tiles = q.tiles.dim(0);
   const int64_t blocks =

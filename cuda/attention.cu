@@ -1,11 +1,11 @@
 // Causal attention, forward: o = softmax(q k^T / sqrt(d)) v and lse = log sum exp of the scores,
 // by the online softmax of FlashAttention-2 (Dao, 2023).
 //
-// Shapes: q, o (B, T, H, d); k, v (B, Tmax, K, d); lse (B, H, T). Query t stands at start + t.
-// Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp; keys and values
-// come in tiles of 64, double-buffered by cp.async; half as many of each where d is over 128. A
-// warp keeps its scores, the running row maximum, row sum and output in registers; only tiles that
-// cross the diagonal or the window's edge are masked, and a warp skips those it does not see.
+// Shapes: q, o (B, T, H, d); k, v (B, Tmax, K, d); lse (B, H, T). Query t is at position start + t.
+// Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp. Keys and values
+// come in tiles of 64, double-buffered by cp.async. Where d is over 128, all three numbers are
+// halved. A warp keeps its scores, row maximum, row sum and output in registers. Only tiles that
+// cross the diagonal or the window's edge are masked; a warp skips tiles that it does not see.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 #include "cuda/attention.h"
@@ -19,7 +19,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 
-// Registers bound the queries of a warp, and the 99 KB of sm_86 and sm_89 what a block holds.
+// Registers limit the queries of a warp; the 99 KB of sm_86 and sm_89 limit those of a block.
 template <int D>
 struct ForwardShape {
   static constexpr int kBlocks = D <= 128 ? 2 : 1;  // of 16 queries, a warp
@@ -33,7 +33,7 @@ struct ForwardShape {
 template <int D>
 __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const ForwardArgs args,
                                                                         const BlockOrder order) {
-  // Larger heads leave no registers for the queries; their fragments are read again for each tile.
+  // Larger heads have no registers left for the queries: each tile loads their fragments again.
   constexpr bool kQueriesInRegisters = D == 64;
   using Shape = ForwardShape<D>;
   constexpr int kBlocks = Shape::kBlocks, kWarpRows = Shape::kWarpRows, kRows = Shape::kRows;
@@ -89,7 +89,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   const float scale_log2 = scale * kLog2E;
 
   float acc[kBlocks][D / 8][4] = {};
-  float row_max[kBlocks][2], row_sum[kBlocks][2];  // raw scores; the sum is this lane's share
+  float row_max[kBlocks][2], row_sum[kBlocks][2];  // of raw scores; of this lane's terms
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
@@ -100,8 +100,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   uint32_t queries[kQueriesInRegisters ? kBlocks : 1][D / 16][4];
 
   for (int tile = first_tile; tile < tile_end; ++tile) {
-    // The barrier shows this tile to every warp and says that all have left the one before it,
-    // whose buffer the next tile takes.
+    // After the barrier every warp sees this tile, and none reads the previous one, whose buffer
+    // the next tile overwrites.
     cp_async_wait<0>();
     __syncthreads();
     const int stage = (tile - first_tile) & 1;
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
             }
       }
 
-      // p = exp(s - max), with what was summed so far brought to the new maximum.
+      // p = exp(s - max); earlier sums are rescaled to the new maximum.
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
@@ -172,7 +172,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
           for (int n = 0; n < kSub / 8; ++n)
             maximum = fmaxf(maximum, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
           maximum = quad_max(maximum);
-          // A row that has seen no key yet: any finite base makes its terms 0.
+          // A row without a visible key so far: any finite base makes its terms 0.
           const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
           const float correction = exp2_approx(row_max[m][half] * scale_log2 - base);
           row_max[m][half] = maximum;
@@ -214,7 +214,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
     }
   }
 
-  // A warp reads and writes its own rows of the query tile only: it needs no barrier of the block.
+  // A warp reads and writes only its own rows of the query tile: no block barrier is needed.
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < kBlocks; ++m) {

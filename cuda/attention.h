@@ -1,8 +1,9 @@
-// What the attention kernels share: sizes, the order of their blocks, the choice by head size.
+// Shared by the attention kernels: sizes, order of blocks, dispatch by head size.
 //
-// A head has d values, a multiple of 8 up to 256. The kernels are compiled for a few sizes D and
-// take the smallest that holds d: a row in memory has d values, in shared memory and registers D,
-// and those past d are zeros, which change no product and are not written back.
+// A head has d values, a multiple of 8 up to 256. The kernels are compiled for a few sizes D; a
+// launch takes the smallest one that holds d. A row has d values in global memory and D values in
+// shared memory and registers. Values past d are zeros: they change no product and are not written
+// back.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +20,7 @@
 namespace bbb::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kNoWindow = 1 << 30;  // also the limit of a position
+constexpr int kNoWindow = 1 << 30;  // also the limit of sizes and positions
 
 // The window as the kernels test it: key j is visible to query i where (unsigned)(i - j) < window.
 inline int window_of(int64_t window) {
@@ -33,9 +34,9 @@ inline int checked_int(int64_t n) {
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Blocks of tiles x heads in an order that keeps the streamed rows of `group` heads in the L2 cache
-// and, within a group, starts the tiles of rank 0, the longest, first. What fits the cache as a
-// whole is one group, so that only short tiles are left for the end.
+// The order of tiles x heads blocks. It keeps the streamed rows of `group` heads in the L2 cache;
+// within a group the tiles of rank 0, the longest, start first. If all heads fit, they are one
+// group, so that only short tiles are left for the end.
 struct BlockOrder {
   int tiles = 0;
   int heads = 0;
@@ -76,12 +77,12 @@ struct ForwardArgs {
   int window;  // window_of()
 };
 
-// On sm_90a, by warpgroup products; `start` null, t_max = t. `sms`: multiprocessors; queue: a word
-// of scratch.
+// The sm_90a kernel. Requires start null and t_max = t. sms: number of multiprocessors; queue: a
+// word of scratch.
 void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
                               unsigned* queue);
 
-constexpr int kTermRows = 128;  // lse2, delta and rotations are padded to a multiple
+constexpr int kTermRows = 128;  // lse2, delta and rotations are padded to a multiple of this
 
 struct BackwardArgs {
   __nv_bfloat16 *dq, *dk, *dv;
@@ -89,16 +90,16 @@ struct BackwardArgs {
   const __nv_bfloat16 *q, *k, *v, *dout;
   const float* lse2;   // (B, H, t_pad): log2 sum exp; infinite from T on, so that p is 0 there
   const float* delta;  // (B, H, t_pad): rowsum(dout o); 0 from T on
-  // (t_pad, d/2): what pairs (i, i + d/2) of dq and dk turn by before they are rounded, or null.
+  // (t_pad, d/2): rotates pairs (i, i + d/2) of dq and dk before they are rounded; or null.
   const float2* rotations;
   int batch, t, t_pad, heads, kv_heads, d;
   int heads_per_item;  // query heads that an item of keys sums over
   int window;
-  int64_t ds_bytes;  // at most, of what attention_backward_hopper keeps of ds
+  int64_t ds_bytes;  // most bytes of ds that attention_backward_hopper may store
 };
 
-// On sm_90a, by warpgroup products. scratch: attention_backward_hopper_bytes(), which looks at the
-// sizes alone. `sms`: multiprocessors.
+// The sm_90a kernel. scratch: attention_backward_hopper_bytes(), which depends only on the sizes in
+// args. sms: number of multiprocessors.
 int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms);
 void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
                                void* scratch);
@@ -106,15 +107,15 @@ void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, in
 // Query t sees keys max(0, start + t - window + 1) .. start + t.
 void attention_forward(cudaStream_t stream, const ForwardArgs& args);
 
-constexpr int kChunk = 8;  // values of 16 bytes: what a copy moves
+constexpr int kChunk = 8;  // bf16 values in 16 bytes, the unit of a copy
 constexpr int kLargestHead = 256;
 
 inline bool has_head_size(int64_t d) { return d > 0 && d <= kLargestHead && d % kChunk == 0; }
 
-// The sizes of the Hopper kernels.
+// The head sizes of the Hopper kernels.
 inline bool has_hopper_head_size(int64_t d) { return d == 64 || d == 96 || d == 128; }
 
-// Calls f with the head size as a constant: of the Hopper kernels.
+// Calls f with the head size as a compile-time constant, for the Hopper kernels.
 template <typename F>
 void with_head_size(int64_t d, F f) {
   BBB_ASSERT(has_hopper_head_size(d));
@@ -126,7 +127,7 @@ void with_head_size(int64_t d, F f) {
     f(std::integral_constant<int, 128>{});
 }
 
-// Calls f with the smallest compiled size that holds d as a constant: of the generic kernels.
+// Calls f with the smallest compiled size that holds d, for the generic kernels.
 template <typename F>
 void with_padded_head_size(int64_t d, F f) {
   BBB_ASSERT(has_head_size(d));
@@ -139,7 +140,7 @@ void with_padded_head_size(int64_t d, F f) {
 }
 
 #ifdef __CUDACC__
-// 1 / sqrt(d), by which scores are scaled.
+// 1 / sqrt(d), the factor of the scores.
 __device__ inline float score_scale(int d) { return 1.0f / sqrtf(static_cast<float>(d)); }
 #endif
 

@@ -4,16 +4,16 @@
 //     ds = p (dp - delta)                      dv = p^T dout
 //     dq = ds k / sqrt(d)                      dk = ds^T q / sqrt(d)
 //
-// Where q and k are rotated ones, dq and dk turn back in the registers that summed them, before
-// they are rounded: the pair (a, b) = (x[i], x[i + d/2]) becomes a cos + b sin, b cos - a sin with
-// the angles of cuda/rope.cu, whose sines and cosines a kernel writes to a table first.
+// If q and k were rotated, dq and dk are rotated back in FP32, before they are rounded: the pair
+// (a, b) = (x[i], x[i + d/2]) becomes a cos + b sin, b cos - a sin with the angles of cuda/rope.cu.
+// A kernel writes their sines and cosines to a table first.
 //
 // Shapes: q, o, dout, dq (B, T, H, d); k, v, dk, dv (B, T, K, d); lse, delta F32 (B, H, T).
-// On Hopper, for the head sizes that it has: attention_hopper_backward.cu. Elsewhere scores are
-// computed twice, once for dq and once for dk and dv: seven products instead of five, in exchange
-// for no partial dq in memory. The passes are one kernel seen from several sides. A block owns rows
-// x of one side and holds both of their tensors (x1, x2); rows y of the other side stream through
-// shared memory in tiles:
+// On Hopper, head sizes 64, 96 and 128 run attention_hopper_backward.cu. Elsewhere scores are
+// computed twice, once for dq and once for dk and dv: seven products instead of five, but no
+// partial dq in memory. All passes are one kernel, compiled for each side. A block holds rows x of
+// one side, of two tensors (x1, x2); rows y of the other side stream through shared memory in
+// tiles:
 //     side      x1  x2    y1  y2    s = x1 y1^T   t = x2 y2^T   sums
 //     Queries   q   dout  k   v     q k^T         dout v^T      dq += ds y1
 //     Keys      k   v     q   dout  k q^T         v dout^T      dk += ds^T y1, dv += p^T y2
@@ -21,11 +21,11 @@
 // d up to 128: 128 rows x, in registers as fragments; tiles of 64 rows y; Keys, then Queries.
 // Larger d: the sums alone fill the registers. 64 rows x, in shared memory; smaller tiles; OnlyKeys
 // and OnlyValues in place of Keys, which makes eight products.
-// The scores of a warp are C fragments with x down and y across, which rounded to bf16 are the A
+// The scores of a warp are C fragments with x down and y across. Rounded to bf16, they are the A
 // fragments of the sums: p and ds never leave the registers.
-// Grouped queries: a block of the Keys side walks through the query heads of its kv head. Where
-// that leaves too few blocks to fill the GPU each query head gets its own, and their F32 sums are
-// added in order by one more kernel.
+// Grouped queries: a block of the Keys side walks the query heads of its kv head. If that leaves
+// too few blocks to fill the GPU, each query head gets its own blocks, and one more kernel adds
+// their F32 sums in order.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
@@ -35,14 +35,14 @@
 namespace bbb::cuda {
 namespace {
 
-// Rows x of one side of the pass stay, rows y of the other stream past them.
+// The side whose rows x stay; rows y of the other side stream past them.
 enum class Side { Keys, Queries, OnlyKeys, OnlyValues };
 
-// Registers bound the rows of a warp: two blocks of 16 where the head is small, else one. The 99 KB
-// of sm_86 and sm_89 bound shared memory:
+// Registers limit the rows of a warp: two blocks of 16 for small heads, else one. The 99 KB of
+// sm_86 and sm_89 limit shared memory:
 //     d up to 128   y1 y2 (stage 0)  y1 y2 (stage 1)  terms    x1 x2 pass through the stages first
 //     larger d      x1 x2  y1 y2 (stage 0)  y1 y2 (stage 1)  terms
-// At the end it holds the results, in F32 and one of dx1 and dx2 at a time.
+// At the end it holds the results, in F32, dx1 and dx2 one after the other.
 template <int D>
 struct BackwardShape {
   static constexpr bool kWide = D > 128;
@@ -60,8 +60,8 @@ struct BackwardShape {
   static_assert(kWide || 2 * kRows * D * 2 <= kTileBytes);
 };
 
-// lse2 = lse log2(e), delta = sum over d of dout o, padded to t_pad rows: infinity and 0 there.
-// A row per 16 lanes, 16 bytes a lane at a time.
+// lse2 = lse log2(e), delta = sum over d of dout o; padding rows up to t_pad hold infinity and 0.
+// 16 lanes a row, 16 bytes a lane at a time.
 __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restrict__ delta,
                                        const float* __restrict__ lse, const bf16* __restrict__ dout,
                                        const bf16* __restrict__ o, int rows, int t, int t_pad,
@@ -93,19 +93,19 @@ __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restri
   }
 }
 
-// rotations (count / half, half): by what the gradients of every position turn back.
+// rotations (count / half, half): the inverse rotations of every position.
 __global__ void rotations_kernel(float2* __restrict__ rotations, const float* __restrict__ inv_freq,
                                  int64_t count, int64_t half) {
   const int64_t i = first_element<1>();
   if (i < count) rotations[i] = rotation(i / half, inv_freq[i % half], -1.0f);
 }
 
-// A warp's results of one gradient on their way out: 16 kBlocks rows of `x`, times scale, turned
-// back where `rotations`, those of the first row, is given, go to `target` as F32 where it is
-// float, else rounded to bf16. Rows from `rows` on are left out. They pass through the warp's own
-// kWarpRows x D floats of shared memory, since a pair's two columns may belong to two lanes; groups
-// of 8 columns are xor-ed with bits of the row, so that the four rows of a store's half warp meet
-// distinct banks. d is a multiple of 8, so that groups of 4 columns have their pairs in one.
+// Writes a warp's 16 kBlocks rows of one gradient, x scale, to `target`: F32 if T is float, else
+// rounded to bf16. They are rotated back if `rotations`, those of the first row, is not null. Rows
+// from `rows` on are not written. The rows pass through the warp's own kWarpRows x D floats of
+// shared memory, because the two columns of a pair may belong to two lanes. Groups of 8 columns are
+// xor-ed with bits of the row, so that the four rows of a half warp's store use distinct banks. d
+// is a multiple of 8, so 4 neighbouring columns have 4 neighbouring partners.
 template <int D, typename T>
 __device__ void write_rows(T* target, int64_t stride, int rows, int d, float* smem,
                            const float (&x)[BackwardShape<D>::kBlocks][D / 8][4], float scale,
@@ -134,7 +134,7 @@ __device__ void write_rows(T* target, int64_t stride, int rows, int d, float* sm
     if (rotations != nullptr) {
       const float2* const r = rotations + row * half_d + column;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) turn(low[i], high[i], r[i]);
+      for (int i = 0; i < 4; ++i) rotate(low[i], high[i], r[i]);
     }
     store(target + row * stride + column, low, 4);
     store(target + row * stride + column + half_d, high, 4);
@@ -159,7 +159,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   const int g = lane / 4;
   const int pair = lane % 4 * 2;
 
-  // Early keys are seen by more queries, late queries see more keys.
+  // Longest blocks first: early keys are seen by more queries, late queries see more keys.
   int rank, order_head;
   order.find(blockIdx.x, rank, order_head);
   const int x0 = (kKeys ? rank : order.tiles - 1 - rank) * kRows;
@@ -169,7 +169,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   const int group = args.heads / args.kv_heads;
   const int kv_head = head0 / group;
 
-  // Head h of n, row r: ((b T + r) n + h) d.
+  // Offset of row r of head h of n: ((b T + r) n + h) d.
   const int d = args.d;
   const int x_heads = kKeys ? args.kv_heads : args.heads;
   const int y_heads = kKeys ? args.heads : args.kv_heads;
@@ -226,7 +226,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
     __syncthreads();
   }
 
-  // The tiles of y that some row of the block meets.
+  // The tiles of y that some row x of the block sees (Keys: that see one).
   const int x_last = min(x0 + kRows, args.t) - 1;
   const int y_first = kKeys ? x0 : max(0, x0 - args.window + 1);
   const int y_last = kKeys ? min(args.t - 1, x_last + args.window - 1) : x_last;
@@ -257,7 +257,8 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   load_rows(0, first_tile, 0);
   int head = 0, tile = first_tile;
   for (int step = 0; step < steps; ++step) {
-    // Shows this step's rows to every warp; all have left the stage that the next ones take.
+    // After the barrier every warp sees this step's rows, and none reads the stage that the next
+    // rows overwrite.
     cp_async_wait<0>();
     __syncthreads();
     const int stage = step & 1;
@@ -272,7 +273,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
 
 #pragma unroll 1
     for (int sub = 0; sub < kTile; sub += kSub) {
-      // Distances i - j from key j to query i within the warp's scores.
+      // The least and greatest distance i - j from key j to query i within the warp's scores.
       const int sub_y0 = y0 + sub, sub_y1 = sub_y0 + kSub - 1;
       const int least = kKeys ? sub_y0 - warp_x1 : warp_x0 - sub_y1;
       const int greatest = kKeys ? sub_y1 - warp_x0 : warp_x1 - sub_y0;
@@ -298,7 +299,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
             mma_bf16(s[m][2 * n], x1[m][at], rows[0], rows[1]);
             mma_bf16(s[m][2 * n + 1], x1[m][at], rows[2], rows[3]);
           }
-          if constexpr (kFirst) {  // ds; dx2 = p^T y2 needs none
+          if constexpr (kFirst) {  // for ds; dx2 = p^T y2 needs none
             load_b(rows, y2_tile, sub + n * 16, kk * 16, lane);
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m) {
@@ -309,7 +310,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
         }
       }
 
-      // s becomes p, and ds, until now dp, becomes ds.
+      // s = p. ds held dp: ds = p (dp - delta).
       const bool masked = least < 0 || greatest >= args.window;
       const int corner = sub_y0 + pair - (warp_x0 + g);
 #pragma unroll
@@ -371,7 +372,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
     }
   }
 
-  // Every warp has left the last stage: its memory holds the results on their way out.
+  // After the barrier no warp reads the last stage: its memory takes the results.
   __syncthreads();
   const int rows = args.t - warp_x0;
   float* const warp_smem = reinterpret_cast<float*>(smem) + warp_row * D;
@@ -411,7 +412,7 @@ __global__ void sum_heads_kernel(bf16* __restrict__ dk, bf16* __restrict__ dv,
       make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
 }
 
-// What the backward of q (B, T, H, d) and k (B, T, K, d) takes.
+// Kernel, sizes and scratch of the backward of q (B, T, H, d) and k (B, T, K, d).
 struct BackwardPlan {
   BackwardArgs sizes{};
   bool split;           // each query head has its own sums of dk and dv

@@ -1,15 +1,15 @@
 // Attention against a cache of keys and values, and appending to it.
 //
-// Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 on the device, so that a captured
-// graph serves every position: nothing on the host depends on it.
-// Several queries (prefill): the forward kernel with its queries at start. One query (decode): the
+// Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 on the device. Nothing on the host
+// depends on start, so a captured graph serves every position.
+// Several queries (prefill): the forward kernel, with its queries at start. One query (decode): the
 // cache is cut into splits of 128 keys, or 64 where d is over 128, as many as Tmax holds; blocks
 // outside the visible keys return at once. A block takes one split for up to 16 query heads of one
-// kv head, which are the rows of its mma fragments; each of its 4 warps takes a quarter of the
-// keys, all of whose loads it issues before it waits. Blocks leave (max, sum, unnormalized o) in
-// F32; a second kernel combines the splits in a fixed order. Positions that the cache does not have
-// are neither written nor read: the backend throws when the host next waits for the device
-// (CacheFault). Bytes: the visible keys and values once.
+// kv head, which are the rows of its mma fragments. Each of its 4 warps takes a quarter of the keys
+// and issues all its loads before it waits. A block writes (max, sum, unnormalized o) in F32; a
+// second kernel combines the splits in a fixed order.
+// Positions outside of the cache are neither written nor read: the backend throws when the host
+// next waits for the device (CacheFault). Bytes: the visible keys and values once.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/mma.h"
@@ -23,7 +23,7 @@ constexpr int kQueryRows = 16;  // query heads of a block
 
 constexpr int warp_keys(int64_t d) { return d <= 128 ? 32 : 16; }
 constexpr int split_keys(int64_t d) { return kWarps * warp_keys(d); }
-// Groups of splits that are merged side by side.
+// Groups of splits that are merged in parallel.
 constexpr int combine_groups(int64_t d) { return d <= 128 ? 8 : 4; }
 
 struct DecodeArgs {
@@ -53,7 +53,7 @@ constexpr int64_t kDecodeSmemBytes = 2 * split_keys(D) * D * 2 + kWarps* kQueryR
 template <int D>
 __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const DecodeArgs args) {
   constexpr int kWarpKeys = warp_keys(D), kSplitKeys = split_keys(D);
-  // Of shared memory, a warp's part: its keys and its values, later its results.
+  // A warp's part of shared memory: its keys and values, later its results.
   constexpr int kWarpBytes = 2 * kWarpKeys * D * 2;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -158,8 +158,8 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
     }
   }
 
-  // The warps' results meet in shared memory: 16 x D floats lie where the warp's keys and values
-  // were, which all its lanes have read.
+  // The warps' results are combined in shared memory. A warp's 16 x D floats overwrite its keys and
+  // values, which all its lanes have read.
   static_assert(kQueryRows * D * sizeof(float) <= kWarpBytes);
   __syncwarp();
   float* warp_o = reinterpret_cast<float*>(warp_smem);

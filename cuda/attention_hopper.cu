@@ -1,20 +1,23 @@
 // Causal attention on Hopper (sm_90a), forward: o = softmax(q k^T / sqrt(d)) v and lse, by the
-// online softmax of FlashAttention-2 (Dao, 2023) on warpgroup products fed by the copy engine, the
-// two products and the softmax overlapped as in FlashAttention-3 (Shah et al., 2024).
+// online softmax of FlashAttention-2 (Dao, 2023) on warpgroup products fed by the copy engine. The
+// two products and the softmax overlap as in FlashAttention-3 (Shah et al., 2024).
 //
 // Shapes: q, o (B, T, H, d); k, v (B, T, K, d); lse (B, H, T).
-// Thread mapping: one resident block an SM takes items of 128 queries (192 for head size 64) of one
-// head from a queue. Its first warpgroup's first thread copies queries, and keys and values in
-// tiles of 128 into a ring; each of the others owns 64 queries. A warpgroup has the scores of the
-// next tile and the output of the last one in flight while it computes neither, and the warpgroups
-// take turns at issuing products, so that one's softmax runs under another's products. The next
-// item's copies run under the end of this one. Tiles go from the diagonal down to the window's
-// edge; only tiles that cross either are masked. Bytes: q, o, lse once; k, v once for each query
-// tile, mostly from the L2 cache (BlockOrder). Saves lse for the backward pass; no T x T memory.
+// Thread mapping: one resident block per SM takes items from a queue. An item is 128 queries of one
+// head (192 for head size 64). The first thread of the first warpgroup copies the queries, and keys
+// and values in tiles of 128 through a ring. Each other warpgroup computes 64 queries. Its n-th
+// step, where s(n) = q k(n)^T of its n-th tile:
+//     take turn | issue s(n) | issue o += p(n-1) v(n-1) | pass turn | wait for s(n) |
+//     p(n) = softmax of s(n), o's product still running | wait for o, rescale o
+// The warpgroups take turns at issuing products, so that the softmax of one overlaps the products
+// of another. The copies for the next item overlap the end of this one. Tiles run from the diagonal
+// down to the window's edge; only tiles that cross either are masked.
+// Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
+// Saves lse for the backward pass; no T x T memory.
 //
-// What orders the accesses to shared memory. For each piece: a write before its reads, then these
-// before the next write. full, empty: mbarriers, on which an arrival releases and a wait acquires.
-//   item's number  copying thread writes, arrives at q_full; lane 0 of each warp waits, reads
+// Order of the accesses to shared memory. Line one: a write, then its reads. Line two: these reads,
+// then the next write. full, empty: mbarriers; an arrival releases, a wait acquires.
+//   item index     copying thread writes, arrives at q_full; lane 0 of each warp waits, reads
 //                  that lane arrives at q_empty; copying thread waits, writes
 //   q, k, v        copy engine writes, completes the bytes of full; all threads wait, wgmma reads
 //                  wgmma_wait returns; each warp arrives at empty; copying thread waits, copies
@@ -46,12 +49,12 @@ struct ForwardShape {
   static constexpr int kValuesAt = kKeysAt + kStages * Keys::kBytes;
   static constexpr int kOutputAt = kValuesAt + kStages * Keys::kBytes;
   static constexpr int kBarriersAt = kOutputAt + kWarpgroups * Output::kBytes;
-  static constexpr int kItemAt = kBarriersAt + 8 * (2 + 4 * kStages);  // int: the item's number
+  static constexpr int kItemAt = kBarriersAt + 8 * (2 + 4 * kStages);  // int: the item index
   static constexpr int64_t kSmemBytes = 1024 + kItemAt + 8;
   static_assert(kSmemBytes <= 227 * 1024);
 };
 
-// One head's tile of queries and the tiles of keys that it meets.
+// One head's tile of queries, and the tiles of keys that it sees.
 struct Item {
   int batch, head, kv_head, row0, first_tile, last_tile;
 };
@@ -82,7 +85,7 @@ struct ForwardBarriers {
   __device__ uint32_t v_empty(int s) const { return k_full(s + 3 * ForwardShape<D>::kStages); }
 };
 
-// The copying thread: for each item its queries, then its tiles from the last to the first.
+// The copying thread. For each item it copies the queries, then the tiles from last to first.
 template <int D>
 __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k_map,
                                   const CUtensorMap& v_map, const ForwardArgs& args,
@@ -115,7 +118,7 @@ __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k
   }
 }
 
-// One of the computing warpgroups, `own` counted from 0.
+// One computing warpgroup; `own` is its index among them.
 template <int D>
 __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs& args,
                                     const BlockOrder& order, unsigned char* memory, uint32_t smem,
@@ -190,7 +193,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
         wgmma<Along::Rows>(acc, p[kk], v + Keys::template slice_offset<Along::Rows>(kk), 1);
       wgmma_commit();
     };
-    // s becomes exp(s - max) unnormalised; correction is what earlier terms are to be scaled by.
+    // s = exp(s - max), unnormalised; correction is the factor for earlier terms.
     const auto softmax = [&](int tile) {
       const int key0 = tile * kKeys;
       if (key0 + kKeys - 1 > position0 || position0 + 63 - key0 >= args.window) {
@@ -211,7 +214,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
         for (int n = 0; n < kKeys / 8; ++n)
           maximum = fmaxf(maximum, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
         maximum = quad_max(maximum);
-        // A row that has seen no key yet: any finite base makes its terms 0.
+        // A row without a visible key so far: any finite base makes its terms 0.
         const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
         correction[half] = exp2_approx(fmaf(row_max[half], scale_log2, -base));
         row_max[half] = maximum;
@@ -279,7 +282,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
         args.lse[(int64_t{item.batch} * args.heads + item.head) * args.t + row] =
             row_max[half] * scale + logf(sum);
     }
-    // The output leaves through shared memory; the copy of the item before has left it.
+    // The output passes through shared memory, once the previous item's store has read it.
     const uint32_t output_at = Shape::kOutputAt + own * Output::kBytes;
     if (thread == 0) store_wait_read();
     named_sync(kOwn + own, kWarpgroup);

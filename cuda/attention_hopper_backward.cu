@@ -1,37 +1,38 @@
 // Causal attention on Hopper (sm_90a), backward, on warpgroup products fed by the copy engine. Five
-// products: ds is written once, in bf16, by those who make it for dk and dv, and read for dq.
+// products: items of keys compute ds for dk and dv and write it once, in bf16; items of queries
+// read it for dq.
 //
-// An item is 128 rows, 64 a warpgroup, of keys or of queries. The rows of the other side come in
+// An item is 128 rows of keys or of queries, 64 a warpgroup. The rows of the other side come in
 // tiles through a ring in shared memory:
 //     Keys     k, v stay; q, dout pass  s = k q^T  dp = v dout^T  dk += ds^T q  dv += p^T dout
 //     Queries  nothing stays; k, ds pass                            dq += ds k
-// with p = 2^(s scale log2(e) - lse2) and ds = p (dp - delta). Scores have the rows x that stay
-// down and those that pass, y, across, so that p and ds rounded to bf16 are, in the registers where
-// they are, the A operands of the sums. While one warpgroup turns scores into ds the other's
-// products run. Where args.ds_bytes has no room for ds it is made twice instead, seven products:
+// with p = 2^(s scale log2(e) - lse2) and ds = p (dp - delta). Scores have the resident rows x down
+// and the passing rows y across. So p and ds, rounded to bf16 in their registers, are the A
+// operands of the sums. While one warpgroup computes ds from scores, the products of the other run.
+// If ds does not fit into args.ds_bytes, items of queries compute it again, seven products:
 //     Queries  q, dout stay; k, v pass  s = q k^T  dp = dout v^T  dq += ds k
 //
-// ds stands in a ring in global memory: for every head, in tiles of 64 keys x 64 queries, those
-// before the diagonal left out. A tile is stored as shared memory holds it, swizzled, for an A
-// operand with k, the keys, along its rows.
+// ds is stored in a ring in global memory: for every head, tiles of 64 keys x 64 queries from the
+// diagonal on. A tile has the swizzled layout of shared memory, for an A operand with k, the keys,
+// along its rows.
 //
-// One block an SM takes items from a queue, the next one while the loads of the one in work are
-// under way; the first warpgroup's first thread copies. The queue is one of sets of heads, the
-// queries of a set behind the keys of it and of some sets more: so many that those who take its
-// queries seldom find its keys unfinished, and no more, as ds is to be read before the L2 cache has
-// to write it out. An item waits for nothing but items before it in the queue, which running blocks
-// have taken and work off in its order: so the first unfinished item never waits, however few
-// blocks run. Each set counts the warpgroups that are done with it.
+// Each SM runs one block. Its copying thread, the first of the first warpgroup, takes items from a
+// queue, the next one while the loads of the current one are in flight. Heads form sets, and sets
+// form groups (BackwardOrder). keys(g) writes ds of group g, queries(g) reads it:
+//     keys(0) .. keys(lag)  queries(0)  keys(lag + 1)  queries(1)  ..
+// The lag is long enough that keys(g) has usually finished, and short enough that ds is still in
+// the L2 cache. No deadlock: an item waits only for earlier items, which running blocks have taken
+// and process in queue order. So the first unfinished item never waits, however few blocks run.
+// Each set counts its finished warpgroups, for each side.
 //
-// Where gradients turn back by rotary positions, they do so in the registers that summed them, in
-// which columns c and c + d/2 are of one lane; an item reads its rows of the table from the L2
-// cache once.
+// Gradients of rotated q and k are rotated back in the registers that summed them, where columns c
+// and c + d/2 belong to one lane. An item reads its rows of the table once, from the L2 cache.
 // Deterministic: no item is split, and an item's sums run over its tiles in order.
 //
-// What orders the accesses. For each piece: a write before its reads, then these before the next
-// write. full, empty: mbarriers, on which an arrival releases and a wait acquires; sync(): a named
-// barrier of one warpgroup. Shared memory:
-//   item's number  copying thread writes, arrives at x_full; lane 0 of each warp waits, reads
+// Order of the accesses. First: a write, then its reads. Below: these reads, then the next write.
+// full, empty: mbarriers; an arrival releases, a wait acquires. sync(): a named barrier of one
+// warpgroup. Shared memory:
+//   item index     copying thread writes, arrives at x_full; lane 0 of each warp waits, reads
 //                  that lane, after its last read, arrives at x_empty; copying thread waits, writes
 //   x              copy engine writes, completes the bytes of x_full; threads wait, wgmma reads
 //                  wgmma_wait returns, sync(); threads write results over their warpgroup's rows
@@ -46,7 +47,7 @@
 //   ds             threads write, publish_writes, sync(); thread 0 counts keys_done; a copying
 //                  thread waits for the count, engine reads
 //                  engine completes the bytes of y_full; threads wait, sync(); thread 0 counts
-//                  queries_done; the copying thread of the keys that take its place waits for the
+//                  queries_done; the copying thread of the keys that overwrite it waits for the
 //                  count, copies x; threads wait for x_full, write
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
@@ -72,18 +73,18 @@ struct BackwardShape {
   static constexpr int kThreads = kWarpgroup * (1 + kWarpgroups);
   static constexpr int kProducerRegisters = 40;
   static constexpr int kRegisters = 232;
-  // Queries of a tile: two accumulators beside the scores leave room for no more.
+  // Rows of a tile: two accumulators and the scores leave registers for no more.
   static constexpr int kTile = D == 64 ? 128 : 64;
   using X = Operand<D, kItemRows>;  // k or v of an item of keys
   using Y = Operand<D, kTile>;      // q or dout of its tile
-  using K = Operand<D, kDsRows>;    // k of a tile of an item of queries; its ds stands behind it
+  using K = Operand<D, kDsRows>;    // k of a tile of an item of queries; its ds is stored behind it
   static constexpr int kTermBytes = kTile * 4;  // lse2 or delta of a tile
   static constexpr int kStageBytes = std::max(2 * Y::kBytes, K::kBytes + kWarpgroups * Ds::kBytes);
-  // Items of queries are short of loads in flight: where their x, which holds only what leaves, has
-  // room for one more stage, they have one.
+  // Items of queries that read ds need more loads in flight. They use x_at(slot, 0) alone, for
+  // results: x_at(slot, 1) is one more stage where a stage fits.
   static constexpr int kKeysStages = D == 128 ? 3 : 4;
   static constexpr int kQueriesStages = kKeysStages + (kStageBytes <= X::kBytes ? 1 : 0);
-  static constexpr int kItems = 2;  // at hand: the one in work and the next one
+  static constexpr int kItems = 2;  // in shared memory: the current one and the next one
   static constexpr int kXBytes = 2 * X::kBytes;
   static constexpr int kStagesAt = kItems * kXBytes;
   static constexpr int kTermsAt = kStagesAt + kKeysStages * kStageBytes;
@@ -115,8 +116,8 @@ struct BackwardShape {
   }
 };
 
-// A RingCursor around as many stages as the item in work uses: items of keys and those of queries
-// that make ds again the first kKeysStages.
+// A RingCursor over the stages that the item uses: kQueriesStages if it reads ds, else the first
+// kKeysStages.
 struct StageCursor {
   int stage = 0;
   unsigned parities = 0;  // of each stage's round
@@ -134,24 +135,24 @@ struct StageCursor {
 enum class Side { Keys, Queries };
 
 // The queue: the keys of `lag` groups of sets; then the keys of the next group and the queries of
-// the oldest, until there are no more. A set is the heads_per_set query heads that an item of keys
-// sums over.
+// the oldest, until none are left. A set is the heads_per_set query heads that an item of keys sums
+// over.
 struct BackwardOrder {
   int tiles;  // of kItemRows, of a head
   int sets, heads_per_set;
   int group;  // sets
   int lag;    // groups
-  // Sets for whose ds there is room: set s takes the place of set s - slots. 0: there is none, and
-  // items of queries make theirs again.
+  // Sets whose ds the ring holds: set s overwrites set s - slots. 0: none, and items of queries
+  // compute ds again.
   int slots;
 
   BackwardOrder(const BackwardArgs& args, int sms)
       : tiles(ceil_div(args.t, kItemRows)),
         sets(args.batch * (args.heads / args.heads_per_item)),
         heads_per_set(args.heads_per_item) {
-    // A wave is an item of keys for each SM. The longest of its items takes twice the mean; in that
-    // time the SMs get through the rest of it and, beside queries of older sets, a part of the
-    // next. A lag of 4/3 waves, in steps of 1/3, was measured to be enough.
+    // A wave is one item of keys per SM. Its longest item takes twice the mean. In that time the
+    // SMs finish the rest of the wave, queries of older sets, and a part of the next wave. A lag of
+    // 4/3 waves, in steps of 1/3, was measured to be enough.
     const int wave = ceil_div(sms, tiles);
     group = ceil_div(wave, 3);
     lag = ceil_div(4 * wave, 3 * group);
@@ -163,7 +164,7 @@ struct BackwardOrder {
     if (ds_bytes() > args.ds_bytes) slots = 0;
   }
   BBB_HD int blocks() const { return sets * tiles * (1 + heads_per_set); }
-  // Tiles of ds of a head, in rows of one tile of keys each, from the diagonal on.
+  // The ds tiles of one head: a row for each tile of keys, from the diagonal on.
   BBB_HD int ds_rows() const { return tiles * (kItemRows / kDsRows); }
   BBB_HD int64_t ds_tiles() const { return int64_t{ds_rows()} * (ds_rows() + 1) / 2; }
   // The tile of keys `row` and queries `column`, column >= row.
@@ -173,7 +174,7 @@ struct BackwardOrder {
   int64_t ds_bytes() const { return ds_tiles() * slots * heads_per_set * Ds::kBytes; }
 };
 
-// In scratch: ds, then the counters, all 0 at the start.
+// Scratch: ds, then the counters, which start at 0.
 struct BackwardScratch {
   unsigned char* ds;
   unsigned* queue;
@@ -190,10 +191,10 @@ struct BackwardScratch {
 };
 
 struct BackwardMaps {
-  CUtensorMap dq, dk, dv;      // boxes of a warpgroup's rows
-  CUtensorMap k_stay, v_stay;  // of an item's
+  CUtensorMap dq, dk, dv;      // boxes of kOwnRows
+  CUtensorMap k_stay, v_stay;  // of kItemRows
   CUtensorMap q_stay, dout_stay;
-  CUtensorMap q_pass, dout_pass;  // of a tile's
+  CUtensorMap q_pass, dout_pass;  // of kTile
   CUtensorMap k_pass, v_pass;
   CUtensorMap k_tile;  // of kDsRows
 };
@@ -201,11 +202,11 @@ struct BackwardMaps {
 struct Item {
   Side side;
   int set, batch;
-  int head0;  // Keys: the first of its query heads; Queries: the head
+  int head0;  // Keys: the first query head of the set; Queries: the head
   int kv_head;
   int x0;
   int first_tile, tiles;
-  int ds_tile;  // that head's first in the ring
+  int ds_tile;  // the first one of head0 in the ring
 };
 
 template <int D>
@@ -214,7 +215,7 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
   const int keys_of_group = order.group * order.tiles;
   const int queries_of_group = keys_of_group * order.heads_per_set;
   const int lead = min(order.lag * order.group, order.sets) * order.tiles;
-  const int mixed = max(0, order.sets / order.group - order.lag);  // rounds of two whole groups
+  const int mixed = max(0, order.sets / order.group - order.lag);  // rounds: keys, then queries
   const int last = max(0, order.sets - (order.lag + mixed) * order.group) * order.tiles;
   int within = index, group = 0;
   if (within < lead) {
@@ -238,7 +239,7 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
     group = mixed + within / queries_of_group;
     within %= queries_of_group;
   }
-  // The longest first: early keys are seen by more queries, late queries see more keys.
+  // Longest items first: early keys are seen by more queries, late queries see more keys.
   const bool keys = item.side == Side::Keys;
   const int heads = keys ? 1 : order.heads_per_set;
   const int across = min(order.group, order.sets - group * order.group) * heads;
@@ -263,16 +264,15 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
   return item;
 }
 
-// Whether an item of queries sums over this tile of ds, by the tile's first key and query. Others
-// are 0, or were not written.
+// Whether the ds tile at (key0, query0) adds to dq. Other tiles are 0 or were not written.
 __device__ inline bool has_ds(const BackwardArgs& args, int query0, int key0) {
   return query0 < args.t && query0 >= key0 && query0 - (key0 + kDsRows - 1) < args.window;
 }
 
-// --- what blocks tell each other ----------------------------------------------------------------
+// --- synchronization between blocks -------------------------------------------------------------
 
-// This thread's writes to global memory, for the copy engines of other SMs, before a barrier of the
-// warpgroup and count_done() by one of its threads.
+// Makes this thread's writes to global memory visible to the copy engines of other SMs. A barrier
+// of the warpgroup and count_done() by one of its threads must follow.
 __device__ inline void publish_writes() {
   asm volatile("fence.acq_rel.gpu;\nfence.proxy.async.global;" ::: "memory");
 }
@@ -280,7 +280,7 @@ __device__ inline void count_done(unsigned* counter) {
   stress_pause();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-// Until `count` are done; what this thread copies from then on sees what they wrote.
+// Waits until `count` warpgroups are done. This thread's later copies see their writes.
 __device__ inline void wait_done(const unsigned* counter, unsigned count) {
   stress_pause();
   unsigned done;
@@ -300,7 +300,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
                                   uint32_t smem) {
   using Shape = BackwardShape<D>;
   StageCursor ring;
-  // Waits until the stage is free; returns the barrier for which its copies count.
+  // Waits until the stage is free; returns the barrier that its copies complete.
   const auto claim_stage = [&](int bytes) {
     mbarrier_wait(Shape::y_empty(smem, ring.stage), ring.parity() ^ 1);
     const uint32_t full = Shape::y_full(smem, ring.stage);
@@ -393,15 +393,15 @@ struct Differentiator {
   const BackwardScratch& scratch;
   unsigned char* const memory;
   const uint32_t smem;
-  const int own;  // this warpgroup, from 0
+  const int own;  // index of this warpgroup
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int lane = thread % 32;
   const int pair = lane % 4 * 2;
-  const int local_row = thread / 32 * 16 + lane / 4;  // this lane's rows: this one and 8 on
+  const int local_row = thread / 32 * 16 + lane / 4;  // this lane's rows: this one and + 8
   const float scale = rsqrtf(static_cast<float>(D));
   StageCursor ring{};
-  int count = 0;  // items before the one in work
-  int slot = 0;   // of the one in work
+  int count = 0;  // items before the current one
+  int slot = 0;   // of the current one
 
   __device__ void run() {
     for (;; ++count) {
@@ -421,9 +421,9 @@ struct Differentiator {
   }
 
  private:
-  // Gives the slot of the item before back, once this one's first products are on their way. The
-  // warp's threads read none of it any more: they have passed that item's last sync(). Thread 0
-  // has stored its results.
+  // Releases the slot of the previous item, once this item's first products are in flight. No
+  // thread of the warp reads the slot any more: all have passed that item's last sync(). Thread 0
+  // waits until its stores have read the results.
   __device__ void leave_slot_before() const {
     if (lane != 0 || count == 0) return;
     if (thread == 0) store_wait_read();
@@ -434,8 +434,8 @@ struct Differentiator {
   }
   __device__ void sync() const { named_sync(1 + own, kWarpgroup); }
 
-  // Rounds factor dx into this warpgroup's rows of x, which no product reads any more: this lane's
-  // are `row`, counted within them, and the one `apart` from it.
+  // Writes factor dx, rounded to bf16, over this warpgroup's rows of x, which no product reads any
+  // more. This lane's rows are `row`, counted within the warpgroup, and row + apart.
   __device__ void stage_results(const float (&dx)[D / 8][4], float factor, int which, int row,
                                 int apart) const {
     const int row0 = recomputed(own * kOwnRows + row), column = recomputed(pair);
@@ -447,7 +447,7 @@ struct Differentiator {
                                      X::chunk_offset(row0 + apart * half, n) + column * 2) =
             pack_bf16(dx[n][2 * half] * factor, dx[n][2 * half + 1] * factor);
   }
-  // Of one thread, after all have staged theirs.
+  // Called by one thread, after all have staged their results.
   __device__ void store_rows(const CUtensorMap& map, int which, int head, const Item& item) const {
     constexpr int kRowBytes = PanelShape<D>::kRowBytes;
 #pragma unroll
@@ -500,11 +500,11 @@ struct Differentiator {
     store_queries(dq, m / 4 * 32 + e / 2 * 8 + m % 4 * 2 + e % 2, 2, item);
   }
 
-  // This lane's rows are `row` and the one `apart` from it.
+  // This lane's rows are `row` and row + apart.
   __device__ void store_queries(float (&dq)[D / 8][4], int row, int apart, const Item& item) const {
     const int own_x0 = item.x0 + own * kOwnRows;
     if (args.rotations != nullptr)
-      turn_accumulator<D>(dq, args.rotations, own_x0 + row, apart, pair);
+      rotate_accumulator<D>(dq, args.rotations, own_x0 + row, apart, pair);
     sync();
     stage_results(dq, scale, 0, row, apart);
     async_proxy_fence();
@@ -516,7 +516,7 @@ struct Differentiator {
     store_commit();
   }
 
-  // An item whose rows stay: x1 and x2 (k and v, or q and dout), y1 and y2 pass.
+  // An item whose rows x1, x2 (k and v, or q and dout) stay while y1, y2 pass.
   template <Side kSide>
   __device__ void differentiate(const Item& item) {
     constexpr bool kKeys = kSide == Side::Keys;
@@ -546,22 +546,22 @@ struct Differentiator {
       }
     }
 
-    // The tile in work, and the one after it.
+    // stage and y0 are those of the current tile, step and tile those of the next one.
     float s[kTile / 8][4], ds[kTile / 8][4];
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
-    // Keys: where ds of this warpgroup's and query 0 would be, of the head of the next tile and of
-    // the one in work.
+    // Keys: the index that the ds tile of this warpgroup's keys and query 0 would have, for the
+    // head of the next tile and for that of the current one.
     int next_ds = order.slots > 0 ? item.ds_tile + order.ds_tile(own_row, 0) : 0, ds_tile = 0;
-    // Distances i - j from key j to query i within the warpgroup's scores.
+    // The least and greatest distance i - j from key j to query i within the warpgroup's scores.
     const auto least = [&] {
       return kKeys ? y0 - (own_x0 + kOwnRows - 1) : own_x0 - (y0 + kTile - 1);
     };
     const auto greatest = [&] {
       return kKeys ? y0 + kTile - 1 - own_x0 : own_x0 + kOwnRows - 1 - y0;
     };
-    // Moves stage and y0 to the next tile that this warpgroup sees, past those that it does not.
-    // Between two of them lies at most one (at the end of a window or the start of a head, on the
-    // side of the keys), so that the ring has a stage for it while the one before is still held.
+    // Moves stage and y0 to the next tile that this warpgroup sees; releases the tiles that it
+    // skips. Between two visible tiles it skips at most one (Keys: at the end of a window or the
+    // start of a head), so the ring has a stage for it while the previous tile is still held.
     const auto find_tile = [&] {
       while (step < steps) {
         stage = ring.stage;
@@ -575,13 +575,13 @@ struct Differentiator {
           next_ds += static_cast<int>(order.ds_tiles());
         }
         if (greatest() >= 0 && least() < args.window) return true;
-        // Rows behind the text may see none. They take the last, masked.
+        // Rows from T on may see no tile. They take the last one, masked.
         if (own_x0 >= args.t && step == steps) return true;
         release(stage);
       }
       return false;
     };
-    // a b^T, left in flight.
+    // scores = x y^T, left in flight.
     const auto start_scores = [&](float(&scores)[kTile / 8][4], uint64_t x, int which) {
       const uint64_t y = Y::template descriptor<Along::Columns>(y_at(stage, which));
       accumulator_fence(scores);
@@ -594,13 +594,13 @@ struct Differentiator {
     };
 
     ring.start(Shape::kKeysStages);
-    find_tile();  // there is one: the diagonal's, or the last
+    find_tile();  // always finds one: the diagonal's, or the last
     start_scores(s, x1, 0);
     leave_slot_before();
     while (true) {
       start_scores(ds, x2, 1);
 
-      // s becomes p.
+      // s = p.
       wgmma_wait<1>();
       accumulator_fence(s);
       const float* lse2 = reinterpret_cast<const float*>(memory + Shape::terms_at(stage, 0));
@@ -628,7 +628,7 @@ struct Differentiator {
           }
       }
 
-      // ds, until now dp, becomes ds; both are rounded for the sums.
+      // ds held dp: ds = p (dp - delta). p and ds are rounded for the sums.
       wgmma_wait<0>();
       accumulator_fence(ds);
       uint32_t p_a[kKeys ? kTile / 16 : 1][4], ds_a[kTile / 16][4];
@@ -663,7 +663,7 @@ struct Differentiator {
         wgmma<Along::Rows>(dx1, ds_a[kk], y1 + Y::template slice_offset<Along::Rows>(kk), 1);
       wgmma_commit();
 
-      // The next tile's scores queue up behind the sums.
+      // The next tile's scores are issued behind the sums.
       const int left = stage;
       if (!find_tile()) {
         wgmma_wait<0>();
@@ -679,7 +679,7 @@ struct Differentiator {
       release(left);
     }
 
-    // Found anew: the loop has no registers for what only its end needs.
+    // Recomputed: the loop has no registers for what only its end needs.
     const Item done =
         find_item<D>(args, order, load_shared_warp(smem + Shape::item_at(slot), lane));
     if constexpr (kKeys)
@@ -693,7 +693,7 @@ struct Differentiator {
     const int own_x0 = item.x0 + own * kOwnRows;
     constexpr int kApart = 8;
     if (args.rotations != nullptr)
-      turn_accumulator<D>(dk, args.rotations, own_x0 + local_row, kApart, pair);
+      rotate_accumulator<D>(dk, args.rotations, own_x0 + local_row, kApart, pair);
     if (order.slots > 0) publish_writes();
     sync();
     if (thread == 0 && order.slots > 0) count_done(scratch.keys_done + item.set);
@@ -712,10 +712,10 @@ struct Differentiator {
     return smem + Shape::stage_at(slot, stage) + which * Y::kBytes;
   }
 
-  // ds of the tiles of keys `row` and queries from `column` on, to where that of query 0 would be.
-  // Of a key a lane has queries 16 kk + pair, the next one, and those 8 on. Those of two kk are the
-  // 16 bytes of a chunk, wherefore the queries of a tile stand in an order of their own: chunk
-  // 4 j + t has queries 32 j + 8 i + 2 t and the next one, i = 0 .. 3.
+  // Writes ds of the tiles of keys `row` and queries from `column` on. `tile` is the index that the
+  // tile of query 0 would have. For one key a lane holds queries 16 kk + pair + {0, 1, 8, 9}; two
+  // kk fill the 16 bytes of a chunk. So the queries of a stored tile are permuted: chunk 4 j + t
+  // holds queries 32 j + 8 i + 2 t + {0, 1}, i = 0 .. 3.
   __device__ void write_ds(const uint32_t (&ds_a)[kTile / 16][4], int tile, int row,
                            int column) const {
 #pragma unroll
@@ -726,7 +726,7 @@ struct Differentiator {
 #pragma unroll
       for (int j = 0; j < kDsRows / 32; ++j)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {  // 8 keys on
+        for (int half = 0; half < 2; ++half) {  // keys local_row + 8 half
           const uint32_t(&left)[4] = ds_a[part * (kDsRows / 16) + 2 * j];
           const uint32_t(&right)[4] = ds_a[part * (kDsRows / 16) + 2 * j + 1];
           *reinterpret_cast<uint4*>(to + Ds::chunk_offset(to_row + 8 * half, 4 * j + chunk)) =

@@ -1,8 +1,8 @@
-// Chunks: which parts of some slabs of memory are taken. It only counts: the memory itself is never
-// touched.
+// Chunks: which parts of memory slabs are in use. It only keeps the books and never touches the
+// memory.
 //
-// A request takes the smallest free chunk that is large enough and cuts it to size; a chunk given
-// back joins its free neighbours. So what one size has left serves every other.
+// A request takes the smallest free chunk that is large enough and cuts it to size. A chunk given
+// back merges with its free neighbours, so memory of one size serves every other.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ namespace bbb::cuda {
 class Chunks {
  public:
   void add(void* slab, int64_t bytes);  // all of it free
-  void* take(int64_t bytes);            // nullptr where no free chunk is large enough
+  void* take(int64_t bytes);            // nullptr if no free chunk is large enough
   void give_back(void* chunk);
-  // The slabs of which nothing is taken; they belong to the caller from here on.
+  // The slabs with no chunk in use; they belong to the caller from here on.
   std::vector<void*> remove_free_slabs();
   int64_t free_bytes() const;
 

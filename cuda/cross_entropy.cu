@@ -1,12 +1,12 @@
 // loss[m] = log sum_v e^logits[m, v] - logits[m, target];  dlogits = scale (softmax - onehot).
-// loss F32 (M); dlogits bf16 (M, V) or undefined; logits bf16 or F32 (M, V); targets I32 (M), where
-// a negative one gives loss 0 and gradient 0.
+// loss F32 (M); dlogits bf16 (M, V) or undefined; logits bf16 or F32 (M, V); targets I32 (M). A
+// negative target gives loss 0 and gradient 0.
 //
-// One block a row: one pass for the running maximum and sum, a second for the gradient, element by
-// element, so that dlogits may be the buffer of bf16 logits. 6 bytes moved a bf16 logit.
+// One block a row: the first pass takes the running maximum and sum, the second the gradient,
+// element by element, so that dlogits may be the buffer of bf16 logits. 6 bytes moved a bf16 logit.
 //
-// Over chunks of the vocabulary the two passes are two kernels, with the maximum, the sum and the
-// target's logit of every row so far between them: 2 bytes moved a bf16 logit, then 4.
+// Over chunks of the vocabulary the two passes are two kernels. Between them a state holds every
+// row's maximum, sum and target logit so far. 2 bytes moved a bf16 logit, then 4.
 #include "cuda/cuda_backend.h"
 #include "cuda/softmax_row.h"
 
@@ -16,10 +16,10 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWide = 8;
 
-// What the state holds of a row.
+// The state of a row.
 struct RunningRow {
   ExpSum e;
-  float target_logit = -INFINITY;  // until its chunk comes
+  float target_logit = -INFINITY;  // until the target's chunk
 };
 static_assert(sizeof(RunningRow) == engine::Backend::kCrossEntropyState * sizeof(float));
 
@@ -27,8 +27,8 @@ __device__ float loss_of(const ExpSum& e, float target_logit) {
   return e.max - target_logit + logf(e.sum);
 }
 
-// drow = scale (softmax - onehot) of row[0, v), by the whole block. `target` counts from row[0] and
-// may lie outside.
+// drow = scale (softmax - onehot) of row[0, v), by the whole block. `target` is relative to row[0]
+// and may be outside of the row.
 template <int kWidth, typename T>
 __device__ void gradient_row(bf16* drow, const T* row, int64_t v, ExpSum e, int64_t target,
                              float scale) {

@@ -1,4 +1,4 @@
-// CudaBackend's life: choosing the GPU, memory, transfers, and recording a step as a CUDA graph.
+// CudaBackend: choosing the GPU, memory, transfers, and recording a step as a CUDA graph.
 #ifdef BBB_HAS_CUDA
 #include "cuda/cuda_backend.h"
 
@@ -26,7 +26,7 @@ int gpu_count() {
   return count;
 }
 
-// While it lives the stream records instead of executing, and allocations come from `own`.
+// While this object lives, the stream records instead of executing; allocations use `own`.
 class Capture {
  public:
   Capture(cudaStream_t stream, std::shared_ptr<MemoryPool>& current,
@@ -42,7 +42,7 @@ class Capture {
     cudaGraph_t abandoned = nullptr;
     cudaStreamEndCapture(stream_, &abandoned);
     if (abandoned != nullptr) cudaGraphDestroy(abandoned);
-    cudaGetLastError();  // the step's own exception tells what went wrong
+    cudaGetLastError();  // the step's own exception reports the error
   }
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
@@ -75,8 +75,8 @@ int64_t count_kernels(cudaGraph_t graph) {
 
 class GraphReplay final : public Replay {
  public:
-  // `step` is kept for the tensors that it holds; `pools`, which all recordings share, for those
-  // that it allocated: what one run has freed is dead before another one starts on the same stream.
+  // `step` keeps the tensors alive that it holds, `pools` those that it allocated. All recordings
+  // share the pools: what one run has freed is dead before another one starts on the same stream.
   GraphReplay(cudaStream_t stream, cudaGraph_t graph, std::function<void()> step,
               std::shared_ptr<RecordingPools> pools)
       : stream_(stream),
@@ -102,7 +102,7 @@ class GraphReplay final : public Replay {
   Handle<cudaGraphExec_t, cudaGraphExecDestroy> executable_;
 };
 
-// Under BBB_SYNC_LAUNCHES every launch is waited for, which a recording stream cannot do.
+// BBB_SYNC_LAUNCHES waits for every launch, which is impossible while a stream records.
 class DirectReplay final : public Replay {
  public:
   explicit DirectReplay(std::function<void()> step) : step_(std::move(step)) {}
@@ -144,7 +144,7 @@ CudaBackend::CudaBackend(int device) {
   cache_fault_.reset(new (fault) CacheFault{});
 }
 
-// Members go in reverse order, the stream last.
+// Members are destroyed in reverse order, the stream last.
 CudaBackend::~CudaBackend() { cudaStreamSynchronize(stream_); }
 
 bool CudaBackend::has_warpgroup_products() const {
@@ -208,7 +208,7 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
   BBB_CHECK(!is_capturing(stream_), "a step is being recorded already");
   if (quant::sync_launches()) return std::make_unique<DirectReplay>(std::move(step));
   for (;;) {
-    // Nothing can be given back to the driver while the stream records: do it now.
+    // No memory can return to the driver while the stream records: release it now.
     synchronize();
     pool_->release_cached();
     std::shared_ptr<RecordingPools> own = recordings_.lock();
@@ -222,12 +222,12 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
       step();
       graph = capture.end();
     }
-    if (!gemm_->has_unsettled())
+    if (!gemm_->has_undecided())
       return std::make_unique<GraphReplay>(stream_, graph.get(), std::move(step), std::move(own));
-    // Timing takes memory: what this recording took goes back first, unless others hold it too.
+    // Timing needs memory: release this recording's pools first, unless others hold them too.
     graph.reset();
     own.reset();
-    gemm_->settle_recorded();
+    gemm_->decide_recorded();
   }
 }
 

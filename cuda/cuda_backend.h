@@ -1,9 +1,9 @@
-// CudaBackend: one GPU, bf16 activations, FP32 everywhere that accumulates. Everything runs on one
-// stream but the side of beside() in a recorded step, which has a second one.
+// CudaBackend: one GPU, bf16 activations, FP32 everywhere that accumulates. Work runs on one
+// stream; in a recorded step, forked work runs on a second one.
 //
-// Memory comes from a caching pool (cuda/memory.h): a freed block is reused by later allocations of
-// the same stream order. While a step is recorded, allocations come from pools of the recordings'
-// own, one a stream, so that addresses stay valid.
+// Memory comes from a caching pool (cuda/memory.h): later allocations in the same stream order
+// reuse a freed block. While a step is recorded, each stream has its own pool, so that addresses
+// stay valid.
 #pragma once
 
 #include <cublasLt.h>
@@ -45,13 +45,13 @@ using quant::launch;
 
 bool is_capturing(cudaStream_t stream);  // a step is being recorded
 
-// Positions start .. start + t - 1 that a key-value cache of `capacity` does not have. t 0: none.
+// Positions start .. start + t - 1 lie outside of a key-value cache of `capacity`. t 0: no fault.
 struct CacheFault {
   int start, t, capacity;
 };
 
 class MemoryPool;       // cuda/memory.h
-struct RecordingPools;  // there too
+struct RecordingPools;  // cuda/memory.h
 class GemmPlanner;      // cuda/gemm.h
 
 class CudaBackend final : public engine::Backend {
@@ -79,12 +79,12 @@ class CudaBackend final : public engine::Backend {
 
   cudaStream_t stream() const { return stream_; }
   const cudaDeviceProp& properties() const { return properties_; }
-  // The kernels made for sm_90a are built in and run on this GPU. BBB_GENERIC_KERNELS in the
+  // Whether the kernels for sm_90a are built in and run on this GPU. BBB_GENERIC_KERNELS in the
   // environment turns them off, so that one GPU can test both.
   bool has_warpgroup_products() const;
 
  private:
-  // Throws what a kernel has found wrong since the last call; the stream's work is done.
+  // Throws if a kernel found a fault since the last call. The stream's work must be done.
   void check_faults();
   // Scratch for the length of one op: freed in stream order when the Tensor dies.
   Tensor scratch(int64_t bytes) { return do_empty({bytes}, DType::U8); }
@@ -161,18 +161,18 @@ class CudaBackend final : public engine::Backend {
                 const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
   StreamHandle own_stream_;
-  cudaStream_t stream_ = nullptr;             // the same
-  StreamHandle side_stream_;                  // of beside()
-  Handle<char*, cudaFree> side_workspace_;    // the GEMMs' on it
+  cudaStream_t stream_ = nullptr;             // own_stream_, or side_stream_ within forked work
+  StreamHandle side_stream_;                  // of forked work
+  Handle<char*, cudaFree> side_workspace_;    // of the GEMMs on side_stream_
   std::shared_ptr<MemoryPool> pool_;          // the current one
-  std::weak_ptr<RecordingPools> recordings_;  // what pool_ is among meanwhile; held by the Replays
+  std::weak_ptr<RecordingPools> recordings_;  // contain pool_ while recording; held by the Replays
   std::unique_ptr<GemmPlanner> gemm_;
   std::unique_ptr<engine::Transfers> transfers_;
   Handle<CacheFault*, cudaFreeHost> cache_fault_;  // page-locked: kernels write it
 };
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
-// Calls fn with the elements of a tensor that is act or real.
+// Calls fn with the data pointer of a tensor whose dtype is act or real.
 template <typename Fn>
 void with_elements(const Tensor& t, const Fn& fn) {
   if (t.dtype() == DType::BF16)

@@ -1,4 +1,4 @@
-// Every kernel is built for the architectures of CMAKE_CUDA_ARCHITECTURES; this one stands for all.
+// All kernels are built for the architectures of CMAKE_CUDA_ARCHITECTURES; one represents all.
 #include "cuda/device_code.h"
 #include "quant/launch.h"
 

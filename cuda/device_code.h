@@ -3,7 +3,7 @@
 
 namespace bbb::cuda {
 
-// Looks for one kernel, since all are built for the same architectures; launches nothing.
+// Queries one kernel, since all are built for the same architectures. Launches nothing.
 bool has_device_code();
 
 }  // namespace bbb::cuda

@@ -1,8 +1,8 @@
 // out[i] = src[order[cursor * count + i]], cursor += 1, log[cursor] = control.
 //
-// What lets a recorded step walk through its batches: the cursor lives on the device. Rows are of
-// equal bytes and any dtype, moved in the widest unit that divides them; blockIdx.y walks the rows,
-// blockIdx.x and the threads a row's units. 2 bytes moved a byte.
+// The cursor is on the device, so that a recorded step can walk its batches. Rows have equal bytes
+// and any dtype; they are copied in the largest unit that divides them. blockIdx.y walks the rows,
+// blockIdx.x and the threads the units of a row. 2 bytes moved a byte.
 #include "cuda/cuda_backend.h"
 #include "cuda/vector.h"
 

@@ -89,7 +89,7 @@ std::vector<GemmAlgorithm> GemmPlanner::suggestions(const Plan& plan, const Gemm
   const Preference preference;
   set(preference.handle, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
       static_cast<uint64_t>(kGemmWorkspaceBytes));
-  // Split-K partials meet in the workspace, in FP32: neither atomics nor a rounding in between.
+  // Split-K partials are summed in the workspace, in FP32: no atomics, no rounding in between.
   set(preference.handle, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
       static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   set(preference.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
@@ -122,9 +122,9 @@ const GemmPlanner::Plan& GemmPlanner::plan_for(const GemmShape& shape) {
     apply_tuning(plan, shape);
     found = plans_.emplace(shape, std::move(plan)).first;
   }
-  if (!found->second.settled) {
-    ++found->second.met;
-    if (!is_capturing(stream_)) settle(tuning_->product_runs);
+  if (!found->second.decided) {
+    ++found->second.encounters;
+    if (!is_capturing(stream_)) decide(tuning_->product_runs);
   }
   return found->second;
 }

@@ -1,11 +1,11 @@
 // Algorithms that the library has but does not suggest: its kernels by tile, cluster and variant.
 //
-// A product is as many tiles as cover D, worked on in waves of one a multiprocessor. It takes least
-// where few of them stand idle in the last wave, and where an operand that was fetched meets many
-// others: in a large tile, and in a cluster of two tiles that share their longer side's operand.
-// Fetching is energy, which on a large product is time (gemm_tuning.cpp). The library suggests few
-// shapes of tiles; for each product this takes the best by estimate of those below, each in the
-// variants that such tiles ran best in. What an estimate is worth shows in the timing that follows.
+// Tiles cover D and run in waves of one tile per multiprocessor. A product is fast if few
+// multiprocessors idle in the last wave, and if every fetched operand is used often: in a large
+// tile, and in a cluster of two tiles that share the operand of their longer side. Fetching costs
+// energy, which on a large product costs time (gemm_tuning.cpp). The library suggests few tile
+// shapes. Of the shapes below, this file proposes those with the best estimates, each in the
+// variants that ran best for such tiles. The timing that follows decides.
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
 #include <iterator>
@@ -17,7 +17,7 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr size_t kTiles = 7;      // with the best estimates: these are looked at
+constexpr size_t kTiles = 7;      // proposed: those with the best estimates
 constexpr int kFirstVariant = 4;  // on an H200 no earlier one was best for a large tile
 
 // Rows and columns of D, column-major.
@@ -28,8 +28,8 @@ struct Tile {
 
 #define BBB_TILE(m, n) \
   Tile { m, n, CUBLASLT_MATMUL_TILE_##m##x##n }
-// Two warpgroups of 128 threads hold a tile's sums in registers, which bounds its area; one side is
-// a whole number of their 64 rows, the other any multiple of 8.
+// Two warpgroups of 128 threads hold a tile's sums in registers, which limits its area. One side is
+// a multiple of their 64 rows, the other a multiple of 8.
 constexpr Tile kShapes[] = {
     BBB_TILE(128, 128), BBB_TILE(128, 136), BBB_TILE(128, 144), BBB_TILE(128, 152),
     BBB_TILE(128, 160), BBB_TILE(128, 168), BBB_TILE(128, 176), BBB_TILE(128, 184),
@@ -55,7 +55,7 @@ constexpr Tile kShapes[] = {
     BBB_TILE(168, 256), BBB_TILE(96, 320),  BBB_TILE(112, 320)};
 #undef BBB_TILE
 
-// Tiles of a cluster, down D's rows and along its columns.
+// Tiles of a cluster, along the rows and the columns of D.
 struct Cluster {
   int m, n;
   cublasLtClusterShape_t id;
@@ -65,9 +65,9 @@ Cluster cluster_of(const Tile& tile) {
                           : Cluster{1, 2, CUBLASLT_CLUSTER_SHAPE_1x2x1};
 }
 
-// Proportional to the energy of all tiles, as fitted to 115 tiles for eleven products on H200s
-// (4096 to 16384 rows and columns) with a residue of 1.4 %: an idle multiprocessor takes 0.4 of
-// what a working one does, and a multiply-add's share of the fetching falls with the tile's sides.
+// Proportional to the energy of all tiles. Fitted on H200s to 115 tiles for eleven products (4096
+// to 16384 rows and columns), with a residual of 1.4 %. An idle multiprocessor takes 0.4 of the
+// energy of a busy one; the fetches per multiply-add fall with the sides of the tile.
 double estimate(const Tile& tile, const GemmShape& shape, int processors) {
   const Cluster cluster = cluster_of(tile);
   const auto covering = [](int64_t size, int tile_size, int together) {
@@ -87,7 +87,7 @@ bool set(GemmAlgorithm& algorithm, cublasLtMatmulAlgoConfigAttributes_t attribut
          CUBLAS_STATUS_SUCCESS;
 }
 
-// The greatest number of a kernel family's variants; 0 where it says nothing.
+// The largest variant number of a kernel family; 0 if the library reports none.
 int last_variant(const GemmAlgorithm& algorithm) {
   int last = 0;
   size_t written = 0;
@@ -100,7 +100,7 @@ int last_variant(const GemmAlgorithm& algorithm) {
 }  // namespace
 
 std::vector<GemmAlgorithm> GemmPlanner::explored(const Plan& plan, const GemmShape& shape) const {
-  // The library's check sees no addresses.
+  // The library's check does not know the alignment, so only fully aligned products are searched.
   if (std::min({shape.align_a, shape.align_b, shape.align_c, shape.align_d}) < kWideBytes)
     return {};
   int device = 0, processors = 0;
@@ -113,7 +113,7 @@ std::vector<GemmAlgorithm> GemmPlanner::explored(const Plan& plan, const GemmSha
   std::partial_sort(tiles.begin(), tiles.begin() + kTiles, tiles.end(), better);
   tiles.resize(kTiles);
 
-  // Of the first suggestion's family, whose other attributes stay as they are.
+  // Vary the first suggestion, keeping its kernel family and its other attributes.
   const int variants = last_variant(plan.algorithm);
   std::vector<GemmAlgorithm> found;
   for (const Tile& tile : tiles)

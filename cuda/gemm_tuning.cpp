@@ -1,18 +1,18 @@
-// Timing the algorithms of a product, and the choices that come of it.
+// Times the algorithms of a product and chooses one.
 //
-// Candidates take turns, so that a clock that drifts slows all of them alike; each is judged by its
-// median. Operands are random normals; quantized weights, which a device scales, are their levels
-// on a 2-bit grid (zeros and short numbers take less power). They rotate through more memory than
-// the L2 cache holds, as they come to a product in a training step. Every round starts with
-// products that are not timed: the GPU then runs behind the host, and no wait for a launch is
-// measured.
+// Candidates run interleaved, so that clock drift slows all of them alike; each is judged by its
+// median time. Operands are random normals; if alpha is on the device, A is a quantized weight and
+// holds their levels on a 2-bit grid (zeros and numbers with few bits take less power). They rotate
+// through more memory than the L2 cache holds, as in a training step. Every round starts with
+// untimed products: the GPU then runs behind the host, and no wait for a launch is measured.
 //
-// They are the library's suggestions. Where the run will spend long enough on a product, its other
-// kernels (gemm_search.cpp) are candidates too, of which a first look keeps the best, and:
-// A long product keeps a GPU at its power limit, which sets the clock by what the work takes: the
-// algorithm of least energy is then the fastest, even if it needs more cycles. That shows only
-// where each runs alone for longer than the clock takes to follow. As the clock also wanders by
-// some per cent, they meet in rounds, each of fewer candidates and longer than the one before.
+// Candidates are the library's suggestions. If the run will spend long on a product, the library's
+// other kernels (gemm_search.cpp) are candidates too; short trials keep the best of all. Long
+// products are then timed in long runs. They keep the GPU at its power limit, where the clock
+// depends on the power of the work: the algorithm of least energy is the fastest, even if it needs
+// more cycles. This shows only if each candidate runs alone for longer than the clock takes to
+// stabilize. The clock also drifts by some per cent, so there are rounds, each longer and with
+// fewer candidates than the one before.
 #ifdef BBB_HAS_CUDA
 #include <algorithm>
 #include <charconv>
@@ -38,24 +38,24 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kMostSuggestions = 8;
-constexpr size_t kMostAtFirst = 12;   // candidates that the first look leaves
-constexpr int kLooks = 2;             // the least of two times: one may have met something else
-constexpr double kWorthwhile = 0.99;  // of the first suggestion's time: less than that is noise
+constexpr size_t kFinalists = 12;       // candidates that the trials keep
+constexpr int kTrials = 2;              // the faster one counts: the other may have been disturbed
+constexpr double kMaxTimeRatio = 0.99;  // to the first suggestion: a smaller gain is noise
 // A search takes about 4 s and saves 3 to 6 % of the product's time.
-constexpr double kWorthSearching_s = 75;
+constexpr double kMinSearchedRun_s = 75;
 constexpr int kFewestRounds = 5, kMostRounds = 15;
 constexpr double kSecondsPerProduct = 0.1;  // no further round once this is spent
-constexpr int kUntimedProducts = 2;         // ahead of a round
-constexpr float kLong_ms = 0.25f;           // a product that may meet the power limit
-constexpr float kWarm_ms = 200;             // ahead of the first of:
+constexpr int kUntimedProducts = 2;         // before a round
+constexpr float kLong_ms = 0.25f;           // from here on a product may reach the power limit
+constexpr float kWarm_ms = 200;             // before the first LongRound
 struct LongRound {
   size_t candidates;
-  int passes;  // every other one in reverse: both ends of a drift
+  int passes;  // every other one in reverse order, against drift
   float untimed_ms, timed_ms;
 };
-constexpr LongRound kLongRounds[] = {{kMostAtFirst, 1, 25, 45}, {5, 2, 40, 70}, {3, 2, 40, 110}};
+constexpr LongRound kLongRounds[] = {{kFinalists, 1, 25, 45}, {5, 2, 40, 70}, {3, 2, 40, 110}};
 constexpr int64_t kNormals = 1 << 18;
-constexpr int64_t kCompared = 1 << 18;  // values in a stretch of D
+constexpr int64_t kCompared = 1 << 18;  // values of D, in each of three places
 constexpr int kRepeats = 3;
 constexpr int64_t kAlignBytes = 512;
 
@@ -78,7 +78,7 @@ std::string to_text(const GemmAlgorithm& algorithm) {
   return text;
 }
 
-// False where the text is not such an algorithm's.
+// False if the text is not that of an algorithm.
 bool from_text(GemmAlgorithm& algorithm, const std::string& text) {
   if (text.size() != kHexDigits * std::size(algorithm.data)) return false;
   const char* digits = text.data();
@@ -97,7 +97,7 @@ int64_t l2_bytes() {
   return bytes;
 }
 
-// Runs one product by the candidate of this index.
+// Runs one product with candidate number i.
 using Multiply = std::function<void(size_t)>;
 
 float elapsed_ms(const EventHandle& begin, const EventHandle& end) {
@@ -124,9 +124,9 @@ struct Candidates {
   float least_ms() const { return *std::min_element(times_ms.begin(), times_ms.end()); }
 };
 
-// The first candidate and those that take least among the others, each run by itself. One that the
-// library has checked may still be refused when it is to start: it is left out.
-Candidates best_at_first_look(cudaStream_t stream, Candidates all, const Multiply& multiply) {
+// The first candidate and the fastest of the others, each timed alone. Candidates that fail to
+// launch are left out: the library's check may have passed them.
+Candidates best_of_trials(cudaStream_t stream, Candidates all, const Multiply& multiply) {
   const EventHandle begin = make_event(cudaEventDefault), end = make_event(cudaEventDefault);
   all.times_ms.assign(all.algorithms.size(), INFINITY);
   std::vector<bool> refused(all.algorithms.size(), false);
@@ -135,13 +135,13 @@ Candidates best_at_first_look(cudaStream_t stream, Candidates all, const Multipl
       multiply(i);  // loads the kernel, too
       return true;
     } catch (const Error&) {
-      cudaGetLastError();  // or the next launch would report it
+      cudaGetLastError();  // or the next launch reports it
       return false;
     }
   };
-  for (int look = 0; look < kLooks; ++look)
+  for (int trial = 0; trial < kTrials; ++trial)
     for (size_t i = 0; i < all.algorithms.size(); ++i) {
-      if (look == 0 && i > 0) refused[i] = !starts(i);
+      if (trial == 0 && i > 0) refused[i] = !starts(i);
       if (refused[i]) continue;
       BBB_CUDA(cudaEventRecord(begin.get(), stream));
       multiply(i);
@@ -151,16 +151,16 @@ Candidates best_at_first_look(cudaStream_t stream, Candidates all, const Multipl
     }
   Candidates best{{all.algorithms[0]}, {all.times_ms[0]}};
   for (size_t i : all.order())
-    if (i > 0 && !refused[i] && best.algorithms.size() < kMostAtFirst) {
+    if (i > 0 && !refused[i] && best.algorithms.size() < kFinalists) {
       best.algorithms.push_back(all.algorithms[i]);
       best.times_ms.push_back(all.times_ms[i]);
     }
   return best;
 }
 
-// The median of every candidate.
-std::vector<float> times_in_turn(cudaStream_t stream, size_t count, const Multiply& multiply) {
-  std::vector<EventHandle> events;  // the i-th product of a round lies between events i and i + 1
+// The median time of every candidate, all run interleaved.
+std::vector<float> interleaved_times(cudaStream_t stream, size_t count, const Multiply& multiply) {
+  std::vector<EventHandle> events;  // product i of a round runs between events i and i + 1
   for (size_t i = 0; i <= count; ++i) events.push_back(make_event(cudaEventDefault));
   std::vector<std::vector<float>> times_ms(count);
   for (size_t i = 0; i < count; ++i) multiply(i);  // loads the kernels
@@ -169,7 +169,7 @@ std::vector<float> times_in_turn(cudaStream_t stream, size_t count, const Multip
   for (int round = 0;
        round < kFewestRounds || (round < kMostRounds && seconds_since(start) < kSecondsPerProduct);
        ++round) {
-    // Nobody always follows the same neighbour.
+    // Rotate the order every round, so that no candidate always runs behind the same one.
     const auto candidate = [&](size_t i) { return (i + static_cast<size_t>(round)) % count; };
     for (int i = 0; i < kUntimedProducts; ++i) multiply(0);
     BBB_CUDA(cudaEventRecord(events[0].get(), stream));
@@ -186,8 +186,8 @@ std::vector<float> times_in_turn(cudaStream_t stream, size_t count, const Multip
   return medians_ms;
 }
 
-// Replaces the times of the candidates by their means where each runs alone for a while; returns
-// those of the last round, the fastest first. Within a round the stream is never without work.
+// Replaces the candidates' times by means over long runs of each alone. Returns the candidates of
+// the last round, fastest first. Within a round the stream always has work queued.
 std::vector<size_t> by_long_runs(cudaStream_t stream, Candidates& candidates,
                                  const Multiply& multiply) {
   struct Window {
@@ -206,7 +206,7 @@ std::vector<size_t> by_long_runs(cudaStream_t stream, Candidates& candidates,
   run_for(kWarm_ms, order[0]);
   for (const LongRound& round : kLongRounds) {
     order.resize(std::min(order.size(), round.candidates));
-    // The others are compared with the first suggestion.
+    // The first suggestion stays: the others are compared with it.
     if (std::find(order.begin(), order.end(), 0) == order.end()) order.push_back(0);
     std::vector<Window> windows;
     for (int pass = 0; pass < round.passes; ++pass) {
@@ -231,9 +231,9 @@ std::vector<size_t> by_long_runs(cudaStream_t stream, Candidates& candidates,
   return order;
 }
 
-// Stretches of D, byte for byte: its first values, some in the middle, its last.
-std::vector<uint8_t> stretches(cudaStream_t stream, const char* d, int64_t values,
-                               int64_t element_bytes) {
+// The bytes of D at its start, in its middle and at its end.
+std::vector<uint8_t> compared_bytes(cudaStream_t stream, const char* d, int64_t values,
+                                    int64_t element_bytes) {
   const int64_t count = std::min(values, kCompared), bytes = count * element_bytes;
   const int64_t begins[] = {0, (values - count) / 2, values - count};
   std::vector<uint8_t> all(static_cast<size_t>(bytes) * std::size(begins));
@@ -245,7 +245,7 @@ std::vector<uint8_t> stretches(cudaStream_t stream, const char* d, int64_t value
   return all;
 }
 
-// Whether these are the same sums in another order, each rounded once to `dtype`.
+// Whether a and b can be the same sums in another order, each rounded once to `dtype`.
 bool agree(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, cudaDataType_t dtype) {
   const bool bf16 = dtype == CUDA_R_16BF;
   const auto value = [bf16](const std::vector<uint8_t>& bytes, size_t i) {
@@ -265,7 +265,7 @@ bool agree(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b, cudaDat
     norm += want * want;
   }
   const double tolerance = bf16 ? 0x1p-7 : 0x1p-13;
-  return error <= tolerance * tolerance * norm;  // false where a NaN is
+  return error <= tolerance * tolerance * norm;  // false if there is a NaN
 }
 
 }  // namespace
@@ -296,16 +296,16 @@ std::vector<std::string> GemmPlanner::candidates(const GemmShape& shape) const {
   return texts;
 }
 
-// Settles a new plan that needs no timing.
+// Decides a new plan, unless it must be timed.
 void GemmPlanner::apply_tuning(Plan& plan, const GemmShape& shape) const {
-  plan.settled = true;
+  plan.decided = true;
   if (!tuning_) return;
   const std::string name = to_string(shape);
   const auto known = tuning_->known.algorithms.find(name);
   if (known != tuning_->known.algorithms.end())
     plan.algorithm = known_algorithm(plan, name, known->second);
   else
-    plan.settled = shape.flops() < tuning_->least_flops;
+    plan.decided = shape.flops() < tuning_->least_flops;
 }
 
 GemmAlgorithm GemmPlanner::known_algorithm(const Plan& plan, const std::string& name,
@@ -337,36 +337,36 @@ std::vector<GemmAlgorithm> GemmPlanner::all_candidates(const Plan& plan,
   return all;
 }
 
-bool GemmPlanner::has_unsettled() const {
+bool GemmPlanner::has_undecided() const {
   return std::any_of(plans_.begin(), plans_.end(),
-                     [](const auto& entry) { return !entry.second.settled; });
+                     [](const auto& entry) { return !entry.second.decided; });
 }
 
-void GemmPlanner::settle_recorded() {
-  settle(tuning_->step_runs);
+void GemmPlanner::decide_recorded() {
+  decide(tuning_->step_runs);
   char seconds[32];
   std::snprintf(seconds, sizeof seconds, "%.2f s", timing_s_);
   say(cat("matrix products: algorithms of ", timed_, " timed in ", seconds, ", of ", searched_,
           " searched; ", improved_, " do not take the library's first suggestion"));
 }
 
-// Times what is not settled; `runs`: how often what has met it is going to run.
-void GemmPlanner::settle(int64_t runs) {
+// Times the undecided plans. runs: how often whatever encountered them is going to run.
+void GemmPlanner::decide(int64_t runs) {
   const auto start = Clock::now();
-  std::vector<Plan*> settled;
+  std::vector<Plan*> decided;
   for (auto& [shape, plan] : plans_) {
-    if (plan.settled) continue;
+    if (plan.decided) continue;
     const std::string first = to_text(plan.algorithm);
     plan.algorithm = fastest(plan, shape, runs);
     const std::string text = to_text(plan.algorithm);
     tuning_->known.algorithms[to_string(shape)] = text;
     improved_ += text != first ? 1 : 0;
-    settled.push_back(&plan);
+    decided.push_back(&plan);
   }
-  timed_ += static_cast<int64_t>(settled.size());
+  timed_ += static_cast<int64_t>(decided.size());
   pool_->release_cached();
   if (tuning_->keep) tuning_->keep(tuning_->known);
-  for (Plan* plan : settled) plan->settled = true;
+  for (Plan* plan : decided) plan->decided = true;
   timing_s_ += seconds_since(start);
 }
 
@@ -377,14 +377,14 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape, int
   const int64_t set_bytes = a_bytes + b_bytes + aligned(element_bytes * shape.m * shape.n);
   if (set_bytes > tuning_->memory_bytes) {
     say(cat("matrix products: ", to_string(shape), " is not timed: its operands take ",
-            set_bytes >> 20, " MiB, ", tuning_->memory_bytes >> 20, " may be taken"));
+            set_bytes >> 20, " MiB, timing may take ", tuning_->memory_bytes >> 20, " MiB"));
     return candidates.algorithms[0];
   }
   const int64_t sets = std::min(tuning_->memory_bytes / set_bytes, 2 + 2 * l2_bytes() / set_bytes);
   std::shared_ptr<engine::Storage> memory;
   try {
     memory = pool_->allocate(sets * set_bytes);
-  } catch (const Error& error) {  // another program has taken what was free
+  } catch (const Error& error) {  // another program took the free memory
     say(cat("matrix products: ", to_string(shape), " is not timed: ", error.what()));
     return candidates.algorithms[0];
   }
@@ -393,36 +393,36 @@ GemmAlgorithm GemmPlanner::fastest(const Plan& plan, const GemmShape& shape, int
     for (int64_t set = 0; set < sets; ++set)
       fill(static_cast<char*>(memory->data()) + set * set_bytes, a_bytes, levels());
 
-  int64_t turn = 0;
+  int64_t next_set = 0;
   const auto multiply = [&](size_t candidate) {
-    char* const a = static_cast<char*>(memory->data()) + turn++ % sets * set_bytes;
+    char* const a = static_cast<char*>(memory->data()) + next_set++ % sets * set_bytes;
     char* const b = a + a_bytes;
     char* const d = b + b_bytes;
     launch(plan, shape, candidates.algorithms[candidate], d, a, b, d, &constants_[1]);
   };
-  const auto time_in_turn = [&] {
-    candidates.times_ms = times_in_turn(stream_, candidates.algorithms.size(), multiply);
+  const auto time_interleaved = [&] {
+    candidates.times_ms = interleaved_times(stream_, candidates.algorithms.size(), multiply);
     return candidates.order();
   };
-  std::vector<size_t> order = time_in_turn();
-  const double run_s = static_cast<double>(plan.met * runs) * 1e-3 * candidates.least_ms();
-  if (run_s >= kWorthSearching_s) {
+  std::vector<size_t> order = time_interleaved();
+  const double run_s = static_cast<double>(plan.encounters * runs) * 1e-3 * candidates.least_ms();
+  if (run_s >= kMinSearchedRun_s) {
     ++searched_;
     candidates.algorithms = all_candidates(plan, shape);
-    candidates = best_at_first_look(stream_, candidates, multiply);  // a copy: multiply reads them
+    candidates = best_of_trials(stream_, candidates, multiply);  // a copy: multiply reads them
     order = candidates.least_ms() >= kLong_ms ? by_long_runs(stream_, candidates, multiply)
-                                              : time_in_turn();
+                                              : time_interleaved();
   }
   const auto result = [&](size_t candidate) {
-    turn = 0;
+    next_set = 0;
     char* const d = static_cast<char*>(memory->data()) + a_bytes + b_bytes;
     BBB_CUDA(
         cudaMemsetAsync(d, 0, static_cast<size_t>(element_bytes * shape.m * shape.n), stream_));
     multiply(candidate);
-    return stretches(stream_, d, shape.m * shape.n, element_bytes);
+    return compared_bytes(stream_, d, shape.m * shape.n, element_bytes);
   };
   for (size_t i : order) {
-    if (i == 0 || candidates.times_ms[i] > kWorthwhile * candidates.times_ms[0]) break;
+    if (i == 0 || candidates.times_ms[i] > kMaxTimeRatio * candidates.times_ms[0]) break;
     const GemmAlgorithm& algorithm = candidates.algorithms[i];
     const std::vector<uint8_t> once = result(i);
     bool repeats = true;
@@ -448,7 +448,7 @@ const std::vector<uint16_t>& GemmPlanner::normals() {
 const std::vector<uint16_t>& GemmPlanner::levels() {
   if (!levels_.empty()) return levels_;
   constexpr quant::WeightGrid kSpec{.bits = 2, .group = 32};
-  // S of these normals: their widest group is 7.2 wide, and 7.2 / 3 / 448 rounds up to 2^-7.
+  // S of these normals: the maximum group range is 7.2, and 7.2 / 3 / 448 rounds up to 2^-7.
   const quant::GroupQuantizer quantizer(0x1p-7f, kSpec.bits);
   for (size_t begin = 0; begin < normals().size(); begin += kSpec.group) {
     const auto x = [&](int i) {
@@ -463,7 +463,7 @@ const std::vector<uint16_t>& GemmPlanner::levels() {
   return levels_;
 }
 
-// With the values, repeated. Two of them read as one F32 are a finite value too.
+// Fills with the values, repeated. Two of them read as one F32 are finite too.
 void GemmPlanner::fill(void* device, int64_t bytes, const std::vector<uint16_t>& values) const {
   const auto stretch = std::min(bytes, static_cast<int64_t>(values.size() * sizeof values[0]));
   BBB_CUDA(cudaMemcpyAsync(device, values.data(), static_cast<size_t>(stretch),

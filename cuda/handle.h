@@ -12,7 +12,7 @@ namespace bbb::cuda {
 
 template <typename Pointer, auto kDestroy>
 struct Destroyer {
-  // The status is ignored: at exit the driver may be gone already, and the object with it.
+  // The status is ignored: at exit the driver, and the object with it, may be gone already.
   void operator()(Pointer object) const { kDestroy(object); }
 };
 

@@ -1,4 +1,4 @@
-// Tensor maps, through the driver's entry point: the binary links no libcuda.
+// Tensor maps. The driver function is looked up at run time: the binary links no libcuda.
 #ifdef BBB_HAS_CUDA
 #include "cuda/hopper.h"
 

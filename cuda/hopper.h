@@ -1,11 +1,11 @@
-// What the Hopper attention kernels are made of: barriers in shared memory, the tensor copy engine
-// (TMA), and warpgroup products (wgmma), all of them sm_90a only.
+// Building blocks of the Hopper attention kernels, all sm_90a only: barriers in shared memory, the
+// tensor copy engine (TMA), and warpgroup products (wgmma).
 //
-// A tile of bf16 in shared memory is panels of 64 columns (head sizes 64 and 128) or 32 (96), each
-// panel its rows one after another, rows of 128 or 64 bytes, 16-byte chunks swizzled as the copy
-// engine writes and wgmma reads them: the chunk index xor-ed with the low bits of the row (of the
-// row / 2 for rows of 64 bytes). PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
-// Layout". Every panel starts on 1024 bytes.
+// A tile of bf16 in shared memory is panels of 64 columns (head sizes 64 and 128) or 32 (96). A
+// panel holds its rows one after another, 128 or 64 bytes each. The 16-byte chunks of a row are
+// swizzled as the copy engine writes and wgmma reads them: the chunk index is xor-ed with the low
+// bits of the row (of row / 2 for rows of 64 bytes). PTX ISA, "Asynchronous Warpgroup Level Matrix
+// Shared Memory Layout". Every panel starts on a multiple of 1024 bytes.
 //
 // Fragments of m64nNk16, warp w of the warpgroup, lane = 4 g + t:
 //     D (64 x N)   d[n][0], d[n][1]  (16 w + g, 8 n + 2t), (.., 8 n + 2t + 1)   d[n][2], d[n][3] at
@@ -33,8 +33,8 @@ struct PanelShape {
   static constexpr int kRowBytes = kColumns * 2;
 };
 
-// A map of x (B, T, heads, D) for boxes of `rows` positions of one head and one panel. Positions
-// outside of [0, T) read as zeros and are not written. x is aligned to 16 bytes.
+// A tensor map of x (B, T, heads, D) with boxes of `rows` positions of one head and one panel.
+// Positions outside of [0, T) read as zeros and are not written. x is aligned to 16 bytes.
 template <int D>
 CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int rows);
 
@@ -47,19 +47,19 @@ __device__ inline unsigned char* swizzled_smem() {
 }
 
 // --- barriers -----------------------------------------------------------------------------------
-// An arrival releases what its thread did before; a wait acquires what all who arrived have
-// released. Built with -DBBB_STRESS=ON, every one of these pauses some threads for a random time.
+// An arrival releases its thread's earlier accesses; a wait acquires those of all arrived threads.
+// With -DBBB_STRESS=ON, arrivals and waits pause some threads for a random time.
 
 __device__ inline void stress_pause() {
 #ifdef BBB_STRESS
-  // Threads, blocks and moments draw apart: one of 16 pauses for up to 2 us.
+  // The draw depends on thread, block and time: one in 16 pauses for up to 2 us.
   const uint32_t seed = static_cast<uint32_t>(clock64()) ^ (blockIdx.x << 10) ^ threadIdx.x;
   const uint32_t random = (seed ^ seed >> 15) * 0x9e3779b1u;
   if (random >> 28 == 0) __nanosleep(random >> 17 & 2047);
 #endif
 }
 
-// The same before an instruction that wants a converged warp.
+// The same, before an instruction that requires a converged warp.
 __device__ inline void stress_pause_warp() {
 #ifdef BBB_STRESS
   stress_pause();
@@ -71,7 +71,7 @@ __device__ inline void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; a __syncthreads() follows.
+// Makes initialised barriers visible to the copy engine. A __syncthreads() must follow.
 __device__ inline void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -81,20 +81,20 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One arrival for a whole warp, after what all its lanes did before.
+// One arrival for the whole warp; it releases all lanes' earlier accesses.
 __device__ inline void mbarrier_arrive_warp(uint32_t barrier, int lane) {
   __syncwarp();
   if (lane == 0) mbarrier_arrive(barrier);
 }
 
-// Arrives, and has the phase wait for `bytes` of copies too.
+// Arrives; the phase also waits for `bytes` of copies.
 __device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
   stress_pause();
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// Until the phase of this parity is complete.
+// Waits until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
   stress_pause();
   uint32_t done;
@@ -112,7 +112,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
   stress_pause();
 }
 
-// Named barriers; 0 is __syncthreads().
+// Named barriers. Number 0 is that of __syncthreads().
 __device__ inline void named_sync(int id, int threads) {
   stress_pause_warp();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -124,7 +124,7 @@ __device__ inline void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The place in a ring of kStages buffers and the parity of its round.
+// A position in a ring of kStages buffers, and the parity of its round.
 template <int kStages>
 struct RingCursor {
   int stage = 0;
@@ -138,8 +138,8 @@ struct RingCursor {
   }
 };
 
-// The number of the next item of a persistent kernel; the first is the block's own. *queue: 0 at
-// the start. Which block computes an item does not change its result.
+// The index of the next item of a persistent kernel; a block's first item is its blockIdx. *queue
+// starts at 0. Which block computes an item does not change its result.
 __device__ inline int next_item(unsigned* queue) {
   stress_pause();
   return static_cast<int>(gridDim.x + atomicAdd(queue, 1u));
@@ -149,7 +149,7 @@ __device__ inline void store_shared(uint32_t address, int value) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// The value for all lanes of the warp: lane 0 reads it.
+// Lane 0 reads the value; every lane of the warp gets it.
 __device__ inline int load_shared_warp(uint32_t address, int lane) {
   int value = 0;
   if (lane == 0) asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
@@ -200,13 +200,13 @@ __device__ inline void store_box(const CUtensorMap& map, uint32_t src, int colum
 
 __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until this thread's stores have read their shared memory.
+// Waits until this thread's stores have read their shared memory.
 __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before later ones of the copy engine's and
-// wgmma's accesses to it; a barrier between the threads follows.
+// Orders this thread's ordinary writes to shared memory before later accesses by the copy engine
+// and wgmma. A barrier between the threads must follow.
 __device__ inline void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -229,14 +229,14 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most kPending committed groups are in flight.
+// Waits until at most kPending committed groups are in flight.
 template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from moving uses of an accumulator across this point: it does not know that
-// wgmma writes its registers later than where it stands.
+// wgmma writes the registers later.
 template <int N>
 __device__ inline void accumulator_fence(float (&d)[N][4]) {
 #pragma unroll
@@ -245,8 +245,8 @@ __device__ inline void accumulator_fence(float (&d)[N][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
 
-// Which way a tile is an operand: A or B^T with k along its columns, or A^T or B with k along its
-// rows.
+// How a tile is an operand. Columns: A or B^T, with k along its columns. Rows: A^T or B, with k
+// along its rows.
 enum class Along { Columns, Rows };
 
 // Descriptors of a tile of kRows rows at `base` (shared address, multiple of 1024).
@@ -265,7 +265,7 @@ struct Operand {
     return static_cast<uint64_t>((base + row * Panel::kRowBytes) / 16) | leading << 16 |
            kStride << 32 | kSwizzle << 62;
   }
-  // What a descriptor grows by for the product's k16 slice number `slice`.
+  // The offset of k16 slice number `slice`, to be added to a descriptor.
   template <Along kAlong>
   __device__ static constexpr uint64_t slice_offset(int slice) {
     if (kAlong == Along::Rows) return static_cast<uint64_t>(slice * 16 * Panel::kRowBytes / 16);
@@ -295,8 +295,9 @@ struct Operand {
 #define BBB_REG64 \
   BBB_REG48 ",%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d (+)= a b for one k16 slice, overwriting d where `add` is 0. A from a descriptor, as kAlongA
-// says, or from registers; B as kAlong says. i0 .. i6: the numbers after the accumulator's.
+// d (+)= a b for one k16 slice; overwrites d if `add` is 0. A: a descriptor, as kAlongA says, or
+// registers; B: a descriptor, as kAlong says. i0 .. i6: the operand numbers after the
+// accumulator's.
 #define BBB_WGMMA(columns, registers, outputs, i0, i1, i2, i3, i4, i5, i6)                      \
   template <Along kAlong, Along kAlongA = Along::Columns>                                       \
   __device__ inline void wgmma(float(&d)[columns / 8][4], uint64_t a, uint64_t b, int add) {    \

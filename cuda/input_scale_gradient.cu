@@ -1,9 +1,9 @@
 // ds_k (+)= alpha / s_k sum_n w[n, k] dw[n, k], 0 where s_k is 0.   w bf16, dw bf16 or F32 (N, K);
 // ds, s F32 (K); alpha F32 (1) or null (1).
 //
-// A block takes a chunk of rows of as many columns as a warp loads at once, eight rows at a time, a
-// warp each, and leaves their sum; a second kernel adds the chunks in order. Chunks depend on the
-// shape alone, so that runs repeat on any GPU. 4 or 6 bytes moved an element.
+// A block takes a chunk of rows of as many columns as a warp loads at once, a row a warp at a time,
+// and writes one sum a column. A second kernel adds the chunks in order. Chunks depend on the shape
+// alone, so the sums are the same on every GPU. 4 or 6 bytes moved an element.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"

@@ -1,18 +1,19 @@
 // loss[m] = sum_v p (log p - log q), p = softmax(teacher[m]), q = softmax(logits[m]);
 // dlogits = scale (q - p).   loss F32 (M); dlogits bf16 (M, V) or undefined; logits, teacher bf16
-// or F32 (M, V), both alike; targets I32 (M), where a negative one gives loss 0 and gradient 0.
+// or F32 (M, V), both of one dtype; targets I32 (M). A negative target gives loss 0 and gradient 0.
 //
-// One block a row and an SM: a pass over both inputs for their maxima and sums, then one for the
-// loss and the gradient. So few rows are under way at a time that the second pass reads them from
-// the L2 cache. The loss is summed after both log sums are known: its terms are small where the two
-// agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a pair of bf16 logits.
+// One block a row, one block an SM at a time. The first pass reads both inputs for their maxima and
+// sums, the second computes loss and gradient. Few rows are in flight, so the second pass reads
+// them from the L2 cache. The loss is summed after both log sums are known: its terms are small
+// where the two agree. dlogits may be the buffer of bf16 logits. 6 bytes moved a pair of bf16
+// logits.
 //
-// Over chunks of the vocabulary the two passes are two kernels (4 and 6 bytes a pair), with the
-// running values of every row between them, and the loss has to come from the first:
+// Over chunks of the vocabulary the two passes are two kernels (4 and 6 bytes a pair), with a state
+// of every row between them. The loss then has to come from the first:
 //     loss = E_p[t - s] - (lse(t) - lse(s)),   of teacher t and student s.
-// Where the two agree this cancels no more than the terms above. lse(t) - lse(s) is taken as the
-// difference of maxima and log(sum / sum): no large logarithm is rounded, the error is an epsilon
-// of 1 + |t - s|. So is that of the mean; and t - s itself comes with the error of its logits.
+// Where the two agree this cancels no more than the terms above. lse(t) - lse(s) is computed as the
+// difference of maxima and log(sum / sum): no large logarithm is rounded, so its error is an
+// epsilon of 1 + |t - s|. The mean has the same error; t - s itself has the error of its logits.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/softmax_row.h"
@@ -23,7 +24,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWide = 8;
 
-// The logarithm of a softmax, its sum known.
+// The logarithm of a softmax whose sum is known.
 struct LogSoftmax {
   float max, log_sum;
 
@@ -31,7 +32,7 @@ struct LogSoftmax {
   __device__ float operator()(float x) const { return x - max - log_sum; }
 };
 
-// This thread's part of the loss of a row, and drow = scale (q - p), unless that is null.
+// Returns this thread's part of a row's loss; writes drow = scale (q - p) unless drow is null.
 template <int kWidth, typename T>
 __device__ float loss_and_gradient_row(bf16* drow, const T* srow, const T* __restrict__ trow,
                                        int64_t v, ExpSum es, ExpSum et, float scale) {
@@ -54,7 +55,7 @@ __device__ float loss_and_gradient_row(bf16* drow, const T* srow, const T* __res
   return sum;
 }
 
-// What the state holds of a row.
+// The state of a row.
 struct RunningRow {
   ExpSum student, teacher;
   float weighted = 0.0f;  // sum e^(t - teacher.max) (t - s)
@@ -66,8 +67,8 @@ struct RunningRow {
 };
 static_assert(sizeof(RunningRow) == engine::Backend::kKlState * sizeof(float));
 
-// A sum of terms e^(t - from) (t - s) as one of terms e^(t - to) (t - s). Words whose probability
-// underflows add nothing, even where the student's logit is -Inf.
+// Converts a sum of terms e^(t - from) (t - s) to one of terms e^(t - to) (t - s). Words whose
+// probability underflows add nothing, even where the student's logit is -Inf.
 __device__ float rescaled(float weighted, float from, float to) {
   if (from == to) return weighted;  // where both are -Inf, too
   const float factor = expf(from - to);

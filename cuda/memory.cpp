@@ -23,7 +23,7 @@ void* device_malloc(int64_t bytes) {
   void* block = nullptr;
   const cudaError_t status = cudaMalloc(&block, static_cast<size_t>(bytes));
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // or the next launch would report it
+    cudaGetLastError();  // or the next launch reports it
     return nullptr;
   }
   BBB_CUDA(status);
@@ -63,7 +63,7 @@ Chunks& MemoryPool::chunks_for(int64_t block_bytes) {
   return block_bytes > kLargeFrom ? large_ : small_;
 }
 
-// nullptr where there is no room.
+// nullptr if there is no room.
 void* MemoryPool::take(int64_t block_bytes) {
   Chunks& chunks = chunks_for(block_bytes);
   if (void* const block = chunks.take(block_bytes)) return block;
@@ -98,8 +98,8 @@ int64_t MemoryPool::cached_bytes() const {
   return small_.free_bytes() + large_.free_bytes();
 }
 
-// cudaFree waits for the kernels that still use a slab. Its status is ignored: at exit the driver
-// may be gone already, and the memory with it.
+// cudaFree waits for the kernels that still use a slab. Its status is ignored: at exit the driver,
+// and the memory with it, may be gone already.
 void MemoryPool::free_slabs() {
   for (Chunks* chunks : {&small_, &large_})
     for (void* slab : chunks->remove_free_slabs()) cudaFree(slab);

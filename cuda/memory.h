@@ -1,11 +1,11 @@
-// MemoryPool: device memory kept for reuse, in the order of one stream.
+// MemoryPool: a caching allocator of device memory, in the order of one stream.
 //
-// A request is rounded up (to 512 bytes, above 1 MiB to 2 MiB) and cut out of a free chunk of a
-// slab that the driver gave (chunks.h); where none is large enough, a new slab is asked for, as
-// large as the request. Small requests share slabs of their own. A chunk given back is reusable at
-// once: whoever takes it next runs later on the same stream. Free slabs go back to the driver when
-// an allocation fails, and when the pool dies; it outlives the backend while a tensor still holds
-// one of its chunks.
+// A request is rounded up: to 512 bytes, above 1 MiB to 2 MiB. It is cut out of a free chunk of a
+// slab (chunks.h). If no chunk is large enough, the driver gives a new slab, of the size of the
+// request but at least 2 MiB. Requests up to 1 MiB share slabs of their own. A freed chunk is
+// reusable at once: its next user runs later on the same stream. Free slabs return to the driver
+// when an allocation fails, in release_cached(), and when the pool dies. The pool outlives the
+// backend while a tensor holds one of its chunks.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,14 +19,14 @@
 
 namespace bbb::cuda {
 
-// Over every pool of a backend: bytes held by tensors, and all that pools of recordings ever took.
+// Of all pools of a backend: bytes held by tensors, plus all slabs of pools of recordings.
 struct MemoryUsage {
   std::mutex mutex;
   int64_t held_bytes = 0;
   int64_t peak_bytes = 0;
 };
 
-// Never: recorded graphs hold the addresses, so not even a free slab may go.
+// Never: recorded graphs contain the addresses, so not even a free slab may be released.
 enum class Reclaim { OnPressure, Never };
 
 class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
@@ -37,7 +37,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   MemoryPool(const MemoryPool&) = delete;
   MemoryPool& operator=(const MemoryPool&) = delete;
 
-  // 512-byte aligned, uninitialized. Throws, naming the bytes, where the GPU has no room.
+  // 512-byte aligned, uninitialized. Throws, naming the bytes, if the GPU has no room.
   std::shared_ptr<engine::Storage> allocate(int64_t bytes);
   void release_cached();  // waits for the device
   int64_t cached_bytes() const;
@@ -53,11 +53,11 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   std::shared_ptr<MemoryUsage> usage_;  // its mutex guards the rest too
   Reclaim reclaim_;
   Chunks small_, large_;
-  int64_t reserved_bytes_ = 0;  // Reclaim::Never: of all slabs
+  int64_t reserved_bytes_ = 0;  // Reclaim::Never: bytes of all slabs
 };
 
-// What recorded steps allocate from, and all their replays hold: each of a step's two streams has a
-// pool of its own, since the order of one says nothing about the other.
+// The pools of recorded steps; all replays hold them. Each of a step's two streams has its own
+// pool: memory freed in the order of one stream may still be in use on the other.
 struct RecordingPools {
   explicit RecordingPools(const std::shared_ptr<MemoryUsage>& usage)
       : main(std::make_shared<MemoryPool>(usage, Reclaim::Never)),

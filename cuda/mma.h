@@ -1,10 +1,10 @@
-// Tiles of bf16 in shared memory and the fragments that mma takes from them.
+// Tiles of bf16 in shared memory, and the fragments that mma takes from them.
 //
 // A tile is rows of D values, a multiple of 32, in 16-byte chunks. The chunk index is xor-ed with
-// bits of the row so that the eight rows that one ldmatrix phase reads, the eight chunks of a row
-// that cp.async writes, and the eight rows that a C fragment's store touches fall into distinct
-// banks: rows of a multiple of 128 bytes all start at bank 0 and need three bits; other rows
-// alternate between banks 0 and 16 and need two, taken above the row's lowest.
+// bits of the row, so that each of these uses distinct banks: the eight rows that one ldmatrix
+// phase reads, the eight chunks of a row that cp.async writes, and the eight rows that the store of
+// a C fragment writes. Rows of a multiple of 128 bytes all start at bank 0 and need three bits.
+// Other rows alternate between banks 0 and 16 and need two bits, those above the row's lowest.
 #pragma once
 
 #include "cuda/ptx.h"
@@ -25,9 +25,9 @@ struct SmemTile {
   __device__ uint32_t at(int row, int chunk) const { return base + offset_bytes(row, chunk); }
 };
 
-// Rows row0 .. row0 + kRows - 1 of a matrix whose rows lie `stride` values apart, the first at
-// `source`; rows from `rows` on, and columns from d, a multiple of 8, become zeros. All kThreads
-// threads of the block take part; the caller commits.
+// Loads rows row0 .. row0 + kRows - 1 of a matrix whose rows are `stride` values apart, the first
+// at `source`. Rows from `rows` on, and columns from d, a multiple of 8, become zeros. All kThreads
+// threads take part; the caller commits.
 template <int D, int kRows, int kThreads>
 __device__ inline void load_tile_async(SmemTile<D> tile, const __nv_bfloat16* source,
                                        int64_t stride, int row0, int rows, int d, int thread) {
@@ -62,7 +62,7 @@ __device__ inline void load_b_rows(uint32_t (&b)[4], SmemTile<D> tile, int k0, i
   ldmatrix_trans(b, tile.at(k0 + (lane & 15), n0 / 8 + (lane >> 4)));
 }
 
-// The A fragment whose columns 0-7 and 8-15 are two neighbouring C fragments, rounded to bf16.
+// The A fragment made of two neighbouring C fragments, rounded to bf16: columns 0-7 and 8-15.
 __device__ inline void pack_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
   a[0] = pack_bf16(left[0], left[1]);
   a[1] = pack_bf16(left[2], left[3]);
@@ -70,8 +70,8 @@ __device__ inline void pack_a(uint32_t (&a)[4], const float (&left)[4], const fl
   a[3] = pack_bf16(right[2], right[3]);
 }
 
-// Writes one warp's 16 x D accumulator, row r scaled by factor[r / 8 of the lane], as bf16 to rows
-// row0 .. row0 + 15 of a tile in shared memory (`smem` is where the tile's base points).
+// Writes one warp's 16 x D accumulator as bf16 to rows row0 .. row0 + 15 of a tile in shared
+// memory, whose base is `smem`. A lane's rows g and g + 8 are scaled by factor[0] and factor[1].
 template <int D>
 __device__ inline void store_accumulator(unsigned char* smem, const float (&c)[D / 8][4],
                                          const float (&factor)[2], int row0, int lane) {
@@ -87,8 +87,8 @@ __device__ inline void store_accumulator(unsigned char* smem, const float (&c)[D
   }
 }
 
-// One warp copies kRows rows of a tile, from tile row row0, to rows global_row0 .. of a matrix;
-// rows from `rows` on and columns from d, a multiple of 8, are left out.
+// One warp copies kRows rows of a tile, from tile row row0 on, to rows global_row0 .. of a matrix.
+// Rows from `rows` on and columns from d, a multiple of 8, are not written.
 template <int D, int kRows>
 __device__ inline void store_tile(__nv_bfloat16* target, int64_t stride, int global_row0, int rows,
                                   int d, const unsigned char* smem, int row0, int lane) {

@@ -1,9 +1,9 @@
 // loss = mean((x - y)^2), dx = 2 (x - y) / numel.   x, y, dx bf16, any shape; loss F32 (1).
 //
-// One pass reads x and y and writes dx (6 bytes an element, 4 without dx) with a partial sum a
-// block; finish_sum adds those in order. Eight neighbouring elements a thread and step. Rows of y
-// in an order are read where they are; the elements of x, and with them every sum, stay in their
-// own.
+// One pass reads x and y and writes dx (6 bytes an element, 4 without dx) and one partial sum a
+// block; finish_sum adds the partial sums in order. Eight neighbouring elements a thread and step.
+// If y has an order, its rows are read in place; the elements of x, and with them every sum, keep
+// their order.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
@@ -14,10 +14,10 @@ namespace {
 constexpr int kWide = 8;
 constexpr int64_t kMaxRowPieces = int64_t{1} << 30;  // sums of two are an int
 
-// How y is read: as it lies; in rows of whole, aligned pieces of kWidth; in any rows.
+// How y is read: in the order of x; in rows of whole, aligned pieces of kWidth; in any rows.
 enum class Target { AsItLies, RowsOfPieces, Rows };
 
-// The rows of y under the cursor, in an order; y alone where it lies as x does.
+// y, and the order and cursor of its rows; y alone if it is in the order of x.
 struct Batch {
   const bf16* __restrict__ y;
   const int32_t* __restrict__ order;
@@ -26,8 +26,8 @@ struct Batch {
   int64_t row_numel;
 };
 
-// y at the elements i, i + stride, ... of x. The step is added to the place in the row, as dividing
-// by row_numel each time would take longer than the memory.
+// y at the elements i, i + stride, ... of x. step() adds the stride to row and piece: a division by
+// row_numel in every step would take longer than the memory.
 template <int kWidth, Target kTarget>
 class TargetWalk {
  public:

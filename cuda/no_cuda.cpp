@@ -1,4 +1,4 @@
-// What a build without nvcc, or with one that is too old, has in place of the CUDA backend.
+// Replaces the CUDA backend in a build without nvcc, or with one that is too old.
 #ifndef BBB_HAS_CUDA
 #include "engine/backend.h"
 

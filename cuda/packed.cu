@@ -1,10 +1,10 @@
-// Products with packed weights on the GPU: tensors to the kernels of quant/packed.cu.
+// Products with packed weights on the GPU: passes tensors to the kernels of quant/packed.cu.
 #include "cuda/cuda_backend.h"
 #include "quant/cuda_kernels.h"
 
 namespace bbb::cuda {
 
-// The kernels read 16 bytes at a time; a view may begin anywhere.
+// The kernels read 16 bytes at a time; a view may begin at any address.
 static void check_aligned(const Tensor& t, const char* what) {
   BBB_CHECK(reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0, "packed weights: ", what,
             " is not aligned to 16 bytes");

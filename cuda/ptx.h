@@ -1,5 +1,4 @@
-// The few PTX instructions that the attention kernels, and some others, are made of (sm_80 and
-// later).
+// PTX instructions of the attention kernels and some others (sm_80 and later).
 //
 // Fragments of mma.m16n8k16, lane = 4 g + t (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 //     A (16 x 16)  a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)
@@ -25,8 +24,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 (or 4) bytes from global to shared memory; writes zeros where not valid, and then does
-// not read src. Both addresses are aligned to the size.
+// Copies 16 (or 4) bytes from global to shared memory. If not valid, writes zeros and does not read
+// src. Both addresses are aligned to the size.
 __device__ inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),
                "l"(__cvta_generic_to_global(src)), "r"(valid ? 16 : 0)
@@ -47,8 +46,8 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices; lanes 8 i .. 8 i + 7 give the row addresses of matrix i, which lands in
-// r[i]: elements (g, 2t), (g, 2t + 1).
+// Loads four 8 x 8 matrices. Lanes 8 i .. 8 i + 7 give the row addresses of matrix i; r[i] gets its
+// elements (g, 2t), (g, 2t + 1).
 __device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t row_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -72,21 +71,21 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// x, hidden from the optimizer: what is computed from it inside a loop is computed there again
-// instead of being kept in registers across the loop.
+// x, hidden from the optimizer: a loop computes what depends on it again, instead of keeping it in
+// registers.
 __device__ inline int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// 2^x to 2 ulp; 0 at -inf.
+// 2^x, accurate to 2 ulp; 0 at -inf.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Square root and reciprocal, right to about 2^-22; subnormals count as 0.
+// Square root and reciprocal, accurate to about 2^-22; subnormals count as 0.
 __device__ inline float sqrt_approx(float x) {
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

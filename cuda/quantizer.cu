@@ -1,4 +1,4 @@
-// The quantizer's ops on the GPU: tensors to the kernels of quant/quantizer.cu.
+// The quantizer's ops on the GPU: passes tensors to the kernels of quant/quantizer.cu.
 #include "cuda/cuda_backend.h"
 #include "quant/cuda_kernels.h"
 

@@ -1,7 +1,7 @@
 // Sums in a fixed order: within a warp, a block, and over a whole tensor in two stages.
 //
-// Stage one: at most kPartials blocks walk the tensor in a grid stride and write one partial sum
-// each. Stage two (finish_sum) adds the partials in one block. The grid depends on the size alone,
+// Stage one: at most kPartials blocks walk the tensor in a grid stride; each writes one partial
+// sum. Stage two (finish_sum): one block adds the partial sums. The grid depends on the size alone,
 // so the same input gives the same bytes on every GPU.
 #pragma once
 
@@ -27,15 +27,15 @@ void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t 
                 engine::Write mode);
 
 #ifdef __CUDACC__
-// Every lane gets the sum; the butterfly adds the same pairs in every lane.
+// Every lane gets the sum: the butterfly adds the same pairs in every lane.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
 
-// Every thread gets the sum over a block of whole warps. `shared` holds 32 floats; it may be used
-// again right after.
+// Every thread gets the sum over a block of whole warps. `shared` holds 32 floats and is reusable
+// right after.
 __device__ inline float block_sum(float x, float* shared) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   x = warp_sum(x);
@@ -45,9 +45,9 @@ __device__ inline float block_sum(float x, float* shared) {
   __syncthreads();
   return x;
 }
-// sum_k partials[k, c] of partials (chunks, D), in a fixed order, by a block of kSumThreads for the
-// 32 columns c = 32 blockIdx.x + lane: every eighth chunk a warp. Returned by the first warp where
-// c < D; other threads get 0.
+// sum_k partials[k, c] of partials (chunks, D), in a fixed order. A block of kSumThreads sums 32
+// columns, c = 32 blockIdx.x + lane; each warp adds every eighth chunk. The first warp returns the
+// sums where c < D; all other threads return 0.
 __device__ inline float chunk_sum(const float* __restrict__ partials, int64_t chunks, int64_t d) {
   constexpr int kWarps = kSumThreads / 32;
   __shared__ float sums[kWarps][32];

@@ -1,14 +1,14 @@
 // r = 1 / sqrt(mean(x^2) + eps);  y = x r w.   x, y bf16 (M, D); r F32 (M), saved; w F32 (D).
 // Backward: dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r.   dw bf16 or F32 (D).
 //
-// A block walks through a chunk of rows; chunks depend on the shape alone, so that runs repeat on
-// any GPU. Up to kMaxColumns columns a thread keeps its columns of a row in registers, the same
-// ones of every row, and with them w and its share of dw. A row takes as many warps as it fills,
-// and a block of narrow rows takes several at once. The next row is under way while one is summed,
-// so that the memory never waits for a sum. Wider rows, and those that do not split into 16 bytes,
-// are walked twice, the second time out of the cache, with dw in shared memory. dw is a partial sum
-// a block; a second kernel adds those in order. Bytes moved an element: 4 forward; 6 backward, 8
-// where it adds to dx.
+// A block walks a chunk of rows. Chunks depend on the shape alone, so the sums are the same on
+// every GPU. Up to kMaxColumns columns, a thread keeps its columns of a row in registers; they are
+// the same in every row, so it keeps w and its share of dw too. A row takes as many warps as it
+// fills; a block of narrow rows takes several at once. The next row is loaded while the current one
+// is summed, so that the memory never waits for a sum. Wider rows, and those that do not split into
+// 16 bytes, are read twice, the second time from the cache, with dw in shared memory. A block
+// writes a partial sum of dw; a second kernel adds them in order. Bytes moved an element: 4
+// forward; 6 backward, 8 if it adds to dx.
 #include "cuda/cuda_backend.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
@@ -22,7 +22,7 @@ constexpr int64_t kWarpColumns = 32 * kWide;          // one piece a thread
 constexpr int64_t kNarrowColumns = 3 * kWarpColumns;  // up to here one piece a thread, then two
 constexpr int64_t kMaxColumns = 16 * 2 * kWarpColumns;
 constexpr int64_t kForwardChunks = 2048;
-constexpr int64_t kBackwardChunks = 512;  // fewer: each leaves a row of sums to add
+constexpr int64_t kBackwardChunks = 512;  // fewer: each writes a row of partial sums
 constexpr int64_t kMinChunkRows = 8;      // backward
 
 using Piece = uint4;  // kWide bf16, kept packed: half the registers
@@ -37,8 +37,8 @@ __device__ void unpack(float (&x)[kWide], const Piece& piece) {
   }
 }
 
-// How a thread of a block walks through the block's rows: turn by turn, several rows a turn, each
-// in row_warps neighbouring warps.
+// How a thread walks the rows of its block: in turns of at_once() rows, each row in row_warps
+// neighbouring warps.
 template <int kPieces>
 class Walk {
  public:
@@ -52,15 +52,15 @@ class Walk {
         count_(static_cast<int>(min(chunk_rows, rows - begin_))) {}
 
   __device__ int at_once() const { return at_once_; }  // rows of a turn
-  __device__ int place() const { return place_; }      // of the thread's row among them
+  __device__ int place() const { return place_; }      // of the thread's row in its turn
   __device__ int turns() const { return (count_ + at_once_ - 1) / at_once_; }
   __device__ bool has(int turn) const { return turn * at_once_ + place_ < count_; }
   __device__ int64_t row(int turn) const { return begin_ + turn * at_once_ + place_; }
   __device__ int column(int piece) const { return column_ + piece * row_warps_ * 32 * kWide; }
   __device__ bool holds(int piece) const { return column(piece) < d_; }
 
-  // A thread without a row this turn, or without this piece of it, loads one that is there and is
-  // not used: free of conditions, all loads of a turn are under way together.
+  // A thread without a row in this turn, or without this piece of it, loads another one and ignores
+  // it. Without conditions, all loads of a turn are in flight together.
   __device__ int64_t row_to_load(int turn) const { return has(turn) ? row(turn) : begin_; }
   __device__ void load_row(Piece (&out)[kPieces], const bf16* from, int turn) const {
     from += row_to_load(turn) * d_;
@@ -76,8 +76,8 @@ class Walk {
     for (int p = 0; p < kPieces; ++p) load(out[p], w + column(p), holds(p) ? kWide : 0);
   }
 
-  // Sum over the threads that share a row; the whole block calls it, once a turn. Turns take the
-  // halves of `shared` alternately, so that one barrier will do.
+  // Sum over the threads that share a row. The whole block calls it, once a turn. Turns alternate
+  // between the halves of `shared`, so that one barrier is enough.
   __device__ float row_sum(float x, float (&shared)[2][32], int turn) const {
     x = warp_sum(x);
     if (row_warps_ == 1) return x;
@@ -98,8 +98,8 @@ class Walk {
   int count_;
 };
 
-// Threads of a block at most, and blocks that an SM is to have registers for: 768 threads of one
-// piece or 512 of two, with 30 to 50 KB under way.
+// The most threads of a block, and the blocks per SM that must fit into the registers: 768 threads
+// of one piece or 512 of two, with 30 to 50 KB of loads in flight.
 template <int kPieces>
 constexpr int kBlockThreads = kPieces == 1 ? 192 : 512;
 template <int kPieces>
@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
   }
 }
 
-// What a thread reads of a row, backward.
+// What a thread loads of a row, backward.
 template <int kPieces>
 struct BackwardRow {
-  // dx is read where it is added to.
+  // dx is read only if `add`.
   __device__ void load(const Walk<kPieces>& walk, const bf16* dx, const bf16* dy, const bf16* x,
                        const float* inv_rms, int turn, bool add) {
     walk.load_row(in, x, turn);
@@ -161,8 +161,8 @@ struct BackwardRow {
   float r;
 };
 
-// dx may be the buffer of dy: a thread has its elements of a row before it writes them, and rows
-// ahead are not written yet. Null: not wanted, and nothing is added to it.
+// dx may be the buffer of dy: a thread loads its elements of a row before it writes them, and the
+// rows loaded ahead are not written yet. dx null: not wanted; `add` is false.
 // partials (chunks, D): the sum over rows [chunk * chunk_rows, ...) of dy x r; null: not wanted.
 template <int kPieces>
 __global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
   }
 }
 
-// A row a block, of any width and at any address.
+// One row a block, of any width and at any address.
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_any_kernel(bf16* __restrict__ y, float* __restrict__ inv_rms,
@@ -323,7 +323,7 @@ __global__ void rms_norm_dw_kernel(T* __restrict__ dw, const float* __restrict__
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How blocks take rows of d columns.
+// How a block takes rows of d columns.
 struct RowShape {
   RowShape(int64_t d, bool wide)
       : pieces(!wide || d > kMaxColumns ? 0
@@ -333,7 +333,7 @@ struct RowShape {
         at_once(std::max(1, (pieces == 1 ? kBlockThreads<1> : kThreads) / 32 / warps)) {}
 
   dim3 block() const { return dim3(static_cast<unsigned>(32 * warps * at_once)); }
-  // `chunks` of them at most, and whole turns.
+  // Rows of a chunk: at most `chunks` chunks, of whole turns, of `least` rows or more.
   int64_t chunk_rows(int64_t rows, int64_t chunks, int64_t least) const {
     return ceil_div(std::max(least, ceil_div(rows, chunks)), at_once) * at_once;
   }

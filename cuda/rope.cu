@@ -3,7 +3,7 @@
 //     a' = a cos - b sin,   b' = b cos + a sin        (backward: the same with -sin).
 // x bf16 (B, T, H, d); inv_freq F32 (d/2); start I32 (1) or nullptr for 0.
 //
-// A block takes kTokens tokens: its threads first compute the sines of each (token, i) into shared
+// A block takes kTokens tokens. Its threads first write the rotation of each (token, i) to shared
 // memory, then walk the pairs of all heads, up to eight neighbouring pairs a thread and step.
 // 4 bytes moved an element.
 #include "cuda/cuda_backend.h"
@@ -41,7 +41,7 @@ __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_
     load(a, low, kWidth);
     load(b, low + half, kWidth);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) turn(a[k], b[k], r[k]);
+    for (int k = 0; k < kWidth; ++k) rotate(a[k], b[k], r[k]);
     store(low, a, kWidth);
     store(low + half, b, kWidth);
   }

@@ -1,7 +1,7 @@
-// The running maximum and sum of exponentials of one row, which the losses over logits share.
+// The running maximum and sum of exponentials of one row, shared by the losses over logits.
 //
-// (max, sum) stands for sum_i e^(x_i - max); two of them combine exactly in any grouping, and here
-// always in the same one. A row of -Inf alone has sum 0; a NaN anywhere makes the sum NaN.
+// (max, sum) represents sum_i e^(x_i - max). Two of them combine exactly in any grouping; here the
+// grouping is always the same. A row of only -Inf has sum 0; a NaN anywhere makes the sum NaN.
 #pragma once
 
 #ifdef __CUDACC__
@@ -19,13 +19,13 @@ struct ExpSum {
 
   __device__ void merge(float other_max, float other_sum) {
     const float top = fmaxf(max, other_max);
-    // Equal maxima need no factor, and -Inf - -Inf must not make one.
+    // Equal maxima need no factor. It would be NaN where both are -Inf.
     sum = (max == top ? sum : sum * expf(max - top)) +
           (other_max == top ? other_sum : other_sum * expf(other_max - top));
     max = top;
   }
 
-  // each(i, e^(x[i] - top)) is called on the way; returns top, the maximum of x.
+  // Calls each(i, e^(x[i] - top)) for every i; returns top, the maximum of x.
   template <int kWidth, typename Each>
   __device__ float add(const float (&x)[kWidth], const Each& each) {
     float top = x[0];
@@ -49,7 +49,7 @@ struct ExpSum {
   }
 };
 
-// The whole block's ExpSum, in every thread.
+// The ExpSum of the whole block, in every thread.
 __device__ inline ExpSum block_exp_sum(ExpSum x) {
   __shared__ ExpSum shared[32];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -70,7 +70,7 @@ __device__ inline ExpSum block_exp_sum(ExpSum x) {
   return x;
 }
 
-// The ExpSum of row[0, v), walked by the whole block. v is a multiple of kWidth.
+// The ExpSum of row[0, v), by the whole block. v is a multiple of kWidth.
 template <int kWidth, typename T>
 __device__ ExpSum row_exp_sum(const T* row, int64_t v) {
   ExpSum e;
@@ -82,7 +82,7 @@ __device__ ExpSum row_exp_sum(const T* row, int64_t v) {
   return block_exp_sum(e);
 }
 
-// row[0, v) = 0, written by the whole block.
+// row[0, v) = 0, by the whole block.
 template <int kWidth, typename T>
 __device__ void zero_row(T* row, int64_t v) {
   const float zeros[kWidth] = {};

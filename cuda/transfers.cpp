@@ -1,4 +1,4 @@
-// Lanes are CUDA streams, fences events; see transfers.h.
+// Lanes are CUDA streams, fences are events; see transfers.h.
 #ifdef BBB_HAS_CUDA
 #include "cuda/transfers.h"
 
@@ -18,7 +18,7 @@ class EventFence final : public engine::Fence {
   cudaEvent_t event() const { return event_.get(); }
 
  private:
-  EventHandle event_;  // work that follows it still does once it is destroyed
+  EventHandle event_;  // work that waits for it still does after its destruction
 };
 
 }  // namespace
@@ -35,7 +35,7 @@ std::shared_ptr<engine::Storage> CudaTransfers::host_buffer(int64_t bytes) {
   const cudaError_t status =
       cudaHostAlloc(&block, static_cast<size_t>(bytes > 0 ? bytes : 1), cudaHostAllocDefault);
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // or the next launch would report it
+    cudaGetLastError();  // or the next launch reports it
     throw Error(cat("out of host memory: ", bytes, " bytes of page-locked memory requested"));
   }
   BBB_CUDA(status);

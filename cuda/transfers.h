@@ -1,4 +1,4 @@
-// CudaTransfers: a copy stream each way beside the backend's own, page-locked host memory.
+// CudaTransfers: a copy stream for each direction, and page-locked host memory.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,9 @@
 // Errors. Checks throw; only main turns them into one line and an exit code.
 //
 // UsageError: the command line is wrong (exit code 2). Error: everything else (exit code 1).
-// BBB_CHECK(condition, parts...) throws Error with the parts streamed into one line, for conditions
-// that input can break. BBB_ASSERT(condition) names the expression, for conditions only a bug
-// breaks.
+// BBB_CHECK(condition, parts...) is for conditions that input can break: it throws Error with the
+// parts streamed into one line. BBB_ASSERT(condition) is for conditions that only a bug breaks: it
+// names the expression.
 #pragma once
 
 #include <sstream>

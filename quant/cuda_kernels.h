@@ -1,8 +1,8 @@
-// The quantizer's kernels and those on packed weights, as plain launch functions on device memory.
+// Launch functions of the kernels of the quantizer and on packed weights, on device memory.
 //
 // w, sigma FP32; dw, dsigma FP32 or bf16; wq, x, addend bf16; e, z, codes bytes; clipped one bit an
 // element; S one FP32 on the device.
-// Matrices are contiguous with whole groups of 32, 64 or 128 along a row, so the quantizer's own
+// Matrices are contiguous, with whole groups of 32, 64 or 128 along a row. So the quantizer's own
 // kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes.
 #pragma once
 
@@ -16,14 +16,14 @@
 
 namespace bbb::quant {
 
-// Over all parameters in one flat buffer, cut into tiles (tiles.h): widest[slot] = the width of the
-// widest group of the parameter, NaN if any element is; 0 for one that is not quantized. ahead = 0.
-// Two memsets and one kernel.
+// Over all parameters in one flat buffer, cut into tiles (tiles.h): writes each parameter's maximum
+// group range to its slot, NaN if any element is NaN, 0 if it is not quantized. Clears the S that
+// parameters were prequantized with. Two memsets and one kernel.
 void launch_widest_groups(cudaStream_t stream, float* widest, float* ahead, int64_t slots,
                           const float* w, const WeightTile* tiles, int64_t tile_count, int group);
-// S from the widest group, wq = (q - z) e, e, z and the clipped bits in one pass over the masters;
-// at kNoQuantizer wq = w, S = 1, nothing is clipped and e and z stay. A parameter whose S stands in
-// `ahead` has all of that already: its masters are not read.
+// S from the maximum group range, then wq = (q - z) e, e, z and the clipped bits in one pass over
+// the masters. At kNoQuantizer wq = w and S = 1; nothing is clipped, e and z are not written. The
+// masters of a parameter that was prequantized with this S are not read.
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
                        uint8_t* clipped, float* s, const float* w, const float* widest,
                        const float* ahead, const WeightTile* tiles, int64_t tile_count, int group,

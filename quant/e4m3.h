@@ -29,8 +29,8 @@ BBB_HD float e4m3_decode(uint8_t code) {
   const uint32_t magnitude = code & 0x7Fu;
   const uint32_t sign = (code & 0x80u) << 24;
   if (magnitude == kE4m3Nan) return std::bit_cast<float>(0x7FC00000u | sign);
-  // The seven bits, at the top of an FP32's mantissa and exponent, are the value times 2^-120;
-  // subnormals included.
+  // The seven bits, placed at the top of an FP32's mantissa and bottom of its exponent, are the
+  // value times 2^-120, also for subnormals.
   return std::bit_cast<float>(magnitude << 20 | sign) * 0x1p120f;
 }
 
@@ -47,7 +47,7 @@ BBB_HD uint8_t e4m3_encode(Real value, ScaleRounding rounding = ScaleRounding::N
   const Real magnitude = std::bit_cast<Real>(bits & ~kSign);
   if (magnitude != magnitude) return sign | kE4m3Nan;
   if (magnitude >= Real(kE4m3Max)) return sign | 0x7E;
-  // Count in units of the last place: 2^(exponent - 3), with the subnormals' unit below 2^-6.
+  // Count units of the last place: 2^(exponent - 3); below 2^-6 the unit of the subnormals.
   int exponent = static_cast<int>((bits & ~kSign) >> kMantissa) - kBias;
   if (exponent < -6) exponent = -6;
   const Real units = magnitude * std::bit_cast<Real>(Bits(kBias + 3 - exponent) << kMantissa);
@@ -57,11 +57,11 @@ BBB_HD uint8_t e4m3_encode(Real value, ScaleRounding rounding = ScaleRounding::N
     n += rest > Real(0);
   else
     n += rest > Real(0.5) || (rest == Real(0.5) && (n & 1));
-  // n is in [8, 16] for a normal number: a carry moves into the exponent by itself.
+  // n is in [8, 16] for a normal number: the sum carries into the exponent by itself.
   return static_cast<uint8_t>(sign | (((exponent + 6) << 3) + n));
 }
 
-// The same to nearest, but that a NaN's sign may be lost: one instruction from sm_89 on.
+// The same to nearest, except that a NaN may lose its sign. One instruction from sm_89 on.
 template <typename Real>
 BBB_HD uint8_t e4m3_encode_nearest(Real value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -71,13 +71,13 @@ BBB_HD uint8_t e4m3_encode_nearest(Real value) {
   return e4m3_encode(value);
 }
 
-// A step of Newton's from an estimate of 1 / value.
+// One Newton step from an estimate of 1 / value.
 BBB_HD float e4m3_refine_reciprocal(float value, float estimate) {
   return std::fma(std::fma(-value, estimate, 1.0f), estimate, estimate);
 }
 
-// 1 / value to nearest, where `value` is that of a positive code or NaN. One step of Newton's from
-// an estimate within four units in the last place gives it for each of the 126 values (tested).
+// 1 / value to nearest, if `value` is that of a positive code or NaN. One Newton step from an
+// estimate within four units in the last place gives it for each of the 126 values (tested).
 BBB_HD float e4m3_reciprocal(float value) {
 #ifdef __CUDA_ARCH__
   float estimate;

@@ -1,5 +1,5 @@
-// The group quantizer, min-max and asymmetric: the one definition behind training, export, the
-// packed kernels and the CPU reference.
+// The group quantizer, min-max and asymmetric: one definition for training, export, the packed
+// kernels and the CPU reference.
 //
 // For one group x[0..G), b bits, L = 2^b - 1, master scale S (a power of two):
 //     mn = min(min x, 0)    mx = max(max x, 0)    s_raw = (mx - mn) / L
@@ -10,7 +10,7 @@
 // A NaN or infinity anywhere makes S NaN, every e NaN and every x^ NaN, so that a loss shows it.
 //
 // Every function is IEEE arithmetic in `Real` (float, or double for gradient checks), compiled
-// without contraction: host and device give the same bits.
+// without contraction. So host and device give the same bits.
 #pragma once
 
 #include <bit>
@@ -34,13 +34,13 @@ BBB_HD Real round_half_up(Real x) {
   return std::floor(x + Real(0.5));
 }
 
-// To [0, hi]; NaN to 0, so that the conversion to an integer is defined.
+// Clamps to [0, hi]; NaN becomes 0, so that the conversion to an integer is defined.
 template <typename Real>
 BBB_HD Real clamp_code(Real x, Real hi) {
   return x > Real(0) ? (x < hi ? x : hi) : Real(0);
 }
 
-// The larger; NaN if either is. Of two zeros the first, so that from 0 on it is never -0.
+// The larger; NaN if either is NaN. Of two zeros the first: from 0 on it is never -0.
 template <typename Real>
 BBB_HD Real max_or_nan(Real a, Real b) {
   return b > a || b != b ? b : a;
@@ -101,7 +101,7 @@ BBB_HD Real step_of(uint8_t e, Real master_scale) {
   return master_scale * Real(e4m3_decode(e));
 }
 
-// What a group stores.
+// The stored parameters of a group.
 struct GroupParams {
   uint8_t e;
   uint8_t z;
@@ -109,7 +109,7 @@ struct GroupParams {
 
 template <typename Real>
 BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int bits) {
-  // S, a power of two, comes first: so the quotient is never subnormal where e depends on it.
+  // Divide by S first, a power of two: then the quotient is never subnormal where e depends on it.
   const uint8_t e = encode_ratio(raw_scale(range.width() / master_scale, bits), bits);
   const Real z = round_half_up(-range.mn / step_of(e, master_scale));
   return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(bits))))};
@@ -121,7 +121,7 @@ BBB_HD Real unclamped_code(Real x, Real step, uint8_t z) {
   return round_half_up(x / step) + Real(z);
 }
 
-// The clamp moves this code: its weight takes no gradient. A NaN is not moved.
+// Whether the clamp moves this code: its weight then takes no gradient. It never moves a NaN.
 template <typename Real>
 BBB_HD bool is_clipped(Real unclamped, int bits) {
   return unclamped < Real(0) || unclamped > Real(max_code(bits));
@@ -138,14 +138,14 @@ BBB_HD Real level_of(Real q, uint8_t z, Real e) {
   return (q - Real(z)) * e;
 }
 
-// One group's levels without a division for each weight; the same bits as level_of(code_of(x)), for
-// float.
+// One group's levels without a division per weight; for float the same bits as
+// level_of(code_of(x)).
 //
-// x / S is exact, S being a power of two, unless it is too small for its code to be anything but z.
-// With r = RN(1 / e) and q = RN(r x / S), RN(q + r (x / S - q e)) is the quotient to nearest
+// S is a power of two, so x / S is exact, unless it is so small that its code is z anyway.
+// With r = RN(1 / e) and q = RN(r x / S), the quotient to nearest is RN(q + r (x / S - q e))
 // (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", IBM J.
-// Res. Dev. 34, 1990). Wants |x / s| < 2^100, which holds for every x of a group whose range is
-// given and whose tensor S belongs to.
+// Res. Dev. 34, 1990). Requires |x / s| < 2^100. This holds for every x of a group from whose range
+// e was computed, with the S of its tensor.
 class GroupLevels {
  public:
   BBB_HD GroupLevels(uint8_t e, float inverse_master)
@@ -158,8 +158,8 @@ class GroupLevels {
     lowest_ = 0.0f - z;  // -z would be -0 for z = 0
     highest_ = top - z;
   }
-  // The levels of another group of the same tensor, held elsewhere: `fetch` gives its number for
-  // one of this group's.
+  // The levels of another group of the same tensor, held by another lane: `fetch` maps a number of
+  // this group to that group's.
   template <typename Fetch>
   BBB_HD GroupLevels fetched(int bits, const Fetch& fetch) const {
     GroupLevels other = *this;
@@ -192,8 +192,8 @@ struct QuantizedGroup {
   GroupLevels levels;
 };
 
-// group_params and the levels of one tensor's groups, without divisions: 1 / S is exact, and so a
-// product with it is the quotient by S; the quotient by L is corrected as in GroupLevels.
+// group_params and the levels of one tensor's groups, without divisions. 1 / S is exact, so a
+// product with it is the quotient by S. The quotient by L is corrected as in GroupLevels.
 class GroupQuantizer {
  public:
   GroupQuantizer() = default;

@@ -1,5 +1,5 @@
-// Groups in registers: their ranges, the maximum of these over a block, and their levels; what the
-// quantizer's kernels and the optimizer's share. A group lies in consecutive lanes of one warp,
+// Groups in registers, for the quantizer's and the optimizer's kernels: their ranges, the maximum
+// of these over a block, and their levels. A group occupies consecutive lanes of one warp,
 // kPerThread consecutive elements in each.
 #pragma once
 
@@ -28,7 +28,7 @@ void with_group(int group, const Fn& fn) {
 #ifdef __CUDACC__
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-// Range::include for both ends, in one instruction each: NaN if either is.
+// The two halves of Range::include, one instruction each: NaN if either is NaN.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float least;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
@@ -40,7 +40,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return most;
 }
 
-// The range of the group that this lane belongs to; the whole warp takes part.
+// The range of this lane's group; the whole warp takes part.
 template <int kGroup, int kPerThread>
 __device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]) {
   Range<float> range;
@@ -57,7 +57,7 @@ __device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]
   return range;
 }
 
-// Each x becomes its level; bit i of what is returned says that x[i] was clipped.
+// Replaces each x by its level; bit i of the result: x[i] was clipped.
 template <int kPerThread>
 __device__ __forceinline__ unsigned replace_by_levels(float (&x)[kPerThread],
                                                       const GroupLevels& group) {
@@ -71,9 +71,9 @@ __device__ __forceinline__ unsigned replace_by_levels(float (&x)[kPerThread],
   return clipped;
 }
 
-// slot = max(slot, value) over the values, none negative, of a warp. As unsigned integers, the bits
-// of such floats are in order, and infinity and every NaN come after the finite ones; a maximum
-// does not depend on the order of its operands, so the atomic is deterministic.
+// slot = max(slot, value) over the values of a warp, none negative. As unsigned integers, the bits
+// of such floats are in order; infinity and every NaN come after the finite ones. The atomic is
+// deterministic, because a maximum does not depend on the order of its operands.
 __device__ __forceinline__ void warp_max(float* slot, float value) {
   const unsigned bits = __reduce_max_sync(kFullWarp, __float_as_uint(value));
   if (threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<unsigned*>(slot), bits);

@@ -76,12 +76,12 @@ void snap(Real* w, Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
 
     const Range<Real> spanned = range_of(middle, group);
     const GroupParams q = group_params(spanned, master_scale, spec.bits);
-    // The widest groups give S; one of them may be the only one.
+    // The groups of maximum range give S; this one may be the only one.
     const auto gives_s = [&](const Range<Real>& r) {
       return master_scale_of(raw_scale(r.width(), spec.bits)) == master_scale;
     };
     const bool same = q.e == p.e && q.z == p.z && gives_s(spanned) == gives_s(range);
-    // Between a weight and the middle of its bin every value has the same code.
+    // All values between a weight and the middle of its bin have the same code.
     for (int i = 0; i < group; ++i)
       if (same)
         x[i] = middle[i];

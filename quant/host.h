@@ -1,5 +1,5 @@
 // The quantizer's ops on host memory, on rows [begin, end) of a matrix, for float and double: the
-// loops behind CpuBackend, and what the CUDA kernels are compared with.
+// loops of CpuBackend, and the reference for the CUDA kernels.
 //
 // w, wq, dw (N, K); e, z, sigma (N, K/G); codes (N, K), one a byte; clipped one bit an element, bit
 // i % 8 of byte i / 8; pointers are to row 0.
@@ -17,11 +17,11 @@ struct Rows {
   int64_t begin, end;
 };
 
-// The width of the widest group of the rows, NaN if any element is. The parts of a matrix are
-// joined by max_or_nan; raw_scale and then master_scale_of make S of the whole.
+// The maximum group range of the rows; NaN if any element is NaN. max_or_nan joins the parts of a
+// matrix; raw_scale and then master_scale_of give S of the whole.
 template <typename Real>
 Real widest_group(const Real* w, Rows rows, int64_t k, int group);
-// The largest of count values, at least 0; NaN if any is.
+// The largest of count values, at least 0; NaN if any is NaN.
 template <typename Real>
 Real largest(const Real* x, int64_t count);
 
@@ -30,7 +30,7 @@ void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* 
                 int64_t k, Real master_scale, WeightGrid spec, Rounding rounding);
 // Moves weights to the middle of their bins, S e (q - z), and keeps the grid: quantized again, they
 // give the same S, e, z and codes. Where the middles alone would narrow a group's range too far,
-// its ends stay where they are and bound the others.
+// the ends of the range stay in place and bound the other weights.
 template <typename Real>
 void snap(Real* w, Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 template <typename Real>

@@ -1,8 +1,8 @@
-// The one way to start a kernel, and the one template behind the CUDA library check macros.
+// The one way to launch a kernel, and the template behind the CUDA library check macros.
 //
-// launch() skips an empty grid, raises the kernel's shared-memory limit when it asks for more than
-// 48 KiB, checks the launch, and waits for the kernel when BBB_SYNC_LAUNCHES is set in the
-// environment, so that a fault is reported by the launch that caused it.
+// launch() skips an empty grid, raises the kernel's shared-memory limit if it needs more than 48
+// KiB, and checks the launch. If BBB_SYNC_LAUNCHES is set in the environment, it also waits for the
+// kernel, so that the launch that caused a fault reports it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@
 
 namespace bbb::quant {
 
-// Throws with the failing call, its place and the library's own words for `status`.
+// Throws, naming the failing call, its place and the library's text for `status`.
 template <typename Status, typename Describe>
 void check_status(Status status, Status success, Describe describe, const char* call,
                   const char* file, int line) {

@@ -12,7 +12,7 @@ constexpr bool is_packed_width(int bits) {
 }
 
 BBB_HD constexpr int64_t packed_bytes(int64_t count, int bits) { return (count * bits + 7) / 8; }
-// Bytes a row of K codes takes, and of its K / G zero points.
+// Bytes of a row of K codes, and of its K / G zero points.
 BBB_HD constexpr int64_t code_row_bytes(int64_t k, int bits) { return packed_bytes(k, bits); }
 BBB_HD constexpr int64_t zero_row_bytes(int64_t k, int group, int bits) {
   return packed_bytes(k / group, bits);
@@ -23,7 +23,7 @@ static_assert(code_row_bytes(32, 2) == 8 && code_row_bytes(32, 3) == 12);
 static_assert(code_row_bytes(32, 4) == 16 && code_row_bytes(32, 8) == 32);
 static_assert(zero_row_bytes(576, 32, 2) == 5 && zero_row_bytes(576, 32, 3) == 7);
 
-// Code `index` of the stream; reads no byte that the code does not touch.
+// Code `index` of the stream; reads only the bytes that hold the code.
 BBB_HD uint8_t packed_code(const uint8_t* stream, int64_t index, int bits) {
   const int64_t bit = index * bits;
   const int shift = static_cast<int>(bit & 7);

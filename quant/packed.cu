@@ -1,22 +1,22 @@
-// Products with packed weights, straight from the file's layout (format.md).
+// Products with packed weights, directly from the file's layout (format.md).
 //
 //   unpack        wq = (q - z) e                          the GEMM's operand for many rows
 //   packed_gemv   y = S x ((q - z) e)^T (+ addend)        M <= 8 rows of x
 //
-// unpack: a thread makes eight consecutive weights, one 16-byte store; b bits read and 16 written
-// a weight.
+// unpack: a thread makes eight consecutive weights, one 16-byte store; b bits read and 16 written a
+// weight.
 //
-// packed_gemv: a lane owns chunks of 32 codes, b 32-bit words, which never straddle a group and are
-// aligned at every K that the format allows. A warp takes kRows output rows and every
-// (32 lanes x 32 codes) of its share of K; the warps of a block are `row_warps` sets of rows times
-// `k_warps` shares of K, whose sums meet in shared memory in a fixed order. x is staged in shared
-// memory as bf16, kTileElements at a time over all rows of x, padded by a 16-byte piece in every
+// packed_gemv: a lane takes chunks of 32 codes, b 32-bit words, which never straddle a group and
+// are aligned at every K that the format allows. A warp takes kRows output rows, and of its share
+// of K every 32 lanes x 32 codes. A block's warps are `row_warps` sets of rows times `k_warps`
+// shares of K, whose sums are added in shared memory in a fixed order. x is staged in shared memory
+// as bf16, kTileElements at a time over all rows of x. It is padded by a 16-byte piece in every
 // eight, so that lanes 32 elements apart read from different banks.
 //
 // A code becomes FP32 without a conversion: placed at the top of a mantissa it reads 1 + q / 2^b,
-// and fmaf(1 + q / 2^b, 2^b e, -(2^b + z) e) is exactly (q - z) e. Every product with a bf16 x is
-// then exact in FP32 for b <= 4, and the sums are FP32: as in the GEMM over the unpacked weight, up
-// to the order of addition. Bytes moved: N K b / 8, 1 B and b / 8 B a group.
+// and fmaf(1 + q / 2^b, 2^b e, -(2^b + z) e) is exactly (q - z) e. For b <= 4 every product with a
+// bf16 x is then exact in FP32. The sums are FP32, as in the GEMM over the unpacked weight, up to
+// the order of addition. Bytes moved: N K b / 8, 1 B and b / 8 B a group.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -34,9 +34,9 @@ namespace {
 constexpr int kUnpackThreads = 256;
 constexpr int kChunk = 32;               // codes a lane takes at a time
 constexpr int kPiece = 8;                // bf16 in 16 bytes
-constexpr int kTileElements = 16384;     // of x in shared memory: M times a stretch of K
+constexpr int kTileElements = 16384;     // of x in shared memory: M times a part of K
 constexpr int kMaxWarps = 8;             // of a block of packed_gemv
-constexpr int kFillingBlocks = 2 * 132;  // two a multiprocessor on an H100 or H200
+constexpr int kFillingBlocks = 2 * 132;  // fill an H100 or H200: two a multiprocessor
 constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // unpack: codes to bf16 levels, eight a thread.
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kUnpackThreads)
   wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// packed_gemv: products straight from the codes.
+// packed_gemv: products directly from the codes.
 
 // 32 codes as words, by the widest loads that their alignment (4 b bytes) allows.
 template <int kBits>
@@ -132,7 +132,7 @@ __host__ __device__ constexpr int row_pieces(int64_t k) {
   return padded(static_cast<int>(k < kTile ? k : kTile) / kPiece);
 }
 
-// Blocks a multiprocessor must hold: two, but one where 128 registers a thread would spill.
+// Blocks that a multiprocessor must hold: two; one where 128 registers a thread would spill.
 constexpr int min_blocks(int bits, int m, int rows) {
   return rows * m >= (bits == 8 ? 16 : 32) ? 1 : 2;
 }
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, min_blocks(kBits, kM, kRows))
       float scale[kRows], offset[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t row = min(first_row + r, shape.n - 1);  // a row too many repeats the last
+        const int64_t row = min(first_row + r, shape.n - 1);  // past the end: the last row
         load_chunk<kBits>(words[r], qweight + row * code_bytes + at / 8 * kBits);
         const float e = e4m3_decode(__ldg(scales + row * groups + g));
         const uint8_t z = packed_code(zeros + row * zero_bytes, g, kBits);
@@ -292,7 +292,7 @@ void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32
                         int64_t m) {
   BBB_ASSERT(m <= 8);
   if (m == 0) return;
-  // Four rows a warp share what they read of x; a small matrix needs its rows to fill the GPU.
+  // Four rows a warp share their reads of x; a small matrix takes one row a warp, to fill the GPU.
   const bool wide = w.n >= 4 * kFillingBlocks;
   with_bits(w.grid.bits, [&](auto bits) {
     const auto run = [&](auto gemv) { gemv(stream, y_bf16, y_f32, x, w, addend, m); };

@@ -1,19 +1,19 @@
-// The quantizer on FP32 masters: the formulas are in quant/grid.h, one function call each here.
+// The quantizer on FP32 masters. The formulas are in quant/grid.h; here they are function calls.
 //
-//   widest_groups         the widest group of each parameter   4 B an element read
-//   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing of
-//                                                              what was quantized ahead
+//   widest_groups         maximum group range of a parameter   4 B an element read
+//   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing if
+//                                                              prequantized
 //   quantize_codes        codes                                4 B read, 1 B written
 //   scale_codes           e, wq from sigma                     1 B read, 2 B written
 //   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
 //                                                              written
 //
-// Thread mapping. The first two take all matrices of a model in one launch, a block for each tile
-// (quant/tiles.h) or for several in turn; it takes a tile in rounds that are all loaded at once:
+// Thread mapping. The first two take all matrices of a model in one launch; a block takes one tile
+// (quant/tiles.h), or several one after another. It walks a tile in rounds, all loaded at once:
 // eight consecutive elements a thread and G / 8 lanes a group. The others take one matrix, four
-// elements a thread and G / 4 lanes a group. Groups are joined by shuffles; one lies inside one
-// warp, and the number of elements is a multiple of the group, so that it is inside the matrix as a
-// whole or not at all.
+// elements a thread and G / 4 lanes a group. Shuffles join the elements of a group, which is inside
+// one warp. The number of elements is a multiple of the group, so a group is entirely inside the
+// matrix or entirely outside.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -40,7 +40,7 @@ __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-// x = w[0, kWide), 16-byte accesses; 0 where the thread stands behind the tile's end.
+// x = w[0, kWide), 16-byte accesses; 0 if the thread is past the tile's end.
 __device__ __forceinline__ void load_wide(float (&x)[kWide], const float* w, bool inside) {
 #pragma unroll
   for (int i = 0; i < kWide; i += 4) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_wide(float (&x)[kWide], const float* w, boo
 
 constexpr int kRounds = kTileElements / (kThreads * kWide);  // of a block over its tile
 
-// The first element, within a tile, of this thread in a round.
+// The first element of this thread in a round, within the tile.
 __device__ __forceinline__ int wide_offset(int round) {
   return (round * kThreads + static_cast<int>(threadIdx.x)) * kWide;
 }
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   block_max<kThreads>(slot, largest);
 }
 
-// s holds the largest of the scales; leaves S.
+// Replaces *s, the largest of the scales, by S.
 __global__ void finish_master_scale_kernel(float* s) { *s = master_scale_of(*s); }
 
 __device__ __forceinline__ unsigned bf16_pair(float low, float high) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* out, const float (&x)[
                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])};
 }
 
-// Of one tile, whose parameter has the master scale S; all threads of the block take part.
+// Quantizes one tile with the S of its parameter; all threads of the block take part.
 template <int kGroup, Rounding kRounding>
 __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
                                               uint8_t* __restrict__ e, uint8_t* __restrict__ z,
@@ -113,8 +113,8 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
   for (int r = 0; r < kRounds; ++r)
     load_wide(x[r], w + wide_offset(r), wide_offset(r) < tile.count);
 
-  // A thread has an element in one group each round; the lanes of a group share out the rounds, so
-  // that what a group takes is worked out once and not in every lane.
+  // A thread has elements of one group in each round. The lanes of a group divide the rounds, so
+  // that the parameters of a group are computed once, not in every lane.
   constexpr int kLanes = kGroup / kWide;
   static_assert(kLanes % kRounds == 0);
   const int lane = static_cast<int>(threadIdx.x) % kLanes, own_round = lane % kRounds;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
   }
 }
 
-// Most tiles have been quantized ahead: a block looks through several for those that have not.
+// Most tiles are prequantized: a block checks several of them for those that are not.
 constexpr int kTilesPerBlock = 8;
 
 template <int kGroup, Rounding kRounding>
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
                       const float* __restrict__ ahead, const WeightTile* __restrict__ tiles,
                       int64_t tile_count) {
   const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
-  __shared__ float scales[kTilesPerBlock];  // S of the tiles that are to be quantized, else 0
+  __shared__ float scales[kTilesPerBlock];  // S of the tiles to be quantized, else 0
   float scale = 0.0f;
   if (threadIdx.x < kTilesPerBlock) {
     if (first + threadIdx.x < tile_count) {

@@ -1,4 +1,4 @@
-// WeightGrid: the grid of a weight, and how to round on it.
+// WeightGrid: the quantization grid, and how to round on it.
 #pragma once
 
 namespace bbb::quant {

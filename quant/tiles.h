@@ -1,8 +1,8 @@
-// Tiles: how kernels walk flat buffers in which the parameters of a model lie side by side.
+// Tiles: how kernels walk flat buffers that hold the parameters of a model one after another.
 //
 // Every parameter starts on a multiple of kTileAlign elements and is padded to one, so that it
-// holds whole groups of any size; its padding is zeros. A tile is a stretch of one parameter, which
-// one block of threads handles; the table of tiles covers the buffer and lies in device memory.
+// holds whole groups of any size; the padding is zeros. A tile is a part of one parameter, handled
+// by one block of threads. The table of tiles covers the buffer and is in device memory.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 namespace bbb::quant {
 
 constexpr int64_t kTileAlign = 128;      // elements
-constexpr int64_t kTileElements = 4096;  // at most, in one tile
+constexpr int64_t kTileElements = 4096;  // most elements of a tile
 constexpr int kNotQuantized = 0;         // bits of a parameter that is no weight: a norm
 
 struct alignas(16) WeightTile {
   int32_t begin;  // first element / kTileAlign
   int32_t count;  // elements, a multiple of kTileAlign
-  int32_t slot;   // of the parameter: where its S and its widest group stand
+  int32_t slot;   // index of the parameter: of its S and its maximum group range
   int32_t bits;   // WeightGrid's, or kNotQuantized
 };
 static_assert(sizeof(WeightTile) == 4 * sizeof(int32_t));
@@ -30,8 +30,8 @@ inline int64_t padded_elements(int64_t count) {
   return (count + kTileAlign - 1) / kTileAlign * kTileAlign;
 }
 
-// The tiles of parameters that follow each other: `counts` elements each before padding, slot i for
-// parameter i, all kNotQuantized. Throws above 2^31 tile units, which is 2^38 elements.
+// The tiles of consecutive parameters: `counts` elements each before padding, slot i for parameter
+// i, all kNotQuantized. Throws above 2^31 tile units, which is 2^38 elements.
 inline std::vector<WeightTile> make_tiles(const std::vector<int64_t>& counts) {
   std::vector<WeightTile> tiles;
   int64_t at = 0;
