@@ -306,13 +306,4 @@ Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const
   return out;
 }
 
-int64_t head_loss_bytes(const Backend& backend, LossKind kind, int64_t m, int64_t d, int64_t v,
-                        HeadChunks chunks) {
-  const int64_t act = engine::size_bytes(backend.act()), real = engine::size_bytes(backend.real());
-  chunks = within(chunks, m, v);
-  const int64_t logits = chunks.rows * chunks.vocab * act * (kind == LossKind::Kl ? 2 : 1);
-  const int64_t running = chunks.vocab < v ? chunks.rows * (state_size(kind) + d) * real : 0;
-  return logits + running + m * (d * act + real);
-}
-
 }  // namespace bbb::autograd

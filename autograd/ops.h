@@ -43,9 +43,5 @@ struct HeadChunks {
 // row_loss real (M) receives the unscaled losses.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
               const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss);
-// The most that head_loss holds beside its arguments while it makes a gradient of h (M, D), that
-// gradient included. head (V, D).
-int64_t head_loss_bytes(const Backend& backend, LossKind kind, int64_t m, int64_t d, int64_t v,
-                        HeadChunks chunks);
 
 }  // namespace bbb::autograd

@@ -68,7 +68,7 @@ __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int6
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     d[k] = *reinterpret_cast<const Vector<T, kMaskedWide>*>(g + i + k * stride);
-    mask[k] = clipped[(i + k * stride) / 8];
+    mask[k] = clipped != nullptr ? clipped[(i + k * stride) / 8] : 0;
   }
 #pragma unroll
   for (int k = 0; k < kCount; ++k)
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kControlThreads)
 struct AdamWConstants {
   float beta1, one_minus_beta1, log_beta1;
   float beta2, one_minus_beta2, log_beta2;
-  float epsilon, weight_decay;
+  float epsilon;
 };
 
 // A thread's four elements, and the byte of the mask that holds their bits.
@@ -143,9 +143,10 @@ __device__ Vector<T, kWide> elements(const Words<T>& words) {
   return std::bit_cast<Vector<T, kWide>>(words);
 }
 
-// The buffers of the step's quantizer (engine::FakeQuantWeights).
+// The buffers of the step's quantizer (engine::QuantizedWeights).
 struct QuantizerBuffers {
-  float *widest, *ahead;
+  const int32_t* bits;  // null: there is no quantizer
+  float *max_range, *prequantized;
   const float* s;  // null: nothing is prequantized
   bf16* wq;
   uint8_t *e, *z, *clipped;
@@ -153,7 +154,7 @@ struct QuantizerBuffers {
   // The same buffers, counted from element `begin`.
   __device__ QuantizerBuffers from(int64_t begin, int group) const {
     QuantizerBuffers q = *this;
-    q.clipped += begin / kMaskedWide;
+    if (bits != nullptr) q.clipped += begin / kMaskedWide;
     if (s != nullptr) q.wq += begin, q.e += begin / group, q.z += begin / group;
     return q;
   }
@@ -162,15 +163,21 @@ struct QuantizerBuffers {
 // Prequantizes the parameters that a warp walks through, 128 neighbouring elements at a time, with
 // the S of each, and finds their maximum group ranges.
 template <int kGroup>
-class QuantizerAhead {
+class Prequantizer {
  public:
   // The buffers start at the first of the tiles.
-  __device__ QuantizerAhead(const QuantizerBuffers& q, const WeightTile* tile)
+  __device__ Prequantizer(const QuantizerBuffers& q, const WeightTile* tile)
       : q_(q), next_(tile), begin_(tile->begin) {}
 
-  // The warp's next 128 elements; this thread has those from i on.
-  __device__ void take(const float (&weight)[kWide], uint32_t i) {
+  // The warp's next 128 elements are those from i on. True if they are another parameter's.
+  __device__ bool enter(uint32_t i) {
+    const int before = slot_;
     if (i >= end_) move_to(i);
+    return slot_ != before;
+  }
+  __device__ int slot() const { return slot_; }
+  // The elements that were entered; this thread has those from i on.
+  __device__ void take(const float (&weight)[kWide], uint32_t i) {
     if (bits_ == quant::kNotQuantized) return;
     const quant::Range<float> range = quant::group_range<kGroup>(weight);
     most_ = quant::max_nan(most_, range.width());
@@ -178,8 +185,8 @@ class QuantizerAhead {
   }
   __device__ void finish() {
     if (bits_ == quant::kNotQuantized) return;
-    quant::warp_max(q_.widest + slot_, most_);
-    if (threadIdx.x % 32 == 0) q_.ahead[slot_] = scale_;  // all warps write the same
+    quant::warp_max(q_.max_range + slot_, most_);
+    if (threadIdx.x % 32 == 0) q_.prequantized[slot_] = scale_;  // all warps write the same
   }
 
  private:
@@ -193,7 +200,7 @@ class QuantizerAhead {
     finish();
     most_ = 0.0f;
     slot_ = tile.slot;
-    bits_ = tile.bits;
+    bits_ = q_.bits != nullptr ? q_.bits[slot_] : quant::kNotQuantized;
     scale_ = 0.0f;
     if (bits_ == quant::kNotQuantized || q_.s == nullptr) return;
     const float s = q_.s[slot_];
@@ -238,7 +245,8 @@ template <int kGroup, typename T>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
                  QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
-                 const WeightTile* __restrict__ tiles, int64_t tile_count, AdamWConstants c) {
+                 const WeightTile* __restrict__ tiles, int64_t tile_count,
+                 const quant::SlotRule<float>* __restrict__ slots, AdamWConstants c) {
   // A tile holds a multiple of a warp's 128 elements: no warp is partly outside.
   static_assert(quant::kTileAlign == 32 * kWide);
   constexpr uint32_t kStride = kAdamWThreads * kWide;
@@ -250,11 +258,12 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   w += begin, m += begin, v += begin, g += begin;
   q = q.from(begin, kGroup);
   uint32_t i = threadIdx.x * kWide;
-  QuantizerAhead<kGroup> quantizer(q, first);
+  Prequantizer<kGroup> quantizer(q, first);
   if (control[engine::kSkip] != 0.0f) {  // the same weights are prequantized with the same S
     for (; i < end; i += kStride) {
       float weight[kWide];
       load(weight, w + i, kWide);
+      quantizer.enter(i);
       quantizer.take(weight, i);
     }
     quantizer.finish();
@@ -266,8 +275,8 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   // 1 - beta^t without the cancellation of the first steps. The correction of the second moment is
   // factored out of the root: lr times the update is rate m / (sqrt(v) + epsilon).
   const float root = sqrtf(-expm1f(t * c.log_beta2));
-  const float rate = lr * root / -expm1f(t * c.log_beta1);
-  const float epsilon = c.epsilon * root, decay = lr * c.weight_decay;
+  const float base_rate = lr * root / -expm1f(t * c.log_beta1), epsilon = c.epsilon * root;
+  float rate = 0.0f, decay = 0.0f;  // of the parameter at hand
   Quad<T> next{};
   const auto request = [&] {
     if (i >= end) return;
@@ -275,7 +284,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     next.m = load_streaming(m + i);
     next.v = load_streaming(v + i);
     next.g = load_streaming(g + i);
-    next.clipped = q.clipped[i / kMaskedWide];
+    if (q.bits != nullptr) next.clipped = q.clipped[i / kMaskedWide];
   };
   request();
   while (i < end) {
@@ -283,6 +292,11 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     const uint32_t at = i;
     i += kStride;
     request();
+    if (quantizer.enter(at)) {
+      const quant::SlotRule<float> rule = slots[quantizer.slot()];
+      rate = base_rate * rule.lr_factor;
+      decay = lr * rule.lr_factor * rule.decay;
+    }
     const auto old_weight = elements<float>(now.w), old_second = elements<float>(now.v);
     const auto old_first = elements<bf16>(now.m);
     const auto gradient = elements<T>(now.g);
@@ -308,9 +322,9 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
 }  // namespace
 
 void CudaBackend::do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                                  const Tensor& clipped, const Schedule& schedule) {
-  const Tensor scratch_sums = scratch(kPartials * int64_t{sizeof(float)});
-  float* const partials = static_cast<float*>(scratch_sums.raw());
+                                  const Tensor& clipped, const Schedule& schedule,
+                                  const Tensor& scratch) {
+  float* const partials = static_cast<float*>(scratch.raw());
   const int64_t count = partials_for(g.numel(), kMaskedWide);
   with_elements(g, [&]<typename T>(const T* gradient) {
     launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
@@ -321,8 +335,8 @@ void CudaBackend::do_step_control(const Tensor& control, const Tensor& loss, con
 }
 
 void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                           const Tensor& control, const FakeQuantWeights& q,
-                           const AdamWSpec& spec) {
+                           const Tensor& control, const ParameterTable& table,
+                           const QuantizedWeights& q, const AdamWSpec& spec) {
   const AdamWConstants constants{
       .beta1 = static_cast<float>(spec.beta1),
       .one_minus_beta1 = static_cast<float>(1 - spec.beta1),
@@ -331,27 +345,31 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
       .one_minus_beta2 = static_cast<float>(1 - spec.beta2),
       .log_beta2 = static_cast<float>(std::log(spec.beta2)),
       .epsilon = static_cast<float>(spec.epsilon),
-      .weight_decay = static_cast<float>(spec.weight_decay),
   };
-  const bool ahead = q.wq.defined() && q.rounding == quant::Rounding::Nearest;
-  const QuantizerBuffers buffers{.widest = q.widest.data<float>(),
-                                 .ahead = q.ahead.data<float>(),
-                                 .s = ahead ? q.s.data<float>() : nullptr,
-                                 .wq = ahead ? bf16_of(q.wq) : nullptr,
-                                 .e = ahead ? q.e.data<uint8_t>() : nullptr,
-                                 .z = ahead ? q.z.data<uint8_t>() : nullptr,
-                                 .clipped = q.clipped.data<uint8_t>()};
-  // The step's forward has computed S from the old maxima; a skipped step finds them again.
-  BBB_CUDA(cudaMemsetAsync(q.widest.raw(), 0, static_cast<size_t>(q.widest.bytes()), stream_));
-  const int64_t tiles = q.tiles.dim(0);
+  QuantizerBuffers buffers{};
+  if (q.wq.defined()) {
+    const bool prequantizes = q.rounding == quant::Rounding::Nearest;
+    buffers = {.bits = q.bits.data<int32_t>(),
+               .max_range = q.max_range.data<float>(),
+               .prequantized = q.prequantized.data<float>(),
+               .s = prequantizes ? q.s.data<float>() : nullptr,
+               .wq = bf16_of(q.wq),
+               .e = q.e.data<uint8_t>(),
+               .z = q.z.data<uint8_t>(),
+               .clipped = q.clipped.data<uint8_t>()};
+    // The step's forward has computed S from the old maxima; a skipped step finds them again.
+    BBB_CUDA(
+        cudaMemsetAsync(q.max_range.raw(), 0, static_cast<size_t>(q.max_range.bytes()), stream_));
+  }
+  const int64_t tiles = table.tiles.dim(0);
   const int64_t blocks =
       std::min<int64_t>(tiles, int64_t{properties_.multiProcessorCount} * kAdamWBlocksPerProcessor);
   with_elements(g, [&]<typename T>(const T* gradient) {
     quant::with_group(q.group, [&](auto size) {
       launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
              adamw_kernel<size, T>, w.data<float>(), bf16_of(m), v.data<float>(), buffers, gradient,
-             control.data<float>(), static_cast<const WeightTile*>(q.tiles.raw()), tiles,
-             constants);
+             control.data<float>(), static_cast<const WeightTile*>(table.tiles.raw()), tiles,
+             static_cast<const quant::SlotRule<float>*>(table.slots.raw()), constants);
     });
   });
 }

@@ -253,7 +253,7 @@ void CudaBackend::check_head_size(int64_t d) const {
 }
 
 void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const AttentionSpec& spec) {
+                               const Tensor& v, const AttentionSpec& spec, const Tensor& scratch) {
   BBB_ASSERT(aligned(o, q, k, v));
   const int t = checked_int(q.dim(1));
   const ForwardArgs args{bf16_of(o),
@@ -270,9 +270,8 @@ void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor&
                          checked_int(q.dim(3)),
                          window_of(spec.window)};
   if (has_warpgroup_products() && has_hopper_head_size(args.d)) {
-    const Tensor queue = scratch(sizeof(unsigned));
     attention_forward_hopper(stream_, args, args.d, properties_.multiProcessorCount,
-                             static_cast<unsigned*>(queue.raw()));
+                             static_cast<unsigned*>(scratch.raw()));
   } else {
     attention_forward(stream_, args);
   }

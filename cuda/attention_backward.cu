@@ -444,15 +444,23 @@ struct BackwardPlan {
     hopper = warpgroup_products && has_hopper_head_size(sizes.d);
     hopper_bytes = hopper ? attention_backward_hopper_bytes(sizes, sms) : 0;
   }
-  int64_t bytes() const {
-    return 2 * terms_bytes + partial_bytes + rotations * int64_t{sizeof(float2)} + hopper_bytes;
+  // One scratch holds lse2, delta, rotations, partial and the work of the Hopper kernels.
+  int64_t delta_at() const { return aligned_bytes(terms_bytes); }
+  int64_t rotations_at() const { return 2 * delta_at(); }
+  int64_t partial_at() const {
+    return rotations_at() + aligned_bytes(rotations * int64_t{sizeof(float2)});
   }
+  int64_t hopper_at() const { return partial_at() + aligned_bytes(partial_bytes); }
+  int64_t bytes() const { return hopper_at() + hopper_bytes; }
+
+ private:
+  static int64_t aligned_bytes(int64_t bytes) { return (bytes + 511) / 512 * 512; }
 };
 
 }  // namespace
 
-int64_t CudaBackend::attention_backward_scratch(const Shape& q, const Shape& k,
-                                                const AttentionSpec& spec) const {
+int64_t CudaBackend::attention_backward_scratch_bytes(const Shape& q, const Shape& k,
+                                                      const AttentionSpec& spec) const {
   if (engine::numel_of(q) == 0) return 0;
   return BackwardPlan(q, k, spec, true, has_warpgroup_products(), properties_.multiProcessorCount)
       .bytes();
@@ -461,43 +469,42 @@ int64_t CudaBackend::attention_backward_scratch(const Shape& q, const Shape& k,
 void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                         const Tensor& dout, const Tensor& q, const Tensor& k,
                                         const Tensor& v, const Tensor& o, const Tensor& lse,
-                                        const Tensor& inv_freq, const AttentionSpec& spec) {
+                                        const Tensor& inv_freq, const AttentionSpec& spec,
+                                        const Tensor& scratch) {
   if (q.numel() == 0) return;
   BBB_ASSERT(aligned(dq, dk, dv, dout, q, k, v, o));
   const int sms = properties_.multiProcessorCount;
   const BackwardPlan plan(q.shape(), k.shape(), spec, inv_freq.defined(), has_warpgroup_products(),
                           sms);
-  const Tensor lse2 = scratch(plan.terms_bytes), delta = scratch(plan.terms_bytes);
-  const Tensor rotations =
-      plan.rotations > 0 ? scratch(plan.rotations * int64_t{sizeof(float2)}) : Tensor();
-  const Tensor partial = plan.split ? scratch(plan.partial_bytes) : Tensor();
+  char* const work = static_cast<char*>(scratch.raw());
+  float* const lse2 = reinterpret_cast<float*>(work);
+  float* const delta = reinterpret_cast<float*>(work + plan.delta_at());
+  float2* const rotations = reinterpret_cast<float2*>(work + plan.rotations_at());
   BackwardArgs args = plan.sizes;
   args.dq = bf16_of(dq);
   args.dk = bf16_of(dk);
   args.dv = bf16_of(dv);
-  args.partial = static_cast<float*>(partial.raw());
+  args.partial = plan.split ? reinterpret_cast<float*>(work + plan.partial_at()) : nullptr;
   args.q = bf16_of(q);
   args.k = bf16_of(k);
   args.v = bf16_of(v);
   args.dout = bf16_of(dout);
-  args.lse2 = static_cast<const float*>(lse2.raw());
-  args.delta = static_cast<const float*>(delta.raw());
-  args.rotations = static_cast<const float2*>(rotations.raw());
+  args.lse2 = lse2;
+  args.delta = delta;
+  args.rotations = plan.rotations > 0 ? rotations : nullptr;
   if (plan.rotations > 0) {
     constexpr int kRotationThreads = 256;
     launch(stream_, {blocks_for(plan.rotations, kRotationThreads, 1), kRotationThreads},
-           rotations_kernel, static_cast<float2*>(rotations.raw()), inv_freq.data<float>(),
-           plan.rotations, inv_freq.numel());
+           rotations_kernel, rotations, inv_freq.data<float>(), plan.rotations, inv_freq.numel());
   }
   constexpr int kTermThreads = 256;
   const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);
   launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
-         attention_terms_kernel, static_cast<float*>(lse2.raw()), static_cast<float*>(delta.raw()),
-         lse.data<float>(), args.dout, bf16_of(o), rows, args.t, args.t_pad, args.heads, args.d);
+         attention_terms_kernel, lse2, delta, lse.data<float>(), args.dout, bf16_of(o), rows,
+         args.t, args.t_pad, args.heads, args.d);
 
   if (plan.hopper) {
-    const Tensor work = scratch(plan.hopper_bytes);
-    attention_backward_hopper(stream_, args, args.d, sms, work.raw());
+    attention_backward_hopper(stream_, args, args.d, sms, work + plan.hopper_at());
   } else {
     with_padded_head_size(args.d, [&](auto size) {
       constexpr int D = size;

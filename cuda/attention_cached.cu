@@ -273,9 +273,15 @@ void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, con
          checked_int(k_cache.dim(1)));
 }
 
+// Of each part of the keys: a partial output, then its maximum and sum.
+int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max) {
+  const int64_t parts = batch * heads * ceil_div(checked_int(t_max), split_keys(checked_int(d)));
+  return parts * (d * int64_t{sizeof(float)} + int64_t{sizeof(float2)});
+}
+
 void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                       const Tensor& v_cache, const Tensor& start,
-                                      const AttentionSpec& spec) {
+                                      const AttentionSpec& spec, const Tensor& scratch) {
   const int batch = checked_int(q.dim(0)), t = checked_int(q.dim(1));
   const int heads = checked_int(q.dim(2)), kv_heads = checked_int(k_cache.dim(2));
   const int t_max = checked_int(k_cache.dim(1));
@@ -291,11 +297,10 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
   }
   if (q.numel() == 0) return;
   const int splits = ceil_div(t_max, split_keys(d));
+  float* const partial_o = static_cast<float*>(scratch.raw());
   const int64_t parts = int64_t{batch} * heads * splits;
-  const Tensor partial_o = scratch(parts * d * int64_t{sizeof(float)});
-  const Tensor partial_stat = scratch(parts * int64_t{sizeof(float2)});
-  const DecodeArgs args{static_cast<float*>(partial_o.raw()),
-                        static_cast<float2*>(partial_stat.raw()),
+  const DecodeArgs args{partial_o,
+                        reinterpret_cast<float2*>(partial_o + parts * d),  // d is even
                         bf16_of(q),
                         bf16_of(k_cache),
                         bf16_of(v_cache),

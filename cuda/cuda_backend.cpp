@@ -10,6 +10,7 @@
 #include "cuda/device_code.h"
 #include "cuda/gemm.h"
 #include "cuda/memory.h"
+#include "cuda/reduce.h"
 #include "cuda/transfers.h"
 
 namespace bbb::cuda {
@@ -178,6 +179,30 @@ void CudaBackend::reset_memory_peak() {
   pool_->usage()->peak_bytes = pool_->usage()->held_bytes;
 }
 
+int64_t CudaBackend::block_bytes(int64_t bytes) const {
+  return engine::ChunkPool::block_bytes(bytes);
+}
+
+int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) const {
+  using engine::ScratchOp;
+  switch (op) {
+    case ScratchOp::Mse:
+    case ScratchOp::Sum:
+    case ScratchOp::StepControl:
+      return kPartials * int64_t{sizeof(float)};
+    case ScratchOp::Attention:
+      return sizeof(unsigned);  // the queue of the Hopper kernel
+    case ScratchOp::RmsNormBackward:
+      return rms_norm_backward_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::InputScaleGradient:
+      return input_scale_gradient_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::AttentionCached:
+      return shape[1] > 1 ? 0
+                          : attention_cached_scratch_bytes(shape[0], shape[2], shape[3], shape[4]);
+  }
+  BBB_ASSERT(false);
+}
+
 void CudaBackend::synchronize() {
   BBB_CUDA(cudaStreamSynchronize(stream_));
   check_faults();
@@ -231,7 +256,7 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
   }
 }
 
-void CudaBackend::beside(const std::function<void()>& side, const std::function<void()>& main) {
+void CudaBackend::overlap(const std::function<void()>& side, const std::function<void()>& main) {
   const std::shared_ptr<RecordingPools> pools = recordings_.lock();
   if (!is_capturing(stream_) || !pools || pool_ != pools->main) {
     side();

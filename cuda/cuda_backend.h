@@ -27,9 +27,9 @@ using engine::AdamWSpec;
 using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
-using engine::FakeQuantWeights;
-using engine::WeightGrid;
 using engine::PackedWeight;
+using engine::ParameterTable;
+using engine::QuantizedWeights;
 using engine::Replay;
 using engine::Rotation;
 using engine::Rounding;
@@ -37,6 +37,7 @@ using engine::Rows;
 using engine::Schedule;
 using engine::Shape;
 using engine::Tensor;
+using engine::WeightGrid;
 using engine::Write;
 using quant::LaunchShape;
 #ifdef __CUDACC__
@@ -70,10 +71,12 @@ class CudaBackend final : public engine::Backend {
   void synchronize() override;
   engine::Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
-  void beside(const std::function<void()>& side, const std::function<void()>& main) override;
+  void overlap(const std::function<void()>& side, const std::function<void()>& main) override;
   void check_head_size(int64_t d) const override;
-  int64_t attention_backward_scratch(const Shape& q, const Shape& k,
-                                     const AttentionSpec& spec) const override;
+  int64_t block_bytes(int64_t bytes) const override;
+  int64_t scratch_bytes(engine::ScratchOp op, const Shape& shape) const override;
+  int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
+                                           const AttentionSpec& spec) const override;
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
@@ -86,8 +89,6 @@ class CudaBackend final : public engine::Backend {
  private:
   // Throws if a kernel found a fault since the last call. The stream's work must be done.
   void check_faults();
-  // Scratch for the length of one op: freed in stream order when the Tensor dies.
-  Tensor scratch(int64_t bytes) { return do_empty({bytes}, DType::U8); }
 
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_upload(const Tensor& dst, const void* src) override;
@@ -107,10 +108,11 @@ class CudaBackend final : public engine::Backend {
   void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                    double eps) override;
   void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
-                            const Tensor& inv_rms, const Tensor& w, Write dx_mode,
-                            Write dw_mode) override;
+                            const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode,
+                            const Tensor& scratch) override;
   void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                               const Tensor& alpha, const Tensor& dw, Write mode) override;
+                               const Tensor& alpha, const Tensor& dw, Write mode,
+                               const Tensor& scratch) override;
   void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) override;
   void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
                           const Tensor& gate, const Tensor& up) override;
@@ -118,17 +120,18 @@ class CudaBackend final : public engine::Backend {
                Rotation direction) override;
   void do_add(const Tensor& out, const Tensor& a, const Tensor& b) override;
   void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const AttentionSpec& spec) override;
+                    const Tensor& v, const AttentionSpec& spec, const Tensor& scratch) override;
   void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                              const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                              const Tensor& o, const Tensor& lse, const Tensor& inv_freq,
-                             const AttentionSpec& spec) override;
+                             const AttentionSpec& spec, const Tensor& scratch) override;
   void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                     const Tensor& start) override;
   void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
-                           const Tensor& v_cache, const Tensor& start,
-                           const AttentionSpec& spec) override;
-  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) override;
+                           const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
+                           const Tensor& scratch) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
+              const Tensor& scratch) override;
   void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& targets, double scale) override;
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
@@ -143,9 +146,10 @@ class CudaBackend final : public engine::Backend {
   void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                        const Tensor& teacher, const Tensor& state,
                                        const Tensor& targets, double scale) override;
-  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
-  void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) override;
-  void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) override;
+  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
+              const Tensor& scratch) override;
+  void do_max_group_range(const QuantizedWeights& q, const Tensor& w) override;
+  void do_fake_quant(const QuantizedWeights& q, const Tensor& w) override;
   void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                          const Tensor& s, const WeightGrid& spec) override;
   void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
@@ -156,9 +160,11 @@ class CudaBackend final : public engine::Backend {
   void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                       const Tensor& addend) override;
   void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                       const Tensor& clipped, const Schedule& schedule) override;
+                       const Tensor& clipped, const Schedule& schedule,
+                       const Tensor& scratch) override;
   void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) override;
+                const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
+                const AdamWSpec& spec) override;
   cudaDeviceProp properties_{};
   StreamHandle own_stream_;
   cudaStream_t stream_ = nullptr;             // own_stream_, or side_stream_ within forked work
@@ -170,6 +176,11 @@ class CudaBackend final : public engine::Backend {
   std::unique_ptr<engine::Transfers> transfers_;
   Handle<CacheFault*, cudaFreeHost> cache_fault_;  // page-locked: kernels write it
 };
+
+// Scratch of ops by their shapes (engine::ScratchOp), each beside its kernels.
+int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
+int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
+int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
 // Calls fn with the data pointer of a tensor whose dtype is act or real.

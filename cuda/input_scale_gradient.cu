@@ -62,23 +62,37 @@ __global__ void __launch_bounds__(kSumThreads)
 
 }  // namespace
 
+// A block takes a stripe of 32 or 32 kWide columns, of a chunk of rows.
+static int64_t stripes_of(int64_t columns, bool wide) {
+  const int64_t width = 32 * (wide ? kWide : 1);
+  return (columns + width - 1) / width;
+}
+static int64_t rows_of_chunk(int64_t rows, int64_t stripes) {
+  return std::max<int64_t>(kWarps, (rows * stripes + kBlocks - 1) / kBlocks);
+}
+
+// Of partial sums, a row for each chunk; wide stripes make the most chunks.
+int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns) {
+  const int64_t chunk_rows = rows_of_chunk(rows, stripes_of(columns, columns % kWide == 0));
+  return (rows + chunk_rows - 1) / chunk_rows * columns * int64_t{sizeof(float)};
+}
+
 void CudaBackend::do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                                          const Tensor& alpha, const Tensor& dw, Write mode) {
+                                          const Tensor& alpha, const Tensor& dw, Write mode,
+                                          const Tensor& scratch) {
   const int64_t rows = w.dim(0), columns = w.dim(1);
   const bool wide = columns % kWide == 0 && aligned(w, dw);
-  const int64_t stripes = (columns + 32 * (wide ? kWide : 1) - 1) / (32 * (wide ? kWide : 1));
-  const int64_t chunk_rows = std::max<int64_t>(kWarps, (rows * stripes + kBlocks - 1) / kBlocks);
+  const int64_t stripes = stripes_of(columns, wide), chunk_rows = rows_of_chunk(rows, stripes);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-  const Tensor partials = scratch(chunks * columns * int64_t{sizeof(float)});
   with_elements(dw, [&]<typename T>(const T* gradient) {
     launch(stream_,
            {dim3(static_cast<unsigned>(stripes), static_cast<unsigned>(chunks)), dim3(kSumThreads)},
            wide ? column_products_kernel<kWide, T> : column_products_kernel<1, T>,
-           static_cast<float*>(partials.raw()), bf16_of(w), gradient, rows, columns, chunk_rows);
+           static_cast<float*>(scratch.raw()), bf16_of(w), gradient, rows, columns, chunk_rows);
   });
   launch(stream_, {blocks_for(columns, 32, 1), dim3(kSumThreads)}, input_scale_gradient_kernel,
          ds.data<float>(), s.data<float>(), alpha.defined() ? alpha.data<float>() : nullptr,
-         static_cast<const float*>(partials.raw()), chunks, columns, mode == Write::Add);
+         static_cast<const float*>(scratch.raw()), chunks, columns, mode == Write::Add);
 }
 
 }  // namespace bbb::cuda

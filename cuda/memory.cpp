@@ -9,15 +9,7 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int64_t kSmallStep = 512;
-constexpr int64_t kLargeStep = int64_t{2} << 20;
-constexpr int64_t kLargeFrom = int64_t{1} << 20;
 constexpr int64_t kLargestBlock = int64_t{1} << 50;  // more than any GPU has
-
-int64_t bucket_of(int64_t bytes) {
-  const int64_t step = bytes > kLargeFrom ? kLargeStep : kSmallStep;
-  return std::max<int64_t>(1, (bytes + step - 1) / step) * step;
-}
 
 void* device_malloc(int64_t bytes) {
   void* block = nullptr;
@@ -39,7 +31,8 @@ MemoryPool::~MemoryPool() {
 }
 
 std::shared_ptr<engine::Storage> MemoryPool::allocate(int64_t bytes) {
-  const int64_t block_bytes = bytes <= kLargestBlock ? bucket_of(bytes) : bytes;
+  const int64_t block_bytes =
+      bytes <= kLargestBlock ? engine::ChunkPool::block_bytes(bytes) : bytes;
   const std::lock_guard lock(usage_->mutex);
   void* const block = bytes <= kLargestBlock ? take(block_bytes) : nullptr;
   if (block == nullptr) {
@@ -59,33 +52,26 @@ void MemoryPool::hold(int64_t bytes) {
   usage_->peak_bytes = std::max(usage_->peak_bytes, usage_->held_bytes);
 }
 
-Chunks& MemoryPool::chunks_for(int64_t block_bytes) {
-  return block_bytes > kLargeFrom ? large_ : small_;
-}
-
 // nullptr if there is no room.
 void* MemoryPool::take(int64_t block_bytes) {
-  Chunks& chunks = chunks_for(block_bytes);
-  if (void* const block = chunks.take(block_bytes)) return block;
-  const int64_t slab_bytes = std::max(block_bytes, kLargeStep);
-  void* slab = device_malloc(slab_bytes);
-  if (slab == nullptr && reclaim_ == Reclaim::OnPressure) {
-    free_slabs();
-    slab = device_malloc(slab_bytes);
-  }
-  if (slab == nullptr) return nullptr;
-  if (reclaim_ == Reclaim::Never) {
-    reserved_bytes_ += slab_bytes;
-    hold(slab_bytes);
-  }
-  chunks.add(slab, slab_bytes);
-  return chunks.take(block_bytes);
+  return chunks_.take(block_bytes, [this](int64_t slab_bytes) {
+    void* slab = device_malloc(slab_bytes);
+    if (slab == nullptr && reclaim_ == Reclaim::OnPressure) {
+      free_slabs();
+      slab = device_malloc(slab_bytes);
+    }
+    if (slab != nullptr && reclaim_ == Reclaim::Never) {
+      reserved_bytes_ += slab_bytes;
+      hold(slab_bytes);
+    }
+    return slab;
+  });
 }
 
 void MemoryPool::give_back(void* block, int64_t block_bytes) {
   const std::lock_guard lock(usage_->mutex);
   if (reclaim_ == Reclaim::OnPressure) usage_->held_bytes -= block_bytes;
-  chunks_for(block_bytes).give_back(block);
+  chunks_.give_back(block, block_bytes);
 }
 
 void MemoryPool::release_cached() {
@@ -95,14 +81,13 @@ void MemoryPool::release_cached() {
 
 int64_t MemoryPool::cached_bytes() const {
   const std::lock_guard lock(usage_->mutex);
-  return small_.free_bytes() + large_.free_bytes();
+  return chunks_.free_bytes();
 }
 
 // cudaFree waits for the kernels that still use a slab. Its status is ignored: at exit the driver,
 // and the memory with it, may be gone already.
 void MemoryPool::free_slabs() {
-  for (Chunks* chunks : {&small_, &large_})
-    for (void* slab : chunks->remove_free_slabs()) cudaFree(slab);
+  for (void* slab : chunks_.remove_free_slabs()) cudaFree(slab);
   cudaGetLastError();
 }
 

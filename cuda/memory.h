@@ -14,7 +14,7 @@
 #include <memory>
 #include <mutex>
 
-#include "cuda/chunks.h"
+#include "engine/chunks.h"
 #include "engine/tensor.h"
 
 namespace bbb::cuda {
@@ -47,12 +47,11 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   void* take(int64_t block_bytes);
   void give_back(void* block, int64_t block_bytes);
   void free_slabs();
-  Chunks& chunks_for(int64_t block_bytes);
   void hold(int64_t bytes);
 
   std::shared_ptr<MemoryUsage> usage_;  // its mutex guards the rest too
   Reclaim reclaim_;
-  Chunks small_, large_;
+  engine::ChunkPool chunks_;
   int64_t reserved_bytes_ = 0;  // Reclaim::Never: bytes of all slabs
 };
 

@@ -106,7 +106,8 @@ using Kernel = void (*)(float*, bf16*, const bf16*, const Batch, int64_t, float)
 
 }  // namespace
 
-void CudaBackend::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) {
+void CudaBackend::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
+                         const Tensor& scratch) {
   const int64_t n = x.numel();
   const bool ordered = y.order.defined();
   const bool wide = aligned(dx, x) && (ordered || aligned(y.src));
@@ -124,8 +125,7 @@ void CudaBackend::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, 
                       : mse_kernel<kWide, Target::Rows>;
   }
   const int64_t blocks = partials_for(n, wide ? kWide : 1);
-  const Tensor scratch_partials = scratch(blocks * int64_t{sizeof(float)});
-  float* const partials = static_cast<float*>(scratch_partials.raw());
+  float* const partials = static_cast<float*>(scratch.raw());
   launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads)}, kernel, partials,
          bf16_of(dx), bf16_of(x), batch, n, 2.0 / static_cast<double>(n));
   finish_sum(stream_, loss.data<float>(), partials, blocks, 1.0 / static_cast<double>(n),

@@ -5,22 +5,22 @@
 namespace bbb::cuda {
 
 namespace {
-const quant::WeightTile* tiles_of(const FakeQuantWeights& q) {
+const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
   return static_cast<const quant::WeightTile*>(q.tiles.raw());
 }
 }  // namespace
 
-void CudaBackend::do_widest_groups(const FakeQuantWeights& q, const Tensor& w) {
-  quant::launch_widest_groups(stream_, q.widest.data<float>(), q.ahead.data<float>(),
-                              q.widest.numel(), w.data<float>(), tiles_of(q), q.tiles.dim(0),
-                              q.group);
+void CudaBackend::do_max_group_range(const QuantizedWeights& q, const Tensor& w) {
+  quant::launch_max_group_range(stream_, q.max_range.data<float>(), q.prequantized.data<float>(),
+                                q.max_range.numel(), w.data<float>(), tiles_of(q), q.tiles.dim(0),
+                                q.bits.data<int32_t>(), q.group);
 }
 
-void CudaBackend::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
+void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
   quant::launch_fake_quant(stream_, bf16_of(q.wq), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                            q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
-                           q.widest.data<float>(), q.ahead.data<float>(), tiles_of(q),
-                           q.tiles.dim(0), q.group, q.rounding);
+                           q.max_range.data<float>(), q.prequantized.data<float>(), tiles_of(q),
+                           q.tiles.dim(0), q.bits.data<int32_t>(), q.group, q.rounding);
 }
 
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,

@@ -345,6 +345,12 @@ struct RowShape {
 
 }  // namespace
 
+// Of partial sums of dw, a row for each chunk of rows.
+int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d) {
+  const int64_t chunk_rows = std::max(kMinChunkRows, ceil_div(rows, kBackwardChunks));
+  return ceil_div(rows, chunk_rows) * d * int64_t{sizeof(float)};
+}
+
 void CudaBackend::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x,
                               const Tensor& w, double eps) {
   const int64_t d = w.numel(), rows = inv_rms.numel();
@@ -364,14 +370,13 @@ void CudaBackend::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tens
 
 void CudaBackend::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
                                        const Tensor& x, const Tensor& inv_rms, const Tensor& w,
-                                       Write dx_mode, Write dw_mode) {
+                                       Write dx_mode, Write dw_mode, const Tensor& scratch) {
   const int64_t d = w.numel(), rows = inv_rms.numel();
   const bool wide = d % kWide == 0 && aligned(dx, dy, x, w), want_dw = dw.defined();
   const RowShape shape(d, wide);
   const int64_t chunk_rows = shape.chunk_rows(rows, kBackwardChunks, kMinChunkRows);
   const int64_t chunks = ceil_div(rows, chunk_rows), row_bytes = d * int64_t{sizeof(float)};
-  const Tensor partials = want_dw ? scratch(chunks * row_bytes) : Tensor();
-  float* const sums = static_cast<float*>(partials.raw());
+  float* const sums = static_cast<float*>(scratch.raw());
   const LaunchShape grid{blocks_for(chunks, 1, 1), shape.block(),
                          want_dw ? shape.at_once * row_bytes : 0};
   const bool add = dx.defined() && dx_mode == Write::Add;

@@ -45,15 +45,15 @@ void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t 
          mode == Write::Add);
 }
 
-void CudaBackend::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
-  const Tensor partials = scratch(kPartials * int64_t{sizeof(float)});
+void CudaBackend::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
+                         const Tensor& scratch) {
+  float* const partials = static_cast<float*>(scratch.raw());
   const int64_t n = x.numel();
   const bool wide = aligned(x);
   const int64_t count = partials_for(n, wide ? kWide : 1);
   launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)},
-         wide ? sum_kernel<kWide> : sum_kernel<1>, static_cast<float*>(partials.raw()),
-         x.data<float>(), n);
-  finish_sum(stream_, out.data<float>(), static_cast<float*>(partials.raw()), count, scale, mode);
+         wide ? sum_kernel<kWide> : sum_kernel<1>, partials, x.data<float>(), n);
+  finish_sum(stream_, out.data<float>(), partials, count, scale, mode);
 }
 
 }  // namespace bbb::cuda

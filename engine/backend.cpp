@@ -119,20 +119,25 @@ class Op {
               " elements, no multiple of ", quant::kTileAlign);
   }
 
-  // What every op on masters of `count` elements reads of q.
-  void tiled(const FakeQuantWeights& q, int64_t count) const {
+  void table(const Tensor& tiles, const Tensor& slots) const {
+    rank("tiles", tiles, 2);
+    is("tiles", tiles, DType::I32, {tiles.dim(0), 4});
+    rank("slots", slots, 2);
+    is("slots", slots, backend_.real(), {slots.dim(0), 2});
+  }
+  // What the quantizer makes of masters of `count` elements.
+  void quantizer(const QuantizedWeights& q, int64_t count) const {
     BBB_CHECK(q.group == 32 || q.group == 64 || q.group == 128, name_,
               ": group must be 32, 64 or 128, got ", q.group);
     rank("tiles", q.tiles, 2);
     is("tiles", q.tiles, DType::I32, {q.tiles.dim(0), 4});
-    rank("widest", q.widest, 1);
-    dtype("widest", q.widest, backend_.real());
-    is("s", q.s, backend_.real(), {q.widest.dim(0)});
-    is("ahead", q.ahead, backend_.real(), {q.widest.dim(0)});
+    rank("bits", q.bits, 1);
+    dtype("bits", q.bits, DType::I32);
+    const int64_t slots = q.bits.dim(0);
+    is("max_range", q.max_range, backend_.real(), {slots});
+    is("s", q.s, backend_.real(), {slots});
+    is("prequantized", q.prequantized, backend_.real(), {slots});
     is("clipped", q.clipped, DType::U8, {count / 8});
-  }
-  // What the quantizer makes of them.
-  void quantized(const FakeQuantWeights& q, int64_t count) const {
     is("wq", q.wq, backend_.act(), {count});
     is("e", q.e, DType::U8, {count / q.group});
     is("z", q.z, DType::U8, {count / q.group});
@@ -344,7 +349,9 @@ void Backend::rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor
   op.is("dy", dy, act(), {x.dim(0), x.dim(1)});
   op.is("inv_rms", inv_rms, real(), {x.dim(0)});
   op.is("w", w, real(), {x.dim(1)});
-  do_rms_norm_backward(dx, dw, dy, x, inv_rms, w, dx_mode, dw_mode);
+  do_rms_norm_backward(
+      dx, dw, dy, x, inv_rms, w, dx_mode, dw_mode,
+      dw.defined() ? make_scratch(ScratchOp::RmsNormBackward, x.shape()) : Tensor());
 }
 
 void Backend::input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
@@ -356,7 +363,8 @@ void Backend::input_scale_gradient(const Tensor& ds, const Tensor& s, const Tens
   op.is("s", s, real(), {w.dim(1)});
   op.is_or_undefined("alpha", alpha, real(), {1});
   op.is_act_or_real("dw", dw, {w.dim(0), w.dim(1)});
-  do_input_scale_gradient(ds, s, w, alpha, dw, mode);
+  do_input_scale_gradient(ds, s, w, alpha, dw, mode,
+                          make_scratch(ScratchOp::InputScaleGradient, w.shape()));
 }
 
 void Backend::swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) {
@@ -405,7 +413,7 @@ void Backend::attention(const Tensor& o, const Tensor& lse, const Tensor& q, con
   op.is("k", k, act(), {q.dim(0), q.dim(1), k.dim(2), q.dim(3)});
   op.like("o", o, act(), q.shape());
   op.is("lse", lse, real(), {q.dim(0), q.dim(2), q.dim(1)});
-  do_attention(o, lse, q, k, v, spec);
+  do_attention(o, lse, q, k, v, spec, make_scratch(ScratchOp::Attention));
 }
 
 void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
@@ -422,7 +430,8 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
   op.like("o", o, act(), q.shape());
   op.is("lse", lse, real(), {q.dim(0), q.dim(2), q.dim(1)});
   if (inv_freq.defined()) op.pairs(q, inv_freq);
-  do_attention_backward(dq, dk, dv, dout, q, k, v, o, lse, inv_freq, spec);
+  do_attention_backward(dq, dk, dv, dout, q, k, v, o, lse, inv_freq, spec,
+                        make_scratch(attention_backward_scratch_bytes(q.shape(), k.shape(), spec)));
 }
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
@@ -445,7 +454,9 @@ void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k
   op.heads(q, k_cache, v_cache, spec);
   op.like("o", o, act(), q.shape());
   op.is("start", start, DType::I32, {1});
-  do_attention_cached(o, q, k_cache, v_cache, start, spec);
+  const Shape sizes{q.dim(0), q.dim(1), q.dim(2), q.dim(3), k_cache.dim(1)};
+  do_attention_cached(o, q, k_cache, v_cache, start, spec,
+                      make_scratch(ScratchOp::AttentionCached, sizes));
 }
 
 // Losses.
@@ -460,7 +471,7 @@ void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const R
   if (dx.defined()) op.like("dx", dx, act(), x.shape());
   op.is("loss", loss, real(), {1});
   BBB_CHECK(x.numel() > 0, "mse: x ", to_string(x.shape()), " is empty");
-  do_mse(loss, dx, x, y);
+  do_mse(loss, dx, x, y, make_scratch(ScratchOp::Mse));
 }
 
 void Backend::cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
@@ -546,23 +557,22 @@ void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) 
   const Op op(*this, "sum");
   op.is("out", out, real(), {1});
   op.dtype("x", x, real());
-  do_sum(out, x, scale, mode);
+  do_sum(out, x, scale, mode, make_scratch(ScratchOp::Sum));
 }
 
 // Quantizer.
 
-void Backend::widest_groups(const FakeQuantWeights& q, const Tensor& w) {
-  const Op op(*this, "widest_groups");
+void Backend::max_group_range(const QuantizedWeights& q, const Tensor& w) {
+  const Op op(*this, "max_group_range");
   op.flat("w", w, w.numel());
-  op.tiled(q, w.numel());
-  do_widest_groups(q, w);
+  op.quantizer(q, w.numel());
+  do_max_group_range(q, w);
 }
 
-void Backend::fake_quant(const FakeQuantWeights& q, const Tensor& w) {
+void Backend::fake_quant(const QuantizedWeights& q, const Tensor& w) {
   const Op op(*this, "fake_quant");
   op.flat("w", w, w.numel());
-  op.tiled(q, w.numel());
-  op.quantized(q, w.numel());
+  op.quantizer(q, w.numel());
   do_fake_quant(q, w);
 }
 
@@ -638,23 +648,24 @@ void Backend::step_control(const Tensor& control, const Tensor& loss, const Tens
   op.is("control", control, real(), {kControlSize});
   op.is("loss", loss, real(), {1});
   op.flat_gradient("g", g, g.numel());
-  op.is("clipped", clipped, DType::U8, {g.numel() / 8});
+  op.is_or_undefined("clipped", clipped, DType::U8, {g.numel() / 8});
   BBB_CHECK(schedule.total_steps > 0, "step_control: total_steps must be positive, got ",
             schedule.total_steps);
-  do_step_control(control, loss, g, clipped, schedule);
+  do_step_control(control, loss, g, clipped, schedule, make_scratch(ScratchOp::StepControl));
 }
 
 void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                    const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) {
+                    const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
+                    const AdamWSpec& spec) {
   const Op op(*this, "adamw");
   op.flat("w", w, w.numel());
   op.is("m", m, act(), {w.numel()});
   op.flat("v", v, w.numel());
   op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
-  op.tiled(q, w.numel());
-  if (q.wq.defined()) op.quantized(q, w.numel());
-  do_adamw(w, m, v, g, control, q, spec);
+  op.table(table.tiles, table.slots);
+  if (q.wq.defined()) op.quantizer(q, w.numel());
+  do_adamw(w, m, v, g, control, table, q, spec);
 }
 
 }  // namespace bbb::engine

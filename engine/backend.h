@@ -39,6 +39,16 @@ using quant::Rounding;
 using quant::WeightGrid;
 
 enum class Write { Overwrite, Add };
+// Ops that need scratch memory on some device, and the shape on which its size depends.
+enum class ScratchOp {
+  Mse,                 // {}
+  Sum,                 // {}
+  StepControl,         // {}
+  Attention,           // {}
+  RmsNormBackward,     // (M, D), where dw is wanted
+  InputScaleGradient,  // (N, K)
+  AttentionCached,     // (B, T, H, d, Tmax)
+};
 enum class Rotation { Forward, Inverse };
 
 // A step recorded once and run many times.
@@ -85,17 +95,23 @@ class Backend;
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
-// Everything that the quantizer makes of a model's masters: flat buffers laid out as the P elements
-// of the masters are, P a multiple of quant::kTileAlign. A parameter's place in `widest`, `s` and
-// `ahead` is its slot in the tiles. wq, e and z are undefined where no parameter is quantized.
+// The parameters of a model: where each is in flat buffers of P elements, P a multiple of
+// quant::kTileAlign, and how the optimizer treats it. A parameter's row in every table is its slot.
+struct ParameterTable {
+  Tensor tiles;  // I32 (tiles, 4): quant::WeightTile, covering all parameters
+  Tensor slots;  // real (slots, 2): quant::SlotRule
+};
+
+// What the quantizer makes of masters of P elements. Undefined tensors: there is no quantizer.
 //
-// The S of a step is almost always that of the step before. So adamw may quantize ahead: by `s`, as
-// soon as it has the new masters, and fake_quant does that again only where S has changed.
-struct FakeQuantWeights {
-  Tensor tiles;    // I32 (tiles, 4): quant::WeightTile, covering all parameters
-  Tensor widest;   // real (slots): mx - mn of the widest group of the masters
-  Tensor s;        // real (slots): the master scale S that fake_quant found; 0 before it has
-  Tensor ahead;    // real (slots): S by which adamw has quantized the masters; 0: it has not
+// The S of a step is almost always that of the step before. So adamw may prequantize the new
+// masters with `s`, and fake_quant quantizes again only the parameters whose S has changed.
+struct QuantizedWeights {
+  Tensor tiles;      // the ParameterTable's
+  Tensor bits;       // I32 (slots): WeightGrid's, or quant::kNotQuantized
+  Tensor max_range;  // real (slots): the maximum group range, mx - mn, of the masters
+  Tensor s;          // real (slots): the master scale S of the last fake_quant; 0 before the first
+  Tensor prequantized;  // real (slots): the S with which adamw prequantized; 0: it has not
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
@@ -129,7 +145,6 @@ struct AdamWSpec {
   double beta1 = 0.9;
   double beta2 = 0.999;
   double epsilon = 1e-8;
-  double weight_decay = 0.0;
 };
 
 class Backend {
@@ -144,6 +159,15 @@ class Backend {
   virtual int64_t memory_available_bytes() const = 0;  // what a run may still allocate
   virtual int64_t memory_peak_bytes() const = 0;       // most ever held by tensors
   virtual void reset_memory_peak() = 0;
+  // False: only sizes are computed (engine/counting_backend.h), and host values are not read.
+  virtual bool computes() const { return true; }
+  // What the allocator takes for a tensor of so many bytes.
+  virtual int64_t block_bytes(int64_t bytes) const = 0;
+  // Scratch of one call. The public method allocates it and hands it to do_*.
+  virtual int64_t scratch_bytes(ScratchOp op, const Shape& shape) const = 0;
+  // The same of attention_backward, for q (B, T, H, d) and k (B, T, K, d).
+  virtual int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
+                                                   const AttentionSpec& spec) const = 0;
 
   // --- memory -----------------------------------------------------------------------------------
   Tensor empty(Shape shape,
@@ -163,9 +187,10 @@ class Backend {
   // On the CPU run() simply calls `step`; a GPU repeats the host's values of the recording. So what
   // may change between runs lies on the device, and nothing else that `step` reads may change.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
-  // Runs both. In a recorded step on a GPU what they queue may run at the same time, so neither
-  // uses what the other writes, and what `side` reads lives until this returns.
-  virtual void beside(const std::function<void()>& side, const std::function<void()>& main) = 0;
+  // Runs both functions. On a GPU, inside a recorded step, their kernels may overlap: neither may
+  // read what the other writes, and everything that `side` reads must stay alive until this
+  // returns.
+  virtual void overlap(const std::function<void()>& side, const std::function<void()>& main) = 0;
 
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
@@ -235,9 +260,6 @@ class Backend {
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
-  // Bytes of scratch that attention_backward takes for q (B, T, H, d) and k (B, T, K, d).
-  virtual int64_t attention_backward_scratch(const Shape& q, const Shape& k,
-                                             const AttentionSpec& spec) const = 0;
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
   // the device. Here and in attention_cached positions past the cache throw: on a GPU, where only
   // the device knows `start`, at the next upload, download or synchronize().
@@ -288,15 +310,15 @@ class Backend {
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
   // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
-  // q.widest from masters that anything but adamw has changed; q.ahead = 0. w real (P).
-  void widest_groups(const FakeQuantWeights& q, const Tensor& w);
-  // All of q's weights at once: S = 2^ceil(log2(s_raw / 448)) with the s_raw of q.widest, 1 where
-  // that is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
+  // q.max_range from masters that anything but adamw has changed; q.prequantized = 0. w real (P).
+  void max_group_range(const QuantizedWeights& q, const Tensor& w);
+  // All of q's weights at once: S = 2^ceil(log2(s_raw / 448)) with the s_raw of q.max_range, 1
+  // where that is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
   // [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1, nothing is clipped, and e and z are left alone.
-  // w real (P), those that q.widest is of; not read for a parameter whose S stands in q.ahead: its
-  // wq, e, z and clipped bits are there. Rounding::Identity leaves codes unrounded and unclipped
-  // (gradient checks): wq = w / S.
-  void fake_quant(const FakeQuantWeights& q, const Tensor& w);
+  // w real (P), those that q.max_range is of. A parameter whose S is in q.prequantized is not read:
+  // its wq, e, z and clipped bits are there. Rounding::Identity leaves codes unrounded and
+  // unclipped (gradient checks): wq = w / S.
+  void fake_quant(const QuantizedWeights& q, const Tensor& w);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                       const Tensor& s, const WeightGrid& spec);
@@ -319,24 +341,32 @@ class Backend {
   static constexpr int64_t kMaxPackedRows = 8;
 
   // --- optimizer --------------------------------------------------------------------------------
-  // Straight through the quantizer, the gradient of a weight is that of W^, and 0 where `clipped`
-  // says so: both ops below take g so.
+  // Straight through the quantizer, the gradient of a weight is that of W^, and 0 where it was
+  // clipped. Both ops read g so.
   //
   // Reads loss, real (1), and the norm of g, and writes the slots of `control`: the learning rate
   // of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) * (1 + cos(pi t /
   // total)) / 2); the gradient factor is min(1, clip / norm). g act or real (P); clipped U8
-  // (P / 8); fixed order.
+  // (P / 8) or undefined; fixed order.
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
   // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
-  // set. Leaves q.widest of w as it then is. May quantize that w ahead, by q.s: wq, e, z and
-  // clipped are then replaced and q.ahead is q.s, else q.ahead is 0; either way they are of no use
-  // before the next fake_quant. w, v real (P); m act (P), the update uses it before it is rounded;
-  // g act or real (P); control as step_control left it.
+  // set. Epilogue, where there is a quantizer q: writes q.max_range of the new w, and may
+  // prequantize w with q.s. Then wq, e, z and clipped are replaced and q.prequantized is q.s; else
+  // q.prequantized is 0. Either way wq, e, z and clipped are valid only after the next fake_quant.
+  // w, v real (P); m act (P), the update uses it before it is rounded; g act or real (P); control
+  // as step_control left it.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-             const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec);
+             const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
+             const AdamWSpec& spec);
 
  private:
+  // Undefined where an op needs none.
+  Tensor make_scratch(int64_t bytes) { return bytes > 0 ? do_empty({bytes}, DType::U8) : Tensor(); }
+  Tensor make_scratch(ScratchOp op, const Shape& shape = {}) {
+    return make_scratch(scratch_bytes(op, shape));
+  }
+
   virtual Tensor do_empty(Shape shape, DType dtype) = 0;
   virtual void do_upload(const Tensor& dst, const void* src) = 0;
   virtual void do_download(void* dst, const Tensor& src) = 0;
@@ -356,9 +386,10 @@ class Backend {
                            double eps) = 0;
   virtual void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
                                     const Tensor& x, const Tensor& inv_rms, const Tensor& w,
-                                    Write dx_mode, Write dw_mode) = 0;
+                                    Write dx_mode, Write dw_mode, const Tensor& scratch) = 0;
   virtual void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                                       const Tensor& alpha, const Tensor& dw, Write mode) = 0;
+                                       const Tensor& alpha, const Tensor& dw, Write mode,
+                                       const Tensor& scratch) = 0;
   virtual void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) = 0;
   virtual void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
                                   const Tensor& gate, const Tensor& up) = 0;
@@ -366,17 +397,19 @@ class Backend {
                        Rotation direction) = 0;
   virtual void do_add(const Tensor& out, const Tensor& a, const Tensor& b) = 0;
   virtual void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-                            const Tensor& v, const AttentionSpec& spec) = 0;
+                            const Tensor& v, const AttentionSpec& spec, const Tensor& scratch) = 0;
   virtual void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                      const Tensor& dout, const Tensor& q, const Tensor& k,
                                      const Tensor& v, const Tensor& o, const Tensor& lse,
-                                     const Tensor& inv_freq, const AttentionSpec& spec) = 0;
+                                     const Tensor& inv_freq, const AttentionSpec& spec,
+                                     const Tensor& scratch) = 0;
   virtual void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                             const Tensor& v, const Tensor& start) = 0;
   virtual void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                    const Tensor& v_cache, const Tensor& start,
-                                   const AttentionSpec& spec) = 0;
-  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) = 0;
+                                   const AttentionSpec& spec, const Tensor& scratch) = 0;
+  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
+                      const Tensor& scratch) = 0;
   virtual void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                                 const Tensor& targets, double scale) = 0;
   virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
@@ -391,9 +424,10 @@ class Backend {
   virtual void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                                const Tensor& teacher, const Tensor& state,
                                                const Tensor& targets, double scale) = 0;
-  virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) = 0;
-  virtual void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) = 0;
-  virtual void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) = 0;
+  virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
+                      const Tensor& scratch) = 0;
+  virtual void do_max_group_range(const QuantizedWeights& q, const Tensor& w) = 0;
+  virtual void do_fake_quant(const QuantizedWeights& q, const Tensor& w) = 0;
   virtual void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
                                  const Tensor& z, const Tensor& s, const WeightGrid& spec) = 0;
   virtual void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
@@ -405,10 +439,11 @@ class Backend {
   virtual void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                               const Tensor& addend) = 0;
   virtual void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                               const Tensor& clipped, const Schedule& schedule) = 0;
+                               const Tensor& clipped, const Schedule& schedule,
+                               const Tensor& scratch) = 0;
   virtual void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                        const Tensor& control, const FakeQuantWeights& q,
-                        const AdamWSpec& spec) = 0;
+                        const Tensor& control, const ParameterTable& table,
+                        const QuantizedWeights& q, const AdamWSpec& spec) = 0;
 };
 
 // Products are tuned while it lives; one at a time.

@@ -77,9 +77,10 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
   const engine::AttentionSpec spec{config_.sliding_window};
 
-  norm_through_products_ = tape.recording() && !x.requires_grad() && input_norm_.parameter;
+  norm_through_products_ = tape.recording() && attention_in_.exact() && !x.requires_grad() &&
+                           input_norm_.parameter != nullptr;
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
-  Var h = rms_norm(tape, x, norm, config_.rms_eps);
+  Var h = attention_in_.rms_norm(tape, x, norm, config_.rms_eps);
   const auto heads = [&](QuantLinear& linear, int64_t count) {
     return reshape(tape, linear.forward(tape, h, Var()), {b, t, count, d});
   };
@@ -99,12 +100,13 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   } else {
     out = attention(tape, q, k, v, inv_freq_, spec);
   }
-  return o_.forward(tape, reshape(tape, out, {b, t, config_.heads * d}), x);
+  out = reshape(tape, out, {b, t, config_.heads * d});
+  return o_.forward(tape, o_in_.identity(out), x);
 }
 
 Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
-  Var g = rms_norm(tape, x, post_norm_.var(), config_.rms_eps);
-  const Var h = swiglu(tape, gate_.forward(tape, g, Var()), up_.forward(tape, g, Var()));
+  Var g = mlp_in_.rms_norm(tape, x, post_norm_.var(), config_.rms_eps);
+  const Var h = down_in_.swiglu(tape, gate_.forward(tape, g, Var()), up_.forward(tape, g, Var()));
   g = Var();
   return down_.forward(tape, h, x);
 }
@@ -164,11 +166,10 @@ void LlamaBlock::declare_parameters(ParameterSet& set) {
     declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
 }
 
-void LlamaBlock::bind_parameters(ParameterSet& set, WeightGrid spec, Rounding rounding) {
+void LlamaBlock::bind_parameters(WeightQuantizer& quantizer, int bits) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(set.masters().defined() && declared_.size() == all.size() + 2);
-  for (size_t i = 0; i < all.size(); ++i)
-    all[i]->set_fake_quant(set, *declared_[i], spec, rounding);
+  BBB_ASSERT(declared_.size() == all.size() + 2);
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], bits);
   input_norm_.set_parameter(*declared_[all.size()]);
   post_norm_.set_parameter(*declared_[all.size() + 1]);
   declared_.clear();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "models/checkpoint.h"
+#include "models/operand.h"
 #include "models/quant_linear.h"
 #include "models/recompute.h"
 
@@ -53,11 +54,10 @@ class LlamaBlock {
   // Exported linears; one that the export left alone is loaded as Float. `buffer` is shared.
   void load_packed(const Checkpoint& source, Tensor buffer);
 
-  // Makes every linear FakeQuant and the norms trainable, as parameters of `set` (not yet
-  // allocated).
+  // Makes linears and norms parameters of `set`, which is not allocated yet.
   void declare_parameters(ParameterSet& set);
-  // After set.allocate().
-  void bind_parameters(ParameterSet& set, WeightGrid spec, Rounding rounding = Rounding::Nearest);
+  // After set.allocate(): puts the linears behind its quantizer.
+  void bind_parameters(WeightQuantizer& quantizer, int bits);
   // The parameters from the masters of a result. The norm's gradient is found by dividing by its
   // weight, so an exact zero could never train again: zeros become 2^-60.
   void set_masters(const LayerResult& result);
@@ -65,7 +65,7 @@ class LlamaBlock {
   LayerResult result(LinearContent content);
 
   void set_bits(int bits);
-  void prepare_scales();  // after every linear's set_scales()
+  void prepare_scales();  // after every linear's freeze_codes()
   void finish_backward();
   void snap();
 
@@ -87,6 +87,7 @@ class LlamaBlock {
   NormWeight input_norm_, post_norm_;
   bool norm_through_products_ = false;  // input_norm_'s gradient comes from its products' weights
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
+  Operand attention_in_, o_in_, mlp_in_, down_in_;
   std::vector<Parameter*> declared_;  // the linears', then the norms', until they are bound
 };
 

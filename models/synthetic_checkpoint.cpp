@@ -106,11 +106,28 @@ class SyntheticCheckpoint final : public Checkpoint {
   std::map<std::string, uint64_t> seeds_;
 };
 
+class WeightlessCheckpoint final : public Checkpoint {
+ public:
+  explicit WeightlessCheckpoint(LlamaConfig config) { config_ = std::move(config); }
+
+  CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
+  bool contains(const std::string&) const override { return true; }
+  void check_finite() const override {}
+  double bits_per_weight() const override { return 16; }
+  std::string config_json() const override { return config_to_json(config_); }
+  std::vector<TensorInfo> list() const override { return {}; }
+  std::vector<float> load(const std::string&, const Shape&) const override { return {}; }
+};
+
 }  // namespace
 
 std::unique_ptr<Checkpoint> make_synthetic_checkpoint(LlamaConfig config, std::string path,
                                                       uint64_t seed) {
   return std::make_unique<SyntheticCheckpoint>(std::move(config), std::move(path), seed);
+}
+
+std::unique_ptr<Checkpoint> make_weightless_checkpoint(LlamaConfig config) {
+  return std::make_unique<WeightlessCheckpoint>(std::move(config));
 }
 
 }  // namespace bbb::models

@@ -18,4 +18,8 @@ namespace bbb::models {
 std::unique_ptr<Checkpoint> make_synthetic_checkpoint(LlamaConfig config, std::string path,
                                                       uint64_t seed = 0);
 
+// A checkpoint of these sizes without values: load() gives an empty vector. For backends that do
+// not compute.
+std::unique_ptr<Checkpoint> make_weightless_checkpoint(LlamaConfig config);
+
 }  // namespace bbb::models

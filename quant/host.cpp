@@ -16,7 +16,7 @@ static Range<Real> range_of(const Real* x, int group) {
 }
 
 template <typename Real>
-Real widest_group(const Real* w, Rows rows, int64_t k, int group) {
+Real group_range_max(const Real* w, Rows rows, int64_t k, int group) {
   Real widest = 0;
   for (int64_t i = rows.begin * k; i < rows.end * k; i += group)
     widest = max_or_nan(widest, range_of(w + i, group).width());
@@ -176,7 +176,7 @@ void packed_gemv(Real* y, const Real* x, const PackedView& w, const Real* addend
 }
 
 #define BBB_INSTANTIATE(Real)                                                                     \
-  template Real widest_group(const Real*, Rows, int64_t, int);                                    \
+  template Real group_range_max(const Real*, Rows, int64_t, int);                                    \
   template Real largest(const Real*, int64_t);                                                    \
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, Rows, int64_t, Real, \
                            WeightGrid, Rounding);                                                 \

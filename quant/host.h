@@ -20,7 +20,7 @@ struct Rows {
 // The maximum group range of the rows; NaN if any element is NaN. max_or_nan joins the parts of a
 // matrix; raw_scale and then master_scale_of give S of the whole.
 template <typename Real>
-Real widest_group(const Real* w, Rows rows, int64_t k, int group);
+Real group_range_max(const Real* w, Rows rows, int64_t k, int group);
 // The largest of count values, at least 0; NaN if any is NaN.
 template <typename Real>
 Real largest(const Real* x, int64_t count);

@@ -1,6 +1,6 @@
 // The quantizer on FP32 masters. The formulas are in quant/grid.h; here they are function calls.
 //
-//   widest_groups         maximum group range of a parameter   4 B an element read
+//   max_group_range         maximum group range of a parameter   4 B an element read
 //   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing if
 //                                                              prequantized
 //   quantize_codes        codes                                4 B read, 1 B written
@@ -59,10 +59,10 @@ __device__ __forceinline__ int wide_offset(int round) {
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads)
-    widest_groups_kernel(float* __restrict__ widest, const float* __restrict__ w,
-                         const WeightTile* __restrict__ tiles) {
+    max_group_range_kernel(float* __restrict__ max_range, const float* __restrict__ w,
+                           const WeightTile* __restrict__ tiles, const int32_t* __restrict__ bits) {
   const WeightTile tile = tiles[blockIdx.x];
-  if (tile.bits == kNotQuantized) return;
+  if (bits[tile.slot] == kNotQuantized) return;
   w += tile.begin * kTileAlign;
   float x[kRounds][kWide];
 #pragma unroll
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   float most = 0.0f;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) most = max_nan(most, group_range<kGroup>(x[r]).width());
-  block_max<kThreads>(widest + tile.slot, most);
+  block_max<kThreads>(max_range + tile.slot, most);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -105,7 +105,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
                                               uint8_t* __restrict__ e, uint8_t* __restrict__ z,
                                               uint8_t* __restrict__ clipped,
                                               const float* __restrict__ w, const WeightTile& tile,
-                                              float master_scale) {
+                                              int bits, float master_scale) {
   const int64_t begin = tile.begin * kTileAlign;
   w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
   float x[kRounds][kWide];
@@ -124,8 +124,8 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
     const Range<float> joined = group_range<kGroup>(x[r]);
     if (r == own_round) range = joined;
   }
-  const QuantizedGroup own = GroupQuantizer(master_scale, tile.bits)(range);
-  if (lane < kRounds && wide_offset(own_round) < tile.count && tile.bits != kNoQuantizer) {
+  const QuantizedGroup own = GroupQuantizer(master_scale, bits)(range);
+  if (lane < kRounds && wide_offset(own_round) < tile.count && bits != kNoQuantizer) {
     e[wide_offset(own_round) / kGroup] = own.params.e;
     z[wide_offset(own_round) / kGroup] = own.params.z;
   }
@@ -133,11 +133,11 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const GroupLevels group = own.levels.fetched(
-        tile.bits, [&](float number) { return __shfl_sync(kFullWarp, number, r, kLanes); });
+        bits, [&](float number) { return __shfl_sync(kFullWarp, number, r, kLanes); });
     const int at = wide_offset(r);
     if (at >= tile.count) continue;
     unsigned mask = 0;
-    if (tile.bits != kNoQuantizer) {
+    if (bits != kNoQuantizer) {
       if constexpr (kRounding == Rounding::Identity) {
 #pragma unroll
         for (int i = 0; i < kWide; ++i) x[r][i] /= master_scale;
@@ -157,29 +157,30 @@ template <int kGroup, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads)
     fake_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
                       uint8_t* __restrict__ z, uint8_t* __restrict__ clipped, float* __restrict__ s,
-                      const float* __restrict__ w, const float* __restrict__ widest,
-                      const float* __restrict__ ahead, const WeightTile* __restrict__ tiles,
-                      int64_t tile_count) {
+                      const float* __restrict__ w, const float* __restrict__ max_range,
+                      const float* __restrict__ prequantized, const WeightTile* __restrict__ tiles,
+                      int64_t tile_count, const int32_t* __restrict__ bits) {
   const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
-  __shared__ float scales[kTilesPerBlock];  // S of the tiles to be quantized, else 0
+  __shared__ float scales[kTilesPerBlock];  // S of the tiles that are to be quantized, else 0
+  __shared__ int widths[kTilesPerBlock];    // their bits
   float scale = 0.0f;
   if (threadIdx.x < kTilesPerBlock) {
     if (first + threadIdx.x < tile_count) {
-      const WeightTile tile = tiles[first + threadIdx.x];
-      if (tile.bits != kNotQuantized) {
-        scale = tile.bits == kNoQuantizer
-                    ? 1.0f
-                    : master_scale_of(raw_scale(widest[tile.slot], tile.bits));
-        s[tile.slot] = scale;  // all tiles of a parameter write the same
-        if (scale == ahead[tile.slot]) scale = 0.0f;
+      const int slot = tiles[first + threadIdx.x].slot, width = bits[slot];
+      if (width != kNotQuantized) {
+        scale = width == kNoQuantizer ? 1.0f : master_scale_of(raw_scale(max_range[slot], width));
+        s[slot] = scale;  // all tiles of a parameter write the same
+        if (scale == prequantized[slot]) scale = 0.0f;
       }
+      widths[threadIdx.x] = width;
     }
     scales[threadIdx.x] = scale;
   }
   if (!__syncthreads_or(scale != 0.0f)) return;
   for (int i = 0; i < kTilesPerBlock; ++i)
     if (scales[i] != 0.0f)  // NaN too
-      quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, tiles[first + i], scales[i]);
+      quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, tiles[first + i], widths[i],
+                                       scales[i]);
 }
 
 template <int kGroup>
@@ -259,26 +260,27 @@ const uchar4* quads_of(const uint8_t* x) { return reinterpret_cast<const uchar4*
 
 }  // namespace
 
-void launch_widest_groups(cudaStream_t stream, float* widest, float* ahead, int64_t slots,
-                          const float* w, const WeightTile* tiles, int64_t tile_count, int group) {
-  for (float* cleared : {widest, ahead})
+void launch_max_group_range(cudaStream_t stream, float* max_range, float* prequantized,
+                            int64_t slots, const float* w, const WeightTile* tiles,
+                            int64_t tile_count, const int32_t* bits, int group) {
+  for (float* cleared : {max_range, prequantized})
     BBB_CUDA(cudaMemsetAsync(cleared, 0, static_cast<size_t>(slots) * sizeof(float), stream));
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(tile_count)), dim3(kThreads)},
-           widest_groups_kernel<size>, widest, w, tiles);
+           max_group_range_kernel<size>, max_range, w, tiles, bits);
   });
 }
 
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
-                       uint8_t* clipped, float* s, const float* w, const float* widest,
-                       const float* ahead, const WeightTile* tiles, int64_t tile_count, int group,
-                       Rounding rounding) {
+                       uint8_t* clipped, float* s, const float* w, const float* max_range,
+                       const float* prequantized, const WeightTile* tiles, int64_t tile_count,
+                       const int32_t* bits, int group, Rounding rounding) {
   const int64_t blocks = (tile_count + kTilesPerBlock - 1) / kTilesPerBlock;
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
            rounding == Rounding::Identity ? fake_quant_kernel<size, Rounding::Identity>
                                           : fake_quant_kernel<size, Rounding::Nearest>,
-           wq, e, z, clipped, s, w, widest, ahead, tiles, tile_count);
+           wq, e, z, clipped, s, w, max_range, prequantized, tiles, tile_count, bits);
   });
 }
 
@@ -307,7 +309,8 @@ void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, floa
 
 template <typename T>
 void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
-                                 const uint8_t* z, int64_t count, WeightGrid spec, bool accumulate) {
+                                 const uint8_t* z, int64_t count, WeightGrid spec,
+                                 bool accumulate) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), scale_codes_backward_kernel<group, T>, dsigma, dw,
            quads_of(codes), z, count / kPerThread, accumulate);
@@ -316,6 +319,7 @@ void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, co
 template void launch_scale_codes_backward(cudaStream_t, float*, const float*, const uint8_t*,
                                           const uint8_t*, int64_t, WeightGrid, bool);
 template void launch_scale_codes_backward(cudaStream_t, __nv_bfloat16*, const __nv_bfloat16*,
-                                          const uint8_t*, const uint8_t*, int64_t, WeightGrid, bool);
+                                          const uint8_t*, const uint8_t*, int64_t, WeightGrid,
+                                          bool);
 
 }  // namespace bbb::quant

@@ -21,8 +21,8 @@ constexpr int kNotQuantized = 0;         // bits of a parameter that is no weigh
 struct alignas(16) WeightTile {
   int32_t begin;  // first element / kTileAlign
   int32_t count;  // elements, a multiple of kTileAlign
-  int32_t slot;   // index of the parameter: of its S and its maximum group range
-  int32_t bits;   // WeightGrid's, or kNotQuantized
+  int32_t slot;   // index of the parameter in every table that has a row for each
+  int32_t unused;
 };
 static_assert(sizeof(WeightTile) == 4 * sizeof(int32_t));
 
@@ -31,7 +31,7 @@ inline int64_t padded_elements(int64_t count) {
 }
 
 // The tiles of consecutive parameters: `counts` elements each before padding, slot i for parameter
-// i, all kNotQuantized. Throws above 2^31 tile units, which is 2^38 elements.
+// i. Throws above 2^31 tile units, which is 2^38 elements.
 inline std::vector<WeightTile> make_tiles(const std::vector<int64_t>& counts) {
   std::vector<WeightTile> tiles;
   int64_t at = 0;
@@ -41,9 +41,16 @@ inline std::vector<WeightTile> make_tiles(const std::vector<int64_t>& counts) {
     for (; at < end; at += tiles.back().count)
       tiles.push_back({static_cast<int32_t>(at / kTileAlign),
                        static_cast<int32_t>(std::min(kTileElements, end - at)),
-                       static_cast<int32_t>(slot), kNotQuantized});
+                       static_cast<int32_t>(slot), 0});
   }
   return tiles;
 }
+
+// The optimizer's row of a parameter. T is the type of the masters.
+template <typename T>
+struct SlotRule {
+  T lr_factor = 1;
+  T decay = 0;  // decoupled weight decay
+};
 
 }  // namespace bbb::quant

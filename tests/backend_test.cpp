@@ -43,10 +43,10 @@ TEST_CASE("a wrong call names its op and the shapes") {
   const auto i = [&](Shape shape) { return b.zeros(std::move(shape), DType::I32); };
   const auto u = [&](Shape shape) { return b.zeros(std::move(shape), DType::U8); };
   const Tensor none;
-  const engine::FakeQuantWeights weights{.tiles = i({1, 4}),
-                                         .widest = r({1}),
+  const engine::QuantizedWeights weights{.tiles = i({1, 4}),
+                                         .max_range = r({1}),
                                          .s = r({1}),
-                                         .ahead = r({1}),
+                                         .prequantized = r({1}),
                                          .clipped = u({16}),
                                          .wq = a({128}),
                                          .e = u({4}),
@@ -190,9 +190,9 @@ TEST_CASE("a wrong call names its op and the shapes") {
                                         i({2}), 1.0);
        }},
       {"sum", "out must be", [&] { b.sum(r({2}), r({4}), 1.0, Write::Overwrite); }},
-      {"widest_groups", "130 elements, no multiple of 128",
-       [&] { b.widest_groups(weights, r({130})); }},
-      {"widest_groups", "clipped must be U8 (32)", [&] { b.widest_groups(weights, r({256})); }},
+      {"max_group_range", "130 elements, no multiple of 128",
+       [&] { b.max_group_range(weights, r({130})); }},
+      {"max_group_range", "clipped must be U8 (32)", [&] { b.max_group_range(weights, r({256})); }},
       {"fake_quant", "z must be U8 (4)", [&] { b.fake_quant(weights, r({128})); }},
       {"quantize_codes", "bits must be 2, 3, 4 or 8, got 5",
        [&] {

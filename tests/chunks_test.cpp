@@ -1,5 +1,5 @@
 // Chunks of device memory, on addresses that are only counted.
-#include "cuda/chunks.h"
+#include "engine/chunks.h"
 
 #include <catch2/catch.hpp>
 #include <map>
@@ -9,7 +9,7 @@
 namespace bbb::tests {
 namespace {
 
-using cuda::Chunks;
+using engine::Chunks;
 
 char* const kSlab = reinterpret_cast<char*>(uintptr_t{1} << 40);
 // A char* would be printed as the text that it points at.

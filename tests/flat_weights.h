@@ -45,9 +45,9 @@ struct FlatWeights {
     for (quant::WeightTile& tile : tiles)
       tile.bits = parameters[static_cast<size_t>(tile.slot)].bits;
     q = {.tiles = b.empty({static_cast<int64_t>(tiles.size()), 4}, DType::I32),
-         .widest = widest.tensor(),
+         .max_range = widest.tensor(),
          .s = s.tensor(),
-         .ahead = ahead.tensor(),
+         .prequantized = ahead.tensor(),
          .clipped = clipped.tensor(),
          .wq = wq.tensor(),
          .e = e.tensor(),
@@ -74,7 +74,7 @@ struct FlatWeights {
   std::vector<int64_t> begins;  // first element of each
   int64_t total, slots;
   Guarded w, widest, s, ahead, clipped, wq, e, z;
-  engine::FakeQuantWeights q;
+  engine::QuantizedWeights q;
 };
 
 inline bool bit_of(const std::vector<uint8_t>& bits, size_t i) {

@@ -277,7 +277,7 @@ TEST_CASE("what runs beside a step sees what was before, and is seen by what fol
       for (int round = 0; round < 2; ++round) {
         b.add(x, x, out);
         Tensor side, main;
-        b.beside([&] { side = chain(12); }, [&] { main = chain(9); });
+        b.overlap([&] { side = chain(12); }, [&] { main = chain(9); });
         b.add(out, side, main);
       }
     };
@@ -294,9 +294,9 @@ TEST_CASE("what runs beside a step sees what was before, and is seen by what fol
   // An error in either leaves the backend as it was.
   const auto nothing = [] {};
   const auto broken = [] { throw Error("one side is broken"); };
-  CHECK_THROWS_WITH(b.record([&] { b.beside(broken, nothing); })->run(),
+  CHECK_THROWS_WITH(b.record([&] { b.overlap(broken, nothing); })->run(),
                     Catch::Contains("one side is broken"));
-  CHECK_THROWS_WITH(b.record([&] { b.beside(nothing, broken); })->run(),
+  CHECK_THROWS_WITH(b.record([&] { b.overlap(nothing, broken); })->run(),
                     Catch::Contains("one side is broken"));
   CHECK(run(true) == run(false));
 }

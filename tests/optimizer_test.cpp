@@ -89,7 +89,7 @@ void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType 
   b.copy(flat.w.tensor(), make(b, {n}, b.real(), want.w));
   b.zero(m.tensor());
   b.zero(v.tensor());
-  b.widest_groups(flat.q, flat.w.tensor());
+  b.max_group_range(flat.q, flat.w.tensor());
   b.fake_quant(flat.q, flat.w.tensor());
   const Tensor control = b.zeros({engine::kControlSize}, b.real());
   int applied = 0;
@@ -126,9 +126,9 @@ void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType 
           (b.act() == b.real() ? 32 * real_epsilon() : act_epsilon() / 4));
     CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
     // What it leaves for the next S is what the masters give.
-    const auto left = bytes_of(b, flat.widest.tensor());
-    b.widest_groups(flat.q, flat.w.tensor());
-    CHECK(left == bytes_of(b, flat.widest.tensor()));
+    const auto left = bytes_of(b, flat.max_range.tensor());
+    b.max_group_range(flat.q, flat.w.tensor());
+    CHECK(left == bytes_of(b, flat.max_range.tensor()));
   }
   CHECK((flat.untouched() && m.untouched() && v.untouched()));
 }
@@ -153,7 +153,7 @@ std::vector<std::vector<uint8_t>> made_by_quantizer(Backend& b, const FlatWeight
 std::vector<std::vector<uint8_t>> made_afresh(Backend& b, const FlatWeights& flat) {
   const FlatWeights fresh(b, flat.parameters, flat.q.group, flat.q.rounding);
   b.copy(fresh.w.tensor(), flat.w.tensor());
-  b.widest_groups(fresh.q, fresh.w.tensor());
+  b.max_group_range(fresh.q, fresh.w.tensor());
   b.fake_quant(fresh.q, fresh.w.tensor());
   return made_by_quantizer(b, fresh);
 }
@@ -298,7 +298,7 @@ TEST_CASE("a weight that is not finite shows in the widest group that adamw leav
     const Tensor control = b.zeros({engine::kControlSize}, b.real());
     control_step(b, control, 1.0, 1.0, Schedule{});
     b.adamw(w, m, v, zeros, control, flat.q, AdamWSpec{});
-    const auto widest = values_of(b, flat.widest.tensor());
+    const auto widest = values_of(b, flat.max_range.tensor());
     CHECK_FALSE(std::isfinite(widest[0]));
     CHECK(std::isfinite(widest[1]));
     b.fake_quant(flat.q, w);
@@ -337,7 +337,7 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
         Schedule schedule;
         schedule.peak_lr = 1e-2;
         schedule.total_steps = 1000;
-        b.widest_groups(flat.q, flat.w.tensor());
+        b.max_group_range(flat.q, flat.w.tensor());
         b.fake_quant(flat.q, flat.w.tensor());
         int changed = 0, stood = 0;
         for (int t = 0; t < static_cast<int>(std::size(decays)); ++t) {
@@ -355,7 +355,7 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
              b.adamw(flat.w.tensor(), m, v, gradient, control, flat.q, spec);
            })->run();
           CHECK(values_of(b, control)[engine::kSkip] == (skip ? 1 : 0));
-          const auto ahead = values_of(b, flat.ahead.tensor());
+          const auto ahead = values_of(b, flat.prequantized.tensor());
           for (size_t p = 0; p < ahead.size(); ++p) {
             const bool quantized = flat.parameters[p].bits != quant::kNotQuantized &&
                                    rounding == engine::Rounding::Nearest;
@@ -382,7 +382,7 @@ TEST_CASE("what adamw quantized ahead is not quantized again, until masters chan
   for (const size_t p : {0, 2}) flat.set(flat.w.tensor(), p, normal(rng, flat.parameters[p].count));
   const Tensor m = b.zeros({n}, b.act()), v = b.zeros({n}, b.real()), g = b.zeros({n}, b.real());
   const Tensor control = b.zeros({engine::kControlSize}, b.real());
-  b.widest_groups(flat.q, flat.w.tensor());
+  b.max_group_range(flat.q, flat.w.tensor());
   b.fake_quant(flat.q, flat.w.tensor());
   control_step(b, control, 1.0, 1.0, Schedule{});
   b.adamw(flat.w.tensor(), m, v, g, control, flat.q, AdamWSpec{});
@@ -390,7 +390,7 @@ TEST_CASE("what adamw quantized ahead is not quantized again, until masters chan
   b.zero(flat.w.tensor());  // unannounced
   b.fake_quant(flat.q, flat.w.tensor());
   CHECK((made_by_quantizer(b, flat) == made) == on_cuda());
-  b.widest_groups(flat.q, flat.w.tensor());
+  b.max_group_range(flat.q, flat.w.tensor());
   b.fake_quant(flat.q, flat.w.tensor());
   CHECK(made_by_quantizer(b, flat) == made_afresh(b, flat));
 }
@@ -403,7 +403,7 @@ TEST_CASE("a weight that stops being finite is not hidden by what was quantized 
     const int64_t n = flat.total;
     auto values = normal(rng, n);
     b.copy(flat.w.tensor(), make(b, {n}, b.real(), values));
-    b.widest_groups(flat.q, flat.w.tensor());
+    b.max_group_range(flat.q, flat.w.tensor());
     b.fake_quant(flat.q, flat.w.tensor());
     for (const int64_t at : {64 * 100 + 3, 64 * 131 + 5}) values[static_cast<size_t>(at)] = bad;
     b.copy(flat.w.tensor(), make(b, {n}, b.real(), values));

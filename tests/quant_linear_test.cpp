@@ -325,8 +325,8 @@ struct TwoLinears {
 
   std::vector<std::vector<uint8_t>> state() const {
     std::vector<std::vector<uint8_t>> all;
-    const engine::FakeQuantWeights& q = set.quantized();
-    for (const Tensor& t : {set.masters(), set.m(), set.v(), set.grads(), adamw.control(), q.widest,
+    const engine::QuantizedWeights& q = set.quantized();
+    for (const Tensor& t : {set.masters(), set.m(), set.v(), set.grads(), adamw.control(), q.max_range,
                             q.s, q.clipped, first.parameter()->master})
       all.push_back(bytes_of(device, t));
     for (const QuantLinear* linear : {&first, &second}) {

@@ -53,7 +53,7 @@ Quantized quantize(Backend& b, int64_t n, int64_t k, const Values& w, WeightGrid
       b, {{5, quant::kNotQuantized}, {n * k, spec.bits}, {130, quant::kNotQuantized}}, spec.group,
       rounding);
   flat.set(flat.w.tensor(), 1, w);
-  b.widest_groups(flat.q, flat.w.tensor());
+  b.max_group_range(flat.q, flat.w.tensor());
   b.fake_quant(flat.q, flat.w.tensor());
   const int64_t begin = flat.begins[1];
   const auto scales = [&](const Tensor& t) {
@@ -66,7 +66,7 @@ Quantized quantize(Backend& b, int64_t n, int64_t k, const Values& w, WeightGrid
               .z = scales(flat.z.tensor()),
               .codes = b.empty({n, k}, DType::U8),
               .clipped = bytes_of(b, flat.clipped.tensor().slice(begin / 8, n * k / 8)),
-              .widest = values_of(b, flat.widest.tensor())[1],
+              .max_range = values_of(b, flat.max_range.tensor())[1],
               .untouched = flat.untouched()};
   b.quantize_codes(q.codes, q.w, q.e, q.z, q.s, spec);
   return q;
@@ -93,7 +93,7 @@ TEST_CASE("master scale, codes and levels equal the formula", "[quantizer]") {
     const Quantized got = quantize(backend(), n, k, w, spec);
     const FormulaResult want = quantize_by_formula(w, spec.bits, spec.group);
     CHECK(got.untouched);
-    CHECK(got.widest == want.widest);
+    CHECK(got.max_range == want.max_range);
     CHECK(values_of(backend(), got.s)[0] == want.s);
     CHECK(got.clipped == want.clipped);
     CHECK(bytes_of(backend(), got.e) == want.e);
@@ -168,7 +168,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
     for (size_t p = 0; p < parameters.size(); ++p) got.set(got.w.tensor(), p, w[p]);
     // Twice: the second time everything stands there already.
     for (int pass = 0; pass < 2; ++pass) {
-      b.widest_groups(got.q, got.w.tensor());
+      b.max_group_range(got.q, got.w.tensor());
       b.fake_quant(got.q, got.w.tensor());
     }
     CHECK(got.untouched());
@@ -181,7 +181,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
       const auto of_groups = [&, count = count](const Guarded& scales) {
         return bytes_of(b, scales.tensor().slice(begin / group, count / group));
       };
-      CHECK(values_of(b, got.widest.tensor())[p] == want.widest);
+      CHECK(values_of(b, got.max_range.tensor())[p] == want.max_range);
       CHECK(values_of(b, got.s.tensor())[p] == want.s);
       CHECK(of_groups(got.e) == want.e);
       CHECK(of_groups(got.z) == want.z);
@@ -190,7 +190,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
     }
     CHECK(values_of(backend(), got.s.tensor())[3] == 1);  // no quantizer: the weight itself
     CHECK(values_of(backend(), got.wq.tensor().slice(got.begins[3], 5 * group)) == as_act(w[3]));
-    CHECK(values_of(backend(), got.widest.tensor())[1] == 0);
+    CHECK(values_of(backend(), got.max_range.tensor())[1] == 0);
     CHECK(values_of(backend(), got.wq.tensor().slice(got.begins[1], 7)) == Values(7, 0.0));
   }
 }
@@ -202,8 +202,8 @@ TEST_CASE("the widest group is found anywhere in a large matrix", "[quantizer]")
     w[static_cast<size_t>(at)] = -3.0;
     const FlatWeights flat(backend(), {{n * k, 2}}, 32);
     flat.set(flat.w.tensor(), 0, w);
-    backend().widest_groups(flat.q, flat.w.tensor());
-    CHECK(values_of(backend(), flat.widest.tensor())[0] == 0.001f + 3.0f);
+    backend().max_group_range(flat.q, flat.w.tensor());
+    CHECK(values_of(backend(), flat.max_range.tensor())[0] == 0.001f + 3.0f);
     w[static_cast<size_t>(at)] = 0.001;
   }
 }

@@ -90,9 +90,12 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
                  static_cast<double>(bench.batch * bench.seq_len);
   {
     std::optional<engine::GemmTuningScope> tuned;
+    const int64_t recorded_bytes =
+        bench.end_to_end ? train::plan_end_to_end_memory(backend, model, config).recorded_bytes
+                         : train::plan_block_memory(backend, model, config).recorded_bytes;
     if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
-      engine::GemmTuning tuning = train::stored_gemm_tuning(
-          backend, bench.gemm_file, train::gemm_timing_bytes(backend, model, config), bench.say);
+      engine::GemmTuning tuning =
+          train::stored_gemm_tuning(backend, bench.gemm_file, recorded_bytes, bench.say);
       tuning.step_runs = kLongRun;
       tuned.emplace(backend, std::move(tuning));
     }
@@ -123,11 +126,11 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
 
 int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
   const train::TrainConfig config = config_for(backend, bench);
-  const int64_t available = backend.memory_available_bytes();
+  const int64_t available = train::device_room(backend, {});
   const models::Recompute mode = bench.recompute.value_or(models::Recompute::Block);
   models::LlamaConfig model = bench.model;
   while (model.layers > 1 &&
-         train::end_to_end_memory_bytes(backend, model, config, mode) > available)
+         train::count_end_to_end_memory(backend, model, config, mode).device_bytes > available)
     --model.layers;
   return model.layers;
 }

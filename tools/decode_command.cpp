@@ -126,7 +126,7 @@ class Generator {
 
 // Bytes of a linear's weight as it is held: the tensors of its format, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
-  if (linear.state() == models::LinearState::Packed) return linear.format().bytes();
+  if (linear.holds<models::PackedLinear>()) return linear.format().bytes();
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 

@@ -74,4 +74,32 @@ std::string to_string(const BlockTime& time, const TrainConfig& config) {
                     seconds(time.streams_s), ", weights ", seconds(time.weights_s));
 }
 
+nlohmann::ordered_json log_line(const BlockTime& time, int64_t block, const TrainConfig& config) {
+  nlohmann::ordered_json line;
+  line["phase"] = "time";
+  line["block"] = block;
+  for (size_t t = 0; t < time.stages.size(); ++t)
+    line["stages"].push_back({{"stage", to_string({config.stages[t]})},
+                              {"train_s", time.stages[t].train_s},
+                              {"validation_s", time.stages[t].validation_s}});
+  line["streams_s"] = time.streams_s;
+  line["weights_s"] = time.weights_s;
+  return line;
+}
+
+void report(const std::vector<BlockTime>& times, const TrainConfig& config, int64_t layers) {
+  if (times.empty()) return;
+  const BlockTime middle = median(times);
+  std::printf("blocks: %s, the median of %zu\n", to_string(middle, config).c_str(), times.size());
+  if (!config.extrapolate) return;
+  const Extent& to = *config.extrapolate;
+  const BlockTime longer = extrapolate(middle, config, to);
+  std::printf(
+      "%lld samples x %lld tokens, %lld epochs a stage, streams where they are here: %s; %.2f h "
+      "for %lld blocks\n",
+      static_cast<long long>(to.samples), static_cast<long long>(config.seq_len),
+      static_cast<long long>(to.epochs), to_string(longer, config).c_str(),
+      longer.total_s() * static_cast<double>(layers) / 3600, static_cast<long long>(layers));
+}
+
 }  // namespace bbb::train

@@ -8,30 +8,22 @@
 // step is recorded once and replayed.
 #pragma once
 
-#include "engine/backend.h"
-#include "models/quant_linear.h"
+#include "engine/counting_backend.h"
+#include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/train.h"
 
 namespace bbb::train {
 
-// The most that the phase will hold of the device.
-struct EndToEndMemory {
-  int64_t device_bytes = 0;
-  models::Recompute recompute = models::Recompute::None;
-};
-
-// What a model of these sizes needs in this mode.
-int64_t end_to_end_memory_bytes(Backend& backend, const models::LlamaConfig& model,
-                                const TrainConfig& config, models::Recompute recompute);
-// Throws, saying what to change, where the phase does not fit.
-EndToEndMemory plan_end_to_end_memory(Backend& backend, const models::LlamaConfig& model,
-                                      const TrainConfig& config);
-
 // Runs or resumes the phase and writes the run's final file.
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, const EndToEndMemory& memory,
+                      const TrainConfig& config, models::Recompute recompute,
                       const RunDirectory& run, const Observer& observer);
+
+// Holds of the device what the phase will hold, without training. Returns the bytes that the
+// recorded step keeps.
+int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
+                            const TrainConfig& config, models::Recompute recompute);
 
 // The masters with which the phase starts, and which an export takes where there is no such phase:
 // those of the block's last stage, or the full-precision weights where no blocks were trained.

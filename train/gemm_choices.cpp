@@ -1,13 +1,11 @@
 // {"made_by": library and device, "algorithms": {product: algorithm, ..}, "checksum": of both}
 #include "train/gemm_choices.h"
 
-#include <algorithm>
 #include <filesystem>
 #include <utility>
 
 #include "data/checksum.h"
 #include "data/files.h"
-#include "models/llama.h"
 #include "train/run_directory.h"
 
 namespace bbb::train {
@@ -68,26 +66,6 @@ engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std:
     tuning.keep = [path](const GemmChoices& choices) { save_gemm_choices(path, choices); };
   tuning.say = std::move(say);
   return tuning;
-}
-
-int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& model,
-                          const TrainConfig& config) {
-  const auto backward_bytes = [&](int64_t windows) {
-    return models::activation_memory(backend, model, windows, config.seq_len,
-                                     models::Recompute::Block)
-        .backward_bytes;
-  };
-  int64_t bytes = config.stages.empty() ? 0 : backward_bytes(config.batch);
-  if (config.e2e_steps > 0) {
-    const autograd::HeadChunks chunks =
-        models::head_chunks(models::head_budget(backend), config.e2e_micro_batch * config.seq_len,
-                            model.vocab, backend.act());
-    const int64_t logits =
-        chunks.rows * chunks.vocab * (config.e2e_loss == EndToEndLoss::Kl ? 2 : 1);
-    bytes = std::max({bytes, backward_bytes(config.e2e_micro_batch),
-                      logits * engine::size_bytes(backend.act())});
-  }
-  return bytes;
 }
 
 }  // namespace bbb::train

@@ -17,14 +17,10 @@ engine::GemmChoices load_gemm_choices(const std::string& path);
 
 // Takes over the choices in `path`, where there are any, and stores new ones there before they are
 // used; an empty path is no file. Another library's or device's are left: `say` tells, and products
-// are timed anew. How often products run is the caller's to fill in.
+// are timed anew. memory_bytes: what timing may take of the device; as much as recorded steps keep
+// is free whenever a product is timed. How often products run is the caller's to fill in.
 engine::GemmTuning stored_gemm_tuning(const engine::Backend& backend, const std::string& path,
                                       int64_t memory_bytes,
                                       std::function<void(const std::string&)> say);
-
-// What timing may take of the device: as much as a step's backward pass through one half of a block
-// or its logits, which are not there where a product is first met. So a run's planned memory holds.
-int64_t gemm_timing_bytes(engine::Backend& backend, const models::LlamaConfig& model,
-                          const TrainConfig& config);
 
 }  // namespace bbb::train

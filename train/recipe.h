@@ -2,6 +2,7 @@
 // and exported.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "models/config.h"
@@ -19,6 +20,9 @@ class Recipe {
   // Of the linears of a layer, in the order of block_linears(), in a stage of the block phase.
   std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const {
     return formats(layer, config_.stages[static_cast<size_t>(stage)]);
+  }
+  std::string stage_name(int64_t stage) const {  // "w2a16"
+    return to_string({config_.stages[static_cast<size_t>(stage)]});
   }
   // Of the end-to-end phase and of the export.
   std::vector<quant::LinearFormat> result_formats(int64_t layer) const {

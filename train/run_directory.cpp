@@ -66,15 +66,6 @@ void remove_leftovers(const std::string& path) {
 
 }  // namespace
 
-void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes) {
-  line["loss"] = control[engine::kLoss];
-  line["lr"] = control[engine::kLr];
-  line["grad_norm"] = control[engine::kGradNorm];
-  line["skipped"] = control[engine::kSkip] != 0;
-  line["tokens_per_s"] = std::llround(tokens_per_s);
-  line["memory_bytes"] = memory_bytes;
-}
-
 // The record but for its checksum.
 static Json record_of(const RunIdentity& identity) {
   Json j;
@@ -279,6 +270,41 @@ models::LayerResult RunDirectory::stage_result(int64_t block, int64_t stage, con
   return models::read_layer(file, layer_prefix(block), model, recipe.stage_formats(block, stage));
 }
 
+void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recipe,
+                               const models::LlamaConfig& model, const models::LayerResult& result,
+                               const std::vector<double>& validation) const {
+  const auto content = models::LinearContent::Masters;
+  std::vector<data::SafeTensorsWriter::Entry> entries;
+  models::declare_layer(entries, layer_prefix(block), model, recipe.stage_formats(block, stage),
+                        content);
+  RunFileWriter writer(
+      stage_file(block, stage), checksum(), entries,
+      {{"stage", recipe.stage_name(stage)}, {"validation_loss", Json(validation).dump()}});
+  models::add_layer(writer, layer_prefix(block), model, result, content);
+  writer.finish();
+}
+
+std::optional<SavedState> RunDirectory::block_state(const TrainConfig& config,
+                                                    int64_t finished_stages) const {
+  const std::string file = block_state_file();
+  if (!fs::exists(file)) return std::nullopt;
+  std::optional<SavedState> saved(std::in_place, file, checksum());
+  const Position& at = saved->position();
+  const int64_t stages = static_cast<int64_t>(config.stages.size());
+  const int64_t stage = at.block * stages + at.stage;
+  const int64_t epoch = at.step / (config.samples / config.batch);
+  BBB_CHECK(at.block >= 0 && at.stage >= 0 && at.stage < stages && at.step > 0 &&
+                at.step < steps_per_stage(config) &&
+                static_cast<int64_t>(at.validation.size()) == epoch + 1,
+            file, ": block ", at.block, ", stage ", at.stage, ", step ", at.step,
+            " is no place in this run");
+  BBB_CHECK(stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage,
+            ", but ", stage_file(finished_stages / stages, finished_stages % stages),
+            " is missing; delete the state, too, to train from there again");
+  if (stage < finished_stages) saved.reset();  // its stage was finished since
+  return saved;
+}
+
 void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {
   if (blocks_finished(config, layers)) fs::remove(block_state_file());
   if (fs::exists(final_file())) fs::remove(e2e_state_file());
@@ -302,40 +328,15 @@ void RunDirectory::keep_log(const std::function<bool(const Json& line)>& keep) c
   data::write_file_atomic(log_file(), kept);
 }
 
+int64_t steps_per_stage(const TrainConfig& config) {
+  return config.epochs * (config.samples / config.batch);
+}
+
 std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); }
 
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
   const uint64_t words[] = {seed, a, b};
   return engine::seed_from(words, sizeof words);
-}
-
-int64_t device_room(engine::Backend& backend, const MemoryBudget& budget) {
-  const int64_t available = backend.memory_available_bytes();
-  return budget.device_bytes > 0 ? std::min(available, budget.device_bytes) : available;
-}
-
-void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
-                  const std::string& what, const std::string& advice) {
-  const int64_t room = device_room(backend, budget);
-  const bool budgeted = room == budget.device_bytes;
-  BBB_CHECK(bytes <= room, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
-            backend.device_name(), budgeted ? " is to give " : " has ", room >> 20, " MiB",
-            budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
-}
-
-int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes) {
-  // The CPU rounds a size up by an eighth of a power of two at most; a GPU to 2 MiB, beside gaps
-  // between blocks and the workspaces of its libraries.
-  if (backend.device() == engine::DeviceType::Cpu) return bytes + bytes / 8;
-  return bytes + bytes / 32 + (int64_t{64} << 20);
-}
-
-models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
-                                   const std::function<int64_t(models::Recompute)>& bytes) {
-  if (budget.recompute) return *budget.recompute;
-  for (models::Recompute mode : {models::Recompute::None, models::Recompute::Attention})
-    if (bytes(mode) <= room_bytes) return mode;
-  return models::Recompute::Block;
 }
 
 int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config) {

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,13 +21,11 @@
 #include "models/llama.h"
 #include "train/config.h"
 #include "train/recipe.h"
+#include "train/saved_state.h"
 
 namespace bbb::train {
 
 using Json = nlohmann::ordered_json;
-
-// What every step's log line says: `control` holds the slots of engine::ControlSlot.
-void add_measures(Json& line, const float* control, double tokens_per_s, int64_t memory_bytes);
 
 // What a model is made of: names and checksums.
 using Parts = std::map<std::string, std::string>;
@@ -104,6 +103,13 @@ class RunDirectory {
   // What a finished stage left; throws where its file is damaged.
   models::LayerResult stage_result(int64_t block, int64_t stage, const Recipe& recipe,
                                    const models::LlamaConfig& model) const;
+  // Writes that file, with the validation losses of the stage.
+  void write_stage(int64_t block, int64_t stage, const Recipe& recipe,
+                   const models::LlamaConfig& model, const models::LayerResult& result,
+                   const std::vector<double>& validation) const;
+  // The state that a killed run left in its first unfinished stage, if it got that far. Throws
+  // where it is no place in this run or ahead of the results.
+  std::optional<SavedState> block_state(const TrainConfig& config, int64_t finished_stages) const;
   // Removes states of phases that are finished: a kill can come between a result and that.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 
@@ -117,19 +123,12 @@ class RunDirectory {
 
 std::string layer_prefix(int64_t layer);
 
+// Optimizer steps of one stage.
+int64_t steps_per_stage(const TrainConfig& config);
+
 // Independent random streams from one seed.
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
-// Throws, saying what to change, where `bytes` exceed what a run may take of the device.
-void check_memory(engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
-                  const std::string& what, const std::string& advice);
-// What a run may take of the device.
-int64_t device_room(engine::Backend& backend, const MemoryBudget& budget);
-// `bytes` of tensors and what the device's allocator adds to them.
-int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
-// The budget's mode, else the first one whose bytes are at most `room_bytes`, else the last.
-models::Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes,
-                                   const std::function<int64_t(models::Recompute)>& bytes);
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
 // What the final file holds of a linear.
 models::LinearContent final_content(const TrainConfig& config);

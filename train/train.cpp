@@ -30,7 +30,7 @@ const char* said(models::Recompute recompute) {
 }
 
 void print_plan(const models::LlamaConfig& model, const TrainConfig& config,
-                const BlockMemory* blocks, const EndToEndMemory* end_to_end) {
+                const BlockMemory* blocks, const PhaseMemory* end_to_end) {
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
     const StreamPlan& streams = blocks->streams;
@@ -128,33 +128,32 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
   if (blocks) memory = plan_block_memory(backend, model, config);
-  EndToEndMemory whole;
+  PhaseMemory whole;
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
     print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
-  const auto tune_for = [&](int64_t step_runs, int64_t product_runs) {
+  const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
     tuning.reset();
     if (config.gemm_algorithms != GemmAlgorithms::Timed) return;
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };
-    engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(),
-                                                gemm_timing_bytes(backend, model, config), say);
+    engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(), memory_bytes, say);
     own.step_runs = step_runs;
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
   };
   if (blocks) {
-    tune_for(block_steps(model, config), target_batches(model, config));
+    tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
     train_blocks(backend, source, windows, config, memory, run, observer);
   }
   if (config.e2e_steps > 0) {
-    tune_for(config.e2e_steps, 1);
+    tune_for(config.e2e_steps, 1, whole.recorded_bytes);
     if (config.e2e_snap == Snap::On && !observer.quiet)
       std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-    train_end_to_end(backend, source, windows, config, whole, run, observer);
+    train_end_to_end(backend, source, windows, config, whole.recompute, run, observer);
   }
 }
 
@@ -169,19 +168,21 @@ class Quantizer {
         block_(backend, model, 0, engine::Tensor()) {
     block_.declare_parameters(parameters_);
     parameters_.allocate();
-    block_.bind_parameters(parameters_, grid);
+    quantizer_.emplace(parameters_, grid.group);
+    block_.bind_parameters(*quantizer_, grid.bits);
   }
 
   LayerResult operator()(LayerResult layer) {
     if (layer.linears[0].quantized()) return layer;
     block_.set_masters(layer);
-    parameters_.prepare();
+    quantizer_->prepare();
     layer.linears = block_.result(models::LinearContent::Stored).linears;
     return layer;
   }
 
  private:
   autograd::ParameterSet parameters_;
+  std::optional<autograd::WeightQuantizer> quantizer_;
   models::LlamaBlock block_;
 };
 

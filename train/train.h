@@ -26,6 +26,7 @@
 namespace bbb::train {
 
 using engine::Backend;
+using engine::Tensor;
 using engine::WeightGrid;
 using models::Checkpoint;
 

@@ -17,13 +17,14 @@ static bool bit_of(const uint8_t* bits, int64_t i) { return bits[i / 8] >> (i % 
 
 template <typename T>
 void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                                    const Tensor& clipped, const Schedule& schedule) {
+                                    const Tensor& clipped, const Schedule& schedule,
+                                    const Tensor&) {
   const T* gradient = data(g);
   const auto* mask = clipped.data<uint8_t>();
   const double squared = ordered_sum(g.numel(), [=](int64_t begin, int64_t end) {
     return lane_sum<double>(end - begin, [=](int64_t i) {
       const auto value = static_cast<double>(gradient[begin + i]);
-      return bit_of(mask, begin + i) ? 0.0 : value * value;
+      return mask != nullptr && bit_of(mask, begin + i) ? 0.0 : value * value;
     });
   });
   T* slot = data(control);
@@ -49,37 +50,46 @@ void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss, c
 
 template <typename T>
 void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                             const Tensor& control, const FakeQuantWeights& q,
-                             const AdamWSpec& spec) {
+                             const Tensor& control, const ParameterTable& table,
+                             const QuantizedWeights& q, const AdamWSpec& spec) {
   const T* slot = data(control);
   if (slot[kSkip] != 0) return;
   const auto t = static_cast<double>(slot[kApplied]);
-  const T scale = slot[kScale], lr = slot[kLr];
+  const T scale = slot[kScale], base_lr = slot[kLr];
   const T b1 = static_cast<T>(spec.beta1), b2 = static_cast<T>(spec.beta2);
   const T rest1 = static_cast<T>(1 - spec.beta1), rest2 = static_cast<T>(1 - spec.beta2);
   const T unbias1 = static_cast<T>(1 / (1 - std::pow(spec.beta1, t)));
   const T unbias2 = static_cast<T>(1 / (1 - std::pow(spec.beta2, t)));
-  const T eps = static_cast<T>(spec.epsilon), decay = static_cast<T>(spec.weight_decay);
+  const T eps = static_cast<T>(spec.epsilon);
   T *weight = data(w), *first = data(m), *second = data(v);
   const T* gradient = data(g);
   const auto* clipped = q.clipped.data<uint8_t>();
-  parallel_for(w.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T grad = bit_of(clipped, i) ? T{0} : scale * gradient[i];
-      const T mean = b1 * first[i] + rest1 * grad;
-      const T square = b2 * second[i] + rest2 * (grad * grad);
-      const T old = weight[i];
-      first[i] = mean;
-      second[i] = square;
-      weight[i] = old - lr * (mean * unbias1 / (std::sqrt(square * unbias2) + eps) + decay * old);
+  const auto* tiles = static_cast<const quant::WeightTile*>(table.tiles.raw());
+  const auto* rules = static_cast<const quant::SlotRule<T>*>(table.slots.raw());
+  constexpr int64_t kTileGrain = kElementGrain / quant::kTileElements;
+  parallel_for(table.tiles.dim(0), kTileGrain, [=](int64_t first_tile, int64_t last_tile) {
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const quant::SlotRule<T> rule = rules[tiles[tile].slot];
+      const T lr = base_lr * rule.lr_factor, decay = rule.decay;
+      const int64_t begin = tiles[tile].begin * quant::kTileAlign;
+      for (int64_t i = begin; i < begin + tiles[tile].count; ++i) {
+        const T grad = clipped != nullptr && bit_of(clipped, i) ? T{0} : scale * gradient[i];
+        const T mean = b1 * first[i] + rest1 * grad;
+        const T square = b2 * second[i] + rest2 * (grad * grad);
+        const T old = weight[i];
+        first[i] = mean;
+        second[i] = square;
+        weight[i] = old - lr * (mean * unbias1 / (std::sqrt(square * unbias2) + eps) + decay * old);
+      }
     }
   });
-  do_widest_groups(q, w);
+  if (q.wq.defined()) do_max_group_range(q, w);
 }
 
 BBB_CPU_INSTANTIATE(do_step_control, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Schedule&);
+                    const Schedule&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_adamw, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const FakeQuantWeights&, const AdamWSpec&);
+                    const Tensor&, const ParameterTable&, const QuantizedWeights&,
+                    const AdamWSpec&);
 
 }  // namespace bbb::engine

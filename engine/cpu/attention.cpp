@@ -74,7 +74,8 @@ void attend(T* o, T* lse, const T* q, int64_t ldq, const T* k, const T* v, int64
 
 template <typename T>
 void CpuBackend<T>::do_attention(const Tensor& o, const Tensor& lse, const Tensor& q,
-                                 const Tensor& k, const Tensor& v, const AttentionSpec& spec) {
+                                 const Tensor& k, const Tensor& v, const AttentionSpec& spec,
+                                 const Tensor&) {
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t kv_heads = k.dim(2), group = heads / kv_heads, ldq = heads * d, ldk = kv_heads * d;
   const int64_t blocks = (time + kQueryBlock - 1) / kQueryBlock;
@@ -92,7 +93,8 @@ template <typename T>
 void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                                           const Tensor& dout, const Tensor& q, const Tensor& k,
                                           const Tensor& v, const Tensor& o, const Tensor& lse,
-                                          const Tensor& inv_freq, const AttentionSpec& spec) {
+                                          const Tensor& inv_freq, const AttentionSpec& spec,
+                                          const Tensor&) {
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t kv_heads = k.dim(2), group = heads / kv_heads, ldq = heads * d, ldk = kv_heads * d;
   const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(d)));
@@ -164,7 +166,7 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
 template <typename T>
 void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                         const Tensor& v_cache, const Tensor& start,
-                                        const AttentionSpec& spec) {
+                                        const AttentionSpec& spec, const Tensor&) {
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t capacity = k_cache.dim(1), kv_heads = k_cache.dim(2), group = heads / kv_heads;
   const int64_t ldq = heads * d, ldk = kv_heads * d, first = *start.data<int32_t>();
@@ -198,13 +200,13 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
 }
 
 BBB_CPU_INSTANTIATE(do_attention, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AttentionSpec&);
+                    const Tensor&, const AttentionSpec&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_attention_backward, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const AttentionSpec&);
+                    const Tensor&, const Tensor&, const AttentionSpec&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_append_kv, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&);
 BBB_CPU_INSTANTIATE(do_attention_cached, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AttentionSpec&);
+                    const Tensor&, const AttentionSpec&, const Tensor&);
 
 }  // namespace bbb::engine

@@ -42,14 +42,15 @@ class CpuBackend final : public Backend {
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
-  void beside(const std::function<void()>& side, const std::function<void()>& main) override {
+  void overlap(const std::function<void()>& side, const std::function<void()>& main) override {
     side();
     main();
   }
   void check_head_size(int64_t) const override {}
-  // A few rows a thread.
-  int64_t attention_backward_scratch(const Shape&, const Shape&,
-                                     const AttentionSpec&) const override {
+  int64_t block_bytes(int64_t bytes) const override { return HostMemory::block_bytes(bytes); }
+  int64_t scratch_bytes(ScratchOp, const Shape&) const override { return 0; }
+  int64_t attention_backward_scratch_bytes(const Shape&, const Shape&,
+                                           const AttentionSpec&) const override {
     return 0;
   }
   std::string gemm_library() const override { return ""; }
@@ -102,10 +103,11 @@ class CpuBackend final : public Backend {
   void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                    double eps) override;
   void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
-                            const Tensor& inv_rms, const Tensor& w, Write dx_mode,
-                            Write dw_mode) override;
+                            const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode,
+                            const Tensor& scratch) override;
   void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                               const Tensor& alpha, const Tensor& dw, Write mode) override;
+                               const Tensor& alpha, const Tensor& dw, Write mode,
+                               const Tensor& scratch) override;
   void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) override;
   void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
                           const Tensor& gate, const Tensor& up) override;
@@ -113,17 +115,18 @@ class CpuBackend final : public Backend {
                Rotation direction) override;
   void do_add(const Tensor& out, const Tensor& a, const Tensor& b) override;
   void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const AttentionSpec& spec) override;
+                    const Tensor& v, const AttentionSpec& spec, const Tensor& scratch) override;
   void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
                              const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                              const Tensor& o, const Tensor& lse, const Tensor& inv_freq,
-                             const AttentionSpec& spec) override;
+                             const AttentionSpec& spec, const Tensor& scratch) override;
   void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                     const Tensor& start) override;
   void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
-                           const Tensor& v_cache, const Tensor& start,
-                           const AttentionSpec& spec) override;
-  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) override;
+                           const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
+                           const Tensor& scratch) override;
+  void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
+              const Tensor& scratch) override;
   void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                         const Tensor& targets, double scale) override;
   void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
@@ -138,9 +141,10 @@ class CpuBackend final : public Backend {
   void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                        const Tensor& teacher, const Tensor& state,
                                        const Tensor& targets, double scale) override;
-  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) override;
-  void do_widest_groups(const FakeQuantWeights& q, const Tensor& w) override;
-  void do_fake_quant(const FakeQuantWeights& q, const Tensor& w) override;
+  void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
+              const Tensor& scratch) override;
+  void do_max_group_range(const QuantizedWeights& q, const Tensor& w) override;
+  void do_fake_quant(const QuantizedWeights& q, const Tensor& w) override;
   void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                          const Tensor& s, const WeightGrid& spec) override;
   void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s, const Tensor& codes,
@@ -151,9 +155,11 @@ class CpuBackend final : public Backend {
   void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                       const Tensor& addend) override;
   void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                       const Tensor& clipped, const Schedule& schedule) override;
+                       const Tensor& clipped, const Schedule& schedule,
+                       const Tensor& scratch) override;
   void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                const Tensor& control, const FakeQuantWeights& q, const AdamWSpec& spec) override;
+                const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
+                const AdamWSpec& spec) override;
 
   static constexpr int64_t kSumGrain = 32768;
 

@@ -9,7 +9,8 @@ namespace bbb::engine {
 
 template <typename T>
 void CpuBackend<T>::do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                                            const Tensor& alpha, const Tensor& dw, Write mode) {
+                                            const Tensor& alpha, const Tensor& dw, Write mode,
+                                            const Tensor&) {
   constexpr int64_t kColumns = 64;
   const int64_t rows = w.dim(0), columns = w.dim(1);
   const T factor = alpha.defined() ? *data(alpha) : T{1};
@@ -32,6 +33,6 @@ void CpuBackend<T>::do_input_scale_gradient(const Tensor& ds, const Tensor& s, c
 }
 
 BBB_CPU_INSTANTIATE(do_input_scale_gradient, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, Write);
+                    const Tensor&, const Tensor&, Write, const Tensor&);
 
 }  // namespace bbb::engine

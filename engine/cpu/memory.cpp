@@ -14,19 +14,18 @@ namespace {
 // would promise it and kill the process later.
 constexpr int64_t kCheckedBytes = int64_t{64} << 20;
 
-// Rounded up to 64 bytes, and to an eighth of a power of two above 512: few sizes, little waste.
-int64_t block_size(int64_t bytes) {
+}  // namespace
+
+HostMemory::~HostMemory() { drop_cache(); }
+
+int64_t HostMemory::block_bytes(int64_t bytes) {
   const auto size = static_cast<uint64_t>(std::max<int64_t>(bytes, 1));
   const uint64_t step = std::max<uint64_t>(64, std::bit_floor(size) / 8);
   return static_cast<int64_t>((size + step - 1) / step * step);
 }
 
-}  // namespace
-
-HostMemory::~HostMemory() { drop_cache(); }
-
 std::shared_ptr<Storage> HostMemory::allocate(int64_t bytes) {
-  const int64_t size = block_size(bytes);
+  const int64_t size = block_bytes(bytes);
   void* block = nullptr;
   {
     const std::lock_guard lock(mutex_);

@@ -29,6 +29,9 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
   void reset_peak();
   int64_t cached_bytes() const;
 
+  // A request rounded up: to 64 bytes, and to an eighth of a power of two above 512. Few sizes,
+  // little waste.
+  static int64_t block_bytes(int64_t bytes);
   static int64_t total_bytes();      // of the machine
   static int64_t available_bytes();  // /proc/meminfo: MemAvailable
 

@@ -29,7 +29,8 @@ const T* ordered_range(const T* src, const int32_t* order, int64_t row_numel, in
 }  // namespace
 
 template <typename T>
-void CpuBackend<T>::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y) {
+void CpuBackend<T>::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
+                           const Tensor&) {
   const T *a = data(x), *src = data(y.src);
   const int32_t* order = y.order.defined() ? order_of("mse", y, x.dim(0)) : nullptr;
   const int64_t row_numel = order == nullptr ? 0 : x.numel() / x.dim(0);
@@ -50,6 +51,7 @@ void CpuBackend<T>::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x
   *data(loss) = static_cast<T>(total / n);
 }
 
-BBB_CPU_INSTANTIATE(do_mse, const Tensor&, const Tensor&, const Tensor&, const Rows&);
+BBB_CPU_INSTANTIATE(do_mse, const Tensor&, const Tensor&, const Tensor&, const Rows&,
+                    const Tensor&);
 
 }  // namespace bbb::engine

@@ -14,7 +14,7 @@ static constexpr int64_t kTileGrain = kElementGrain / quant::kTileElements;
 
 static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
 
-static const quant::WeightTile* tiles_of(const FakeQuantWeights& q) {
+static const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
   return static_cast<const quant::WeightTile*>(q.tiles.raw());
 }
 
@@ -25,45 +25,47 @@ static host::Rows groups_of(const quant::WeightTile& tile, int group) {
 }
 
 template <typename T>
-void CpuBackend<T>::do_widest_groups(const FakeQuantWeights& q, const Tensor& w) {
+void CpuBackend<T>::do_max_group_range(const QuantizedWeights& q, const Tensor& w) {
   const quant::WeightTile* tiles = tiles_of(q);
+  const auto* bits = q.bits.data<int32_t>();
   std::vector<T> parts(static_cast<size_t>(q.tiles.dim(0)), T(0));
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      if (tiles[i].bits != quant::kNotQuantized)
+      if (bits[tiles[i].slot] != quant::kNotQuantized)
         parts[static_cast<size_t>(i)] =
-            host::widest_group(w.data<T>(), groups_of(tiles[i], q.group), q.group, q.group);
+            host::group_range_max(w.data<T>(), groups_of(tiles[i], q.group), q.group, q.group);
   });
-  T* widest = q.widest.data<T>();
-  std::fill_n(widest, q.widest.numel(), T(0));
-  std::fill_n(q.ahead.data<T>(), q.ahead.numel(), T(0));
+  T* max_range = q.max_range.data<T>();
+  std::fill_n(max_range, q.max_range.numel(), T(0));
+  std::fill_n(q.prequantized.data<T>(), q.prequantized.numel(), T(0));
   for (size_t i = 0; i < parts.size(); ++i)
-    widest[tiles[i].slot] = quant::max_or_nan(widest[tiles[i].slot], parts[i]);
+    max_range[tiles[i].slot] = quant::max_or_nan(max_range[tiles[i].slot], parts[i]);
 }
 
 template <typename T>
-void CpuBackend<T>::do_fake_quant(const FakeQuantWeights& q, const Tensor& w) {
+void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
   const quant::WeightTile* tiles = tiles_of(q);
-  for (int64_t i = 0; i < q.tiles.dim(0); ++i) {
-    if (tiles[i].bits == quant::kNotQuantized) continue;
-    q.s.data<T>()[tiles[i].slot] = tiles[i].bits == quant::kNoQuantizer
-                                       ? T(1)
-                                       : quant::master_scale_of(quant::raw_scale(
-                                             q.widest.data<T>()[tiles[i].slot], tiles[i].bits));
-  }
+  const auto* bits = q.bits.data<int32_t>();
+  for (int64_t slot = 0; slot < q.bits.numel(); ++slot)
+    if (bits[slot] != quant::kNotQuantized)
+      q.s.data<T>()[slot] =
+          bits[slot] == quant::kNoQuantizer
+              ? T(1)
+              : quant::master_scale_of(quant::raw_scale(q.max_range.data<T>()[slot], bits[slot]));
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const quant::WeightTile& tile = tiles[i];
       const int64_t first = tile.begin * quant::kTileAlign;
-      if (tile.bits == quant::kNotQuantized) continue;
-      if (tile.bits == quant::kNoQuantizer) {
+      const int width = bits[tile.slot];
+      if (width == quant::kNotQuantized) continue;
+      if (width == quant::kNoQuantizer) {
         std::copy_n(w.data<T>() + first, tile.count, q.wq.data<T>() + first);
         std::fill_n(q.clipped.data<uint8_t>() + first / 8, tile.count / 8, uint8_t{0});
         continue;
       }
       host::fake_quant(q.wq.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                        q.clipped.data<uint8_t>(), w.data<T>(), groups_of(tile, q.group), q.group,
-                       q.s.data<T>()[tile.slot], {tile.bits, q.group}, q.rounding);
+                       q.s.data<T>()[tile.slot], {width, q.group}, q.rounding);
     }
   });
 }
@@ -101,8 +103,8 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
   });
 }
 
-BBB_CPU_INSTANTIATE(do_widest_groups, const FakeQuantWeights&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_fake_quant, const FakeQuantWeights&, const Tensor&);
+BBB_CPU_INSTANTIATE(do_max_group_range, const QuantizedWeights&, const Tensor&);
+BBB_CPU_INSTANTIATE(do_fake_quant, const QuantizedWeights&, const Tensor&);
 BBB_CPU_INSTANTIATE(do_quantize_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     const Tensor&, const WeightGrid&);
 BBB_CPU_INSTANTIATE(do_scale_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

@@ -36,7 +36,7 @@ void CpuBackend<T>::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Te
 template <typename T>
 void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
                                          const Tensor& x, const Tensor& inv_rms, const Tensor& w,
-                                         Write dx_mode, Write dw_mode) {
+                                         Write dx_mode, Write dw_mode, const Tensor&) {
   const int64_t rows = x.dim(0), d = x.dim(1);
   const int64_t block = std::max<int64_t>(16, (rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (rows + block - 1) / block;
@@ -71,6 +71,6 @@ void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, con
 BBB_CPU_INSTANTIATE(do_rms_norm, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                     double);
 BBB_CPU_INSTANTIATE(do_rms_norm_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const Tensor&, Write, Write);
+                    const Tensor&, const Tensor&, const Tensor&, Write, Write, const Tensor&);
 
 }  // namespace bbb::engine

@@ -5,7 +5,8 @@
 namespace bbb::engine {
 
 template <typename T>
-void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode) {
+void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
+                           const Tensor&) {
   const T* in = data(x);
   const double total = scale * ordered_sum(x.numel(), [=](int64_t begin, int64_t end) {
                          return lane_sum<double>(end - begin, [=](int64_t i) {
@@ -16,6 +17,6 @@ void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Wri
   to = static_cast<T>(mode == Write::Add ? static_cast<double>(to) + total : total);
 }
 
-BBB_CPU_INSTANTIATE(do_sum, const Tensor&, const Tensor&, double, Write);
+BBB_CPU_INSTANTIATE(do_sum, const Tensor&, const Tensor&, double, Write, const Tensor&);
 
 }  // namespace bbb::engine

@@ -6,12 +6,13 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <set>
 #include <utility>
 #include <vector>
 
-namespace bbb::cuda {
+namespace bbb::engine {
 
 class Chunks {
  public:
@@ -36,4 +37,22 @@ class Chunks {
   std::set<std::pair<int64_t, char*>> free_;  // by size, then by address
 };
 
-}  // namespace bbb::cuda
+// The policy of a caching pool of device memory: how requests become blocks, and blocks slabs. A
+// request is rounded up to a block: to 512 bytes, above 1 MiB to 2 MiB. Blocks of up to 1 MiB share
+// slabs of 2 MiB; a larger block without a free chunk gets a slab of its own size.
+class ChunkPool {
+ public:
+  static int64_t block_bytes(int64_t bytes);
+  // `slab` gives a new slab of so many bytes, or nullptr. nullptr where it does.
+  void* take(int64_t block_bytes, const std::function<void*(int64_t bytes)>& slab);
+  void give_back(void* block, int64_t block_bytes);
+  std::vector<void*> remove_free_slabs();
+  int64_t free_bytes() const { return small_.free_bytes() + large_.free_bytes(); }
+
+ private:
+  Chunks& chunks_for(int64_t block_bytes);
+
+  Chunks small_, large_;
+};
+
+}  // namespace bbb::engine

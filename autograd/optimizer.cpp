@@ -1,0 +1,27 @@
+#include "autograd/optimizer.h"
+
+namespace bbb::autograd {
+
+Optimizer::Optimizer(ParameterSet& parameters, const WeightQuantizer* quantizer,
+                     engine::AdamWSpec spec, engine::Schedule schedule)
+    : parameters_(parameters),
+      quantizer_(quantizer),
+      spec_(spec),
+      schedule_(schedule),
+      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())) {}
+
+void Optimizer::restart() {
+  parameters_.reset_moments();
+  parameters_.backend().zero(control_);
+}
+
+void Optimizer::step(const Tensor& loss) {
+  Backend& backend = parameters_.backend();
+  const engine::QuantizedWeights epilogue =
+      quantizer_ != nullptr ? quantizer_->weights() : engine::QuantizedWeights();
+  backend.step_control(control_, loss, parameters_.grads(), epilogue.clipped, schedule_);
+  backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),
+                control_, parameters_.table(), epilogue, spec_);
+}
+
+}  // namespace bbb::autograd

@@ -1,0 +1,55 @@
+#include "autograd/weight_quantizer.h"
+
+namespace bbb::autograd {
+
+using engine::DType;
+
+WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, engine::Rounding rounding)
+    : parameters_(parameters) {
+  Backend& backend = parameters.backend();
+  const int64_t total = parameters.masters().numel();
+  const int64_t slots = static_cast<int64_t>(parameters.parameters().size());
+  weights_ = {.tiles = parameters.table().tiles,
+              .bits = backend.zeros({slots}, DType::I32),  // kNotQuantized
+              .max_range = backend.zeros({slots}, backend.real()),
+              .s = backend.zeros({slots}, backend.real()),
+              .prequantized = backend.zeros({slots}, backend.real()),
+              .clipped = backend.zeros({total / 8}, DType::U8),
+              .wq = backend.empty({total}, backend.act()),
+              .e = backend.empty({total / group}, DType::U8),
+              .z = backend.empty({total / group}, DType::U8),
+              .group = group,
+              .rounding = rounding};
+}
+
+QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
+  const Shape& shape = parameter.master.shape();
+  const int64_t group = weights_.group;
+  BBB_CHECK(shape.size() == 2 && shape[1] % group == 0, parameter.name, ": ", shape.back(),
+            " input features are no multiple of the group ", group);
+  set_bits(parameter, bits);
+  const int64_t begin = parameters_.offset(parameter), count = parameter.master.numel();
+  const Shape groups{shape[0], shape[1] / group};
+  return {weights_.wq.slice(begin, count).view(shape),
+          weights_.e.slice(begin / group, count / group).view(groups),
+          weights_.z.slice(begin / group, count / group).view(groups),
+          weights_.s.slice(parameter.slot, 1)};
+}
+
+void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
+  const int32_t value = bits;
+  parameters_.backend().upload(weights_.bits.slice(parameter.slot, 1), &value);
+  // The optimizer has prequantized with the old width.
+  parameters_.backend().zero(weights_.prequantized.slice(parameter.slot, 1));
+}
+
+void WeightQuantizer::prepare() {
+  parameters_.backend().max_group_range(weights_, parameters_.masters());
+  quantize();
+}
+
+void WeightQuantizer::quantize() {
+  parameters_.backend().fake_quant(weights_, parameters_.masters());
+}
+
+}  // namespace bbb::autograd

@@ -1,0 +1,46 @@
+// WeightQuantizer: what the quantizer makes of the masters of a ParameterSet, for all its weights
+// at once.
+//
+//   masters --prepare()--> maximum group range, S --> wq, e, z, clipped bits
+//           --quantize()-> the same where the optimizer alone has written masters since
+//
+// S of a weight comes from its maximum group range. Whoever writes masters calls prepare(), which
+// measures the ranges and quantizes. The optimizer's epilogue keeps the ranges up to date, so that
+// a training step starts with quantize(). On a GPU that epilogue also prequantizes with the last S,
+// and quantize() reads only masters whose S has changed.
+#pragma once
+
+#include "autograd/parameter.h"
+
+namespace bbb::autograd {
+
+// What the quantizer makes of one parameter (N, K): W^ = S wq.
+struct QuantizedParameter {
+  Tensor wq;    // act (N, K)
+  Tensor e, z;  // U8 (N, K/G)
+  Tensor s;     // real (1)
+};
+
+class WeightQuantizer {
+ public:
+  // Of an allocated set, which must outlive the quantizer.
+  WeightQuantizer(ParameterSet& parameters, int group,
+                  engine::Rounding rounding = engine::Rounding::Nearest);
+
+  // Puts a parameter (N, K) behind the quantizer; prepare() then fills what this returns. bits may
+  // be kNoQuantizer. Throws where the group does not divide K.
+  QuantizedParameter add(const Parameter& parameter, int bits);
+  // Takes effect at the next quantize() or prepare(), in recorded steps too.
+  void set_bits(const Parameter& parameter, int bits);
+  void prepare();
+  void quantize();
+
+  int group() const { return weights_.group; }
+  const engine::QuantizedWeights& weights() const { return weights_; }
+
+ private:
+  ParameterSet& parameters_;
+  engine::QuantizedWeights weights_;
+};
+
+}  // namespace bbb::autograd

@@ -1,0 +1,143 @@
+#include "train/memory_plan.h"
+
+#include <algorithm>
+
+#include "engine/counting_backend.h"
+#include "engine/cpu/memory.h"
+#include "models/synthetic_checkpoint.h"
+#include "train/block_phase.h"
+#include "train/end_to_end.h"
+#include "train/stream_set.h"
+
+namespace bbb::train {
+
+using engine::Backend;
+using engine::CountingBackend;
+using models::LlamaConfig;
+using models::Recompute;
+
+namespace {
+
+// The budget's mode, else the first whose bytes are at most `room_bytes`, else the last.
+template <typename Bytes>
+Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const Bytes& bytes) {
+  if (budget.recompute) return *budget.recompute;
+  for (const Recompute mode : {Recompute::None, Recompute::Attention})
+    if (bytes(mode) <= room_bytes) return mode;
+  return Recompute::Block;
+}
+
+PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
+                               const TrainConfig& config, Recompute recompute, StreamPlan streams) {
+  // Files take nothing of the device that host memory does not: nothing is made on the disk.
+  for (Tier& tier : streams.tiers)
+    if (tier == Tier::File) tier = Tier::Host;
+  CountingBackend counter(backend);
+  const auto source = models::make_weightless_checkpoint(model);
+  PhaseMemory memory;
+  memory.recompute = recompute;
+  memory.recorded_bytes = rehearse_blocks(counter, *source, config, recompute, streams);
+  memory.device_bytes = counter.memory_peak_bytes();
+  return memory;
+}
+
+StreamRoom room_beside(const Backend& backend, const LlamaConfig& model,
+                       const TrainConfig& config) {
+  StreamRoom room;
+  // Beside streams the host holds a block's weights: this one's, the next one's, every stage's.
+  const int64_t weights_bytes =
+      (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
+  room.host_bytes =
+      std::max<int64_t>(0, engine::HostMemory::available_bytes() / 5 * 4 - weights_bytes);
+  if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
+    room.host_bytes = std::max<int64_t>(0, room.host_bytes - device_room(backend, config.memory));
+  if (config.memory.host_bytes > 0)
+    room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
+  room.scratch = config.memory.scratch;
+  if (!room.scratch.empty()) room.scratch_bytes = free_disk_bytes(room.scratch);
+  return room;
+}
+
+}  // namespace
+
+BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
+                              const TrainConfig& config) {
+  const StreamShape shape = StreamSet::shape(backend, model, config);
+  const int64_t count = StreamSet::count(config);
+  const int rings = StreamSet::rings(config);
+  const int64_t device_bytes = device_room(backend, config.memory);
+  // Streams may be elsewhere, but the batches in use may not.
+  StreamPlan elsewhere;
+  elsewhere.tiers.assign(static_cast<size_t>(count), Tier::Host);
+  elsewhere.rings = rings;
+  const auto least_bytes = [&](Recompute mode) {
+    return count_block_memory(backend, model, config, mode, elsewhere).device_bytes;
+  };
+  const Recompute recompute = choose_recompute(config.memory, device_bytes, least_bytes);
+  const int64_t least = least_bytes(recompute) - Ring::device_bytes(rings, shape);
+  check_memory(backend, least, config.memory,
+               cat("block training, its streams aside, with ", config.batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               "lower --batch or --seq-len");
+  StreamRoom room = room_beside(backend, model, config);
+  room.device_bytes = device_bytes - least;
+  for (;;) {
+    BlockMemory memory;
+    memory.streams = plan_streams(count, rings, shape, room);
+    static_cast<PhaseMemory&>(memory) =
+        count_block_memory(backend, model, config, recompute, memory.streams);
+    // With a stream on the device a step gathers its batch itself, which takes room too.
+    const int64_t excess = memory.device_bytes - device_bytes;
+    if (excess <= 0 || !memory.streams.uses(Tier::Device)) return memory;
+    room.device_bytes -= excess;
+  }
+}
+
+PhaseMemory count_end_to_end_memory(const Backend& backend, const LlamaConfig& model,
+                                    const TrainConfig& config, Recompute recompute) {
+  CountingBackend counter(backend);
+  const auto source = models::make_weightless_checkpoint(model);
+  PhaseMemory memory;
+  memory.recompute = recompute;
+  memory.recorded_bytes = rehearse_end_to_end(counter, *source, config, recompute);
+  memory.device_bytes = counter.memory_peak_bytes();
+  return memory;
+}
+
+PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
+                                   const TrainConfig& config) {
+  const auto bytes = [&](Recompute recompute) {
+    return count_end_to_end_memory(backend, model, config, recompute).device_bytes;
+  };
+  const Recompute recompute =
+      choose_recompute(config.memory, device_room(backend, config.memory), bytes);
+  const PhaseMemory memory = count_end_to_end_memory(backend, model, config, recompute);
+  std::string advice = "lower --seq-len or --e2e-micro-batch";
+  if (config.e2e_train == EndToEndTrain::All) advice += ", take --e2e-train scales";
+  if (config.memory.recompute && *config.memory.recompute != Recompute::Block)
+    advice += ", take --recompute block";
+  if (!config.stages.empty()) advice += ", or leave the phase out with --e2e-steps 0";
+  check_memory(backend, memory.device_bytes, config.memory,
+               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
+                   config.seq_len, " tokens at once"),
+               advice);
+  return memory;
+}
+
+int64_t device_room(const Backend& backend, const MemoryBudget& budget) {
+  int64_t available = backend.memory_available_bytes();
+  if (backend.device() == engine::DeviceType::Cuda)
+    available -= available / 32 + (int64_t{64} << 20);
+  return budget.device_bytes > 0 ? std::min(available, budget.device_bytes) : available;
+}
+
+void check_memory(const Backend& backend, int64_t bytes, const MemoryBudget& budget,
+                  const std::string& what, const std::string& advice) {
+  const int64_t room = device_room(backend, budget);
+  const bool budgeted = room == budget.device_bytes;
+  BBB_CHECK(bytes <= room, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
+            backend.device_name(), budgeted ? " is to give " : " has ", room >> 20, " MiB",
+            budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
+}
+
+}  // namespace bbb::train

@@ -1,0 +1,41 @@
+// MemoryPlan: what a phase will hold of the device, found by running it on a CountingBackend, and
+// what follows: which activations are recomputed, and where streams go.
+#pragma once
+
+#include <string>
+
+#include "engine/backend.h"
+#include "models/recompute.h"
+#include "train/config.h"
+#include "train/stream_store.h"
+
+namespace bbb::train {
+
+struct PhaseMemory {
+  int64_t device_bytes = 0;    // most held at once, streams included
+  int64_t recorded_bytes = 0;  // of that by recorded steps; 0 on a CPU
+  models::Recompute recompute = models::Recompute::None;
+};
+struct BlockMemory : PhaseMemory {
+  StreamPlan streams;
+};
+
+// Throw, saying what to change, where the phase does not fit. `config` is resolved.
+BlockMemory plan_block_memory(engine::Backend& backend, const models::LlamaConfig& model,
+                              const TrainConfig& config);
+PhaseMemory plan_end_to_end_memory(engine::Backend& backend, const models::LlamaConfig& model,
+                                   const TrainConfig& config);
+
+// The end-to-end phase in this mode, whether it fits or not.
+PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
+                                    const models::LlamaConfig& model, const TrainConfig& config,
+                                    models::Recompute recompute);
+
+// What a run may hold in tensors: what the device has left, or the budget; on a GPU less the gaps
+// between blocks and the workspaces of libraries.
+int64_t device_room(const engine::Backend& backend, const MemoryBudget& budget);
+// Throws where `bytes` are more.
+void check_memory(const engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
+                  const std::string& what, const std::string& advice);
+
+}  // namespace bbb::train

@@ -1,0 +1,229 @@
+#include "train/stage_trainer.h"
+
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "autograd/ops.h"
+#include "train/sample_order.h"
+
+namespace bbb::train {
+
+using autograd::Tape;
+using autograd::TapeMode;
+using autograd::Var;
+using engine::DType;
+using engine::Replay;
+using models::LayerResult;
+
+namespace {
+
+bool better(double loss, double best) { return !std::isfinite(best) || loss < best; }
+
+double best_of(const std::vector<double>& losses) {
+  double best = losses.front();
+  for (double loss : losses)
+    if (better(loss, best)) best = loss;
+  return best;
+}
+
+}  // namespace
+
+StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
+                           const TrainConfig& config, models::Recompute recompute,
+                           StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
+                           const Observer& observer, Hooks hooks)
+    : backend_(backend),
+      config_(config),
+      recompute_(recompute),
+      streams_(streams),
+      run_(run),
+      observer_(observer),
+      hooks_(std::move(hooks)),
+      steps_per_epoch_(config.samples / config.batch),
+      parameters_(backend, autograd::GradientPasses::One),
+      block_(backend, model, 0, std::move(inv_freq)) {
+  block_.declare_parameters(parameters_);
+  parameters_.allocate();
+  quantizer_.emplace(parameters_, config.group);
+  block_.bind_parameters(*quantizer_, config.stages[0].weight_bits);
+  best_ = backend.empty(parameters_.masters().shape(), backend.real());
+  const int64_t total = steps_per_stage(config);
+  order_ = backend.empty({total * config.batch}, DType::I32);
+  loop_.emplace(backend, run, total, config.batch * config.seq_len, recompute, config.save_every);
+  validation_ = backend.empty({1}, backend.real());
+  for (double lr : config.lr)
+    stages_.push_back({std::make_unique<autograd::Optimizer>(
+                           parameters_, &*quantizer_, engine::AdamWSpec{}, schedule_of(lr, total)),
+                       {}});
+}
+
+void StageTrainer::load(size_t t, const LayerResult& result) {
+  block_.set_masters(result);
+  block_.set_bits(config_.stages[t].weight_bits);
+}
+
+models::LlamaBlock& StageTrainer::quantized_block() {
+  quantizer_->prepare();
+  return block_;
+}
+
+std::vector<double> StageTrainer::train(int64_t layer, size_t t, std::optional<SavedState> saved,
+                                        BlockTime::Stage& time) {
+  rewind(layer, t);
+  // Before the validation, which shares some products: they are timed as a step's.
+  record_steps(t);
+  Position at{layer, static_cast<int64_t>(t), 0, {}};
+  if (saved) {
+    at = saved->position();
+    saved->load(backend_, state(t));
+    loop_->rewind(at.step);
+    saved.reset();
+  } else {
+    timed(backend_, time.validation_s, [&] { at.validation.push_back(validate(t)); });
+    log_validation(at);
+    // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
+    backend_.copy(best_, parameters_.masters());
+  }
+  return train_epochs(t, at, time);
+}
+
+LayerResult StageTrainer::result() {
+  backend_.copy(parameters_.masters(), best_);
+  return block_.result(models::LinearContent::Masters);
+}
+
+std::vector<double> StageTrainer::train_epochs(size_t t, Position at, BlockTime::Stage& time) {
+  const int64_t total = steps_per_stage(config_);
+  const StepHooks hooks = step_hooks(t, at);
+  double best = best_of(at.validation);
+  int64_t skipped = 0;
+  loop_->restart_timer();
+  while (at.step < total) {
+    const int64_t end = (at.step / steps_per_epoch_ + 1) * steps_per_epoch_;
+    feed_ = std::make_unique<StepFeed>(streams_, t, host_order_, at.step, end);
+    quantizer_->prepare();  // a step relies on the ranges of the masters that it finds
+    const StepLoop::Outcome outcome = loop_->run(stages_[t].steps, at, end, hooks);
+    feed_.reset();
+    time.train_s += outcome.seconds;
+    skipped = outcome.skipped;
+    timed(backend_, time.validation_s, [&] { at.validation.push_back(validate(t)); });
+    log_validation(at);
+    if (better(at.validation.back(), best)) {
+      best = at.validation.back();
+      backend_.copy(best_, parameters_.masters());
+    }
+    if (at.step < total) loop_->save_if_due(at, hooks);
+  }
+  BBB_CHECK(skipped < total, "block ", at.block, ", w", config_.stages[t].weight_bits,
+            ": every step was skipped, its loss or gradient was not finite");
+  return at.validation;
+}
+
+StepHooks StageTrainer::step_hooks(size_t t, const Position& start) {
+  StepHooks hooks;
+  hooks.feed = [this](int64_t step) { feed_->next(step); };
+  hooks.line = [this, start](int64_t step) {
+    return log_line("block", start, step / steps_per_epoch_);
+  };
+  hooks.save = [this, t](const Position& at) {
+    if (hooks_.before_save) hooks_.before_save();
+    save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(t));
+  };
+  hooks.synchronized = hooks_.synchronized;
+  hooks.show = [this](const Position& at, float) {
+    if (hooks_.show) hooks_.show(at);
+  };
+  hooks.after_step = [this](const Position& at) {
+    if (observer_.after_block_step) observer_.after_block_step(at.block, at.stage, at.step);
+  };
+  return hooks;
+}
+
+NamedTensors StageTrainer::state(size_t t) const {
+  NamedTensors state = optimizer_state(parameters_, *stages_[t].optimizer);
+  state.emplace_back("best", best_);
+  return state;
+}
+
+void StageTrainer::rewind(int64_t layer, size_t t) {
+  stages_[t].optimizer->restart();
+  host_order_ = sample_order(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t),
+                             config_.samples, config_.batch, steps_per_stage(config_));
+  backend_.upload(order_, host_order_.data());
+  loop_->rewind(0);
+}
+
+void StageTrainer::record_steps(size_t t) {
+  if (!stages_[t].steps.empty()) return;
+  quantizer_->prepare();  // products are timed on quantized weights
+  for (size_t i = 0; i < streams_.inputs(t).size(); ++i)
+    stages_[t].steps.push_back(record(t, i, StepPart::Optimizer));
+}
+
+std::unique_ptr<Replay> StageTrainer::record(size_t t, size_t input, StepPart last) {
+  return backend_.record([this, t, input, last] { step(t, input, last); });
+}
+
+void StageTrainer::rehearse(int64_t layer, size_t t) {
+  rewind(layer, t);
+  record_steps(t);
+  for (const std::unique_ptr<Replay>& step : stages_[t].steps) step->run();
+  StepFeed(streams_, t, host_order_, 0, steps_per_epoch_).next(0);
+  validate(t);
+}
+
+// Recorded: everything that it reads is on the device. It starts from masters that prepare() or the
+// step before left.
+void StageTrainer::step(size_t t, size_t input, StepPart last) {
+  const std::vector<Stream*> inputs = streams_.inputs(t);
+  const Tensor x = streams_.step_input(*inputs[input], input, order_, loop_->cursor());
+  const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());
+  quantizer_->quantize();
+  if (last == StepPart::Quantize) return;
+  Tape tape(backend_, TapeMode::Training);
+  const Var loss = autograd::mse(tape, block_.forward(tape, Var(x), nullptr, recompute_), y);
+  if (last == StepPart::Forward) return;
+  tape.backward(loss);
+  block_.finish_backward();
+  if (last == StepPart::Backward) return;
+  stages_[t].optimizer->step(loss.value());
+  loop_->end_step(*stages_[t].optimizer);
+}
+
+// Mean squared error over the validation windows, on the first of the stage's input streams.
+double StageTrainer::validate(size_t t) {
+  const int64_t begin = config_.samples, rows = streams_.rows();
+  Reader inputs = streams_.in_order(*streams_.inputs(t)[0], 0, begin, rows);
+  Reader targets = streams_.in_order(streams_.target(), 1, begin, rows);
+  quantizer_->prepare();
+  backend_.zero(validation_);
+  for (int64_t row = begin; row < rows; row += config_.batch) {
+    const int64_t count = std::min(config_.batch, rows - row);
+    Tape tape(backend_, TapeMode::Inference);
+    const Var x(streams_.as_windows(inputs.next()));
+    const Var y = block_.forward(tape, x, nullptr, models::Recompute::None);
+    const Var loss = autograd::mse(tape, y, streams_.as_windows(targets.next()));
+    backend_.sum(validation_, loss.value(),
+                 static_cast<double>(count) / static_cast<double>(config_.val_samples),
+                 engine::Write::Add);
+  }
+  return models::download_floats(backend_, validation_)[0];
+}
+
+Json StageTrainer::log_line(const char* phase, const Position& at, int64_t epoch) const {
+  Json line;
+  line["phase"] = phase;
+  line["block"] = at.block;
+  line["stage"] = to_string({config_.stages[static_cast<size_t>(at.stage)]});
+  line["epoch"] = epoch;
+  return line;
+}
+
+void StageTrainer::log_validation(const Position& at) const {
+  Json line = log_line("validation", at, at.step / steps_per_epoch_);
+  line["loss"] = at.validation.back();
+  run_.append_log({line});
+}
+
+}  // namespace bbb::train

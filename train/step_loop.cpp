@@ -1,0 +1,111 @@
+#include "train/step_loop.h"
+
+#include <chrono>
+#include <cmath>
+
+#include "models/quant_linear.h"
+
+namespace bbb::train {
+
+using engine::DType;
+using Clock = std::chrono::steady_clock;
+
+StepLoop::StepLoop(Backend& backend, const RunDirectory& run, int64_t total,
+                   int64_t tokens_per_step, models::Recompute recompute, int64_t save_every)
+    : backend_(backend),
+      run_(run),
+      tokens_per_step_(tokens_per_step),
+      recompute_(recompute),
+      window_(backend.device() == engine::DeviceType::Cuda ? 20 : 1),
+      cursor_(backend.zeros({1}, DType::I32)),
+      log_(backend.empty({total, engine::kControlSize}, backend.real())),
+      timer_(save_every) {}
+
+void StepLoop::rewind(int64_t step) const {
+  const int32_t value = static_cast<int32_t>(step);
+  backend_.upload(cursor_, &value);
+}
+
+void StepLoop::end_step(const autograd::Optimizer& optimizer) const {
+  backend_.log_control(log_, optimizer.control(), cursor_);
+  backend_.advance(cursor_);
+}
+
+StepLoop::Outcome StepLoop::run(const std::vector<std::unique_ptr<engine::Replay>>& steps,
+                                Position& at, int64_t end, const StepHooks& hooks) {
+  Outcome outcome;
+  int64_t logged = at.step;
+  auto since = Clock::now();
+  while (at.step < end) {
+    if (hooks.feed) hooks.feed(at.step);
+    steps[static_cast<size_t>(at.step) % steps.size()]->run();
+    ++at.step;
+    const bool last = at.step == end, save_now = !last && timer_.due(at.step);
+    if (last || save_now || at.step % window_ == 0) {
+      backend_.synchronize();
+      const double seconds = std::chrono::duration<double>(Clock::now() - since).count();
+      outcome.seconds += seconds;
+      outcome.skipped = read_log(logged, at.step, seconds, hooks);
+      logged = at.step;
+      if (hooks.synchronized) hooks.synchronized();
+      if (save_now) save(at, hooks);
+      since = Clock::now();
+    }
+    if (hooks.show) hooks.show(at, last_loss_);
+    if (hooks.after_step) hooks.after_step(at);
+  }
+  return outcome;
+}
+
+void StepLoop::save_if_due(const Position& at, const StepHooks& hooks) {
+  if (timer_.due(at.step)) save(at, hooks);
+}
+
+void StepLoop::save(const Position& at, const StepHooks& hooks) {
+  backend_.synchronize();
+  const auto begun = SaveTimer::Clock::now();
+  hooks.save(at);
+  timer_.saved(begun);
+}
+
+int64_t StepLoop::read_log(int64_t begin, int64_t end, double seconds, const StepHooks& hooks) {
+  const std::vector<float> slots = models::download_floats(backend_, log_.rows(begin, end - begin));
+  const double tokens_per_s = static_cast<double>((end - begin) * tokens_per_step_) / seconds;
+  std::vector<Json> lines;
+  int64_t skipped = 0;
+  for (int64_t step = begin; step < end; ++step) {
+    const float* control = &slots[static_cast<size_t>((step - begin) * engine::kControlSize)];
+    Json line = hooks.line(step);
+    line["step"] = step;
+    line["loss"] = control[engine::kLoss];
+    line["lr"] = control[engine::kLr];
+    line["grad_norm"] = control[engine::kGradNorm];
+    line["skipped"] = control[engine::kSkip] != 0;
+    line["tokens_per_s"] = std::llround(tokens_per_s);
+    line["memory_bytes"] = backend_.memory_peak_bytes();
+    line["recompute"] = models::to_string(recompute_);
+    lines.push_back(std::move(line));
+    last_loss_ = control[engine::kLoss];
+    skipped = std::llround(control[engine::kSkipped]);
+  }
+  run_.append_log(lines);
+  return skipped;
+}
+
+NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
+                             const autograd::Optimizer& optimizer) {
+  return {{"masters", parameters.masters()},
+          {"m", parameters.m()},
+          {"v", parameters.v()},
+          {"control", optimizer.control()}};
+}
+
+engine::Schedule schedule_of(double lr, int64_t steps) {
+  engine::Schedule schedule;
+  schedule.peak_lr = lr;
+  schedule.warmup_steps = std::llround(0.03 * static_cast<double>(steps));
+  schedule.total_steps = steps;
+  return schedule;
+}
+
+}  // namespace bbb::train

@@ -1,0 +1,122 @@
+#include "train/stream_set.h"
+
+#include <algorithm>
+
+namespace bbb::train {
+
+using engine::Backend;
+using engine::DType;
+using engine::Tensor;
+
+StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& model,
+                             const TrainConfig& config) {
+  StreamShape shape;
+  shape.rows = config.samples + config.val_samples;
+  shape.row_numel = config.seq_len * model.d_model;
+  shape.row_bytes = shape.row_numel * engine::size_bytes(backend.act());
+  shape.batch_rows = config.batch;
+  return shape;
+}
+
+int64_t StreamSet::count(const TrainConfig& config) {
+  return static_cast<int64_t>(config.stages.size()) +
+         (config.input_stream == InputStream::Same ? 1 : 2);
+}
+
+int StreamSet::rings(const TrainConfig& config) {
+  return config.input_stream == InputStream::Mix ? 3 : 2;
+}
+
+StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
+                     const StreamPlan& plan)
+    : backend_(backend),
+      model_(model),
+      config_(config),
+      rows_(config.samples + config.val_samples) {
+  const StreamShape of_each = shape(backend, model, config);
+  for (Tier tier : plan.tiers)
+    store_.push_back(std::make_unique<Stream>(backend, of_each, tier, plan.scratch));
+  for (int i = 0; i < plan.rings; ++i)
+    rings_.push_back(std::make_unique<Ring>(backend, of_each, plan.uses(Tier::File)));
+  for (size_t t = 0; t <= config.stages.size(); ++t) streams_.push_back(store_[t].get());
+  target_ = config.input_stream == InputStream::Same ? streams_[0] : store_.back().get();
+}
+
+std::vector<Stream*> StreamSet::inputs(size_t t) const {
+  switch (config_.input_stream) {
+    case InputStream::Same:
+      return {streams_[t + 1]};
+    case InputStream::Higher:
+      return {streams_[t]};
+    default:
+      return {streams_[t + 1], streams_[t]};
+  }
+}
+
+void StreamSet::embed(const Tensor& table, const data::Windows& windows) {
+  const int64_t seq = config_.seq_len;
+  std::vector<int32_t> ids(windows.ids.begin(), windows.ids.begin() + config_.samples * seq);
+  ids.insert(ids.end(), windows.ids.end() - config_.val_samples * seq, windows.ids.end());
+  const Tensor tokens = backend_.empty({rows_ * seq}, DType::I32);
+  backend_.upload(tokens, ids.data());
+  for (Stream* stream : streams_) {
+    Writer writer(backend_, *stream, ring(0));
+    for (int64_t row = 0; row < rows_; row += config_.batch) {
+      const int64_t count = std::min(config_.batch, rows_ - row);
+      const Tensor out = backend_.empty({count * seq, model_.d_model}, backend_.act());
+      backend_.embed(out, tokens.slice(row * seq, count * seq), table);
+      writer.write(row, out);
+    }
+    writer.finish();
+  }
+}
+
+Reader StreamSet::in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end) {
+  std::vector<int32_t> rows(static_cast<size_t>(end - begin));
+  std::iota(rows.begin(), rows.end(), static_cast<int32_t>(begin));
+  return Reader(backend_, stream, ring(ring_index), std::move(rows));
+}
+
+Tensor StreamSet::as_windows(const Tensor& rows) const {
+  return rows.view({rows.dim(0), config_.seq_len, model_.d_model});
+}
+
+Tensor StreamSet::step_input(const Stream& stream, size_t ring_index, const Tensor& order,
+                             const Tensor& cursor) {
+  if (stream.tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
+  const Tensor batch =
+      backend_.empty({config_.batch, config_.seq_len, model_.d_model}, backend_.act());
+  backend_.gather_rows(batch, {stream.resident(), order, cursor});
+  return batch;
+}
+
+engine::Rows StreamSet::step_target(size_t ring_index, const Tensor& order, const Tensor& cursor) {
+  if (target_->tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
+  return {target_->resident(), order, cursor};
+}
+
+StepFeed::StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>& order,
+                   int64_t begin, int64_t end) {
+  const std::vector<Stream*> inputs = streams.inputs(stage);
+  const int64_t batch = streams.config_.batch;
+  // The rows of every `among`-th step.
+  const auto reader = [&](Stream& stream, size_t ring, size_t which, size_t among) {
+    if (stream.tier() == Tier::Device) return std::unique_ptr<Reader>();
+    std::vector<int32_t> rows;
+    for (int64_t step = begin; step < end; ++step)
+      if (static_cast<size_t>(step) % among == which)
+        rows.insert(rows.end(), order.begin() + step * batch, order.begin() + (step + 1) * batch);
+    return std::make_unique<Reader>(streams.backend_, stream, streams.ring(ring), std::move(rows));
+  };
+  for (size_t i = 0; i < inputs.size(); ++i)
+    inputs_.push_back(reader(*inputs[i], i, i, inputs.size()));
+  target_ = reader(streams.target(), inputs.size(), 0, 1);
+}
+
+void StepFeed::next(int64_t step) {
+  Reader* const input = inputs_[static_cast<size_t>(step) % inputs_.size()].get();
+  if (input != nullptr) input->next();
+  if (target_) target_->next();
+}
+
+}  // namespace bbb::train

@@ -1,0 +1,86 @@
+// StreamSet: the streams of the block phase, and the batches that training takes from them.
+//
+//   full()     stream_0, in full precision
+//   stage(t)   what stage t of every block before gave
+//   target()   y; with --input-stream same it takes the place of full()
+#pragma once
+
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "data/text.h"
+#include "models/config.h"
+#include "train/stream_store.h"
+
+namespace bbb::train {
+
+class StreamSet {
+ public:
+  static StreamShape shape(const engine::Backend& backend, const models::LlamaConfig& model,
+                           const TrainConfig& config);
+  static int64_t count(const TrainConfig& config);
+  // Rings that training uses at once: one for each input stream, one for the target.
+  static int rings(const TrainConfig& config);
+
+  // model and config must outlive the set.
+  StreamSet(engine::Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
+            const StreamPlan& plan);
+
+  Stream& full() { return *streams_[0]; }
+  Stream& stage(size_t t) { return *streams_[t + 1]; }
+  Stream& target() { return *target_; }
+  // The streams that steps of stage t are fed, in rotation.
+  std::vector<Stream*> inputs(size_t t) const;
+
+  // Every stream becomes the embedding of the training windows, then of the validation windows.
+  void embed(const engine::Tensor& table, const data::Windows& windows);
+  // out = change(in), batch by batch; out may be in.
+  template <typename Change>
+  void rewrite(Stream& out, Stream& in, const Change& change) {
+    Reader reader = in_order(in, 0, 0, rows_);
+    Writer writer(backend_, out, ring(1));
+    for (int64_t row = 0; row < rows_; row += config_.batch)
+      writer.write(row, change(as_windows(reader.next())));
+    writer.finish();
+  }
+  // Reads rows [begin, end) in their order.
+  Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end);
+  int64_t rows() const { return rows_; }                        // training and validation windows
+  engine::Tensor as_windows(const engine::Tensor& rows) const;  // (n, T, D)
+
+  // The batch of a recorded step, in the order and at the cursor that are on the device, or where
+  // the feed puts it: the input, and the target that only the loss reads.
+  engine::Tensor step_input(const Stream& stream, size_t ring_index, const engine::Tensor& order,
+                            const engine::Tensor& cursor);
+  engine::Rows step_target(size_t ring_index, const engine::Tensor& order,
+                           const engine::Tensor& cursor);
+
+ private:
+  friend class StepFeed;
+  Ring* ring(size_t index) const { return index < rings_.size() ? rings_[index].get() : nullptr; }
+
+  engine::Backend& backend_;
+  const models::LlamaConfig& model_;
+  const TrainConfig& config_;
+  const int64_t rows_;
+  std::vector<std::unique_ptr<Ring>> rings_;  // none where every stream is on the device
+  std::vector<std::unique_ptr<Stream>> store_;
+  std::vector<Stream*> streams_;
+  Stream* target_ = nullptr;
+};
+
+// Gives the steps [begin, end) of a stage their batches, from streams that are not on the device.
+class StepFeed {
+ public:
+  // order: rows of all steps.
+  StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>& order, int64_t begin,
+           int64_t end);
+  void next(int64_t step);
+
+ private:
+  std::vector<std::unique_ptr<Reader>> inputs_;  // null: the step gathers by itself
+  std::unique_ptr<Reader> target_;
+};
+
+}  // namespace bbb::train

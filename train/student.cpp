@@ -1,0 +1,83 @@
+#include "train/student.h"
+
+namespace bbb::train {
+
+using autograd::GradientPasses;
+using models::LayerResult;
+using models::LlamaBlock;
+using models::QuantLinear;
+
+Student::Student(engine::Backend& backend, const models::Checkpoint& source,
+                 const TrainConfig& config)
+    : backend_(backend),
+      config_(config),
+      model_(backend, source, models::HeadRounding::BFloat16),
+      parameters_(backend, config.e2e_batch == config.e2e_micro_batch ? GradientPasses::One
+                                                                      : GradientPasses::Several) {}
+
+void Student::load(const std::function<LayerResult(int64_t layer)>& start,
+                   const std::function<void(int64_t layers)>& loaded) {
+  const bool all = config_.e2e_train == EndToEndTrain::All;
+  for (auto& block : model_.blocks()) {
+    if (all) block->declare_parameters(parameters_);
+    for (QuantLinear* linear : block->linears())
+      if (!all)
+        sigmas_.push_back(&parameters_.add(linear->name() + ".sigma",
+                                           {linear->n(), linear->k() / config_.group}));
+  }
+  parameters_.allocate();
+  if (all) quantizer_.emplace(parameters_, config_.group);
+  for (auto& block : model_.blocks()) {
+    const LayerResult result = start(block->layer());
+    if (all)
+      load_masters(*block, result);
+    else
+      load_scales(*block, result);
+    loaded(block->layer() + 1);
+  }
+}
+
+void Student::load_masters(LlamaBlock& block, const LayerResult& start) {
+  block.bind_parameters(*quantizer_, config_.bits);
+  block.set_masters(start);
+}
+
+// A block's masters live only until its codes are taken.
+void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
+  autograd::ParameterSet masters(backend_, GradientPasses::One);
+  block.declare_parameters(masters);
+  masters.allocate();
+  autograd::WeightQuantizer quantizer(masters, config_.group);
+  block.bind_parameters(quantizer, config_.bits);
+  block.set_masters(start);
+  quantizer.prepare();
+  const std::vector<QuantLinear*> linears = block.linears();
+  const size_t first = static_cast<size_t>(block.layer()) * linears.size();
+  for (size_t i = 0; i < linears.size(); ++i) linears[i]->freeze_codes(*sigmas_[first + i]);
+  for (models::NormWeight* norm : {&block.input_norm(), &block.post_norm()}) {
+    const engine::Tensor value = backend_.empty(norm->value.shape(), backend_.real());
+    backend_.copy(value, norm->value);
+    norm->set_constant(value);
+  }
+}
+
+void Student::prepare() {
+  if (quantizer_) return quantizer_->prepare();
+  for (auto& block : model_.blocks()) block->prepare_scales();
+}
+
+void Student::quantize() {
+  if (quantizer_) return quantizer_->quantize();
+  prepare();
+}
+
+void Student::finish_backward() {
+  for (auto& block : model_.blocks()) block->finish_backward();
+}
+
+void Student::snap() {
+  prepare();
+  for (auto& block : model_.blocks()) block->snap();
+}
+
+}  // namespace bbb::train
