@@ -40,12 +40,13 @@ std::vector<float> floats(const data::SafeTensor& t) {
 TEST_CASE("safetensors: a sealed file shows every changed bit") {
   const tests::TempDir dir;
   const std::vector<float> a = {1, 2, 3, 4, 5, -6};
-  for (const data::Seal seal : {data::Seal::None, data::Seal::Checksum}) {
-    data::SafeTensorsWriter writer(dir / "f", {{"a", FileDType::F32, {6}}}, {}, seal);
+  for (const data::Trailer trailer : {data::Trailer::None, data::Trailer::Checksum}) {
+    data::SafeTensorsWriter writer(dir / "f", {{"a", FileDType::F32, {6}}}, {}, trailer);
     writer.add("a", a.data(), 8);
     writer.add("a", a.data() + 2, 16);
     writer.finish();
-    CHECK(data::seal_fits(data::MappedFile(dir / "f")) == (seal == data::Seal::Checksum));
+    CHECK(data::trailer_matches(data::MappedFile(dir / "f")) ==
+          (trailer == data::Trailer::Checksum));
   }
   CHECK(floats(SafeTensors(dir / "f").at("a")) == a);
   const std::string whole = data::read_file(dir / "f");
@@ -53,10 +54,10 @@ TEST_CASE("safetensors: a sealed file shows every changed bit") {
     std::string changed = whole;
     changed[bit / 8] ^= static_cast<char>(1 << bit % 8);
     tests::write_plain(dir / "g", changed);
-    REQUIRE_FALSE(data::seal_fits(data::MappedFile(dir / "g")));
+    REQUIRE_FALSE(data::trailer_matches(data::MappedFile(dir / "g")));
   }
   tests::write_plain(dir / "g", whole.substr(0, 7));
-  CHECK_FALSE(data::seal_fits(data::MappedFile(dir / "g")));
+  CHECK_FALSE(data::trailer_matches(data::MappedFile(dir / "g")));
 }
 
 TEST_CASE("safetensors: what the writer writes the reader reads") {
