@@ -1,4 +1,4 @@
-// safetensors: round trips, shards, and every way in which a header can lie.
+// safetensors: round trips, shards, and every way in which a header can be wrong.
 #include "data/safetensors.h"
 
 #include <catch2/catch.hpp>
@@ -37,7 +37,7 @@ std::vector<float> floats(const data::SafeTensor& t) {
 
 }  // namespace
 
-TEST_CASE("safetensors: a sealed file shows every changed bit") {
+TEST_CASE("safetensors: the trailing checksum detects every changed bit") {
   const tests::TempDir dir;
   const std::vector<float> a = {1, 2, 3, 4, 5, -6};
   for (const data::Trailer trailer : {data::Trailer::None, data::Trailer::Checksum}) {
@@ -60,7 +60,7 @@ TEST_CASE("safetensors: a sealed file shows every changed bit") {
   CHECK_FALSE(data::trailer_matches(data::MappedFile(dir / "g")));
 }
 
-TEST_CASE("safetensors: what the writer writes the reader reads") {
+TEST_CASE("safetensors: the reader reads what the writer wrote") {
   const tests::TempDir dir;
   const std::vector<float> a = {1, 2, 3, 4, 5, -6};
   const std::vector<uint16_t> b = {0x3f80, 0xc000};  // bf16 1, -2
@@ -99,7 +99,7 @@ TEST_CASE("safetensors: what the writer writes the reader reads") {
   CHECK_THROWS_WITH(floats(read.at("scalar")), Contains("is U8, not a floating-point"));
 }
 
-TEST_CASE("safetensors: a tensor written in pieces is the same file") {
+TEST_CASE("safetensors: a tensor written in pieces gives the same file") {
   const tests::TempDir dir;
   const uint8_t bytes[] = {1, 2, 3, 4, 5, 6, 7};
   const auto write = [&](const std::string& name, const std::vector<int64_t>& pieces) {
@@ -224,7 +224,7 @@ TEST_CASE("safetensors: shards") {
                     Contains("tensor 'a' of two.safetensors is not listed there"));
 }
 
-TEST_CASE("safetensors: what is no file") {
+TEST_CASE("safetensors: paths without a file") {
   const tests::TempDir dir;
   CHECK_THROWS_WITH(SafeTensors(dir.path()), Contains("neither model.safetensors nor"));
   CHECK_THROWS_WITH(SafeTensors(dir / "none"), Contains("cannot open"));
