@@ -532,11 +532,10 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
   const std::string pre =
       gguf.has("tokenizer.ggml.pre") ? gguf.string("tokenizer.ggml.pre") : "default";
   if (pre == "default") {
-    std::fprintf(
-        stderr,
-        "bbb: %s names no pre-tokenizer (tokenizer.ggml.pre); text is split by llama.cpp's "
-        "default rules, which may differ from those that the model was trained with\n",
-        gguf.path().c_str());
+    std::fprintf(stderr,
+                 "bbb: %s names no pre-tokenizer of its own (tokenizer.ggml.pre); text is split by "
+                 "llama.cpp's default, which may differ from what the model was trained on\n",
+                 gguf.path().c_str());
   }
   const NamedPatterns& named = patterns_of(pre, gguf.path());
   const bool add_bos = gguf.has("tokenizer.ggml.add_bos_token")

@@ -36,7 +36,7 @@ class PreTokenizer {
   PreTokenizer(const nlohmann::json& spec, const std::string& source);
 
   // The words of `text` in order. A pattern puts bytes that are not UTF-8 into words of their own.
-  // `is_start`: `text` begins the whole text, where Metaspace's scheme `first` writes its space.
+  // `is_start`: `text` begins the whole input, where Metaspace's scheme `first` writes its space.
   // `made` stores the words that a step had to write anew; the result points into it.
   std::vector<std::string_view> split(std::string_view text, bool is_start,
                                       std::deque<std::string>* made) const;
@@ -47,7 +47,7 @@ class PreTokenizer {
     std::vector<std::string_view> list;
     std::deque<std::string>* made;
   };
-  // Takes one word and appends its parts to `out`. `is_first`: it begins the whole text.
+  // Takes one word and appends its parts to `out`. `is_first`: it begins the whole input.
   using Step = std::function<void(std::string_view word, bool is_first, Words* out)>;
   void add(const nlohmann::json& spec, const std::string& source);
   void add_pattern(const std::string& pattern, const std::string& source);

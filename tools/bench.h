@@ -39,14 +39,14 @@ struct TrainBenchResult {
 // Useful floating-point operations to train on one token, without recomputation. P: weights in the
 // linears. T: seq_len.
 //
-//   block        6 P             linears: forward, dx and dw, 2 P each
-//                + 7 T H d       causal attention over T / 2 keys: scores and values, 2 T H d
-//                                forward, 2.5 times that backward
-//                - 2 P(q, k, v)  a block's input takes no gradient: these have no dx
+//   block        6 P              linears: forward, dx and dw, 2 P each
+//                + 7 T H d        causal attention over T / 2 keys: scores and values, 2 T H d
+//                                 forward, 2.5 times that backward
+//                - 2 P(q, k, v)   a block's input takes no gradient: these have no dx
 //   end to end   the blocks' sum, where only the first block saves those dx
-//                + 2 P + 2 T H d the teacher's blocks
-//                + 6 V D         the head: logits, their gradient with respect to h, the teacher's
-//                                logits
+//                + 2 P + 2 T H d  the teacher, for every block
+//                + 6 V D          the head: logits, their gradient with respect to h, the
+//                                 teacher's logits
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len, bool end_to_end);
 
 // Times model.layers blocks end to end, or only the first block. The time of each part of a step is
