@@ -1,12 +1,12 @@
 // Byte-pair encoding from a tokenizer.json, as Python's `tokenizers` computes it.
 //
-//   text -> added tokens cut out -> Normalizer -> added tokens that are found in normalized text
+//   text -> split at added tokens -> Normalizer -> split at added tokens with `normalized`
 //        -> words (PreTokenizer) -> symbols -> merges, lowest rank first
 //
-// Two kinds of vocabulary: a byte-level one writes a byte as one printable character (GPT-2's
-// table), and a word's symbols are its bytes. In one of sentencepiece's kind they are its
-// characters, U+2581 stands for a space, and "<0x0A>" for a byte of a character that the vocabulary
-// lacks. A GGUF's "gpt2" vocabulary is first written as a tokenizer.json.
+// There are two kinds of vocabulary. In a byte-level one, a word's symbols are its bytes, each
+// written as one printable character (GPT-2's table). In one of sentencepiece's kind, they are its
+// characters; U+2581 stands for a space, and "<0x0A>" for one byte of a character that the
+// vocabulary lacks. A GGUF's "gpt2" vocabulary is first converted to a tokenizer.json.
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -27,7 +27,8 @@ using nlohmann::json;
 
 namespace {
 
-// The code point that stands for a byte: printable Latin-1 itself, the other 68 from U+0100 on.
+// The code point that stands for each byte. Printable Latin-1 stands for itself; the other 68 bytes
+// are numbered from U+0100.
 const std::array<uint32_t, 256>& byte_code_points() {
   static const std::array<uint32_t, 256> table = [] {
     std::array<uint32_t, 256> out{};
@@ -42,7 +43,7 @@ const std::array<uint32_t, 256>& byte_code_points() {
   return table;
 }
 
-// The bytes that a vocabulary's text stands for; nothing where it has other characters.
+// The bytes that a byte-level token's text stands for; nothing if it has other characters.
 std::optional<std::string> bytes_of_text(std::string_view text) {
   static const std::array<int16_t, 324> byte_of = [] {
     std::array<int16_t, 324> out;
@@ -72,7 +73,7 @@ std::string text_of_byte(size_t byte) {
   return {static_cast<char>(0xC0 | point >> 6), static_cast<char>(0x80 | (point & 0x3F))};
 }
 
-// The byte that "<0x0A>" and its kin stand for.
+// The byte that a text of the form "<0x0A>" stands for.
 std::optional<uint8_t> byte_of_piece(std::string_view text) {
   unsigned byte = 0;
   if (text.size() != 6 || !text.starts_with("<0x") || text[5] != '>') return std::nullopt;
@@ -85,12 +86,12 @@ uint64_t pair_key(int32_t left, int32_t right) {
   return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
 }
 
-// What a tokenizer.json's `decoder` makes of a vocabulary's texts. Byte-level vocabularies need
-// none.
+// The `decoder` of a tokenizer.json: turns a token's text into plain text. Byte-level vocabularies
+// need none.
 struct Decoder {
   std::vector<std::pair<std::string, std::string>> replace;
   bool byte_fallback = false;
-  int64_t leading_spaces = 0;  // taken from the start of the whole text
+  int64_t leading_spaces = 0;  // removed from the start of the whole text
 
   void add(const json& spec, const std::string& source) {
     const std::string type = spec.is_object() ? spec.value("type", "") : spec.dump();
@@ -152,7 +153,7 @@ class BpeTokenizer final : public Tokenizer {
     }
     const std::optional<std::string> first = template_start(root.value("post_processor", json()));
     add_bos_ = settings.add_bos.value_or(first.has_value());
-    // Where no flag decides, it is the template's token that the reference adds.
+    // Without an add_bos flag, the reference adds the template's token.
     const std::optional<std::string> bos =
         first && (!settings.bos || !settings.add_bos) ? first : settings.bos;
     if (bos) bos_ = find(*bos);
@@ -165,8 +166,8 @@ class BpeTokenizer final : public Tokenizer {
 
   std::vector<int32_t> encode(std::string_view text, SpecialText special) const override {
     std::vector<int32_t> ids;
-    std::deque<std::string> made;                                          // texts that words view
-    std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen;  // word -> its first ids
+    std::deque<std::string> made;                                          // words point into it
+    std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen;  // word -> (begin, count)
     for (const AddedTokens::Span& raw : added_.split(text, special)) {
       if (raw.id >= 0) {
         ids.push_back(raw.id);
@@ -219,7 +220,7 @@ class BpeTokenizer final : public Tokenizer {
 
   void read_vocabulary(const TokenizerSettings& settings, const json& vocabulary,
                        const std::string& where) {
-    // Ids must be almost dense, so that a wild one cannot ask for a table of any size.
+    // Ids must be almost dense. Otherwise one wild id could demand a table of any size.
     const int64_t limit =
         2 * static_cast<int64_t>(vocabulary.size() + settings.added.size()) + 1024;
     const auto store = [&](int64_t id, const std::string& text, std::string bytes, bool special) {
@@ -297,12 +298,12 @@ class BpeTokenizer final : public Tokenizer {
     return first.at("SpecialToken").at("id").get<std::string>();
   }
 
-  // The ids of the word's bytes or characters. One that the vocabulary lacks becomes the pieces of
-  // its bytes, else the unknown token, else nothing.
+  // The ids of the word's bytes or characters. A character that the vocabulary lacks becomes the
+  // tokens of its bytes; without these, the unknown token; without that, nothing.
   std::vector<int32_t> symbol_ids(std::string_view word) const {
     std::vector<int32_t> ids;
     ids.reserve(word.size());
-    bool is_pending = false;  // an unknown token that the next unknown character may join
+    bool is_pending = false;  // the unknown token is due; the next unknown character may join it
     const auto flush = [&] {
       if (is_pending) ids.push_back(*unknown_);
       is_pending = false;
@@ -327,7 +328,7 @@ class BpeTokenizer final : public Tokenizer {
       const auto fallback = [&](char c) { return fallback_ids_[static_cast<uint8_t>(c)]; };
       if (byte_fallback_ && std::all_of(character.begin(), character.end(),
                                         [&](char c) { return fallback(c) >= 0; })) {
-        // As in the reference, a pending unknown token comes behind these bytes.
+        // As in the reference, a pending unknown token comes after these bytes.
         for (const char c : character) ids.push_back(fallback(c));
       } else if (unknown_) {
         if (!fuse_unknown_) flush();
@@ -338,9 +339,9 @@ class BpeTokenizer final : public Tokenizer {
     return ids;
   }
 
-  // Merges the word's symbols, always the pair of lowest rank, leftmost first: a linked list of
-  // symbols and a heap of candidate pairs, O(n log n). Candidates that a merge has overtaken are
-  // recognized by the ids that they were made from.
+  // Merges the word's symbols, always the pair of lowest rank, leftmost first. A linked list of
+  // symbols and a heap of candidate pairs make this O(n log n). A candidate is stale if its symbols
+  // no longer have the ids that it was made from.
   void append_word(std::string_view word, std::vector<int32_t>* out) const {
     if (ignore_merges_) {
       const auto whole = words_.find(std::string(word));
@@ -413,9 +414,9 @@ class BpeTokenizer final : public Tokenizer {
   std::vector<std::string> bytes_;                // by id
   std::vector<uint8_t> special_;                  // by id
   std::unordered_map<std::string, int32_t> ids_;  // by the vocabulary's text
-  // By bytes (byte-level) or by the vocabulary's text; added tokens left out.
+  // By bytes (byte-level) or by the vocabulary's text, without added tokens.
   std::unordered_map<std::string, int32_t> words_;
-  std::array<int32_t, 256> byte_ids_;      // of words of one byte
+  std::array<int32_t, 256> byte_ids_;      // of one-byte words
   std::array<int32_t, 256> fallback_ids_;  // of "<0x00>" to "<0xFF>"
   std::unordered_map<uint64_t, Merge> merges_;
   std::optional<int32_t> unknown_;
@@ -424,9 +425,9 @@ class BpeTokenizer final : public Tokenizer {
   bool fuse_unknown_ = false;
 };
 
-// The word patterns that llama.cpp has for the names of tokenizer.ggml.pre; each cuts the words
-// that the ones before it left. `gpt2`: GPT-2's comes last. `llama3`: a word that is a token is not
-// merged, and BOS is added unless the file says otherwise.
+// llama.cpp's word patterns for the names of tokenizer.ggml.pre. Each pattern splits the words that
+// the previous ones produced. `gpt2`: GPT-2's pattern comes last. `llama3`: a word that is a token
+// is not merged, and BOS is added unless the file says otherwise.
 struct NamedPatterns {
   std::vector<std::string_view> names;
   std::vector<std::string> patterns;
@@ -434,7 +435,7 @@ struct NamedPatterns {
   bool llama3 = false;
 };
 
-// DeepSeek's letters: those of the scripts that have upper and lower case.
+// DeepSeek's letters: those of scripts with upper and lower case.
 const char* const kCasedLetters =
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-"
@@ -532,8 +533,8 @@ TokenizerFiles bpe_files(const Gguf& gguf) {
       gguf.has("tokenizer.ggml.pre") ? gguf.string("tokenizer.ggml.pre") : "default";
   if (pre == "default") {
     std::fprintf(stderr,
-                 "bbb: %s names no pre-tokenizer of its own (tokenizer.ggml.pre); its text is cut "
-                 "as llama.cpp does then, which may differ from what the model was trained on\n",
+                 "bbb: %s names no pre-tokenizer of its own (tokenizer.ggml.pre); text is split by "
+                 "llama.cpp's default, which may differ from what the model was trained on\n",
                  gguf.path().c_str());
   }
   const NamedPatterns& named = patterns_of(pre, gguf.path());

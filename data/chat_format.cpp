@@ -16,7 +16,8 @@ namespace {
 constexpr const char* kRoles[] = {"system", "user", "assistant"};
 constexpr const char* kInstead =
     "; write the special tokens yourself: bbb decode --prompt TEXT --special";
-// What a template may begin with: transformers always says whether to add a generation prompt.
+// A default that a template may begin with. It never applies: transformers always sets
+// add_generation_prompt.
 const std::string kPreamble =
     "\1if not add_generation_prompt is defined\2"
     "\1set add_generation_prompt=false\2\1endif\2";
@@ -24,7 +25,8 @@ const std::string kBos = "\3bos_token\4";
 
 using Values = std::map<std::string, std::string>;
 
-// Without the white space at both ends. Python counts four control characters as white space, too.
+// The text without white space at both ends. Like Python, counts four control characters as white
+// space.
 std::string trimmed(std::string_view text) {
   static const std::string spaces = std::string(kWhiteSpace) + "\x1c\x1d\x1e\x1f";
   const auto is_space = [](std::string_view character) {
@@ -43,7 +45,7 @@ std::string trimmed(std::string_view text) {
   return std::string(text);
 }
 
-// Puts `values` into the holes {name} of a text of KnownChat.
+// Replaces each {name} in a text of KnownChat with its value.
 std::string filled(std::string_view text, const Values& values) {
   std::string out;
   for (size_t open; (open = text.find('{')) != std::string_view::npos;) {
@@ -65,7 +67,7 @@ void set_content(Values* values, const std::string& content) {
 
 bool is_system(const ChatMessage& message) { return message.role == "system"; }
 
-// What `known` writes for a message; null if its format has no such turn.
+// The text that `known` writes for a message; null if the format has no such turn.
 const char* turn_text(const KnownChat& known, const ChatMessage& message, bool last) {
   const char* text = is_system(message)             ? known.system
                      : message.role == "user"       ? known.user
@@ -117,7 +119,7 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
   }
 
   const bool own_turn = known_->system_in == SystemIn::OwnTurn;
-  std::optional<std::string> system;  // the prompt that a user's turn is to carry
+  std::optional<std::string> system;  // the system prompt that a user's turn will carry
   std::string out = (bos_ ? context.bos_token : "") + filled(known_->start, values);
   size_t begin = 0;  // the first turn of the loop
   set_content(&values, messages[0].content);

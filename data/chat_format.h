@@ -1,7 +1,7 @@
-// Chats: messages to the one text that a chat model was trained on.
+// Chats: renders messages as text in the format that a chat model was trained on.
 //
-// A model names its format by a Jinja template. bbb has no template engine: it knows the templates
-// of data/chat_known.cpp, each with what it writes, and refuses all others.
+// A model gives its format as a Jinja template. bbb has no template engine: data/chat_known.cpp
+// lists the templates that it knows and the text that each writes. All others are refused.
 #pragma once
 
 #include <ctime>
@@ -23,7 +23,7 @@ enum class GenerationPrompt {
   Add
 };  // Add: the text ends where the assistant's answer begins
 
-// What a template takes from its model and its surroundings.
+// Values that a template takes from its model and its environment.
 struct ChatContext {
   std::string bos_token, eos_token;
   std::time_t now = 0;  // some templates write the date
@@ -33,23 +33,23 @@ struct KnownChat;  // data/chat_known.h
 
 class ChatFormat {
  public:
-  // Throws Error, saying where it differs from the nearest, unless bbb knows the whole template.
+  // Throws Error unless bbb knows the whole template. The error says where the template differs
+  // from the nearest known one.
   explicit ChatFormat(const std::string& jinja);
 
-  // Equal to what transformers renders. Throws Error, with the template's own words where it has
-  // them, on messages that the format cannot carry.
+  // Renders the same text as transformers. Throws Error on messages that the format cannot express,
+  // in the template's own words if it has any.
   std::string render(const std::vector<ChatMessage>& messages, GenerationPrompt generation,
                      const ChatContext& context) const;
 
  private:
   const KnownChat* known_ = nullptr;
-  bool bos_ = false;     // the template begins with BOS, in front of all that `known_` writes
-  WildcardTexts texts_;  // of this template
+  bool bos_ = false;     // the template writes BOS before everything that `known_` writes
+  WildcardTexts texts_;  // matched in this template
 };
 
-// Renders with the model's own format, today's date and special tokens. Throws Error, naming
-// `model` (a path, for messages only), where it has no template or one that ChatFormat does not
-// know.
+// Renders with the model's own template and special tokens, and today's date. Throws Error if the
+// model has no template, or one that ChatFormat does not know. `model` is a path, only for errors.
 std::string render_chat(const Tokenizer& tokenizer, const std::vector<ChatMessage>& messages,
                         const std::string& model = "the model");
 

@@ -8,7 +8,7 @@ std::string generation(const std::string& text) {
   return "{%if add_generation_prompt%}" + text + "{%endif%}";
 }
 
-// "User and assistant must alternate", as a check in the loop over the turns.
+// The check "user and assistant must alternate", in the loop over the turns.
 const std::string kAlternate =
     "{%if(message.role=='user')!=(loop.index0%2==0)%}{{raise_exception('{1}')}}{%endif%}";
 
@@ -23,7 +23,7 @@ std::string chatml(const std::string& first, const std::string& content) {
 const std::string kChatmlDefault =
     "{%if loop.first and messages[0].role!='system'%}<|im_start|>system\n{2}{%endif%}";
 
-// `more`: a branch between "there is a system prompt" and "there is none".
+// `more`: a branch after "there is a system prompt" and before "there is none".
 std::string llama2(const std::string& more, const std::string& system_turn) {
   return "{%if messages[0].role=='system'%}{%set loop_messages=messages[1:]%}"
          "{%set system_message=messages[0].content%}" +
@@ -90,7 +90,7 @@ std::string mistral_v3(const std::string& inst, const std::string& calls_tools,
          "{%else%}{{raise_exception('{2}')}}{%endif%}{%endfor%}";
 }
 
-// A branch for contents that are lists, which bbb's never are.
+// The else branch is for contents that are lists; bbb's never are.
 std::string if_string(const std::string& object, const std::string& body) {
   return "{%if " + object + ".content is string%}" + body + "{%else%}{..}{%endif%}";
 }
@@ -120,7 +120,7 @@ std::vector<KnownChat> make_known_chats() {
   add(llama2("", ""));
   chat.system = "<<SYS>>\n{trimmed}\n<</SYS>>\n\n";
   add(llama2(llama2_default("false"), kLlama2System));
-  add(llama2(llama2_default("USE_DEFAULT_PROMPT"), kLlama2System));  // not defined, so false
+  add(llama2(llama2_default("USE_DEFAULT_PROMPT"), kLlama2System));  // undefined, so false
   chat.no_system = "{2}";
   chat.no_system_unless = "<<SYS>>";
   add(llama2(llama2_default("true"), kLlama2System));
@@ -130,7 +130,7 @@ std::vector<KnownChat> make_known_chats() {
           .turn = "<|start_header_id|>{role}<|end_header_id|>\n\n{trimmed}<|eot_id|>",
           .generation = "<|start_header_id|>assistant<|end_header_id|>\n\n"};
   add(kLlama3 + generation(kLlama3Answer));
-  chat.end = chat.generation;  // the first release asks for an answer behind every chat
+  chat.end = chat.generation;  // the first release ends every chat with the generation prompt
   chat.generation = "";
   add(kLlama3 + kLlama3Answer);
 
@@ -163,7 +163,7 @@ std::vector<KnownChat> make_known_chats() {
       "{%elif message.role=='assistant'%}{5}{{message.content}}{{eos_token}}{6}"
       "{%else%}{{raise_exception('{2}')}}{%endif%}{%endfor%}");
   chat.alternate = chat.refusal = nullptr;
-  // The template would write a system prompt as if it were the assistant's.
+  // A system message is refused: the template would write it as if it were the assistant's.
   add("{%for message in messages%}"
       "{%if message.role=='user'%}[INST]{3}{{message.content}}{4}[/INST]"
       "{%else%}{5}{{message.content}}{{eos_token}}{6}{%endif%}{%endfor%}");
@@ -271,7 +271,7 @@ std::vector<KnownChat> make_known_chats() {
       "{%if message.role=='user'%}### Instruction:\n{{message.content}}\n{%else%}### Response:\n"
       "{{message.content}}\n<|EOT|>\n{%endif%}{%endif%}{%endfor%}" +
       generation("### Response:{2}"));
-  // It writes the last system prompt in front; here that must be the first message.
+  // The template writes the last system message first. Here only the first message may be one.
   chat = {.name = "DeepSeek R1",
           .start = "{bos}",
           .user = "<｜User｜>{content}",

@@ -1,4 +1,4 @@
-// The chat templates that bbb knows, and what each writes.
+// The chat templates that bbb knows, and the text that each writes.
 #pragma once
 
 #include <string>
@@ -10,29 +10,29 @@ enum class SystemIn { OwnTurn, FirstTurn, LastTurn };
 
 // The texts may hold {bos}, {eos}, {0} .. {9} (the wildcards of `pattern`) and, in turns:
 // {role}, {content}, {trimmed} (the content without white space at its ends), {answer} (the content
-// behind its last </think>) and {system} (the system prompt).
+// after its last </think>) and {system} (the system prompt).
 struct KnownChat {
   const char* name;
-  std::string pattern = {};    // the canonical template (chat_template.h), less a BOS in front
-  const char* start = "";      // in front of all turns
-  const char* turn = nullptr;  // of every role without its own below; null: no such turn
+  std::string pattern = {};    // the canonical template (chat_template.h) without a leading BOS
+  const char* start = "";      // before all turns
+  const char* turn = nullptr;  // for roles without their own text below; null: no such turn
   const char* system = nullptr;
   const char* user = nullptr;
   const char* assistant = nullptr;
-  const char* last_assistant = nullptr;  // where it differs: the last turn, if the assistant's
-  const char* first_system = nullptr;    // where it differs: the first message, if the system's
+  const char* last_assistant = nullptr;  // if it differs: an assistant's turn that ends the chat
+  const char* first_system = nullptr;    // if it differs: a system message that begins the chat
   SystemIn system_in = SystemIn::OwnTurn;
   const char* content_with_system = nullptr;  // of the user's turn that carries the system prompt
-  // Where the first message is not the system's: written in front of the turns, or with `system_in`
-  // other than OwnTurn the system prompt.
+  // Used if the first message is not the system's. With OwnTurn it is written before the turns;
+  // else it becomes the system prompt.
   const char* no_system = nullptr;
-  bool no_system_at_all = false;           // `no_system` only where no message is the system's
-  const char* no_system_unless = nullptr;  // nor where the first content holds this
-  const char* end = "";                    // behind all turns
+  bool no_system_at_all = false;           // use `no_system` only if no message is the system's
+  const char* no_system_unless = nullptr;  // ... and only if the first content lacks this text
+  const char* end = "";                    // after all turns
   const char* generation = "";
-  const char* alternate = nullptr;  // the error where user and assistant do not alternate
+  const char* alternate = nullptr;  // the error if user and assistant do not alternate
   const char* refusal = nullptr;    // the error for a role without a turn
-  int date = -1;                    // the wildcard that is a date's format
+  int date = -1;                    // the wildcard that holds a date format; -1: none
 };
 
 const std::vector<KnownChat>& known_chats();

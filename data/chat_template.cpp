@@ -26,7 +26,7 @@ void replace_all(std::string* text, std::string_view from, std::string_view to) 
     text->replace(at, from.size(), to);
 }
 
-// Of a tag: words, signs, and strings between the bytes 5.
+// The tokens of a tag: words, signs, and strings enclosed in bytes 5.
 using Tokens = std::vector<std::string>;
 
 bool is_string(const std::string& token) { return token[0] == '\5'; }
@@ -41,7 +41,7 @@ std::string join(const Tokens& tokens) {
   return out;
 }
 
-// A sum of strings as text with holes.
+// An output's terms, joined: a string constant becomes plain text, any other term its own {{ }}.
 std::string joined_output(const Tokens& tokens) {
   std::string out;
   Tokens term;
@@ -103,15 +103,15 @@ class Reader {
     return sign ? source_[at_++] : '\0';
   }
 
-  // lstrip_blocks: blanks between the start of a line and a block go.
+  // lstrip_blocks: removes the blanks between the start of a line and a block.
   static void strip_indent(std::string* text, bool line_start) {
     const size_t begin = text->rfind('\n') + 1;  // 0 where there is none
     if (begin == 0 && !line_start) return;
     if (text->find_first_not_of(" \t", begin) == std::string::npos) text->resize(begin);
   }
 
-  // trim_blocks: the newline behind a block goes; "-" takes all white space. Returns whether the
-  // next text begins a line.
+  // trim_blocks: skips the newline after a block. The sign "-" skips all white space. Returns
+  // whether the next text begins a line.
   bool skip_behind(char sign, bool block) {
     const size_t begin = at_;
     if (sign == '-') at_ = std::min(source_.find_first_not_of(kSpaces, at_), source_.size());
@@ -119,7 +119,7 @@ class Reader {
     return at_ > begin && source_[at_ - 1] == '\n';
   }
 
-  // This and read_tag() return the sign in front of the end.
+  // skip_comment() and read_tag() return the sign before the closing bracket.
   char skip_comment() {
     const size_t close = source_.find("#}", at_);
     BBB_CHECK(close != std::string::npos, "a comment does not end");
@@ -170,7 +170,7 @@ class Reader {
   std::string read_escape() {
     static constexpr std::string_view kEscapes = "ntrabfv\\'\"", kEscaped = "\n\t\r\a\b\f\v\\'\"";
     const char name = source_[at_++];
-    if (name == '\n') return "";  // the string goes on in the next line
+    if (name == '\n') return "";  // the string continues on the next line
     const size_t escape = kEscapes.find(name);
     if (escape < kEscapes.size()) return {kEscaped[escape]};
     const std::string digits = source_.substr(at_, name == 'x' ? 2 : name == 'u' ? 4 : 0);
@@ -183,7 +183,7 @@ class Reader {
     return out;
   }
 
-  // x['y'] is x.y, x.strip() is x|trim, index0==0 is first.
+  // Rewrites x['y'] as x.y, x.strip() as x|trim, index0==0 as first.
   static void use_one_spelling(Tokens* tokens) {
     const auto ends = [&](size_t back, const char* token) {
       return tokens->size() >= back && (*tokens)[tokens->size() - back] == token;
@@ -218,7 +218,7 @@ class Reader {
     const std::string word = tokens.empty() ? "" : tokens[0];
     BBB_CHECK(kind == '{' || word != "raw", "the statement raw is not supported");
     if (kind == '{') out_ += joined_output(tokens);
-    // A generation block only marks what an assistant wrote.
+    // A generation block writes nothing: it only marks the assistant's text.
     if (kind == '%' && word != "generation" && word != "endgeneration")
       out_ += "\1" + join(tokens) + "\2";
   }
@@ -227,10 +227,10 @@ class Reader {
   size_t at_ = 0;
   std::string out_;
   std::string loop_variable_;   // of the first loop over messages, unless it is "message"
-  bool names_message_ = false;  // the template has something else of this name
+  bool names_message_ = false;  // the template itself uses the name "message"
 };
 
-// Writes {% %} {{ }}, and ' inside them, as canonical templates have them.
+// Replaces {% %} {{ }}, and ' inside them, with the bytes of canonical templates.
 std::string marked(std::string text) {
   for (const auto& [mark, shown] : kShown) replace_all(&text, shown, mark);
   bool tag = false;
@@ -241,7 +241,7 @@ std::string marked(std::string text) {
   return text;
 }
 
-// Where the body that begins at `at` ends: at the else, elif, endif or endfor of its statement.
+// The end of the body that begins at `at`: the else, elif, endif or endfor of its statement.
 size_t branch_end(std::string_view text, size_t at) {
   int depth = 0;
   for (at = text.find('\1', at); at != std::string_view::npos; at = text.find('\1', at + 1)) {

@@ -1,4 +1,5 @@
-// A chat template's Jinja in one canonical spelling, and patterns that a whole template must match.
+// Rewrites a chat template's Jinja in one canonical spelling, and matches whole templates with
+// patterns.
 #pragma once
 
 #include <array>
@@ -7,9 +8,9 @@
 
 namespace bbb::data {
 
-// Equal templates look equal. Comments, quotes, white space inside tags and white-space control
-// (trim_blocks and lstrip_blocks, as Hugging Face sets them) are resolved, all line ends are \n,
-// and the strings that an output joins become plain text:
+// Gives equivalent templates the same text. Comments, quotes, white space inside tags and
+// white-space control (trim_blocks and lstrip_blocks, as Hugging Face sets them) are resolved, line
+// ends become \n, and the strings that an output concatenates become plain text:
 //
 //   {{ 'a' + x.b }}, {{ "a" ~ x['b'] }}        a{{x.b}}
 //   x.strip(), loop.index0 == 0                x|trim, loop.first
@@ -20,19 +21,20 @@ namespace bbb::data {
 // bytes, on tags that do not end, and on escapes that Jinja does not know.
 std::string canonical_template(std::string jinja);
 
-// A canonical template for readers: with {% %} {{ }} and '.
+// A canonical template in readable form: with {% %} {{ }} and '.
 std::string shown_template(std::string canonical);
 
-// The texts that the wildcards {0} .. {9} stand for.
+// The texts that the wildcards {0} .. {9} matched.
 using WildcardTexts = std::array<std::string, 10>;
 
-// Matches the whole of a canonical template with a pattern, which is written as canonical templates
-// are shown, with two kinds of wildcard:
+// Matches a whole canonical template with a pattern. The pattern is a shown template with two kinds
+// of wildcard:
 //
-//   {0} .. {9}   any text, up to the next tag or end of string but for what follows in the pattern
-//   {..}         the body of a branch, in which each if and for has its end
+//   {0} .. {9}   any text up to the next tag or end of string, less the plain text that follows the
+//                wildcard in the pattern
+//   {..}         the body of a branch, with balanced if and for
 //
-// `reached` becomes the number of bytes that match.
+// Sets `reached` to the number of bytes that match.
 std::optional<WildcardTexts> match_template(const std::string& pattern,
                                             const std::string& canonical, size_t* reached);
 

@@ -22,7 +22,7 @@ std::vector<uint64_t> checksums(const std::vector<Bytes>& parts) {
     Bytes bytes;
     uint64_t* sum;
   };
-  std::vector<std::vector<uint64_t>> sums;  // of each part's chunks
+  std::vector<std::vector<uint64_t>> sums;  // by part, then by chunk
   std::vector<Chunk> chunks;
   const size_t chunk = static_cast<size_t>(kChecksumChunk);
   for (const Bytes& part : parts) {
@@ -57,9 +57,9 @@ std::string hex(uint64_t checksum) {
 }
 
 struct Checksum::Impl {
-  std::vector<uint64_t> chunks;  // whole ones
-  XXH3_state_t state;            // of the next
-  int64_t bytes = 0;             // in it
+  std::vector<uint64_t> chunks;  // checksums of the complete chunks
+  XXH3_state_t state;            // of the incomplete chunk
+  int64_t bytes = 0;             // in the incomplete chunk
 };
 
 Checksum::Checksum() : impl_(std::make_unique<Impl>()) { XXH3_64bits_reset(&impl_->state); }

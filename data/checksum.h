@@ -1,10 +1,10 @@
-// Checksums for the records of a run: XXH3 in chunks, so that threads share the work and a file
-// that is written piece by piece gets the same number.
+// Checksums for the records of a run: XXH3 in chunks. Threads can share the work, and a file that
+// is written piece by piece gets the same checksum.
 //
 //   checksum = XXH3(XXH3(chunk 0), XXH3(chunk 1), ..)   chunks of kChecksumChunk bytes, the last
 //   shorter
 //
-// They tell accidents, not forgeries.
+// They detect accidents, not forgeries.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,12 @@ uint64_t checksum64(const void* data, int64_t bytes);
 inline uint64_t checksum64(const std::string& text) {
   return checksum64(text.data(), static_cast<int64_t>(text.size()));
 }
-// One for each part, at the speed of memory: threads share all chunks.
+// One checksum per part. Threads share the chunks of all parts: it runs at the speed of memory.
 std::vector<uint64_t> checksums(const std::vector<Bytes>& parts);
 
 std::string hex(uint64_t checksum);  // 16 digits
 
-// The same, of bytes that come one after another.
+// The same checksum of bytes that are added piece by piece.
 class Checksum {
  public:
   Checksum();

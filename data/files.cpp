@@ -31,14 +31,16 @@ std::string parent_of(const std::string& path) {
   return parent.empty() ? "." : parent;
 }
 
-// "path.tmp-<pid>-<attempt>": never another process's, and a crash's leftovers are stepped over.
+// "path.tmp-<pid>-<attempt>": no other process uses it, and the next attempt skips a crash's
+// leftovers.
 std::string temporary_name(const std::string& path, int attempt) {
   return cat(path, ".tmp-", ::getpid(), "-", attempt);
 }
 
 constexpr int kAttempts = 1000;
 
-// Makes a rename inside it durable. Some file systems cannot sync a directory (EINVAL): no error.
+// Makes a rename inside the directory durable. Some file systems cannot sync a directory: EINVAL is
+// no error.
 void sync_directory(const std::string& directory) {
   const Descriptor d{::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
   BBB_CHECK(d.fd >= 0, "cannot open ", directory, ": ", cause());
@@ -53,7 +55,7 @@ std::string read_file(const std::string& path) {
   struct stat info = {};
   BBB_CHECK(::fstat(d.fd, &info) == 0, "cannot read ", path, ": ", cause());
   BBB_CHECK(!S_ISDIR(info.st_mode), path, " is a directory, not a file");
-  // Read to the end, not to st_size: pipes have none.
+  // Read to the end, not to st_size: a pipe has no size.
   std::string content;
   size_t used = 0;
   content.resize(static_cast<size_t>(std::max<off_t>(info.st_size, 0)) + 1);
@@ -143,14 +145,14 @@ AtomicDirectory::AtomicDirectory(std::string path) : path_(std::move(path)) {
 }
 
 AtomicDirectory::~AtomicDirectory() {
-  std::error_code ignored;  // a destructor has nobody to tell
+  std::error_code ignored;  // a destructor cannot report it
   if (!committed_) fs::remove_all(temporary_, ignored);
 }
 
 void AtomicDirectory::commit() {
   BBB_ASSERT(!committed_);
   sync_directory(temporary_);
-  // rename() replaces an empty directory and refuses one that was filled meanwhile.
+  // rename() replaces an empty directory, and fails on one that was filled meanwhile.
   BBB_CHECK(::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot make directory ", path_, ": ",
             cause());
   committed_ = true;

@@ -1,4 +1,4 @@
-// Files written so that a crash or a full disk leaves the old state: temporary name, sync, rename.
+// Writes files so that a crash or a full disk keeps the old state: temporary name, sync, rename.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,16 @@ namespace bbb::data {
 
 std::string read_file(const std::string& path);  // whole file; throws, naming it
 // Writes text or bytes under a temporary name in the same directory, syncs it, renames it to
-// `path`, and syncs the directory. Throws, naming path and cause; then nothing is left behind.
+// `path`, and syncs the directory. Throws, naming path and cause, and then leaves nothing behind.
 void write_file_atomic(const std::string& path, const std::string& content);
 
-// A name out of a file, fit for a one-line message: control and non-ASCII bytes as \xNN, cut after
-// 80 bytes.
+// A name that was read from a file, made fit for a one-line message: control and non-ASCII bytes
+// become \xNN, and it is cut after 80 bytes.
 std::string printable(const std::string& name);
 
-// A file built piece by piece under a temporary name beside `path`; commit() syncs and renames it.
-// Destroyed without commit(): removed. Throws, naming path and cause, on any I/O error.
+// A file that is written piece by piece under a temporary name next to `path`. commit() syncs and
+// renames it; without commit() the destructor removes it. Throws, naming path and cause, on any I/O
+// error.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);
@@ -34,9 +35,9 @@ class AtomicFile {
   bool committed_ = false;
 };
 
-// A directory built under a temporary name beside `path` and renamed into place by commit().
-// Destroyed without commit(): the temporary directory is removed. Throws at construction where
-// `path` exists and is a non-empty directory, or the parent is missing or read-only.
+// A directory that is filled under a temporary name next to `path`. commit() renames it into place;
+// without commit() the destructor removes it. The constructor throws if `path` exists and is not an
+// empty directory, or if the parent is missing or read-only.
 class AtomicDirectory {
  public:
   explicit AtomicDirectory(std::string path);

@@ -56,7 +56,7 @@ std::string position(int64_t element, const engine::Shape& shape) {
 void check_finite(const std::vector<RawWeight>& weights, const std::string& path) {
   const std::vector<Piece> pieces = pieces_of(weights);
   const int64_t count = static_cast<int64_t>(pieces.size());
-  std::atomic<int64_t> first{count};  // of the pieces with a bad weight
+  std::atomic<int64_t> first{count};  // the first piece with a bad weight; `count`: none
   const auto scan = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end && i < first; ++i) {
       const Piece& piece = pieces[static_cast<size_t>(i)];

@@ -1,4 +1,4 @@
-// A scan of a file's raw bytes for weights that are no numbers.
+// Scans a file's raw bytes for weights that are NaN, infinite or beyond BF16's range.
 #pragma once
 
 #include <bit>
@@ -13,7 +13,7 @@
 
 namespace bbb::data {
 
-// What a tensor's bytes are made of: blocks of `elements` weights in `bytes` bytes.
+// How a tensor is stored: in blocks of `elements` weights, `bytes` bytes each.
 struct BlockType {
   int64_t elements;
   int64_t bytes;
@@ -21,10 +21,11 @@ struct BlockType {
   bool (*finite)(const uint8_t* p, int64_t blocks);  // whether is_weight() holds for every weight
 };
 
-// Finite, and still so once rounded to BF16, the type of tables and of activations.
+// Whether a value is finite and stays so when rounded to BF16, the type of tables and activations.
 inline bool is_weight(double value) { return std::fabs(value) < 0x1.FFp127; }
 
-// One scalar a block. Its bits without the sign are its magnitude; it is a weight below kLimit.
+// Blocks of one scalar. Its bits without the sign order it by magnitude; is_weight() holds below
+// kLimit.
 template <typename Bits, Bits kLimit, float (*kValue)(Bits)>
 constexpr BlockType scalar_blocks() {
   constexpr int64_t kBytes = sizeof(Bits);
@@ -57,8 +58,8 @@ struct RawWeight {
   BlockType type;
 };
 
-// Throws, naming the first tensor in this order and the first position in it, where is_weight()
-// does not hold: "PATH: NAME[3, 17] is nan". Reads every byte once, on all cores.
+// Throws if is_weight() does not hold for some weight, and names the first tensor in this order and
+// the first position in it: "PATH: NAME[3, 17] is nan". Reads every byte once, on all cores.
 void check_finite(const std::vector<RawWeight>& weights, const std::string& path);
 
 }  // namespace bbb::data

@@ -29,8 +29,8 @@ void expand_q8_0(float* out, const uint8_t* p) {
   for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(static_cast<int8_t>(p[2 + i]));
 }
 
-// Thirty-two codes: byte j holds code j in its low and code j + 16 in its high nibble; `high` gives
-// each code's fifth bit.
+// 32 codes: byte j holds code j in its low nibble and code j + 16 in its high nibble. Bit j of
+// `high` is code j's fifth bit.
 template <typename Value>
 void expand_nibbles(float* out, const uint8_t* nibbles, uint32_t high, Value value) {
   for (int j = 0; j < 16; ++j) {
@@ -65,9 +65,11 @@ void expand_q5_1(float* out, const uint8_t* p) {
                  [=](int q) { return d * static_cast<float>(q) + m; });
 }
 
-// Q4_K and Q5_K: eight groups of 32 with 6-bit scales and minima in 12 bytes. Groups 0-3: the low
-// six bits of byte g (scale) and g + 4 (minimum); groups 4-7: four bits each in byte g + 4, the top
-// two in the top of bytes g - 4 and g.
+// Q4_K and Q5_K: eight groups of 32 codes. Their 6-bit scales and minima are packed in 12 bytes:
+//
+//                scale                                      minimum
+//   g = 0..3     low six bits of byte g                     low six bits of byte g + 4
+//   g = 4..7     low nibble of g + 4, top bits of g - 4     high nibble of g + 4, top bits of g
 void k_scale_min(const uint8_t* packed, int g, int* scale, int* minimum) {
   if (g < 4) {
     *scale = packed[g] & 63;
@@ -78,8 +80,8 @@ void k_scale_min(const uint8_t* packed, int g, int* scale, int* minimum) {
   }
 }
 
-// Two neighbouring groups share 32 bytes, one a nibble; bit g of high[i] is code i's fifth bit in
-// group g. Value: d scale q - dmin minimum.
+// Two neighbouring groups share 32 bytes: one has the low nibbles, the other the high ones. Bit g
+// of high[i] is the fifth bit of code i in group g. Value: d scale q - dmin minimum.
 void expand_k_groups(float* out, const uint8_t* p, const uint8_t* high, const uint8_t* nibbles) {
   const float d = half_at(p), dmin = half_at(p + 2);
   for (int g = 0; g < 8; ++g) {
@@ -100,9 +102,9 @@ void expand_q4_k(float* out, const uint8_t* p) { expand_k_groups(out, p, nullptr
 // {d half, dmin half, scales[12], high bits[32], nibbles[128]}
 void expand_q5_k(float* out, const uint8_t* p) { expand_k_groups(out, p, p + 16, p + 48); }
 
-// {low nibbles[128], high pairs[64], int8 scales[16], d half}: d scale (q - 32), a scale for
-// sixteen. Each half of 128 codes: quarter r of 32 takes nibbles from bytes 32 (r mod 2) + i, low
-// for r < 2, and bits 2r of high byte i.
+// {low nibbles[128], high pairs[64], int8 scales[16], d half}: d scale (q - 32), one scale per 16
+// codes. In each half of 128 codes, code i of quarter r (32 codes) has a nibble of byte
+// 32 (r mod 2) + i, the low one for r < 2, and bits 2r and 2r + 1 of high byte i.
 void expand_q6_k(float* out, const uint8_t* p) {
   const float d = half_at(p + 208);
   for (int half = 0; half < 2; ++half) {
@@ -119,8 +121,8 @@ void expand_q6_k(float* out, const uint8_t* p) {
   }
 }
 
-// kHalves: the offsets of a block's half-precision scales. Codes and integer scales are finite, and
-// their products with a finite half are far below FP32's limit.
+// kHalves: the offsets of a block's half-precision scales. Only these are checked: codes and
+// integer scales are finite, and their products with a finite half are far below FP32's limit.
 template <void (*kExpand)(float*, const uint8_t*), int kElements, int kBytes, int... kHalves>
 constexpr BlockType scaled_blocks() {
   return {kElements, kBytes,
@@ -147,7 +149,7 @@ constexpr TypeRow kTypes[] = {{0, "F32", kF32Blocks},
                               {14, "Q6_K", scaled_blocks<expand_q6_k, 256, 210, 208>()},
                               {30, "BF16", kBf16Blocks}};
 
-// ggml's other types, the retired ones included.
+// ggml's other types, including retired ones.
 constexpr std::pair<uint32_t, const char*> kUnreadTypes[] = {
     {4, "Q4_2"},        {5, "Q4_3"},        {9, "Q8_1"},        {10, "Q2_K"},    {11, "Q3_K"},
     {15, "Q8_K"},       {16, "IQ2_XXS"},    {17, "IQ2_XS"},     {18, "IQ3_XXS"}, {19, "IQ1_S"},
@@ -169,7 +171,7 @@ const TypeRow& row_of(uint32_t type, const std::string& what) {
   throw Error(cat(what, ": unsupported ggml type ", name, "; ", read, " are read"));
 }
 
-// A cursor over the file; every read is checked against what is left.
+// A cursor over the file. Every read is checked against the bytes that remain.
 class Reader {
  public:
   Reader(const uint8_t* data, int64_t bytes, const std::string& path)
@@ -196,8 +198,8 @@ class Reader {
     return text;
   }
 
-  // A count of things of at least `least_bytes` each: what is left of the file bounds it, so that
-  // nothing is ever allocated from a lie.
+  // A count of items of at least `least_bytes` each. The bytes that remain bound it, so that a
+  // false count never leads to an allocation.
   uint64_t take_count(const char* what, uint64_t least_bytes) {
     const uint64_t count = take<uint64_t>(what);
     check_count(count, what, least_bytes);
@@ -275,7 +277,7 @@ auto take_elements(uint64_t count, Take take) {
   return out;
 }
 
-// `depth`: of arrays around this one.
+// `depth`: the number of arrays around this one.
 GgufArray take_array(Reader& in, const std::string& key, int depth = 0) {
   constexpr int kDeepest = 8;
   const uint32_t type = in.take<uint32_t>("an array's type");

@@ -1,8 +1,8 @@
 // GGUF v2 and v3: metadata and tensors of a llama.cpp model file, mapped and checked.
 //
 // Dequantized on load: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K.
-// GGUF stores dimensions fastest first; `shape` here is row-major, slowest first, as everywhere in
-// bbb.
+// GGUF lists the fastest dimension first. `shape` here is row-major, slowest dimension first, as
+// everywhere in bbb.
 #pragma once
 
 #include <cstdint>
@@ -41,14 +41,14 @@ struct GgufContents {
 // Throws Error on anything malformed; never reads outside [data, data + bytes).
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path);
 
-// "Q4_K" and its kin; throws, naming it, for a type that is not read.
+// The type's name, such as "Q4_K". Throws, naming the type, if bbb does not read it.
 const char* gguf_type_name(uint32_t type);
 int64_t gguf_type_bytes(uint32_t type, int64_t numel);  // throws where numel is not whole blocks
 void gguf_dequantize(float* out, const GgufTensor& tensor, const std::string& name);
 RawWeight raw_weight(const GgufTensor& tensor, const std::string& name);  // for check_finite()
 
-// A GGUF, known by its first bytes. A model that llama.cpp split is given by its first part, whose
-// name holds -00001-of-0000N; the metadata is the first part's, the tensors are those of all parts.
+// A GGUF, recognized by its first bytes. To open a model that llama.cpp split, give its first part,
+// whose name holds -00001-of-0000N: metadata comes from the first part, tensors from all parts.
 class Gguf {
  public:
   explicit Gguf(const std::string& path);

@@ -22,8 +22,8 @@ bool can_begin(std::string_view text, size_t at) {
   return at == 0 || std::string_view(" \t\r\n:,[").find(text[at - 1]) != std::string_view::npos;
 }
 
-// Whether a literal stands where a value can, inside a string or not: words such as "isNaN" in a
-// vocabulary must not cost a copy of it.
+// Whether a literal occurs where a value can begin, inside a string or not. Words such as "isNaN"
+// in a vocabulary do not count: they must not cost a copy of the text.
 bool may_have_literals(std::string_view text) {
   for (const auto& [literal, value] : kLiterals) {
     for (size_t at = text.find(literal); at != text.npos; at = text.find(literal, at + 1))
@@ -32,11 +32,11 @@ bool may_have_literals(std::string_view text) {
   return false;
 }
 
-// For each number of the text, in order: the literal that it stands for, if any.
+// For each number of the text, in order: the literal that it replaces, if any.
 using Numbers = std::vector<std::optional<double>>;
 
-// Overwrites each literal of Python's with the number 0 and spaces, so that every byte keeps its
-// place.
+// Overwrites each Python literal with the number 0 and spaces, so that all other bytes keep their
+// positions.
 Numbers replace_literals(std::string& text) {
   Numbers numbers;
   bool in_string = false;
@@ -77,7 +77,7 @@ Json parse(const char* begin, const char* end, const std::string& where) {
   }
   size_t number = 0;
   std::vector<std::set<std::string>> keys;  // of each open object
-  // The library keeps the last of two equal keys; a file that says two things is refused instead.
+  // The library would keep the last of two equal keys. Such a file is refused instead.
   const auto watch = [&](int depth, Event event, Json& value) {
     BBB_CHECK(depth < 64, where, ": JSON nested too deeply");
     if (event == Event::object_start) keys.emplace_back();
@@ -94,7 +94,7 @@ Json parse(const char* begin, const char* end, const std::string& where) {
     return Json::parse(begin, end, watch);
   } catch (const nlohmann::json::parse_error& e) {
     throw Error(cat(where, ": malformed JSON at byte ", e.byte));
-  } catch (const nlohmann::json::exception&) {  // a number out of every range
+  } catch (const nlohmann::json::exception&) {  // a number out of range
     throw Error(cat(where, ": malformed JSON"));
   }
 }

@@ -1,5 +1,5 @@
-// JSON out of files that nobody vouches for, in the dialect that Python's json module writes: NaN,
-// Infinity and -Infinity are numbers too.
+// Parses JSON from untrusted files, in the dialect that Python's json module writes: NaN, Infinity
+// and -Infinity are numbers too.
 #pragma once
 
 #include <nlohmann/json.hpp>

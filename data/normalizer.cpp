@@ -18,13 +18,13 @@ using nlohmann::json;
 
 namespace {
 
-// The text in one of Unicode's normal forms, which utf8proc's options name.
+// The text in the Unicode normal form that utf8proc's `options` select.
 std::string unicode_form(std::string_view text, int options) {
   std::string out;
   for (const auto& [run, is_valid] : utf8_runs(text)) {
     const bool is_ascii =
         std::all_of(run.begin(), run.end(), [](char c) { return (c & 0x80) == 0; });
-    if (!is_valid || is_ascii) {  // ASCII is in every form
+    if (!is_valid || is_ascii) {  // ASCII is the same in every form
       out += run;
       continue;
     }

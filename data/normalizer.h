@@ -1,4 +1,4 @@
-// What a text becomes before it is cut into words: the `normalizer` of a tokenizer.json.
+// The `normalizer` of a tokenizer.json: rewrites a text before it is split into words.
 #pragma once
 
 #include <functional>

@@ -1,9 +1,9 @@
-// Pre-tokenizers: each step takes every word so far. A pattern cuts it into its matches and what is
-// between them.
+// Pre-tokenizers: each step splits every word so far. A pattern splits a word into its matches and
+// the text between them.
 //
 // PCRE2's \s under UCP differs from Unicode's White_Space (it has U+180E), so \s and \S are written
 // out as classes. ^ and $ match at every line, as in Oniguruma, which the reference uses. Invalid
-// bytes are cut off first: PCRE2 only ever sees valid UTF-8.
+// bytes are split off first, so that PCRE2 only sees valid UTF-8.
 #include "data/pre_tokenizer.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
@@ -144,7 +144,7 @@ class Pattern {
                 " bytes: ", pcre2_message(found));
       const size_t begin = bounds[0];
       const size_t end = bounds[1];
-      if (end == begin) {  // an empty match cuts nothing
+      if (end == begin) {  // an empty match splits nothing
         from = begin + static_cast<size_t>(std::max<int64_t>(1, utf8_length(word.substr(begin))));
         continue;
       }
@@ -168,7 +168,7 @@ PreTokenizer::PreTokenizer(const json& spec, const std::string& source) {
 void PreTokenizer::add(const json& spec, const std::string& source) {
   const std::string type = spec.is_object() ? spec.value("type", "") : spec.dump();
   BBB_CHECK(!byte_level_, source, ": the pre_tokenizer ", printable(type),
-            " behind ByteLevel is not supported");
+            " after ByteLevel is not supported");
   if (type == "Sequence") {
     for (const json& step : spec.at("pretokenizers")) add(step, source);
   } else if (type == "Digits") {
@@ -208,8 +208,8 @@ void PreTokenizer::add_pattern(const std::string& pattern, const std::string& so
   });
 }
 
-// Writes spaces as `replacement`, puts one before the word by the scheme, and, where `split` is
-// set, cuts before every one.
+// Replaces spaces with `replacement`, puts one before the word if the scheme says so, and splits
+// before each one if `split` is set.
 void PreTokenizer::add_metaspace(const json& spec, const std::string& source) {
   const std::string replacement = spec.value("replacement", "\u2581");
   const std::string scheme =

@@ -1,6 +1,6 @@
-// Cuts text into the words inside which byte-pair merges happen: the `pre_tokenizer` of a
-// tokenizer.json, as a list of steps applied one after the other. A step cuts by a regular
-// expression (PCRE2, UTF mode), or writes the space that some tokenizers put before a text.
+// The `pre_tokenizer` of a tokenizer.json: splits text into words, inside which byte-pair merges
+// happen. It is a list of steps. A step splits by a regular expression (PCRE2, UTF mode), or writes
+// the space that some tokenizers put before a text.
 #pragma once
 
 #include <deque>
@@ -23,9 +23,9 @@ inline constexpr std::string_view kWhiteSpace =
     "\u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000";
 
-// The length of the valid UTF-8 character at the start of `text`, 0 where there is none.
+// The length of the valid UTF-8 character at the start of `text`; 0 if there is none.
 int64_t utf8_length(std::string_view text);
-// The runs of valid (true) and of invalid bytes that `text` consists of.
+// Splits `text` into runs of valid (true) and of invalid bytes.
 std::vector<std::pair<std::string_view, bool>> utf8_runs(std::string_view text);
 
 class PreTokenizer {
@@ -35,19 +35,19 @@ class PreTokenizer {
   // the file in errors.
   PreTokenizer(const nlohmann::json& spec, const std::string& source);
 
-  // The words of `text` in order. A cut leaves bytes that are not UTF-8 in words of their own.
-  // `is_start`: it is the start of the whole text, where Metaspace's scheme `first` writes its
-  // space. Words that hold characters of a step's own are kept in `made`.
+  // The words of `text` in order. A pattern puts bytes that are not UTF-8 into words of their own.
+  // `is_start`: `text` begins the whole input, where Metaspace's scheme `first` writes its space.
+  // `made` stores the words that a step had to write anew; the result points into it.
   std::vector<std::string_view> split(std::string_view text, bool is_start,
                                       std::deque<std::string>* made) const;
   bool byte_level() const { return byte_level_; }
 
  private:
-  // Takes one word, the first of the whole text or another, and appends what becomes of it.
   struct Words {
     std::vector<std::string_view> list;
     std::deque<std::string>* made;
   };
+  // Takes one word and appends its parts to `out`. `is_first`: it begins the whole input.
   using Step = std::function<void(std::string_view word, bool is_first, Words* out)>;
   void add(const nlohmann::json& spec, const std::string& source);
   void add_pattern(const std::string& pattern, const std::string& source);
@@ -57,7 +57,7 @@ class PreTokenizer {
   bool byte_level_ = false;
 };
 
-// `text` with every `from`, which is not empty, written as `to`.
+// `text` with every `from` (not empty) replaced by `to`.
 std::string replaced(std::string_view text, std::string_view from, std::string_view to);
 
 }  // namespace bbb::data

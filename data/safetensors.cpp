@@ -21,7 +21,7 @@ namespace {
 
 using nlohmann::json;
 
-// The reference implementation's own bound on a header.
+// The reference implementation's limit on the header.
 constexpr uint64_t kLargestHeader = 100'000'000;
 
 bool is_size(const json& value) {
@@ -90,7 +90,7 @@ void check_tiling(const std::map<std::string, SafeTensor>& tensors, const uint8_
             " bytes at the end belong to no tensor");
 }
 
-// Null for what is no floating-point type.
+// Null if `dtype` is not a floating-point type.
 const BlockType* block_type(FileDType dtype) {
   switch (dtype) {
     case FileDType::F64:
@@ -123,7 +123,7 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   if (known && S_ISREG(info.st_mode) && info.st_size > 0)
     mapped = ::mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
   const int error = errno;
-  ::close(fd);  // the mapping outlives it
+  ::close(fd);  // the mapping stays
   BBB_CHECK(known, "cannot read ", path, ": ", std::strerror(error));
   BBB_CHECK(!S_ISDIR(info.st_mode), path, " is a directory, not a file");
   BBB_CHECK(S_ISREG(info.st_mode), path, " is not a regular file");
@@ -232,9 +232,9 @@ RawWeight raw_weight(const SafeTensor& tensor, const std::string& name) {
   return {name, tensor.shape, tensor.data, *type};
 }
 
-static constexpr const char* kSeal = "checksum";
+static constexpr const char* kTrailer = "checksum";
 
-bool seal_fits(const MappedFile& file) {
+bool trailer_matches(const MappedFile& file) {
   const int64_t content = file.bytes() - static_cast<int64_t>(sizeof(uint64_t));
   return content > 0 &&
          load_as<uint64_t>(file.data() + content) == checksum64(file.data(), content);
@@ -243,15 +243,15 @@ bool seal_fits(const MappedFile& file) {
 struct SafeTensorsWriter::Impl {
   AtomicFile file;
   std::vector<Entry> entries;
-  Seal seal;
-  Checksum checksum = {};  // of what was written
+  Trailer trailer;
+  Checksum checksum = {};  // of everything written so far
   size_t next = 0;
   int64_t added_bytes = 0;  // of the next entry
 };
 
 SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entries,
-                                     std::map<std::string, std::string> metadata, Seal seal) {
-  if (seal == Seal::Checksum) entries.push_back({kSeal, FileDType::I64, {1}});
+                                     std::map<std::string, std::string> metadata, Trailer trailer) {
+  if (trailer == Trailer::Checksum) entries.push_back({kTrailer, FileDType::I64, {1}});
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t offset = 0;
@@ -263,8 +263,8 @@ SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entrie
     offset = end;
   }
   std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data begin at a multiple of 8
-  impl_ = std::unique_ptr<Impl>(new Impl{AtomicFile(std::move(path)), std::move(entries), seal});
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // the data begins at a multiple of 8
+  impl_ = std::unique_ptr<Impl>(new Impl{AtomicFile(std::move(path)), std::move(entries), trailer});
   const uint64_t header_bytes = text.size();
   write(&header_bytes, sizeof header_bytes);
   write(text.data(), static_cast<int64_t>(text.size()));
@@ -272,7 +272,7 @@ SafeTensorsWriter::SafeTensorsWriter(std::string path, std::vector<Entry> entrie
 
 void SafeTensorsWriter::write(const void* data, int64_t bytes) {
   impl_->file.write(data, bytes);
-  if (impl_->seal == Seal::Checksum) impl_->checksum.add(data, bytes);
+  if (impl_->trailer == Trailer::Checksum) impl_->checksum.add(data, bytes);
 }
 
 SafeTensorsWriter::~SafeTensorsWriter() = default;
@@ -291,9 +291,9 @@ void SafeTensorsWriter::add(const std::string& name, const void* data, int64_t b
 }
 
 void SafeTensorsWriter::finish() {
-  if (impl_->seal == Seal::Checksum) {
+  if (impl_->trailer == Trailer::Checksum) {
     const uint64_t checksum = impl_->checksum.value();
-    add(kSeal, &checksum, sizeof checksum);
+    add(kTrailer, &checksum, sizeof checksum);
   }
   BBB_ASSERT(impl_->next == impl_->entries.size());
   impl_->file.commit();

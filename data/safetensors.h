@@ -1,6 +1,6 @@
 // safetensors: an 8-byte little-endian header length, a JSON header, then raw tensor bytes.
 //
-// Reading maps the file; nothing is copied until asked for. Every header is checked before use:
+// Reading maps the file and copies nothing until asked to. Every header is checked before use:
 // lengths, overlaps, gaps, shapes against byte counts, dtypes. Errors name the file and the tensor.
 #pragma once
 
@@ -20,7 +20,7 @@ using quant::FileDType;
 using quant::name_of;
 using quant::size_bytes;
 
-// A read-only mapping of a whole file. Throws where it cannot be opened, is a directory, or is
+// A read-only mapping of a whole file. Throws if the file cannot be opened, is a directory, or is
 // empty.
 class MappedFile {
  public:
@@ -71,14 +71,14 @@ void to_float(float* out, const SafeTensor& tensor, const std::string& name);
 // For check_finite(): F64, F32, F16, BF16 and F8_E4M3, of which every code but NaN is finite.
 RawWeight raw_weight(const SafeTensor& tensor, const std::string& name);
 
-// Whether a file ends in a checksum (data/checksum.h) of all its bytes before it, as one more
-// tensor that the writer adds by itself: "checksum", I64 (1).
-enum class Seal { None, Checksum };
-bool seal_fits(const MappedFile& file);
+// Checksum: the file ends in a checksum (data/checksum.h) of all bytes before it. The writer adds
+// it as one more tensor: "checksum", I64 (1).
+enum class Trailer { None, Checksum };
+bool trailer_matches(const MappedFile& file);
 
-// Writes one file: header first, then tensors as they are added in the declared order. The file is
-// made under a temporary name beside `path`, synced, and renamed by finish(); a writer destroyed
-// without finish() removes it. Throws, naming path and cause, on any I/O error (a full disk).
+// Writes one file: the header first, then the tensors, which must be added in the declared order.
+// The file has a temporary name next to `path`. finish() syncs and renames it; without finish() the
+// destructor removes it. Throws, naming path and cause, on any I/O error (a full disk).
 class SafeTensorsWriter {
  public:
   struct Entry {
@@ -87,7 +87,8 @@ class SafeTensorsWriter {
     engine::Shape shape;
   };
   SafeTensorsWriter(std::string path, std::vector<Entry> entries,
-                    std::map<std::string, std::string> metadata = {}, Seal seal = Seal::None);
+                    std::map<std::string, std::string> metadata = {},
+                    Trailer trailer = Trailer::None);
   ~SafeTensorsWriter();
   // Entries in order, each whole or in consecutive pieces.
   void add(const std::string& name, const void* data, int64_t bytes);

@@ -1,9 +1,11 @@
 // sentencepiece tokenizers, computed by libsentencepiece itself.
 //
-// A GGUF's "llama" vocabulary is written back as the ModelProto that it came from (protobuf's wire
-// format, by hand: the library ships no headers for it), so that both sources run the same code.
-// Special tokens are cut out first and each text between them is encoded by itself. With `legacy`,
-// and from a GGUF, each of these texts gets the prefix space, else only one at the very start.
+// A GGUF's "llama" vocabulary is converted back to the ModelProto that it came from, so that both
+// sources run the same code. Protobuf's wire format is written by hand: the library ships no
+// headers for it.
+//
+// Text is split at special tokens first, and each part is encoded by itself. With `legacy`, and
+// from a GGUF, every part gets the prefix space; otherwise only a part at the very start gets it.
 #include <sentencepiece_processor.h>
 
 #include <algorithm>
@@ -34,7 +36,7 @@ class WireWriter {
   void fixed32(int field, float value) {
     raw(static_cast<uint64_t>(field) << 3 | 5);
     char bytes[4];
-    std::memcpy(bytes, &value, 4);  // little-endian, as the format wants it
+    std::memcpy(bytes, &value, 4);  // little-endian, as the format requires
     out_.append(bytes, 4);
   }
   void bytes(int field, std::string_view value) {
@@ -52,7 +54,8 @@ class WireWriter {
   std::string out_;
 };
 
-// Protobuf merges what is said twice: normalizer_spec (3) with add_dummy_prefix (3) false.
+// Appends a second normalizer_spec (field 3) with add_dummy_prefix (field 3) false: protobuf merges
+// the two, and the later value counts.
 std::string without_prefix(const std::string& model) {
   WireWriter normalizer;
   normalizer.varint(3, 0);
@@ -101,7 +104,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     add_bos_ = settings.add_bos.value_or(bos_.has_value());
     BBB_CHECK(!add_bos_ || bos_, where, ": a BOS token is to be added, but there is none");
     chat_template_ = settings.chat_template;
-    // Whether the model itself has the prefix shows in what it makes of a text.
+    // Encode a text to see whether the model itself adds the prefix space.
     std::vector<std::string> pieces_of_a;
     BBB_CHECK(processor_.Encode("a", &pieces_of_a).ok() && !pieces_of_a.empty(), where,
               ": sentencepiece cannot encode a text");
@@ -163,7 +166,7 @@ class SentencePieceTokenizer final : public Tokenizer {
   int32_t pieces() const { return processor_.GetPieceSize(); }
   std::optional<int32_t> find_piece(std::string_view text) const {
     const int32_t id = processor_.PieceToId(text);
-    if (id < 0 || processor_.IdToPiece(id) != text) return std::nullopt;  // unknown: the unk id
+    if (id < 0 || processor_.IdToPiece(id) != text) return std::nullopt;  // an unknown text: unk
     return id;
   }
 
@@ -190,8 +193,8 @@ TokenizerFiles sentencepiece_files(const Gguf& gguf) {
   const auto flag = [&](const char* key, bool otherwise) {
     return gguf.has(key) ? gguf.boolean(key) : otherwise;
   };
-  // One piece stands for unknown text, whatever its type here: the one that the file names, else
-  // the first of that type, else <unk>, else id 0. Further ones of that type are special.
+  // One piece stands for unknown text: the one that the file names, else the first of type Unknown,
+  // else <unk>, else id 0. Other pieces of type Unknown become Control.
   const auto named = std::find(tokens.begin(), tokens.end(), "<unk>");
   const auto typed = std::find(types.begin(), types.end(), PieceType::Unknown);
   const size_t unknown = gguf.has("tokenizer.ggml.unknown_token_id")
@@ -215,11 +218,12 @@ TokenizerFiles sentencepiece_files(const Gguf& gguf) {
   WireWriter model;
   int64_t byte_pieces = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    // User-defined pieces are cut out of a text first; what merges into one is an ordinary piece.
+    // Text that equals a user-defined piece is split off before sentencepiece sees it. A merge that
+    // produces such a piece is an ordinary one.
     const PieceType type = types[i] == PieceType::UserDefined ? PieceType::Normal : types[i];
     WireWriter piece;
-    // sentencepiece wants every piece to have a text of its own: this one no text contains, since
-    // pieces write a space as U+2581.
+    // sentencepiece requires a different text for every piece. No input matches "[PAD n]": pieces
+    // write a space as U+2581.
     piece.bytes(1, tokens[i].empty() ? cat("[PAD ", i, "]") : tokens[i]);
     piece.fixed32(2, static_cast<float>(scores[i]));
     piece.varint(3, static_cast<uint64_t>(type));

@@ -1,4 +1,4 @@
-// Text files to token windows: a document a line (.jsonl) or a file (anything else).
+// Text files to token windows: one document per line (.jsonl) or per file (anything else).
 #include "data/text.h"
 
 #include "data/files.h"

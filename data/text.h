@@ -10,8 +10,8 @@
 
 namespace bbb::data {
 
-// A .jsonl file's "text" fields in order, or a whole .txt (anything else) as one document. Throws,
-// naming file and line, on malformed JSON, a missing "text", or no text at all.
+// The "text" fields of a .jsonl file in order; any other file, such as a .txt, is one document.
+// Throws, naming file and line, on malformed JSON, a missing "text", or no text at all.
 std::vector<std::string> read_documents(const std::string& path);
 
 // For training: each document's ids, then `doc_end`. With the tokenizer's add_bos, BOS before each
@@ -19,13 +19,13 @@ std::vector<std::string> read_documents(const std::string& path);
 std::vector<int32_t> training_tokens(const Tokenizer& tokenizer,
                                      const std::vector<std::string>& documents, int32_t doc_end);
 
-// For perplexity: documents joined by exactly two newlines, tokenized once, one BOS first if the
-// tokenizer adds it.
+// For perplexity: documents joined by exactly two newlines and tokenized as one text, after one BOS
+// if the tokenizer adds it.
 std::vector<int32_t> evaluation_tokens(const Tokenizer& tokenizer,
                                        const std::vector<std::string>& documents);
 
-// Non-overlapping windows of seq_len, the tail dropped: (N, seq_len), row-major. Throws if fewer
-// than one.
+// Non-overlapping windows of seq_len tokens, without the tail: (N, seq_len), row-major. Throws if
+// there is not one whole window.
 struct Windows {
   std::vector<int32_t> ids;
   int64_t count = 0;

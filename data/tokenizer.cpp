@@ -1,4 +1,4 @@
-// Where tokenizers come from, and the settings that both kinds share.
+// Loads tokenizers, and reads the settings that both kinds share.
 #include "data/tokenizer.h"
 
 #include <sys/stat.h>
@@ -34,7 +34,7 @@ std::optional<std::string> token_text(const json& object, const char* key) {
   return found->get<std::string>();
 }
 
-// The length in bytes of the white-space character at the start of `text`, 0 where there is none.
+// The length in bytes of the white-space character at the start of `text`; 0 if there is none.
 size_t white_space_length(std::string_view text) {
   const std::string_view character = text.substr(0, static_cast<size_t>(utf8_length(text)));
   return kWhiteSpace.find(character) == std::string_view::npos ? 0 : character.size();
@@ -116,7 +116,7 @@ TokenizerSettings read_settings(const TokenizerFiles& files, const json& root) {
     for (const char* key : {"additional_special_tokens", "extra_special_tokens"}) {
       const auto list = names->find(key);
       if (list == names->end()) continue;
-      for (const json& token : *list) {  // a list of tokens, or an object of named ones
+      for (const json& token : *list) {  // a list of tokens, or an object of named tokens
         settings.special_names.push_back(
             (token.is_object() ? token.at("content") : token).get<std::string>());
       }
@@ -126,7 +126,7 @@ TokenizerSettings read_settings(const TokenizerFiles& files, const json& root) {
     const auto& names = settings.special_names;
     return std::find(names.begin(), names.end(), content) != names.end();
   };
-  // The first file that has a token decides what it is.
+  // The first file that lists a token defines it.
   std::set<std::string> known;
   const auto add = [&](AddedToken token) {
     if (known.insert(token.content).second) settings.added.push_back(std::move(token));

@@ -1,5 +1,5 @@
-// What the two kinds of tokenizer share: a model directory's tokenizer files, the settings in them,
-// the cutting of text at added tokens, and a GGUF's vocabulary.
+// Shared by the two kinds of tokenizer: a model directory's tokenizer files, the settings in them,
+// splitting text at added tokens, and a GGUF's vocabulary.
 #pragma once
 
 #include <functional>
@@ -25,9 +25,9 @@ struct AddedToken {
   int32_t id = -1;
   std::string content;
   bool special = true;
-  bool lstrip = false;      // takes the white space before it along
-  bool rstrip = false;      // ... and after it
-  bool normalized = false;  // found in the normalized text, not in the text itself
+  bool lstrip = false;      // includes the white space before it
+  bool rstrip = false;      // includes the white space after it
+  bool normalized = false;  // matched in the normalized text, not in the original
 };
 
 using Lookup = std::function<std::optional<int32_t>(std::string_view)>;
@@ -38,15 +38,15 @@ struct TokenizerSettings {
   std::optional<std::string> bos;
   std::optional<std::string> eos;
   std::optional<bool> add_bos;
-  // A text between special tokens gets the prefix space too. Files that do not say were written
-  // when there was no other way.
+  // Text between special tokens gets the prefix space too. True by default: files without this
+  // setting were written when there was no other way.
   bool legacy = true;
   bool add_prefix_space = true;
   std::string chat_template;
   std::vector<AddedToken> added;
-  std::vector<std::string> special_names;  // BOS, EOS and others; special, added or not
+  std::vector<std::string> special_names;  // BOS, EOS and others: special even if not in `added`
 
-  // `added`, and the vocabulary's tokens that only special_names lists.
+  // `added`, plus the vocabulary's tokens that only special_names lists.
   std::vector<AddedToken> added_tokens(const Lookup& vocabulary) const;
 };
 // `root` is tokenizer.json's object, empty where there is none.
@@ -61,7 +61,7 @@ class AddedTokens {
     std::string_view text;
     int32_t id = -1;  // -1: ordinary text
   };
-  // With SpecialText::AsText the tokens that are special stay text.
+  // With SpecialText::AsText, special tokens stay text.
   std::vector<Span> split(std::string_view text, SpecialText special) const;
   const AddedToken* find(int32_t id) const;
   const AddedToken* find(std::string_view content) const;
@@ -74,18 +74,18 @@ class AddedTokens {
 std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files, const nlohmann::json& root);
 std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(TokenizerFiles files,
                                                         const nlohmann::json& root);
-// The files that a GGUF's "gpt2" or "llama" vocabulary amounts to.
+// Tokenizer files made from a GGUF's "gpt2" or "llama" vocabulary.
 TokenizerFiles bpe_files(const Gguf& gguf);
 TokenizerFiles sentencepiece_files(const Gguf& gguf);
-// A vocabulary of the 256 bytes, each its own id, without merges, and <|endoftext|>, id 256.
+// A vocabulary without merges: the 256 bytes, each with its value as id, and <|endoftext|>, id 256.
 TokenizerFiles byte_files(const std::string& source);
 
 // tokenizer.ggml.token_type; the numbers are sentencepiece's own.
 enum class PieceType { Normal = 1, Unknown, Control, UserDefined, Unused, Byte };
 
-// A GGUF's tokens. Converters pad vocabularies with empty pieces and with one text over and over:
-// such a piece is unused here and has no text, and every other text occurs once. Throws, naming the
-// text, where two pieces that mean something share it.
+// A GGUF's tokens. Converters pad vocabularies with empty pieces and with repeats of one text. Here
+// such a piece has type Unused and no text, so that every other text occurs once. read_vocabulary()
+// throws, naming the text, if a repeated piece is not Unknown, Control or Unused.
 struct GgufVocabulary {
   std::vector<std::string> tokens;
   std::vector<PieceType> types;

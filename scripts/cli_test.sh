@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The command line's promises on bad input: one line on stderr, the right exit code, nothing left
-# behind. Needs build/bbb and the demo model.
+# Checks the command line's promises on bad input: one line on stderr, the right exit code, nothing
+# left behind. Needs build/bbb and the demo model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bbb=$PWD/build/bbb
@@ -9,7 +9,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bad=0
 
-# expect CODE PATTERN COMMAND...: exit code, exactly one line on stderr, which matches the pattern.
+# expect CODE PATTERN COMMAND...: the command exits with CODE and writes exactly one line to stderr,
+# which matches PATTERN.
 expect() {
   local code=$1 pattern=$2 got=0
   shift 2
@@ -69,7 +70,7 @@ mkdir "$work/held"
 expect 1 'held/lock: another process is training' \
   flock "$work/held/lock" "$bbb" "${tiny[@]}" --out "$work/held"
 
-# A full disk and a read-only one, where we may mount them.
+# A full disk and a read-only one, if we may mount them.
 if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/null; then
   expect 1 'small' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
   if [ -n "$(ls -A "$work/small")" ]; then

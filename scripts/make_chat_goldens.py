@@ -1,9 +1,9 @@
-"""Goldens of tests/chat_format_test.cpp: what transformers makes of chats, as text and as ids.
+"""Makes the goldens of tests/chat_format_test.cpp: text and ids of chats, from transformers.
 
 usage: make_chat_goldens.py      needs: pip install transformers jinja2
 
-The templates are those of real models: tests/goldens/chat/*.jinja. The tokenizer is the small
-byte-level one of tests/goldens/tokenizers/gpt2 with the formats' special tokens added. Writes
+The templates are from real models: tests/goldens/chat/*.jinja. The tokenizer is the byte-level one
+of tests/goldens/tokenizers/gpt2, plus the special tokens of the formats. Writes
 tests/goldens/chat/tokenizer.json, tokenizer_config.json and goldens.json.
 """
 import datetime
@@ -56,7 +56,7 @@ class FixedDate:
 
 
 def main():
-    # strftime_now() asks the module's datetime.
+    # strftime_now() uses the datetime of the module `utils`.
     utils.datetime = Now if isinstance(utils.datetime, type) else FixedDate()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=f"{GOLDENS}/tokenizers/gpt2/tokenizer.json", bos_token="<s>", eos_token="</s>")

@@ -3,10 +3,10 @@
 
 usage: pip install gguf==0.19.0 numpy && scripts/make_gguf_goldens.py
 
-gguf_types.json: for each ggml type, random blocks (hex) and what gguf.quants.dequantize makes of
-them (hex of little-endian FP32). gguf_type_names.json: the number of every type that the package
-knows. tiny.gguf: one metadata value of every kind and two tensors, as gguf.GGUFWriter writes them.
-split-0000N-of-00003.gguf: three tensors, a file each, as the same writer splits them.
+gguf_types.json: for each ggml type, random blocks (hex) and the values that gguf.quants.dequantize
+gives (hex of little-endian FP32). gguf_type_names.json: the number of every type that the package
+knows. tiny.gguf: one metadata value of every kind and two tensors, written by gguf.GGUFWriter.
+split-0000N-of-00003.gguf: three tensors, one per file, split by the same writer.
 """
 import json
 import pathlib
@@ -17,8 +17,8 @@ from gguf.quants import dequantize
 
 GOLDENS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens"
 
-# Blocks of each type, and where in a block its half-precision scales stand: random bytes there
-# could be NaN or infinite.
+# For each type, how many blocks to make, and the offsets of a block's half-precision scales: random
+# bytes there could be NaN or infinite.
 TYPES = {
     "F32": (8, []), "F16": (8, []), "BF16": (8, []),
     "Q8_0": (2, [0]), "Q4_0": (2, [0]), "Q4_1": (2, [0, 2]), "Q5_0": (2, [0]), "Q5_1": (2, [0, 2]),

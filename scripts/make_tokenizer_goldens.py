@@ -1,12 +1,13 @@
-"""Fixtures and goldens of tests/tokenizer_test.cpp, from the reference implementations.
+"""Makes fixtures and goldens of tests/tokenizer_test.cpp, with the reference implementations.
 
 usage: make_tokenizer_goldens.py [MODEL.gguf WIKI.test.raw]
 needs: pip install tokenizers==0.20.3 sentencepiece==0.2.0 gguf
 
-Writes tests/goldens/tokenizers/: three small vocabularies, trained here on text that is made here
-(byte-level BPE with GPT-2's and with Llama-3's pre-tokenizer, and a sentencepiece BPE model), the
-latter two also as GGUFs without tensors, and goldens.json: the ids of a nasty set with each. With
-the demo model and the text given, also their ids with SmolLM2's vocabulary.
+Writes to tests/goldens/tokenizers/:
+  three small vocabularies, trained on generated text: byte-level BPE with GPT-2's and Llama-3's
+  pre-tokenizer, and a sentencepiece BPE model; the latter two also as GGUFs without tensors
+  goldens.json: the ids of a nasty set of texts with each vocabulary; if the demo model and the text
+  are given, also their ids with SmolLM2's vocabulary
 """
 import io
 import json
@@ -40,7 +41,7 @@ NASTY = [
 
 
 def training_text():
-    """Sentences of made-up words with some digits and accents; the same every time."""
+    """Sentences of made-up words with some digits and accents; the same in every run."""
     rng = random.Random(1)
     syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"] + ["th", "ing", "er", "st", "on", "\u00e9"]
     words = ["".join(rng.choice(syllables) for _ in range(rng.randint(1, 3))) for _ in range(150)]

@@ -1,12 +1,12 @@
-"""Fixtures and goldens of tests/tokenizer_kinds_test.cpp, from the reference implementations.
+"""Makes fixtures and goldens of tests/tokenizer_kinds_test.cpp, with the reference implementations.
 
 usage: make_tokenizer_kinds.py
 needs: pip install tokenizers==0.23.3 sentencepiece==0.2.3 gguf==0.19.0
 
-Writes tests/goldens/tokenizers/kinds.json, pieces.gguf and pre-NAME.gguf. It starts from what
-make_tokenizer_goldens.py has left there: a byte-level tokenizer.json and a sentencepiece model.
-Each kind is a change (RFC 7386) to a base tokenizer.json, with the ids of every text, special
-tokens parsed, and the decoded text where the base has a decoder that is more than bytes.
+Writes tests/goldens/tokenizers/kinds.json, pieces.gguf and pre-NAME.gguf. It starts from files that
+make_tokenizer_goldens.py wrote: a byte-level tokenizer.json and a sentencepiece model. Each kind is
+a change (RFC 7386) to a base tokenizer.json, with the ids of every text (special tokens parsed), and
+the decoded text if the base has a decoder that is more than bytes.
 """
 
 import copy
@@ -70,7 +70,7 @@ def ids_of(tokenizer, cases):
 
 
 def patched(base, change):
-    """RFC 7386, less the removal of keys: a null stays a null, as tokenizer.json has them."""
+    """A merge patch (RFC 7386) that removes no keys: a null stays a null, as in tokenizer.json."""
     out = copy.deepcopy(base)
     for key, value in change.items():
         out[key] = (
@@ -237,8 +237,8 @@ def kinds(pieces, size):
 
 
 def by_sentencepiece(model, specials, text, legacy):
-    """Special tokens cut out, leftmost and longest first; each text between them by itself."""
-    # What a message says twice the later one decides: normalizer_spec (field 3), whose
+    """Splits at special tokens, leftmost and longest first; encodes each text between by itself."""
+    # If a message has a field twice, the later one counts: append a normalizer_spec (field 3) whose
     # add_dummy_prefix (field 3) is false.
     plain, bare = (
         sentencepiece.SentencePieceProcessor(model_proto=model + more)
@@ -276,8 +276,8 @@ def write_gguf(name, model, tokens, types, **more):
 
 
 def padded_pieces(model):
-    """A GGUF as converters pad them: <unk> is a control token, padding is of type unknown, or one
-    text over and over, or empty; a user-defined token stands among it."""
+    """A GGUF with the padding that converters write: of type unknown, one text repeated, or empty.
+    <unk> is a control token, and a user-defined token is among the padding."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     kind = lambda i: (
         3
@@ -324,8 +324,8 @@ QWEN2 = (
 )
 IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 POINTS = [c for c in range(0x20000) if not 0xD800 <= c < 0xE000]
-# The letters of deepseek-llm's pattern, as hexadecimal code points: most of those with upper and
-# lower case, but no property names them.
+# The letters of deepseek-llm's pattern, as hexadecimal code points: most letters with upper and
+# lower case. No Unicode property selects exactly these.
 CASED = """
     41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376 377 37b-37d 37f 386
     388-38a 38c 38e-3a1 3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba
@@ -338,10 +338,10 @@ CASED = """
     1e900-1e943
 """
 CASED = "".join(re.sub("[0-9a-f]+", lambda point: chr(int(point[0], 16)), CASED).split())
-# A letter, an "ideograph" and a sign by deepseek-llm's classes: between them they show the class of
-# whatever stands behind one of them. No text has them.
+# A letter, an "ideograph" and a sign by deepseek-llm's classes. Together they show the class of any
+# character that follows one of them. No text contains them.
 PROBES = "\u00d0\u0e01#"
-# What llama.cpp makes of tokenizer.ggml.pre; tekken's is Mistral's own.
+# How llama.cpp interprets tokenizer.ggml.pre; tekken's pattern is Mistral's own.
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged
 MORE = {
     "tekken": [
@@ -373,7 +373,7 @@ PRE = {
 
 
 def pre_tokenizer(name):
-    """A vocabulary whose merges cross every boundary, so that the ids show where text was cut."""
+    """A vocabulary whose merges cross every boundary, so that the ids show where text was split."""
     more = MORE.get(name, [])
     cases = texts("<|a|>", "<|b|>") + more
     tokenizer = Tokenizer(models.BPE(ignore_merges=name in WHOLE_WORDS))
@@ -397,7 +397,7 @@ def pre_tokenizer(name):
     }
     vocabulary = root["model"]["vocab"]
     if name == "deepseek-llm":
-        # A probe's bytes merge first, then it with the first byte of what follows in its word.
+        # A probe's bytes merge first, then the probe with the first byte that follows in its word.
         to_text = lambda c: tokenizer.pre_tokenizer.pre_tokenize_str(c)[0][0]
         firsts = {to_text(chr(c))[0] for c in POINTS}
         merges = []
@@ -410,7 +410,7 @@ def pre_tokenizer(name):
         root["model"]["merges"][:0] = merges
     tokens = sorted(vocabulary, key=vocabulary.get)
     merges = [m if isinstance(m, str) else " ".join(m) for m in root["model"]["merges"]]
-    # Padding behind it: unused, empty, repeated.
+    # Padding after the tokens: unused, empty, repeated.
     types = [3, 3] + [1] * (len(tokens) - 2) + [5, 5, 1, 5]
     write_gguf(
         f"pre-{name}",

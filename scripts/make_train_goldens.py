@@ -3,16 +3,16 @@
 
 usage: pip install autograd==1.8.0 numpy safetensors && scripts/make_train_goldens.py
 
-An independent reading of the method, in F64: blocks of two layers, stages w4a16 and w2a16, by AdamW
-through the fake quantizer. A batch is all the training windows, so their order does not matter.
-Gradients come from the package autograd, and none of bbb's code is used.
+An independent implementation of the method, in F64: two blocks, stages w4a16 and w2a16, by AdamW
+through the fake quantizer. A batch holds all training windows, so their order does not matter.
+Gradients come from the package autograd; none of bbb's code is used.
 
-A run in F32 or bf16 differs by its roundings, which the quantizer may magnify: a weight on a
-threshold falls on the other side. So the same training is repeated with a random relative error of
-half an epsilon in every activation and gradient. The golden file holds, for both dtypes and each
-stage of each block, the largest relative difference that any of these runs shows; the test allows a
-small multiple of it. Weights have all digits of F32: with few, groups would lie on ties of the grid,
-where any rounding decides.
+A run in F32 or bf16 differs by its roundings. The quantizer may magnify them: a weight near a
+threshold may fall on its other side. So the training is repeated with a random relative error of up
+to half an epsilon in every activation and gradient. The golden file holds, for both dtypes and each
+stage of each block, the largest relative difference of these runs; the test allows a small multiple
+of it. Weights have all digits of F32. With fewer digits, values would be on ties of the grid, where
+any rounding decides.
 """
 import json
 import math
@@ -42,7 +42,7 @@ E4M3 = numpy.array([m / 512 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7)
 
 
 def nearest_e4m3(x):
-    """To nearest, ties to the even code; saturates, and is at least the smallest number."""
+    """Rounds to nearest, ties to the even code; saturates at the largest and smallest number."""
     above = numpy.clip(numpy.searchsorted(E4M3, x), 1, len(E4M3) - 1)
     below = above - 1
     low, high = x - E4M3[below], E4M3[above] - x
@@ -51,7 +51,7 @@ def nearest_e4m3(x):
 
 
 def quantize(w, bits):
-    """W^ and where no code was clipped."""
+    """W^, and a mask of the weights whose code was not clipped."""
     x = w.reshape(w.shape[0], -1, GROUP)
     top = 2**bits - 1
     lowest = numpy.minimum(x.min(-1, keepdims=True), 0)
@@ -65,7 +65,7 @@ def quantize(w, bits):
 
 
 class Noise:
-    """Multiplies by 1 + u, u uniform up to half an epsilon; 0: nothing."""
+    """Multiplies by 1 + u, u uniform within half an epsilon; does nothing if half_epsilon is 0."""
 
     def __init__(self, half_epsilon, seed):
         self.half_epsilon, self.random = half_epsilon, numpy.random.default_rng(seed)
@@ -160,7 +160,7 @@ class Trained:
 
 
 def run(model, windows, noise):
-    """The log: a list of lines for the steps, and one of the validation losses."""
+    """The log: the values of every step, and the validation losses."""
     embedded = model["model.embed_tokens.weight"][windows]
     streams = [embedded] * (len(STAGES) + 1)
     steps, validation = [], []

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a bare Debian machine to a decoded line of a 2-bit model: installs what is missing, builds,
-# fetches the demo model and text, trains, exports, evaluates and decodes. A second run starts from
-# what is there.  usage: quickstart.sh [--short]   (--short: a smaller budget, for continuous tests)
+# From a bare Debian machine to text from a 2-bit model: installs what is missing, builds, fetches
+# the demo model and text, trains, exports, evaluates and decodes. A second run reuses what is there.
+# usage: quickstart.sh [--short]   (--short: a smaller budget, for continuous tests)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 short=0
@@ -16,7 +16,7 @@ scripts/fetch_demo.sh
 bbb=build/bbb
 model=demo/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# The budget: what fits ten minutes on two cores, or one minute on a GPU.
+# The budget fits ten minutes on two cores, or one minute on a GPU.
 if nvidia-smi -L >/dev/null 2>&1 && grep -q '^-- bbb: CUDA' build/configure.log; then
   name=gpu
   train=(--stages "" --samples 120 --val-samples 0 --seq-len 1024 --e2e-steps 160 --e2e-batch 8)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what building needs and is missing: Debian packages through apt-get (as root or with
-# sudo), and sentencepiece as a static library, from PyPI's source archive into third_party/install.
-# A second run finds everything and says nothing.
+# Installs what the build needs and lacks: Debian packages with apt-get (as root or with sudo), and
+# sentencepiece as a static library, built from PyPI's source archive into third_party/install.
+# A second run finds everything and prints nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok' || missing+=("$package")
 done
-# A pip or a cmake from elsewhere serves as well as Debian's.
+# Tools such as pip and cmake need not come from Debian.
 kept=()
 for package in ${missing[@]+"${missing[@]}"}; do
   case $package in
@@ -54,8 +54,8 @@ if [ ! -s $install/lib/libsentencepiece.a ] || [ ! -s $install/include/sentencep
   mkdir -p third_party
   work=$(mktemp -d third_party/.work.XXXXXX)
   trap 'rm -rf "$work" ${log:+"$log"}' EXIT
-  # Debian's pip wants a virtual environment only for installing; downloading needs none. Reading
-  # the archive's metadata runs its setup.py, with setuptools in an environment that pip makes.
+  # Debian's pip requires a virtual environment for installing, but not for downloading. To read the
+  # archive's metadata, pip runs its setup.py with setuptools in an environment of its own.
   python3 -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: \
     --dest "$work" sentencepiece==0.2.0 >"$work/log" 2>&1 ||
     fail "cannot download sentencepiece: $(tail -n 1 "$work/log")"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds everything and runs every test: on the CPU, on a GPU where there is one (on Hopper once more
-# with the kernels for any GPU), the parsers under mutation, and the build's and the command line's
-# refusals. Ends with "N passed, N failed, N skipped".
+# Builds everything and runs every test: on the CPU; on the GPU if there is one (on Hopper a second
+# time, with the kernels for any GPU); the parsers' fuzzer; errors of build and command line.
+# Ends with "N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/build.sh bbb bbb_tests bbb_fuzz
 scripts/fetch_demo.sh
 
 passed=0 failed=0 skipped=0
-# run_tests NAME DEVICE [VARIABLE=VALUE...]: adds up one run of the test binary from its JUnit report.
+# run_tests NAME DEVICE [VARIABLE=VALUE...]: runs the test binary once and adds the counts of its
+# JUnit report.
 run_tests() {
   local name=$1 device=$2 report=build/tests_$1.xml code=0
   shift 2
@@ -43,14 +44,14 @@ print(count["passed"], count["failed"], count["skipped"])
 PY
 )
   read -r p f s <<<"$counts"
-  # A crash leaves a report without a failed case; the exit code still says so.
+  # After a crash the report may have no failed case, but the exit code is not 0.
   if [ "$code" != 0 ] && [ "$f" = 0 ]; then f=1; fi
   echo "tests on $name: $p passed, $f failed, $s skipped"
   passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 }
 run_tests cpu cpu
 run_tests cuda cuda
-# Other GPUs run these kernels anyway.
+# Hopper only: other GPUs already ran these kernels above.
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true)
 if [ "${capability%%$'\n'*}" = 9.0 ]; then
   run_tests cuda_generic cuda BBB_GENERIC_KERNELS=1

@@ -14,8 +14,9 @@ struct CachedCase {
   int start;
 };
 
-// One query: the first position, ends of a split of 128 keys and past them, one to twenty query
-// heads a kv head, windows that skip splits. Several: prompts at the start and in the middle.
+// One query: the first position, the end of a split of 128 keys and past it, one to twenty query
+// heads per kv head, windows that skip splits. Several queries: prompts at the start and in the
+// middle.
 const CachedCase kCases[] = {{1, 1, 1, 1, 1, 64, 0, 0},       {2, 1, 300, 9, 3, 64, 0, 0},
                              {1, 1, 300, 9, 3, 64, 0, 127},   {2, 1, 300, 4, 2, 96, 0, 128},
                              {1, 1, 300, 4, 1, 128, 0, 299},  {1, 1, 700, 20, 1, 64, 0, 650},
@@ -31,7 +32,7 @@ struct Inputs {
     q = activations(rng, c.b * c.t * c.h * c.d);
     k = activations(rng, cache);
     v = activations(rng, cache);
-    // What lies past the last position must not be read into the result.
+    // Keys and values past the last position must not affect the result.
     const int64_t row = c.k * c.d;
     for (int64_t i = 0; i < cache; ++i)
       if (i / row % c.t_max >= c.start + c.t)
@@ -73,7 +74,7 @@ TEST_CASE("attention_cached sees the keys up to its position", "[attention_cache
   for (const CachedCase& c : kCases) check_case(c);
 }
 
-TEST_CASE("attention_cached of every kind of head size", "[attention_cached]") {
+TEST_CASE("attention_cached with every kind of head size", "[attention_cached]") {
   for (const int64_t d : {8,   16,  32,  40,  48,  56,  64,  72,  80,  88, 96,
                           104, 112, 120, 128, 136, 160, 192, 200, 224, 256})
     for (const CachedCase& c : {CachedCase{1, 1, 70, 1, 1, d, 0, 0},
@@ -148,7 +149,7 @@ TEST_CASE("positions past a key-value cache throw, and none of its bytes change"
   CHECK(values_of(b, v_cache.tensor()) == expected);
   CHECK(k_cache.untouched());
   CHECK(v_cache.untouched());
-  // As in decoding: a replay runs past the end, and the host does not see its positions.
+  // As in decoding: a replay runs past the end, and the host does not know its position.
   const Tensor x = make(b, {1, 1, heads, d}, b.act(), activations(rng, heads * d));
   const Tensor at = make_ids(b, {1}, {19});
   const auto next = b.record([&] {
@@ -163,7 +164,7 @@ TEST_CASE("positions past a key-value cache throw, and none of its bytes change"
   CHECK_THROWS_WITH(step(), Catch::Contains("positions 20 to 20"));
 }
 
-TEST_CASE("a recorded attention_cached follows start", "[attention_cached]") {
+TEST_CASE("a recorded attention_cached reads start at every replay", "[attention_cached]") {
   CachedCase c{1, 1, 300, 9, 3, 64, 0, 299};
   const Inputs in(c);
   Backend& b = backend();

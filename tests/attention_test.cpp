@@ -14,8 +14,8 @@ struct AttentionCase {
   int64_t b, t, h, k, window;
 };
 
-// Lengths on both sides of a warp's, a tile's and a block's rows; one head, pairs and triples of
-// query heads a kv head; windows shorter than a tile, as long as a block, and longer than the text.
+// Lengths just below and above the rows of a warp, a tile and a block; one, two and three query
+// heads per kv head; windows shorter than a tile, as long as a block, and longer than the text.
 const AttentionCase kCases[] = {{2, 1, 4, 2, 0},     {1, 31, 9, 3, 0},   {1, 33, 1, 1, 17},
                                 {2, 64, 4, 2, 0},    {1, 65, 4, 2, 17},  {1, 127, 1, 1, 128},
                                 {1, 200, 4, 2, 128}, {2, 200, 4, 2, 17}, {1, 300, 9, 3, 0},
@@ -32,9 +32,9 @@ struct Inputs {
   std::vector<double> q, k, v, dout;
 };
 
-constexpr int64_t kNoDs = 0;  // the scores' gradients are made twice
+constexpr int64_t kNoDs = 0;  // no memory for ds: the scores' gradients are computed twice
 
-// Whether q and k are taken for rotated ones, and their gradients turned back.
+// Rotary: q and k count as rotated, and their gradients are rotated back.
 enum class Positions { None, Rotary };
 
 struct Results {
@@ -58,12 +58,12 @@ Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in,
           values_of(b, dk.tensor()), values_of(b, dv.tensor())};
 }
 
-// Of o: its own rounding and that of p before p v, each half an epsilon at most; FP32 sums of up to
-// 2048 terms lie far below their bound.
+// For o: the rounding of o and that of p before p v, each at most half an epsilon. The errors of
+// FP32 sums of up to 2048 terms are far below their bound.
 double forward_tolerance() { return act_epsilon() + 64 * real_epsilon(); }
 
-// Of the gradients: their own rounding, that of p or ds, and that of o inside delta; and that of
-// the angles by which they turn, one FP32 product off by an epsilon of the position.
+// For the gradients: their own rounding, that of p or ds, that of o inside delta, and that of the
+// rotation angle, an FP32 product whose error is an epsilon of the position.
 double backward_tolerance(const AttentionCase& c) {
   return 2 * act_epsilon() + real_epsilon() * (128 + static_cast<double>(c.t));
 }
@@ -77,7 +77,7 @@ void check(const Results& got, const Results& expected, const AttentionCase& c, 
     CHECK(relative_error(got.dk, expected.dk) <= backward_tolerance(c));
     return;
   }
-  // A lone key: ds = dp - delta is 0 but for the order of two sums of d terms.
+  // With a single key, ds = dp - delta is 0 except for the order of two sums of d terms.
   const auto vanishes = [&](const std::vector<double>& gradient) {
     for (const double g : gradient)
       if (!(std::abs(g) <= 16.0 * static_cast<double>(d) * real_epsilon())) return false;
@@ -112,9 +112,8 @@ TEST_CASE("attention and its gradients, head size 128", "[attention]") {
   for (const AttentionCase& c : kCases) check_case(c, 128);
 }
 
-// The sizes that a GPU's kernels are compiled for are 64, 96, 128, 192 and 256; the others are
-// padded to these. Every size from 8 on is one, those of 8 more than a multiple of 16 have a pair's
-// two columns in two lanes.
+// GPU kernels are compiled for head sizes 64, 96, 128, 192 and 256. Other multiples of 8 are padded
+// to these. If a size is 8 more than a multiple of 16, a pair's two columns are in two lanes.
 TEST_CASE("attention and its gradients, every kind of head size", "[attention]") {
   const AttentionCase cases[] = {
       {2, 1, 4, 2, 0}, {1, 31, 3, 1, 0}, {1, 33, 2, 2, 17}, {1, 130, 4, 2, 0}};
@@ -123,8 +122,8 @@ TEST_CASE("attention and its gradients, every kind of head size", "[attention]")
     for (const AttentionCase& c : cases) check_case(c, d);
 }
 
-// 12 x 11 kv heads: on a GPU of up to 132 SMs each block of keys sums its query heads itself.
-TEST_CASE("attention over many heads of sizes that are padded", "[attention]") {
+// 12 x 11 kv heads: on a GPU of up to 132 SMs each block of keys sums over its query heads itself.
+TEST_CASE("attention over many heads with padded sizes", "[attention]") {
   if (!needs_cuda()) return;
   for (const int64_t d : {40, 80, 104, 160, 200, 256}) check_case({12, 129, 22, 11, 100}, d);
 }
@@ -136,11 +135,11 @@ TEST_CASE("attention over 2048 positions, and over enough heads to fill a GPU", 
   check_case({1, 2048, 2, 1, 500}, 64);
   check_case({1, 1000, 3, 1, 300}, 96);
   check_case({3, 577, 6, 3, 129}, 128);
-  // 2 x 12 x 11 blocks of keys: each sums its query heads itself.
+  // 2 x 12 x 11 blocks of keys: each sums over its query heads itself.
   check_case({12, 129, 22, 11, 0}, 64);
 }
 
-// More kv heads than the gradients' scratch has room for at a time on a GPU of up to 160 SMs.
+// More kv heads than the scratch memory for ds can hold at a time on a GPU of up to 160 SMs.
 TEST_CASE("attention over so many heads that their scores' gradients share memory", "[attention]") {
   if (!needs_cuda()) return;
   check_case({25, 130, 10, 10, 0}, 64);
@@ -170,9 +169,9 @@ TEST_CASE("attention gives the same bytes twice", "[attention]") {
   }
 }
 
-// Built with -DBBB_STRESS=ON, the Hopper kernels' copying and computing threads and their queue
-// pause at random points, so that what only usually happens in order no longer does.
-TEST_CASE("attention gives the same bytes whoever is late", "[attention][stress]") {
+// With -DBBB_STRESS=ON, the Hopper kernels' copying and computing threads and their queue pause at
+// random points. Steps that are in order only by luck then go out of order.
+TEST_CASE("attention gives the same bytes whichever threads are delayed", "[attention][stress]") {
   if (!needs_cuda()) return;
 #ifdef BBB_STRESS
   constexpr int kRuns = 100;
@@ -183,7 +182,7 @@ TEST_CASE("attention gives the same bytes whoever is late", "[attention][stress]
     AttentionCase shape;
     int64_t d;
   };
-  // One item and several, windows, sums over grouped heads, items that share the memory of ds.
+  // One work item and several, windows, sums over grouped heads, items that share the memory of ds.
   for (const auto& [c, d] :
        {StressCase{{2, 200, 4, 2, 0}, 64}, StressCase{{2, 200, 4, 2, 0}, 96},
         StressCase{{2, 200, 4, 2, 0}, 128}, StressCase{{3, 577, 6, 3, 129}, 128},
@@ -204,7 +203,7 @@ TEST_CASE("attention gives the same bytes whoever is late", "[attention][stress]
     }
 }
 
-TEST_CASE("attention of rotated q and k: the gradients turn back, v's stays", "[attention]") {
+TEST_CASE("attention of rotated q and k: dq and dk are rotated back, dv is not", "[attention]") {
   Backend& cpu = oracle_f64();
   for (const AttentionCase& c : {AttentionCase{2, 65, 4, 2, 0}, AttentionCase{1, 200, 9, 3, 17}})
     for (const int64_t d : {40, 64, 96, 104, 128, 160, 256}) {
@@ -218,7 +217,7 @@ TEST_CASE("attention of rotated q and k: the gradients turn back, v's stays", "[
         cpu.rope(x, frequencies(cpu, d), Tensor(), engine::Rotation::Inverse);
         return values_of(cpu, x);
       };
-      // Each side was rounded once, and the angles.
+      // Each side is rounded once, and so are the angles.
       const double tolerance = act_epsilon() + real_epsilon() * (4 + static_cast<double>(c.t));
       CHECK(relative_error(turned.dq, turned_back(plain.dq, c.h)) <= tolerance);
       CHECK(relative_error(turned.dk, turned_back(plain.dk, c.k)) <= tolerance);
@@ -232,7 +231,7 @@ TEST_CASE("attention of rotated q and k: the gradients turn back, v's stays", "[
     }
 }
 
-TEST_CASE("attention does not look ahead", "[attention]") {
+TEST_CASE("attention does not read later keys and values", "[attention]") {
   const AttentionCase c{1, 200, 4, 2, 0};
   const int64_t d = 64, seen = 70;
   Inputs in(c, d);
@@ -250,8 +249,8 @@ TEST_CASE("attention does not look ahead", "[attention]") {
 }
 
 TEST_CASE("attention of scores that saturate the softmax", "[attention]") {
-  // Scores of some hundreds: exp without the row maximum would overflow. They carry an absolute
-  // error of their size times an epsilon of FP32, which becomes a relative one of p.
+  // Scores of several hundred: exp would overflow if the row maximum were not subtracted. A score's
+  // absolute error is its size times an FP32 epsilon; it becomes a relative error of p.
   const AttentionCase c{1, 130, 2, 1, 0};
   for (const int64_t d : {64, 128}) {
     const Inputs in(c, d, 8.0);
@@ -262,7 +261,7 @@ TEST_CASE("attention of scores that saturate the softmax", "[attention]") {
   }
 }
 
-TEST_CASE("a model whose head size attention lacks is refused before it is loaded", "[attention]") {
+TEST_CASE("a model with an unsupported head size is refused before it is loaded", "[attention]") {
   for (const int64_t d : {2, 20, 60, 100, 264, 512}) {
     CAPTURE(d);
     models::LlamaConfig config = tiny_config();

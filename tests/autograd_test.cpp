@@ -1,8 +1,8 @@
 // Autograd: every op against central differences in F64, then the device's backward against the
 // CPU's.
 //
-// A check differences along random directions: one number tests every element of an input. With
-// step 1e-5 and F64 the difference itself is good to about 1e-10.
+// A check takes differences along random directions, so that one number tests every element of an
+// input. With step 1e-5 and F64 the error of a difference is about 1e-10.
 #include <catch2/catch.hpp>
 #include <cmath>
 
@@ -48,8 +48,8 @@ Input random_input(Rng& rng, const Shape& shape, double scale = 1.0) {
 
 using Build = std::function<Var(Tape&, const std::vector<Var>&)>;
 
-// Compares d(weights . y) / d(input) along a random direction, for every input. A loss, of one
-// element, takes no weights.
+// Compares d(weights . y) / d(input) along a random direction, for every input. A loss has one
+// element and takes no weights.
 void check_gradients(const std::vector<Input>& inputs, const Build& build, bool is_loss = false) {
   Backend& cpu = oracle_f64();
   Rng rng(7);
@@ -105,7 +105,7 @@ TEST_CASE("linear: gradients of x, w and the residual", "[autograd]") {
   });
 }
 
-TEST_CASE("linear: w's gradient is that of alpha w", "[autograd]") {
+TEST_CASE("linear: the gradient of w is taken with respect to alpha w", "[autograd]") {
   Backend& cpu = oracle_f64();
   Rng rng(3);
   const Tensor x = make(cpu, {3, 5}, DType::F64, normal(rng, 15));
@@ -155,7 +155,7 @@ TEST_CASE("attention: gradients with grouped queries, a window and rotary positi
       check_gradients({random_input(rng, {2, 7, 4, 6}), random_input(rng, {2, 7, 2, 6}),
                        random_input(rng, {2, 7, 2, 6})},
                       [&](Tape& tape, const std::vector<Var>& in) {
-                        // q and k are turned in place: copies of them.
+                        // q and k are rotated in place, so copy them.
                         const auto copy = [&](const Var& x) {
                           return add(tape, x, Var(cpu.zeros(x.value().shape(), DType::F64)));
                         };
@@ -222,7 +222,7 @@ TEST_CASE("head_loss: the value, against a softmax written out", "[autograd]") {
 
 namespace {
 
-// A head whose rows and words come in uneven chunks.
+// A head whose rows and words split into uneven chunks.
 struct HeadCase {
   static constexpr int64_t kRows = 37, kWidth = 64, kWords = 1000;
   autograd::LossKind kind;
@@ -234,7 +234,7 @@ struct HeadCase {
     const auto exact = [&](int64_t n, double scale) { return round_bf16(normal(rng, n, scale)); };
     h = exact(kRows * kWidth, 1.0);
     teacher = exact(kRows * kWidth, 1.0);
-    table = exact(kWords * kWidth, 0.25);  // logits of deviation 2
+    table = exact(kWords * kWidth, 0.25);  // logits have a standard deviation of 2
     for (int64_t i = 0; i < kRows; ++i)
       targets.push_back(i % 9 == 4 ? -1 : static_cast<int32_t>(rng.below(kWords)));
   }
@@ -277,14 +277,14 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
 
 }  // namespace
 
-TEST_CASE("head_loss: chunks of the vocabulary give what the whole gives", "[autograd]") {
+TEST_CASE("head_loss: chunks of the vocabulary give the result of the whole", "[autograd]") {
   for (const auto kind : {autograd::LossKind::CrossEntropy, autograd::LossKind::Kl})
     for (const TapeMode mode : {TapeMode::Inference, TapeMode::Training}) {
       const HeadCase c(kind);
       const HeadResult whole =
           run_head(backend(), c, mode, {HeadCase::kRows, HeadCase::kWords}, Call::Direct);
-      // The oracle never rounds; training rounds logits of up to about 8 to activations, which the
-      // losses average over the words.
+      // The oracle does not round. Training rounds logits of up to about 8 to act; the losses
+      // average these errors over the words.
       const HeadResult exact =
           run_head(oracle_f64(), c, mode, {HeadCase::kRows, HeadCase::kWords}, Call::Direct);
       const double logit_error =
@@ -302,14 +302,14 @@ TEST_CASE("head_loss: chunks of the vocabulary give what the whole gives", "[aut
         }
         CHECK(std::abs(got.loss[0] - exact.loss[0]) <= 0.125 * HeadCase::kRows * logit_error);
         if (mode == TapeMode::Training) {
-          // Each logit's gradient is off by its logit's error at most, relatively, and is rounded
-          // once; so is the sum.
+          // The relative error of a logit's gradient is at most the error of the logit. The
+          // gradient and the sum are each rounded once.
           CHECK(relative_error(got.dh, exact.dh) <= logit_error + 2 * epsilon_of(backend().act()));
           for (int64_t i = 0; i < HeadCase::kRows; ++i)
             for (int64_t j = 0; j < HeadCase::kWidth && c.targets[i] < 0; ++j)
               CHECK(got.dh[i * HeadCase::kWidth + j] == 0);
         }
-        // The same bytes again, and as a recorded step.
+        // A second call and a recorded step give the same bytes.
         for (const Call call : {Call::Direct, Call::Recorded}) {
           const HeadResult again = run_head(backend(), c, mode, chunks, call);
           CHECK(again.row_loss == got.row_loss);
@@ -320,7 +320,8 @@ TEST_CASE("head_loss: chunks of the vocabulary give what the whole gives", "[aut
     }
 }
 
-TEST_CASE("head_loss: it holds what head_loss_bytes says, whatever the vocabulary", "[autograd]") {
+TEST_CASE("head_loss: its memory is what head_loss_bytes predicts, for any vocabulary",
+          "[autograd]") {
   Backend& b = backend();
   const int64_t m = 512, d = 256;
   const Tensor h = b.zeros({m, d}, b.act());
@@ -339,7 +340,7 @@ TEST_CASE("head_loss: it holds what head_loss_bytes says, whatever the vocabular
             head_loss(tape, kind, Var::input(h), table, targets, teacher, 1.0, chunks, Tensor()));
         const int64_t held = b.memory_peak_bytes() - before;
         const int64_t predicted = autograd::head_loss_bytes(b, kind, m, d, v, chunks);
-        // The allocator rounds every tensor up: by an eighth, or a GPU's two large ones to 2 MiB.
+        // The allocator rounds every tensor up: by an eighth, or two large ones on a GPU to 2 MiB.
         CHECK(held >= predicted);
         CHECK(held <= predicted + predicted / 8 + (on_cuda() ? 4 << 20 : 64 << 10));
         if (chunks.vocab < v) bytes.push_back(predicted);
@@ -349,7 +350,7 @@ TEST_CASE("head_loss: it holds what head_loss_bytes says, whatever the vocabular
   }
 }
 
-TEST_CASE("tape: an inference tape makes no gradients, an unused output sends none", "[autograd]") {
+TEST_CASE("tape: an inference tape and an unused output give no gradients", "[autograd]") {
   Backend& cpu = oracle_f64();
   Rng rng(11);
   const Var x = Var::input(make(cpu, {2, 3}, DType::F64, normal(rng, 6)));
@@ -366,7 +367,8 @@ TEST_CASE("tape: an inference tape makes no gradients, an unused output sends no
   CHECK_THROWS_AS(other.grad(), Error);
 }
 
-TEST_CASE("tape: a leaf's own buffer is overwritten first, added to after", "[autograd]") {
+TEST_CASE("tape: the first gradient overwrites a leaf's own buffer, later ones add to it",
+          "[autograd]") {
   Backend& cpu = oracle_f64();
   for (const Write mode : {Write::Overwrite, Write::Add}) {
     Tensor grad = make(cpu, {2}, DType::F64, {100, 200});
@@ -487,7 +489,7 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
   }
 }
 
-TEST_CASE("block: an input without a gradient changes no other", "[autograd]") {
+TEST_CASE("block: an input without a gradient does not change the other gradients", "[autograd]") {
   for (Backend* device : {&oracle_f64(), &backend()}) {
     TrainedBlock trained(*device, 0, 2, engine::Rounding::Nearest, GradientPasses::One);
     const Shape shape{2, 9, trained.config.d_model};
@@ -501,7 +503,8 @@ TEST_CASE("block: an input without a gradient changes no other", "[autograd]") {
       for (size_t p = 0; p < whole.gradients.size(); ++p) {
         const std::string& name = trained.set.parameters()[p]->name;
         CAPTURE(name);
-        // The first norm's comes another way: of act roundings, through those of dW^, not of dh.
+        // The first norm's gradient is computed in another way: it has the act roundings of dW^
+        // instead of those of dh.
         if (name.find("input_layernorm") == std::string::npos)
           CHECK(run.gradients[p] == whole.gradients[p]);
         else
@@ -546,7 +549,7 @@ TEST_CASE("block: recomputation gives the same value and gradients", "[autograd]
   }
 }
 
-TEST_CASE("block: two micro-batches accumulate, whatever the order of their passes", "[autograd]") {
+TEST_CASE("block: two micro-batches accumulate, in any order of their passes", "[autograd]") {
   TrainedBlock trained(backend(), 0, 2, engine::Rounding::Nearest, GradientPasses::Several);
   const Shape shape{1, 6, trained.config.d_model};
   Rng rng(15);
@@ -571,11 +574,11 @@ TEST_CASE("block: two micro-batches accumulate, whatever the order of their pass
     CAPTURE(trained.set.parameters()[p]->name);
     std::vector<double> expected = first.gradients[p];
     for (size_t i = 0; i < expected.size(); ++i) expected[i] += second.gradients[p][i];
-    // One FP32 addition instead of another order of the same sums.
+    // The same FP32 sums in another order.
     CHECK(relative_error(values_of(trained.device, trained.set.parameters()[p]->grad), expected) <
           4 * epsilon_of(DType::F32));
   }
-  // A step without any pass leaves no gradient behind.
+  // A step without any pass leaves gradients of 0.
   trained.block.finish_backward();
   for (auto& parameter : trained.set.parameters())
     CHECK(norm(values_of(trained.device, parameter->grad)) == 0);
@@ -592,7 +595,7 @@ TEST_CASE("block: the device's backward against F64", "[autograd]") {
     const std::vector<double> seed = round_bf16(normal(rng, x.size()));
     const BlockRun actual = device.run(shape, x, seed);
     const BlockRun expected = reference.run(shape, x, seed);
-    // About ten roundings to act lie on any path through the block and back; masters are exact in
+    // Any path through the block and back has about ten roundings to act. Masters are exact in
     // bf16, so the quantizer decides alike.
     const double tolerance = device.device.act() == DType::BF16 ? 4 * epsilon_of(DType::BF16)
                                                                 : 32 * epsilon_of(DType::F32);

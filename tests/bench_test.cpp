@@ -1,4 +1,4 @@
-// The benchmarks' code at small sizes: that they run, and counts that follow from the shapes.
+// The benchmarks at small sizes: that they run, and counts that follow from the shapes.
 #include "tools/bench.h"
 
 #include <catch2/catch.hpp>
@@ -39,7 +39,7 @@ TEST_CASE("bench: training steps of both phases") {
   }
 }
 
-TEST_CASE("bench: a damaged file of algorithms is refused, and left as it is") {
+TEST_CASE("bench: a damaged file of algorithms is refused and not changed") {
   const TempDir dir;
   TrainBench bench = small_bench(false);
   bench.gemm_file = dir / "gemm.json";
@@ -61,7 +61,7 @@ TEST_CASE("bench: a block of Llama-2-7B takes 1.17 GFLOP a token") {
 TEST_CASE("bench: as many layers as the device holds, at least one") {
   TrainBench bench = small_bench(true);
   CHECK(tools::layers_that_fit(backend(), bench) == bench.model.layers);
-  bench.model.hidden = 1 << 24;  // 64 GB a layer
+  bench.model.hidden = 1 << 24;  // 64 GB per layer
   bench.model.layers = 1000;
   const int64_t layers = tools::layers_that_fit(backend(), bench);
   CHECK(layers >= 1);

@@ -1,5 +1,5 @@
-// Times of block training: medians and extrapolation on known numbers, and what a run says of its
-// own.
+// Times of block training: medians and extrapolation of known numbers, and the times that a run
+// reports.
 #include "train/block_times.h"
 
 #include <catch2/catch.hpp>
@@ -28,7 +28,7 @@ train::TrainConfig two_stages() {
 
 }  // namespace
 
-TEST_CASE("block times: the median of each part by itself", "[times]") {
+TEST_CASE("block times: each part has its own median", "[times]") {
   const BlockTime middle =
       train::median({block_of(9, 1, 5, 2), block_of(1, 3, 7, 1), block_of(2, 2, 6, 9)});
   CHECK(middle.stages[0].train_s == 2);
@@ -39,9 +39,8 @@ TEST_CASE("block times: the median of each part by itself", "[times]") {
   CHECK(middle.total_s() == 6 + 4 + 6 + 2);
 }
 
-TEST_CASE("block times: a longer run takes more steps and windows, and as many weights",
-          "[times]") {
-  // 64 samples in batches of 8, 2 epochs: 16 steps and 3 validations a stage, 80 windows.
+TEST_CASE("block times: a longer run has more steps and windows, but the same weights", "[times]") {
+  // 64 samples in batches of 8, 2 epochs: 16 steps and 3 validations per stage, 80 windows.
   const BlockTime longer = train::extrapolate(block_of(16, 3, 80, 5), two_stages(), {4096, 6});
   CHECK(longer.stages[0].train_s == Approx(512 * 6));
   CHECK(longer.stages[1].train_s == Approx(2 * 512 * 6));
@@ -60,7 +59,7 @@ TEST_CASE("block times: samples and epochs are read, or refused", "[times]") {
     CHECK_THROWS_AS(train::parse_extent(text), UsageError);
 }
 
-TEST_CASE("block times: the log tells those of every block but the last", "[train][times]") {
+TEST_CASE("block times: the log has them for every block but the last", "[train][times]") {
   const Fixture fixture;
   train::TrainConfig config = fixture.both_phases("run");
   config.e2e_steps = 0;

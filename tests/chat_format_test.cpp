@@ -1,4 +1,4 @@
-// Chat formats against transformers (scripts/make_chat_goldens.py), and what is refused.
+// Chat formats against transformers (scripts/make_chat_goldens.py), and chats that are refused.
 #include "data/chat_format.h"
 
 #include <catch2/catch.hpp>
@@ -38,13 +38,13 @@ std::string changed(std::string text, const std::string& from, const std::string
 
 }  // namespace
 
-TEST_CASE("chats of real templates are transformers' text and ids", "[chat_format]") {
+TEST_CASE("chats in real templates give the text and ids of transformers", "[chat_format]") {
   const json golden = json::parse(data::read_file(kFolder + "goldens.json"));
   const auto tokenizer = data::load_tokenizer(kFolder);
   std::map<std::string, data::ChatFormat> formats;
   data::ChatContext now = context();
   now.now = golden.at("now");
-  // DeepSeek R1 puts the last system prompt in front, wherever it stands.
+  // DeepSeek R1's template writes the last system prompt first, wherever it is.
   const auto refused_here = [](const std::string& name, int chat) {
     return name == "deepseek-r1-distill" && (chat == 10 || chat == 11);
   };
@@ -104,7 +104,7 @@ TEST_CASE("details of a chat format are read from its template", "[chat_format]"
         "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n");
   CHECK(render("{{ bos_token }}" + chatml, hi) ==
         "<s><|im_start|>user\n Hi <|im_end|><|im_start|>assistant\n");
-  // Strings as Python reads them; a value of any other name in place of the loop's variable.
+  // Escapes in strings as in Python; any other name for the loop's variable.
   const std::string prompt = "<|im_start|>system\nA B \u00e9 \u65e5'\\<|im_end|>\n";
   CHECK(render(changed(data::read_file(kFolder + "smollm2.jinja"),
                        "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -122,7 +122,7 @@ TEST_CASE("details of a chat format are read from its template", "[chat_format]"
         "<s>[INST] a[/INST] b</s>[INST] c[/INST]");
 }
 
-TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
+TEST_CASE("a template that is only partly known is refused", "[chat_format]") {
   const std::string smollm = data::read_file(kFolder + "smollm.jinja");
   CHECK_NOTHROW(data::ChatFormat(smollm));
   for (const std::string& unknown : std::vector<std::string>{
@@ -138,17 +138,17 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
            changed(smollm, "message['role'] +", "message['role'].title() +"),
            changed(smollm, "'<|im_start|>'", "'<|im_begin|>'"),
            changed(smollm, "{% endif %}", "{% else %}x{% endif %}"),
-           // The check of roles is over other messages than the turns.
+           // The check of roles loops over other messages than the turns do.
            changed(data::read_file(kFolder + "mistral-v3.jinja"),
                    "{%- for message in loop_messages %}", "{%- for message in messages %}"),
-           // Names that hold only in some cases.
+           // Names that are set only in some cases.
            "{% if messages[0]['role'] == 'user' %}{% set m = messages %}{% endif %}" +
                changed(smollm, "in messages", "in m"),
            changed(smollm, "{{'<|im_start|>'",
                    "{% if message['role'] == 'user' %}{% set content = message['content'] %}"
                    "{% endif %}{{ content + '<|im_start|>'"),
            "{% set add_generation_prompt = 'always' %}" + smollm,
-           // Order and number of texts in and behind the loop.
+           // Order and number of texts in and after the loop.
            changed(smollm, "{% endfor %}",
                    "{% if loop.last and add_generation_prompt %}G{% endif %}{% endfor %}"),
            changed(data::read_file(kFolder + "zephyr.jinja"), "{% endfor %}", "{% endfor %}E"),
@@ -169,12 +169,12 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
                    "system_message is defined"),
            changed(data::read_file(kFolder + "mistral-v1.jinja"), "system_message is defined",
                    "system_message != false"),
-           // A branch without tools that is not one.
+           // Branches for tools that would run without tools.
            changed(data::read_file(kFolder + "mistral-v3.jinja"), "{%- if tools is not none and",
                    "{%- if tools is none and"),
            changed(data::read_file(kFolder + "llama-3.1.jinja"), "{%- set tools = none %}",
                    "{%- set tools = [1] %}"),
-           // Vicuna's marks, in a known shape.
+           // Vicuna's marks, in the shape of a known template.
            std::string("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
                        "{% endfor %}"),
        }) {
@@ -196,7 +196,7 @@ TEST_CASE("a template that is not known entirely is refused", "[chat_format]") {
   CHECK_THROWS_AS(data::ChatFormat(nested), Error);
 }
 
-TEST_CASE("messages that a format cannot carry are refused", "[chat_format]") {
+TEST_CASE("messages that a format cannot express are refused", "[chat_format]") {
   const auto format = real_format("mistral-v1-old");
   const auto render_these = [&](const std::vector<ChatMessage>& messages) {
     return format.render(messages, GenerationPrompt::Add, context());
@@ -206,7 +206,7 @@ TEST_CASE("messages that a format cannot carry are refused", "[chat_format]") {
   CHECK_THROWS_WITH(render_these({}), Contains("a chat needs a message"));
 }
 
-TEST_CASE("a refused template names the model and what to do", "[chat_format]") {
+TEST_CASE("the error for a refused template names the model and the remedy", "[chat_format]") {
   const TempDir folder;
   const std::string path = folder.path();
   for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
@@ -245,7 +245,7 @@ TEST_CASE("messages files are checked", "[chat_format]") {
 }
 
 TEST_CASE("the demo model's own chat format", "[chat_format]") {
-  if (demo_model().empty()) return;  // which says so
+  if (demo_model().empty()) return;  // demo_model() reports it
   const auto tokenizer = data::load_tokenizer(demo_model());
   CHECK(data::render_chat(*tokenizer, {{"user", "hello"}}) ==
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "

@@ -1,4 +1,4 @@
-// Checkpoints of the three kinds: what loads, under which names, and what is refused.
+// The three kinds of checkpoints: what loads, under which names, and what is refused.
 #include "models/checkpoint.h"
 
 #include <catch2/catch.hpp>
@@ -35,7 +35,7 @@ void remove(std::vector<FileTensor>& tensors, const std::string& name) {
   std::erase_if(tensors, [&](const FileTensor& t) { return t.name == name; });
 }
 
-// The same tensor with another dtype or shape, its bytes to match.
+// Gives a tensor another dtype and shape, and bytes that match.
 void change(std::vector<FileTensor>& tensors, const std::string& name, FileDType dtype,
             const engine::Shape& shape) {
   FileTensor& t = named(tensors, name);
@@ -74,13 +74,13 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
   }
 }
 
-TEST_CASE("checkpoint: a head in a file that config.json ties") {
+TEST_CASE("checkpoint: a file with its own head, although config.json ties it") {
   const TempDir dir;
   engine::Rng rng(3);
   LlamaConfig c = tests::file_model_config();
   c.tied_head = true;
   std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
-  // Old files keep the rope's table.
+  // Old files contain the rope table.
   tensors.push_back(
       tests::file_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", FileDType::F32, {8}, rng));
   FileTensor& table = named(tensors, kEmbedding);
@@ -110,7 +110,7 @@ TEST_CASE("checkpoint: a head in a file that config.json ties") {
   CHECK_FALSE(open(wider)->config().tied_head);
   CHECK_THROWS_WITH(open(misshapen), Contains("'lm_head.weight' has shape (64, 40)"));
 
-  // An exported file alike.
+  // The same for an exported file.
   std::vector<FileTensor> packed = tests::tiny_packed(c, 2, 32, rng);
   packed.push_back(other);
   write_model(dir, tests::packed_config(c), packed);
@@ -120,14 +120,14 @@ TEST_CASE("checkpoint: a head in a file that config.json ties") {
   CHECK(open_checkpoint(dir.path())->config().tied_head);
 }
 
-TEST_CASE("checkpoint: weights that are no numbers are named") {
+TEST_CASE("checkpoint: bad weights are named with their position") {
   const float inf = INFINITY;
   const auto f16 = [](uint16_t bits) { return raw(bits); };
   struct Case {
     const char* name;
     FileDType dtype;
     std::string value;
-    const char* message;  // "" where nothing is wrong
+    const char* message;  // "": no error
   };
   const Case cases[] = {
       {"model.layers.1.mlp.up_proj.weight", FileDType::F32, raw(NAN), "[3, 17] is nan"},
@@ -158,7 +158,7 @@ TEST_CASE("checkpoint: weights that are no numbers are named") {
     tensors.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq",
                        FileDType::F32,
                        {1},
-                       raw(NAN)});  // enters nothing
+                       raw(NAN)});  // not used
     edit(tensors);
     write_model(dir, config_to_json(c), tensors);
     return open_checkpoint(dir.path());
@@ -180,10 +180,10 @@ TEST_CASE("checkpoint: weights that are no numbers are named") {
   }
 }
 
-TEST_CASE("checkpoint: of many bad weights the first is named, whichever thread finds it") {
+TEST_CASE("checkpoint: the first of many bad weights is named, whichever thread finds it") {
   const TempDir dir;
   LlamaConfig c = tests::file_model_config();
-  c.vocab = 40000;  // a table of five pieces
+  c.vocab = 40000;  // the check splits this table into five pieces
   engine::Rng rng(3);
   std::vector<FileTensor> tensors = tests::tiny_hf(c, rng);
   for (FileTensor& t : tensors) t.bytes.assign(t.bytes.size(), '\0');
@@ -197,7 +197,7 @@ TEST_CASE("checkpoint: of many bad weights the first is named, whichever thread 
                       Contains("embed_tokens.weight[20001, 63] is nan"));
 }
 
-TEST_CASE("checkpoint: a GGUF's and an export's scales are weights too") {
+TEST_CASE("checkpoint: the scales of a GGUF and of an export are checked too") {
   const TempDir dir;
   const LlamaConfig c = tests::file_model_config();
   struct Type {
@@ -240,7 +240,7 @@ TEST_CASE("checkpoint: a GGUF's and an export's scales are weights too") {
     named(tensors, kQ + ".scales").bytes.replace(2 * 7 + 1, 1, code);
     for (FileTensor& t : tensors)
       if (t.name.ends_with("weight") && t.dtype == FileDType::U8)
-        t.bytes.assign(t.bytes.size(), '\xff');  // codes are no numbers
+        t.bytes.assign(t.bytes.size(), '\xff');  // codes: any byte is valid
     write_model(dir, tests::packed_config(c), tensors);
     const auto checkpoint = open_checkpoint(dir.path());
     if (*code == '\x7e')
@@ -250,7 +250,7 @@ TEST_CASE("checkpoint: a GGUF's and an export's scales are weights too") {
   }
 }
 
-TEST_CASE("checkpoint: the ids at which a text ends") {
+TEST_CASE("checkpoint: the ids that end a text") {
   const TempDir dir;
   engine::Rng rng(3);
   LlamaConfig c = tests::file_model_config();
@@ -265,7 +265,7 @@ TEST_CASE("checkpoint: the ids at which a text ends") {
   CHECK(checkpoint->stop_ids() == Ids{7, 3});
   CHECK(stops_with("{}") == Ids{7, 3});
   CHECK(stops_with(R"({"eos_token_id": 5, "top_p": NaN})") == Ids{7, 3, 5});
-  CHECK(stops_with(R"({"eos_token_id": [3, 9, 9, 40, -1]})") == Ids{7, 3, 9});  // 40 rows
+  CHECK(stops_with(R"({"eos_token_id": [3, 9, 9, 40, -1]})") == Ids{7, 3, 9});  // ids below 40
   CHECK_THROWS_WITH(stops_with("{"), Contains("generation_config.json: malformed JSON"));
   CHECK_THROWS_WITH(stops_with(R"({"eos_token_id": "x"})"), Contains("'eos_token_id' is not"));
 
@@ -312,7 +312,7 @@ TEST_CASE("checkpoint: a Hugging Face directory that does not fit its config") {
                     Contains("'" + kQ + ".bias' is no part of a llama model"));
 }
 
-TEST_CASE("checkpoint: what is no model") {
+TEST_CASE("checkpoint: paths without a model") {
   const TempDir dir;
   CHECK_THROWS_WITH(open_checkpoint(dir / "none"), Contains("no such file"));
   CHECK_THROWS_WITH(open_checkpoint(dir.path()), Contains("no config.json"));
@@ -350,7 +350,7 @@ TEST_CASE("checkpoint: a GGUF under Hugging Face names, Q and K unpermuted") {
         stored("blk.1.attn_v.weight"));
   CHECK(checkpoint->load("model.layers.0.mlp.down_proj.weight", {64, 96}) ==
         stored("blk.0.ffn_down.weight"));
-  // What the converter does to a head: (2, d/2) rows become (d/2, 2).
+  // The converter permutes the rows of a head: (2, d/2) become (d/2, 2).
   for (const auto& [ours, theirs, heads] :
        {std::tuple("q_proj", "attn_q", 4), std::tuple("k_proj", "attn_k", 2)}) {
     const std::vector<float> w = checkpoint->load(
@@ -403,7 +403,7 @@ TEST_CASE("checkpoint: a GGUF's rope factors") {
   CHECK_THROWS_WITH(open(std::string(32, '\0')), Contains("a rope factor is not positive"));
 }
 
-TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
+TEST_CASE("checkpoint: a GGUF that is not a Llama, or incomplete") {
   const TempDir dir;
   const auto open = [&](const std::string& from, const std::string& to, auto edit) {
     engine::Rng rng(4);
@@ -428,7 +428,7 @@ TEST_CASE("checkpoint: a GGUF that is no Llama, or not whole") {
       Contains("'blk.0.attn_q.bias' is no part of a llama model"));
   CHECK_THROWS_WITH(open("", "", [](auto& f) { f.text("llama.rope.scaling.type", "yarn"); }),
                     Contains("unsupported rope scaling 'yarn'"));
-  // The type is linear where none is given.
+  // Without a type, the scaling is linear.
   for (const char* type : {"", "linear", "none"}) {
     const auto scaled = [&](const char* key, float factor) {
       open("", "", [&](auto& f) {
@@ -476,7 +476,8 @@ TEST_CASE("checkpoint: an exported directory") {
   CHECK_THROWS_WITH(checkpoint->packed(kQ, 64, 96), Contains("has shape (64, 16)"));
   CHECK_THROWS_WITH(checkpoint->load(kQ + ".weight", {64, 64}), Contains("is missing"));
 
-  // Codes 2 bits, scales 8 / 32, zero points a byte a row (K of 64 and 96), a master scale each.
+  // Codes: 2 bits. Scales: 8 / 32. Zero points: a byte per row (K is 64 or 96). A master scale
+  // each.
   int64_t bytes = 0, weights = 0;
   for (const LinearShape& l : block_linears(c)) {
     bytes += l.n * (l.k / 4 + l.k / 32 + 1) + 4;
@@ -486,7 +487,7 @@ TEST_CASE("checkpoint: an exported directory") {
         Approx(8.0 * static_cast<double>(bytes) / static_cast<double>(weights)));
 }
 
-TEST_CASE("checkpoint: exported widths other than two, and a linear kept as it was") {
+TEST_CASE("checkpoint: an export with other than 2 bits, and one with an unquantized linear") {
   const LlamaConfig c = tests::file_model_config();
   for (const int bits : {3, 4, 8}) {
     const TempDir dir;
@@ -507,7 +508,7 @@ TEST_CASE("checkpoint: exported widths other than two, and a linear kept as it w
   CHECK(checkpoint->load(kQ + ".weight", {64, 64}).size() == 64 * 64);
 }
 
-TEST_CASE("checkpoint: quantization_config is read to the letter") {
+TEST_CASE("checkpoint: quantization_config is checked exactly") {
   const TempDir dir;
   engine::Rng rng(7);
   const LlamaConfig c = tests::file_model_config();
@@ -540,7 +541,7 @@ TEST_CASE("checkpoint: quantization_config is read to the letter") {
     INFO(k.message);
     CHECK_THROWS_WITH(open(k.from, k.to), Contains(k.message));
   }
-  // Widths and groups that the tensors do not have.
+  // Bits and group sizes that do not match the tensors.
   CHECK_THROWS_WITH(open("\"bits\": 2", "\"bits\": 4"), Contains("qweight' has shape"));
   CHECK_THROWS_WITH(open("\"group_size\": 32", "\"group_size\": 64"),
                     Contains("scales' has shape"));
@@ -593,7 +594,7 @@ TEST_CASE("checkpoint: the demo model") {
   const auto checkpoint = open_checkpoint(path);
   CHECK(checkpoint->config_json() == config_to_json(synthetic_config("smollm2-135m")));
   CHECK(checkpoint->bits_per_weight() == 5);
-  // Values of the reference package (gguf.quants.dequantize), rows of K put back.
+  // Values of the reference package (gguf.quants.dequantize), with K's rows unpermuted.
   const std::vector<float> k =
       checkpoint->load("model.layers.0.self_attn.k_proj.weight", {192, 576});
   CHECK(k[0] == Approx(-0.15527344));

@@ -1,4 +1,4 @@
-// Checksums: one number for the same bytes however they come, another one for any other bytes.
+// Checksums: equal for the same bytes, in whatever pieces they come; different for other bytes.
 #include "data/checksum.h"
 
 #include <algorithm>
@@ -25,16 +25,16 @@ uint64_t of(const std::vector<uint8_t>& bytes) {
 
 }  // namespace
 
-TEST_CASE("checksum: written records keep their meaning") {
-  CHECK(data::hex(data::checksum64("")) == "2d06800538d394c2");  // XXH3's own, of nothing
+TEST_CASE("checksum: fixed values, so that old records stay valid") {
+  CHECK(data::hex(data::checksum64("")) == "2d06800538d394c2");  // XXH3 of no bytes
   CHECK(data::hex(0x1f) == "000000000000001f");
-  // Two chunks and a rest, by another implementation of XXH3.
+  // Two chunks and a rest; expected value from another implementation of XXH3.
   std::vector<uint8_t> bytes(static_cast<size_t>(2 * kChecksumChunk + 5));
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<uint8_t>(i * 31 + (i >> 8));
   CHECK(data::hex(of(bytes)) == "f1e6d0951bb883f7");
 }
 
-TEST_CASE("checksum: piece by piece, whole, and beside others") {
+TEST_CASE("checksum: piece by piece, whole, and together with others") {
   const std::vector<uint8_t> bytes = random_bytes(2 * kChecksumChunk + 5);
   std::vector<data::Bytes> parts;
   std::vector<uint64_t> expected;
@@ -60,7 +60,7 @@ TEST_CASE("checksum: no more threads than chunks") {
   CHECK(engine::threads_for(INT64_MAX, 1) == engine::ThreadPool(0).threads());
 }
 
-TEST_CASE("checksum: every byte and its place count") {
+TEST_CASE("checksum: every byte and its position count") {
   std::vector<uint8_t> bytes = random_bytes(2 * kChecksumChunk + 5);
   const uint64_t before = of(bytes);
   for (const int64_t at : {int64_t{0}, kChecksumChunk - 1, kChecksumChunk, 2 * kChecksumChunk,

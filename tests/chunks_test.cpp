@@ -1,4 +1,4 @@
-// Chunks of device memory, on addresses that are only counted.
+// Chunks of device memory, with addresses that are never accessed.
 #include "engine/chunks.h"
 
 #include <catch2/catch.hpp>
@@ -12,12 +12,12 @@ namespace {
 using engine::Chunks;
 
 char* const kSlab = reinterpret_cast<char*>(uintptr_t{1} << 40);
-// A char* would be printed as the text that it points at.
+// void*: a failed check would print a char* as the text that it points at.
 void* at(int64_t offset) { return kSlab + offset; }
 
 }  // namespace
 
-TEST_CASE("chunks: what one size has left serves the others", "[chunks]") {
+TEST_CASE("chunks: leftover and freed memory serves other sizes", "[chunks]") {
   Chunks chunks;
   CHECK(chunks.take(1) == nullptr);
   chunks.add(kSlab, 110);
@@ -26,7 +26,7 @@ TEST_CASE("chunks: what one size has left serves the others", "[chunks]") {
   CHECK(chunks.take(40) == nullptr);
   CHECK(chunks.take(30) == at(80));
   CHECK(chunks.free_bytes() == 0);
-  // Neighbours join in whatever order they come back.
+  // Free neighbours merge, in whatever order they are returned.
   chunks.give_back(kSlab);
   chunks.give_back(kSlab + 80);
   CHECK(chunks.take(41) == nullptr);
@@ -39,10 +39,10 @@ TEST_CASE("chunks: what one size has left serves the others", "[chunks]") {
   CHECK(chunks.take(1) == nullptr);
 }
 
-TEST_CASE("chunks: the smallest one that fits is cut, and slabs stay apart", "[chunks]") {
+TEST_CASE("chunks: the smallest one that fits is split, and slabs do not merge", "[chunks]") {
   Chunks chunks;
   chunks.add(kSlab, 100);
-  chunks.add(kSlab + 100, 50);  // right behind it, yet another slab
+  chunks.add(kSlab + 100, 50);  // adjacent, but another slab
   CHECK(chunks.take(50) == at(100));
   chunks.give_back(kSlab + 100);
   CHECK(chunks.take(120) == nullptr);
@@ -53,7 +53,7 @@ TEST_CASE("chunks: the smallest one that fits is cut, and slabs stay apart", "[c
   CHECK(chunks.free_bytes() == 40);
 }
 
-TEST_CASE("chunks: random requests never overlap, and all comes back whole", "[chunks]") {
+TEST_CASE("chunks: random requests never overlap, and returned slabs are whole", "[chunks]") {
   engine::Rng rng(21);
   Chunks chunks;
   constexpr int64_t kSlabBytes = 1000, kSlabs = 3;

@@ -1,8 +1,8 @@
-// The CPU backends, which every other test takes as its oracle, against formulas written here in
-// double and against central differences.
+// The CPU backends, the oracles of all other tests, against formulas in double and central
+// differences.
 //
-// A central difference with step h = 1e-5 has the error h^2 f''' / 6 + eps |f| / h, about 1e-10:
-// the bound 1e-7 leaves room for outputs of a few tens and none for a wrong formula.
+// A central difference with step h = 1e-5 has the error h^2 f''' / 6 + eps |f| / h, about 1e-10.
+// The bound 1e-7 leaves room for outputs of a few tens, but none for a wrong formula.
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -129,8 +129,8 @@ TEST_CASE("the thread pool covers every index once and passes exceptions on") {
     std::vector<std::atomic<int>> seen(static_cast<size_t>(n));
     std::atomic<int64_t> nested{0};
     pool.parallel_for(n, 7, [&](int64_t begin, int64_t end) {
-      // From inside a loop: serial. Assertions wait until the threads are done: Catch takes one at
-      // a time.
+      // A nested loop is serial. Assertions come after the threads are done: Catch takes one at a
+      // time.
       pool.parallel_for(end - begin, 2, [&](int64_t b, int64_t e) { nested += e - b; });
       for (int64_t i = begin; i < end; ++i) ++seen[static_cast<size_t>(i)];
     });
@@ -157,8 +157,9 @@ TEST_CASE("the vector exponential is the exponential") {
   CHECK(std::isnan(engine::vector_exp(std::numeric_limits<float>::quiet_NaN())));
 }
 
-// Sums of k products in F32: about sqrt(k) roundings of the product's size; 4 for their spread.
-TEST_CASE("products equal their sums, in every strip and mode") {
+// Sums of k products in F32 err by about sqrt(k) roundings of a product's size; 4 covers the
+// spread.
+TEST_CASE("matrix products equal plain sums, in every strip and mode") {
   struct Sizes {
     int64_t m, n, k;
   };
@@ -206,8 +207,8 @@ TEST_CASE("products equal their sums, in every strip and mode") {
   }
 }
 
-// Scores err by some eps * sqrt(d), the exponential passes that on as a relative error, and the
-// sums over keys add little more: 16 eps holds both.
+// Scores err by some eps * sqrt(d). The exponential turns that into a relative error, and the sums
+// over keys add little more. 16 eps covers both.
 TEST_CASE("blocked attention equals the T x T formula") {
   for (const AttentionShape& s :
        {AttentionShape{1, 1, 1, 1, 4, 0}, AttentionShape{2, 31, 4, 2, 8, 0},
@@ -259,7 +260,7 @@ TEST_CASE("attention over a cache equals attention, token by token and in pieces
       return piece;
     };
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    const auto cache = [&] {  // what was never written must never be read
+    const auto cache = [&] {  // entries that were never written must never be read
       const Shape shape{kBatch, kCapacity, kKv, kDim};
       return make(b, shape, DType::F64,
                   std::vector<double>(static_cast<size_t>(engine::numel_of(shape)), nan));
@@ -305,7 +306,7 @@ TEST_CASE("attention's gradient") {
   }
 }
 
-TEST_CASE("rms_norm's gradient, and that it adds where told to") {
+TEST_CASE("rms_norm's gradient, written or added") {
   Backend& b = oracle_f64();
   for (const int64_t rows : {1, 37}) {
     const Shape x{rows, 33}, w{33};
@@ -351,7 +352,7 @@ TEST_CASE("swiglu's gradient") {
       });
 }
 
-TEST_CASE("rope turns pairs by their position, and its gradient turns back") {
+TEST_CASE("rope rotates pairs by their position, and its gradient rotates back") {
   Backend& b = oracle_f64();
   const Shape shape{2, 5, 3, 4};
   const Tensor freq = make(b, {2}, DType::F32, {1.0, 0.125});
@@ -377,7 +378,7 @@ TEST_CASE("the losses' gradients") {
   constexpr int64_t kRows = 4, kVocabulary = 37;
   const Shape shape{kRows, kVocabulary};
   const Tensor targets = make_ids(b, {kRows}, {3, -1, 0, 36});
-  // The probe weighs the rows, where the op has one scale for all: rows are scaled here.
+  // The probe weighs each row, but the op has one scale for all rows: scale the rows here.
   const auto scaled = [&](const Tensor& grad, const Tensor& weights) {
     std::vector<double> g = values_of(b, grad);
     const std::vector<double> w = values_of(b, weights);
@@ -428,14 +429,14 @@ TEST_CASE("the losses' gradients") {
       });
 }
 
-TEST_CASE("the losses' values, at the ends of F32 too") {
+TEST_CASE("the losses' values, also for extreme logits") {
   Backend& b = oracle();
   const Tensor targets = make_ids(b, {2}, {1, 2}), loss = b.empty({2}, DType::F32);
-  // Logits near 1000 overflow without the shift by the maximum.
+  // Logits near 1000 overflow unless the maximum is subtracted.
   const Tensor logits = make(b, {2, 3}, DType::F32, {1000, 1001, 999, 0, 0, 0});
   b.cross_entropy(loss, Tensor(), logits, targets, 1.0);
   const double first = std::log(std::exp(-1.0) + 1 + std::exp(-2.0));
-  CHECK(values_of(b, loss)[0] == Approx(first).epsilon(1e-4));  // 1001 carries 6e-5
+  CHECK(values_of(b, loss)[0] == Approx(first).epsilon(1e-4));  // F32 near 1001 steps by 6e-5
   CHECK(values_of(b, loss)[1] == Approx(std::log(3.0)));
   b.kl_divergence(loss, Tensor(), logits, logits, targets, 1.0);
   CHECK(values_of(b, loss) == std::vector<double>{0, 0});

@@ -1,5 +1,5 @@
 // The demo model against transformers on the same weights: real text, real tokenizer, whole
-// forward. Skipped, saying so, where model or text are absent.
+// forward. Skipped, with a message, if the model or the text is absent.
 #include <catch2/catch.hpp>
 
 #include "data/text.h"
@@ -23,9 +23,9 @@ TEST_CASE("demo model: perplexity of the first windows of WikiText-2", "[demo]")
                               nullptr)
         .perplexity;
   };
-  // Within 0.1 % in F32, 0.5 % in bf16. The laboratory's 18.98 over two windows of 2048 is a
-  // moment's work for a GPU and a minute's for a CPU, where the forward that gave 18.978 there also
-  // gave 34.156 over one window of 256.
+  // Within 0.1 % in F32, 0.5 % in bf16. The laboratory measured 18.98 over two windows of 2048,
+  // which take a CPU a minute. The CPU is checked on one window of 256: the forward that
+  // gave 18.978 for the two gave 34.156 for the one.
   if (on_cuda())
     CHECK(windows(2, 2048) == Approx(18.98).epsilon(0.005));
   else

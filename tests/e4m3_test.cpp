@@ -1,4 +1,4 @@
-// E4M3 against a table built here from its definition, on every code, midpoint and neighbour.
+// E4M3 against a table built from its definition, at every code, midpoint and neighbour.
 #include "quant/e4m3.h"
 
 #include <catch2/catch.hpp>
@@ -47,7 +47,7 @@ void check_between_codes() {
   }
 }
 
-TEST_CASE("every E4M3 code has its value and comes back", "[e4m3]") {
+TEST_CASE("every E4M3 code decodes to its value, which encodes back to it", "[e4m3]") {
   for (int code = 0; code < 256; ++code) {
     CAPTURE(code);
     const double expected = defined_value(code);
@@ -72,7 +72,7 @@ TEST_CASE("E4M3 rounds to nearest even, or up, at every midpoint", "[e4m3]") {
   check_between_codes<double>();
 }
 
-TEST_CASE("one step of Newton's gives every scale's reciprocal to nearest", "[e4m3]") {
+TEST_CASE("one Newton step rounds every scale's reciprocal to nearest", "[e4m3]") {
   const float infinity = std::numeric_limits<float>::infinity();
   for (int code = 1; code <= kLargest; ++code) {
     const float value = e4m3_decode(static_cast<uint8_t>(code)), want = 1.0f / value;

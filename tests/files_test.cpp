@@ -1,4 +1,4 @@
-// Atomic files and directories: the new content whole, or the old state and nothing else.
+// Atomic files and directories: either the whole new content, or the old state and nothing else.
 #include "data/files.h"
 
 #include <sys/resource.h>
@@ -25,7 +25,7 @@ int64_t entries(const std::string& directory) {
 
 }  // namespace
 
-TEST_CASE("files: what is written is read back, and replaced whole") {
+TEST_CASE("files: written content is read back, and replaced as a whole") {
   const tests::TempDir dir;
   std::string content("a\0b\n\xff", 5);
   data::write_file_atomic(dir / "f", content);
@@ -46,7 +46,7 @@ TEST_CASE("files: errors name the path and the cause, and leave nothing behind")
   CHECK_THROWS_WITH(data::write_file_atomic(dir.path(), "x"), Contains("is a directory"));
   CHECK(entries(dir.path()) == 0);
 
-  // A file system that takes no new file: /proc. For root, a read-only mode would mean nothing.
+  // /proc takes no new file. A read-only directory would not do: root may write to it.
   CHECK_THROWS_AS(data::write_file_atomic("/proc/bbb", "x"), Error);
   CHECK_THROWS_AS(data::AtomicDirectory("/proc/bbb"), Error);
 }
@@ -64,7 +64,7 @@ TEST_CASE("files: an abandoned AtomicFile leaves the old content") {
 }
 
 TEST_CASE("files: a full disk loses nothing") {
-  // A process may write files of 64 kB at most, which fails as a full disk does.
+  // Limit files to 64 kB: a larger write fails as on a full disk.
   const tests::TempDir dir;
   data::write_file_atomic(dir / "f", "old");
   const pid_t child = ::fork();
@@ -96,7 +96,7 @@ TEST_CASE("files: a directory appears whole or not at all") {
   }
   CHECK(entries(dir.path()) == 0);
 
-  fs::create_directory(dir / "out");  // an empty one may be replaced
+  fs::create_directory(dir / "out");  // an empty directory may be replaced
   data::AtomicDirectory made(dir / "out/");
   data::write_file_atomic(made.temporary() + "/f", "x");
   made.commit();
@@ -121,7 +121,7 @@ TEST_CASE("files: a directory filled meanwhile is not overwritten") {
   CHECK(entries(dir.path()) == 1);
 }
 
-TEST_CASE("files: names for messages") {
+TEST_CASE("files: names become fit for messages") {
   CHECK(data::printable("a.b") == "a.b");
   CHECK(data::printable("a\n\xff") == "a\\x0a\\xff");
   CHECK(data::printable(std::string(200, 'n')) == std::string(80, 'n') + "...");

@@ -1,8 +1,7 @@
-// Mutation fuzzer over the parsers: bbb_fuzz COUNT SEED. Takes well-formed safetensors, GGUF,
-// config.json, exported directories, GGUF models and split ones, breaks each a little, and reads
-// it. Whatever is wrong with a file may only end in a bbb::Error of one line; whatever is accepted
-// is read to its last byte, under sanitizers. Prints a summary line; anything else ends with a
-// nonzero code.
+// Mutation fuzzer for the parsers: bbb_fuzz COUNT SEED. It takes well-formed safetensors, GGUF,
+// config.json, exported directories, GGUF models and split ones, damages each a little, and reads
+// it. A bad file may only cause a bbb::Error of one line. An accepted file is read to its last
+// byte, under sanitizers. Prints a summary line; on any other outcome the exit code is not 0.
 #include <unistd.h>
 
 #include <cstdio>
@@ -14,7 +13,7 @@
 #include "models/checkpoint.h"
 #include "tests/model_files.h"
 
-// A count taken from a file must never size an allocation unchecked: inputs here are below 200 kB.
+// Inputs are below 200 kB. A larger allocation means that a count from a file was not checked.
 extern "C" const char* __asan_default_options();
 extern "C" const char* __asan_default_options() { return "max_allocation_size_mb=64"; }
 
@@ -48,7 +47,7 @@ void edit_bytes(Rng& rng, std::string& s) {
     case 1:
       if (at < s.size()) s[at] = static_cast<char>(rng.below(256));
       break;
-    case 2: {  // an integer of one of the sizes that headers hold
+    case 2: {  // an integer of a size that headers hold
       const std::string value = tests::raw(kNasty[rng.below(kNastyCount)]);
       const size_t width = rng.below(2) ? 8 : 4;
       if (at + width <= s.size()) s.replace(at, width, value.substr(0, width));
@@ -83,7 +82,7 @@ void edit_text(Rng& rng, std::string& s) {
     case 1:
       s.insert(at, kFragments[rng.below(kFragmentCount)]);
       break;
-    case 2: {  // a piece of the text elsewhere, up to a comma: doubled keys, swapped values
+    case 2: {  // copies text up to a comma to another place: doubled keys, swapped values
       const size_t from = s.find_first_of(",:{", at);
       if (from == std::string::npos) break;
       const std::string piece = s.substr(from, s.find_first_of(",}", from + 1) - from);
@@ -96,7 +95,7 @@ void edit_text(Rng& rng, std::string& s) {
   }
 }
 
-// Edits a safetensors file; mostly its header's text, with the length put right again.
+// Edits a safetensors file: mostly its header's text, and then corrects the header's length.
 void edit_safetensors(Rng& rng, std::string& file) {
   if (rng.below(4) == 0) return edit_bytes(rng, file);
   uint64_t length;
@@ -124,7 +123,7 @@ void touch(const uint8_t* data, int64_t bytes) {
   g_sink = sum;
 }
 
-// A heap copy of exactly this size: one byte past it is a sanitizer's report.
+// A heap copy of exactly this size: a sanitizer reports an access one byte past it.
 std::unique_ptr<uint8_t[]> exact(const std::string& s) {
   auto copy = std::make_unique<uint8_t[]>(s.size());
   std::memcpy(copy.get(), s.data(), s.size());
@@ -240,7 +239,7 @@ int main(int argc, char** argv) {
           tests::write_plain(part_paths[i], i == at ? broken(rng, parts[i], edit_bytes) : parts[i]);
         read_checkpoint(part_paths[0]);
       }};
-  // Whole models cost most: three inputs of twelve.
+  // Whole models are the slowest inputs: three of twelve.
   const int schedule[] = {0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4, 5};
 
   int64_t refused = 0;

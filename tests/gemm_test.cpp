@@ -19,11 +19,11 @@ struct GemmCase {
   int64_t m, n, k;
 };
 
-// One row, a few rows, odd everything, multiples of 8 that are no tile, and many tiles.
+// One row, a few rows, all sizes odd, multiples of 8 that fill no tile, and many tiles.
 const GemmCase kCases[] = {{1, 33, 31}, {1, 64, 96},   {4, 64, 96},     {31, 33, 65},
                            {33, 31, 7}, {257, 72, 40}, {128, 576, 192}, {8, 192, 1536}};
 
-// Rounding the output, and the accumulator: FP32 error of random sums stays a few epsilons, but
+// The output's rounding, and the accumulator's error: a few epsilons for random sums in FP32, but
 // tensor cores truncate once every 16 products.
 double tolerance(DType out, int64_t length) {
   return epsilon_of(out) + epsilon_of(DType::F32) * (8.0 + static_cast<double>(length) / 16.0);
@@ -121,7 +121,7 @@ TEST_CASE("gemm_tn is dy^T x, written or added", "[gemm]") {
   }
 }
 
-TEST_CASE("a product that overwrites does not read what was there", "[gemm]") {
+TEST_CASE("a product that overwrites does not read the old output", "[gemm]") {
   const GemmCase c{33, 64, 96};
   Inputs in(c);
   const auto dx = run_nn(backend(), c, in, backend().act(), true, Write::Overwrite);
@@ -176,10 +176,10 @@ TEST_CASE("the same product gives the same bytes", "[gemm]") {
 #ifdef BBB_HAS_CUDA
 namespace {
 
-constexpr size_t kSuggested = 8;  // at most, by the library
+constexpr size_t kSuggested = 8;  // the library suggests at most this many
 
-// Runs `product` under the algorithms that tuning may choose for it, every other explored one
-// left out, and returns how many of them the library did not suggest.
+// Runs `product` under the algorithms that tuning may choose for it: those that the library
+// suggests, and every second one of the others. Returns how many of the others ran.
 int64_t under_many_algorithms(const cuda::GemmShape& shape, const std::function<void()>& product) {
   const auto usage = std::make_shared<cuda::MemoryUsage>();
   const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
@@ -217,7 +217,7 @@ bool on_hopper() {
 
 }  // namespace
 
-TEST_CASE("on Hopper, more algorithms are candidates than the library suggests", "[gemm]") {
+TEST_CASE("on Hopper, there are more candidates than the library suggests", "[gemm]") {
   if (!on_hopper()) {
     std::cout << "SKIPPED: no Hopper GPU\n";
     return;
@@ -231,11 +231,11 @@ TEST_CASE("on Hopper, more algorithms are candidates than the library suggests",
   const std::vector<std::string> all = planner.candidates(shape);
   CHECK(all.size() > 2 * kSuggested);
   CHECK(std::set<std::string>(all.begin(), all.end()).size() > 2 * kSuggested);
-  shape.align_b = 8;  // for operands like that only what the library suggests
+  shape.align_b = 8;  // such operands get only the library's suggestions
   CHECK(planner.candidates(shape).size() <= kSuggested);
 }
 
-TEST_CASE("the algorithms of a product give it", "[gemm]") {
+TEST_CASE("every algorithm of a product gives the right result", "[gemm]") {
   if (!on_cuda()) {
     std::cout << "SKIPPED: this device has one algorithm a product\n";
     return;

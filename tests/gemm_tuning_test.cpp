@@ -1,5 +1,5 @@
 // Algorithms of matrix products chosen by timing: what a tuned backend computes, when choices are
-// stored, and what becomes of stored ones. Where the backend has one algorithm a product (the CPU),
+// stored, and how stored choices are used. On a backend with one algorithm per product (the CPU),
 // tuning must change nothing and store nothing.
 #include <catch2/catch.hpp>
 #include <cstdlib>
@@ -59,7 +59,7 @@ GemmTuning eager_tuning() {
 }  // namespace
 
 TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm]") {
-  // Once; and so often that a search beyond the library's suggestions is worth while.
+  // One run, and so many that a search beyond the library's suggestions pays.
   const int64_t runs = GENERATE(int64_t{1}, int64_t{1} << 40);
   CAPTURE(runs);
   const Products products;
@@ -103,14 +103,14 @@ TEST_CASE("a tuned product is right, and known choices repeat its bytes", "[gemm
     again.run();
     CHECK(again.bytes() == tuned);
   }
-  // Behind the scope everything is as before it.
+  // After the scope everything is as before it.
   const Products after;
   after.run();
   CHECK(after.bytes() == untuned);
 }
 
-TEST_CASE("a recorded step takes tuned products, timed before it is recorded", "[gemm]") {
-  // Few products take long, unless they run often.
+TEST_CASE("a recorded step uses tuned products, timed before it is recorded", "[gemm]") {
+  // One run is too short for a search; many are not.
   const int64_t runs = GENERATE(int64_t{1}, int64_t{1} << 40);
   CAPTURE(runs);
   const Products products;
@@ -194,7 +194,7 @@ TEST_CASE("a long product is searched by long runs of each candidate", "[gemm]")
   CHECK(bytes_of(b, product()) == searched);
 }
 
-TEST_CASE("a choice is stored before the first product that it computes", "[gemm]") {
+TEST_CASE("a choice is stored before the first product that uses it", "[gemm]") {
   const Products products;
   GemmTuning tuning = eager_tuning();
   tuning.keep = [](const GemmChoices&) { throw Error("no room to store it"); };
@@ -208,7 +208,7 @@ TEST_CASE("a choice is stored before the first product that it computes", "[gemm
   CHECK(products.bytes() == before);
 }
 
-TEST_CASE("timing keeps to its memory, and leaves small products alone", "[gemm]") {
+TEST_CASE("timing stays within its memory, and skips small products", "[gemm]") {
   const Products products;
   products.run();
   const auto untuned = products.bytes();
@@ -234,7 +234,7 @@ TEST_CASE("timing keeps to its memory, and leaves small products alone", "[gemm]
     CHECK(products.bytes() == untuned);
     CHECK(lines.size() == (has_choice() ? 3 : 0));
     for (const std::string& line : lines) CHECK_THAT(line, Contains("is not timed"));
-    CHECK(stored == (has_choice() ? 3 : 0));  // the first suggestion is what the run keeps
+    CHECK(stored == (has_choice() ? 3 : 0));  // the run keeps the first suggestion
   }
   tuning.memory_bytes = 256 << 20;
   tuning.least_flops = 2.0 * kRows * kOut * kIn + 1;
@@ -244,7 +244,7 @@ TEST_CASE("timing keeps to its memory, and leaves small products alone", "[gemm]
   CHECK(products.bytes() == untuned);
 }
 
-TEST_CASE("choices that cannot be this backend's are refused in one line", "[gemm]") {
+TEST_CASE("choices that do not belong to this backend are refused in one line", "[gemm]") {
   if (!has_choice()) {
     std::cout << "SKIPPED: this device has one algorithm a product\n";
     return;
@@ -307,7 +307,7 @@ TEST_CASE("stored choices come back byte for byte, and damaged ones are refused"
   }
 }
 
-TEST_CASE("another library's or GPU's choices are left, saying so", "[train]") {
+TEST_CASE("choices of another library or GPU are ignored, with a message", "[train]") {
   const TempDir dir;
   const std::string path = dir / "gemm.json";
   std::vector<std::string> lines;
@@ -335,7 +335,7 @@ TEST_CASE("another library's or GPU's choices are left, saying so", "[train]") {
 
 namespace {
 
-// On a GPU large enough for products that are timed.
+// On a GPU, the model is large enough for its products to be timed.
 struct LargerRun {
   LargerRun() {
     model = tiny_config();
@@ -394,7 +394,7 @@ TEST_CASE("deterministic runs store no algorithms and repeat their bytes", "[tra
   CHECK(first == second);
 }
 
-TEST_CASE("a run that goes on takes the algorithms that it began with", "[train]") {
+TEST_CASE("a resumed run uses the algorithms that it started with", "[train]") {
   const LargerRun larger;
   const auto config = [&](const char* out) {
     return larger.config(out, train::GemmAlgorithms::Timed);
@@ -403,7 +403,8 @@ TEST_CASE("a run that goes on takes the algorithms that it began with", "[train]
   const auto whole = results(larger.dir / "whole");
   REQUIRE(whole.count("gemm.json") == (has_choice() ? 1 : 0));
 
-  // Another begins with the same choices; it is killed behind its first block, then end to end.
+  // Another run starts with the same choices. It is killed after its first block, and again in the
+  // end-to-end phase.
   struct Killed {};
   const std::string out = larger.dir / "killed";
   std::filesystem::create_directory(out);
@@ -422,7 +423,7 @@ TEST_CASE("a run that goes on takes the algorithms that it began with", "[train]
   CHECK(results(out) == whole);
 
   if (!has_choice()) return;
-  // A library that has changed in between: the run goes on, with choices of its own.
+  // If the library changes in between, the run continues with new choices.
   const std::string path = larger.dir / "elsewhere";
   CHECK_THROWS_AS(larger.run(config("elsewhere"), observer), Killed);
   GemmChoices choices = train::load_gemm_choices(path + "/gemm.json");

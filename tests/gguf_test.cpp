@@ -116,7 +116,7 @@ TEST_CASE("gguf: every type of the reference is read, or refused by its name") {
   }
 }
 
-TEST_CASE("gguf: a split model is read whole by its first part") {
+TEST_CASE("gguf: a split model is opened by its first part") {
   const tests::TempDir dir;
   const auto part = [](int i, const std::string& count = "00003") {
     return "split-0000" + std::to_string(i) + "-of-" + count + ".gguf";
@@ -145,12 +145,12 @@ TEST_CASE("gguf: a split model is read whole by its first part") {
   std::filesystem::remove(dir / part(3));
   CHECK_THROWS_WITH(data::Gguf(dir / part(1)), Contains("part 3, " + (dir / part(3))));
 
-  // Suffixes do not matter.
+  // The suffix of a file's name does not matter.
   for (int i : {1, 2, 3}) copy(i, "m-0000" + std::to_string(i) + "-of-00003");
   CHECK(data::Gguf(dir / "m-00001-of-00003").tensors().size() == 3);
 }
 
-TEST_CASE("gguf: parts of a set that do not fit together") {
+TEST_CASE("gguf: parts that do not belong together") {
   const tests::TempDir dir;
   const auto write = [&](uint32_t i, const std::string& tensor, uint32_t tensors) {
     GgufFile f;
@@ -302,7 +302,7 @@ TEST_CASE("gguf: malformed tensors") {
   CHECK_THROWS_WITH(parse(f.bytes()), Contains("tensor 'a' is given twice"));
 }
 
-TEST_CASE("gguf: what is no file") {
+TEST_CASE("gguf: paths without a file") {
   const tests::TempDir dir;
   CHECK_THROWS_WITH(data::Gguf(dir / "none"), Contains("cannot open"));
   CHECK_THROWS_WITH(data::Gguf(dir.path()), Contains("is a directory"));

@@ -52,7 +52,7 @@ Values normal(engine::Rng& rng, int64_t n, double scale) {
   return x;
 }
 
-TEST_CASE("the quantizer is the formula", "[grid]") {
+TEST_CASE("the quantizer equals the formula", "[grid]") {
   engine::Rng rng(11);
   for (const int bits : {2, 3, 4, 8})
     for (const int group : {32, 64, 128}) {
@@ -95,7 +95,7 @@ TEST_CASE("ties round up, zero and constant groups stay finite", "[grid]") {
   CHECK(quant::round_half_up(-0.5f) == 0.0f);
   CHECK(quant::round_half_up(-1.5f) == -1.0f);
 
-  // A step of exactly 1 (S = 2^-8, e = 256), and ties on it: -1.5 is outside, -0.5 and 0.5 go up.
+  // The step is exactly 1 (S = 2^-8, e = 256). Ties: -1.5 is out of range, -0.5 and 0.5 round up.
   Values w(32, 0.0f);
   w[0] = -1.0f;
   w[1] = 2.0f;
@@ -133,8 +133,8 @@ quant::QuantizedGroup group_of_scale(uint8_t e, float master_scale, int bits) {
   return quant::GroupQuantizer(master_scale, bits)(range);
 }
 
-TEST_CASE("a corrected product is the quotient of every float by every scale", "[grid]") {
-  // Scaling x or s by a power of two scales both sides: eight mantissas of e, and all of x.
+TEST_CASE("a corrected product equals the quotient, for every float and every scale", "[grid]") {
+  // A power of two in x or s scales both sides, so only mantissas matter: eight of e, all of x.
   for (int e = 0x38; e < 0x40; ++e) {
     const quant::QuantizedGroup made = group_of_scale(static_cast<uint8_t>(e), 0x1p-9f, 2);
     REQUIRE(made.params.e == e);
@@ -151,7 +151,7 @@ TEST_CASE("a corrected product is the quotient of every float by every scale", "
   }
 }
 
-TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
+TEST_CASE("levels computed without a division have the bits of the formula", "[grid]") {
   engine::Rng rng(12);
   const auto bits_of = [](float x) { return std::bit_cast<uint32_t>(x); };
   for (const int bits : {2, 3, 4, 8})
@@ -179,7 +179,7 @@ TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
         };
         for (int i = 0; i < 8; ++i)
           check(static_cast<float>(range.mn + rng.uniform() * (range.mx - range.mn)));
-        for (int q = -3; q < 4; ++q) {  // ties, and the floats beside them
+        for (int q = -3; q < 4; ++q) {  // ties, and the floats next to them
           const float tie = (static_cast<float>(q) + 0.5f) * step;
           for (const float x : {tie, std::nextafter(tie, 2 * tie), std::nextafter(tie, 0.0f)})
             check(x);
@@ -188,7 +188,7 @@ TEST_CASE("levels without a division have the bits of the formula", "[grid]") {
       }
 }
 
-TEST_CASE("NaN and infinity in a master reach every weight", "[grid]") {
+TEST_CASE("NaN or infinity in a master makes every weight NaN", "[grid]") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float infinity = std::numeric_limits<float>::infinity();
   engine::Rng rng(3);
@@ -208,7 +208,7 @@ TEST_CASE("NaN and infinity in a master reach every weight", "[grid]") {
   CHECK(std::isnan(quant::max_or_nan(1.0f, nan)));
 }
 
-TEST_CASE("learned scales: negative and zero ones are the smallest, NaN stays", "[grid]") {
+TEST_CASE("learned scales: negative and zero become the smallest, NaN stays", "[grid]") {
   CHECK(quant::encode_scale(-1.0f, 1.0f, 2) == quant::kE4m3SmallestCode);
   CHECK(quant::encode_scale(0.0f, 1.0f, 2) == quant::kE4m3SmallestCode);
   CHECK(quant::encode_scale(-0.0f, 1.0f, 2) == quant::kE4m3SmallestCode);

@@ -1,4 +1,4 @@
-// input_scale_gradient against the F64 oracle, and against the gradient that the long way finds.
+// input_scale_gradient against the F64 oracle, and against the gradient of rms_norm_backward.
 #include <catch2/catch.hpp>
 #include <limits>
 
@@ -13,7 +13,7 @@ struct ScaleCase {
   int64_t n, k;
 };
 
-// One row and one column; ragged, narrow widths; several stripes; several chunks of rows.
+// One row and one column; ragged and narrow widths; several stripes; several chunks of rows.
 const ScaleCase kCases[] = {{1, 1}, {3, 31}, {33, 100}, {576, 576}, {2000, 264}, {70, 2056}};
 
 struct Inputs {

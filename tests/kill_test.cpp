@@ -1,8 +1,8 @@
-// kill -9 at random moments, a disk that fills up, two processes at once: a run that goes on after
-// each of them ends with the bytes of one that was never interrupted.
+// kill -9 at random moments, a disk that fills up, two processes at once: a run that is resumed
+// after each of them ends with the bytes of an uninterrupted run.
 //
-// The run lives in a process of its own, this binary again on the hidden test below: nothing of the
-// parent's threads or GPU context is in it.
+// The run is a process of its own: this binary with the hidden test below. It has none of the
+// parent's threads, and not its GPU context.
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,7 +29,7 @@ constexpr const char* kFileLimitVariable = "BBB_KILL_TEST_FILE_BYTES";
 constexpr const char* kChildTest = "[.kill-child]";
 constexpr double kPatience_ms = 60'000;
 constexpr int64_t kNoLimit = 0;
-constexpr int64_t kNever = 1000;  // no phase has so many steps
+constexpr int64_t kNever = 1000;  // more steps than any phase has
 
 struct ChildOptions {
   int64_t save_every = 1;
@@ -44,7 +44,7 @@ pid_t start_child(const TempDir& scratch, const std::string& out, const ChildOpt
     setenv(kOutVariable, out.c_str(), 1);
     setenv(kSaveVariable, std::to_string(options.save_every).c_str(), 1);
     setenv(kFileLimitVariable, std::to_string(options.file_bytes).c_str(), 1);
-    setenv("TMPDIR", scratch.path().c_str(), 1);  // what a killed child leaves goes with the test
+    setenv("TMPDIR", scratch.path().c_str(), 1);  // the test removes a killed child's leftovers
     const std::string console = scratch / "console";
     if (std::freopen(console.c_str(), "w", stdout) == nullptr) _exit(126);
     execl("/proc/self/exe", "bbb_tests", kChildTest, static_cast<char*>(nullptr));
@@ -53,14 +53,14 @@ pid_t start_child(const TempDir& scratch, const std::string& out, const ChildOpt
   return child;
 }
 
-// When a kill comes: after so long, counted as long as there is the state of a block if so wished.
+// When to kill the child. in_block: only the time during which a block's state file exists counts.
 struct Moment {
   double after_ms;
   bool in_block = false;
 };
 
-// True: the child ended by itself, before `kill_at`. False: it was killed then. in_block_ms: for
-// how long there was the state of a block.
+// Whether the child ended by itself before `kill_at`; otherwise it is killed then. in_block_ms: how
+// long a block's state file existed.
 bool runs_to_the_end(const TempDir& scratch, const std::string& out, const Moment& kill_at,
                      double* in_block_ms = nullptr) {
   const std::string state = train::RunDirectory(out).block_state_file();
@@ -86,7 +86,7 @@ bool runs_to_the_end(const TempDir& scratch, const std::string& out, const Momen
   return true;
 }
 
-// Runs the child until it fails by itself; returns what it said.
+// Runs the child until it fails by itself; returns its output.
 std::string failure_of(const TempDir& scratch, const std::string& out,
                        const ChildOptions& options) {
   int status = 0;
@@ -99,11 +99,11 @@ std::string failure_of(const TempDir& scratch, const std::string& out,
   return console;
 }
 
-// What a kill met.
+// How many kills came at each point of a run.
 struct Met {
   int nothing = 0;       // no run yet
   int block_state = 0;   // a state inside a stage of a block
-  int between = 0;       // of blocks: results, and no newer state
+  int between = 0;       // results of blocks, and no newer state
   int end_to_end = 0;    // a state of the whole model
   int half_written = 0;  // a file under its temporary name
 };
@@ -134,7 +134,7 @@ TEST_CASE("the run that is killed", "[.kill-child]") {
   config.out = out;
   config.model = "model";
   config.e2e_steps = 12;
-  config.lr.back() = 1;  // makes it worse: the best weights are not the newest ones
+  config.lr.back() = 1;  // training gets worse: the best weights are not the newest ones
   config.save_every = std::atoll(std::getenv(kSaveVariable));
   const int64_t file_bytes = std::atoll(std::getenv(kFileLimitVariable));
   if (file_bytes != kNoLimit) {
@@ -164,8 +164,8 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   const auto expected_log = log_lines(whole, "");
   REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
 
-  // A fresh run whenever one reaches its end, so that kills fall into every part of it. Every other
-  // one meets its first kill inside a stage of a block: on a GPU that is but a small part.
+  // When a run reaches its end, a new one starts, so that kills fall into every part of a run.
+  // Every second run gets its first kill inside a stage of a block: on a GPU that part is short.
   constexpr uint64_t kSeed = 5;
   engine::Rng rng(kSeed);
   Met met;
@@ -192,7 +192,7 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
       met.end_to_end, met.half_written);
 }
 
-TEST_CASE("a full disk is one error, and the run goes on when there is room", "[train][kill]") {
+TEST_CASE("a full disk is one error, and the run resumes when there is room", "[train][kill]") {
   const TempDir dir;
   const std::string whole = dir / "whole", out = dir / "run";
   REQUIRE(runs_to_the_end(dir, whole, {kPatience_ms}));
@@ -211,8 +211,8 @@ TEST_CASE("a full disk is one error, and the run goes on when there is room", "[
       if (name.find("state") == std::string::npos) CHECK(bytes == expected.at(name));
     }
   };
-  // A block's state is its masters, moments and best, four times a stage's result, where the first
-  // moment is half as large 3.5 times; the end-to-end state holds both blocks': 6 or 5 times.
+  // In sizes of a stage's result: a block's state (masters, two moments, best weights) takes 4, or
+  // 3.5 if the first moment has half the bytes; the end-to-end state of both blocks takes 6 or 5.
   stopped({1, stage_bytes * 2}, "/blocks/state.safetensors", 1);
   stopped({kNever, stage_bytes / 2}, "/blocks/block_000_stage_0.safetensors", 1);
   stopped({1, stage_bytes * 9 / 2}, "/e2e/state.safetensors", 5);
@@ -221,7 +221,7 @@ TEST_CASE("a full disk is one error, and the run goes on when there is room", "[
   CHECK(log_lines(out, "") == log_lines(whole, ""));
 }
 
-TEST_CASE("a second process in the same directory is told so", "[train][kill]") {
+TEST_CASE("a second process in the same directory is refused", "[train][kill]") {
   const TempDir dir;
   const std::string out = dir / "run";
   std::filesystem::create_directory(out);

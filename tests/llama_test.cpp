@@ -1,5 +1,5 @@
 // The whole model at a tiny size: prefill and decode against one forward, perplexity against a
-// softmax written out, recomputation, masters out and in.
+// softmax written out, recomputation, saving and restoring masters.
 #include "models/llama.h"
 
 #include <catch2/catch.hpp>
@@ -32,7 +32,7 @@ struct TinyModel {
   }
 };
 
-// Activations are rounded to act some ten times a layer, in another order for another T.
+// Activations are rounded to act about ten times per layer, in an order that depends on T.
 double forward_tolerance(Backend& device) {
   return device.act() == DType::BF16 ? 6 * epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
 }
@@ -129,7 +129,8 @@ TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama
   CHECK(reported == count);
   CHECK(result.windows == count);
   CHECK(result.tokens == count * (seq_len - 1));
-  // A batch of windows may take another GEMM: activations' rounding, averaged over 60 tokens.
+  // A batch of windows may use another GEMM algorithm: the difference is the rounding of
+  // activations, averaged over 60 tokens.
   const double tolerance = device.act() == DType::BF16 ? 2e-3 : 1e-5;
   CHECK(result.nll == Approx(mean).epsilon(tolerance));
   CHECK(result.perplexity == Approx(std::exp(mean)).epsilon(5 * tolerance));
@@ -138,7 +139,7 @@ TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama
   CHECK(models::perplexity(*tiny.model, {1, 2, 3}, 1, 3, nullptr).nll_stderr == 0);
   CHECK_THROWS_AS(models::perplexity(*tiny.model, {1, 53, 3}, 1, 3, nullptr), Error);
 
-  // A loss that is no number is no result: token 7's row is NaN, the second window holds it.
+  // A NaN loss is an error: token 7's row is NaN, and the second window holds that token.
   const Tensor& table = tiny.model->embedding();
   device.copy(table.rows(7, 1), make(device, {1, config.d_model}, table.dtype(),
                                      std::vector<double>(64, std::nan(""))));
@@ -147,21 +148,21 @@ TEST_CASE("llama: perplexity of windows, against a softmax written out", "[llama
                     Catch::Contains("the loss of window 1 (tokens 3 to 5) is "));
 }
 
-TEST_CASE("llama: chunks of the head stay within a budget that neither rows nor words move",
+TEST_CASE("llama: chunks of the head stay within the budget for any rows and vocabulary",
           "[llama]") {
   const models::HeadBudget card{int64_t{512} << 20, 1024};
   const auto chunks = [&](int64_t rows, int64_t vocab, DType dtype) {
     const autograd::HeadChunks c = models::head_chunks(card, rows, vocab, dtype);
     return std::vector<int64_t>{c.rows, c.vocab};
   };
-  // Whole vocabularies, as many rows as fit.
+  // The whole vocabulary, and as many rows as fit.
   CHECK(chunks(1 << 20, 49152, DType::BF16) == std::vector<int64_t>{5376, 49152});
   CHECK(chunks(1 << 20, 128256, DType::BF16) == std::vector<int64_t>{2048, 128256});
   CHECK(chunks(1 << 20, 128256, DType::F32) == std::vector<int64_t>{1024, 128256});
   CHECK(chunks(1 << 20, 262144, DType::BF16) == std::vector<int64_t>{1024, 262144});
   CHECK(chunks(300, 128256, DType::BF16) == std::vector<int64_t>{300, 128256});
   CHECK(chunks(900, 262144, DType::F32) == std::vector<int64_t>{900, 131072});
-  // Equal parts of what is too wide.
+  // A vocabulary that is too wide is split into equal parts.
   CHECK(chunks(1 << 20, 262208, DType::BF16) == std::vector<int64_t>{1024, 131200});
   CHECK(chunks(1 << 20, 1000000, DType::BF16) == std::vector<int64_t>{1024, 250112});
   CHECK(chunks(100, 4 << 20, DType::F32) == std::vector<int64_t>{100, 1048576});
@@ -178,7 +179,7 @@ TEST_CASE("llama: chunks of the head stay within a budget that neither rows nor 
           CHECK(c.rows >= std::min<int64_t>(rows, 64));
           if (c.vocab < vocab) {
             CHECK(c.vocab % 128 == 0);
-            // No fewer chunks would do, and the last is as long as tiles allow.
+            // Fewer chunks would not fit, and the last is as long as tiles allow.
             const int64_t count = (vocab + c.vocab - 1) / c.vocab;
             const int64_t fit = bytes / engine::size_bytes(dtype) / c.rows / 128 * 128;
             CHECK((count - 1) * fit < vocab);
@@ -189,7 +190,7 @@ TEST_CASE("llama: chunks of the head stay within a budget that neither rows nor 
         }
 }
 
-TEST_CASE("llama: perplexity over a vocabulary that no budget holds whole", "[llama]") {
+TEST_CASE("llama: perplexity over a vocabulary that is too wide for the budget", "[llama]") {
   Backend& device = backend();
   LlamaConfig config = tiny_config();
   config.vocab = 300001;
@@ -214,7 +215,7 @@ TEST_CASE("llama: perplexity over a vocabulary that no budget holds whole", "[ll
                 tiny.model->head(), make_ids(device, {rows}, next), Tensor(),
                 1.0 / (count * (seq_len - 1)), {32, config.vocab}, Tensor());
   const models::Perplexity result = models::perplexity(*tiny.model, ids, count, seq_len, nullptr);
-  // The same products in other shapes; losses of about 12 with the error of a long sum.
+  // The same products in other shapes. Losses are about 12, with the error of a long sum.
   CHECK(result.nll == Approx(values_of(device, whole.value())[0]).epsilon(1e-5));
 }
 
@@ -255,7 +256,7 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
   CHECK(squares > 0);
 }
 
-TEST_CASE("llama: a block's masters leave and come back", "[llama]") {
+TEST_CASE("llama: a block's masters are saved and restored", "[llama]") {
   Backend& device = backend();
   TinyModel tiny(device, tiny_config());
   models::LlamaBlock& block = *tiny.model->blocks()[1];

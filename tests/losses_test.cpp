@@ -31,10 +31,10 @@ LossAndGradient run_mse(Backend& b, const std::vector<double>& x, const std::vec
 struct LogitCase {
   int64_t m, v;
 };
-// A vocabulary of less than a warp, narrow, wide, and wider than a block's one step.
+// Vocabularies: smaller than a warp, narrow, wide, and wider than one step of a thread block.
 const LogitCase kLogitCases[] = {{1, 1}, {5, 31}, {4, 33}, {7, 1000}, {2, 49152}, {2, 10001}};
 
-// Every row's target, the second row left out.
+// A target for every row but the second.
 std::vector<int32_t> targets_of(const LogitCase& c, engine::Rng& rng) {
   std::vector<int32_t> targets(static_cast<size_t>(c.m));
   for (int32_t& t : targets) t = static_cast<int32_t>(rng.below(c.v));
@@ -43,7 +43,7 @@ std::vector<int32_t> targets_of(const LogitCase& c, engine::Rng& rng) {
   return targets;
 }
 
-// The device under test takes logits in `dtype`; the oracle has one dtype only.
+// The device under test takes logits in `dtype`; the oracle has only one dtype.
 LossAndGradient run_cross_entropy(Backend& b, const LogitCase& c, DType dtype,
                                   const std::vector<double>& logits,
                                   const std::vector<int32_t>& targets, double scale,
@@ -84,8 +84,8 @@ std::vector<double> words_of(const std::vector<double>& logits, const LogitCase&
 
 enum class ChunkOrder { FirstToLast, LastToFirst };
 
-// The loss of chunks of `chunk` words, cross-entropy where there is no teacher; and the gradient,
-// written over the logits where these are of its dtype.
+// The loss from chunks of `chunk` words: cross-entropy if there is no teacher. The gradient
+// overwrites the logits if they have its dtype.
 LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
                            const std::vector<double>& logits, const std::vector<double>& teacher,
                            const std::vector<int32_t>& targets, double scale, int64_t chunk,
@@ -136,8 +136,8 @@ struct ChunkCase {
   LogitCase logits;
   int64_t chunk;
 };
-// One word at a time, uneven last chunks, narrow and wide, wider than a block's one step, and more
-// words than there are.
+// Chunks of one word, uneven last chunks, narrow and wide ones, wider than one step of a thread
+// block, and wider than the vocabulary.
 const ChunkCase kChunkCases[] = {{{1, 3}, 1},         {{5, 33}, 32},      {{7, 1000}, 384},
                                  {{3, 49152}, 16384}, {{3, 20001}, 8192}, {{4, 5000}, 1667},
                                  {{2, 1000}, 4096}};
@@ -158,13 +158,13 @@ double run_sum(Backend& b, const std::vector<double>& x, double before, double s
 }  // namespace
 
 TEST_CASE("mse and its gradient", "[mse]") {
-  // The largest gives every block of the sum several steps.
+  // With the largest size, every thread block of the sum takes several steps.
   for (const int64_t n : {1, 31, 33, 1000, 300001, 2300000}) {
     CAPTURE(n);
     engine::Rng rng(23);
     const auto x = activations(rng, n), y = activations(rng, n);
     const auto got = run_mse(backend(), x, y), want = run_mse(oracle_f64(), x, y);
-    // The loss sums positive terms, a few hundred to an accumulator.
+    // The loss sums positive terms, a few hundred per accumulator.
     CHECK(relative_error(got.loss, want.loss) <= 64 * real_epsilon());
     CHECK(relative_error(got.gradient, want.gradient) <= act_epsilon() + 4 * real_epsilon());
     if (n < 1000000) CHECK(run_mse(backend(), x, y, false).loss == got.loss);
@@ -173,13 +173,14 @@ TEST_CASE("mse and its gradient", "[mse]") {
 
 namespace {
 
-// The elements [offset, ...) of a buffer: an offset of 1 is off every address that wide loads want.
+// The elements [offset, ...) of a buffer. An offset of 1 breaks the alignment that wide loads need.
 Tensor at_offset(Backend& b, int64_t offset, const Shape& shape, engine::Rng& rng) {
   const int64_t n = engine::numel_of(shape);
   return make(b, {n + offset}, b.act(), activations(rng, n + offset)).slice(offset, n).view(shape);
 }
 
-// `count` rows of `row` elements, the second batch of an order, against a copy of them.
+// Checks `count` rows of `row` elements, the second batch of an order, against a copy of these
+// rows.
 void check_mse_of_rows(Backend& b, int64_t count, int64_t row, int64_t x_offset, int64_t y_offset) {
   engine::Rng rng(47);
   const int64_t rows = 2 * count + 1;
@@ -204,12 +205,12 @@ void check_mse_of_rows(Backend& b, int64_t count, int64_t row, int64_t x_offset,
 
 }  // namespace
 
-TEST_CASE("mse reads rows in an order as if they were gathered first, byte for byte", "[mse]") {
+TEST_CASE("mse of rows in an order equals mse of gathered rows, byte for byte", "[mse]") {
   struct Case {
     int64_t count, row;
   };
-  // Rows of single elements, of whole pieces and of neither; many to one step of the sum, and
-  // longer than it. Rows end within a thread's range and at its end.
+  // Rows of one element, of whole pieces, and of neither; rows much shorter than one step of the
+  // sum, and longer ones. Rows end inside a thread's range and at its end.
   for (const Case& c : {Case{3, 1}, Case{40, 5}, Case{11, 24}, Case{3, 1001}, Case{4, 32768},
                         Case{100000, 24}, Case{9, 40003}, Case{3, 800000}})
     for (const int64_t x_offset : {0, 1})
@@ -220,7 +221,7 @@ TEST_CASE("mse reads rows in an order as if they were gathered first, byte for b
   check_mse_of_rows(oracle_f64(), 3, 40003, 0, 0);
 }
 
-TEST_CASE("mse of equal tensors is 0, and NaN and Inf show", "[mse]") {
+TEST_CASE("mse of equal tensors is 0, and NaN and Inf propagate", "[mse]") {
   std::vector<double> x(100, 0.5), y = x;
   CHECK(run_mse(backend(), x, y).loss[0] == 0.0);
   y[70] = kInf;
@@ -240,7 +241,7 @@ TEST_CASE("cross_entropy and its gradient", "[cross_entropy]") {
       const auto targets = targets_of(c, rng);
       const auto got = run_cross_entropy(backend(), c, dtype, logits, targets, 0.125);
       const auto want = run_cross_entropy(oracle_f64(), c, DType::F64, logits, targets, 0.125);
-      // A difference of numbers up to the largest logit (about 20), with a logarithm's own error.
+      // A difference of numbers up to the largest logit (about 20), plus the error of a logarithm.
       for (size_t i = 0; i < want.loss.size(); ++i)
         CHECK(std::abs(got.loss[i] - want.loss[i]) <= 64 * real_epsilon());
       if (c.v > 1)
@@ -306,7 +307,7 @@ TEST_CASE("kl_divergence and its gradient", "[kl_divergence]") {
     }
 }
 
-TEST_CASE("kl_divergence is 0 where student and teacher agree, and a NaN shows",
+TEST_CASE("kl_divergence is 0 where student and teacher agree, and a NaN propagates",
           "[kl_divergence]") {
   const LogitCase c{3, 1000};
   engine::Rng rng(41);
@@ -352,7 +353,7 @@ TEST_CASE("cross_entropy over chunks of the vocabulary", "[cross_entropy]") {
     }
 }
 
-TEST_CASE("cross_entropy over chunks: extreme logits, and a target that is nowhere",
+TEST_CASE("cross_entropy over chunks: extreme logits, and a target outside the vocabulary",
           "[cross_entropy]") {
   const LogitCase c{6, 40};
   std::vector<double> logits(static_cast<size_t>(c.m * c.v), 0.0);
@@ -411,13 +412,13 @@ TEST_CASE("kl_divergence over chunks where student and teacher agree, or nearly"
   const auto teacher = activations(rng, c.m * c.v, 3.0);
   const std::vector<int32_t> targets{1, 2, 3};
   const auto same = run_chunks(backend(), c, backend().act(), teacher, teacher, targets, 1.0, 8192);
-  // Both sides take the same steps; a compiler may contract them otherwise.
+  // Both sides take the same steps, but a compiler may contract them differently.
   for (const double loss : same.loss) CHECK(std::abs(loss) <= 4 * real_epsilon());
   for (const double d : same.gradient) CHECK(std::abs(d) <= 4 * real_epsilon());
 
-  // Apart by a hundredth, and by a shift that changes no probability: a loss of half the variance,
-  // 5e-5. The log of the ratio of sums has the error of two sums of positive terms, some tens of
-  // roundings that mostly cancel; the mean of t - s one of its own size.
+  // The logits differ by a hundredth, and by a shift that changes no probability: the loss is half
+  // the variance, 5e-5. The log of the ratio of sums has the error of two sums of positive terms,
+  // some tens of roundings that mostly cancel. The mean of t - s has an error of its own size.
   for (const double shift : {0.0, 0.25, -16.0}) {
     CAPTURE(shift);
     std::vector<double> logits(teacher.size());
@@ -441,13 +442,13 @@ TEST_CASE("kl_divergence over chunks: impossible words, and a NaN", "[kl_diverge
   engine::Rng rng(67);
   auto logits = activations(rng, c.m * c.v, 3.0), teacher = activations(rng, c.m * c.v, 3.0);
   const auto at = [&](std::vector<double>& x, int64_t m) { return x.begin() + m * c.v; };
-  std::fill(at(teacher, 0), at(teacher, 0) + 16, -kInf);  // a chunk of the teacher's is impossible
-  std::fill(at(logits, 1) + 16, at(logits, 1) + 32, -kInf);  // of the student's
-  std::fill(at(teacher, 2), at(teacher, 2) + 20, -kInf);     // of both
+  std::fill(at(teacher, 0), at(teacher, 0) + 16, -kInf);     // an impossible chunk: for the teacher
+  std::fill(at(logits, 1) + 16, at(logits, 1) + 32, -kInf);  // for the student
+  std::fill(at(teacher, 2), at(teacher, 2) + 20, -kInf);     // for both
   std::fill(at(logits, 2), at(logits, 2) + 20, -kInf);
   logits[static_cast<size_t>(3 * c.v + 39)] = kNan;
   teacher[static_cast<size_t>(4 * c.v)] = kNan;
-  // Possible until a later chunk makes it all but impossible to the teacher.
+  // Possible at first; a later chunk makes it almost impossible for the teacher.
   at(logits, 5)[0] = -kInf;
   std::fill(at(teacher, 5), at(teacher, 5) + 16, -1e4);
   const std::vector<int32_t> targets(6, 0);
@@ -478,7 +479,7 @@ TEST_CASE("sum, scaled, written or added", "[sum]") {
     for (const Write mode : {Write::Overwrite, Write::Add}) {
       const double got = run_sum(backend(), x, 2.5, -0.5, mode);
       const double want = run_sum(oracle_f64(), x, 2.5, -0.5, mode);
-      // Against the sum of magnitudes: terms of both signs cancel.
+      // Relative to the sum of magnitudes, because terms of both signs cancel.
       CHECK(std::abs(got - want) <= 16 * real_epsilon() * (2.5 + 0.5 * magnitude));
       CHECK(run_sum(backend(), x, 2.5, -0.5, mode) == got);
     }

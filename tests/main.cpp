@@ -1,5 +1,5 @@
-// One test binary, run once per device: BBB_DEVICE=cpu (default) or cuda. Returns 77 where the
-// device is absent, which CTest reports as skipped.
+// One test binary, run once per device: BBB_DEVICE=cpu (default) or cuda. Returns 77 if the device
+// is absent; CTest reports that as skipped.
 #define CATCH_CONFIG_RUNNER
 #include <catch2/catch.hpp>
 #include <cstdio>

@@ -1,4 +1,4 @@
-// Tiny model files, well formed, made in memory: what the parsers' tests and the fuzzer start from.
+// Tiny, well-formed model files made in memory. The parsers' tests and the fuzzer start from them.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ inline std::string random_bytes(engine::Rng& rng, int64_t n) {
   return out;
 }
 
-// A safetensors file of this header text and these data.
+// A safetensors file with this header text and data.
 inline std::string safetensors_file(const std::string& header, const std::string& data) {
   return raw<uint64_t>(header.size()) + header + data;
 }
@@ -138,7 +138,7 @@ inline GgufFile tiny_gguf(const models::LlamaConfig& c, engine::Rng& rng,
   return f;
 }
 
-// Tensors as a directory holds them; a test may change some before writing.
+// The tensors of a model directory. A test may change some before it writes them.
 struct FileTensor {
   std::string name;
   data::FileDType dtype;

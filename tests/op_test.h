@@ -1,4 +1,4 @@
-// What the tests of single ops share: inputs as the device under test holds them, and its epsilons.
+// Shared by the tests of single ops: inputs that the device under test can hold, and its epsilons.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 
 namespace bbb::tests {
 
-// Normal values times scale that the activation dtype of backend() holds exactly, so that it and
-// the F64 oracle see the same ones. (F32 rounds them once more: an epsilon, which tolerances hold.)
+// Normal values times scale that are exact in backend()'s bf16 activations, so that it and the F64
+// oracle get the same values. (F32 rounds them once more, by an epsilon that the tolerances cover.)
 inline std::vector<double> activations(engine::Rng& rng, int64_t n, double scale = 1.0) {
   std::vector<double> values = normal(rng, n, scale);
   return backend().act() == DType::BF16 ? round_bf16(std::move(values)) : values;
 }
 
-// Those that a gradient of parameters may have, each once.
+// The dtypes that a parameter's gradient may have, each once.
 inline std::vector<DType> gradient_dtypes() {
   if (backend().act() == backend().real()) return {backend().real()};
   return {backend().act(), backend().real()};

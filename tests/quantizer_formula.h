@@ -1,5 +1,6 @@
-// The group quantizer of quant/grid.h written a second time, with library calls (log2, a search
-// over all scales, divisions) in place of bit tricks. The steps that the formula rounds are floats.
+// A second implementation of the group quantizer of quant/grid.h, with library calls (log2, a
+// search over all scales, divisions) instead of bit tricks. Where the formula rounds, the type is
+// float.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,9 @@
 namespace bbb::tests {
 
 struct FormulaResult {
-  double widest = 0, s = 1;      // largest mx - mn of a group; the master scale
-  std::vector<uint8_t> e, z;     // a group
-  std::vector<uint8_t> codes;    // an element
+  double widest = 0, s = 1;      // the maximum group range mx - mn; the master scale
+  std::vector<uint8_t> e, z;     // per group
+  std::vector<uint8_t> codes;    // per element
   std::vector<double> levels;    // (q - z) e
   std::vector<uint8_t> clipped;  // bit i % 8 of byte i / 8
 };
@@ -24,8 +25,8 @@ inline double formula_master_scale(double largest) {
   return largest == 0 ? 1.0 : std::exp2(std::ceil(std::log2(largest / 448.0)));
 }
 
-// The code of the positive E4M3 value that is nearest, ties to the even code; 8 bits: of the first
-// that is not below.
+// The code of the nearest positive E4M3 value, ties to the even code. For 8 bits: of the smallest
+// value that is not below `value`.
 inline uint8_t formula_scale(double value, int bits) {
   int best = 1;
   for (int code = 1; code <= 0x7E; ++code) {
@@ -41,7 +42,7 @@ inline uint8_t formula_scale(double value, int bits) {
   return static_cast<uint8_t>(best);
 }
 
-// Of one tensor: whole groups of `group` finite F32 values.
+// Quantizes one tensor: whole groups of `group` finite F32 values.
 inline FormulaResult quantize_by_formula(const std::vector<double>& values, int bits, int group) {
   const std::vector<float> w(values.begin(), values.end());
   const auto size = static_cast<size_t>(group);

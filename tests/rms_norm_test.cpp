@@ -1,4 +1,4 @@
-// rms_norm and its backward against the F64 oracle, in every way that rows are shared out.
+// rms_norm and its backward against the F64 oracle, for every way to share rows among threads.
 #include <catch2/catch.hpp>
 #include <limits>
 
@@ -15,10 +15,10 @@ struct NormCase {
   int64_t m, d;
 };
 
-// Rows in registers are of multiples of 8 columns up to 8192: one piece a thread up to 768, six,
-// three or two of them at once, then two pieces, four, two or one at once, in up to 16 warps. The
-// others are walked twice. The last turn of a chunk is not full; 12388 rows are several turns of it
-// forward, and more than its least number backward.
+// A row stays in registers if its width is a multiple of 8, up to 8192. Up to 768 columns, a thread
+// holds one piece, and six, three or two rows are done at once; above, two pieces, and four, two or
+// one rows, in up to 16 warps. Other rows are read twice. The last turn of a chunk is not full;
+// with 12388 rows a chunk has several turns forward, and more rows than its minimum backward.
 const NormCase kCases[] = {{1, 1},     {3, 31},    {33, 33},   {130, 100}, {3, 2049}, {3, 8200},
                            {12388, 8}, {200, 64},  {9, 264},   {31, 576},  {7, 768},  {13, 776},
                            {11, 1280}, {21, 2048}, {10, 2056}, {9, 4096},  {1, 4104}, {10, 8192}};
@@ -35,7 +35,7 @@ struct Inputs {
   std::vector<double> x, dy, dx, w, dw;
 };
 
-// The values, off every address that wide loads want.
+// The values at an address that is not aligned for wide loads.
 Tensor unaligned(Backend& b, const NormCase& c, std::vector<double> values) {
   values.insert(values.begin(), 0.0);
   return make(b, {c.m * c.d + 1}, b.act(), values).slice(1, c.m * c.d).view({c.m, c.d});
@@ -80,7 +80,7 @@ TEST_CASE("rms_norm", "[rms_norm]") {
     CAPTURE(c.m, c.d);
     const Inputs in(c);
     const Forward got = run(backend(), c, in), want = run(oracle_f64(), c, in);
-    // y: its own rounding and three FP32 factors; inv_rms: a sum of squares, halved by the root.
+    // y: its own rounding and three FP32 factors. inv_rms: the root halves the error of the sum.
     CHECK(relative_error(got.y, want.y) <= act_epsilon() + 8 * real_epsilon());
     CHECK(relative_error(got.inv_rms, want.inv_rms) <= 8 * real_epsilon());
   }
@@ -98,7 +98,7 @@ TEST_CASE("rms_norm backward", "[rms_norm]") {
           const Backward got = run_backward(backend(), c, in, true, dw_dtype, dx_mode, dw_mode);
           const Backward want =
               run_backward(oracle_f64(), c, in, true, DType::F64, dx_mode, dw_mode);
-          // dx loses digits where its two terms cancel: wholly at d = 1, up to eps / x^2.
+          // dx loses digits where its two terms cancel: completely at d = 1, up to eps / x^2.
           const double cancelled =
               c.d == 1 && dx_mode == Write::Overwrite ? 64 / kEps * real_epsilon() : 0.0;
           CHECK(relative_error(got.dx, want.dx) <= act_epsilon() + 16 * real_epsilon() + cancelled);
@@ -112,7 +112,7 @@ TEST_CASE("rms_norm backward", "[rms_norm]") {
   }
 }
 
-TEST_CASE("rms_norm walks through more rows than there are blocks", "[rms_norm]") {
+TEST_CASE("rms_norm of more rows than thread blocks", "[rms_norm]") {
   const NormCase c{2100, 2056};
   const Inputs in(c);
   const Forward got = run(backend(), c, in), want = run(oracle_f64(), c, in);
@@ -120,7 +120,7 @@ TEST_CASE("rms_norm walks through more rows than there are blocks", "[rms_norm]"
   CHECK(relative_error(got.inv_rms, want.inv_rms) <= 8 * real_epsilon());
 }
 
-TEST_CASE("rms_norm backward may write over the gradient that it reads", "[rms_norm]") {
+TEST_CASE("rms_norm backward may overwrite the gradient that it reads", "[rms_norm]") {
   Backend& b = backend();
   for (const NormCase& c : kCases) {
     CAPTURE(c.m, c.d);
@@ -137,7 +137,7 @@ TEST_CASE("rms_norm backward may write over the gradient that it reads", "[rms_n
   }
 }
 
-TEST_CASE("rms_norm of rows at odd addresses", "[rms_norm]") {
+TEST_CASE("rms_norm of unaligned rows", "[rms_norm]") {
   const NormCase c{11, 576};
   const Inputs in(c);
   Backend& b = backend();
@@ -158,7 +158,7 @@ TEST_CASE("rms_norm of rows at odd addresses", "[rms_norm]") {
   CHECK(relative_error(values_of(b, dw), want_backward.dw) <= 32 * real_epsilon());
 }
 
-TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
+TEST_CASE("rms_norm backward without the weight's gradient", "[rms_norm]") {
   const NormCase c{33, 64};
   const Inputs in(c);
   const DType real = backend().real();
@@ -170,7 +170,7 @@ TEST_CASE("a frozen norm's weight gradient is left alone", "[rms_norm]") {
   CHECK(relative_error(without.dw, in.dw) <= real_epsilon());
 }
 
-TEST_CASE("a weight gradient without that of the input", "[rms_norm]") {
+TEST_CASE("rms_norm backward with only the weight's gradient", "[rms_norm]") {
   for (const NormCase& c : kCases) {
     const Inputs in(c);
     Backend& b = backend();

@@ -1,4 +1,4 @@
-// rope against the F64 oracle, and against itself turned back.
+// rope against the F64 oracle, and against its own inverse.
 #include <catch2/catch.hpp>
 
 #include "tests/op_test.h"
@@ -16,7 +16,7 @@ struct RopeCase {
 const RopeCase kCases[] = {{1, 1, 1, 2},   {1, 1, 9, 64},  {2, 31, 3, 6},
                            {1, 33, 4, 64}, {3, 5, 2, 256}, {1, 130, 1, 16}};
 
-// `start` negative: undefined.
+// A negative `start` means: no start tensor.
 std::vector<double> run(Backend& b, const RopeCase& c, const std::vector<double>& values, int start,
                         Rotation direction) {
   const Guarded x(b, {c.b, c.t, c.h, c.d}, b.act());
@@ -27,7 +27,8 @@ std::vector<double> run(Backend& b, const RopeCase& c, const std::vector<double>
   return values_of(b, x.tensor());
 }
 
-// The output's rounding, and the angle's: one FP32 product, off by an epsilon of the position.
+// The rounding of the output, and of the angle: an FP32 product with an error of an epsilon of the
+// position.
 double tolerance(const RopeCase& c, int start) {
   return act_epsilon() + real_epsilon() * (4.0 + static_cast<double>(std::max(start, 0) + c.t));
 }
@@ -44,12 +45,12 @@ TEST_CASE("rope rotates by position", "[rope]") {
         const auto got = run(backend(), c, x, start, direction);
         CHECK(relative_error(got, run(oracle_f64(), c, x, start, direction)) <=
               tolerance(c, start));
-        // Where no start is given the positions are those from 0.
+        // Without a start, positions count from 0.
         if (start < 0) CHECK(got == run(backend(), c, x, 0, direction));
       }
 }
 
-TEST_CASE("rope's first position and first pair are what the formula says", "[rope]") {
+TEST_CASE("rope's first position and first pair equal the formula", "[rope]") {
   const RopeCase c{1, 3, 1, 4};
   const std::vector<double> x{1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4};
   const auto y = run(backend(), c, x, -1, Rotation::Forward);
@@ -61,7 +62,7 @@ TEST_CASE("rope's first position and first pair are what the formula says", "[ro
   }
 }
 
-TEST_CASE("rope turned back is the input", "[rope]") {
+TEST_CASE("rope rotated back gives the input", "[rope]") {
   const RopeCase c{2, 33, 3, 64};
   engine::Rng rng(17);
   const auto x = activations(rng, c.b * c.t * c.h * c.d);

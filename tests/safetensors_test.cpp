@@ -1,4 +1,4 @@
-// safetensors: round trips, shards, and every way in which a header can lie.
+// safetensors: round trips, shards, and every way in which a header can be wrong.
 #include "data/safetensors.h"
 
 #include <catch2/catch.hpp>
@@ -37,15 +37,16 @@ std::vector<float> floats(const data::SafeTensor& t) {
 
 }  // namespace
 
-TEST_CASE("safetensors: a sealed file shows every changed bit") {
+TEST_CASE("safetensors: the trailing checksum detects every changed bit") {
   const tests::TempDir dir;
   const std::vector<float> a = {1, 2, 3, 4, 5, -6};
-  for (const data::Seal seal : {data::Seal::None, data::Seal::Checksum}) {
-    data::SafeTensorsWriter writer(dir / "f", {{"a", FileDType::F32, {6}}}, {}, seal);
+  for (const data::Trailer trailer : {data::Trailer::None, data::Trailer::Checksum}) {
+    data::SafeTensorsWriter writer(dir / "f", {{"a", FileDType::F32, {6}}}, {}, trailer);
     writer.add("a", a.data(), 8);
     writer.add("a", a.data() + 2, 16);
     writer.finish();
-    CHECK(data::seal_fits(data::MappedFile(dir / "f")) == (seal == data::Seal::Checksum));
+    CHECK(data::trailer_matches(data::MappedFile(dir / "f")) ==
+          (trailer == data::Trailer::Checksum));
   }
   CHECK(floats(SafeTensors(dir / "f").at("a")) == a);
   const std::string whole = data::read_file(dir / "f");
@@ -53,13 +54,13 @@ TEST_CASE("safetensors: a sealed file shows every changed bit") {
     std::string changed = whole;
     changed[bit / 8] ^= static_cast<char>(1 << bit % 8);
     tests::write_plain(dir / "g", changed);
-    REQUIRE_FALSE(data::seal_fits(data::MappedFile(dir / "g")));
+    REQUIRE_FALSE(data::trailer_matches(data::MappedFile(dir / "g")));
   }
   tests::write_plain(dir / "g", whole.substr(0, 7));
-  CHECK_FALSE(data::seal_fits(data::MappedFile(dir / "g")));
+  CHECK_FALSE(data::trailer_matches(data::MappedFile(dir / "g")));
 }
 
-TEST_CASE("safetensors: what the writer writes the reader reads") {
+TEST_CASE("safetensors: the reader reads what the writer wrote") {
   const tests::TempDir dir;
   const std::vector<float> a = {1, 2, 3, 4, 5, -6};
   const std::vector<uint16_t> b = {0x3f80, 0xc000};  // bf16 1, -2
@@ -98,7 +99,7 @@ TEST_CASE("safetensors: what the writer writes the reader reads") {
   CHECK_THROWS_WITH(floats(read.at("scalar")), Contains("is U8, not a floating-point"));
 }
 
-TEST_CASE("safetensors: a tensor written in pieces is the same file") {
+TEST_CASE("safetensors: a tensor written in pieces gives the same file") {
   const tests::TempDir dir;
   const uint8_t bytes[] = {1, 2, 3, 4, 5, 6, 7};
   const auto write = [&](const std::string& name, const std::vector<int64_t>& pieces) {
@@ -223,7 +224,7 @@ TEST_CASE("safetensors: shards") {
                     Contains("tensor 'a' of two.safetensors is not listed there"));
 }
 
-TEST_CASE("safetensors: what is no file") {
+TEST_CASE("safetensors: paths without a file") {
   const tests::TempDir dir;
   CHECK_THROWS_WITH(SafeTensors(dir.path()), Contains("neither model.safetensors nor"));
   CHECK_THROWS_WITH(SafeTensors(dir / "none"), Contains("cannot open"));

@@ -1,4 +1,4 @@
-// Streams: the same rows out of every kind of memory, and plans that fit or say what to change.
+// Streams: the same rows from every kind of memory, and plans that fit or say what to change.
 #include "train/stream_store.h"
 
 #include <catch2/catch.hpp>
@@ -66,7 +66,7 @@ std::vector<double> read_all(Stream& stream, Ring& ring, const StreamShape& shap
   return values;
 }
 
-// A result's tensors without those that name the run.
+// A result's tensors, except those that identify the run.
 std::map<std::string, std::vector<uint8_t>> weights_of(const std::string& path) {
   const data::SafeTensors file(path);
   std::map<std::string, std::vector<uint8_t>> weights;
@@ -79,9 +79,9 @@ std::map<std::string, std::vector<uint8_t>> weights_of(const std::string& path) 
 
 }  // namespace
 
-TEST_CASE("a stream gives back its rows in any order, wherever it lies", "[streams]") {
+TEST_CASE("a stream returns its rows in any order, from every kind of memory", "[streams]") {
   const TempDir dir;
-  // Rows of less than a page, of whole pages, of pages and a bit.
+  // Rows smaller than a page, of whole pages, and of pages and a rest.
   for (int64_t row_numel : {7, 4096, 5000})
     for (int64_t rows : {1, 4, 11}) {
       const StreamShape shape = shape_of(rows, row_numel, 3);
@@ -89,7 +89,7 @@ TEST_CASE("a stream gives back its rows in any order, wherever it lies", "[strea
         INFO("tier " << static_cast<int>(tier) << ", " << rows << " rows of " << row_numel);
         Ring ring(backend(), shape, true);
         Stream stream(backend(), shape, tier, dir.path());
-        CHECK(std::filesystem::is_empty(dir.path()));  // a kill leaves nothing behind
+        CHECK(std::filesystem::is_empty(dir.path()));  // a kill would leave no file behind
         fill(stream, ring, shape);
 
         std::vector<double> expected;
@@ -165,7 +165,7 @@ TEST_CASE("streams take the fastest memory that has room", "[streams]") {
   CHECK(files.host_bytes == stream + staging);
   CHECK(files.scratch_bytes == stream);
 
-  // A byte less pushes one stream further out, or is refused.
+  // With one byte less, a stream moves to slower memory, or the plan is refused.
   CHECK(plan(stream + 2 * ring - 1, 2 * stream + staging, stream).tiers ==
         Tiers{Tier::Host, Tier::Host, Tier::File});
   CHECK_THROWS_WITH(plan(2 * ring - 1, 9 * stream, 0), Contains("raise --gpu-memory"));
@@ -174,7 +174,7 @@ TEST_CASE("streams take the fastest memory that has room", "[streams]") {
   CHECK_THROWS_WITH(plan(2 * ring, staging, 3 * stream - 1), Contains("/scratch has"));
 }
 
-TEST_CASE("a scratch file that finds no room is one error before any work", "[streams]") {
+TEST_CASE("no room for a scratch file is one error before any work", "[streams]") {
   const TempDir dir;
   StreamShape shape = shape_of(int64_t{1} << 40, 4096, 1);
   CHECK_THROWS_WITH(Stream(backend(), shape, Tier::File, dir.path()),
@@ -185,7 +185,7 @@ TEST_CASE("a scratch file that finds no room is one error before any work", "[st
                     Contains("no scratch file can be made"));
 }
 
-TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][streams]") {
+TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][streams]") {
   const Fixture fixture;
   std::filesystem::create_directory(fixture.dir / "scratch");
   const models::LlamaConfig& model = fixture.source->config();
@@ -194,7 +194,7 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
     config.input_stream = train::parse_input_stream(input);
     fixture.run(config);
 
-    // Budgets measured by the plan itself: streams all off the device, half of them in files.
+    // Budgets from the plan itself: no stream on the device; all, one or none in host memory.
     config.memory.scratch = fixture.dir / "scratch";
     const train::TrainConfig resolved = train::resolve(config, model, backend().device());
     const train::BlockMemory resident = train::plan_block_memory(backend(), model, resolved);
@@ -221,7 +221,7 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
     int run = 0;
     for (train::TrainConfig* other : {&host, &mixed, &files}) {
       other->out = fixture.dir / (std::string(input) + std::to_string(run++));
-      // The end-to-end phase has a need of its own: the budget is for the blocks alone.
+      // The budget is for the blocks alone; the end-to-end phase would need more.
       other->e2e_steps = 0;
       fixture.run(*other);
       for (const char* stage :
@@ -229,7 +229,7 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
         CHECK(weights_of(other->out + stage) == weights_of(config.out + stage));
     }
 
-    // Begun on the device, gone on from files, inside an epoch of the second block.
+    // Started on the device, killed inside an epoch of the second block, and resumed with files.
     train::TrainConfig resumed = files;
     resumed.out = fixture.dir / (std::string(input) + "_resumed");
     resumed.memory = {};
@@ -249,7 +249,7 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
   }
 }
 
-TEST_CASE("a run that will not fit is refused before anything is written", "[train][streams]") {
+TEST_CASE("a run that does not fit is refused before anything is written", "[train][streams]") {
   const Fixture fixture;
   train::TrainConfig config = fixture.both_phases("run");
   config.memory.device_bytes = 1000;

@@ -21,7 +21,7 @@ std::string environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-// Through std::cout, which the report keeps with the test: scripts/test.sh counts it as skipped.
+// Prints to std::cout, which the report stores with the test; scripts/test.sh counts it as skipped.
 std::string existing(const std::string& path) {
   if (std::filesystem::exists(path)) return path;
   std::cout << "SKIPPED: " << path << " is absent\n";

@@ -1,4 +1,4 @@
-// What every test shares: the device under test, its CPU oracle, and comparisons.
+// Shared by all tests: the device under test, its CPU oracle, and comparisons.
 #pragma once
 
 #include <memory>
@@ -27,15 +27,16 @@ Tensor make_bytes(Backend& backend, const Shape& shape, const std::vector<uint8_
 std::vector<double> values_of(Backend& backend, const Tensor& tensor);
 std::vector<uint8_t> bytes_of(Backend& backend, const Tensor& tensor);
 
-// Normal values times scale; a bf16 run and its oracle must see the same ones: round_bf16 first.
+// Normal values times scale. Round them by round_bf16 if a bf16 run and its oracle must get the
+// same values.
 std::vector<double> normal(engine::Rng& rng, int64_t n, double scale = 1.0);
 std::vector<double> round_bf16(std::vector<double> values);
 
-// ||a - b|| / ||b||; infinite where NaN or Inf stand in different places.
+// ||a - b|| / ||b||; infinite if NaN or Inf are at different positions.
 double relative_error(const std::vector<double>& a, const std::vector<double>& b);
 double epsilon_of(DType dtype);  // bf16 2^-8, F32 2^-23, F64 2^-52
 
-// An output with poisoned guard bytes on both sides; check() says whether any was touched.
+// An output with poisoned guard bytes on both sides. untouched(): nothing overwrote them.
 class Guarded {
  public:
   Guarded(Backend& backend, Shape shape, DType dtype);
@@ -60,18 +61,18 @@ class TempDir {
   std::string path_;
 };
 
-// The folder of the goldens, so that a copied binary finds them: BBB_GOLDENS; else goldens/ beside
-// the binary, tests/goldens beside its folder, or that of the source that it was built from,
-// whichever exists.
+// The folder of the goldens: BBB_GOLDENS, else the first that exists of goldens/ next to the
+// binary, tests/goldens next to its folder, and tests/goldens of the source tree. A copied binary
+// finds them this way.
 std::string golden_folder();
 
-// False, after saying that the test is skipped, where the device under test is no GPU: for tests of
+// Whether the device under test is a GPU. If not, prints that the test is skipped. For tests of
 // what only a GPU does.
 bool needs_cuda();
 
-// Texts and models that a bare machine may lack: the path, or "" after saying so, upon which
-// the test returns and counts as skipped. Looked up in BBB_DATA (else ../shared/data beside the
-// source) and BBB_DEMO (else demo/ in the source).
+// The path of a text or model that a machine may lack. If it is absent, prints so and returns "";
+// the test then returns and counts as skipped. Looked up in BBB_DATA (else ../shared/data next to
+// the source) and BBB_DEMO (else demo/ in the source).
 std::string data_file(const std::string& name);
 std::string demo_model();
 

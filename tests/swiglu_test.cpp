@@ -40,7 +40,7 @@ TEST_CASE("swiglu and its gradients", "[swiglu]") {
   }
 }
 
-TEST_CASE("swiglu saturates without overflow and passes NaN on", "[swiglu]") {
+TEST_CASE("swiglu saturates without overflow and propagates NaN", "[swiglu]") {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const std::vector<double> gate{-200, 200, nan, 0, 1}, up{2, 2, 2, 2, nan}, dh(5, 1.0);
   const Values got = run(backend(), gate, up, dh);
@@ -57,7 +57,7 @@ TEST_CASE("swiglu saturates without overflow and passes NaN on", "[swiglu]") {
   CHECK_FALSE(std::isnan(got.dup[4]));
 }
 
-TEST_CASE("add rounds once, also in place and off alignment", "[add]") {
+TEST_CASE("add rounds once, also in place and unaligned", "[add]") {
   Backend& b = backend();
   for (const int64_t n : {1, 31, 33, 4096}) {
     CAPTURE(n);

@@ -1,4 +1,4 @@
-// Synthetic models: what they hold, and that one trains, exports and is evaluated like any other.
+// Synthetic models: what they hold, and that one trains, exports and evaluates like any other.
 #include <catch2/catch.hpp>
 #include <cmath>
 

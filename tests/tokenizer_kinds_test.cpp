@@ -31,7 +31,8 @@ json base_of(const std::string& name) {
   return json::parse(data::read_file(kFixtures + name + "/tokenizer.json"));
 }
 
-// RFC 7386, but a null is a value, and an object with a type replaces the whole other one.
+// A merge patch by RFC 7386, but a null is a value, and an object with a type replaces the whole
+// object.
 json patched(json base, const json& change) {
   for (const auto& [key, value] : change.items()) {
     const bool merges = value.is_object() && !value.contains("type") && base[key].is_object();
@@ -61,7 +62,7 @@ std::string error_of(const std::string& model) {
   return "no error";
 }
 
-// A changed copy of a fixture. A GGUF is not known by its name.
+// A changed copy of a fixture. A GGUF is not recognized by its name, so this name will do.
 std::string changed(const TempDir& dir, const std::string& fixture, const std::string& from,
                     const std::string& to) {
   std::string bytes = data::read_file(kFixtures + fixture);
@@ -71,7 +72,7 @@ std::string changed(const TempDir& dir, const std::string& fixture, const std::s
   return dir / "changed";
 }
 
-// The code point in UTF-8's form, a surrogate too.
+// The code point in the form of UTF-8, even if it is a surrogate.
 std::string utf8(uint32_t point) {
   const auto tail = [&](int shift) { return static_cast<char>(0x80 | (point >> shift & 0x3F)); };
   if (point < 0x80) return {static_cast<char>(point)};
@@ -108,9 +109,9 @@ TEST_CASE("tokenizer.json of every kind gives the reference's ids and text", "[t
   }
 }
 
-TEST_CASE("a folder with tokenizer.model writes the prefix space where `legacy` wants it",
+TEST_CASE("a folder with tokenizer.model adds the prefix space where `legacy` says",
           "[tokenizer]") {
-  // The token behind the model's pieces stands in one of three files.
+  // One of three files defines the token after the model's pieces.
   const int64_t size = static_cast<int64_t>(base_of("pieces").at("model").at("vocab").size());
   const json extra = {{"content", "<extra>"}, {"special", true}};
   json unigram = {{"model", {{"type", "Unigram"}}}, {"added_tokens", json::array({extra})}};
@@ -138,7 +139,8 @@ TEST_CASE("a folder with tokenizer.model writes the prefix space where `legacy` 
   }
 }
 
-TEST_CASE("BOS by the post-processor's template, whatever else names a BOS", "[tokenizer]") {
+TEST_CASE("BOS from the post-processor's template, unless the settings name and add another",
+          "[tokenizer]") {
   const json start = {{"SpecialToken", {{"id", "<|im_start|>"}, {"type_id", 0}}}};
   const json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}};
   const auto load = [&](const json& single, const json& config) {
@@ -177,7 +179,7 @@ TEST_CASE("BOS by the post-processor's template, whatever else names a BOS", "[t
                     Catch::Contains("lacks the BOS token <no\\x0a>"));
 }
 
-TEST_CASE("tokenizer.json outranks a tokenizer.model beside it", "[tokenizer]") {
+TEST_CASE("tokenizer.json takes precedence over tokenizer.model", "[tokenizer]") {
   const TempDir dir;
   write(dir / "tokenizer.json", base_of("gpt2"));
   const auto alone = data::load_tokenizer(dir.path());
@@ -207,7 +209,8 @@ TEST_CASE("a GGUF's padded sentencepiece vocabulary is read and exported", "[tok
   }
 }
 
-TEST_CASE("a GGUF's byte-level vocabulary is cut as its pre-tokenizer's name says", "[tokenizer]") {
+TEST_CASE("a GGUF's byte-level vocabulary splits text as its pre-tokenizer's name says",
+          "[tokenizer]") {
   for (const auto& [name, golden] : goldens().at("pre").items()) {
     INFO(name);
     const auto tokenizer = data::load_tokenizer(kFixtures + "pre-" + name + ".gguf");
@@ -222,8 +225,8 @@ TEST_CASE("a GGUF's byte-level vocabulary is cut as its pre-tokenizer's name say
 }
 
 TEST_CASE("deepseek-llm's classes hold the reference's code points", "[tokenizer]") {
-  // A letter, an "ideograph" and a sign, and the ranges that stay in one word with each; the bytes
-  // of such a word merge across the two.
+  // The probes are a letter, an "ideograph" and a sign. The golden lists the ranges of code points
+  // that stay in one word with each; in such a word, bytes merge across the two characters.
   const auto tokenizer = data::load_tokenizer(kFixtures + "pre-deepseek-llm.gguf");
   const json& golden = goldens().at("pre").at("deepseek-llm").at("joined");
   REQUIRE(golden.size() == 3);
@@ -246,8 +249,7 @@ TEST_CASE("deepseek-llm's classes hold the reference's code points", "[tokenizer
   }
 }
 
-TEST_CASE("GGUFs whose pre-tokenizer's name is another one's, or begins a text with BOS",
-          "[tokenizer]") {
+TEST_CASE("GGUFs whose pre-tokenizer's name is an alias, or adds BOS", "[tokenizer]") {
   const TempDir dir;
   const json& golden = goldens().at("pre").at("llama-bpe");
   for (const std::string name : {"llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"}) {
@@ -265,7 +267,7 @@ TEST_CASE("GGUFs whose pre-tokenizer's name is another one's, or begins a text w
   }
 }
 
-TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one text twice",
+TEST_CASE("GGUF vocabularies without a pre-tokenizer's name, or with one text twice",
           "[tokenizer]") {
   const TempDir dir;
   const auto changed = [&](const char* fixture, const std::string& from, const std::string& to) {
@@ -280,7 +282,8 @@ TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one t
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "<unk>aaa")), Contains("no error"));
   CHECK_THAT(error_of(changed("pieces.gguf", "<|user|>", "\x3c|end|\x3e\x20")),
              Contains("no error"));
-  const std::string model = std::string("tokenizer.ggml.model\x8\0\0\0", 24);  // and a string
+  const std::string model =
+      std::string("tokenizer.ggml.model\x8\0\0\0", 24);  // key and type: a string
   CHECK_THAT(
       error_of(changed("pieces.gguf", model + gguf_string("llama"), model + gguf_string("no\nne"))),
       Contains("model no\\x0ane is not supported"));
@@ -290,7 +293,7 @@ TEST_CASE("GGUF vocabularies without a name for the pre-tokenizer, or with one t
              Contains("both he"));
 }
 
-TEST_CASE("an id behind the vocabulary has no text", "[tokenizer]") {
+TEST_CASE("an id after the vocabulary has no text", "[tokenizer]") {
   for (const char* model : {"gpt2", "sentencepiece"}) {
     const auto tokenizer = data::load_tokenizer(kFixtures + model);
     const int32_t padding = static_cast<int32_t>(tokenizer->vocab_size());

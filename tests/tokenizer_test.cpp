@@ -32,7 +32,8 @@ const std::vector<std::string>& nasty() {
   return texts;
 }
 
-// Every text of the nasty set, with special tokens as text and, where there is a golden, parsed.
+// Checks every text of the nasty set, with special tokens as text and, if there is a golden,
+// parsed.
 void check_nasty(const Tokenizer& tokenizer, const char* name) {
   const nlohmann::json& golden = goldens().at(name);
   REQUIRE(golden.at("as_text").size() == nasty().size());
@@ -44,7 +45,7 @@ void check_nasty(const Tokenizer& tokenizer, const char* name) {
   }
 }
 
-// What stands for bytes that are no UTF-8, cut everywhere.
+// Texts that are not UTF-8, and a text that is cut at every byte.
 const std::vector<std::string>& broken_texts() {
   static const std::vector<std::string> texts = [] {
     std::vector<std::string> out = {
@@ -77,7 +78,7 @@ void check_round_trip(const Tokenizer& tokenizer, bool broken) {
   }
 }
 
-// What a tokenizer exports, loaded again.
+// `tokenizer` exported, and loaded again.
 std::unique_ptr<Tokenizer> exported(const Tokenizer& tokenizer, const TempDir& dir) {
   for (const auto& [name, content] : tokenizer.export_files()) {
     data::write_file_atomic(dir / name, content);
@@ -95,7 +96,7 @@ void check_same_settings(const Tokenizer& a, const Tokenizer& b) {
 }
 
 std::unique_ptr<Tokenizer> demo_tokenizer() {
-  if (demo_model().empty()) return nullptr;  // which says so
+  if (demo_model().empty()) return nullptr;  // demo_model() reports it
   return data::load_tokenizer(demo_model());
 }
 
@@ -135,7 +136,7 @@ TEST_CASE("byte-level BPE with Llama-3's pre-tokenizer, also from a GGUF", "[tok
   CHECK(tokenizer->end_of_turn() == Ids{1, 2});
   check_same_settings(*tokenizer, *from_gguf);
   check_same_settings(*tokenizer, *again);
-  // A GGUF has no room for lstrip, which one added token of the fixture has.
+  // A GGUF cannot store lstrip, which one added token of the fixture has.
   for (const std::string& text : nasty()) {
     if (text.find("-> x") != std::string::npos) continue;
     const Ids ids = tokenizer->encode(text, SpecialText::Parse);
@@ -169,7 +170,7 @@ TEST_CASE("sentencepiece, from its model and from a GGUF", "[tokenizer]") {
   for (const std::string& text : broken_texts()) {
     CHECK_NOTHROW(tokenizer->encode(text, SpecialText::AsText));
   }
-  // Special tokens, and the text between them encoded by itself.
+  // Special tokens; the text between them is encoded by itself.
   Ids expected = {1};
   const Ids hello = tokenizer->encode("Hello", SpecialText::AsText);
   expected.insert(expected.end(), hello.begin(), hello.end());
@@ -183,7 +184,7 @@ TEST_CASE("SmolLM2's vocabulary equals the reference on the nasty set", "[tokeni
   const auto tokenizer = demo_tokenizer();
   if (!tokenizer) return;
   check_nasty(*tokenizer, "smollm");
-  check_round_trip(*tokenizer, false);  // it has no tokens for some bytes that no UTF-8 contains
+  check_round_trip(*tokenizer, false);  // it lacks tokens for some bytes that UTF-8 never has
   CHECK(tokenizer->document_end() == 0);
   CHECK(tokenizer->bos() == 1);
   CHECK(tokenizer->eos() == 2);
@@ -209,7 +210,7 @@ TEST_CASE("SmolLM2's vocabulary equals the reference on WikiText-2", "[tokenizer
   CHECK(tokenizer->decode(ids) == data::read_file(path));
 }
 
-TEST_CASE("long words take no quadratic time", "[tokenizer]") {
+TEST_CASE("long words do not take quadratic time", "[tokenizer]") {
   const auto tokenizer = data::load_tokenizer(kFixtures + "gpt2");
   for (const char* unit : {"a", "the", " ", "!", "\xff"}) {
     std::string text;
@@ -255,7 +256,7 @@ TEST_CASE("bad tokenizer files are one-line errors that name the cause", "[token
   CHECK_THAT(changed("/model/vocab/a", -7), Contains("-7"));
   CHECK_THAT(changed("/model/vocab", "text"), Contains("malformed"));
   CHECK_THAT(changed("/added_tokens/0/single_word", true), Contains("single_word"));
-  // Texts of the file's own stay in the line.
+  // Texts from the file do not break the line.
   CHECK_THAT(changed("/pre_tokenizer", {{"type", "a\nb"}}), Contains("a\\x0ab"));
   CHECK_THAT(changed("/pre_tokenizer", {{"type", "Metaspace"}, {"prepend_scheme", "a\nb"}}),
              Contains("a\\x0ab"));

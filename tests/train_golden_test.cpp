@@ -1,6 +1,6 @@
-// The losses of a run of blocks against an independent reading of the method in F64
-// (scripts/make_train_goldens.py). Sharp in F32 on the CPU. Rounding to bf16 moves these losses by
-// 5 to 17 %, so that on a GPU only gross errors fail.
+// The losses of block training against an independent implementation of the method in F64
+// (scripts/make_train_goldens.py). The test is sharp in F32 on the CPU. Rounding to bf16 moves
+// these losses by 5 to 17 %, so on a GPU only gross errors fail.
 #include <catch2/catch.hpp>
 #include <cmath>
 
@@ -12,7 +12,7 @@ namespace {
 
 using train::Json;
 
-constexpr size_t kStages = 4;  // two of two blocks
+constexpr size_t kStages = 4;  // two stages of two blocks
 
 std::vector<double> logged(const std::string& run, const std::string& phase, const char* key) {
   std::vector<double> values;
@@ -22,7 +22,7 @@ std::vector<double> logged(const std::string& run, const std::string& phase, con
 
 }  // namespace
 
-TEST_CASE("a run's losses are those of the method, written down a second time", "[train]") {
+TEST_CASE("a run's losses equal those of an independent implementation", "[train]") {
   const std::string folder = golden_folder() + "/train";
   const Json golden = Json::parse(data::read_file(folder + "/golden.json"));
   const auto windows = golden.at("windows").get<std::vector<std::vector<int32_t>>>();
@@ -49,8 +49,8 @@ TEST_CASE("a run's losses are those of the method, written down a second time", 
   quiet.quiet = true;
   train::train_windows(backend(), *models::open_checkpoint(folder), tokens, config, quiet);
 
-  // A run is one more sample of the spread, which is the largest of 8; and its sums have roundings
-  // of their own, which add up to a few epsilons of F32.
+  // A run is one more sample of the spread; the golden has the largest of 8. Its own sums have
+  // further roundings, a few epsilons of F32.
   const Json& spread = golden.at("spread").at(backend().act() == DType::BF16 ? "bf16" : "f32");
   for (const auto& [key, phase, in_log] : {std::tuple{"loss", "block", "loss"},
                                            {"grad_norm", "block", "grad_norm"},

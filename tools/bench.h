@@ -16,42 +16,45 @@ namespace bbb::tools {
 
 struct TrainBench {
   models::LlamaConfig model;
-  bool end_to_end = false;  // the whole model and its teacher; else one block
+  bool end_to_end = false;  // true: the whole model and its teacher; false: one block
   int64_t batch = 8;        // windows a step
   int64_t seq_len = 2048;
   int64_t steps = 100;                         // timed
   std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
   train::GemmAlgorithms gemm_algorithms = train::GemmAlgorithms::Timed;  // of the step
-  std::string gemm_file;                        // keeps these algorithms; empty: none
-  std::function<void(const std::string&)> say;  // what timing them reports; may be empty
+  std::string gemm_file;                        // stores these algorithms; empty: no file
+  std::function<void(const std::string&)> say;  // takes reports of their timing; may be empty
 };
 
 struct TrainBenchResult {
   double step_s = 0;
   double quantize_s = 0, forward_s = 0, backward_s = 0, optimizer_s = 0;  // their sum is step_s
-  double flops = 0;                                                       // useful ones of a step
-  double gemm_peak = 0;  // flops a second, measured afterwards
-  int64_t kernels = 0;   // a step, in one graph; 0 on the CPU
+  double flops = 0;                                                       // useful ones, per step
+  double gemm_peak = 0;  // flops per second, measured after the step
+  int64_t kernels = 0;   // per step, in one graph; 0 on the CPU
   int64_t peak_bytes = 0;
 };
 
-// Useful floating-point operations of one token's training; recomputation is not counted. P weights
-// in the linears, T seq_len:
-//   block        6 P + 7 T H d        linears: forward, dx, dw, 2 P each. Causal attention: scores
-//                                     and values over T / 2 keys, 2 T H d forward, 2.5 times that
-//                                     backward. Less 2 for each weight of q, k and v: a block's
-//                                     input takes no gradient, and no dx is made for it.
-//   end to end   all blocks' sum, where only the first saves those dx; 2 P + 2 T H d for the
-//                teacher; and the head: 6 V D for logits, their gradient with respect to h and the
-//                teacher's logits.
+// Useful floating-point operations to train on one token, without recomputation. P: weights in the
+// linears. T: seq_len.
+//
+//   block        6 P              linears: forward, dx and dw, 2 P each
+//                + 7 T H d        causal attention over T / 2 keys: scores and values, 2 T H d
+//                                 forward, 2.5 times that backward
+//                - 2 P(q, k, v)   a block's input takes no gradient: these have no dx
+//   end to end   the blocks' sum, where only the first block saves those dx
+//                + 2 P + 2 T H d  the teacher, for every block
+//                + 6 V D          the head: logits, their gradient with respect to h, the
+//                                 teacher's logits
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len, bool end_to_end);
 
-// model.layers blocks, end to end; otherwise the first one alone. Every part of a step is the
-// difference of two recordings that end before and after it.
+// Times model.layers blocks end to end, or only the first block. The time of each part of a step is
+// the difference between a recording that ends after it and one that ends before it.
 TrainBenchResult bench_train(engine::Backend& backend, const TrainBench& bench);
 
-// The layers, at most the model's own, with which end-to-end training of this size fits the device.
+// The largest number of layers, at most the model's own, that end-to-end training of this size can
+// fit on the device; at least 1.
 int64_t layers_that_fit(engine::Backend& backend, const TrainBench& bench);
 
 struct GemvShape {
@@ -64,8 +67,8 @@ struct GemvResult {
   double packed_bytes = 0, dense_bytes = 0;  // weights, x and y
 };
 
-// One row through packed 2-bit weights, and through act weights by gemm_nt. Each product reads the
-// next of as many weights as fill `rotation_bytes`, so that none waits in a cache.
+// Times one row by packed 2-bit weights, and by act weights (gemm_nt). The products rotate through
+// copies of the weight that fill `rotation_bytes`, so that none is still in a cache.
 GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rotation_bytes);
 
 }  // namespace bbb::tools

@@ -22,7 +22,7 @@ constexpr GemvShape kGemvShapes[] = {{576, 576},   {192, 576},    {1536, 576},
                                      {576, 1536},  {2048, 2048},  {8192, 2048},
                                      {4096, 4096}, {14336, 4096}, {4096, 14336}};
 
-// A file that cannot be written is refused before the work that it is to keep.
+// Refuses a file that cannot be written, before the work starts.
 void check_writable(const CommandLine& line, const char* option) {
   if (line.has(option)) const data::AtomicFile probe(line.text(option));
 }
@@ -42,10 +42,10 @@ int bench_train_command(const Arguments& arguments) {
       ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
       ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
       ("recompute", "none, attention, block, or auto: the first that fits",
-       text()->default_value("auto"))                                                      //
-      ("deterministic", "no algorithm of the step's matrix products is chosen by timing")  //
+       text()->default_value("auto"))                                                   //
+      ("deterministic", "choose no algorithm of the step's matrix products by timing")  //
       ("gemm",
-       "take the products' algorithms from this file, and store there what it lacks;"
+       "read the products' algorithms from this file, and add those that it lacks;"
        " those of another library or GPU are replaced",
        text())  //
       ("json", "write the result to this file too", text());
@@ -60,12 +60,12 @@ int bench_train_command(const Arguments& arguments) {
   bench.recompute = train::parse_recompute(line.text("recompute"));
   if (line.has("deterministic")) bench.gemm_algorithms = train::GemmAlgorithms::Heuristic;
   if (line.has("gemm") && line.has("deterministic"))
-    throw UsageError("--gemm goes without --deterministic");
+    throw UsageError("--gemm cannot be used with --deterministic");
   if (line.has("gemm")) bench.gemm_file = line.text("gemm");
   check_writable(line, "gemm");
   check_writable(line, "json");
   bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
-  if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers goes with --e2e");
+  if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers needs --e2e");
 
   const auto backend = line.make_backend();
   bench.peak = peak_shapes(*backend);

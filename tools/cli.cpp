@@ -164,7 +164,7 @@ int dispatch(int argc, char** argv) {
 int run(int argc, char** argv) {
   try {
     const int code = dispatch(argc, argv);
-    // A full disk under a redirected stdout is an error like any other.
+    // If stdout is a file, a full disk is an error like any other.
     if (std::fflush(stdout) != 0 || std::ferror(stdout))
       throw Error("cannot write to standard output");
     return code;

@@ -1,4 +1,4 @@
-// What every bbb command shares: options, the choice of backend, and the rules for errors.
+// Shared by all bbb commands: options, the choice of backend, and the handling of errors.
 #pragma once
 
 #include <cxxopts.hpp>
@@ -13,13 +13,13 @@ namespace bbb::tools {
 // The arguments after the command's name.
 using Arguments = std::vector<std::string>;
 
-// One command's options: those given, then --device, --threads, --help, --version. Throws
-// UsageError on an unknown flag, a bad value, or a stray word.
+// One command's options: those added by options(), then --device, --threads, --help, --version.
+// Throws UsageError on an unknown flag, a bad value, or a stray word.
 class CommandLine {
  public:
   CommandLine(const std::string& command, const std::string& summary);
   cxxopts::OptionAdder options(const std::string& group = "");
-  // False: --help or --version was asked for, and printed.
+  // Returns false after printing --help or --version.
   bool parse(const Arguments& arguments);
 
   bool has(const std::string& name) const { return result_.count(name) > 0; }
@@ -28,13 +28,13 @@ class CommandLine {
   std::vector<std::string> texts(const std::string& name) const;
   int64_t integer(const std::string& name, int64_t minimum, int64_t maximum = INT64_MAX) const;
   double real(const std::string& name, double minimum, double maximum) const;
-  // The value, which must be one of `choices`; its index.
+  // The index of the value in `choices`. Throws UsageError if it is not there.
   size_t choice(const std::string& name, const std::vector<std::string>& choices) const;
   // Throws UsageError, naming the option, unless it was given and is not empty.
   std::string required(const std::string& name) const;
 
-  // The backend of --device: auto takes a GPU where there is one. Throws where cuda was asked for
-  // and there is none.
+  // The backend of --device; auto takes a GPU if there is one. Throws if --device is cuda and there
+  // is none.
   std::unique_ptr<engine::Backend> make_backend() const;
   int threads() const;
 
@@ -54,8 +54,8 @@ int decode_command(const Arguments& arguments);
 int bench_command(const Arguments& arguments);
 int tokenize_command(const Arguments& arguments);
 
-// The whole program behind main(): dispatches, and turns every error into one line on stderr and an
-// exit code: 2 for usage, 1 for the rest.
+// The whole program behind main(). Runs the command, and turns every error into one line on stderr
+// and an exit code: 2 for a wrong command line, 1 for the rest.
 int run(int argc, char** argv);
 
 }  // namespace bbb::tools

@@ -1,9 +1,9 @@
-// bbb decode: a prompt in, streamed text out, then what it cost.
+// bbb decode: reads a prompt, streams text, then reports times and bandwidth.
 //
-// The prompt runs through the model once (prefill) and fills the key-value cache; after that one
-// recorded step makes a token: embed, blocks, head, logits, position + 1. The host only samples.
-// Bytes a token: every weight of the blocks and the head as stored, plus the keys and values so
-// far. The device's bandwidth is measured here, by a large copy, not taken from a data sheet.
+// Prefill runs the prompt through the model once and fills the key-value cache. After that, each
+// run of one recorded step makes a token: embed, blocks, head, logits, position + 1. The host only
+// samples. Bytes per token: every weight of the blocks and the head as stored, plus the keys and
+// values so far. The device's bandwidth is measured by a large copy, not taken from a data sheet.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -35,8 +35,8 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// The longest prefix of `bytes` that ends on a UTF-8 character's end; the rest waits for more
-// bytes.
+// The length of the longest prefix of `bytes` that ends with a whole UTF-8 character. The rest
+// waits for more bytes.
 size_t complete_utf8(const std::string& bytes) {
   size_t end = bytes.size();
   for (size_t back = 1; back <= std::min<size_t>(3, end); ++back) {
@@ -70,7 +70,7 @@ class TextStream {
   std::string text_, pending_;
 };
 
-// One model with its cache: prefill once, then one recorded step a token.
+// A model and its cache: prefill once, then one recorded step per token.
 class Generator {
  public:
   Generator(Backend& backend, models::Llama& model, int64_t capacity_tokens)
@@ -202,7 +202,7 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
   return report;
 }
 
-// Exactly one of --prompt, --chat and --messages, and what goes with each.
+// Checks that exactly one of --prompt, --chat and --messages is given, and the options of each.
 void check_prompt_options(const CommandLine& line) {
   if (line.has("prompt") + line.has("chat") + line.has("messages") != 1)
     throw UsageError("give one of --prompt, --chat, --messages and --synthetic");
@@ -212,7 +212,7 @@ void check_prompt_options(const CommandLine& line) {
     throw UsageError("the last --chat is an assistant's; give the user's next message too");
 }
 
-// The messages of --messages, or of --system and each --chat.
+// The messages of --messages, or of --system and all --chat.
 std::vector<data::ChatMessage> chat_messages(const CommandLine& line) {
   std::vector<data::ChatMessage> messages;
   if (line.has("messages")) {
@@ -314,8 +314,8 @@ int decode_command(const Arguments& arguments) {
        cxxopts::value<std::string>())                                              //
       ("system", "with --chat: the system prompt", cxxopts::value<std::string>())  //
       ("messages", "a chat as a JSON file: [{\"role\": \"user\", \"content\": \"Hi\"}, ..]",
-       cxxopts::value<std::string>())                                                        //
-      ("max-tokens", "at most so many", cxxopts::value<std::string>()->default_value("64"))  //
+       cxxopts::value<std::string>())                                                          //
+      ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
       ("temperature", "0: always the most likely token",
        cxxopts::value<std::string>()->default_value("0"))                               //
       ("top-p", "nucleus sampling", cxxopts::value<std::string>()->default_value("1"))  //

@@ -12,7 +12,7 @@ int export_command(const Arguments& arguments) {
   CommandLine line("export", "Write a trained run, or a rounded model, as a model directory");
   line.options()                                                                   //
       ("run", "directory of a finished bbb train", cxxopts::value<std::string>())  //
-      ("model", "with --rtn: directory or GGUF file; with --run: where the run's model lies now",
+      ("model", "with --rtn: directory or GGUF file; with --run: where the run's model is now",
        cxxopts::value<std::string>())                                                          //
       ("rtn", "round --model to the nearest code, without training")                           //
       ("bits", "with --rtn: 2, 3, 4 or 8", cxxopts::value<std::string>()->default_value("2"))  //

@@ -18,7 +18,7 @@ namespace {
 
 bool is_gpu(const Backend& backend) { return backend.device() == engine::DeviceType::Cuda; }
 
-constexpr int64_t kStretch = 1 << 20;  // values that are drawn; the rest of a tensor repeats them
+constexpr int64_t kStretch = 1 << 20;  // random values; the rest of a tensor repeats them
 
 void repeat_stretch(Backend& backend, const Tensor& flat) {
   for (int64_t done = kStretch; done < flat.numel(); done += kStretch) {

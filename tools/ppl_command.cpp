@@ -1,4 +1,4 @@
-// bbb ppl: perplexity of any checkpoint, by the protocol that the literature shares: one token
+// bbb ppl: perplexity of any checkpoint, by the protocol common in the literature: one token
 // stream, non-overlapping windows, the tail dropped, exp of the mean over windows.
 #include <fmt/format.h>
 
@@ -19,7 +19,7 @@ int ppl_command(const Arguments& arguments) {
       ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
       ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
       ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
-      ("max-windows", "stop after so many; 0: all",
+      ("max-windows", "stop after this many; 0: all",
        cxxopts::value<std::string>()->default_value("0"))  //
       ("json", "write the result to this file too", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;

@@ -18,7 +18,8 @@ int32_t Sampler::next(const std::vector<float>& logits) {
   }
   if (spec_.temperature <= 0) return static_cast<int32_t>(best);
 
-  // Unnormalized probabilities, most likely first; equal ones by id, so that a seed fixes the text.
+  // Unnormalized probabilities, most likely first. Ties are ordered by id, so that a seed fixes the
+  // text.
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
   std::vector<double> weight(logits.size());

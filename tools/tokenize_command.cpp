@@ -1,4 +1,4 @@
-// bbb tokenize: a text file's token ids and the text of each, as every other command reads it.
+// bbb tokenize: a text file's token ids and the text of each, tokenized as in all other commands.
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
@@ -31,7 +31,7 @@ int tokenize_command(const Arguments& arguments) {
   std::vector<std::string> pieces;
   for (const int32_t id : ids) pieces.push_back(tokenizer->piece(id, true));
   const nlohmann::ordered_json result = {{"ids", ids}, {"pieces", pieces}};
-  // A token may hold part of a character, which JSON has no way to write: it becomes U+FFFD.
+  // A token may hold part of a character, which JSON cannot express: it becomes U+FFFD.
   const std::string out =
       result.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
   if (line.has("json")) {

@@ -20,13 +20,13 @@ static Entries with_run(Entries entries) {
 RunFileWriter::RunFileWriter(const std::string& path, uint64_t run, Entries entries,
                              std::map<std::string, std::string> metadata)
     : SafeTensorsWriter(path, with_run(std::move(entries)), std::move(metadata),
-                        data::Seal::Checksum) {
+                        data::Trailer::Checksum) {
   add(kRun, &run, sizeof run);
 }
 
 data::SafeTensors open_run_file(const std::string& path, uint64_t run, const std::string& remedy) {
-  BBB_CHECK(std::filesystem::file_size(path) > 0 && data::seal_fits(data::MappedFile(path)), path,
-            ": damaged: its checksum does not fit; ", remedy);
+  BBB_CHECK(std::filesystem::file_size(path) > 0 && data::trailer_matches(data::MappedFile(path)),
+            path, ": damaged: its checksum does not fit; ", remedy);
   data::SafeTensors file(path);
   BBB_CHECK(file.contains(kRun) && data::load_as<uint64_t>(file.at(kRun).data) == run, path,
             ": is of another run; ", remedy);
