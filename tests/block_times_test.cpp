@@ -53,11 +53,11 @@ TEST_CASE("block times: a longer run takes more steps and windows, and as many w
 }
 
 TEST_CASE("block times: samples and epochs are read, or refused", "[times]") {
-  const train::Extent extent = train::parse_extent("4096x6");
-  CHECK(extent.samples == 4096);
-  CHECK(extent.epochs == 6);
+  const train::RunLength length = train::parse_run_length("4096x6");
+  CHECK(length.samples == 4096);
+  CHECK(length.epochs == 6);
   for (const char* text : {"4096", "x6", "4096x", "4096x6x", "0x6", "64x-1", " ", "1e3x2"})
-    CHECK_THROWS_AS(train::parse_extent(text), UsageError);
+    CHECK_THROWS_AS(train::parse_run_length(text), UsageError);
 }
 
 TEST_CASE("block times: the log tells those of every block but the last", "[train][times]") {

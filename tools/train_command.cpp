@@ -100,7 +100,7 @@ int train_command(const Arguments& arguments) {
   config.epochs = line.integer("epochs", 1);
   config.batch = line.integer("batch", 1);
   if (line.text("lr") != "auto") config.lr = parse_rates(line.text("lr"));
-  if (line.has("extrapolate")) config.extrapolate = train::parse_extent(line.text("extrapolate"));
+  if (line.has("extrapolate")) config.extrapolate = train::parse_run_length(line.text("extrapolate"));
   config.input_stream = train::parse_input_stream(line.text("input-stream"));
   config.seed = static_cast<uint64_t>(line.integer("seed", 0));
   config.e2e_batch = line.integer("e2e-batch", 1);

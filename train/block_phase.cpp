@@ -623,7 +623,7 @@ class BlockPhase {
     std::printf("blocks: %s, the median of %zu\n", to_string(middle, config_).c_str(),
                 times_.size());
     if (!config_.extrapolate) return;
-    const Extent& to = *config_.extrapolate;
+    const RunLength& to = *config_.extrapolate;
     const BlockTime longer = extrapolate(middle, config_, to);
     std::printf(
         "%lld samples x %lld tokens, %lld epochs a stage, streams where they lie here: %s; %.2f h "

@@ -51,7 +51,7 @@ BlockTime median(const std::vector<BlockTime>& blocks) {
   return middle;
 }
 
-BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const Extent& to) {
+BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const RunLength& to) {
   const auto ratio = [](int64_t wanted, int64_t had) {
     return static_cast<double>(wanted) / static_cast<double>(had);
   };

@@ -30,7 +30,7 @@ BlockTime median(const std::vector<BlockTime>& blocks);
 
 // The same block with other samples and epochs: steps by their number, validation by its passes,
 // streams by their windows, weights as they are.
-BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const Extent& to);
+BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const RunLength& to);
 
 // "1.88 s a block: w2a16 1.02 s, validation 0.10 s, streams 0.31 s, weights 0.45 s"
 std::string to_string(const BlockTime& time, const TrainConfig& config);

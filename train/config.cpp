@@ -121,7 +121,7 @@ std::optional<models::Recompute> parse_recompute(const std::string& text) {
   return parse_name(kRecomputes, text, "--recompute");
 }
 
-Extent parse_extent(const std::string& text) {
+RunLength parse_run_length(const std::string& text) {
   long long samples = 0, epochs = 0;
   int used = 0;
   const bool good = std::sscanf(text.c_str(), "%9lldx%9lld%n", &samples, &epochs, &used) == 2 &&

@@ -27,7 +27,7 @@ enum class Snap { Auto, On, Off };         // masters to the middle of their bin
 enum class GemmAlgorithms { Timed, Heuristic };
 
 // How long a run is: windows, and passes over them in every stage.
-struct Extent {
+struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
 };
@@ -72,7 +72,7 @@ struct TrainConfig {
   int threads = 0;                 // 0: all cores
   GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
-  std::optional<Extent> extrapolate;  // what so long a run would take is said behind the blocks
+  std::optional<RunLength> extrapolate;  // what so long a run would take is said behind the blocks
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
@@ -85,7 +85,7 @@ EndToEndTrain parse_e2e_train(const std::string& text);
 Snap parse_snap(const std::string& text);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
-Extent parse_extent(const std::string& text);  // "4096x6"; UsageError otherwise
+RunLength parse_run_length(const std::string& text);  // "4096x6"; UsageError otherwise
 
 // All fields but `out`, which is where the JSON lies, `memory` and `extrapolate`, which decide
 // nothing, as indented text; and back.
