@@ -53,11 +53,11 @@ TEST_CASE("block times: a longer run takes more steps and windows, and as many w
 }
 
 TEST_CASE("block times: samples and epochs are read, or refused", "[times]") {
-  const train::RunLength length = train::parse_run_length("4096x6");
-  CHECK(length.samples == 4096);
-  CHECK(length.epochs == 6);
+  train::TrainConfig config;
+  set_option(config, "extrapolate", "4096x6");
+  CHECK(config.extrapolate == train::RunLength{4096, 6});
   for (const char* text : {"4096", "x6", "4096x", "4096x6x", "0x6", "64x-1", " ", "1e3x2"})
-    CHECK_THROWS_AS(train::parse_run_length(text), UsageError);
+    CHECK_THROWS_AS(set_option(config, "extrapolate", text), UsageError);
 }
 
 TEST_CASE("block times: the log tells those of every block but the last", "[train][times]") {

@@ -191,7 +191,7 @@ TEST_CASE("a run gives the same bytes wherever its streams lie", "[train][stream
   const models::LlamaConfig& model = fixture.source->config();
   for (const char* input : {"same", "higher", "mix"}) {
     train::TrainConfig config = fixture.both_phases(input);
-    config.input_stream = train::parse_input_stream(input);
+    set_option(config, "input-stream", input);
     fixture.run(config);
 
     // Budgets measured by the plan itself: streams all off the device, half of them in files.

@@ -16,8 +16,10 @@ namespace bbb::train {
 struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
+  bool operator==(const Stage&) const = default;
 };
 
+// The words of an enumeration stand in config_table.h, in the same order.
 // What stage t is fed: the stream of its own blocks, that of the stage before, or both in turn.
 enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
@@ -30,6 +32,7 @@ enum class GemmAlgorithms { Timed, Heuristic };
 struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
+  bool operator==(const RunLength&) const = default;
 };
 
 // What a run may take for itself. It decides where data lie, never what is computed.
@@ -78,14 +81,8 @@ struct TrainConfig {
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
 std::vector<Stage> parse_stages(const std::string& text);
 std::string to_string(const std::vector<Stage>& stages);
-// "same", "higher", "mix"; "kl", "ce"; "scales", "all"; "auto", "on", "off". UsageError otherwise.
-InputStream parse_input_stream(const std::string& text);
-EndToEndLoss parse_e2e_loss(const std::string& text);
-EndToEndTrain parse_e2e_train(const std::string& text);
-Snap parse_snap(const std::string& text);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
-RunLength parse_run_length(const std::string& text);  // "4096x6"; UsageError otherwise
 
 // All fields but `out`, which is where the JSON lies, `memory` and `extrapolate`, which decide
 // nothing, as indented text; and back.
