@@ -16,9 +16,9 @@ using train::TrainConfig;
 
 template <typename T>
 void change(T& value) {
-  if constexpr (train::kList<T>)
+  if constexpr (requires { value.emplace_back(); })
     change(value.emplace_back());
-  else if constexpr (train::kOptional<T>)
+  else if constexpr (requires { value.has_value(); })
     change(value.emplace());
   else if constexpr (std::is_same_v<T, train::Stage>)
     value.weight_bits = 4;

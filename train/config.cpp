@@ -46,10 +46,6 @@ void want(bool condition, const std::string& message) {
   if (!condition) throw UsageError(message);
 }
 
-double default_stage_lr(const Stage& stage, int64_t width) {
-  return (stage.weight_bits > 2 ? kStageHigh : kStageLow).at(width);
-}
-
 }  // namespace
 
 std::vector<std::string> split(const std::string& text) {
@@ -71,26 +67,19 @@ bool read(const std::string& text, RunLength& length, const Rule&) {
   length = {samples, epochs};
   return good && samples > 0 && epochs > 0;
 }
-std::string write(const Stage& s, const Rule&) {
-  return cat("w", s.weight_bits, "a", s.activation_bits);
-}
-std::string write(const RunLength& length, const Rule&) {
-  return cat(length.samples, "x", length.epochs);
-}
 
 std::vector<Stage> parse_stages(const std::string& text) {
-  return parse<std::vector<Stage>>(text, {"stages", nullptr, "", kStages, ""});
+  return parse<std::vector<Stage>>(text, kStages);
 }
-std::string to_string(const std::vector<Stage>& stages) { return write(stages, kStages); }
+std::string to_string(const std::vector<Stage>& stages) { return write(stages, kStages.rule); }
 std::optional<models::Recompute> parse_recompute(const std::string& text) {
-  return parse<std::optional<models::Recompute>>(text,
-                                                 {"recompute", nullptr, "", kRecompute, "auto"});
+  return parse<std::optional<models::Recompute>>(text, kRecompute);
 }
 
 std::string to_json(const TrainConfig& config) {
   Json j;
   visit_stored(config, [&]<typename T>(const T& value, const Field& f) {
-    if constexpr (kOptional<T>) {
+    if constexpr (requires { value.has_value(); }) {
       if (value) j[key(f)] = *value;
     } else if constexpr (kPlain<T>) {
       j[key(f)] = value;
@@ -106,7 +95,7 @@ TrainConfig config_from_json(const std::string& json, const std::string& where) 
     const Json j = Json::parse(json);
     TrainConfig config;
     visit_stored(config, [&]<typename T>(T& value, const Field& f) {
-      if constexpr (kOptional<T>) {
+      if constexpr (requires { value.has_value(); }) {
         if (j.contains(key(f))) j.at(key(f)).get_to(value.emplace());
       } else if constexpr (kPlain<T>) {
         j.at(key(f)).get_to(value);
@@ -130,9 +119,8 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   for (const Stage& s : c.stages) {
     want(trainable(s.weight_bits),
          cat("--stages: weights of ", s.weight_bits, " bits; 2, 3, 4, 8 and 16 can be trained"));
-    want(s.activation_bits == 16,
-         cat("--stages: w", s.weight_bits, "a", s.activation_bits, ": activations of ",
-             s.activation_bits, " bits cannot be trained; they must be 16"));
+    want(s.activation_bits == 16, cat("--stages: ", s, ": activations of ", s.activation_bits,
+                                      " bits cannot be trained; they must be 16"));
   }
   const int last = c.stages.empty() ? (c.bits == 0 ? 2 : c.bits) : c.stages.back().weight_bits;
   want(c.bits == 0 || c.bits == last,
@@ -155,8 +143,8 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
          cat("--batch is ", c.batch, ", but must lie between 1 and --samples ", c.samples));
     if (c.lr.size() == 1) c.lr.resize(c.stages.size(), c.lr[0]);
     if (c.lr.empty())
-      for (size_t t = 0; t < c.stages.size(); ++t)
-        c.lr.push_back(default_stage_lr(c.stages[t], model.d_model));
+      for (const Stage& s : c.stages)
+        c.lr.push_back((s.weight_bits > 2 ? kStageHigh : kStageLow).at(model.d_model));
     want(c.lr.size() == c.stages.size(),
          cat("--lr has ", c.lr.size(), " values for ", c.stages.size(), " stages"));
     want(!c.extrapolate || c.extrapolate->samples >= c.batch,

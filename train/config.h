@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,13 @@ struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
   bool operator==(const Stage&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const Stage& s) {
+    return out << "w" << s.weight_bits << "a" << s.activation_bits;
+  }
 };
 
-// The words of an enumeration stand in config_table.h, in the same order.
+// The words of an enumeration are in config_table.h, in the order of its enumerators.
+//
 // What stage t is fed: the stream of its own blocks, that of the stage before, or both in turn.
 enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
@@ -33,6 +38,9 @@ struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
   bool operator==(const RunLength&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const RunLength& length) {
+    return out << length.samples << "x" << length.epochs;
+  }
 };
 
 // What a run may take for itself. It decides where data lie, never what is computed.

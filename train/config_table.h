@@ -18,23 +18,24 @@ struct Rule {
 inline constexpr Rule kNatural{"a whole number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kPositive{"a whole number of at least 1", [](double x) { return x >= 1; }};
 inline constexpr Rule kTwoOrMore{"a whole number of at least 2", [](double x) { return x >= 2; }};
-inline constexpr Rule kTokenId{"a token id", kNatural.allows};
+inline constexpr Rule kTokenId{"a token id from 0 to 2147483647", kNatural.allows};
 inline constexpr Rule kGroupSize{"32, 64 or 128",
                                  [](double x) { return x == 32 || x == 64 || x == 128; }};
 inline constexpr Rule kRate{"a rate above 0, at most 1", [](double x) { return x > 0 && x <= 1; }};
 inline constexpr Rule kRates{"rates above 0, at most 1, with commas between them", kRate.allows};
 inline constexpr Rule kGigabytes{"a number of GB from 1e-6 to 1e6",
                                  [](double x) { return x >= 1e-6 && x <= 1e6; }, 1e9};
-inline constexpr Rule kStages{"stages such as w2a16, with commas between them"};
+inline constexpr Rule kStageList{"stages such as w2a16, with commas between them"};
 inline constexpr Rule kRunLength{"samples and epochs such as 4096x6"};
-inline constexpr Rule kRecompute{"none, attention, block"};
+inline constexpr Rule kSnapWords{"auto, on, off"};
+inline constexpr Rule kRecomputeWords{"none, attention, block"};
 
 struct Field {
   const char* name;             // of the option; with _ for - the JSON key
   const char* group = nullptr;  // of the help; null: no option
   const char* help = "";
   Rule rule = {};
-  const char* unset = nullptr;  // the option's text for T{}, where read() knows none
+  const char* unset = nullptr;  // how the option says T{}, if not as write() does
 };
 
 inline constexpr const char* kRun = "";
@@ -42,13 +43,22 @@ inline constexpr const char* kMemory = "Memory (results do not depend on it)";
 inline constexpr const char* kBlocks = "Block by block";
 inline constexpr const char* kEndToEnd = "End to end";
 
+// Those that parse_stages() and parse_recompute() read too.
+inline constexpr Field kStages{"stages", kBlocks,
+                               "widths of weights and activations, in order; \"\": no block phase",
+                               kStageList, ""};
+inline constexpr Field kRecompute{
+    "recompute", kMemory,
+    "activations made again in the backward pass: none, attention, block (its halves), or auto: "
+    "the first that fits",
+    kRecomputeWords, "auto"};
+
 // Calls visitor(value, field) for what decides the result, in the order of run.json.
 template <typename Config, typename Visitor>
 void visit_stored(Config& c, const Visitor& v) {
   v(c.model, {"model", kRun, "directory or GGUF file"});
   v(c.data, {"data", kRun, ".txt, or .jsonl with a \"text\" a line"});
-  v(c.stages, {"stages", kBlocks,
-               "widths of weights and activations, in order; \"\": no block phase", kStages, ""});
+  v(c.stages, kStages);
   v(c.bits, {"bits"});
   v(c.group, {"group-size", kRun, "input features that share a scale: 32, 64 or 128", kGroupSize});
   v(c.samples, {"samples", kRun, "training windows", kPositive});
@@ -72,10 +82,8 @@ void visit_stored(Config& c, const Visitor& v) {
     {"e2e-loss", kEndToEnd, "kl (to the full-precision model) or ce (the text)", {"kl, ce"}});
   v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
   v(c.e2e_lr, {"e2e-lr", kEndToEnd, "learning rate; default: by the model's width", kRate, "auto"});
-  v(c.e2e_snap, {"e2e-snap",
-                 kEndToEnd,
-                 "masters to the middle of their bins first: auto, on or off",
-                 {"auto, on, off"}});
+  v(c.e2e_snap, {"e2e-snap", kEndToEnd,
+                 "masters to the middle of their bins first: auto, on or off", kSnapWords});
   v(c.save_every,
     {"save-every", kRun,
      "steps between states from which a killed run goes on; default: by the clock, at most a "
@@ -98,24 +106,11 @@ void visit(Config& c, const Visitor& v) {
     {"host-memory", kMemory,
      "GB of host memory for the streams between blocks; default: most of it", kGigabytes});
   v(c.memory.scratch, {"scratch", kMemory, "directory for streams that fit in neither"});
-  v(c.memory.recompute,
-    {"recompute", kMemory,
-     "activations made again in the backward pass: none, attention, block (its halves), or auto: "
-     "the first that fits",
-     kRecompute, "auto"});
+  v(c.memory.recompute, kRecompute);
   v(c.extrapolate,
     {"extrapolate", kBlocks,
      "SAMPLESxEPOCHS: say what so long a run would take, from this one's times", kRunLength});
 }
-
-template <typename T>
-constexpr bool kOptional = requires(T value) {
-  value.has_value();
-};
-template <typename T>
-constexpr bool kList = requires(T value) {
-  value.emplace_back();
-};
 
 // "a, b,c" -> {"a", "b", "c"}.
 std::vector<std::string> split(const std::string& text);
@@ -128,9 +123,9 @@ bool read(const std::string& text, T& value, const Rule& rule) {
   if constexpr (std::is_same_v<T, std::string>) {
     value = text;
     return !text.empty();
-  } else if constexpr (kOptional<T>) {
+  } else if constexpr (requires { value.has_value(); }) {
     return read(text, value.emplace(), rule);
-  } else if constexpr (kList<T>) {
+  } else if constexpr (requires { value.emplace_back(); }) {
     value.clear();
     return std::ranges::all_of(split(text), [&](const std::string& word) {
       return read(word, value.emplace_back(), rule);
@@ -151,19 +146,17 @@ bool read(const std::string& text, T& value, const Rule& rule) {
   }
 }
 
-// The text that read() takes; "" of a field that decides nothing.
-std::string write(const Stage& value, const Rule&);
-std::string write(const RunLength& value, const Rule&);
+// The text that read() takes; "" where the option is not given.
 template <typename T>
 std::string write(const T& value, const Rule& rule) {
-  if constexpr (kOptional<T>) {
+  if constexpr (requires { value.has_value(); }) {
     return value ? write(*value, rule) : "";
-  } else if constexpr (kList<T>) {
+  } else if constexpr (requires(T list) { list.emplace_back(); }) {
     std::string text;
     for (const auto& element : value) text += (text.empty() ? "" : ",") + write(element, rule);
     return text;
   } else if constexpr (std::is_enum_v<T>) {
-    return split(rule.wanted)[static_cast<size_t>(value)];
+    return split(rule.wanted).at(static_cast<size_t>(value));
   } else {
     if constexpr (std::is_arithmetic_v<T>)
       if (rule.unit != 1) return value == 0 ? "" : cat(static_cast<double>(value) / rule.unit);
