@@ -52,11 +52,11 @@ TEST_CASE("block times: a longer run has more steps and windows, but the same we
 }
 
 TEST_CASE("block times: samples and epochs are read, or refused", "[times]") {
-  const train::Extent extent = train::parse_extent("4096x6");
-  CHECK(extent.samples == 4096);
-  CHECK(extent.epochs == 6);
+  train::TrainConfig config;
+  set_option(config, "extrapolate", "4096x6");
+  CHECK(config.extrapolate == train::RunLength{4096, 6});
   for (const char* text : {"4096", "x6", "4096x", "4096x6x", "0x6", "64x-1", " ", "1e3x2"})
-    CHECK_THROWS_AS(train::parse_extent(text), UsageError);
+    CHECK_THROWS_AS(set_option(config, "extrapolate", text), UsageError);
 }
 
 TEST_CASE("block times: the log has them for every block but the last", "[train][times]") {

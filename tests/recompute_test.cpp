@@ -117,8 +117,8 @@ TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives t
   std::map<std::string, std::string> expected;
   for (const char* loss : {"kl", "ce"})
     for (const char* what : {"all", "scales"}) {
-      run.config.e2e_loss = train::parse_e2e_loss(loss);
-      run.config.e2e_train = train::parse_e2e_train(what);
+      set_option(run.config, "e2e-loss", loss);
+      set_option(run.config, "e2e-train", what);
       for (const Recompute recompute : kModes) {
         CAPTURE(loss, what, models::to_string(recompute));
         run.config.memory.recompute = recompute;
@@ -143,7 +143,7 @@ TEST_CASE("recompute: micro-batches take room for gradients that are added", "[t
   run.config.e2e_micro_batch = 4;
   for (const char* what : {"all", "scales"}) {
     CAPTURE(what);
-    run.config.e2e_train = train::parse_e2e_train(what);
+    set_option(run.config, "e2e-train", what);
     const train::EndToEndMemory memory =
         train::plan_end_to_end_memory(backend(), run.model, run.resolved());
     check_prediction(memory.device_bytes, run.measured_bytes(what));
@@ -172,7 +172,7 @@ TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repea
   CHECK(chunks.vocab < run.model.vocab);
   for (const char* loss : {"kl", "ce"}) {
     CAPTURE(loss);
-    run.config.e2e_loss = train::parse_e2e_loss(loss);
+    set_option(run.config, "e2e-loss", loss);
     const train::EndToEndMemory memory =
         train::plan_end_to_end_memory(backend(), run.model, run.resolved());
     check_prediction(memory.device_bytes, run.measured_bytes(cat(loss, "1")));

@@ -191,7 +191,7 @@ TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][
   const models::LlamaConfig& model = fixture.source->config();
   for (const char* input : {"same", "higher", "mix"}) {
     train::TrainConfig config = fixture.both_phases(input);
-    config.input_stream = train::parse_input_stream(input);
+    set_option(config, "input-stream", input);
     fixture.run(config);
 
     // Budgets from the plan itself: no stream on the device; all, one or none in host memory.

@@ -11,10 +11,19 @@
 #include "data/files.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
+#include "train/config_table.h"
 #include "train/run_directory.h"
 #include "train/train.h"
 
 namespace bbb::tests {
+
+// As bbb train does with --option text.
+inline void set_option(train::TrainConfig& config, const std::string& option,
+                       const std::string& text) {
+  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+    if (option == f.name) value = train::parse<T>(text, f);
+  });
+}
 
 struct Fixture {
   static constexpr int64_t kSeqLen = 32;

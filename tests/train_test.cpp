@@ -53,7 +53,7 @@ TEST_CASE("every stage of every block lowers its validation loss, whatever strea
     config.out = fixture.dir / stream;
     config.stages = train::parse_stages("w4a16,w2a16");
     config.lr = {1e-3, 3e-3};
-    config.input_stream = train::parse_input_stream(stream);
+    set_option(config, "input-stream", stream);
     config.epochs = 3;
     fixture.run(config);
 
@@ -82,8 +82,8 @@ TEST_CASE("end to end from round to nearest lowers the loss", "[train]") {
     for (const char* what : {"all", "scales"}) {
       TrainConfig config = fixture.config;
       config.out = fixture.dir / (std::string(loss) + what);
-      config.e2e_loss = train::parse_e2e_loss(loss);
-      config.e2e_train = train::parse_e2e_train(what);
+      set_option(config, "e2e-loss", loss);
+      set_option(config, "e2e-train", what);
       config.e2e_steps = 40;
       config.e2e_lr = 3e-3;
       fixture.run(config);
@@ -108,8 +108,8 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
     for (const char* what : {"all", "scales"}) {
       const std::string name = std::string(stream) + what;
       TrainConfig config = fixture.both_phases(name);
-      config.input_stream = train::parse_input_stream(stream);
-      config.e2e_train = train::parse_e2e_train(what);
+      set_option(config, "input-stream", stream);
+      set_option(config, "e2e-train", what);
       fixture.run(config);
       const auto expected = results(config.out);
       REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
@@ -165,7 +165,7 @@ TEST_CASE("a run killed inside a block goes on from its newest state", "[train]"
   };
   for (const Case& c : {Case{"same", 3e-3}, {"higher", 1}, {"mix", 1}}) {
     TrainConfig config = fixture.both_phases(std::string(c.stream));
-    config.input_stream = train::parse_input_stream(c.stream);
+    set_option(config, "input-stream", c.stream);
     config.lr = {1e-3, c.lr};
     fixture.run(config);
     const auto expected = results(config.out);
@@ -373,7 +373,7 @@ TEST_CASE("a finished run exports to a checkpoint that gives the trained model",
   const Fixture fixture;
   for (const char* what : {"all", "scales"}) {
     TrainConfig config = fixture.both_phases(what);
-    config.e2e_train = train::parse_e2e_train(what);
+    set_option(config, "e2e-train", what);
     fixture.run(config);
     const std::string packed = config.out + "_packed", plain = config.out + "_plain";
     const double bits = train::export_run(backend(), *fixture.source, NoTokenizer(), config.out,

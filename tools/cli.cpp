@@ -107,17 +107,6 @@ std::unique_ptr<engine::Backend> CommandLine::make_backend() const {
   return engine::make_cpu_backend(threads());
 }
 
-std::vector<std::string> split(const std::string& text, char separator) {
-  std::vector<std::string> parts{""};
-  for (char c : text) {
-    if (c == separator)
-      parts.emplace_back();
-    else
-      parts.back() += c;
-  }
-  return parts;
-}
-
 namespace {
 
 struct Command {

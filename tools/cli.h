@@ -43,9 +43,6 @@ class CommandLine {
   cxxopts::ParseResult result_;
 };
 
-// "a,b,,c" -> {"a", "b", "", "c"}.
-std::vector<std::string> split(const std::string& text, char separator);
-
 int train_command(const Arguments& arguments);
 int export_command(const Arguments& arguments);
 int ppl_command(const Arguments& arguments);

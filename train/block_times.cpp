@@ -51,7 +51,7 @@ BlockTime median(const std::vector<BlockTime>& blocks) {
   return middle;
 }
 
-BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const Extent& to) {
+BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const RunLength& to) {
   const auto ratio = [](int64_t wanted, int64_t had) {
     return static_cast<double>(wanted) / static_cast<double>(had);
   };
@@ -92,7 +92,7 @@ void report(const std::vector<BlockTime>& times, const TrainConfig& config, int6
   const BlockTime middle = median(times);
   std::printf("blocks: %s, the median of %zu\n", to_string(middle, config).c_str(), times.size());
   if (!config.extrapolate) return;
-  const Extent& to = *config.extrapolate;
+  const RunLength& to = *config.extrapolate;
   const BlockTime longer = extrapolate(middle, config, to);
   std::printf(
       "%lld samples x %lld tokens, %lld epochs a stage, streams where they are here: %s; %.2f h "

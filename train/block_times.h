@@ -42,7 +42,7 @@ BlockTime median(const std::vector<BlockTime>& blocks);
 
 // The same block with other samples and epochs: steps by their number, validation by its passes,
 // streams by their windows, weights as they are.
-BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const Extent& to);
+BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const RunLength& to);
 
 // The times of a block, but the last, as a line of the log.
 nlohmann::ordered_json log_line(const BlockTime& time, int64_t block, const TrainConfig& config);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -16,8 +17,14 @@ namespace bbb::train {
 struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
+  bool operator==(const Stage&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const Stage& s) {
+    return out << "w" << s.weight_bits << "a" << s.activation_bits;
+  }
 };
 
+// The words of an enumeration are in config_table.h, in the order of its enumerators.
+//
 // What stage t is fed: the stream of its own blocks, that of the stage before, or both in turn.
 enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
@@ -27,9 +34,13 @@ enum class Snap { Auto, On, Off };         // masters to the middle of their bin
 enum class GemmAlgorithms { Timed, Heuristic };
 
 // How long a run is: windows, and passes over them in every stage.
-struct Extent {
+struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
+  bool operator==(const RunLength&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const RunLength& length) {
+    return out << length.samples << "x" << length.epochs;
+  }
 };
 
 // What a run may take for itself. It decides where data lie, never what is computed.
@@ -72,20 +83,14 @@ struct TrainConfig {
   int threads = 0;                 // 0: all cores
   GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
-  std::optional<Extent> extrapolate;  // what so long a run would take is said behind the blocks
+  std::optional<RunLength> extrapolate;  // what so long a run would take is said behind the blocks
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
 std::vector<Stage> parse_stages(const std::string& text);
 std::string to_string(const std::vector<Stage>& stages);
-// "same", "higher", "mix"; "kl", "ce"; "scales", "all"; "auto", "on", "off". UsageError otherwise.
-InputStream parse_input_stream(const std::string& text);
-EndToEndLoss parse_e2e_loss(const std::string& text);
-EndToEndTrain parse_e2e_train(const std::string& text);
-Snap parse_snap(const std::string& text);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
-Extent parse_extent(const std::string& text);  // "4096x6"; UsageError otherwise
 
 // All fields but `out`, which is where the JSON lies, `memory` and `extrapolate`, which decide
 // nothing, as indented text; and back.

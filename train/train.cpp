@@ -73,16 +73,16 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
 namespace {
 
 // Of the block phase, or of the longer run that this one is to stand for.
-Extent extent_of(const TrainConfig& config) {
-  return config.extrapolate.value_or(Extent{config.samples, config.epochs});
+RunLength run_length_of(const TrainConfig& config) {
+  return config.extrapolate.value_or(RunLength{config.samples, config.epochs});
 }
 int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config) {
-  return model.layers * static_cast<int64_t>(config.stages.size()) * extent_of(config).epochs *
-         (extent_of(config).samples / config.batch);
+  return model.layers * static_cast<int64_t>(config.stages.size()) * run_length_of(config).epochs *
+         (run_length_of(config).samples / config.batch);
 }
 // Of all windows through a full-precision block.
 int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& config) {
-  return model.layers * ((extent_of(config).samples + config.val_samples) / config.batch);
+  return model.layers * ((run_length_of(config).samples + config.val_samples) / config.batch);
 }
 
 }  // namespace

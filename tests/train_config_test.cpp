@@ -1,0 +1,191 @@
+// The table of TrainConfig: run.json, the options of bbb train, and what they refuse.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+
+#include "tests/tiny_run.h"
+#include "tools/cli.h"
+
+namespace bbb::tests {
+namespace {
+
+using Catch::Matchers::Contains;
+using train::Field;
+using train::TrainConfig;
+
+template <typename T>
+void change(T& value) {
+  if constexpr (requires { value.emplace_back(); })
+    change(value.emplace_back());
+  else if constexpr (requires { value.has_value(); })
+    change(value.emplace());
+  else if constexpr (std::is_same_v<T, train::Stage>)
+    value.weight_bits = 4;
+  else if constexpr (std::is_same_v<T, std::string>)
+    value += "x";
+  else if constexpr (std::is_enum_v<T>)
+    value = static_cast<T>(value == T{} ? 1 : 0);
+  else
+    value += static_cast<T>(3.25);
+}
+
+// The stored fields by their names.
+std::map<std::string, std::string> texts(const TrainConfig& config) {
+  std::map<std::string, std::string> all;
+  train::visit_stored(config, [&](const auto& value, const Field& f) {
+    CHECK(all.emplace(f.name, train::write(value, f.rule)).second);
+  });
+  return all;
+}
+
+std::string train_help() {
+  const TempDir scratch;
+  std::fflush(stdout);
+  const int console = dup(STDOUT_FILENO);
+  const int file = open((scratch / "help").c_str(), O_WRONLY | O_CREAT, 0600);
+  dup2(file, STDOUT_FILENO);
+  const int code = tools::train_command({"--help"});
+  std::fflush(stdout);
+  dup2(console, STDOUT_FILENO);
+  close(console);
+  close(file);
+  CHECK(code == 0);
+  return data::read_file(scratch / "help");
+}
+
+}  // namespace
+
+TEST_CASE("train config: every stored field survives run.json, and none may lack", "[config]") {
+  TrainConfig config;
+  train::visit_stored(config, [](auto& value, const Field&) { change(value); });
+  const std::string json = train::to_json(config);
+  const TrainConfig again = train::config_from_json(json, "run.json");
+  const auto had = texts({}), wanted = texts(config), got = texts(again);
+  CHECK(train::to_json(again) == json);
+  CHECK(got == wanted);
+  const train::Json record = train::Json::parse(json);
+  CHECK(record.size() == wanted.size());
+  for (const auto& [name, text] : wanted) {
+    CAPTURE(name);
+    CHECK(text != had.at(name));
+  }
+  for (const auto& item : record.items()) {
+    train::Json lacking = record;
+    lacking.erase(item.key());
+    if (item.key() == "doc_end")
+      CHECK_FALSE(train::config_from_json(lacking.dump(), "run.json").doc_end);
+    else
+      CHECK_THROWS_WITH(train::config_from_json(lacking.dump(), "run.json"),
+                        Contains("run.json: not a training configuration") &&
+                            Contains("'" + item.key() + "' not found"));
+  }
+}
+
+TEST_CASE("train config: bbb train --help lists every option once", "[config]") {
+  const std::string help = train_help();
+  const TrainConfig config;
+  train::visit(config, [&](const auto&, const Field& f) {
+    if (f.group == nullptr) return;
+    const std::string option = cat("--", f.name, " arg");
+    CAPTURE(option);
+    const size_t at = help.find(option);
+    CHECK(at != std::string::npos);
+    CHECK(help.find(option, at + 1) == std::string::npos);
+    if (*f.group != '\0') CHECK_THAT(help, Contains(cat(" ", f.group, " options:\n")));
+  });
+}
+
+TEST_CASE("train config: every word is its enumerator", "[config]") {
+  using namespace train;
+  TrainConfig c;
+  const auto check = [&]<typename E>(const char* option, const E& field,
+                                     const std::vector<std::pair<const char*, E>>& words) {
+    for (const auto& [word, value] : words) {
+      CAPTURE(option, word);
+      set_option(c, option, word);
+      CHECK(field == value);
+    }
+  };
+  check("input-stream", c.input_stream,
+        {{"same", InputStream::Same}, {"higher", InputStream::Higher}, {"mix", InputStream::Mix}});
+  check("e2e-loss", c.e2e_loss, {{"kl", EndToEndLoss::Kl}, {"ce", EndToEndLoss::CrossEntropy}});
+  check("e2e-train", c.e2e_train, {{"scales", EndToEndTrain::Scales}, {"all", EndToEndTrain::All}});
+  check("e2e-snap", c.e2e_snap, {{"auto", Snap::Auto}, {"on", Snap::On}, {"off", Snap::Off}});
+  check("gemm-algorithms", c.gemm_algorithms,
+        {{"timed", GemmAlgorithms::Timed}, {"heuristic", GemmAlgorithms::Heuristic}});
+}
+
+TEST_CASE("train config: an option's text becomes the value, or is refused by name", "[config]") {
+  TrainConfig c;
+  set_option(c, "lr", "1e-4, 4e-4");
+  CHECK(c.lr == std::vector<double>{1e-4, 4e-4});
+  set_option(c, "lr", "auto");
+  CHECK(c.lr.empty());
+  set_option(c, "stages", "w4a16,w2a16");
+  CHECK(c.stages == std::vector<train::Stage>{{4, 16}, {2, 16}});
+  set_option(c, "stages", "");
+  CHECK(c.stages.empty());
+  set_option(c, "gpu-memory", "2.5");
+  CHECK(c.memory.device_bytes == 2'500'000'000);
+  set_option(c, "doc-end", "7");
+  CHECK(c.doc_end == 7);
+  set_option(c, "seed", "18446744073709551615");
+  CHECK(c.seed == UINT64_MAX);
+
+  const std::pair<const char*, const char*> wrong[] = {{"samples", "0"},
+                                                       {"samples", "many"},
+                                                       {"samples", "1.5"},
+                                                       {"samples", ""},
+                                                       {"samples", "auto"},
+                                                       {"seq-len", "1"},
+                                                       {"val-samples", "-1"},
+                                                       {"seed", "-1"},
+                                                       {"group-size", "33"},
+                                                       {"lr", ""},
+                                                       {"lr", "0"},
+                                                       {"lr", "1e-3,"},
+                                                       {"lr", "nan"},
+                                                       {"lr", "1.5"},
+                                                       {"e2e-lr", "0"},
+                                                       {"e2e-lr", "inf"},
+                                                       {"doc-end", "-1"},
+                                                       {"doc-end", ""},
+                                                       {"doc-end", "3000000000"},
+                                                       {"save-every", "0"},
+                                                       {"scratch", ""},
+                                                       {"gpu-memory", "0"},
+                                                       {"gpu-memory", ""},
+                                                       {"gpu-memory", "1e300"},
+                                                       {"e2e-steps", "-1"},
+                                                       {"recompute", "all"},
+                                                       {"input-stream", ""},
+                                                       {"e2e-micro-batch", "0"},
+                                                       {"stages", "w5x"},
+                                                       {"stages", ","},
+                                                       {"extrapolate", ""}};
+  for (const auto& [option, text] : wrong) {
+    CAPTURE(option, text);
+    CHECK_THROWS_AS(set_option(c, option, text), UsageError);
+    CHECK_THROWS_WITH(set_option(c, option, text),
+                      Contains(cat("--", option, " is '", text, "'; it takes ")));
+  }
+}
+
+TEST_CASE("train config: a program's values obey the options' rules", "[config]") {
+  const auto resolved = [](auto change) {
+    TrainConfig config;
+    config.seq_len = 32;
+    config.e2e_steps = 1;
+    change(config);
+    return train::resolve(config, tiny_config(), engine::DeviceType::Cpu);
+  };
+  CHECK(resolved([](TrainConfig&) {}).e2e_lr > 0);
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.samples = 0; }), Contains("--samples is '0'"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.group = 16; }), Contains("32, 64 or 128"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_lr = NAN; }), Contains("--e2e-lr"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.lr = {1e-3, -1}; }), Contains("--lr"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.save_every = -1; }), Contains("--save-every"));
+}
+
+}  // namespace bbb::tests

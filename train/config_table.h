@@ -1,0 +1,183 @@
+// The table of TrainConfig's fields, and how an option's text becomes a field's value. The command
+// line, run.json and the checks visit it; a new option is a field in TrainConfig and an entry here.
+#pragma once
+
+#include <algorithm>
+#include <charconv>
+
+#include "quant/check.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+struct Rule {
+  const char* wanted = "a text";     // as a refusal says it; of an enumeration: its words, in order
+  bool (*allows)(double) = nullptr;  // of a number, or each of a list; null: all
+  double unit = 1;                   // in which the option counts
+};
+inline constexpr Rule kNatural{"a whole number of at least 0", [](double x) { return x >= 0; }};
+inline constexpr Rule kPositive{"a whole number of at least 1", [](double x) { return x >= 1; }};
+inline constexpr Rule kTwoOrMore{"a whole number of at least 2", [](double x) { return x >= 2; }};
+inline constexpr Rule kTokenId{"a token id from 0 to 2147483647", kNatural.allows};
+inline constexpr Rule kGroupSize{"32, 64 or 128",
+                                 [](double x) { return x == 32 || x == 64 || x == 128; }};
+inline constexpr Rule kRate{"a rate above 0, at most 1", [](double x) { return x > 0 && x <= 1; }};
+inline constexpr Rule kRates{"rates above 0, at most 1, with commas between them", kRate.allows};
+inline constexpr Rule kGigabytes{"a number of GB from 1e-6 to 1e6",
+                                 [](double x) { return x >= 1e-6 && x <= 1e6; }, 1e9};
+inline constexpr Rule kStageList{"stages such as w2a16, with commas between them"};
+inline constexpr Rule kRunLength{"samples and epochs such as 4096x6"};
+inline constexpr Rule kSnapWords{"auto, on, off"};
+inline constexpr Rule kRecomputeWords{"none, attention, block"};
+
+struct Field {
+  const char* name;             // of the option; with _ for - the JSON key
+  const char* group = nullptr;  // of the help; null: no option
+  const char* help = "";
+  Rule rule = {};
+  const char* unset = nullptr;  // how the option says T{}, if not as write() does
+};
+
+inline constexpr const char* kRun = "";
+inline constexpr const char* kMemory = "Memory (results do not depend on it)";
+inline constexpr const char* kBlocks = "Block by block";
+inline constexpr const char* kEndToEnd = "End to end";
+
+// Those that parse_stages() and parse_recompute() read too.
+inline constexpr Field kStages{"stages", kBlocks,
+                               "widths of weights and activations, in order; \"\": no block phase",
+                               kStageList, ""};
+inline constexpr Field kRecompute{
+    "recompute", kMemory,
+    "activations made again in the backward pass: none, attention, block (its halves), or auto: "
+    "the first that fits",
+    kRecomputeWords, "auto"};
+
+// Calls visitor(value, field) for what decides the result, in the order of run.json.
+template <typename Config, typename Visitor>
+void visit_stored(Config& c, const Visitor& v) {
+  v(c.model, {"model", kRun, "directory or GGUF file"});
+  v(c.data, {"data", kRun, ".txt, or .jsonl with a \"text\" a line"});
+  v(c.stages, kStages);
+  v(c.bits, {"bits"});
+  v(c.group, {"group-size", kRun, "input features that share a scale: 32, 64 or 128", kGroupSize});
+  v(c.samples, {"samples", kRun, "training windows", kPositive});
+  v(c.seq_len, {"seq-len", kRun, "tokens a window", kTwoOrMore});
+  v(c.val_samples, {"val-samples", kRun, "validation windows, from the end of the text", kNatural});
+  v(c.epochs, {"epochs", kBlocks, "passes over the samples, each stage", kPositive});
+  v(c.batch, {"batch", kBlocks, "windows a step", kPositive});
+  v(c.lr,
+    {"lr", kBlocks, "one rate, or one a stage; default: by the model's width", kRates, "auto"});
+  v(c.input_stream,
+    {"input-stream", kBlocks, "what a stage is fed: same, higher or mix", {"same, higher, mix"}});
+  v(c.seed, {"seed", kRun, "of every shuffle", kNatural});
+  v(c.e2e_steps,
+    {"e2e-steps", kEndToEnd,
+     "optimizer steps; 0: none; auto: two passes after blocks, four without", kNatural, "auto"});
+  v(c.e2e_batch, {"e2e-batch", kEndToEnd, "windows a step", kPositive});
+  v(c.e2e_micro_batch,
+    {"e2e-micro-batch", kEndToEnd, "windows that go through the model at once; default: by device",
+     kPositive, "auto"});
+  v(c.e2e_loss,
+    {"e2e-loss", kEndToEnd, "kl (to the full-precision model) or ce (the text)", {"kl, ce"}});
+  v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
+  v(c.e2e_lr, {"e2e-lr", kEndToEnd, "learning rate; default: by the model's width", kRate, "auto"});
+  v(c.e2e_snap, {"e2e-snap", kEndToEnd,
+                 "masters to the middle of their bins first: auto, on or off", kSnapWords});
+  v(c.save_every,
+    {"save-every", kRun,
+     "steps between states from which a killed run goes on; default: by the clock, at most a "
+     "twentieth of the time",
+     kPositive, "auto"});
+  v(c.doc_end,
+    {"doc-end", kRun, "token id after each document, instead of the vocabulary's own", kTokenId});
+  v(c.threads, {"threads"});  // an option of every command
+  v(c.gemm_algorithms, {"gemm-algorithms", nullptr, "", {"timed, heuristic"}});
+}
+
+// For every field.
+template <typename Config, typename Visitor>
+void visit(Config& c, const Visitor& v) {
+  visit_stored(c, v);
+  v(c.out, {"out", kRun, "directory of the run; an interrupted one goes on"});
+  v(c.memory.device_bytes,
+    {"gpu-memory", kMemory, "GB of the device to use; default: what it has left", kGigabytes});
+  v(c.memory.host_bytes,
+    {"host-memory", kMemory,
+     "GB of host memory for the streams between blocks; default: most of it", kGigabytes});
+  v(c.memory.scratch, {"scratch", kMemory, "directory for streams that fit in neither"});
+  v(c.memory.recompute, kRecompute);
+  v(c.extrapolate,
+    {"extrapolate", kBlocks,
+     "SAMPLESxEPOCHS: say what so long a run would take, from this one's times", kRunLength});
+}
+
+// "a, b,c" -> {"a", "b", "c"}.
+std::vector<std::string> split(const std::string& text);
+
+// False where the text is no T, or breaks the rule.
+bool read(const std::string& text, Stage& value, const Rule&);
+bool read(const std::string& text, RunLength& value, const Rule&);
+template <typename T>
+bool read(const std::string& text, T& value, const Rule& rule) {
+  if constexpr (std::is_same_v<T, std::string>) {
+    value = text;
+    return !text.empty();
+  } else if constexpr (requires { value.has_value(); }) {
+    return read(text, value.emplace(), rule);
+  } else if constexpr (requires { value.emplace_back(); }) {
+    value.clear();
+    return std::ranges::all_of(split(text), [&](const std::string& word) {
+      return read(word, value.emplace_back(), rule);
+    });
+  } else if constexpr (std::is_enum_v<T>) {
+    const std::vector<std::string> words = split(rule.wanted);
+    value = static_cast<T>(std::ranges::find(words, text) - words.begin());
+    return static_cast<size_t>(value) < words.size();
+  } else if (rule.unit != 1) {
+    double number = 0;
+    if (!read(text, number, {rule.wanted, rule.allows})) return false;
+    value = static_cast<T>(number * rule.unit);
+    return true;
+  } else {
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    return error == std::errc() && end == text.data() + text.size() &&
+           (rule.allows == nullptr || rule.allows(static_cast<double>(value)));
+  }
+}
+
+// The text that read() takes; "" where the option is not given.
+template <typename T>
+std::string write(const T& value, const Rule& rule) {
+  if constexpr (requires { value.has_value(); }) {
+    return value ? write(*value, rule) : "";
+  } else if constexpr (requires(T list) { list.emplace_back(); }) {
+    std::string text;
+    for (const auto& element : value) text += (text.empty() ? "" : ",") + write(element, rule);
+    return text;
+  } else if constexpr (std::is_enum_v<T>) {
+    return split(rule.wanted).at(static_cast<size_t>(value));
+  } else {
+    if constexpr (std::is_arithmetic_v<T>)
+      if (rule.unit != 1) return value == 0 ? "" : cat(static_cast<double>(value) / rule.unit);
+    return cat(value);
+  }
+}
+
+// A field's value as its option's text, and back: parse() throws UsageError, naming the option and
+// what it takes.
+template <typename T>
+std::string option_text(const T& value, const Field& f) {
+  return f.unset != nullptr && value == T{} ? f.unset : write(value, f.rule);
+}
+template <typename T>
+T parse(const std::string& text, const Field& f) {
+  T value{};
+  if (f.unset != nullptr && text == f.unset) return value;
+  if (!read(text, value, f.rule))
+    throw UsageError(cat("--", f.name, " is '", text, "'; it takes ", f.rule.wanted,
+                         f.unset != nullptr ? cat(" or '", f.unset, "'") : ""));
+  return value;
+}
+
+}  // namespace bbb::train
