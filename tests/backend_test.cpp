@@ -12,10 +12,10 @@
 namespace bbb::tests {
 namespace {
 
-using engine::WeightGrid;
 using engine::kControlSize;
 using engine::Rotation;
 using engine::Rounding;
+using engine::WeightGrid;
 using engine::Write;
 
 std::string error_of(const std::function<void()>& call) {
@@ -44,6 +44,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
   const auto u = [&](Shape shape) { return b.zeros(std::move(shape), DType::U8); };
   const Tensor none;
   const engine::QuantizedWeights weights{.tiles = i({1, 4}),
+                                         .bits = i({1}),
                                          .max_range = r({1}),
                                          .s = r({1}),
                                          .prequantized = r({1}),
@@ -53,6 +54,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
                                          .z = u({3}),
                                          .group = 32,
                                          .rounding = Rounding::Nearest};
+  const engine::ParameterTable table{.tiles = i({1, 4}), .slots = r({1, 2})};
   std::vector<BadCall> calls = {
       {"copy", "(2, 3)",
        [&] {
@@ -199,11 +201,17 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.quantize_codes(u({2, 64}), r({2, 64}), u({2, 2}), u({2, 2}), r({1}), WeightGrid{5, 32});
        }},
       {"adamw", "v must be",
-       [&] { b.adamw(r({128}), a({128}), r({256}), r({128}), r({kControlSize}), weights, {}); }},
+       [&] {
+         b.adamw(r({128}), a({128}), r({256}), r({128}), r({kControlSize}), table, weights, {});
+       }},
       {"adamw", "m must be",
-       [&] { b.adamw(r({128}), a({256}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
+       [&] {
+         b.adamw(r({128}), a({256}), r({128}), r({128}), r({kControlSize}), table, weights, {});
+       }},
       {"adamw", "z must be U8 (4)",
-       [&] { b.adamw(r({128}), a({128}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
+       [&] {
+         b.adamw(r({128}), a({128}), r({128}), r({128}), r({kControlSize}), table, weights, {});
+       }},
       {"step_control", "control", [&] { b.step_control(r({3}), r({1}), r({128}), u({16}), {}); }},
       {"step_control", "clipped must be U8 (16)",
        [&] { b.step_control(r({kControlSize}), r({1}), r({128}), u({128}), {}); }},
@@ -211,7 +219,9 @@ TEST_CASE("a wrong call names its op and the shapes") {
   if (act != real) {
     const BadCall added[] = {
         {"adamw", "m must be BF16 (128), got F32 (128)",
-         [&] { b.adamw(r({128}), r({128}), r({128}), r({128}), r({kControlSize}), weights, {}); }},
+         [&] {
+           b.adamw(r({128}), r({128}), r({128}), r({128}), r({kControlSize}), table, weights, {});
+         }},
         {"gemm_tn", "dw must be F32 to be added to",
          [&] {
            b.gemm_tn(a({5, 3}), a({2, 5}), a({2, 3}), Write::Add);

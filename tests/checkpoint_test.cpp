@@ -64,8 +64,8 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
     CHECK(checkpoint->contains("lm_head.weight") == !tied);
     CHECK(checkpoint->list().size() == tensors.size());
     CHECK(checkpoint->bits_per_weight() == 16);
-    CHECK_FALSE(checkpoint->is_packed(kQ));
-    CHECK_THROWS_WITH(checkpoint->packed(kQ, 64, 64), Contains("is not packed"));
+    CHECK_FALSE(checkpoint->packed_format(kQ, 64, 64));
+    CHECK_THROWS_WITH(checkpoint->packed_format(kQ, 64, 64), Contains("is not packed"));
     CHECK(checkpoint->load(kQ + ".weight", {64, 64}).size() == 64 * 64);
     CHECK_THROWS_WITH(checkpoint->load(kQ + ".weight", {64, 65}), Contains("has shape (64, 64)"));
     CHECK_THROWS_WITH(checkpoint->load("x", {1}), Contains("tensor 'x' is missing"));
@@ -466,14 +466,10 @@ TEST_CASE("checkpoint: an exported directory") {
   const auto checkpoint = open_checkpoint(dir.path());
   CHECK(checkpoint->kind() == CheckpointKind::Packed);
   CHECK(checkpoint->config_json() == text);
-  CHECK(checkpoint->is_packed(kQ));
-  const PackedTensors p = checkpoint->packed(kQ, 64, 64);
-  CHECK(p.qweight->shape == engine::Shape{64, 16});
-  CHECK(p.scales->shape == engine::Shape{64, 2});
-  CHECK(p.zeros->shape == engine::Shape{64, 1});
-  CHECK(p.spec.bits == 2);
-  CHECK(p.spec.group == 32);
-  CHECK_THROWS_WITH(checkpoint->packed(kQ, 64, 96), Contains("has shape (64, 16)"));
+  const auto format = checkpoint->packed_format(kQ, 64, 64);
+  REQUIRE(format);
+  CHECK(*format == quant::LinearFormat{.n = 64, .k = 64, .weight = {.bits = 2, .group = 32}});
+  CHECK_THROWS_WITH(checkpoint->packed_format(kQ, 64, 96), Contains("has shape (64, 16)"));
   CHECK_THROWS_WITH(checkpoint->load(kQ + ".weight", {64, 64}), Contains("is missing"));
 
   // Codes: 2 bits. Scales: 8 / 32. Zero points: a byte per row (K is 64 or 96). A master scale
@@ -494,7 +490,7 @@ TEST_CASE("checkpoint: an export with other than 2 bits, and one with an unquant
     engine::Rng rng(6);
     write_model(dir, tests::packed_config(c, "\"bits\": 2", "\"bits\": " + std::to_string(bits)),
                 tests::tiny_packed(c, bits, 32, rng));
-    CHECK(open_checkpoint(dir.path())->packed(kQ, 64, 64).spec.bits == bits);
+    CHECK(open_checkpoint(dir.path())->packed_format(kQ, 64, 64)->weight.bits == bits);
   }
   const TempDir dir;
   engine::Rng rng(6);
@@ -504,7 +500,7 @@ TEST_CASE("checkpoint: an export with other than 2 bits, and one with an unquant
   change(tensors, kQ + ".weight", FileDType::BF16, {64, 64});
   write_model(dir, tests::packed_config(c, "\"lm_head\"", "\"lm_head\", \"" + kQ + "\""), tensors);
   const auto checkpoint = open_checkpoint(dir.path());
-  CHECK_FALSE(checkpoint->is_packed(kQ));
+  CHECK_FALSE(checkpoint->packed_format(kQ, 64, 64));
   CHECK(checkpoint->load(kQ + ".weight", {64, 64}).size() == 64 * 64);
 }
 

@@ -12,7 +12,7 @@
 using namespace bbb;
 using namespace bbb::tests;
 using models::ExportFormat;
-using models::ExportLayer;
+using models::LayerResult;
 using models::Llama;
 
 namespace fs = std::filesystem;
@@ -39,6 +39,7 @@ struct Trained {
   std::unique_ptr<models::Checkpoint> source;
   std::unique_ptr<Llama> model;
   autograd::ParameterSet set;
+  std::optional<autograd::WeightQuantizer> quantizer;
 
   Trained(Backend& device, bool tied, int bits)
       : config(tiny_config()), set(device, autograd::GradientPasses::One) {
@@ -49,24 +50,29 @@ struct Trained {
     model = std::make_unique<Llama>(device, *source, models::HeadRounding::BFloat16);
     for (auto& block : model->blocks()) block->declare_parameters(set);
     set.allocate();
+    quantizer.emplace(set, 32);
     for (auto& block : model->blocks()) {
-      block->bind_parameters(set, {bits, 32});
-      block->load_masters(*source);
+      block->bind_parameters(*quantizer, bits);
+      block->set_masters(models::full_precision(*source, block->layer()));
     }
-    set.prepare();
+    quantizer->prepare();
   }
 
-  ExportLayer layer(int64_t i) {
-    models::LlamaBlock& block = *model->blocks()[static_cast<size_t>(i)];
-    const models::BlockMasters masters = block.masters();
-    return {masters.input_norm, masters.post_norm, block.quantized_state()};
+  LayerResult layer(int64_t i) {
+    return model->blocks()[static_cast<size_t>(i)]->result(models::LinearContent::Stored);
+  }
+  std::vector<quant::LinearFormat> formats(int64_t i) {
+    std::vector<quant::LinearFormat> formats;
+    for (const auto* linear : model->blocks()[static_cast<size_t>(i)]->linears())
+      formats.push_back(linear->format());
+    return formats;
   }
 
-  double write(const std::string& name, int bits, ExportFormat format,
+  double write(const std::string& name, ExportFormat format,
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
-        directory / name, *source, FileTokenizer(), {bits, 32}, format,
-        [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
+        directory / name, *source, FileTokenizer(), [this](int64_t i) { return formats(i); },
+        format, [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
   }
 
   // Files and directories beside the source.
@@ -92,7 +98,7 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
     for (const int bits : {2, 3, 4}) {
       CAPTURE(tied, bits);
       Trained trained(device, tied, bits);
-      const double bits_per_weight = trained.write("packed", bits, ExportFormat::Packed);
+      const double bits_per_weight = trained.write("packed", ExportFormat::Packed);
       // Codes and scales; zero points in whole bytes a row; S over the largest and smallest linear.
       CHECK(bits_per_weight >= bits + 8.0 / 32 + bits / 32.0);
       CHECK(bits_per_weight < bits + 8.0 / 32 + bits / 32.0 + 0.15);
@@ -116,7 +122,7 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
 TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
   Backend& device = backend();
   Trained trained(device, true, 2);
-  CHECK(trained.write("hf", 2, ExportFormat::HuggingFace) == 16);
+  CHECK(trained.write("hf", ExportFormat::HuggingFace) == 16);
   const auto checkpoint = models::open_checkpoint(trained.directory / "hf");
   CHECK(checkpoint->kind() == models::CheckpointKind::HuggingFace);
   CHECK_FALSE(checkpoint->contains("lm_head.weight"));
@@ -142,7 +148,7 @@ TEST_CASE("export: a head of its own, the ends of a text and Python's numbers ar
   const engine::Shape table = {trained.config.vocab, trained.config.d_model};
   for (const auto format : {ExportFormat::Packed, ExportFormat::HuggingFace}) {
     const std::string name = format == ExportFormat::Packed ? "packed" : "hf";
-    trained.write(name, 2, format);
+    trained.write(name, format);
     const auto written = models::open_checkpoint(trained.directory / name);
     CHECK_FALSE(written->config().tied_head);
     CHECK(written->load("lm_head.weight", table) == trained.source->load("lm_head.weight", table));
@@ -158,7 +164,7 @@ TEST_CASE("export: a document ends where the model says, if the vocabulary names
 
 TEST_CASE("export: files, and shards with their index", "[export]") {
   Trained trained(oracle(), false, 2);
-  trained.write("sharded", 2, ExportFormat::Packed, 30000);
+  trained.write("sharded", ExportFormat::Packed, 30000);
   const std::string path = trained.directory / "sharded/";
   CHECK(fs::exists(path + "model.safetensors.index.json"));
   CHECK(fs::exists(path + "model-00002-of-00002.safetensors"));
@@ -166,13 +172,13 @@ TEST_CASE("export: files, and shards with their index", "[export]") {
   CHECK(data::read_file(path + "tokenizer.json") == "{\"a\": 1}");
   CHECK(data::read_file(path + "bbb.json") == "{\"seed\": 1}\n");
   const std::vector<int32_t> ids = random_tokens(3, 5, trained.config.vocab);
-  trained.write("single", 2, ExportFormat::Packed);
+  trained.write("single", ExportFormat::Packed);
   const auto sharded = models::open_checkpoint(path);
   const auto single = models::open_checkpoint(trained.directory / "single");
   CHECK(logits_of(*reload(oracle(), *sharded), ids) == logits_of(*reload(oracle(), *single), ids));
 
   // The same model gives the same bytes.
-  trained.write("again", 2, ExportFormat::Packed);
+  trained.write("again", ExportFormat::Packed);
   for (const char* file : {"model.safetensors", "config.json"})
     CHECK(data::read_file(trained.directory / "again/" + file) ==
           data::read_file(trained.directory / "single/" + file));
@@ -181,13 +187,14 @@ TEST_CASE("export: files, and shards with their index", "[export]") {
 TEST_CASE("export: a failure leaves nothing behind", "[export]") {
   Trained trained(oracle(), false, 2);
   const auto write = [&](const std::string& path,
-                         const std::function<ExportLayer(int64_t)>& layer) {
-    models::export_model(path, *trained.source, FileTokenizer(), {2, 32}, ExportFormat::Packed,
-                         layer, "{}", nullptr);
+                         const std::function<LayerResult(int64_t)>& layer) {
+    models::export_model(
+        path, *trained.source, FileTokenizer(), [&](int64_t i) { return trained.formats(i); },
+        ExportFormat::Packed, layer, "{}", nullptr);
   };
   SECTION("the layer throws") {
     CHECK_THROWS_WITH(write(trained.directory / "out",
-                            [&](int64_t i) -> ExportLayer {
+                            [&](int64_t i) -> LayerResult {
                               if (i == 1) throw Error("layer 1 is not finished");
                               return trained.layer(i);
                             }),
@@ -197,8 +204,9 @@ TEST_CASE("export: a failure leaves nothing behind", "[export]") {
     int asked = 0;
     CHECK_THROWS_WITH(write(trained.directory / "out",
                             [&](int64_t i) {
-                              ExportLayer layer = trained.layer(i);
-                              if (++asked == 4) layer.linears[6].codes[17] ^= 1;
+                              LayerResult layer = trained.layer(i);
+                              if (++asked == 4)
+                                layer.linears[6].part(quant::StoredPart::Codes)[17] ^= 1;
                               return layer;
                             }),
                       Catch::Contains("model.layers.1.mlp.down_proj.qweight"));

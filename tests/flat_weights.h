@@ -11,6 +11,7 @@ namespace bbb::tests {
 struct FlatParameter {
   int64_t count;  // elements: whole groups, but for a norm
   int bits;       // quant::kNotQuantized for a norm
+  quant::SlotRule<double> rule = {};
 };
 
 struct FlatWeights {
@@ -27,34 +28,41 @@ struct FlatWeights {
         total(padded(parameters)),
         slots(static_cast<int64_t>(parameters.size())),
         w(b, {total}, b.real()),
-        widest(b, {slots}, b.real()),
+        max_range(b, {slots}, b.real()),
         s(b, {slots}, b.real()),
-        ahead(b, {slots}, b.real()),
+        prequantized(b, {slots}, b.real()),
         clipped(b, {total / 8}, DType::U8),
         wq(b, {total}, b.act()),
         e(b, {total / group}, DType::U8),
         z(b, {total / group}, DType::U8) {
-    for (const Guarded* out : {&w, &widest, &s, &ahead, &clipped, &wq, &e, &z})
+    for (const Guarded* out : {&w, &max_range, &s, &prequantized, &clipped, &wq, &e, &z})
       b.zero(out->tensor());
     std::vector<int64_t> counts;
     for (const FlatParameter& p : parameters) {
       begins.push_back(counts.empty() ? 0 : begins.back() + quant::padded_elements(counts.back()));
       counts.push_back(p.count);
     }
-    std::vector<quant::WeightTile> tiles = quant::make_tiles(counts);
-    for (quant::WeightTile& tile : tiles)
-      tile.bits = parameters[static_cast<size_t>(tile.slot)].bits;
-    q = {.tiles = b.empty({static_cast<int64_t>(tiles.size()), 4}, DType::I32),
-         .max_range = widest.tensor(),
+    const std::vector<quant::WeightTile> tiles = quant::make_tiles(counts);
+    table.tiles = b.empty({static_cast<int64_t>(tiles.size()), 4}, DType::I32);
+    b.upload(table.tiles, tiles.data());
+    std::vector<double> rules;
+    std::vector<int32_t> bits;
+    for (const FlatParameter& p : parameters) {
+      rules.insert(rules.end(), {p.rule.lr_factor, p.rule.decay});
+      bits.push_back(p.bits);
+    }
+    table.slots = make(b, {slots, 2}, b.real(), rules);
+    q = {.tiles = table.tiles,
+         .bits = make_ids(b, {slots}, bits),
+         .max_range = max_range.tensor(),
          .s = s.tensor(),
-         .prequantized = ahead.tensor(),
+         .prequantized = prequantized.tensor(),
          .clipped = clipped.tensor(),
          .wq = wq.tensor(),
          .e = e.tensor(),
          .z = z.tensor(),
          .group = group,
          .rounding = rounding};
-    b.upload(q.tiles, tiles.data());
   }
 
   // Values of one parameter, into the flat masters or a buffer beside them.
@@ -64,7 +72,7 @@ struct FlatWeights {
   }
 
   bool untouched() const {
-    for (const Guarded* out : {&w, &widest, &s, &ahead, &clipped, &wq, &e, &z})
+    for (const Guarded* out : {&w, &max_range, &s, &prequantized, &clipped, &wq, &e, &z})
       if (!out->untouched()) return false;
     return true;
   }
@@ -73,7 +81,8 @@ struct FlatWeights {
   std::vector<FlatParameter> parameters;
   std::vector<int64_t> begins;  // first element of each
   int64_t total, slots;
-  Guarded w, widest, s, ahead, clipped, wq, e, z;
+  Guarded w, max_range, s, prequantized, clipped, wq, e, z;
+  engine::ParameterTable table;
   engine::QuantizedWeights q;
 };
 

@@ -154,13 +154,11 @@ void read_checkpoint(const std::string& path) {
   for (int64_t i = 0; i < c.layers; ++i)
     for (const models::LinearShape& l : models::block_linears(c)) {
       const std::string name = models::layer_name(i, l.name);
-      if (checkpoint->is_packed(name)) {
-        const models::PackedTensors p = checkpoint->packed(name, l.n, l.k);
-        for (const data::SafeTensor* t : {p.qweight, p.scales, p.zeros, p.master_scale})
-          touch(t->data, t->bytes);
-      } else {
+      if (const auto format = checkpoint->packed_format(name, l.n, l.k))
+        for (const quant::StoredTensor& t : format->tensors())
+          touch(checkpoint->stored(name + t.suffix), t.bytes());
+      else
         checkpoint->load(name + ".weight", {l.n, l.k});
-      }
     }
   checkpoint->check_finite();
 }

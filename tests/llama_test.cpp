@@ -226,11 +226,12 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
   autograd::ParameterSet set(device, autograd::GradientPasses::One);
   for (auto& block : tiny.model->blocks()) block->declare_parameters(set);
   set.allocate();
+  autograd::WeightQuantizer quantizer(set, 32);
   for (auto& block : tiny.model->blocks()) {
-    block->bind_parameters(set, {2, 32});
-    block->load_masters(*tiny.source);
+    block->bind_parameters(quantizer, 2);
+    block->set_masters(models::full_precision(*tiny.source, block->layer()));
   }
-  set.prepare();
+  quantizer.prepare();
   const int64_t t = 9;
   const Tensor ids = make_ids(device, {2, t}, random_tokens(6, 2 * t, config.vocab));
   const Tensor targets = make_ids(device, {2 * t}, random_tokens(7, 2 * t, config.vocab));
@@ -263,14 +264,16 @@ TEST_CASE("llama: a block's masters are saved and restored", "[llama]") {
   autograd::ParameterSet set(device, autograd::GradientPasses::One);
   block.declare_parameters(set);
   set.allocate();
-  block.bind_parameters(set, {2, 32});
-  block.load_masters(*tiny.source);
-  const models::BlockMasters saved = block.masters();
+  autograd::WeightQuantizer quantizer(set, 32);
+  block.bind_parameters(quantizer, 2);
+  block.set_masters(models::full_precision(*tiny.source, 1));
+  const models::LayerResult saved = block.result(models::LinearContent::Masters);
   const std::vector<double> before = values_of(device, set.masters());
   device.zero(set.masters());
   block.set_masters(saved);
   CHECK(values_of(device, set.masters()) == before);
-  CHECK(saved.linears[4] == tiny.source->load("model.layers.1.mlp.gate_proj.weight", {96, 64}));
+  CHECK(saved.linears[4].master ==
+        tiny.source->load("model.layers.1.mlp.gate_proj.weight", {96, 64}));
 }
 
 TEST_CASE("llama: synthetic models repeat and run", "[llama]") {

@@ -50,24 +50,30 @@ struct Moments {
 };
 
 // The published update, one parameter at a time.
-void adamw_by_hand(Moments& s, const std::vector<double>& g, double lr, double factor, int t,
-                   const AdamWSpec& spec) {
+void adamw_by_hand(Moments& s, const FlatWeights& flat, const std::vector<double>& g,
+                   double schedule_lr, double factor, int t, const AdamWSpec& spec) {
+  size_t p = 0;
   for (size_t i = 0; i < g.size(); ++i) {
+    while (p + 1 < flat.begins.size() && static_cast<int64_t>(i) >= flat.begins[p + 1]) ++p;
+    const quant::SlotRule<double> rule = flat.parameters[p].rule;
+    const double lr = schedule_lr * rule.lr_factor;
     const double d = factor * g[i];
     s.m[i] = spec.beta1 * s.m[i] + (1 - spec.beta1) * d;
     s.v[i] = spec.beta2 * s.v[i] + (1 - spec.beta2) * d * d;
     const double m_hat = s.m[i] / (1 - std::pow(spec.beta1, t));
     const double v_hat = s.v[i] / (1 - std::pow(spec.beta2, t));
-    s.w[i] -= lr * (m_hat / (std::sqrt(v_hat) + spec.epsilon) + spec.weight_decay * s.w[i]);
+    s.w[i] -= lr * (m_hat / (std::sqrt(v_hat) + spec.epsilon) + rule.decay * s.w[i]);
   }
 }
 
 // Steps of which the third is skipped, through parameters of these sizes.
-void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType dtype, int steps) {
+void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, int steps) {
   Backend& b = backend();
+  for (size_t p = 0; p < parameters.size(); ++p)  // 1, 2, 0.5 times the rate; decay 0, 0.1, 0.2
+    parameters[p].rule = {.lr_factor = p % 3 == 2 ? 0.5 : 1.0 + static_cast<double>(p % 3),
+                          .decay = 0.1 * static_cast<double>(p % 3)};
   CAPTURE(parameters.size(), group, dtype == b.real());
-  AdamWSpec spec;
-  spec.weight_decay = 0.1;
+  const AdamWSpec spec;
   Schedule schedule;
   schedule.peak_lr = 1e-2;
   schedule.total_steps = 20;
@@ -108,7 +114,8 @@ void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType 
     want.m = values_of(b, m.tensor());  // as it was rounded
     for (size_t i = 0; i < size; ++i)
       if (bit_of(clipped, i)) g[i] = kNan;
-    b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.q, spec);
+    b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.table,
+            flat.q, spec);
     if (skip) {
       CHECK(bytes_of(b, flat.w.tensor()) == before);
       CHECK(bytes_of(b, m.tensor()) == before_m);
@@ -116,7 +123,7 @@ void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType 
     } else {
       for (size_t i = 0; i < size; ++i)
         if (bit_of(clipped, i)) g[i] = 0;
-      adamw_by_hand(want, g, learning_rate(schedule, t), 0.25, ++applied, spec);
+      adamw_by_hand(want, flat, g, learning_rate(schedule, t), 0.25, ++applied, spec);
     }
     // The weight moves by lr a step; the moments take a few roundings each. The first one's last is
     // to act: those few that are close to a tie may go the other way, which is one epsilon of each.
@@ -137,7 +144,7 @@ void check_adamw(const std::vector<FlatParameter>& parameters, int group, DType 
 std::vector<std::vector<uint8_t>> made_by_quantizer(Backend& b, const FlatWeights& flat) {
   std::vector<std::vector<uint8_t>> made{bytes_of(b, flat.s.tensor())};
   for (size_t p = 0; p < flat.parameters.size(); ++p) {
-    const auto& [count, bits] = flat.parameters[p];
+    const auto& [count, bits, rule] = flat.parameters[p];
     if (bits == quant::kNotQuantized) continue;
     made.push_back(bytes_of(b, flat.wq.tensor().slice(flat.begins[p], count)));
     made.push_back(bytes_of(b, flat.clipped.tensor().slice(flat.begins[p] / 8, count / 8)));
@@ -278,14 +285,15 @@ TEST_CASE("a skipped step lets no NaN gradient through", "[adamw]") {
     const Tensor g = make(b, {n}, dtype, std::vector<double>(static_cast<size_t>(n), kNan));
     const Tensor control = b.zeros({engine::kControlSize}, b.real());
     b.step_control(control, make(b, {1}, b.real(), {1.0}), g, flat.q.clipped, Schedule{});
-    b.adamw(w, m, v, g, control, flat.q, AdamWSpec{});
+    b.adamw(w, m, v, g, control, flat.table, flat.q, AdamWSpec{});
     CHECK(values_of(b, w) == before_w);
     CHECK(values_of(b, m) == before_m);
     CHECK(values_of(b, v) == before_v);
   }
 }
 
-TEST_CASE("a weight that is not finite shows in the widest group that adamw leaves", "[adamw]") {
+TEST_CASE("a weight that is not finite shows in the maximum group range that adamw writes",
+          "[adamw]") {
   Backend& b = backend();
   engine::Rng rng(61);
   for (const double bad : {kNan, -kNan, kInf, -kInf}) {
@@ -297,10 +305,10 @@ TEST_CASE("a weight that is not finite shows in the widest group that adamw leav
     const Tensor m = b.zeros({n}, b.act()), v = b.zeros({n}, b.real());
     const Tensor control = b.zeros({engine::kControlSize}, b.real());
     control_step(b, control, 1.0, 1.0, Schedule{});
-    b.adamw(w, m, v, zeros, control, flat.q, AdamWSpec{});
-    const auto widest = values_of(b, flat.max_range.tensor());
-    CHECK_FALSE(std::isfinite(widest[0]));
-    CHECK(std::isfinite(widest[1]));
+    b.adamw(w, m, v, zeros, control, flat.table, flat.q, AdamWSpec{});
+    const auto ranges = values_of(b, flat.max_range.tensor());
+    CHECK_FALSE(std::isfinite(ranges[0]));
+    CHECK(std::isfinite(ranges[1]));
     b.fake_quant(flat.q, w);
     CHECK(std::isnan(values_of(b, flat.s.tensor())[0]));
     CHECK(std::isfinite(values_of(b, flat.s.tensor())[1]));
@@ -346,20 +354,22 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
               std::find(std::begin(skipped), std::end(skipped), t) != std::end(skipped);
           b.copy(loss, make(b, {1}, b.real(), {skip ? kNan : 1.0}));
           b.copy(gradient, make(b, {n}, dtype, normal(rng, n, 1e-3)));
-          AdamWSpec spec;
-          spec.weight_decay = decays[t];
+          std::vector<double> rules;
+          for (int64_t slot = 0; slot < flat.slots; ++slot)
+            rules.insert(rules.end(), {1.0, decays[t]});
+          b.copy(flat.table.slots, make(b, {flat.slots, 2}, b.real(), rules));
           const auto s = values_of(b, flat.s.tensor());
           // A step as it is recorded.
           b.record([&] {
              b.step_control(control, loss, gradient, flat.q.clipped, schedule);
-             b.adamw(flat.w.tensor(), m, v, gradient, control, flat.q, spec);
+             b.adamw(flat.w.tensor(), m, v, gradient, control, flat.table, flat.q, AdamWSpec{});
            })->run();
           CHECK(values_of(b, control)[engine::kSkip] == (skip ? 1 : 0));
-          const auto ahead = values_of(b, flat.prequantized.tensor());
-          for (size_t p = 0; p < ahead.size(); ++p) {
+          const auto prequantized = values_of(b, flat.prequantized.tensor());
+          for (size_t p = 0; p < prequantized.size(); ++p) {
             const bool quantized = flat.parameters[p].bits != quant::kNotQuantized &&
                                    rounding == engine::Rounding::Nearest;
-            CHECK(ahead[p] == (on_cuda() && quantized ? s[p] : 0));
+            CHECK(prequantized[p] == (on_cuda() && quantized ? s[p] : 0));
           }
           b.record([&] { b.fake_quant(flat.q, flat.w.tensor()); })->run();
           REQUIRE(made_by_quantizer(b, flat) == made_afresh(b, flat));
@@ -374,7 +384,31 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
       }
 }
 
-TEST_CASE("what adamw quantized ahead is not quantized again, until masters change", "[adamw]") {
+TEST_CASE("adamw without a quantizer moves every element", "[adamw]") {
+  Backend& b = backend();
+  const FlatWeights flat(b, {{1000, quant::kNotQuantized}, {300, quant::kNotQuantized}}, 32);
+  engine::Rng rng(58);
+  const int64_t n = flat.total;
+  const auto g = normal(rng, n), w = normal(rng, n);
+  Moments want{w, std::vector<double>(w.size()), std::vector<double>(w.size())};
+  const Tensor m = b.zeros({n}, b.act()), v = b.zeros({n}, b.real());
+  const Tensor control = b.zeros({engine::kControlSize}, b.real());
+  const Tensor gradient = make(b, {n}, b.real(), g);
+  b.copy(flat.w.tensor(), make(b, {n}, b.real(), w));
+  Schedule schedule;
+  schedule.clip_norm = 0;
+  b.step_control(control, make(b, {1}, b.real(), {1.0}), gradient, Tensor(), schedule);
+  double squares = 0;
+  for (double x : g) squares += x * x;
+  CHECK(values_of(b, control)[engine::kGradNorm] ==
+        Approx(std::sqrt(squares)).epsilon(64 * real_epsilon()));
+  b.adamw(flat.w.tensor(), m, v, gradient, control, flat.table, {}, AdamWSpec{});
+  adamw_by_hand(want, flat, g, learning_rate(schedule, 0), 1.0, 1, AdamWSpec{});
+  CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
+  CHECK(flat.untouched());
+}
+
+TEST_CASE("what adamw prequantized is not quantized again until masters change", "[adamw]") {
   Backend& b = backend();
   const FlatWeights flat(b, {{64 * 131, 2}, {96, quant::kNotQuantized}, {64 * 3, 4}}, 64);
   engine::Rng rng(73);
@@ -385,7 +419,7 @@ TEST_CASE("what adamw quantized ahead is not quantized again, until masters chan
   b.max_group_range(flat.q, flat.w.tensor());
   b.fake_quant(flat.q, flat.w.tensor());
   control_step(b, control, 1.0, 1.0, Schedule{});
-  b.adamw(flat.w.tensor(), m, v, g, control, flat.q, AdamWSpec{});
+  b.adamw(flat.w.tensor(), m, v, g, control, flat.table, flat.q, AdamWSpec{});
   const auto made = made_by_quantizer(b, flat);
   b.zero(flat.w.tensor());  // unannounced
   b.fake_quant(flat.q, flat.w.tensor());
@@ -395,7 +429,7 @@ TEST_CASE("what adamw quantized ahead is not quantized again, until masters chan
   CHECK(made_by_quantizer(b, flat) == made_afresh(b, flat));
 }
 
-TEST_CASE("a weight that stops being finite is not hidden by what was quantized ahead", "[adamw]") {
+TEST_CASE("a weight that stops being finite is not hidden by prequantized weights", "[adamw]") {
   Backend& b = backend();
   engine::Rng rng(79);
   for (const double bad : {kNan, kInf}) {
@@ -411,7 +445,7 @@ TEST_CASE("a weight that stops being finite is not hidden by what was quantized 
     const Tensor control = b.zeros({engine::kControlSize}, b.real());
     for (int step = 0; step < 2; ++step) {  // the second from S that is NaN
       control_step(b, control, 1.0, 1.0, Schedule{});
-      b.adamw(flat.w.tensor(), m, v, g, control, flat.q, AdamWSpec{});
+      b.adamw(flat.w.tensor(), m, v, g, control, flat.table, flat.q, AdamWSpec{});
       b.fake_quant(flat.q, flat.w.tensor());
       CHECK(std::isnan(values_of(b, flat.s.tensor())[0]));
       CHECK(made_by_quantizer(b, flat) == made_afresh(b, flat));

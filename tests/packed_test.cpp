@@ -11,8 +11,8 @@
 namespace bbb::tests {
 namespace {
 
-using engine::WeightGrid;
 using engine::PackedWeight;
+using engine::WeightGrid;
 using Values = std::vector<double>;
 using Bytes = std::vector<uint8_t>;
 
@@ -47,14 +47,11 @@ struct Matrix {
   }
 
   PackedWeight on(Backend& b) const {
-    const int64_t groups = k / spec.group;
-    return {make_bytes(b, {n, quant::code_row_bytes(k, spec.bits)}, qweight),
-            make_bytes(b, {n, groups}, scales),
-            make_bytes(b, {n, quant::zero_row_bytes(k, spec.group, spec.bits)}, zeros),
-            make(b, {1}, b.real(), {master_scale}),
-            spec,
-            n,
-            k};
+    const auto s = static_cast<float>(master_scale);
+    const void* const parts[] = {qweight.data(), scales.data(), zeros.data(), &s};
+    return engine::upload_packed(
+        b, {.n = n, .k = k, .weight = spec},
+        [&](const quant::StoredTensor& t) { return parts[static_cast<size_t>(t.part)]; });
   }
 };
 
@@ -99,8 +96,8 @@ Product multiply(const Matrix& matrix, const Values& x, const Values& addend, in
   return out;
 }
 
-void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t m, bool with_addend,
-                DType y_dtype) {
+void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t m,
+                bool with_addend, DType y_dtype) {
   CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
   Backend& b = backend();
   const Matrix matrix(rng, n, k, spec);

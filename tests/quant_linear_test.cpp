@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iostream>
 
+#include "autograd/optimizer.h"
 #include "quant/grid.h"
 #include "quant/pack.h"
 #include "tests/support.h"
@@ -18,7 +19,7 @@ using autograd::Tape;
 using autograd::TapeMode;
 using autograd::Var;
 using engine::Rng;
-using models::QuantizedState;
+using models::LinearResult;
 using models::QuantLinear;
 
 namespace {
@@ -29,6 +30,7 @@ struct Trained {
   Backend& device;
   autograd::ParameterSet set;
   autograd::Parameter& master;
+  std::optional<autograd::WeightQuantizer> quantizer;
   QuantLinear linear;
   std::vector<double> weights;
 
@@ -44,8 +46,9 @@ struct Trained {
     for (int64_t i = 0; i < 32; ++i) weights[i] = 0;
     for (int64_t i = 32; i < 64; ++i) weights[i] = std::abs(weights[i]);
     device.copy(master.master, make(device, {kN, kK}, device.real(), weights));
-    linear.set_fake_quant(set, master, {bits, group});
-    set.prepare();
+    quantizer.emplace(set, group);
+    linear.set_trained(*quantizer, master, bits);
+    quantizer->prepare();
   }
 
   // One pass; returns the gradient that reaches W^ before any quantizer: dy^T x, in F64.
@@ -70,24 +73,25 @@ double rounding_of(const autograd::Parameter& parameter) {
   return parameter.grad.dtype() == DType::BF16 ? epsilon_of(DType::BF16) : 0;
 }
 
-engine::PackedWeight pack(Backend& device, const QuantizedState& state) {
-  const int bits = state.spec.bits;
-  const int64_t groups = kK / state.spec.group;
-  const int64_t code_bytes = quant::code_row_bytes(kK, bits);
-  const int64_t zero_bytes = quant::zero_row_bytes(kK, state.spec.group, bits);
-  std::vector<uint8_t> codes(static_cast<size_t>(kN * code_bytes));
-  std::vector<uint8_t> zeros(static_cast<size_t>(kN * zero_bytes));
-  for (int64_t n = 0; n < kN; ++n) {
-    quant::pack_codes(codes.data() + n * code_bytes, state.codes.data() + n * kK, kK, bits);
-    quant::pack_codes(zeros.data() + n * zero_bytes, state.zeros.data() + n * groups, groups, bits);
+// What training holds, one value a byte.
+struct QuantizedState {
+  std::vector<uint8_t> codes, scales, zeros;
+  float master_scale;
+
+  explicit QuantizedState(const models::LinearResult& result) {
+    const auto& [n, k, grid, input] = result.format;
+    codes = models::unpack_rows(result.part(quant::StoredPart::Codes), n, k, grid.bits);
+    scales = result.part(quant::StoredPart::Scales);
+    zeros =
+        models::unpack_rows(result.part(quant::StoredPart::Zeros), n, k / grid.group, grid.bits);
+    std::memcpy(&master_scale, result.part(quant::StoredPart::MasterScale).data(), sizeof(float));
   }
-  return {make_bytes(device, {kN, code_bytes}, codes),
-          make_bytes(device, {kN, groups}, state.scales),
-          make_bytes(device, {kN, zero_bytes}, zeros),
-          make(device, {1}, DType::F32, {state.master_scale}),
-          state.spec,
-          kN,
-          kK};
+};
+
+engine::PackedWeight pack(Backend& device, const models::LinearResult& result) {
+  return engine::upload_packed(device, result.format, [&](const quant::StoredTensor& t) {
+    return result.part(t.part).data();
+  });
 }
 
 }  // namespace
@@ -98,7 +102,7 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
       CAPTURE(bits, passes == GradientPasses::One);
       Trained trained(backend(), bits, 32, passes);
       Backend& device = trained.device;
-      const QuantizedState state = trained.linear.quantized_state();
+      const QuantizedState state(trained.linear.quantized());
       std::vector<double> expected = trained.pass();
       // x and dy are exact in act; 33 products are summed in FP32, and rounded to the gradient.
       const std::vector<double> gradient = values_of(device, trained.master.grad);
@@ -109,7 +113,7 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
       // The optimizer's first moments are a tenth of the gradient that it takes, rounded to act.
       engine::Schedule schedule;
       schedule.clip_norm = 0;
-      autograd::AdamW adamw(trained.set, {}, schedule);
+      autograd::Optimizer adamw(trained.set, &*trained.quantizer, {}, schedule);
       adamw.step(make(device, {1}, device.real(), {1.0}));
       std::vector<double> taken = values_of(device, trained.set.m());
       taken.resize(expected.size());
@@ -139,13 +143,13 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
 TEST_CASE("quant_linear: the gradient of learned scales", "[quant_linear]") {
   for (const GradientPasses passes : {GradientPasses::One, GradientPasses::Several}) {
     Trained trained(backend(), 2, 32);
-    const QuantizedState before = trained.linear.quantized_state();
+    const QuantizedState before(trained.linear.quantized());
     autograd::ParameterSet set(trained.device, passes);
     autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
     set.allocate();
-    trained.linear.set_scales(sigma);
+    trained.linear.freeze_codes(sigma);
     trained.linear.prepare_scales();
-    CHECK(trained.linear.state() == models::LinearState::Scales);
+    CHECK(trained.linear.holds<models::FrozenCodes>());
 
     const std::vector<double> dw = trained.pass();
     std::vector<double> expected(static_cast<size_t>(kN * kK / 32), 0.0);
@@ -159,15 +163,15 @@ TEST_CASE("quant_linear: the gradient of learned scales", "[quant_linear]") {
 
 TEST_CASE("quant_linear: scales start where the fake quantizer stood", "[quant_linear]") {
   Trained trained(backend(), 2, 32);
-  const QuantizedState before = trained.linear.quantized_state();
+  const LinearResult before = trained.linear.quantized();
   autograd::ParameterSet set(trained.device, GradientPasses::One);
   autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
   set.allocate();
-  trained.linear.set_scales(sigma);
+  trained.linear.freeze_codes(sigma);
   trained.linear.prepare_scales();
-  const QuantizedState after = trained.linear.quantized_state();
-  CHECK(after.codes == before.codes);
-  CHECK(after.zeros == before.zeros);
+  const LinearResult after = trained.linear.quantized();
+  for (const quant::StoredPart part : {quant::StoredPart::Codes, quant::StoredPart::Zeros})
+    CHECK(after.part(part) == before.part(part));
   CHECK(after.dequantize() == before.dequantize());
 }
 
@@ -189,7 +193,7 @@ TEST_CASE("quant_linear: packed products equal the training forward", "[quant_li
       CAPTURE(bits, rows);
       Trained trained(device, bits, 32);
       QuantLinear packed(device, "packed", kN, kK);
-      packed.set_packed(pack(device, trained.linear.quantized_state()),
+      packed.set_packed(pack(device, trained.linear.quantized()),
                         device.empty({kN * kK}, device.act()));
       Rng rng(3);
       const Var x(make(device, {1, rows, kK}, device.act(), round_bf16(normal(rng, rows * kK))));
@@ -223,8 +227,8 @@ TEST_CASE("quant_linear: 16 bits is the master itself, no quantizer", "[quant_li
     for (int64_t k = 0; k < kK; ++k) REQUIRE(transposed[k * kN + n] == trained.weights[n * kK + k]);
   // The next stage is narrower.
   trained.linear.set_bits(2);
-  trained.set.prepare();
-  CHECK(trained.linear.quantized_state().spec.bits == 2);
+  trained.quantizer->prepare();
+  CHECK(trained.linear.quantized().format.weight.bits == 2);
 }
 
 TEST_CASE("quant_linear: snapped masters keep their grid, and a step that moves none does, too",
@@ -238,34 +242,29 @@ TEST_CASE("quant_linear: snapped masters keep their grid, and a step that moves 
       autograd::Parameter& master = set.add("w", {kRows, kColumns});
       set.allocate();
       QuantLinear linear(device, "w", kRows, kColumns);
-      linear.set_fake_quant(set, master, {bits, group});
+      autograd::WeightQuantizer quantizer(set, group);
+      linear.set_trained(quantizer, master, bits);
       Rng rng(6);
       models::upload_into(device, master.master, [&] {
         const std::vector<double> drawn = normal(rng, kRows * kColumns, 0.05);
         return std::vector<float>(drawn.begin(), drawn.end());
       }());
-      set.prepare();
-      const QuantizedState before = linear.quantized_state();
-      const auto check = [&] {
-        const QuantizedState now = linear.quantized_state();
-        CHECK(now.codes == before.codes);
-        CHECK(now.scales == before.scales);
-        CHECK(now.zeros == before.zeros);
-        CHECK(now.master_scale == before.master_scale);
-      };
+      quantizer.prepare();
+      const LinearResult before = linear.quantized();
+      const auto check = [&] { CHECK(linear.quantized().stored == before.stored); };
       linear.snap();
       const std::vector<float> snapped = models::download_floats(device, master.master),
                                middles = before.dequantize();
       int off_middle = 0;
       for (size_t i = 0; i < middles.size(); ++i) off_middle += snapped[i] != middles[i];
       CHECK(off_middle < kRows * kColumns / 10);
-      set.prepare();
+      quantizer.prepare();
       check();
 
       device.zero(set.grads());
-      autograd::AdamW adamw(set, {}, {});
+      autograd::Optimizer adamw(set, &quantizer, {}, {});
       adamw.step(make(device, {1}, device.real(), {1.0}));
-      set.quantize();
+      quantizer.quantize();
       CHECK(models::download_floats(device, master.master) == snapped);
       check();
     }
@@ -279,8 +278,9 @@ struct TwoLinears {
   Backend& device;
   autograd::ParameterSet set;
   autograd::Parameter &up, &norm, &down;
+  std::optional<autograd::WeightQuantizer> quantizer;
   QuantLinear first, second;
-  autograd::AdamW adamw;
+  std::optional<autograd::Optimizer> adamw;
   Tensor x, dy, loss;
 
   static engine::Schedule schedule() {
@@ -297,12 +297,13 @@ struct TwoLinears {
         norm(set.add("norm", {n})),
         down(set.add("down", {k, 2 * k})),
         first(backend, "up", n, k),
-        second(backend, "down", k, 2 * k),
-        adamw(set, {}, schedule()) {
+        second(backend, "down", k, 2 * k) {
     set.allocate();
+    quantizer.emplace(set, group);
+    adamw.emplace(set, &*quantizer, engine::AdamWSpec{}, schedule());
     Rng rng(4);
-    first.set_fake_quant(set, up, {bits, group});
-    second.set_fake_quant(set, down, {bits, group});
+    first.set_trained(*quantizer, up, bits);
+    second.set_trained(*quantizer, down, bits);
     device.copy(up.master, make(device, {n, k}, device.real(), normal(rng, n * k, 0.05)));
     device.copy(down.master, make(device, {k, 2 * k}, device.real(), normal(rng, 2 * k * k, 0.2)));
     device.copy(norm.grad, make(device, {n}, norm.grad.dtype(), normal(rng, n)));
@@ -320,21 +321,17 @@ struct TwoLinears {
     tape.backward(y, seed);
     first.finish_backward();
     second.finish_backward();
-    adamw.step(loss);
+    adamw->step(loss);
   }
 
   std::vector<std::vector<uint8_t>> state() const {
     std::vector<std::vector<uint8_t>> all;
-    const engine::QuantizedWeights& q = set.quantized();
-    for (const Tensor& t : {set.masters(), set.m(), set.v(), set.grads(), adamw.control(), q.max_range,
-                            q.s, q.clipped, first.parameter()->master})
+    const engine::QuantizedWeights& q = quantizer->weights();
+    for (const Tensor& t : {set.masters(), set.m(), set.v(), set.grads(), adamw->control(),
+                            q.max_range, q.s, q.clipped, first.parameter()->master})
       all.push_back(bytes_of(device, t));
-    for (const QuantLinear* linear : {&first, &second}) {
-      const QuantizedState made = linear->quantized_state();
-      all.insert(all.end(), {made.codes, made.scales, made.zeros});
-      all.push_back(std::vector<uint8_t>(sizeof(float)));
-      std::memcpy(all.back().data(), &made.master_scale, sizeof(float));
-    }
+    for (const QuantLinear* linear : {&first, &second})
+      for (const std::vector<uint8_t>& part : linear->quantized().stored) all.push_back(part);
     return all;
   }
 };
@@ -349,9 +346,9 @@ TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that 
       CAPTURE(group, bits);
       TwoLinears recorded(device, bits, group, 33, 3 * group),
           measured(device, bits, group, 33, 3 * group);
-      recorded.set.prepare();
+      recorded.quantizer->prepare();
       const auto replay = device.record([&] {
-        recorded.set.quantize();
+        recorded.quantizer->quantize();
         recorded.pass_and_update();
       });
       for (int step = 0; step < 6; ++step) {
@@ -359,15 +356,15 @@ TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that 
         for (TwoLinears* each : {&recorded, &measured})
           device.copy(each->loss, make(device, {1}, device.real(), {step == 3 ? NAN : 1.0}));
         replay->run();
-        measured.set.prepare();
+        measured.quantizer->prepare();
         measured.pass_and_update();
         REQUIRE(recorded.state() == measured.state());
       }
-      CHECK(values_of(device, recorded.adamw.control())[engine::kSkipped] == 1);
+      CHECK(values_of(device, recorded.adamw->control())[engine::kSkipped] == 1);
 
       // S after AdamW is S of its masters.
-      recorded.set.quantize();
-      measured.set.prepare();
+      recorded.quantizer->quantize();
+      measured.quantizer->prepare();
       REQUIRE(recorded.state() == measured.state());
     }
 }
@@ -380,10 +377,10 @@ TEST_CASE("quant_linear: quantizing and the optimizer are four kernels for any n
     return;
   }
   TwoLinears trained(backend(), 2, 32, 33, 96);
-  trained.set.prepare();
+  trained.quantizer->prepare();
   const auto replay = backend().record([&] {
-    trained.set.quantize();
-    trained.adamw.step(trained.loss);
+    trained.quantizer->quantize();
+    trained.adamw->step(trained.loss);
   });
   CHECK(replay->kernels() == 4);
 }
@@ -391,7 +388,7 @@ TEST_CASE("quant_linear: quantizing and the optimizer are four kernels for any n
 TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linear]") {
   Backend& device = backend();
   TwoLinears trained(device, 8, 32, 33, 96);
-  trained.set.prepare();
+  trained.quantizer->prepare();
   trained.pass_and_update();
   // Other masters, then another width: prepare() is all that either takes.
   Rng rng(5);
@@ -401,15 +398,16 @@ TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linea
     device.copy(trained.down.master, make(device, {96, 192}, device.real(), values));
     trained.first.set_bits(bits);
     trained.second.set_bits(bits);
-    trained.set.prepare();
+    trained.quantizer->prepare();
     TwoLinears fresh(device, bits, 32, 33, 96);
     device.copy(fresh.set.masters(), trained.set.masters());
-    fresh.set.prepare();
-    CHECK(bytes_of(device, fresh.set.quantized().s) == bytes_of(device, trained.set.quantized().s));
-    CHECK(bytes_of(device, fresh.set.quantized().clipped) ==
-          bytes_of(device, trained.set.quantized().clipped));
-    CHECK(values_of(device, fresh.set.quantized().wq.slice(0, 33 * 96)) ==
-          values_of(device, trained.set.quantized().wq.slice(0, 33 * 96)));
+    fresh.quantizer->prepare();
+    const engine::QuantizedWeights &made = trained.quantizer->weights(),
+                                   &wanted = fresh.quantizer->weights();
+    CHECK(bytes_of(device, wanted.s) == bytes_of(device, made.s));
+    CHECK(bytes_of(device, wanted.clipped) == bytes_of(device, made.clipped));
+    CHECK(values_of(device, wanted.wq.slice(0, 33 * 96)) ==
+          values_of(device, made.wq.slice(0, 33 * 96)));
     trained.pass_and_update();
   }
 }
@@ -423,7 +421,7 @@ concept TakesNewSchedules = requires(Optimizer optimizer, engine::Schedule sched
 
 TEST_CASE("quant_linear: a recorded step follows its linear to another width", "[quant_linear]") {
   // What a recorded step has copied cannot be changed behind it.
-  static_assert(!TakesNewSchedules<autograd::AdamW>);
+  static_assert(!TakesNewSchedules<autograd::Optimizer>);
 
   Backend& device = backend();
   Rng rng(7);
@@ -431,7 +429,7 @@ TEST_CASE("quant_linear: a recorded step follows its linear to another width", "
   Trained trained(device, models::kNoQuantizer, 32);
   const Tensor y = device.empty({kM, kN}, device.act());
   const auto forward = [&](Trained& of) {
-    of.set.quantize();
+    of.quantizer->quantize();
     Tape tape(device, TapeMode::Inference);
     device.copy(y, of.linear.forward(tape, x, Var()).value());
   };

@@ -13,7 +13,7 @@
 namespace bbb::tests {
 
 struct FormulaResult {
-  double widest = 0, s = 1;      // the maximum group range mx - mn; the master scale
+  double max_range = 0, s = 1;   // the maximum group range mx - mn; the master scale
   std::vector<uint8_t> e, z;     // per group
   std::vector<uint8_t> codes;    // per element
   std::vector<double> levels;    // (q - z) e
@@ -54,7 +54,7 @@ inline FormulaResult quantize_by_formula(const std::vector<double>& values, int 
     const auto [mn, mx] = std::minmax_element(from, from + group);
     lowest.push_back(std::min(*mn, 0.0f));
     const float width = std::max(*mx, 0.0f) - lowest.back();
-    out.widest = std::max<double>(out.widest, width);
+    out.max_range = std::max<double>(out.max_range, width);
     raw.push_back(width / top);
   }
   out.s = formula_master_scale(*std::max_element(raw.begin(), raw.end()));

@@ -15,8 +15,8 @@
 namespace bbb::tests {
 namespace {
 
-using engine::WeightGrid;
 using engine::Rounding;
+using engine::WeightGrid;
 using engine::Write;
 using Values = std::vector<double>;
 
@@ -42,7 +42,7 @@ Values masters(engine::Rng& rng, int64_t n, int64_t k, int group) {
 struct Quantized {
   Tensor w, s, wq, e, z, codes;
   std::vector<uint8_t> clipped;
-  double widest;
+  double max_range;
   bool untouched;
 };
 
@@ -173,7 +173,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
     }
     CHECK(got.untouched());
     for (size_t p = 0; p < parameters.size(); ++p) {
-      const auto [count, bits] = parameters[p];
+      const auto [count, bits, rule] = parameters[p];
       if (bits == quant::kNotQuantized || bits == quant::kNoQuantizer) continue;
       CAPTURE(p);
       const FormulaResult want = quantize_by_formula(w[p], bits, group);

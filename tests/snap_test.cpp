@@ -54,7 +54,7 @@ struct Quantized {
       : levels(w.size()), e(kGroups), z(kGroups), clipped(w.size() / 8) {
     const host::Rows rows{0, kGroups};
     s = quant::master_scale_of(
-        quant::raw_scale(host::widest_group(w.data(), rows, spec.group, spec.group), spec.bits));
+        quant::raw_scale(host::group_range_max(w.data(), rows, spec.group, spec.group), spec.bits));
     host::fake_quant(levels.data(), e.data(), z.data(), clipped.data(), w.data(), rows, spec.group,
                      s, spec, quant::Rounding::Nearest);
   }

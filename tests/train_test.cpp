@@ -13,6 +13,7 @@
 #include "models/synthetic_checkpoint.h"
 #include "tests/support.h"
 #include "tests/tiny_run.h"
+#include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/saved_state.h"
 
