@@ -525,40 +525,45 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
           "[train]") {
   const Fixture fixture;
   TrainConfig config = fixture.both_phases("run");
-  config.e2e_train = train::EndToEndTrain::Scales;  // its export reads the blocks' norms, too
   fixture.run(config);
-  const auto expected = results(config.out);
-  const auto export_it = [&] {
-    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
+  TrainConfig blocks = fixture.both_phases("blocks");  // its export reads the stages
+  blocks.e2e_steps = 0;
+  fixture.run(blocks);
+  const auto export_it = [&](const TrainConfig& c) {
+    train::export_run(backend(), *fixture.source, NoTokenizer(), c.out, c.out + "_out",
                       ExportFormat::Packed);
   };
-  const auto check = [&](const std::string& name, const std::string& advice, const auto& read) {
-    const std::string path = config.out + "/" + name, whole = data::read_file(path);
+  const auto check = [&](const TrainConfig& c, const std::string& name, const std::string& advice,
+                         const auto& read) {
+    const std::string path = c.out + "/" + name, whole = data::read_file(path);
     for (const std::string& bytes : damaged(whole)) {
       data::write_file_atomic(path, bytes);
-      CHECK_THROWS_WITH(read(), Contains(path + ": damaged") && Contains(advice));
+      CHECK_THROWS_WITH(read(c), Contains(path + ": damaged") && Contains(advice));
     }
     data::write_file_atomic(path, whole);
   };
   const std::string stage = "blocks/block_001_stage_1.safetensors", final = "e2e/final.safetensors";
-  check("run.json", "delete the run's directory", export_it);
-  check("run.json", "delete the run's directory", [&] { fixture.run(config); });
-  check(final, "delete it, and the run trains end to end again", export_it);
-  check(stage, "delete it, and the run trains from there again", export_it);
-  for (const std::string& name : {stage, final}) {
-    fs::remove(config.out + "/" + name);
-    CHECK_THROWS_WITH(export_it(), Contains("not finished"));
-    fixture.run(config);
-    CHECK(results(config.out) == expected);
+  const auto expected = results(config.out);
+  const auto run_it = [&](const TrainConfig& c) { fixture.run(c); };
+  check(config, "run.json", "delete the run's directory", export_it);
+  check(config, "run.json", "delete the run's directory", run_it);
+  check(config, final, "delete it, and the run trains end to end again", export_it);
+  check(blocks, stage, "delete it, and the run trains from there again", export_it);
+  for (const auto& [c, name] : {std::pair{config, final}, {blocks, stage}}) {
+    const auto whole = results(c.out);
+    fs::remove(c.out + "/" + name);
+    CHECK_THROWS_WITH(export_it(c), Contains("not finished"));
+    fixture.run(c);
+    CHECK(results(c.out) == whole);
   }
   // Another run's stage, whole as it is.
-  TrainConfig other = config;
+  TrainConfig other = blocks;
   other.out = fixture.dir / "other";
   other.seed = 1;
   fixture.run(other);
-  data::write_file_atomic(config.out + "/" + stage, results(other.out).at(stage));
-  CHECK_THROWS_WITH(export_it(), Contains(stage + ": is of another run"));
-  CHECK_FALSE(fs::exists(config.out + "_out"));
+  data::write_file_atomic(blocks.out + "/" + stage, results(other.out).at(stage));
+  CHECK_THROWS_WITH(export_it(blocks), Contains(stage + ": is of another run"));
+  for (const TrainConfig& c : {config, blocks}) CHECK_FALSE(fs::exists(c.out + "_out"));
 
   // Read by a run that goes on.
   fs::remove_all(config.out);
@@ -567,11 +572,10 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
     if (block == 1 && step == 3) throw Killed();
   };
   CHECK_THROWS_AS(fixture.run(config, observer), Killed);
-  const auto go_on = [&] { fixture.run(config); };
-  check("blocks/block_000_stage_0.safetensors", "delete it", go_on);
-  check("blocks/state.safetensors", "delete it to go on without it", go_on);
+  check(config, "blocks/block_000_stage_0.safetensors", "delete it", run_it);
+  check(config, "blocks/state.safetensors", "delete it to go on without it", run_it);
   fs::remove(config.out + "/blocks/block_000_stage_0.safetensors");
-  CHECK_THROWS_WITH(go_on(),
+  CHECK_THROWS_WITH(fixture.run(config),
                     Contains("block_000_stage_0.safetensors is missing; delete the state"));
   fs::remove(config.out + "/blocks/state.safetensors");
   train::Observer end_to_end;
@@ -579,8 +583,8 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
     if (step == 3) throw Killed();
   };
   CHECK_THROWS_AS(fixture.run(config, end_to_end), Killed);
-  check("e2e/state.safetensors", "delete it to go on without it", go_on);
-  go_on();
+  check(config, "e2e/state.safetensors", "delete it to go on without it", run_it);
+  fixture.run(config);
   CHECK(results(config.out) == expected);
 }
 

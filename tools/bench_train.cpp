@@ -126,13 +126,21 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
 
 int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
   const train::TrainConfig config = config_for(backend, bench);
-  const int64_t available = train::device_room(backend, {});
+  const int64_t room = train::device_room(backend, {});
   const models::Recompute mode = bench.recompute.value_or(models::Recompute::Block);
-  models::LlamaConfig model = bench.model;
-  while (model.layers > 1 &&
-         train::count_end_to_end_memory(backend, model, config, mode).device_bytes > available)
-    --model.layers;
-  return model.layers;
+  const auto fits = [&](int64_t layers) {
+    models::LlamaConfig model = bench.model;
+    model.layers = layers;
+    return train::count_end_to_end_memory(backend, model, config, mode).device_bytes <= room;
+  };
+  // The answer is in [most, beyond). Doubling comes first: a model far beyond the device may be too
+  // large to count.
+  int64_t most = 1, beyond = bench.model.layers + 1;
+  while (beyond - most > 1) {
+    const int64_t layers = std::min(2 * most, (most + beyond) / 2);
+    (fits(layers) ? most : beyond) = layers;
+  }
+  return most;
 }
 
 }  // namespace bbb::tools
