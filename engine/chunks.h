@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <set>
 #include <utility>
@@ -35,24 +34,6 @@ class Chunks {
 
   std::map<char*, Chunk> chunks_;
   std::set<std::pair<int64_t, char*>> free_;  // by size, then by address
-};
-
-// The policy of a caching pool of device memory: how requests become blocks, and blocks slabs. A
-// request is rounded up to a block: to 512 bytes, above 1 MiB to 2 MiB. Blocks of up to 1 MiB share
-// slabs of 2 MiB; a larger block without a free chunk gets a slab of its own size.
-class ChunkPool {
- public:
-  static int64_t block_bytes(int64_t bytes);
-  // `slab` gives a new slab of so many bytes, or nullptr. nullptr where it does.
-  void* take(int64_t block_bytes, const std::function<void*(int64_t bytes)>& slab);
-  void give_back(void* block, int64_t block_bytes);
-  std::vector<void*> remove_free_slabs();
-  int64_t free_bytes() const { return small_.free_bytes() + large_.free_bytes(); }
-
- private:
-  Chunks& chunks_for(int64_t block_bytes);
-
-  Chunks small_, large_;
 };
 
 }  // namespace bbb::engine
