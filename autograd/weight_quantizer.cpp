@@ -6,6 +6,7 @@ using engine::DType;
 
 WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, engine::Rounding rounding)
     : parameters_(parameters) {
+  BBB_ASSERT(parameters.masters().defined());
   Backend& backend = parameters.backend();
   const int64_t total = parameters.masters().numel();
   const int64_t slots = static_cast<int64_t>(parameters.parameters().size());

@@ -52,7 +52,7 @@ const float* pointer_or_null(const Tensor& alpha) {
 
 }  // namespace
 
-GemmPlanner::GemmPlanner(cudaStream_t stream, std::shared_ptr<MemoryPool> pool)
+GemmPlanner::GemmPlanner(cudaStream_t stream, std::shared_ptr<engine::MemoryPool> pool)
     : stream_(stream), pool_(std::move(pool)) {
   cublasLtHandle_t handle = nullptr;
   BBB_CUBLAS(cublasLtCreate(&handle));

@@ -23,6 +23,7 @@
 
 #include "cuda/handle.h"
 #include "engine/gemm_choices.h"
+#include "engine/memory_pool.h"
 
 namespace bbb::cuda {
 
@@ -49,7 +50,7 @@ using GemmAlgorithm = cublasLtMatmulAlgo_t;  // plain bytes, valid for one versi
 class GemmPlanner {
  public:
   // Timing allocates from `pool`.
-  GemmPlanner(cudaStream_t stream, std::shared_ptr<MemoryPool> pool);
+  GemmPlanner(cudaStream_t stream, std::shared_ptr<engine::MemoryPool> pool);
 
   // `alpha` on the device, or nullptr for 1. `c` is read only where shape.accumulate; may be `d`.
   void run(GemmShape shape, void* d, const void* a, const void* b, const void* c,
@@ -120,7 +121,7 @@ class GemmPlanner {
   void say(const std::string& line) const;
 
   cudaStream_t stream_;
-  std::shared_ptr<MemoryPool> pool_;
+  std::shared_ptr<engine::MemoryPool> pool_;
   Handle<cublasLtHandle_t, cublasLtDestroy> handle_;
   Handle<char*, cudaFree> own_workspace_;
   char* workspace_ = nullptr;

@@ -99,8 +99,7 @@ class Op {
   void grid(const WeightGrid& spec, int64_t k) const {
     BBB_CHECK(spec.bits == 2 || spec.bits == 3 || spec.bits == 4 || spec.bits == 8, name_,
               ": bits must be 2, 3, 4 or 8, got ", spec.bits);
-    BBB_CHECK(spec.group == 32 || spec.group == 64 || spec.group == 128, name_,
-              ": group must be 32, 64 or 128, got ", spec.group);
+    group(spec.group);
     BBB_CHECK(k % spec.group == 0, name_, ": ", k, " features are not whole groups of ",
               spec.group);
   }
@@ -119,18 +118,23 @@ class Op {
               " elements, no multiple of ", quant::kTileAlign);
   }
 
-  void table(const Tensor& tiles, const Tensor& slots) const {
+  void group(int group) const {
+    BBB_CHECK(group == 32 || group == 64 || group == 128, name_,
+              ": group must be 32, 64 or 128, got ", group);
+  }
+  void tiles(const Tensor& tiles) const {
     rank("tiles", tiles, 2);
     is("tiles", tiles, DType::I32, {tiles.dim(0), 4});
+  }
+  void table(const Tensor& tiles, const Tensor& slots) const {
+    this->tiles(tiles);
     rank("slots", slots, 2);
     is("slots", slots, backend_.real(), {slots.dim(0), 2});
   }
   // What the quantizer makes of masters of `count` elements.
   void quantizer(const QuantizedWeights& q, int64_t count) const {
-    BBB_CHECK(q.group == 32 || q.group == 64 || q.group == 128, name_,
-              ": group must be 32, 64 or 128, got ", q.group);
-    rank("tiles", q.tiles, 2);
-    is("tiles", q.tiles, DType::I32, {q.tiles.dim(0), 4});
+    group(q.group);
+    tiles(q.tiles);
     rank("bits", q.bits, 1);
     dtype("bits", q.bits, DType::I32);
     const int64_t slots = q.bits.dim(0);
@@ -664,7 +668,10 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
   op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
   op.table(table.tiles, table.slots);
-  if (q.wq.defined()) op.quantizer(q, w.numel());
+  if (q.wq.defined()) {
+    op.quantizer(q, w.numel());
+    op.is("bits", q.bits, DType::I32, {table.slots.dim(0)});
+  }
   do_adamw(w, m, v, g, control, table, q, spec);
 }
 

@@ -42,6 +42,7 @@ std::shared_ptr<DeviceMemory> counted_memory() {
     return reinterpret_cast<void*>(std::exchange(next, next + static_cast<uintptr_t>(bytes)));
   };
   memory->release = [](void*) {};
+  memory->room = [] { return std::string("counted only"); };
   return memory;
 }
 

@@ -25,7 +25,7 @@ std::shared_ptr<Storage> MemoryPool::allocate(int64_t bytes, int64_t block_bytes
   const std::lock_guard lock(device_->mutex);
   void* const block = bytes <= kLargestBlock ? take(block_bytes) : nullptr;
   if (block == nullptr)
-    throw Error(cat("out of GPU memory: ", bytes, " bytes requested, ", device_->held_bytes,
+    throw Error(cat("out of device memory: ", bytes, " bytes requested, ", device_->held_bytes,
                     " held by tensors, ", device_->room()));
   if (reclaim_ == Reclaim::OnPressure) hold(block_bytes);
   return std::make_shared<Storage>(block, bytes, [pool = shared_from_this(), block, block_bytes] {

@@ -40,21 +40,12 @@ std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, 
   return packed;
 }
 
-std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
-                                 int bits) {
-  const int64_t row_bytes = quant::packed_bytes(columns, bits);
-  std::vector<uint8_t> codes(static_cast<size_t>(rows * columns));
-  for (int64_t r = 0; r < rows; ++r)
-    quant::unpack_codes(codes.data() + r * columns, packed.data() + r * row_bytes, columns, bits);
-  return codes;
-}
-
-void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, const std::string& prefix,
+void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t layer,
                    const LlamaConfig& config, const std::vector<LinearFormat>& formats,
                    LinearContent content) {
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t i = 0; i < shapes.size(); ++i) {
-    const std::string name = prefix + shapes[i].name;
+    const std::string name = layer_name(layer, shapes[i].name);
     if (content == LinearContent::Masters)
       entries.push_back({name + ".weight", FileDType::F32, {shapes[i].n, shapes[i].k}});
     else
@@ -62,17 +53,19 @@ void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, const s
         entries.push_back({name + t.suffix, t.dtype, t.shape});
   }
   for (const char* norm : {kInputNorm, kPostNorm})
-    entries.push_back({prefix + norm, FileDType::F32, {config.d_model}});
+    entries.push_back({layer_name(layer, norm), FileDType::F32, {config.d_model}});
 }
 
-void add_layer(data::SafeTensorsWriter& writer, const std::string& prefix,
-               const LlamaConfig& config, const LayerResult& layer, LinearContent content) {
+void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig& config,
+               const LayerResult& result, LinearContent content) {
   const auto add = [&]<typename T>(const std::string& name, const std::vector<T>& values) {
-    writer.add(prefix + name, values.data(), static_cast<int64_t>(values.size() * sizeof(T)));
+    writer.add(layer_name(layer, name), values.data(),
+               static_cast<int64_t>(values.size() * sizeof(T)));
   };
   const std::vector<LinearShape> shapes = block_linears(config);
+  BBB_ASSERT(result.linears.size() == shapes.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
-    const LinearResult& linear = layer.linears[i];
+    const LinearResult& linear = result.linears[i];
     const std::string name = shapes[i].name;
     if (content == LinearContent::Masters)
       add(name + ".weight", linear.master);
@@ -80,16 +73,16 @@ void add_layer(data::SafeTensorsWriter& writer, const std::string& prefix,
       for (const StoredTensor& t : linear.format.tensors())
         add(name + t.suffix, linear.part(t.part));
   }
-  add(kInputNorm, layer.input_norm);
-  add(kPostNorm, layer.post_norm);
+  add(kInputNorm, result.input_norm);
+  add(kPostNorm, result.post_norm);
 }
 
-LayerResult read_layer(const data::SafeTensors& file, const std::string& prefix,
-                       const LlamaConfig& config, const std::vector<LinearFormat>& formats) {
+LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const LlamaConfig& config,
+                       const std::vector<LinearFormat>& formats) {
   const auto find = [&](const std::string& name, const Shape& shape,
                         FileDType dtype) -> const SafeTensor& {
-    const SafeTensor& tensor = file.at(prefix + name);
-    BBB_CHECK(tensor.shape == shape && tensor.dtype == dtype, prefix, name, ": ",
+    const SafeTensor& tensor = file.at(layer_name(layer, name));
+    BBB_CHECK(tensor.shape == shape && tensor.dtype == dtype, layer_name(layer, name), ": ",
               name_of(tensor.dtype), " ", engine::to_string(tensor.shape), ", but the model wants ",
               name_of(dtype), " ", engine::to_string(shape));
     return tensor;
@@ -97,17 +90,17 @@ LayerResult read_layer(const data::SafeTensors& file, const std::string& prefix,
   const auto floats = [&](const std::string& name, const Shape& shape) {
     const SafeTensor& tensor = find(name, shape, FileDType::F32);
     std::vector<float> values(static_cast<size_t>(tensor.numel()));
-    data::to_float(values.data(), tensor, prefix + name);
+    data::to_float(values.data(), tensor, layer_name(layer, name));
     return values;
   };
-  LayerResult layer;
+  LayerResult result;
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t i = 0; i < shapes.size(); ++i) {
     const LinearFormat& format = formats[i];
     const std::string name = shapes[i].name;
-    LinearResult& linear = layer.linears.emplace_back();
+    LinearResult& linear = result.linears.emplace_back();
     linear.format = format;
-    if (file.contains(prefix + name + ".weight")) {
+    if (file.contains(layer_name(layer, name + ".weight"))) {
       linear.master = floats(name + ".weight", {format.n, format.k});
       continue;
     }
@@ -116,9 +109,9 @@ LayerResult read_layer(const data::SafeTensors& file, const std::string& prefix,
       linear.part(t.part).assign(tensor.data, tensor.data + tensor.bytes);
     }
   }
-  layer.input_norm = floats(kInputNorm, {config.d_model});
-  layer.post_norm = floats(kPostNorm, {config.d_model});
-  return layer;
+  result.input_norm = floats(kInputNorm, {config.d_model});
+  result.post_norm = floats(kPostNorm, {config.d_model});
+  return result;
 }
 
 LayerResult full_precision(const Checkpoint& source, int64_t layer) {

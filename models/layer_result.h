@@ -1,9 +1,9 @@
 // LayerResult: what training, or any other method, leaves of a layer, on the host. Stage files, a
 // run's final file and the export read and write nothing else.
 //
-//   "<prefix>self_attn.q_proj.weight"    F32 (N, K)   the master, where a later stage needs it; or
-//   "<prefix>self_attn.q_proj.qweight"   ..           the tensors of the linear's format
-//   "<prefix>input_layernorm.weight"     F32 (D)
+//   "model.layers.0.self_attn.q_proj.weight"    F32 (N, K)   the master, where a later stage needs
+//   it; or "model.layers.0.self_attn.q_proj.qweight"   ..           the tensors of the linear's
+//   format "model.layers.0.input_layernorm.weight"     F32 (D)
 #pragma once
 
 #include <array>
@@ -36,23 +36,21 @@ struct LayerResult {
   std::vector<LinearResult> linears;         // in the order of block_linears()
 };
 
-// Rows of one code a byte to a bit stream a row (quant/pack.h), and back.
+// Rows of one code a byte to a bit stream a row (quant/pack.h).
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits);
-std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
-                                 int bits);
 
 enum class LinearContent { Masters, Stored };
 
 // The entries of one layer in a file, in the order in which add_layer() adds them.
-void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, const std::string& prefix,
+void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t layer,
                    const LlamaConfig& config, const std::vector<quant::LinearFormat>& formats,
                    LinearContent content);
-void add_layer(data::SafeTensorsWriter& writer, const std::string& prefix,
-               const LlamaConfig& config, const LayerResult& layer, LinearContent content);
+void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig& config,
+               const LayerResult& result, LinearContent content);
 // Takes of each linear what the file holds. Throws, naming the tensor, where one is missing or has
 // another shape or type.
-LayerResult read_layer(const data::SafeTensors& file, const std::string& prefix,
-                       const LlamaConfig& config, const std::vector<quant::LinearFormat>& formats);
+LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const LlamaConfig& config,
+                       const std::vector<quant::LinearFormat>& formats);
 // The full-precision weights of a layer as masters; linears have the grid kNoQuantizer.
 LayerResult full_precision(const Checkpoint& source, int64_t layer);
 

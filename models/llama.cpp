@@ -130,13 +130,14 @@ void LlamaBlock::set_norms(const std::vector<float>& input, const std::vector<fl
 
 void LlamaBlock::set_float(const LayerResult& weights) {
   const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(weights.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i)
     all[i]->set_float(
         upload_as(backend_, weights.linears[i].master, {all[i]->n(), all[i]->k()}, backend_.act()));
   set_norms(weights.input_norm, weights.post_norm);
 }
 
-void LlamaBlock::load_packed(const Checkpoint& source, Tensor buffer) {
+void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
   const Shape norm{config_.d_model};
   set_norms(source.load(layer_name(layer_, kInputNorm), norm),
             source.load(layer_name(layer_, kPostNorm), norm));
@@ -177,6 +178,7 @@ void LlamaBlock::bind_parameters(WeightQuantizer& quantizer, int bits) {
 
 void LlamaBlock::set_masters(const LayerResult& result) {
   const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(result.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i)
     upload_into(backend_, all[i]->parameter()->master, result.linears[i].master);
   upload_into(backend_, input_norm_.value, without_zeros(result.input_norm));
@@ -271,10 +273,7 @@ void Llama::load_blocks(const Checkpoint& source,
   const bool packed = source.kind() == CheckpointKind::Packed;
   const Tensor buffer = packed ? packed_buffer() : Tensor();
   for (auto& block : blocks_) {
-    if (packed)
-      block->load_packed(source, buffer);
-    else
-      block->set_float(full_precision(source, block->layer()));
+    block->load(source, buffer);
     if (progress) progress(block->layer() + 1);
   }
 }

@@ -51,8 +51,10 @@ class LlamaBlock {
 
   // Full-precision weights, rounded to act.
   void set_float(const LayerResult& weights);
-  // Exported linears; one that the export left alone is loaded as Float. `buffer` is shared.
-  void load_packed(const Checkpoint& source, Tensor buffer);
+  // The checkpoint's weights, one at a time: packed where it has them packed. `buffer`
+  // (QuantLinear::set_packed) is shared by all layers.
+  void load(const Checkpoint& source, const Tensor& buffer);
+  void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
 
   // Makes linears and norms parameters of `set`, which is not allocated yet.
   void declare_parameters(ParameterSet& set);
@@ -75,7 +77,6 @@ class LlamaBlock {
   int64_t layer() const { return layer_; }
 
  private:
-  void set_norms(const std::vector<float>& input, const std::vector<float>& post);
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
   void finish_input_norm();

@@ -128,6 +128,7 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
 
 void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
                  const LlamaConfig& config, ExportFormat format) {
+  BBB_ASSERT(layer.linears.size() == block_linears(config).size());
   writer.add(layer_name(index, kInputNorm), layer.input_norm);
   writer.add(layer_name(index, kPostNorm), layer.post_norm);
   const std::vector<LinearShape> shapes = block_linears(config);
@@ -168,6 +169,7 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
     check(written.packed_format(name, n, k) == linear.format, name + "'s format");
     for (const quant::StoredTensor& t : linear.format.tensors()) {
       const std::vector<uint8_t>& bytes = linear.part(t.part);
+      BBB_ASSERT(static_cast<int64_t>(bytes.size()) == t.bytes());
       check(std::equal(bytes.begin(), bytes.end(), written.stored(name + t.suffix)),
             name + t.suffix);
     }

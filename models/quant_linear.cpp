@@ -70,18 +70,20 @@ void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master, int
 }
 
 void QuantLinear::set_bits(int bits) {
-  const auto& trained = std::get<TrainedWeight>(state_);
+  const auto& trained = get<TrainedWeight>();
   grid_.bits = bits;
   trained.quantizer->set_bits(*trained.master, bits);
 }
 
 void QuantLinear::freeze_codes(Parameter& sigma) {
   BBB_ASSERT(sigma.master.shape() == (Shape{n_, k_ / grid_.group}));
-  const float master_scale = download_floats(backend_, quantized_.s)[0];
-  std::vector<float> initial;
-  for (const uint8_t e : download_bytes(backend_, quantized_.e))
-    initial.push_back(master_scale * quant::e4m3_decode(e));
-  upload_into(backend_, sigma.master, initial);
+  if (backend_.computes()) {
+    const float master_scale = download_floats(backend_, quantized_.s)[0];
+    std::vector<float> initial;
+    for (const uint8_t e : download_bytes(backend_, quantized_.e))
+      initial.push_back(master_scale * quant::e4m3_decode(e));
+    upload_into(backend_, sigma.master, initial);
+  }
   state_ = FrozenCodes{&sigma, current_codes()};
   dweight_ = backend_.empty({n_, k_}, sigma.grad.dtype());
   fresh_leaf();
@@ -106,7 +108,7 @@ Parameter* QuantLinear::parameter() const {
 void QuantLinear::fresh_leaf() { leaf_ = Var::leaf(quantized_.wq, dweight_, Write::Overwrite); }
 
 void QuantLinear::prepare_scales() {
-  const auto& frozen = std::get<FrozenCodes>(state_);
+  const auto& frozen = get<FrozenCodes>();
   backend_.scale_codes(quantized_.wq, quantized_.e, quantized_.s, frozen.codes, quantized_.z,
                        frozen.sigma->master, grid_);
 }
@@ -130,8 +132,8 @@ Tensor QuantLinear::current_codes() const {
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->codes;
   BBB_ASSERT(grid_.bits < kNoQuantizer);
   const Tensor codes = backend_.empty({n_, k_}, DType::U8);
-  backend_.quantize_codes(codes, std::get<TrainedWeight>(state_).master->master, quantized_.e,
-                          quantized_.z, quantized_.s, grid_);
+  backend_.quantize_codes(codes, get<TrainedWeight>().master->master, quantized_.e, quantized_.z,
+                          quantized_.s, grid_);
   return codes;
 }
 
@@ -150,7 +152,8 @@ LinearResult QuantLinear::quantized() const {
 }
 
 void QuantLinear::snap() {
-  const Tensor& master = std::get<TrainedWeight>(state_).master->master;
+  BBB_ASSERT(grid_.bits < kNoQuantizer);
+  const Tensor& master = get<TrainedWeight>().master->master;
   std::vector<float> masters = download_floats(backend_, master);
   const float master_scale = download_floats(backend_, quantized_.s)[0];
   engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {

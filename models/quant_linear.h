@@ -95,6 +95,11 @@ class QuantLinear {
   Parameter* parameter() const;  // null where nothing is trained
 
  private:
+  template <typename State>
+  const State& get() const {
+    BBB_ASSERT(holds<State>());
+    return std::get<State>(state_);
+  }
   // Of a parameter on the device even where it is 1, so that recorded steps see a width change.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
   Var forward_packed(Tape& tape, const Var& x, const Var& residual, const PackedLinear& packed);

@@ -48,7 +48,6 @@ struct LinearFormat {
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
   int64_t bytes() const;  // of all its tensors
-  double bits_per_weight() const { return 8.0 * double(bytes()) / double(n * k); }
 };
 
 // A stored linear in memory, on the host or on a device: what kernels take. Each pointer is aligned

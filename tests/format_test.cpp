@@ -42,7 +42,8 @@ TEST_CASE("format: bits per weight are codes, scales and zero points", "[format]
     for (const int group : {32, 64, 128}) {
       CAPTURE(bits, group);
       const LinearFormat format{.n = 4096, .k = 4096, .weight = {.bits = bits, .group = group}};
-      CHECK(format.bits_per_weight() == Approx(bits + (8.0 + bits) / group).epsilon(1e-5));
+      CHECK(8.0 * static_cast<double>(format.bytes()) / (4096.0 * 4096.0) ==
+            Approx(bits + (8.0 + bits) / group).epsilon(1e-5));
     }
 }
 

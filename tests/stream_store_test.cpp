@@ -202,8 +202,9 @@ TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][
     const StreamShape shape = shape_of(fixture.windows.count, 32 * model.d_model, config.batch);
     const int64_t stream = shape.rows * shape.row_bytes;
     const int rings = std::string(input) == "mix" ? 3 : 2;
-    config.memory.device_bytes = resident.device_bytes - count * stream +
-                                 rings * (1 + Ring::kAhead) * shape.batch_rows * shape.row_bytes;
+    config.memory.device_bytes = train::allocated_bytes(
+        backend(), resident.device_bytes - count * stream +
+                       rings * (1 + Ring::kAhead) * shape.batch_rows * shape.row_bytes);
     const int64_t staging = rings * Ring::kAhead * shape.batch_rows * shape.stride_bytes();
     const auto tiers = [&](const train::TrainConfig& c) {
       return train::plan_block_memory(backend(), model,

@@ -20,9 +20,13 @@ namespace bbb::tests {
 // As bbb train does with --option text.
 inline void set_option(train::TrainConfig& config, const std::string& option,
                        const std::string& text) {
+  int found = 0;
   train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-    if (option == f.name) value = train::parse<T>(text, f);
+    if (option != f.name) return;
+    value = train::parse<T>(text, f);
+    ++found;
   });
+  REQUIRE(found == 1);
 }
 
 struct Fixture {

@@ -88,21 +88,24 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   TrainBenchResult result;
   result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
                  static_cast<double>(bench.batch * bench.seq_len);
+  train::BlockMemory memory;  // end to end: what it shares with that phase
+  if (bench.end_to_end)
+    static_cast<train::PhaseMemory&>(memory) =
+        train::plan_end_to_end_memory(backend, model, config);
+  else
+    memory = train::plan_block_memory(backend, model, config);
   {
     std::optional<engine::GemmTuningScope> tuned;
-    const int64_t recorded_bytes =
-        bench.end_to_end ? train::plan_end_to_end_memory(backend, model, config).recorded_bytes
-                         : train::plan_block_memory(backend, model, config).recorded_bytes;
     if (bench.gemm_algorithms == train::GemmAlgorithms::Timed) {
       engine::GemmTuning tuning =
-          train::stored_gemm_tuning(backend, bench.gemm_file, recorded_bytes, bench.say);
+          train::stored_gemm_tuning(backend, bench.gemm_file, memory.recorded_bytes, bench.say);
       tuning.step_runs = kLongRun;
       tuned.emplace(backend, std::move(tuning));
     }
     backend.reset_memory_peak();
     const auto probe = bench.end_to_end
-                           ? train::probe_end_to_end_step(backend, *source, windows, config)
-                           : train::probe_block_step(backend, *source, windows, config);
+                           ? train::probe_end_to_end_step(backend, *source, windows, config, memory)
+                           : train::probe_block_step(backend, *source, windows, config, memory);
     const auto measure = [&](StepPart last) {
       probe->rewind();
       const auto replay = probe->record(last);
@@ -126,7 +129,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
 
 int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
   const train::TrainConfig config = config_for(backend, bench);
-  const int64_t room = train::device_room(backend, {});
+  const int64_t room = train::tensor_room(backend, {});
   const models::Recompute mode = bench.recompute.value_or(models::Recompute::Block);
   const auto fits = [&](int64_t layers) {
     models::LlamaConfig model = bench.model;

@@ -69,7 +69,11 @@ class BlockPhase {
     advance_teacher(0, weights, streams_.target());
     trainer_->load(0, weights);
     trainer_->quantized_block();
+    rewind();
+  }
+  void rewind() {
     trainer_->rewind(0, 0);
+    trainer_->feed_first(0);
   }
   StageTrainer& trainer() { return *trainer_; }
 
@@ -229,24 +233,22 @@ class BlockPhase {
 class BlockProbe final : public StepProbe {
  public:
   BlockProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config)
+             const TrainConfig& config, const BlockMemory& memory)
       : config_(config),
         run_(config.out),
-        memory_(plan_block_memory(backend, source.config(), config_)),
-        phase_(backend, source, windows, config_, memory_.recompute, memory_.streams, run_,
+        phase_(backend, source, windows, config_, memory.recompute, memory.streams, run_,
                observer_) {
     phase_.begin();
   }
   std::unique_ptr<engine::Replay> record(StepPart last) override {
     return phase_.trainer().record(0, 0, last);
   }
-  void rewind() override { phase_.trainer().rewind(0, 0); }
+  void rewind() override { phase_.rewind(); }
 
  private:
   const TrainConfig config_;
   const RunDirectory run_;  // names no file as long as no block is finished
   const Observer observer_{};
-  const BlockMemory memory_;
   BlockPhase phase_;
 };
 
@@ -268,9 +270,9 @@ int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& sour
 }
 
 std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
-                                            const data::Windows& windows,
-                                            const TrainConfig& config) {
-  return std::make_unique<BlockProbe>(backend, source, windows, config);
+                                            const data::Windows& windows, const TrainConfig& config,
+                                            const BlockMemory& memory) {
+  return std::make_unique<BlockProbe>(backend, source, windows, config, memory);
 }
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,

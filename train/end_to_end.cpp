@@ -199,12 +199,10 @@ class EndToEnd {
     const models::LinearContent content = final_content(config_);
     std::vector<data::SafeTensorsWriter::Entry> entries;
     for (int64_t layer = 0; layer < model_.layers; ++layer)
-      models::declare_layer(entries, layer_prefix(layer), model_, recipe_.result_formats(layer),
-                            content);
+      models::declare_layer(entries, layer, model_, recipe_.result_formats(layer), content);
     RunFileWriter writer(run_.final_file(), run_.checksum(), entries);
     for (auto& block : student_.model().blocks())
-      models::add_layer(writer, layer_prefix(block->layer()), model_, block->result(content),
-                        content);
+      models::add_layer(writer, block->layer(), model_, block->result(content), content);
     writer.finish();
   }
 
@@ -229,12 +227,10 @@ class EndToEnd {
 class EndToEndProbe final : public StepProbe {
  public:
   EndToEndProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                const TrainConfig& config)
+                const TrainConfig& config, models::Recompute recompute)
       : config_(config),
         run_(config.out),
-        phase_(backend, source, windows, config_,
-               plan_end_to_end_memory(backend, source.config(), config_).recompute, run_,
-               observer_) {
+        phase_(backend, source, windows, config_, recompute, run_, observer_) {
     phase_.student().prepare();
     phase_.rewind(0);
   }
@@ -270,9 +266,10 @@ int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& 
 
 std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
                                                  const data::Windows& windows,
-                                                 const TrainConfig& config) {
+                                                 const TrainConfig& config,
+                                                 const PhaseMemory& memory) {
   BBB_ASSERT(config.stages.empty());
-  return std::make_unique<EndToEndProbe>(backend, source, windows, config);
+  return std::make_unique<EndToEndProbe>(backend, source, windows, config, memory.recompute);
 }
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,

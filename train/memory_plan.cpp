@@ -16,15 +16,18 @@ using engine::CountingBackend;
 using models::LlamaConfig;
 using models::Recompute;
 
+static constexpr int64_t kLibraryBytes = int64_t{64} << 20;
+
 namespace {
 
-// The budget's mode, else the first whose bytes are at most `room_bytes`, else the last.
-template <typename Bytes>
-Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const Bytes& bytes) {
-  if (budget.recompute) return *budget.recompute;
+// What count(mode) gives for the budget's mode, else for the first that fits in `room_bytes`, else
+// for the last.
+template <typename Count>
+PhaseMemory choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const Count& count) {
+  if (budget.recompute) return count(*budget.recompute);
   for (const Recompute mode : {Recompute::None, Recompute::Attention})
-    if (bytes(mode) <= room_bytes) return mode;
-  return Recompute::Block;
+    if (const PhaseMemory memory = count(mode); memory.device_bytes <= room_bytes) return memory;
+  return count(Recompute::Block);
 }
 
 PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
@@ -50,7 +53,7 @@ StreamRoom room_beside(const Backend& backend, const LlamaConfig& model,
   room.host_bytes =
       std::max<int64_t>(0, engine::HostMemory::available_bytes() / 5 * 4 - weights_bytes);
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
-    room.host_bytes = std::max<int64_t>(0, room.host_bytes - device_room(backend, config.memory));
+    room.host_bytes = std::max<int64_t>(0, room.host_bytes - tensor_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
     room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
   room.scratch = config.memory.scratch;
@@ -65,16 +68,15 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
   const StreamShape shape = StreamSet::shape(backend, model, config);
   const int64_t count = StreamSet::count(config);
   const int rings = StreamSet::rings(config);
-  const int64_t device_bytes = device_room(backend, config.memory);
+  const int64_t device_bytes = tensor_room(backend, config.memory);
   // Streams may be elsewhere, but the batches in use may not.
   StreamPlan elsewhere;
   elsewhere.tiers.assign(static_cast<size_t>(count), Tier::Host);
   elsewhere.rings = rings;
-  const auto least_bytes = [&](Recompute mode) {
-    return count_block_memory(backend, model, config, mode, elsewhere).device_bytes;
-  };
-  const Recompute recompute = choose_recompute(config.memory, device_bytes, least_bytes);
-  const int64_t least = least_bytes(recompute) - Ring::device_bytes(rings, shape);
+  const PhaseMemory chosen = choose_recompute(config.memory, device_bytes, [&](Recompute mode) {
+    return count_block_memory(backend, model, config, mode, elsewhere);
+  });
+  const int64_t least = chosen.device_bytes - Ring::device_bytes(rings, shape);
   check_memory(backend, least, config.memory,
                cat("block training, its streams aside, with ", config.batch, " windows of ",
                    config.seq_len, " tokens at once"),
@@ -85,11 +87,11 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
     BlockMemory memory;
     memory.streams = plan_streams(count, rings, shape, room);
     static_cast<PhaseMemory&>(memory) =
-        count_block_memory(backend, model, config, recompute, memory.streams);
-    // With a stream on the device a step gathers its batch itself, which takes room too.
-    const int64_t excess = memory.device_bytes - device_bytes;
-    if (excess <= 0 || !memory.streams.uses(Tier::Device)) return memory;
-    room.device_bytes -= excess;
+        count_block_memory(backend, model, config, chosen.recompute, memory.streams);
+    if (memory.device_bytes <= device_bytes || !memory.streams.uses(Tier::Device)) return memory;
+    // With a stream on the device a step gathers its batch itself, which takes room too: one stream
+    // less.
+    room.device_bytes = memory.streams.device_bytes - 1;
   }
 }
 
@@ -106,12 +108,9 @@ PhaseMemory count_end_to_end_memory(const Backend& backend, const LlamaConfig& m
 
 PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
                                    const TrainConfig& config) {
-  const auto bytes = [&](Recompute recompute) {
-    return count_end_to_end_memory(backend, model, config, recompute).device_bytes;
-  };
-  const Recompute recompute =
-      choose_recompute(config.memory, device_room(backend, config.memory), bytes);
-  const PhaseMemory memory = count_end_to_end_memory(backend, model, config, recompute);
+  const PhaseMemory memory = choose_recompute(
+      config.memory, tensor_room(backend, config.memory),
+      [&](Recompute mode) { return count_end_to_end_memory(backend, model, config, mode); });
   std::string advice = "lower --seq-len or --e2e-micro-batch";
   if (config.e2e_train == EndToEndTrain::All) advice += ", take --e2e-train scales";
   if (config.memory.recompute && *config.memory.recompute != Recompute::Block)
@@ -124,20 +123,30 @@ PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
-int64_t device_room(const Backend& backend, const MemoryBudget& budget) {
-  int64_t available = backend.memory_available_bytes();
-  if (backend.device() == engine::DeviceType::Cuda)
-    available -= available / 32 + (int64_t{64} << 20);
+// A GPU's pool leaves gaps between blocks, and its libraries have workspaces.
+int64_t allocated_bytes(const Backend& backend, int64_t bytes) {
+  if (backend.device() == engine::DeviceType::Cpu) return bytes;
+  return bytes + (bytes + 31) / 32 + kLibraryBytes;
+}
+
+static int64_t device_room(const Backend& backend, const MemoryBudget& budget) {
+  const int64_t available = backend.memory_available_bytes();
   return budget.device_bytes > 0 ? std::min(available, budget.device_bytes) : available;
+}
+
+int64_t tensor_room(const Backend& backend, const MemoryBudget& budget) {
+  const int64_t room = device_room(backend, budget);
+  if (backend.device() == engine::DeviceType::Cpu) return room;
+  return std::max<int64_t>(0, room - kLibraryBytes) / 33 * 32;
 }
 
 void check_memory(const Backend& backend, int64_t bytes, const MemoryBudget& budget,
                   const std::string& what, const std::string& advice) {
-  const int64_t room = device_room(backend, budget);
+  const int64_t room = device_room(backend, budget), needed = allocated_bytes(backend, bytes);
   const bool budgeted = room == budget.device_bytes;
-  BBB_CHECK(bytes <= room, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
-            backend.device_name(), budgeted ? " is to give " : " has ", room >> 20, " MiB",
-            budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
+  BBB_CHECK(bytes <= tensor_room(backend, budget), what, " needs about ", (needed >> 20) + 1,
+            " MiB, but ", backend.device_name(), budgeted ? " is to give " : " has ", room >> 20,
+            " MiB", budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
 }
 
 }  // namespace bbb::train

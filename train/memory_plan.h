@@ -12,7 +12,7 @@
 namespace bbb::train {
 
 struct PhaseMemory {
-  int64_t device_bytes = 0;    // most held at once, streams included
+  int64_t device_bytes = 0;    // most that tensors hold at once, streams included
   int64_t recorded_bytes = 0;  // of that by recorded steps; 0 on a CPU
   models::Recompute recompute = models::Recompute::None;
 };
@@ -31,10 +31,11 @@ PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
                                     const models::LlamaConfig& model, const TrainConfig& config,
                                     models::Recompute recompute);
 
-// What a run may hold in tensors: what the device has left, or the budget; on a GPU less the gaps
-// between blocks and the workspaces of libraries.
-int64_t device_room(const engine::Backend& backend, const MemoryBudget& budget);
-// Throws where `bytes` are more.
+// What the device gives for so many bytes of tensors.
+int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
+// The bytes of tensors that fit in what the device has left and in the budget.
+int64_t tensor_room(const engine::Backend& backend, const MemoryBudget& budget);
+// Throws where tensors of `bytes` do not fit.
 void check_memory(const engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
                   const std::string& what, const std::string& advice);
 

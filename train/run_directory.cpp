@@ -29,6 +29,7 @@ bool decides(const std::string& key) {
   return key != "model" && key != "data" && key != "save_every";
 }
 
+constexpr const char* kProgram = "bbb " BBB_VERSION;
 constexpr const char* kLockName = "lock";
 constexpr const char* kChecksum = "checksum";
 
@@ -69,7 +70,7 @@ void remove_leftovers(const std::string& path) {
 // The record but for its checksum.
 static Json record_of(const RunIdentity& identity) {
   Json j;
-  j["program"] = "bbb " BBB_VERSION;
+  j["program"] = kProgram;
   j["device"] = identity.device;
   j["device_name"] = identity.device_name;
   j["model_checksum"] = checksum_of(identity.model);
@@ -230,6 +231,9 @@ void RunDirectory::check_identity(const RunIdentity& identity) const {
 
 RunIdentity RunDirectory::identity() const {
   BBB_CHECK(fs::exists(run_file()), path_, ": no training run (it has no run.json)");
+  const std::string program =
+      read_record(data::read_file(run_file()), run_file()).value("program", "none");
+  BBB_CHECK(program == kProgram, path_, ": holds a run of ", program, ", and this is ", kProgram);
   return RunIdentity::from_json(data::read_file(run_file()), run_file());
 }
 
@@ -267,7 +271,7 @@ models::LayerResult RunDirectory::stage_result(int64_t block, int64_t stage, con
                                                const models::LlamaConfig& model) const {
   const data::SafeTensors file = open_run_file(stage_file(block, stage), checksum(),
                                                "delete it, and the run trains from there again");
-  return models::read_layer(file, layer_prefix(block), model, recipe.stage_formats(block, stage));
+  return models::read_layer(file, block, model, recipe.stage_formats(block, stage));
 }
 
 void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recipe,
@@ -275,12 +279,11 @@ void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recip
                                const std::vector<double>& validation) const {
   const auto content = models::LinearContent::Masters;
   std::vector<data::SafeTensorsWriter::Entry> entries;
-  models::declare_layer(entries, layer_prefix(block), model, recipe.stage_formats(block, stage),
-                        content);
+  models::declare_layer(entries, block, model, recipe.stage_formats(block, stage), content);
   RunFileWriter writer(
       stage_file(block, stage), checksum(), entries,
       {{"stage", recipe.stage_name(stage)}, {"validation_loss", Json(validation).dump()}});
-  models::add_layer(writer, layer_prefix(block), model, result, content);
+  models::add_layer(writer, block, model, result, content);
   writer.finish();
 }
 
@@ -332,8 +335,6 @@ int64_t steps_per_stage(const TrainConfig& config) {
   return config.epochs * (config.samples / config.batch);
 }
 
-std::string layer_prefix(int64_t layer) { return models::layer_name(layer, ""); }
-
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
   const uint64_t words[] = {seed, a, b};
   return engine::seed_from(words, sizeof words);
@@ -344,10 +345,10 @@ int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config
   std::vector<data::SafeTensorsWriter::Entry> entries;
   for (int64_t layer = 0; layer < model.layers; ++layer) {
     for (size_t t = 0; t < config.stages.size(); ++t)
-      models::declare_layer(entries, "", model, recipe.result_formats(layer),
+      models::declare_layer(entries, layer, model, recipe.result_formats(layer),
                             models::LinearContent::Masters);
     if (config.e2e_steps > 0)
-      models::declare_layer(entries, "", model, recipe.result_formats(layer),
+      models::declare_layer(entries, layer, model, recipe.result_formats(layer),
                             final_content(config));
   }
   int64_t bytes = 0;

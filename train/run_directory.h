@@ -121,8 +121,6 @@ class RunDirectory {
   std::unique_ptr<FileLock> lock_;
 };
 
-std::string layer_prefix(int64_t layer);
-
 // Optimizer steps of one stage.
 int64_t steps_per_stage(const TrainConfig& config);
 

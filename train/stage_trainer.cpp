@@ -126,8 +126,8 @@ StepHooks StageTrainer::step_hooks(size_t t, const Position& start) {
   hooks.line = [this, start](int64_t step) {
     return log_line("block", start, step / steps_per_epoch_);
   };
+  hooks.before_save = hooks_.before_save;
   hooks.save = [this, t](const Position& at) {
-    if (hooks_.before_save) hooks_.before_save();
     save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(t));
   };
   hooks.synchronized = hooks_.synchronized;
@@ -169,8 +169,12 @@ void StageTrainer::rehearse(int64_t layer, size_t t) {
   rewind(layer, t);
   record_steps(t);
   for (const std::unique_ptr<Replay>& step : stages_[t].steps) step->run();
-  StepFeed(streams_, t, host_order_, 0, steps_per_epoch_).next(0);
+  feed_first(t);
   validate(t);
+}
+
+void StageTrainer::feed_first(size_t t) {
+  StepFeed(streams_, t, host_order_, 0, steps_per_epoch_).next(0);
 }
 
 // Recorded: everything that it reads is on the device. It starts from masters that prepare() or the

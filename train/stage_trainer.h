@@ -48,6 +48,7 @@ class StageTrainer {
   // input stream, up to `last`; and back to the first step.
   std::unique_ptr<engine::Replay> record(size_t t, size_t input, StepPart last);
   void rewind(int64_t layer, size_t t);
+  void feed_first(size_t t);  // its batch, from streams that are not on the device
   // What train() holds, without training.
   void rehearse(int64_t layer, size_t t);
 

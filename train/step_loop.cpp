@@ -58,11 +58,13 @@ StepLoop::Outcome StepLoop::run(const std::vector<std::unique_ptr<engine::Replay
 }
 
 void StepLoop::save_if_due(const Position& at, const StepHooks& hooks) {
-  if (timer_.due(at.step)) save(at, hooks);
+  if (!timer_.due(at.step)) return;
+  backend_.synchronize();
+  save(at, hooks);
 }
 
 void StepLoop::save(const Position& at, const StepHooks& hooks) {
-  backend_.synchronize();
+  if (hooks.before_save) hooks.before_save();
   const auto begun = SaveTimer::Clock::now();
   hooks.save(at);
   timer_.saved(begun);

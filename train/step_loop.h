@@ -22,6 +22,7 @@ namespace bbb::train {
 struct StepHooks {
   std::function<void(int64_t step)> feed;        // before a step
   std::function<Json(int64_t step)> line;        // how the step's line in the log begins
+  std::function<void()> before_save;             // finishes everything that a state must follow
   std::function<void(const Position& at)> save;  // writes the state
   std::function<void()> synchronized;            // the host has waited for the device
   std::function<void(const Position& at, float loss)>

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "engine/backend.h"
+#include "train/memory_plan.h"
 #include "train/train.h"
 
 namespace bbb::train {
@@ -26,11 +27,12 @@ class StepProbe {
 
 // One block, the configuration's first stage.
 std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
-                                            const data::Windows& windows,
-                                            const TrainConfig& config);
+                                            const data::Windows& windows, const TrainConfig& config,
+                                            const BlockMemory& memory);
 // The whole model, from round to nearest; config.stages must be empty.
 std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
                                                  const data::Windows& windows,
-                                                 const TrainConfig& config);
+                                                 const TrainConfig& config,
+                                                 const PhaseMemory& memory);
 
 }  // namespace bbb::train

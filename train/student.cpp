@@ -54,11 +54,7 @@ void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
   const std::vector<QuantLinear*> linears = block.linears();
   const size_t first = static_cast<size_t>(block.layer()) * linears.size();
   for (size_t i = 0; i < linears.size(); ++i) linears[i]->freeze_codes(*sigmas_[first + i]);
-  for (models::NormWeight* norm : {&block.input_norm(), &block.post_norm()}) {
-    const engine::Tensor value = backend_.empty(norm->value.shape(), backend_.real());
-    backend_.copy(value, norm->value);
-    norm->set_constant(value);
-  }
+  block.set_norms(start.input_norm, start.post_norm);
 }
 
 void Student::prepare() {

@@ -29,7 +29,7 @@ const char* said(models::Recompute recompute) {
   }
 }
 
-void print_plan(const models::LlamaConfig& model, const TrainConfig& config,
+void print_plan(const Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
                 const BlockMemory* blocks, const PhaseMemory* end_to_end) {
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
@@ -40,13 +40,14 @@ void print_plan(const models::LlamaConfig& model, const TrainConfig& config,
     std::printf(
         "blocks: at most %.2f GB of the device, %.2f GB of host memory, %.2f GB of scratch files; "
         "streams there: %d, %d, %d; %s\n",
-        gigabytes(blocks->device_bytes), gigabytes(streams.host_bytes),
+        gigabytes(allocated_bytes(backend, blocks->device_bytes)), gigabytes(streams.host_bytes),
         gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host), count(Tier::File),
         said(blocks->recompute));
   }
   if (end_to_end != nullptr)
     std::printf("end to end: at most %.2f GB of the device; %s\n",
-                gigabytes(end_to_end->device_bytes), said(end_to_end->recompute));
+                gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
+                said(end_to_end->recompute));
   std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config)),
               config.out.c_str());
   std::fflush(stdout);  // it is read before the run is over
@@ -131,7 +132,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   PhaseMemory whole;
   if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
   if (!observer.quiet)
-    print_plan(model, config, blocks ? &memory : nullptr, config.e2e_steps > 0 ? &whole : nullptr);
+    print_plan(backend, model, config, blocks ? &memory : nullptr,
+               config.e2e_steps > 0 ? &whole : nullptr);
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
@@ -220,7 +222,7 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
                                 "delete it, and the run trains end to end again"));
   const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
   const auto layer = [&](int64_t i) {
-    return quantizer(final ? models::read_layer(*final, layer_prefix(i), model, formats(i))
+    return quantizer(final ? models::read_layer(*final, i, model, formats(i))
                            : block_result(run, recipe, config, source, i));
   };
   engine::Progress progress("export", 2 * model.layers);
