@@ -1,8 +1,7 @@
-// Chunks: which parts of memory slabs are in use. It only keeps the books and never touches the
-// memory.
+// Chunks: which parts of memory slabs are in use. Bookkeeping only: the memory is never touched.
 //
-// A request takes the smallest free chunk that is large enough and cuts it to size. A chunk given
-// back merges with its free neighbours, so memory of one size serves every other.
+// A request takes the smallest free chunk that is large enough and splits off the rest. A chunk
+// that is given back merges with its free neighbours, so that memory of one size serves any size.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +15,10 @@ namespace bbb::engine {
 
 class Chunks {
  public:
-  void add(void* slab, int64_t bytes);  // all of it free
+  void add(void* slab, int64_t bytes);  // a new slab, all free
   void* take(int64_t bytes);            // nullptr if no free chunk is large enough
   void give_back(void* chunk);
-  // The slabs with no chunk in use; they belong to the caller from here on.
+  // Removes the slabs with no chunk in use and returns them; the caller now owns them.
   std::vector<void*> remove_free_slabs();
   int64_t free_bytes() const;
 
@@ -37,13 +36,15 @@ class Chunks {
   std::set<std::pair<int64_t, char*>> free_;  // by size, then by address
 };
 
-// The policy of a caching pool of device memory: how requests become blocks, and blocks slabs. A
-// request is rounded up to a block: to 512 bytes, above 1 MiB to 2 MiB. Blocks of up to 1 MiB share
-// slabs of 2 MiB; a larger block without a free chunk gets a slab of its own size.
+// The policy of a caching pool of device memory: how requests become blocks, and blocks slabs.
+//
+//   request        block size, a multiple of   new slab if no free chunk is large enough
+//   up to 1 MiB    512 bytes                   2 MiB, shared
+//   above 1 MiB    2 MiB                       the block's size
 class ChunkPool {
  public:
   static int64_t block_bytes(int64_t bytes);
-  // `slab` gives a new slab of so many bytes, or nullptr. nullptr where it does.
+  // slab(bytes) allocates a new slab, or returns nullptr; then take() returns nullptr too.
   void* take(int64_t block_bytes, const std::function<void*(int64_t bytes)>& slab);
   void give_back(void* block, int64_t block_bytes);
   std::vector<void*> remove_free_slabs();

@@ -13,7 +13,7 @@ struct CountingBackend::Usage {
   std::mutex mutex;
   int64_t held_bytes = 0;
   int64_t peak_bytes = 0;
-  uintptr_t next_address = uintptr_t{1} << 40;  // no memory of this process
+  uintptr_t next_address = uintptr_t{1} << 40;  // never dereferenced
 
   void hold(int64_t bytes) {
     held_bytes += bytes;
@@ -26,7 +26,8 @@ struct CountingBackend::Usage {
   }
 };
 
-// Tensors outside recordings count while they live; a recording's slabs as long as the recordings.
+// Tensors outside recordings count while they live. Slabs of recordings count as long as any
+// recording lives.
 class CountingBackend::Pool : public std::enable_shared_from_this<Pool> {
  public:
   enum class Keeps { Tensors, Slabs };
@@ -104,7 +105,7 @@ class CountedReplay final : public Replay {
   }
 
  private:
-  std::function<void()> run_;  // where nothing is recorded
+  std::function<void()> run_;  // on a CPU, where nothing is recorded
   std::shared_ptr<void> held_;
 };
 
