@@ -18,7 +18,7 @@ using models::Recompute;
 
 namespace {
 
-// The budget's mode, else the first whose bytes are at most `room_bytes`, else the last.
+// The budget's mode; otherwise the first mode with bytes(mode) <= room_bytes, or Block.
 template <typename Bytes>
 Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const Bytes& bytes) {
   if (budget.recompute) return *budget.recompute;
@@ -29,7 +29,7 @@ Recompute choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const
 
 PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
                                const TrainConfig& config, Recompute recompute, StreamPlan streams) {
-  // Files take nothing of the device that host memory does not: nothing is made on the disk.
+  // Streams in files take as much device memory as streams on the host. Counting creates no files.
   for (Tier& tier : streams.tiers)
     if (tier == Tier::File) tier = Tier::Host;
   CountingBackend counter(backend);
@@ -41,15 +41,16 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
-StreamRoom room_beside(const Backend& backend, const LlamaConfig& model,
-                       const TrainConfig& config) {
+// The room for streams, except on the device.
+StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
+                           const TrainConfig& config) {
   StreamRoom room;
-  // Beside streams the host holds a block's weights: this one's, the next one's, every stage's.
+  // The host also holds F32 weights: of this block, of the next one, and of each stage.
   const int64_t weights_bytes =
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
   room.host_bytes =
       std::max<int64_t>(0, engine::HostMemory::available_bytes() / 5 * 4 - weights_bytes);
-  if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
+  if (backend.device() == engine::DeviceType::Cpu)  // host and device share one memory
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - device_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
     room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
@@ -66,7 +67,8 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
   const int64_t count = StreamSet::count(config);
   const int rings = StreamSet::rings(config);
   const int64_t device_bytes = device_room(backend, config.memory);
-  // Streams may be elsewhere, but the batches in use may not.
+  // The least memory is that with all streams off the device. `least` leaves out the rings, because
+  // plan_streams() counts them.
   StreamPlan elsewhere;
   elsewhere.tiers.assign(static_cast<size_t>(count), Tier::Host);
   elsewhere.rings = rings;
@@ -79,14 +81,15 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
                cat("block training, its streams aside, with ", config.batch, " windows of ",
                    config.seq_len, " tokens at once"),
                "lower --batch or --seq-len");
-  StreamRoom room = room_beside(backend, model, config);
+  StreamRoom room = room_off_device(backend, model, config);
   room.device_bytes = device_bytes - least;
   for (;;) {
     BlockMemory memory;
     memory.streams = plan_streams(count, rings, shape, room);
     static_cast<PhaseMemory&>(memory) =
         count_block_memory(backend, model, config, recompute, memory.streams);
-    // With a stream on the device a step gathers its batch itself, which takes room too.
+    // If a stream is on the device, a step gathers its batch into a tensor of its own. So the plan
+    // may exceed the room: reduce the room and plan again.
     const int64_t excess = memory.device_bytes - device_bytes;
     if (excess <= 0 || !memory.streams.uses(Tier::Device)) return memory;
     room.device_bytes -= excess;
@@ -136,7 +139,7 @@ void check_memory(const Backend& backend, int64_t bytes, const MemoryBudget& bud
   const int64_t room = device_room(backend, budget);
   const bool budgeted = room == budget.device_bytes;
   BBB_CHECK(bytes <= room, what, " needs about ", (bytes >> 20) + 1, " MiB, but ",
-            backend.device_name(), budgeted ? " is to give " : " has ", room >> 20, " MiB",
+            backend.device_name(), budgeted ? " may give " : " has ", room >> 20, " MiB",
             budgeted ? ": raise --gpu-memory, or " : " left: ", advice);
 }
 

@@ -1,5 +1,5 @@
-// MemoryPlan: what a phase will hold of the device, found by running it on a CountingBackend, and
-// what follows: which activations are recomputed, and where streams go.
+// Memory planning. A phase runs on a CountingBackend, which tells how much device memory it will
+// hold. From that follow the activations that are recomputed and the places of the streams.
 #pragma once
 
 #include <string>
@@ -12,29 +12,29 @@
 namespace bbb::train {
 
 struct PhaseMemory {
-  int64_t device_bytes = 0;    // most held at once, streams included
-  int64_t recorded_bytes = 0;  // of that by recorded steps; 0 on a CPU
+  int64_t device_bytes = 0;    // peak, including streams
+  int64_t recorded_bytes = 0;  // the part that recorded steps keep; 0 on a CPU
   models::Recompute recompute = models::Recompute::None;
 };
 struct BlockMemory : PhaseMemory {
   StreamPlan streams;
 };
 
-// Throw, saying what to change, where the phase does not fit. `config` is resolved.
+// Both throw, saying what to change, if the phase does not fit. `config` must be resolved.
 BlockMemory plan_block_memory(engine::Backend& backend, const models::LlamaConfig& model,
                               const TrainConfig& config);
 PhaseMemory plan_end_to_end_memory(engine::Backend& backend, const models::LlamaConfig& model,
                                    const TrainConfig& config);
 
-// The end-to-end phase in this mode, whether it fits or not.
+// The memory of the end-to-end phase in this mode, whether it fits or not.
 PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
                                     const models::LlamaConfig& model, const TrainConfig& config,
                                     models::Recompute recompute);
 
-// What a run may hold in tensors: what the device has left, or the budget; on a GPU less the gaps
-// between blocks and the workspaces of libraries.
+// Bytes that a run may hold in tensors: at most the budget, and at most what the device has left;
+// on a GPU less 1/32 and 64 MiB, for gaps between blocks and workspaces of libraries.
 int64_t device_room(const engine::Backend& backend, const MemoryBudget& budget);
-// Throws where `bytes` are more.
+// Throws if `bytes` exceed device_room(). `what` needs them; `advice`: how to need less.
 void check_memory(const engine::Backend& backend, int64_t bytes, const MemoryBudget& budget,
                   const std::string& what, const std::string& advice);
 
