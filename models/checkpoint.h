@@ -1,4 +1,5 @@
-// Checkpoint: any model that bbb reads, under Hugging Face names, row-major, as a Llama wants it.
+// Checkpoint: any model that bbb reads, with Hugging Face names and row-major tensors, as Llama
+// expects them.
 //
 //   a directory with config.json and safetensors   full precision, or exported
 //                                                  (quantization_config)

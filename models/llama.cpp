@@ -3,7 +3,7 @@
 // Both residual sums are addends of the GEMMs. The model: embed, blocks, norm; logits = h head^T.
 //
 // In block training x takes no gradient, so only the input norm's weight would need the gradient of
-// h. It gets its gradient from those of q_proj, k_proj and v_proj instead
+// h. Its gradient comes from the weight gradients of q_proj, k_proj and v_proj instead
 // (Backend::input_scale_gradient): three products less, 8 % of a block's operations.
 #include "models/llama.h"
 

@@ -87,7 +87,7 @@ class LlamaBlock {
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
-  bool norm_through_products_ = false;  // input_norm_'s gradient: from those of q_, k_ and v_
+  bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   Operand attention_in_, o_in_, mlp_in_, down_in_;
   std::vector<Parameter*> declared_;  // of linears, then norms; until bind_parameters()
