@@ -9,7 +9,6 @@
 
 #include "cuda/device_code.h"
 #include "cuda/gemm.h"
-#include "cuda/memory.h"
 #include "cuda/reduce.h"
 #include "cuda/transfers.h"
 
@@ -115,6 +114,31 @@ class DirectReplay final : public Replay {
 
 }  // namespace
 
+std::shared_ptr<engine::DeviceMemory> device_memory() {
+  auto memory = std::make_shared<engine::DeviceMemory>();
+  memory->allocate = [](int64_t bytes) -> void* {
+    void* slab = nullptr;
+    const cudaError_t status = cudaMalloc(&slab, static_cast<size_t>(bytes));
+    if (status != cudaErrorMemoryAllocation) {
+      BBB_CUDA(status);
+      return slab;
+    }
+    cudaGetLastError();  // or the next launch reports it
+    return nullptr;
+  };
+  // The status is ignored: at exit the driver, and the memory with it, may be gone already.
+  memory->release = [](void* slab) {
+    cudaFree(slab);
+    cudaGetLastError();
+  };
+  memory->room = [] {
+    size_t free = 0, total = 0;
+    BBB_CUDA(cudaMemGetInfo(&free, &total));
+    return cat(free, " free of ", total);
+  };
+  return memory;
+}
+
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   BBB_CUDA(cudaStreamIsCapturing(stream, &status));
@@ -137,7 +161,7 @@ CudaBackend::CudaBackend(int device) {
             hopper ? "a" : "");
   own_stream_ = make_stream();
   stream_ = own_stream_.get();
-  pool_ = std::make_shared<MemoryPool>(std::make_shared<MemoryUsage>(), Reclaim::OnPressure);
+  pool_ = std::make_shared<MemoryPool>(device_memory(), engine::Reclaim::OnPressure);
   gemm_ = std::make_unique<GemmPlanner>(stream_, pool_);
   transfers_ = std::make_unique<CudaTransfers>(stream_);
   void* fault = nullptr;
@@ -170,18 +194,16 @@ int64_t CudaBackend::memory_available_bytes() const {
 }
 
 int64_t CudaBackend::memory_peak_bytes() const {
-  const std::lock_guard lock(pool_->usage()->mutex);
-  return pool_->usage()->peak_bytes;
+  const std::lock_guard lock(pool_->device()->mutex);
+  return pool_->device()->peak_bytes;
 }
 
 void CudaBackend::reset_memory_peak() {
-  const std::lock_guard lock(pool_->usage()->mutex);
-  pool_->usage()->peak_bytes = pool_->usage()->held_bytes;
+  const std::lock_guard lock(pool_->device()->mutex);
+  pool_->device()->peak_bytes = pool_->device()->held_bytes;
 }
 
-int64_t CudaBackend::block_bytes(int64_t bytes) const {
-  return engine::ChunkPool::block_bytes(bytes);
-}
+int64_t CudaBackend::block_bytes(int64_t bytes) const { return MemoryPool::block_bytes(bytes); }
 
 int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) const {
   using engine::ScratchOp;
@@ -238,7 +260,7 @@ std::unique_ptr<Replay> CudaBackend::record(std::function<void()> step) {
     pool_->release_cached();
     std::shared_ptr<RecordingPools> own = recordings_.lock();
     if (!own) {
-      own = std::make_shared<RecordingPools>(pool_->usage());
+      own = std::make_shared<RecordingPools>(pool_->device());
       recordings_ = own;
     }
     GraphHandle graph;

@@ -22,7 +22,6 @@
 #include <vector>
 
 #include "cuda/handle.h"
-#include "cuda/memory.h"
 #include "engine/gemm_choices.h"
 
 namespace bbb::cuda {

@@ -27,6 +27,7 @@
 #include <string>
 #include <utility>
 
+#include "engine/backend_ops.h"
 #include "engine/gemm_choices.h"
 #include "engine/tensor.h"
 #include "engine/transfers.h"
@@ -370,82 +371,8 @@ class Backend {
   }
 
   virtual Tensor do_empty(Shape shape, DType dtype) = 0;
-  virtual void do_upload(const Tensor& dst, const void* src) = 0;
   virtual void do_download(void* dst, const Tensor& src) = 0;
-  virtual void do_copy(const Tensor& dst, const Tensor& src) = 0;
-  virtual void do_cast(const Tensor& dst, const Tensor& src) = 0;
-  virtual void do_zero(const Tensor& dst) = 0;
-  virtual void do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) = 0;
-  virtual void do_gather_rows(const Tensor& out, const Rows& batch) = 0;
-  virtual void do_advance(const Tensor& cursor) = 0;
-  virtual void do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) = 0;
-  virtual void do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
-                          const Tensor& addend) = 0;
-  virtual void do_gemm_nn(const Tensor& dx, const Tensor& dy, const Tensor& w, const Tensor& alpha,
-                          Write mode) = 0;
-  virtual void do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode) = 0;
-  virtual void do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
-                           double eps) = 0;
-  virtual void do_rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy,
-                                    const Tensor& x, const Tensor& inv_rms, const Tensor& w,
-                                    Write dx_mode, Write dw_mode, const Tensor& scratch) = 0;
-  virtual void do_input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w,
-                                       const Tensor& alpha, const Tensor& dw, Write mode,
-                                       const Tensor& scratch) = 0;
-  virtual void do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) = 0;
-  virtual void do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,
-                                  const Tensor& gate, const Tensor& up) = 0;
-  virtual void do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
-                       Rotation direction) = 0;
-  virtual void do_add(const Tensor& out, const Tensor& a, const Tensor& b) = 0;
-  virtual void do_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-                            const Tensor& v, const AttentionSpec& spec, const Tensor& scratch) = 0;
-  virtual void do_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                                     const Tensor& dout, const Tensor& q, const Tensor& k,
-                                     const Tensor& v, const Tensor& o, const Tensor& lse,
-                                     const Tensor& inv_freq, const AttentionSpec& spec,
-                                     const Tensor& scratch) = 0;
-  virtual void do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                            const Tensor& v, const Tensor& start) = 0;
-  virtual void do_attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
-                                   const Tensor& v_cache, const Tensor& start,
-                                   const AttentionSpec& spec, const Tensor& scratch) = 0;
-  virtual void do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y,
-                      const Tensor& scratch) = 0;
-  virtual void do_cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
-                                const Tensor& targets, double scale) = 0;
-  virtual void do_kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
-                                const Tensor& teacher, const Tensor& targets, double scale) = 0;
-  virtual void do_cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
-                                      const Tensor& targets, int64_t first_word, Write mode) = 0;
-  virtual void do_kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
-                                      const Tensor& teacher, const Tensor& targets, Write mode) = 0;
-  virtual void do_cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
-                                               const Tensor& state, const Tensor& targets,
-                                               int64_t first_word, double scale) = 0;
-  virtual void do_kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
-                                               const Tensor& teacher, const Tensor& state,
-                                               const Tensor& targets, double scale) = 0;
-  virtual void do_sum(const Tensor& out, const Tensor& x, double scale, Write mode,
-                      const Tensor& scratch) = 0;
-  virtual void do_max_group_range(const QuantizedWeights& q, const Tensor& w) = 0;
-  virtual void do_fake_quant(const QuantizedWeights& q, const Tensor& w) = 0;
-  virtual void do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
-                                 const Tensor& z, const Tensor& s, const WeightGrid& spec) = 0;
-  virtual void do_scale_codes(const Tensor& wq, const Tensor& e, const Tensor& s,
-                              const Tensor& codes, const Tensor& z, const Tensor& sigma,
-                              const WeightGrid& spec) = 0;
-  virtual void do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
-                                       const Tensor& z, const WeightGrid& spec, Write mode) = 0;
-  virtual void do_unpack(const Tensor& wq, const PackedWeight& w) = 0;
-  virtual void do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
-                              const Tensor& addend) = 0;
-  virtual void do_step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
-                               const Tensor& clipped, const Schedule& schedule,
-                               const Tensor& scratch) = 0;
-  virtual void do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
-                        const Tensor& control, const ParameterTable& table,
-                        const QuantizedWeights& q, const AdamWSpec& spec) = 0;
+  BBB_BACKEND_OPS(BBB_PURE_OP)
 };
 
 // Products are tuned while a scope lives. Only one may live at a time.

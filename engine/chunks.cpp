@@ -1,6 +1,5 @@
 #include "engine/chunks.h"
 
-#include <algorithm>
 #include <iterator>
 
 #include "quant/check.h"
@@ -72,39 +71,6 @@ int64_t Chunks::free_bytes() const {
   int64_t bytes = 0;
   for (const auto& [size, chunk] : free_) bytes += size;
   return bytes;
-}
-
-static constexpr int64_t kSmallStep = 512;
-static constexpr int64_t kLargeStep = int64_t{2} << 20;
-static constexpr int64_t kLargeFrom = int64_t{1} << 20;
-
-int64_t ChunkPool::block_bytes(int64_t bytes) {
-  const int64_t step = bytes > kLargeFrom ? kLargeStep : kSmallStep;
-  return std::max<int64_t>(1, (bytes + step - 1) / step) * step;
-}
-
-Chunks& ChunkPool::chunks_for(int64_t block_bytes) {
-  return block_bytes > kLargeFrom ? large_ : small_;
-}
-
-void* ChunkPool::take(int64_t block_bytes, const std::function<void*(int64_t bytes)>& slab) {
-  Chunks& chunks = chunks_for(block_bytes);
-  if (void* const block = chunks.take(block_bytes)) return block;
-  const int64_t slab_bytes = std::max(block_bytes, kLargeStep);
-  void* const added = slab(slab_bytes);
-  if (added == nullptr) return nullptr;
-  chunks.add(added, slab_bytes);
-  return chunks.take(block_bytes);
-}
-
-void ChunkPool::give_back(void* block, int64_t block_bytes) {
-  chunks_for(block_bytes).give_back(block);
-}
-
-std::vector<void*> ChunkPool::remove_free_slabs() {
-  std::vector<void*> slabs = small_.remove_free_slabs();
-  for (void* slab : large_.remove_free_slabs()) slabs.push_back(slab);
-  return slabs;
 }
 
 }  // namespace bbb::engine

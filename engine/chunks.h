@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <set>
 #include <utility>
@@ -34,26 +33,6 @@ class Chunks {
 
   std::map<char*, Chunk> chunks_;
   std::set<std::pair<int64_t, char*>> free_;  // by size, then by address
-};
-
-// The policy of a caching pool of device memory: how requests become blocks, and blocks slabs.
-//
-//   request        block size, a multiple of   new slab if no free chunk is large enough
-//   up to 1 MiB    512 bytes                   2 MiB, shared
-//   above 1 MiB    2 MiB                       the block's size
-class ChunkPool {
- public:
-  static int64_t block_bytes(int64_t bytes);
-  // slab(bytes) allocates a new slab, or returns nullptr; then take() returns nullptr too.
-  void* take(int64_t block_bytes, const std::function<void*(int64_t bytes)>& slab);
-  void give_back(void* block, int64_t block_bytes);
-  std::vector<void*> remove_free_slabs();
-  int64_t free_bytes() const { return small_.free_bytes() + large_.free_bytes(); }
-
- private:
-  Chunks& chunks_for(int64_t block_bytes);
-
-  Chunks small_, large_;
 };
 
 }  // namespace bbb::engine

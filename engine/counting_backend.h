@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "engine/backend.h"
+#include "engine/memory_pool.h"
 
 namespace bbb::engine {
 
@@ -16,7 +17,6 @@ namespace bbb::engine {
 class CountingBackend final : public Backend {
  public:
   explicit CountingBackend(const Backend& device);
-  ~CountingBackend() override;
 
   // Bytes that all living recordings hold; 0 on a CPU, which records nothing.
   int64_t recorded_bytes() const;
@@ -46,78 +46,17 @@ class CountingBackend final : public Backend {
   void tune_gemms(std::optional<GemmTuning>) override {}
   void check_head_size(int64_t d) const override { device_.check_head_size(d); }
 
-  struct Usage;           // bytes held, and their peak
-  class Pool;             // tensors outside recordings, or one stream of the recordings
-  struct RecordingPools;  // the two streams of the recordings
-
  private:
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
-  void do_upload(const Tensor&, const void*) override {}
-  void do_copy(const Tensor&, const Tensor&) override {}
-  void do_cast(const Tensor&, const Tensor&) override {}
-  void do_zero(const Tensor&) override {}
-  void do_embed(const Tensor&, const Tensor&, const Tensor&) override {}
-  void do_gather_rows(const Tensor&, const Rows&) override {}
-  void do_advance(const Tensor&) override {}
-  void do_log_control(const Tensor&, const Tensor&, const Tensor&) override {}
-  void do_gemm_nt(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                  const Tensor&) override {}
-  void do_gemm_nn(const Tensor&, const Tensor&, const Tensor&, const Tensor&, Write) override {}
-  void do_gemm_tn(const Tensor&, const Tensor&, const Tensor&, Write) override {}
-  void do_rms_norm(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double) override {}
-  void do_rms_norm_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                            const Tensor&, const Tensor&, Write, Write, const Tensor&) override {}
-  void do_input_scale_gradient(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                               const Tensor&, Write, const Tensor&) override {}
-  void do_swiglu(const Tensor&, const Tensor&, const Tensor&) override {}
-  void do_swiglu_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const Tensor&) override {}
-  void do_rope(const Tensor&, const Tensor&, const Tensor&, Rotation) override {}
-  void do_add(const Tensor&, const Tensor&, const Tensor&) override {}
-  void do_attention(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const AttentionSpec&, const Tensor&) override {}
-  void do_attention_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const Tensor&, const Tensor&, const AttentionSpec&,
-                             const Tensor&) override {}
-  void do_append_kv(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&) override {}
-  void do_attention_cached(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                           const Tensor&, const AttentionSpec&, const Tensor&) override {}
-  void do_mse(const Tensor&, const Tensor&, const Tensor&, const Rows&, const Tensor&) override {}
-  void do_cross_entropy(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        double) override {}
-  void do_kl_divergence(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        double) override {}
-  void do_cross_entropy_chunk(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
-                              Write) override {}
-  void do_kl_divergence_chunk(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                              const Tensor&, Write) override {}
-  void do_cross_entropy_chunk_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       int64_t, double) override {}
-  void do_kl_divergence_chunk_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, double) override {}
-  void do_sum(const Tensor&, const Tensor&, double, Write, const Tensor&) override {}
-  void do_max_group_range(const QuantizedWeights&, const Tensor&) override {}
-  void do_fake_quant(const QuantizedWeights&, const Tensor&) override {}
-  void do_quantize_codes(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                         const WeightGrid&) override {}
-  void do_scale_codes(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, const WeightGrid&) override {}
-  void do_scale_codes_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                               const WeightGrid&, Write) override {}
-  void do_unpack(const Tensor&, const PackedWeight&) override {}
-  void do_packed_gemv(const Tensor&, const Tensor&, const PackedWeight&, const Tensor&) override {}
-  void do_step_control(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Schedule&,
-                       const Tensor&) override {}
-  void do_adamw(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const ParameterTable&, const QuantizedWeights&, const AdamWSpec&) override {}
+#define BBB_NO_OP(name, ...) \
+  void do_##name(__VA_ARGS__) override {}
+  BBB_BACKEND_OPS(BBB_NO_OP)
+#undef BBB_NO_OP
 
   const Backend& device_;
-  std::shared_ptr<Usage> usage_;
-  std::shared_ptr<Pool> tensors_;
-  std::shared_ptr<Pool> pool_;  // the pool that serves do_empty() now
+  std::shared_ptr<MemoryPool> tensors_;
+  std::shared_ptr<MemoryPool> pool_;  // the pool that serves do_empty() now
   std::weak_ptr<RecordingPools> recordings_;
   std::unique_ptr<Transfers> transfers_;
 };

@@ -181,8 +181,8 @@ constexpr size_t kSuggested = 8;  // the library suggests at most this many
 // Runs `product` under the algorithms that tuning may choose for it: those that the library
 // suggests, and every second one of the others. Returns how many of the others ran.
 int64_t under_many_algorithms(const cuda::GemmShape& shape, const std::function<void()>& product) {
-  const auto usage = std::make_shared<cuda::MemoryUsage>();
-  const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
+  const auto pool =
+      std::make_shared<engine::MemoryPool>(cuda::device_memory(), engine::Reclaim::OnPressure);
   const cuda::StreamHandle stream = cuda::make_stream();
   const std::vector<std::string> all = cuda::GemmPlanner(stream.get(), pool).candidates(shape);
   int64_t explored = 0;
@@ -222,8 +222,8 @@ TEST_CASE("on Hopper, there are more candidates than the library suggests", "[ge
     std::cout << "SKIPPED: no Hopper GPU\n";
     return;
   }
-  const auto usage = std::make_shared<cuda::MemoryUsage>();
-  const auto pool = std::make_shared<cuda::MemoryPool>(usage, cuda::Reclaim::OnPressure);
+  const auto pool =
+      std::make_shared<engine::MemoryPool>(cuda::device_memory(), engine::Reclaim::OnPressure);
   const cuda::StreamHandle stream = cuda::make_stream();
   const cuda::GemmPlanner planner(stream.get(), pool);
   cuda::GemmShape shape =
