@@ -1,4 +1,4 @@
-// Every op: the value, then a closure that holds only what its backward reads.
+// Every op computes its value, then records a closure that holds only what its backward reads.
 #include "autograd/ops.h"
 
 #include <algorithm>
@@ -20,7 +20,7 @@ Shape with_last(Shape shape, int64_t last) {
   return shape;
 }
 
-// The gradient `dx` of a loss of gradient 1, made in the forward pass, becomes x's in the backward.
+// A loss computes dx, for a gradient of 1, in the forward pass; the backward hands it to x.
 void record_loss(Tape& tape, const Var& loss, const Var& x, const Tensor& dx) {
   tape.record([&backend = tape.backend(), loss = loss.gradient_only(), x = x.gradient_only(), dx] {
     if (loss.has_grad()) x.give_grad(backend, dx);
@@ -35,20 +35,20 @@ int64_t state_size(LossKind kind) {
   return kind == LossKind::Kl ? Backend::kKlState : Backend::kCrossEntropyState;
 }
 
-// head_loss of the rows that are taken at once, with scratch for one chunk, whatever M and V are.
+// head_loss of chunks.rows rows at a time. Its scratch is that of one chunk, for any M and V.
 class HeadLoss {
  public:
   struct TokenRows {
     Tensor losses;
-    Tensor dh;  // undefined: not wanted
+    Tensor dh;  // undefined: not computed
     Tensor h, teacher_h, targets;
   };
 
   HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, HeadChunks chunks,
            TapeMode mode)
       : backend_(backend), kind_(kind), head_(head), scale_(scale), words_(chunks.vocab) {
-    // Training keeps logits as activations, and their gradient in the same place; a loss that is
-    // only measured wants more digits than activations have.
+    // In training logits are act, and their gradient takes their place. A loss that is only
+    // measured needs more digits than act has.
     const DType dtype = mode == TapeMode::Training ? backend.act() : backend.real();
     logits_ = backend.empty({chunks.rows * words_}, dtype);
     if (kind == LossKind::Kl) teacher_ = backend.empty({chunks.rows * words_}, dtype);
@@ -70,7 +70,7 @@ class HeadLoss {
     Tensor student, teacher;
   };
 
-  // The logits of words [first, first + words_), or as many as there are, in the scratch.
+  // The logits of words [first, min(first + words_, V)), in the scratch.
   Logits logits_of(const TokenRows& rows, int64_t first) const {
     const Tensor words = head_.rows(first, std::min(words_, head_.dim(0) - first));
     const Shape shape{rows.h.dim(0), words.dim(0)};
@@ -95,8 +95,10 @@ class HeadLoss {
     if (rows.dh.defined()) backend_.gemm_nn(rows.dh, dlogits, head_, Tensor(), Write::Overwrite);
   }
 
-  // The gradient of a logit needs what the whole row sums to: a pass over the chunks for that, then
-  // one back over the same logits made again, which starts with those that are still at hand.
+  // The gradient of a logit needs the sum over its whole row. So a first pass over the chunks finds
+  // the sums, and a second one, in reverse, computes the logits again. The last chunk's logits are
+  // still in the scratch:
+  //   logits 0 | logits 1 | .. | logits n -> dlogits n | logits n-1 -> dlogits n-1 | .. | dlogits 0
   void run_in_chunks(const TokenRows& rows) const {
     const int64_t m = rows.h.dim(0), last = (head_.dim(0) - 1) / words_ * words_;
     const Tensor state = state_.rows(0, m);
@@ -132,8 +134,8 @@ class HeadLoss {
   const LossKind kind_;
   const Tensor head_;
   const double scale_;
-  const int64_t words_;      // of a chunk
-  Tensor logits_, teacher_;  // of a chunk; the teacher's for Kl
+  const int64_t words_;      // in a chunk
+  Tensor logits_, teacher_;  // of a chunk; teacher_ only for Kl
   Tensor state_, dh_sum_;    // running values over the chunks, where there are several
 };
 
@@ -147,7 +149,7 @@ Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Va
                   residual.defined() ? matrix(residual.value()) : Tensor());
   Var out = tape.output(y, {x, w, residual});
   if (!out.requires_grad()) return out;
-  // dx needs w's value and dw needs x's: each is kept only where the other's gradient is wanted.
+  // dx needs w's value, dw needs x's. Each value is kept only if the other's gradient is wanted.
   const Tensor x_value = w.requires_grad() ? x.value() : Tensor();
   const Tensor w_value = x.requires_grad() ? w.value() : Tensor();
   tape.record([&backend, x = x.gradient_only(), w = w.gradient_only(), alpha, x_value, w_value,
@@ -247,7 +249,7 @@ Var add(Tape& tape, const Var& a, const Var& b) {
       else
         backend.add(slot.grad, slot.grad, out.grad());
     }
-    a.give_grad(backend, out.grad());  // last: out's buffer is a's from here on
+    a.give_grad(backend, out.grad());  // last, as `a` may take over out's buffer
   });
   return out;
 }

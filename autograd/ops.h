@@ -9,14 +9,14 @@ namespace bbb::autograd {
 using engine::AttentionSpec;
 
 // y = alpha x w^T (+ residual). x (..., K), w (N, K), residual (..., N) or undefined, alpha real
-// (1) or undefined. dx = alpha dy w; dw = dy^T x: the gradient with respect to alpha w, which is
-// what a master behind a quantizer with scale alpha wants; d_residual = dy.
+// (1) or undefined. dx = alpha dy w; d_residual = dy; dw = dy^T x: the gradient with respect to
+// alpha w, which a master behind a quantizer with scale alpha needs.
 Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual);
 // x (..., D), w real (D).
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
 Var swiglu(Tape& tape, const Var& gate, const Var& up);
-// q (B, T, H, d), k and v (B, T, K, d). inv_freq: undefined, or F32 (d/2): attention of q and k
-// rotated by their positions, in their own buffers: neither must be used again.
+// q (B, T, H, d), k and v (B, T, K, d). inv_freq: undefined, or F32 (d/2): then q and k are first
+// rotated in place, from position 0, and the caller must not use them again.
 Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,
               const AttentionSpec& spec);
 Var add(Tape& tape, const Var& a, const Var& b);
@@ -24,23 +24,23 @@ Var add(Tape& tape, const Var& a, const Var& b);
 Var reshape(Tape& tape, const Var& x, engine::Shape shape);
 // ids I32 (B, T) -> (B, T, D); the table is a constant.
 Var embed(Tape& tape, const Tensor& ids, const Tensor& table);
-// mean((x - y)^2), real (1); y a constant: of x's shape, or x's first dimension in rows.
+// mean((x - y)^2), real (1); y is a constant: of x's shape, or a batch of x.dim(0) rows.
 Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
 enum class LossKind { CrossEntropy, Kl };
 
-// What of the (M, V) logits is held at once; more than there is means all.
+// How many of the (M, V) logits are held at once; larger values mean all.
 struct HeadChunks {
   int64_t rows = 0;
   int64_t vocab = 0;
 };
 
-// The loss of a language model's head over all rows, without ever holding all logits: they are made
-// chunk by chunk, and the head's input gradient with them. Where a chunk has not the whole
-// vocabulary, a gradient takes the products with the head a second time, all but the last chunk's.
-// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D), for Kl,
-// else undefined. Returns the sum over rows of the loss times `scale`, real (1). Where given,
-// row_loss real (M) receives the unscaled losses.
+// The loss of a language model's head, without ever holding all logits: logits and the gradient of
+// h are computed chunk by chunk. If a chunk is less than the whole vocabulary, the gradient
+// computes the logits a second time, except for the last chunk.
+// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D) for Kl,
+// otherwise undefined. Returns scale times the sum of the rows' losses, real (1). row_loss:
+// undefined, or real (M), which receives the unscaled losses.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
               const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss);
 

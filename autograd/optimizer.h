@@ -1,5 +1,5 @@
-// Optimizer: one AdamW step over a ParameterSet, all on the device: gradient norm, schedule, clip,
-// guard against numbers that are not finite, update.
+// Optimizer: AdamW steps over a ParameterSet, all on the device: gradient norm, schedule, clipping,
+// a skip where the loss or the norm is not finite, update.
 #pragma once
 
 #include "autograd/weight_quantizer.h"
@@ -8,14 +8,14 @@ namespace bbb::autograd {
 
 class Optimizer {
  public:
-  // `quantizer`: the one behind which parameters are, or null. Gradients of weights that its last
-  // quantize() clipped count as 0, and the step ends in its epilogue: ranges of the new masters,
-  // and weights prequantized. All must outlive the optimizer.
+  // `quantizer`: the quantizer of this set, or null. A weight that its last quantize() clipped has
+  // gradient 0. The step ends in the quantizer's epilogue: maximum ranges of the new masters, and
+  // perhaps prequantized weights (Backend::adamw). All must outlive the optimizer.
   Optimizer(ParameterSet& parameters, const WeightQuantizer* quantizer, engine::AdamWSpec spec,
             engine::Schedule schedule);
-  // Zero moments, step 0. The schedule stays: recorded steps hold a copy of it.
+  // Moments and step become 0. The schedule stays: recorded steps hold a copy of it.
   void restart();
-  void step(const Tensor& loss);                      // real (1), for the guard and the log
+  void step(const Tensor& loss);                      // real (1), for the skip and the log
   const Tensor& control() const { return control_; }  // engine::ControlSlot
 
  private:

@@ -23,7 +23,7 @@ void ParameterSet::allocate() {
     counts.push_back(engine::numel_of(shape));
     total += quant::padded_elements(counts.back());
   }
-  // Zeros, so that the padding is and stays 0 under every pass over the whole buffer.
+  // Zeros: then the padding is 0 and stays 0 in every pass over the whole buffer.
   for (Tensor* buffer : {&masters_, &v_}) *buffer = backend_.zeros({total}, backend_.real());
   m_ = backend_.zeros({total}, backend_.act());
   grads_ =

@@ -83,7 +83,7 @@ void Tape::backward(const Var& root, Tensor seed) {
   else
     root.gradient_->written = true;
   while (!closures_.empty()) {
-    // Taken out first: what the closure holds is freed as soon as it has run.
+    // Moved out first, so that what the closure holds is freed as soon as it has run.
     const std::function<void()> closure = std::move(closures_.back());
     closures_.pop_back();
     closure();
@@ -96,7 +96,7 @@ Var checkpoint(Tape& tape, const std::function<Var(Tape&, const Var&)>& fn, cons
   const Tensor value = fn(inference, Var(x.value())).value();
   if (!tape.recording()) return Var(value);
 
-  // Parameters inside fn may want a gradient even where x does not.
+  // Even if x takes no gradient, parameters inside fn may.
   Var out = Var::input(value);
   tape.record([&backend, fn, x, out = out.gradient_only()] {
     if (!out.has_grad()) return;
@@ -104,7 +104,7 @@ Var checkpoint(Tape& tape, const std::function<Var(Tape&, const Var&)>& fn, cons
     out.drop_grad();
     Tape again(backend, TapeMode::Training);
     const Var x_again = x.requires_grad() ? Var::input(x.value()) : Var(x.value());
-    const Var y = fn(again, x_again).gradient_only();  // its value is here already
+    const Var y = fn(again, x_again).gradient_only();  // the value is known already
     if (!y.requires_grad()) return;
     again.backward(y, std::move(seed));
     if (x_again.has_grad()) x.give_grad(backend, x_again.grad());

@@ -40,7 +40,7 @@ QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
   const int32_t value = bits;
   parameters_.backend().upload(weights_.bits.slice(parameter.slot, 1), &value);
-  // The optimizer has prequantized with the old width.
+  // The optimizer may have prequantized with the old width.
   parameters_.backend().zero(weights_.prequantized.slice(parameter.slot, 1));
 }
 

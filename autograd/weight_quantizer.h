@@ -1,20 +1,19 @@
-// WeightQuantizer: what the quantizer makes of the masters of a ParameterSet, for all its weights
-// at once.
+// WeightQuantizer: quantizes the weights of a ParameterSet, all at once.
 //
 //   masters --prepare()--> maximum group range, S --> wq, e, z, clipped bits
-//           --quantize()-> the same where the optimizer alone has written masters since
+//           --quantize()-> the same, if only the optimizer has written masters since
 //
-// S of a weight comes from its maximum group range. Whoever writes masters calls prepare(), which
-// measures the ranges and quantizes. The optimizer's epilogue keeps the ranges up to date, so that
-// a training step starts with quantize(). On a GPU that epilogue also prequantizes with the last S,
-// and quantize() reads only masters whose S has changed.
+// S of a weight follows from its maximum group range. After any other write to the masters call
+// prepare(), which measures the ranges and quantizes. The optimizer's epilogue keeps the ranges up
+// to date, so that a training step starts with quantize(). On a GPU the epilogue also prequantizes
+// with the last S, and quantize() reads only masters whose S has changed.
 #pragma once
 
 #include "autograd/parameter.h"
 
 namespace bbb::autograd {
 
-// What the quantizer makes of one parameter (N, K): W^ = S wq.
+// One quantized parameter (N, K), views of the quantizer's buffers: W^ = S wq.
 struct QuantizedParameter {
   Tensor wq;    // act (N, K)
   Tensor e, z;  // U8 (N, K/G)
@@ -23,12 +22,12 @@ struct QuantizedParameter {
 
 class WeightQuantizer {
  public:
-  // Of an allocated set, which must outlive the quantizer.
+  // `parameters` must be allocated and must outlive the quantizer.
   WeightQuantizer(ParameterSet& parameters, int group,
                   engine::Rounding rounding = engine::Rounding::Nearest);
 
-  // Puts a parameter (N, K) behind the quantizer; prepare() then fills what this returns. bits may
-  // be kNoQuantizer. Throws where the group does not divide K.
+  // Puts a parameter (N, K) behind the quantizer; prepare() then fills the returned tensors. bits
+  // may be kNoQuantizer. Throws if the group does not divide K.
   QuantizedParameter add(const Parameter& parameter, int bits);
   // Takes effect at the next quantize() or prepare(), in recorded steps too.
   void set_bits(const Parameter& parameter, int bits);

@@ -1,7 +1,7 @@
-// The public face of every op: shapes, dtypes and device are checked here, once, and nowhere below.
+// The public method of every op. It checks shapes, dtypes and device; nothing below checks again.
 //
-// A violation throws one line that names the op, the tensor, what it had to be and what it is. The
-// happy path only compares integers: decoding runs every op of the model for every token.
+// A violation throws one line: the op, the tensor, what was expected and what it is. Without a
+// violation a check only compares integers, because decoding runs every op for every token.
 #include "engine/backend.h"
 
 #include <initializer_list>
@@ -45,7 +45,7 @@ class Op {
     if (t.defined()) is(what, t, dtype, dims);
   }
 
-  // A batch whose rows, taken in their order, are as long as those of `t` and of its dtype.
+  // A batch with an order, whose rows have the length and dtype of those of `t`.
   void batch(const char* what, const Rows& rows, const char* other, const Tensor& t) const {
     dtype(what, rows.src, t.dtype());
     rank("order", rows.order, 1);
@@ -57,7 +57,7 @@ class Op {
               " differ");
   }
 
-  // Activations, or real where the op also writes or reads full precision.
+  // act, or real for an op that also takes full precision.
   void is_act_or_real(const char* what, const Tensor& t, Dims dims) const {
     here(what, t);
     BBB_CHECK((t.dtype() == backend_.act() || t.dtype() == backend_.real()) && has_shape(t, dims),
@@ -65,7 +65,7 @@ class Op {
               name_of(backend_.real()), " ", to_string(Shape(dims)), ", got ", describe(t));
   }
 
-  // Of parameters: real where it may be added to.
+  // A parameter's gradient: it must be real if the op adds to it.
   void gradient(const char* what, const Tensor& t, Dims dims, Write mode) const {
     is_act_or_real(what, t, dims);
     BBB_CHECK(mode == Write::Overwrite || t.dtype() == backend_.real(), name_, ": ", what,
@@ -104,7 +104,7 @@ class Op {
               spec.group);
   }
 
-  // `count` elements of masters, or of what lies beside them.
+  // A flat buffer with one element for each of `count` masters.
   void flat(const char* what, const Tensor& t, int64_t count) const {
     is(what, t, backend_.real(), {count});
     whole_units(what, count);
@@ -131,7 +131,7 @@ class Op {
     rank("slots", slots, 2);
     is("slots", slots, backend_.real(), {slots.dim(0), 2});
   }
-  // What the quantizer makes of masters of `count` elements.
+  // The quantizer of `count` masters.
   void quantizer(const QuantizedWeights& q, int64_t count) const {
     group(q.group);
     tiles(q.tiles);
@@ -160,7 +160,7 @@ class Op {
     BBB_CHECK(spec.window >= 0, name_, ": window must not be negative, got ", spec.window);
   }
 
-  // The frequencies of the pairs (i, i + d/2) of x (B, T, H, d).
+  // inv_freq holds a frequency for each pair (i, i + d/2) of x (B, T, H, d).
   void pairs(const Tensor& x, const Tensor& inv_freq) const {
     BBB_CHECK(x.dim(3) % 2 == 0, name_, ": ", to_string(x.shape()), " has an odd head dimension");
     is("inv_freq", inv_freq, DType::F32, {x.dim(3) / 2});

@@ -2,16 +2,16 @@
 //
 // A public method checks shapes, dtypes and device once (engine/backend.cpp); a private
 // pure-virtual do_* computes. There is no fallback: an op that a backend lacks does not compile.
-// Outputs come first and are allocated by the caller; nothing is hidden in an op but its scratch
-// memory.
+// The caller allocates the outputs, which are the first arguments. The only memory that an op
+// allocates is its scratch.
 //
 // Dtypes: act() is the dtype of activations and of the weights that enter a GEMM; real() is that of
-// masters, norm weights, losses and scales. A gradient of parameters is act where one pass writes
-// it, real where passes are added to each other, which in act would lose digits.
+// masters, norm weights, losses and scales. A parameter's gradient is act where one backward pass
+// writes it, and real where several passes are added: in act the sum would lose digits.
 //     CpuBackend<float>   act F32   real F32        the reference
 //     CpuBackend<double>  act F64   real F64        gradient checks
 //     CudaBackend         act BF16  real F32
-// "act" and "real" below name these; F32, I32, U8 are themselves everywhere.
+// Below, "act" and "real" mean these dtypes; F32, I32 and U8 are the same on every backend.
 //
 // Dimension letters: B batch, T time, D model, F hidden, H heads, K kv-heads, d head dim, V
 // vocabulary, G group, N output features, M rows (tokens).
@@ -60,8 +60,8 @@ class Replay {
   virtual int64_t kernels() const { return 0; }  // that one run launches on a GPU, as one graph
 };
 
-// Rows of src, (n, ...): all of them as they lie, or, where `order` is defined, a batch that only
-// the device knows: row i of `count` is src[order[cursor * count + i]].
+// Rows of src (n, ...). `order` undefined: all rows, in storage order. `order` defined: a batch of
+// `count` rows that only the device knows; its row i is src[order[cursor * count + i]].
 struct Rows {
   Rows(Tensor all) : src(std::move(all)) {}
   Rows(Tensor from, Tensor by, Tensor at)
@@ -74,13 +74,12 @@ struct Rows {
 
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
-  // The most that the backward may keep of the scores' gradients at a time, where it can keep them.
-  // With less than it wants it makes them twice: so a long text takes no memory that grows by its
-  // square.
+  // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
+  // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
 };
 
-// A stored linear on the device: the tensors of its format, each U8 but for an F32 master scale.
+// A stored linear on the device: the tensors of its format, U8 except for the F32 master scale.
 struct PackedWeight {
   quant::LinearFormat format;
   std::array<Tensor, quant::kStoredParts> tensors;
@@ -90,29 +89,30 @@ struct PackedWeight {
   }
   quant::PackedView view() const;  // for kernels
 };
-DType dtype_of(const quant::StoredTensor& tensor);  // on a device
+DType dtype_of(const quant::StoredTensor& tensor);  // the dtype of its device copy
 class Backend;
-// `bytes` gives each of the format's tensors as it is stored.
+// Uploads a linear. bytes(t) is the content of tensor t of the format.
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
-// The parameters of a model: where each is in flat buffers of P elements, P a multiple of
-// quant::kTileAlign, and how the optimizer treats it. A parameter's row in every table is its slot.
+// Where each parameter of a model is in flat buffers of P elements (P a multiple of
+// quant::kTileAlign), and how the optimizer treats it. A parameter's slot is its row in every
+// table.
 struct ParameterTable {
   Tensor tiles;  // I32 (tiles, 4): quant::WeightTile, covering all parameters
   Tensor slots;  // real (slots, 2): quant::SlotRule
 };
 
-// What the quantizer makes of masters of P elements. Undefined tensors: there is no quantizer.
+// The tables and outputs of the quantizer of P masters. Undefined tensors: there is no quantizer.
 //
-// The S of a step is almost always that of the step before. So adamw may prequantize the new
-// masters with `s`, and fake_quant quantizes again only the parameters whose S has changed.
+// S rarely changes from one step to the next. So adamw may prequantize the new masters with the
+// last S, and fake_quant then quantizes only the parameters whose S has changed.
 struct QuantizedWeights {
   Tensor tiles;      // the ParameterTable's
   Tensor bits;       // I32 (slots): WeightGrid's, or quant::kNotQuantized
   Tensor max_range;  // real (slots): the maximum group range, mx - mn, of the masters
   Tensor s;          // real (slots): the master scale S of the last fake_quant; 0 before the first
-  Tensor prequantized;  // real (slots): the S with which adamw prequantized; 0: it has not
+  Tensor prequantized;  // real (slots): the S with which adamw prequantized; 0: it did not
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
@@ -120,13 +120,13 @@ struct QuantizedWeights {
   Rounding rounding = Rounding::Nearest;
 };
 
-// The state of the optimizer's schedule, on the device, so that a step never waits for the host.
-// A real (kControlSize) tensor; step_control writes it, adamw and advance read it.
+// The state of the optimizer's schedule, real (kControlSize). It is on the device, so that a step
+// never waits for the host. step_control writes it; adamw and log_control read it.
 enum ControlSlot : int {
   kStep = 0,      // steps begun, counting skipped ones; step_control adds 1
   kApplied = 1,   // steps applied: Adam's t in the bias correction
   kLr = 2,        // learning rate of this step
-  kScale = 3,     // factor on the gradient: clip; 0 with kSkip set
+  kScale = 3,     // factor on the gradient, from clipping; 0 if kSkip is set
   kSkip = 4,      // 1 if this step's loss or gradient norm is not finite
   kSkipped = 5,   // steps skipped so far
   kGradNorm = 6,  // global gradient norm before clipping
@@ -158,15 +158,15 @@ class Backend {
   virtual std::string device_name() const = 0;         // "NVIDIA H200" or the CPU's own name
   virtual int64_t memory_total_bytes() const = 0;      // of the device
   virtual int64_t memory_available_bytes() const = 0;  // what a run may still allocate
-  virtual int64_t memory_peak_bytes() const = 0;       // most ever held by tensors
+  virtual int64_t memory_peak_bytes() const = 0;       // peak of what tensors held
   virtual void reset_memory_peak() = 0;
   // False: only sizes are computed (engine/counting_backend.h), and host values are not read.
   virtual bool computes() const { return true; }
-  // What the allocator takes for a tensor of so many bytes.
+  // The size of the block that the allocator takes for a tensor of `bytes`.
   virtual int64_t block_bytes(int64_t bytes) const = 0;
-  // Scratch of one call. The public method allocates it and hands it to do_*.
+  // Scratch of one call: the public method allocates it and passes it to do_*.
   virtual int64_t scratch_bytes(ScratchOp op, const Shape& shape) const = 0;
-  // The same of attention_backward, for q (B, T, H, d) and k (B, T, K, d).
+  // The scratch of attention_backward, for q (B, T, H, d) and k (B, T, K, d).
   virtual int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                                    const AttentionSpec& spec) const = 0;
 
@@ -182,11 +182,12 @@ class Backend {
             const Tensor& src);  // among act, real, F32, BF16 (round to nearest even); same numel
   void zero(const Tensor& dst);
   virtual void synchronize() = 0;
-  virtual Transfers& transfers() = 0;  // copies from and to host memory that run beside the ops
-  // Records `step` and returns it ready to run(); recording does not execute it. Memory that `step`
-  // allocates lives as long as the Replay; what it lets go of may be overwritten by another Replay.
-  // On the CPU run() simply calls `step`; a GPU repeats the host's values of the recording. So what
-  // may change between runs lies on the device, and nothing else that `step` reads may change.
+  virtual Transfers& transfers() = 0;  // copies from and to host memory that overlap with the ops
+  // Records `step` and returns it ready to run(). Recording does not execute the step.
+  // On the CPU run() simply calls `step`. On a GPU it repeats the recorded kernels with the host
+  // values of the recording. So only values on the device may change between runs.
+  // Memory that `step` allocates lives as long as the Replay. Memory that `step` frees may be
+  // overwritten by another Replay.
   virtual std::unique_ptr<Replay> record(std::function<void()> step) = 0;
   // Runs both functions. On a GPU, inside a recorded step, their kernels may overlap: neither may
   // read what the other writes, and everything that `side` reads must stay alive until this
@@ -196,7 +197,8 @@ class Backend {
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
-  // out = the rows of a batch, count = out.dim(0); of equal bytes, same dtype.
+  // out = the rows of a batch of count = out.dim(0); `batch` has an order. out's and src's rows
+  // have the same dtype and number of elements.
   void gather_rows(const Tensor& out, const Rows& batch);
   // cursor += 1, I32 (1).
   void advance(const Tensor& cursor);
@@ -215,11 +217,11 @@ class Backend {
   // dw (+)= dy^T x.                 dw act (Overwrite only) or real (N, K); dy act (M, N); x act
   // (M, K).
   void gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor& x, Write mode);
-  // What chooses among algorithms: library, version and device; "" where a product has only one.
+  // What chooses among algorithms: library, version and device; "" if there is no choice.
   virtual std::string gemm_library() const = 0;
-  // From here on every large product takes the fastest of its algorithms. It is timed when first
-  // met: before it runs, or, within record(), before the step is recorded for good (`step` is then
-  // called again). nullopt: the library's first suggestions again, as from the start.
+  // From now on every large product takes its fastest algorithm. A product is timed when it is
+  // first encountered: before it runs or, within record(), before the final recording (`step` is
+  // then called again). nullopt: back to the library's first suggestions, as at the start.
   virtual void tune_gemms(std::optional<GemmTuning> tuning) = 0;
 
   // --- norms, activations, positions ------------------------------------------------------------
@@ -227,14 +229,14 @@ class Backend {
   void rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x, const Tensor& w,
                 double eps);
   // dx (+)= r (dy w - x r^2 mean(dy w x)); dw (+)= sum_m dy x r. dx act, dw act (Overwrite only) or
-  // real (D); either may be undefined: not wanted. dx may be dy's buffer.
+  // real (D); either may be undefined, then it is not computed. dx may be dy's buffer.
   void rms_norm_backward(const Tensor& dx, const Tensor& dw, const Tensor& dy, const Tensor& x,
                          const Tensor& inv_rms, const Tensor& w, Write dx_mode, Write dw_mode);
-  // The gradient of a scale s on the input features of a linear, from that of its weight W^ alone:
-  // for y = (s . x) W^^T, dL/ds_k = sum_n W^[n, k] dW^[n, k] / s_k; 0 where s_k is 0, which hides
-  // it. The weight of a norm is such a scale; this saves the product that makes dL/d(s . x). ds
-  // (+)= that, real (K); s real (K); W^ = alpha w: alpha real (1) or undefined (1), w act (N, K);
-  // dw act or real (N, K).
+  // The gradient of a scale s on the input features of a linear, from the weight's gradient alone.
+  // For y = (s . x) W^^T:
+  //     ds_k (+)= sum_n W^[n, k] dW^[n, k] / s_k,   0 where s_k is 0 (the gradient is lost there)
+  // A norm's weight is such a scale; this saves the product that makes dL/d(s . x). ds, s real (K);
+  // W^ = alpha w: alpha real (1) or undefined (1), w act (N, K); dw act or real (N, K).
   void input_scale_gradient(const Tensor& ds, const Tensor& s, const Tensor& w, const Tensor& alpha,
                             const Tensor& dw, Write mode);
   // h = silu(gate) * up.   all act, same shape.
@@ -248,77 +250,77 @@ class Backend {
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
 
   // --- attention --------------------------------------------------------------------------------
-  // Throws where attention lacks heads of size d: before a model is loaded, not after.
+  // Throws if attention does not support heads of size d. Call it before a model is loaded.
   virtual void check_head_size(int64_t d) const = 0;
   // Causal, grouped queries (H a multiple of K), scale 1/sqrt(d), never a T x T matrix in memory.
   // o act (B, T, H, d); lse real (B, H, T): log sum exp of the scaled scores; q act (B, T, H, d);
   // k, v act (B, T, K, d).
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
-  // All three gradients, overwritten. Deterministic. inv_freq: undefined, or F32 (d/2): q and k are
-  // what rope made of some q' and k' with it, position t of each from 0, and dq and dk come out as
-  // the gradients of those: turned back before they are rounded.
+  // All three gradients, overwritten. inv_freq: undefined, or F32 (d/2). If it is defined, q and k
+  // are rotated, q = rope(q', inv_freq) from position 0, and dq and dk are the gradients of q' and
+  // k': rotated back before they are rounded.
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
   // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
-  // the device. Here and in attention_cached positions past the cache throw: on a GPU, where only
-  // the device knows `start`, at the next upload, download or synchronize().
+  // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
+  // device knows `start`, so the next upload, download or synchronize() throws.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& start);
-  // Query t stands at position start + t and sees keys 0 .. start + t of the cache. o, q act (B, T,
-  // H, d).
+  // Query t is at position start + t and sees keys 0 .. start + t of the cache, within the window.
+  // o, q act (B, T, H, d).
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                         const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
 
   // --- losses -----------------------------------------------------------------------------------
   // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x act; dx act or undefined; y
-  // act, of x's shape, or x.dim(0) rows in an order, which give the bytes that a copy of them
-  // would.
+  // act: of x's shape, or a batch of x.dim(0) rows, which gives the same bits as a gathered copy.
   void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y);
   // loss[m] = log sum exp(logits[m]) - logits[m, target]; dlogits = scale * (softmax - onehot).
-  // loss real (M); dlogits act (M, V) or undefined; logits act or real (M, V); targets I32 (M), -1:
-  // loss 0, gradient 0.
+  // loss real (M); dlogits act (M, V) or undefined; logits act or real (M, V); targets I32 (M); -1
+  // gives loss 0 and gradient 0.
   void cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& targets, double scale);
   // loss[m] = sum_v p (log p - log q), p = softmax(teacher), q = softmax(logits); dlogits = scale *
   // (q - p). Rows with targets[m] < 0 give loss 0 and gradient 0.
   void kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& teacher, const Tensor& targets, double scale);
-  // Both losses of logits that come C words of the vocabulary at a time, each chunk once and in any
-  // order. `state`, real, holds a row's running values, and `loss` its loss over the words so far:
-  // Overwrite begins with this chunk, Add goes on. first_word is that of the chunk's first column;
-  // a target in no chunk gives an infinite loss.
+  // Both losses over chunks of C words of the vocabulary: each chunk once, in any order. `state`,
+  // real, holds the running values of each row; `loss` is its loss over the chunks so far.
+  // Overwrite starts with this chunk, Add continues. first_word is the word of the chunk's first
+  // column. A target in no chunk gives an infinite loss.
   // loss real (M); state (M, kCrossEntropyState) or (M, kKlState); logits, teacher act or real
   // (M, C), both alike; targets I32 (M).
   void cross_entropy_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
                            const Tensor& targets, int64_t first_word, Write mode);
   void kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
                            const Tensor& teacher, const Tensor& targets, Write mode);
-  // The gradient of one chunk, from the state that has seen all of them. dlogits act (M, C), which
-  // may be the buffer of logits of act.
+  // The gradient of one chunk, from the state after all chunks. dlogits act (M, C); it may be the
+  // buffer of the logits where these are act.
   void cross_entropy_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                     const Tensor& state, const Tensor& targets, int64_t first_word,
                                     double scale);
   void kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                     const Tensor& teacher, const Tensor& state,
                                     const Tensor& targets, double scale);
-  // The maximum, the sum of e^(x - maximum) and the target's logit.
+  // Per row: the maximum, the sum of e^(x - maximum) and the target's logit.
   static constexpr int64_t kCrossEntropyState = 3;
-  // Maximum and sum of the logits and of the teacher, and sum e^(t - maximum) (t - s).
+  // Per row: maximum and sum of the student s and of the teacher t, and sum e^(t - max t) (t - s).
   static constexpr int64_t kKlState = 5;
   // out (+)= scale * sum(x).   out real (1); x real, any shape; fixed order.
   void sum(const Tensor& out, const Tensor& x, double scale, Write mode);
 
   // --- quantizer (numerics.md sections 1-3) -----------------------------------------------------
-  // q.max_range from masters that anything but adamw has changed; q.prequantized = 0. w real (P).
+  // Measures q.max_range of w, real (P), and sets q.prequantized = 0. Call it after anything but
+  // adamw has changed the masters.
   void max_group_range(const QuantizedWeights& q, const Tensor& w);
-  // All of q's weights at once: S = 2^ceil(log2(s_raw / 448)) with the s_raw of q.max_range, 1
-  // where that is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
+  // Quantizes all weights: S = 2^ceil(log2(s_raw / 448)) with s_raw from q.max_range, 1 where s_raw
+  // is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
   // [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1, nothing is clipped, and e and z are left alone.
-  // w real (P), those that q.max_range is of. A parameter whose S is in q.prequantized is not read:
-  // its wq, e, z and clipped bits are there. Rounding::Identity leaves codes unrounded and
-  // unclipped (gradient checks): wq = w / S.
+  // w real (P): the masters of q.max_range. A parameter whose S equals q.prequantized is not read:
+  // its wq, e, z and clipped bits are there already. Rounding::Identity (gradient checks) leaves
+  // codes unrounded and unclipped: wq = w / S.
   void fake_quant(const QuantizedWeights& q, const Tensor& w);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
@@ -333,8 +335,7 @@ class Backend {
                             const Tensor& z, const WeightGrid& spec, Write mode);
 
   // --- packed inference -------------------------------------------------------------------------
-  // wq = (q - z) e, the GEMM's operand for a whole layer (S goes into the GEMM's alpha). wq act (N,
-  // K).
+  // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
   // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).
   // y act or real (M, N); x act (M, K); addend undefined or act (M, N).
@@ -342,8 +343,8 @@ class Backend {
   static constexpr int64_t kMaxPackedRows = 8;
 
   // --- optimizer --------------------------------------------------------------------------------
-  // Straight through the quantizer, the gradient of a weight is that of W^, and 0 where it was
-  // clipped. Both ops read g so.
+  // Straight-through estimator: the gradient of a weight is that of W^, and 0 where the weight was
+  // clipped. Both ops read g that way.
   //
   // Reads loss, real (1), and the norm of g, and writes the slots of `control`: the learning rate
   // of step t (counted from 0) is peak * min(1, (t + 1) / warmup) * (f + (1 - f) * (1 + cos(pi t /
@@ -351,18 +352,19 @@ class Backend {
   // (P / 8) or undefined; fixed order.
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
-  // Decoupled weight decay (Loshchilov & Hutter), bias-corrected; w, m and v stay where kSkip is
-  // set. Epilogue, where there is a quantizer q: writes q.max_range of the new w, and may
-  // prequantize w with q.s. Then wq, e, z and clipped are replaced and q.prequantized is q.s; else
-  // q.prequantized is 0. Either way wq, e, z and clipped are valid only after the next fake_quant.
-  // w, v real (P); m act (P), the update uses it before it is rounded; g act or real (P); control
-  // as step_control left it.
+  // AdamW: decoupled weight decay (Loshchilov & Hutter), bias-corrected. If kSkip is set, w, m and
+  // v stay unchanged. With a quantizer q, an epilogue writes q.max_range of the new w and may
+  // prequantize w with q.s. If it does, it replaces wq, e, z and clipped and sets q.prequantized to
+  // q.s; otherwise it sets q.prequantized to 0. Either way wq, e, z and clipped are valid only
+  // after the next fake_quant.
+  // w, v real (P); m act (P), used before it is rounded; g act or real (P); control as written by
+  // step_control.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
              const AdamWSpec& spec);
 
  private:
-  // Undefined where an op needs none.
+  // Undefined if the op needs no scratch.
   Tensor make_scratch(int64_t bytes) { return bytes > 0 ? do_empty({bytes}, DType::U8) : Tensor(); }
   Tensor make_scratch(ScratchOp op, const Shape& shape = {}) {
     return make_scratch(scratch_bytes(op, shape));
@@ -373,7 +375,7 @@ class Backend {
   BBB_BACKEND_OPS(BBB_PURE_OP)
 };
 
-// Products are tuned while it lives; one at a time.
+// Products are tuned while a scope lives. Only one may live at a time.
 class GemmTuningScope {
  public:
   GemmTuningScope(Backend& backend, GemmTuning tuning) : backend_(backend) {
@@ -390,7 +392,7 @@ class GemmTuningScope {
 // `threads` 0: all cores.
 std::unique_ptr<Backend> make_cpu_backend(int threads);
 std::unique_ptr<Backend> make_cpu_f64_backend(int threads);
-// Throws where the build has no CUDA, or the machine no GPU; device counts from 0.
+// Throws if the build has no CUDA or the machine no GPU. `device` counts from 0.
 std::unique_ptr<Backend> make_cuda_backend(int device);
 bool cuda_available();  // built with CUDA and a usable GPU is present
 

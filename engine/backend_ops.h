@@ -1,5 +1,5 @@
-// The private ops of a backend, listed once for the classes that declare them: OP(name, types of
-// its parameters). do_NAME takes what Backend::NAME takes, then its scratch if it needs any.
+// The private ops of a backend, listed once for the classes that declare them: OP(name, parameter
+// types). do_NAME takes the arguments of Backend::NAME, then its scratch if it needs any.
 #pragma once
 
 #include "engine/tensor.h"

@@ -14,7 +14,7 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : nearest);
 }
 
-// Goes through F32 rounded to odd, so that the second rounding sees that the first was inexact.
+// Rounds to F32 by round-to-odd first, so that the second rounding sees an inexact first one.
 inline uint16_t to_bf16(double x) {
   const float near = static_cast<float>(x);
   if (std::isnan(x) || static_cast<double>(near) == x) return to_bf16(near);

@@ -1,8 +1,7 @@
-// Chunks: which parts of memory slabs are in use. It only keeps the books and never touches the
-// memory.
+// Chunks: which parts of memory slabs are in use. Bookkeeping only: the memory is never touched.
 //
-// A request takes the smallest free chunk that is large enough and cuts it to size. A chunk given
-// back merges with its free neighbours, so memory of one size serves every other.
+// A request takes the smallest free chunk that is large enough and splits off the rest. A chunk
+// that is given back merges with its free neighbours, so that memory of one size serves any size.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +14,10 @@ namespace bbb::engine {
 
 class Chunks {
  public:
-  void add(void* slab, int64_t bytes);  // all of it free
+  void add(void* slab, int64_t bytes);  // a new slab, all free
   void* take(int64_t bytes);            // nullptr if no free chunk is large enough
   void give_back(void* chunk);
-  // The slabs with no chunk in use; they belong to the caller from here on.
+  // Removes the slabs with no chunk in use and returns them; the caller now owns them.
   std::vector<void*> remove_free_slabs();
   int64_t free_bytes() const;
 

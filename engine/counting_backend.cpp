@@ -31,11 +31,11 @@ class CountedReplay final : public Replay {
   }
 
  private:
-  std::function<void()> run_;  // where nothing is recorded
+  std::function<void()> run_;  // on a CPU, where nothing is recorded
   std::shared_ptr<void> held_;
 };
 
-// Slabs with addresses and nothing behind them.
+// Slabs have addresses without memory behind them.
 std::shared_ptr<DeviceMemory> counted_memory() {
   auto memory = std::make_shared<DeviceMemory>();
   memory->allocate = [next = uintptr_t{1} << 40](int64_t bytes) mutable {

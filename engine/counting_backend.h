@@ -1,9 +1,9 @@
 // CountingBackend: computes nothing and counts the memory that tensors take on another backend.
 //
-// Whatever runs on it allocates as on that device: blocks are rounded alike, ops take the same
+// A step that runs here allocates as on that device: blocks have the same sizes, ops take the same
 // scratch, and on a GPU recordings keep the memory that they allocated. So memory is planned by
-// running the real step here. Tensors have addresses, but no memory behind them: nothing reads or
-// writes it, host values are not read, and a download gives zeros.
+// running the real step. Tensors have addresses without memory behind them. Ops touch no memory,
+// host values are not read, and a download gives zeros.
 #pragma once
 
 #include <memory>
@@ -13,12 +13,12 @@
 
 namespace bbb::engine {
 
-// `device` must outlive it.
+// `device` must outlive the CountingBackend.
 class CountingBackend final : public Backend {
  public:
   explicit CountingBackend(const Backend& device);
 
-  // Of all living recordings; 0 on a CPU, which records nothing.
+  // Bytes that all living recordings hold; 0 on a CPU, which records nothing.
   int64_t recorded_bytes() const;
 
   DeviceType device() const override { return device_.device(); }
@@ -56,7 +56,7 @@ class CountingBackend final : public Backend {
 
   const Backend& device_;
   std::shared_ptr<MemoryPool> tensors_;
-  std::shared_ptr<MemoryPool> pool_;  // the current one
+  std::shared_ptr<MemoryPool> pool_;  // the pool that serves do_empty() now
   std::weak_ptr<RecordingPools> recordings_;
   std::unique_ptr<Transfers> transfers_;
 };

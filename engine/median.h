@@ -7,7 +7,7 @@
 
 namespace bbb::engine {
 
-// Of an even number the upper one of the two in the middle; 0 of none.
+// For an even count the upper of the two middle values; 0 for no values.
 template <typename T>
 T median(std::vector<T> values) {
   if (values.empty()) return T{0};

@@ -1,11 +1,15 @@
 // MemoryPool: a caching allocator of device memory, in the order of one stream.
 //
-// A request is rounded up to a block. It is cut out of a free chunk of a slab (chunks.h). If no
-// chunk is large enough, the device gives a new slab, of the size of the block but at least 2 MiB.
-// Blocks up to 1 MiB share slabs of their own. A freed chunk is reusable at once: its next user
-// runs later on the same stream. Free slabs return to the device when an allocation fails, in
-// release_cached(), and when the pool dies. The pool outlives the backend while a tensor holds one
-// of its chunks.
+// A request is rounded up to a block, which is cut out of a free chunk of a slab (chunks.h). Small
+// and large blocks have separate slabs:
+//
+//   request        block, a multiple of   new slab if no free chunk is large enough
+//   up to 1 MiB    512 bytes              2 MiB
+//   above 1 MiB    2 MiB                  the block's size
+//
+// A freed chunk is reusable at once: its next user runs later on the same stream. Free slabs return
+// to the device when an allocation fails, in release_cached(), and when the pool dies. The pool
+// outlives the backend while a tensor holds one of its chunks.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +23,9 @@
 
 namespace bbb::engine {
 
-// The device behind all pools of a backend, and what they hold of it.
+// The device behind all pools of a backend, and the bytes that they hold.
 struct DeviceMemory {
-  std::function<void*(int64_t bytes)> allocate;  // a slab; nullptr where there is no room
+  std::function<void*(int64_t bytes)> allocate;  // a slab; nullptr if there is no room
   std::function<void(void* slab)> release;       // waits for kernels that still use the slab
   std::function<std::string()> room;             // "5 free of 8", for an error
 
@@ -30,7 +34,7 @@ struct DeviceMemory {
   int64_t peak_bytes = 0;
 };
 
-// Never: recorded steps contain the addresses, so not even a free slab may be released.
+// When a pool releases free slabs. Never: recorded steps contain the addresses of its memory.
 enum class Reclaim { OnPressure, Never };
 
 class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
@@ -41,7 +45,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   MemoryPool(const MemoryPool&) = delete;
   MemoryPool& operator=(const MemoryPool&) = delete;
 
-  // A request rounded up: to 512 bytes, above 1 MiB to 2 MiB.
+  // The request, rounded up as above. A caller with other rules passes its own block_bytes below.
   static int64_t block_bytes(int64_t bytes);
   // Uninitialized; aligned to 512 bytes if all blocks are multiples of that. Throws, naming the
   // bytes, if the device has no room.
@@ -66,7 +70,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
 };
 
 // The pools of recorded steps; all replays hold them. Each of a step's two streams has its own
-// pool: memory freed in the order of one stream may still be in use on the other.
+// pool, because memory freed in the order of one stream may still be in use on the other.
 struct RecordingPools {
   explicit RecordingPools(const std::shared_ptr<DeviceMemory>& device)
       : main(std::make_shared<MemoryPool>(device, Reclaim::Never)),

@@ -1,6 +1,6 @@
-// Progress: one line on stderr with a bar, counts and ETA, at the rate since the first set();
-// redrawn at most ten times a second on a terminal, one line per 10 % elsewhere. Work that is often
-// over in a moment asks it to be patient: nothing is drawn before `silent_s` have passed.
+// Progress: one line on stderr with a bar, counts and ETA. A terminal line is redrawn every 0.1 s
+// and at each 10 %; elsewhere a line is printed at each 10 %. The ETA uses the rate since the first
+// set(). Nothing is drawn in the first `silent_s` seconds, for work that is often over by then.
 #pragma once
 
 #include <chrono>
@@ -21,7 +21,7 @@ class Progress {
   std::string label_;
   int64_t total_;
   double silent_s_;
-  int64_t first_done_ = -1;  // what the first set() said: a resumed run starts high
+  int64_t first_done_ = -1;  // `done` of the first set(); not 0 in a resumed run
   std::chrono::steady_clock::time_point start_, first_, last_;
   int last_tenth_ = -1;
   bool terminal_;

@@ -10,7 +10,7 @@
 
 namespace bbb::engine {
 
-// A seed from names or numbers: FNV-1a. What is drawn depends on it, so it never changes.
+// A seed from names or numbers: FNV-1a. It must never change, as random draws depend on it.
 inline uint64_t seed_from(const void* data, size_t bytes) {
   uint64_t seed = 0xcbf29ce484222325ull;
   for (size_t i = 0; i < bytes; ++i)

@@ -22,7 +22,7 @@ const char* name_of(DType dtype);
 std::string to_string(const Shape& shape);  // "(2, 3)"
 int64_t numel_of(const Shape& shape);       // throws on a negative size or an overflow
 
-// Owns device or host memory; `release` gives it back.
+// Owns device or host memory; the destructor calls `release`.
 class Storage {
  public:
   Storage(void* data, int64_t bytes, std::function<void()> release)

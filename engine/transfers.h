@@ -1,11 +1,14 @@
-// Transfers: copies between host memory and the device that run beside the ops.
+// Transfers: copies between host memory and the device that overlap with the ops.
 //
-// Work is given to lanes. A lane does its work in order; lanes run side by side, and what must
-// happen first is said with fences:
+// Work is submitted to lanes. A lane runs its work in order; lanes overlap with each other. Fences
+// order work between lanes:
 //
-//     load(slot, host, bytes);  loaded = mark(Lane::Load);  follow(Lane::Compute, *loaded)
+//     load(slot, host);  loaded = mark(Lane::Load);  follow(Lane::Compute, *loaded)
 //
-// The CPU backend does everything at once, so there every mark is reached already.
+//     Load      load | fence
+//     Compute              '-> ops that read slot
+//
+// The CPU backend runs everything at submission, so every fence has been passed.
 #pragma once
 
 #include <memory>
@@ -14,14 +17,14 @@
 
 namespace bbb::engine {
 
-// Compute: where the backend's ops run. Load and Store: from and to host memory.
+// Compute: the backend's ops. Load: host to device. Store: device to host.
 enum class Lane { Compute, Load, Store };
 
 // A point in a lane's work.
 class Fence {
  public:
   virtual ~Fence() = default;
-  virtual void wait() = 0;  // until the lane has come past it; for the host
+  virtual void wait() = 0;  // blocks the host until the lane has passed this point
 };
 
 class Transfers {
@@ -29,14 +32,14 @@ class Transfers {
   virtual ~Transfers() = default;
 
   // Host memory for load and store, page-aligned; page-locked on a GPU. Throws, naming the bytes,
-  // where the machine has no room.
+  // if the machine does not have them.
   virtual std::shared_ptr<Storage> host_buffer(int64_t bytes) = 0;
-  // dst <- src, the tensor's bytes, in the lane of the same name. The host side must
-  // lie in a host_buffer and stay as it is until the copy is done.
+  // dst <- src, the tensor's bytes, in the lane of the same name. The host side must be in a
+  // host_buffer and must stay unchanged until the copy is done.
   virtual void load(const Tensor& dst, const void* src) = 0;
   virtual void store(void* dst, const Tensor& src) = 0;
-  virtual std::shared_ptr<Fence> mark(Lane lane) = 0;
-  // What `lane` is given from now on runs behind the fence.
+  virtual std::shared_ptr<Fence> mark(Lane lane) = 0;  // after all work submitted to `lane` so far
+  // Work submitted to `lane` after this call waits for the fence.
   virtual void follow(Lane lane, Fence& fence) = 0;
 };
 

@@ -53,7 +53,7 @@ std::vector<Expected> expected_norms(const LlamaConfig& config) {
   return out;
 }
 
-// Embedding and, where it has weights of its own, the head.
+// The embedding and, unless tied, the head.
 std::vector<Expected> expected_tables(const LlamaConfig& config) {
   std::vector<Expected> out = {{kEmbedding, {config.vocab, config.d_model}}};
   if (!config.tied_head) out.push_back({kHead, {config.vocab, config.d_model}});
@@ -82,7 +82,7 @@ void check_shape(const Shape& found, const Shape& wanted, const std::string& nam
             engine::to_string(found), ", the model needs ", engine::to_string(wanted));
 }
 
-// Whether two tensors of one shape hold the same values, whatever their types.
+// Do two tensors of one shape, perhaps of different types, hold the same values?
 bool equal_weights(const SafeTensor& a, const SafeTensor& b) {
   if (a.dtype == b.dtype && std::memcmp(a.data, b.data, static_cast<size_t>(a.bytes)) == 0)
     return true;
@@ -98,13 +98,13 @@ bool equal_weights(const SafeTensor& a, const SafeTensor& b) {
   return true;
 }
 
-// Of a tensor in a mapped file.
+// The bytes of a tensor in a mapped file.
 template <typename T>
 data::Bytes bytes_of(const T& tensor) {
   return {tensor.data, static_cast<size_t>(tensor.bytes)};
 }
 
-// What the two kinds of directory share.
+// The base of both kinds of directory.
 class DirectoryCheckpoint : public Checkpoint {
  public:
   DirectoryCheckpoint(const std::string& path, std::string config_text)
@@ -154,7 +154,7 @@ class DirectoryCheckpoint : public Checkpoint {
     return t;
   }
 
-  // Of the tensors with these names.
+  // Checks the tensors with these names.
   void check_finite(const std::vector<std::string>& names) const {
     std::vector<data::RawWeight> weights;
     for (const std::string& name : names) weights.push_back(raw_weight(tensors_.at(name), name));
@@ -165,7 +165,7 @@ class DirectoryCheckpoint : public Checkpoint {
   std::string config_text_;
 
  private:
-  // As transformers 5: a head in the file that differs from the embedding is the model's own.
+  // As in transformers 5: a head in the file that differs from the embedding is used.
   void untie_head() {
     const Shape shape = {config_.vocab, config_.d_model};
     const SafeTensor &head = check_float(kHead, shape), &table = check_float(kEmbedding, shape);
@@ -188,7 +188,7 @@ class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
       known.insert(e.name);
     }
     for (const auto& [name, t] : tensors_.tensors()) {
-      // A tied head may be written out; old checkpoints keep the rope's table.
+      // The file may hold a tied head; old checkpoints hold the rope's table.
       const bool ignored = name == kHead || name.ends_with(".rotary_emb.inv_freq");
       BBB_CHECK(known.count(name) || ignored, path_, ": tensor '", printable(name),
                 "' is no part of a ", config_.model_type, " model");
@@ -280,7 +280,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   }
 
  private:
-  // Each key must hold what this reader does; one that it does not know may change the meaning.
+  // Accepts only values that this reader implements. An unknown key is refused: it may change the
+  // meaning of the tensors.
   void read_quantization(const json& q) {
     const std::string where = join(path_, "config.json") + ": quantization_config";
     const auto choose = [&](const char* key, std::initializer_list<json> allowed, bool required) {
@@ -356,7 +357,7 @@ class GgufCheckpoint final : public Checkpoint {
     path_ = path;
     config_ = config_from_gguf(gguf_);
     std::set<std::string> known = {"rope_freqs.weight"};
-    for (int64_t i = 0; i < config_.layers; ++i)  // old files keep the rope's table
+    for (int64_t i = 0; i < config_.layers; ++i)  // old files hold the rope's table
       known.insert(cat("blk.", i, ".attn_rot_embd.weight"));
     for (const Expected& e : expected_all(config_)) {
       const std::string name = gguf_name(e.name);
@@ -410,8 +411,8 @@ class GgufCheckpoint final : public Checkpoint {
   std::string config_json() const override { return config_to_json(config_); }
 
  private:
-  // llama.cpp rotates neighbours (2j, 2j + 1) of a head where Hugging Face rotates (j, j + d/2),
-  // and stores the rows of Q and K so ordered: stored row 2j + p is row p d/2 + j.
+  // Hugging Face rotates the pair (j, j + d/2) of a head, llama.cpp the neighbours (2j, 2j + 1).
+  // llama.cpp stores the rows of Q and K in that order: stored row 2j + p is row p d/2 + j.
   void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
     const int64_t rows = t.shape[0], k = t.shape[1], d = config_.head_dim;
     const int64_t row_bytes = t.bytes / rows;

@@ -80,11 +80,11 @@ class Object {
   std::string where_;
 };
 
-// Bounds that no model comes near and no product of sizes overflows.
+// Bounds far above any model, below which no product of sizes overflows.
 constexpr int64_t kMostVocab = 1 << 24, kMostWidth = 1 << 20, kMostLayers = 1000,
                   kMostHeads = 1 << 12, kMostPosition = int64_t{1} << 32;
 
-// What must hold whichever file the sizes came from.
+// The checks for sizes from any file.
 void check_sizes(const LlamaConfig& c, const std::string& where) {
   const auto in_range = [&](const char* what, int64_t value, int64_t most) {
     BBB_CHECK(value >= 1 && value <= most, where, ": ", what, " is ", value, ", outside 1 to ",
@@ -129,14 +129,14 @@ int64_t derived_head_dim(const LlamaConfig& c, const std::string& where) {
   return c.d_model / c.heads;
 }
 
-// What must hold of the model and of its rope object alike.
+// Applies to the model's object and to its rope object.
 void check_partial_rotary(const Object& in) {
   BBB_CHECK(!in.find("partial_rotary_factor") || in.positive("partial_rotary_factor") == 1,
             in.where(), ": a partial_rotary_factor other than 1 is not supported");
 }
 
-// rope_scaling, or rope_parameters of newer transformers, which holds rope_theta too.
-// `original_positions`: what llama3 without original_max_position_embeddings takes.
+// `rope`: rope_scaling, or rope_parameters of newer transformers, which also holds rope_theta.
+// `original_positions`: the default of llama3's original_max_position_embeddings.
 std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t original_positions) {
   check_partial_rotary(rope);
   const bool unscaled = !rope.find("factor") || rope.positive("factor") == 1;
@@ -160,8 +160,8 @@ std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t o
   return s;
 }
 
-// What a pair's frequency is divided by: 1 where its wavelength is short, `factor` where it is
-// long, in between interpolated. Source: Meta's Llama 3.1 reference model, apply_scaling().
+// The divisor of a pair's frequency: 1 for short wavelengths, `factor` for long ones, interpolated
+// in between. Source: Meta's Llama 3.1 reference model, apply_scaling().
 double llama3_divisor(const Llama3RopeScaling& s, double frequency) {
   const double turns =
       static_cast<double>(s.original_max_position) * frequency / (2 * std::numbers::pi);
@@ -175,7 +175,8 @@ double rope_frequency(const LlamaConfig& c, int64_t pair) {
   return std::pow(c.rope_theta, -2.0 * static_cast<double>(pair) / static_cast<double>(c.head_dim));
 }
 
-// A GGUF keeps only the divisors; those of the released Llama 3.1 and 3.2 become their scaling.
+// A GGUF holds only the divisors. The divisors of the released Llama 3.1 and 3.2 are recognized and
+// become a scaling again.
 std::optional<Llama3RopeScaling> known_scaling(const LlamaConfig& c) {
   for (const double factor : {8.0, 32.0}) {
     const Llama3RopeScaling scaling{factor, 1, 4, 8192};
@@ -189,7 +190,7 @@ std::optional<Llama3RopeScaling> known_scaling(const LlamaConfig& c) {
   return std::nullopt;
 }
 
-// The shortest decimal of a value that was an FP32 one: 1e-05, not 9.999999747378752e-06.
+// The shortest decimal of a value that was FP32: 1e-05, not 9.999999747378752e-06.
 double shortest(double value) {
   char text[32];
   const auto [end, error] = std::to_chars(text, text + sizeof text, static_cast<float>(value));
@@ -226,7 +227,7 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
   c.hidden = in.integer("intermediate_size", 1, kMostWidth);
   c.layers = in.integer("num_hidden_layers", 1, kMostLayers);
   c.heads = in.integer("num_attention_heads", 1, kMostHeads);
-  // Mistral without the key has transformers' default, with null a key-value head for each head.
+  // Mistral: without the key transformers' default, 8; with null one kv-head for each head.
   c.kv_heads =
       in.integer_or("num_key_value_heads",
                     mistral && !parsed.contains("num_key_value_heads") ? 8 : c.heads, kMostHeads);
@@ -237,7 +238,7 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
   c.tied_head = in.boolean("tie_word_embeddings", false);
   if (const std::vector<int64_t> bos = in.tokens("bos_token_id"); !bos.empty()) c.bos_id = bos[0];
   c.eos_ids = in.tokens("eos_token_id");
-  // Llama ignores a window; Mistral without the key has transformers' default, with null none.
+  // Llama ignores the key. Mistral: without the key transformers' default, 4096; with null none.
   if (mistral)
     c.sliding_window = !parsed.contains("sliding_window")
                            ? 4096
@@ -273,7 +274,7 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
 
 namespace {
 
-// As llama.cpp: the type is linear where none is given, and a factor of 0 scales nothing.
+// As in llama.cpp: the default type is linear, and a factor of 0 scales nothing.
 void check_gguf_rope(const data::Gguf& gguf) {
   const auto factor_of = [&](const char* key) { return gguf.has(key) ? gguf.real(key) : 0; };
   const std::string type =

@@ -37,14 +37,14 @@ struct LlamaConfig {
       rope_factors;  // GGUF's rope_freqs.weight: divides each frequency; empty if none
   bool tied_head = false;
   std::optional<int64_t> bos_id;
-  std::vector<int64_t> eos_ids;  // the file's eos_token_id: each ends a text
+  std::vector<int64_t> eos_ids;  // the file's eos_token_id; each of them ends a text
 
   int64_t linear_parameters() const;  // of all quantized linears
 };
 
-// Throw, naming the key, on a missing, mistyped or absurd value, an architecture other than Llama,
-// Mistral (and SmolLM2, which is Llama), biases, or a rope scaling other than llama3. A key that
-// may be missing has the value that transformers (or llama.cpp) gives it then.
+// Both throw, naming the key, on a missing, mistyped or absurd value, on an architecture other than
+// Llama (which SmolLM2 is) and Mistral, on biases, and on a rope scaling other than llama3. An
+// optional key that is missing has the default of transformers (or llama.cpp).
 LlamaConfig config_from_json(const std::string& json, const std::string& where);
 LlamaConfig config_from_gguf(const data::Gguf& gguf);
 // eos_token_id of config.json or generation_config.json: an id, several, or none.

@@ -1,9 +1,9 @@
-// LayerResult: what training, or any other method, leaves of a layer, on the host. Stage files, a
-// run's final file and the export read and write nothing else.
+// LayerResult: the result of training, or of any other method, for one layer, on the host. Stage
+// files, a run's final file and the export hold nothing else of a layer. Tensors in a file:
 //
-//   "model.layers.0.self_attn.q_proj.weight"    F32 (N, K)   the master, where a later stage needs
-//   it; or "model.layers.0.self_attn.q_proj.qweight"   ..           the tensors of the linear's
-//   format "model.layers.0.input_layernorm.weight"     F32 (D)
+//   model.layers.L.self_attn.q_proj.weight    F32 (N, K)   the master, if a later stage needs it;
+//   or model.layers.L.self_attn.q_proj.qweight   ..           the tensors of the linear's format
+//   model.layers.L.input_layernorm.weight     F32 (D)
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@ namespace bbb::models {
 struct LinearResult {
   quant::LinearFormat format;
   std::vector<float> master;  // (N, K), or empty
-  // The bytes of each of the format's tensors; empty where quantizing the master gives them.
+  // The bytes of each of the format's tensors; empty if only the master is stored.
   std::array<std::vector<uint8_t>, quant::kStoredParts> stored;
 
   bool quantized() const { return !stored[0].empty(); }
@@ -36,7 +36,7 @@ struct LayerResult {
   std::vector<LinearResult> linears;         // in the order of block_linears()
 };
 
-// Rows of one code a byte to a bit stream a row (quant/pack.h).
+// From one code per byte to one bit stream per row (quant/pack.h).
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits);
 
 enum class LinearContent { Masters, Stored };
@@ -47,11 +47,11 @@ void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t
                    LinearContent content);
 void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig& config,
                const LayerResult& result, LinearContent content);
-// Takes of each linear what the file holds. Throws, naming the tensor, where one is missing or has
-// another shape or type.
+// Reads each linear's master or, if the file holds none, the tensors of its format. Throws, naming
+// the tensor, if one is missing or has another shape or type.
 LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const LlamaConfig& config,
                        const std::vector<quant::LinearFormat>& formats);
-// The full-precision weights of a layer as masters; linears have the grid kNoQuantizer.
+// The full-precision weights of a layer, as masters with bits = kNoQuantizer.
 LayerResult full_precision(const Checkpoint& source, int64_t layer);
 
 }  // namespace bbb::models

@@ -2,9 +2,9 @@
 //            y = a + down_proj(silu(gate_proj g) * up_proj g),                     g = norm(a)
 // Both residual sums are addends of the GEMMs. The model: embed, blocks, norm; logits = h head^T.
 //
-// Where x takes no gradient, as in block training, that of h would serve the first norm's weight
-// alone, which gets its gradient from those of q_proj, k_proj and v_proj instead: three products
-// less, 8 % of a block's operations.
+// In block training x takes no gradient, so only the input norm's weight would need the gradient of
+// h. Its gradient comes from the weight gradients of q_proj, k_proj and v_proj instead
+// (Backend::input_scale_gradient): three products less, 8 % of a block's operations.
 #include "models/llama.h"
 
 #include <algorithm>
@@ -25,8 +25,8 @@ QuantLinear make_linear(Backend& backend, const LlamaConfig& config, int64_t lay
   return QuantLinear(backend, layer_name(layer, shape.name), shape.n, shape.k);
 }
 
-// A zero would hide the gradient that a norm's weight gets through its products for good
-// (Backend::input_scale_gradient). This is as good as 0 in any sum, and no less exact a factor.
+// The norm's gradient is found by dividing by its weight (Backend::input_scale_gradient), so an
+// exact zero could never train again. 2^-60 vanishes in every sum and is an exact factor.
 constexpr float kLeastNorm = 0x1p-60f;
 
 std::vector<float> without_zeros(std::vector<float> norm) {
@@ -92,8 +92,8 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
-    for (const Var* turned : {&q, &k})
-      backend_.rope(turned->value(), inv_freq_, kv->start, engine::Rotation::Forward);
+    for (const Var* rotated : {&q, &k})
+      backend_.rope(rotated->value(), inv_freq_, kv->start, engine::Rotation::Forward);
     backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
     backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec);
@@ -220,7 +220,7 @@ void LlamaBlock::finish_backward() {
 
 void LlamaBlock::finish_input_norm() {
   const Tensor& gradient = input_norm_.parameter->grad;
-  const Tensor sum = backend_.empty(gradient.shape(), backend_.real());  // rounded once, at the end
+  const Tensor sum = backend_.empty(gradient.shape(), backend_.real());  // rounded only at the end
   Write mode = Write::Overwrite;
   for (const QuantLinear* linear : {&q_, &k_, &v_})
     if (linear->input_scale_gradient(sum, input_norm_.value, mode)) mode = Write::Add;
@@ -283,7 +283,7 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   std::unique_ptr<Llama> model(new Llama(backend, config));
   engine::Rng rng(seed);
 
-  // Tables: one random tile of rows, repeated.
+  // Embedding and head: one random tile of rows, repeated.
   const auto table = [&] {
     const int64_t tile_rows = std::min<int64_t>(config.vocab, 256);
     std::vector<float> values(static_cast<size_t>(tile_rows * config.d_model));
@@ -304,8 +304,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   };
   model->norm_.set_constant(ones());
 
-  // Linears: uniform codes and zero points, e in [1/2, 2), S of the order of 1 / sqrt(K). All
-  // layers read one random stream, each from an offset of its own.
+  // Linears: uniform codes and zero points, e in [1/2, 2), S about 1 / sqrt(K). All layers read one
+  // random stream, each from its own offset.
   constexpr int64_t kLayerOffset = 64;
   int64_t stream_bytes = 0;
   for (const LinearShape& shape : block_linears(config))

@@ -14,9 +14,9 @@
 
 namespace bbb::models {
 
-// Keys and values of one sequence for every layer, and the position at which the next token stands.
-// forward() writes behind `start` and leaves it alone: the caller moves it on (set_start, or the
-// backend's advance inside a recorded step).
+// Keys and values of one sequence for every layer, and the position of the next token. forward()
+// writes from `start` on and does not change `start`. The caller advances it: with set_start(), or
+// with Backend::advance inside a recorded step.
 struct KvCache {
   KvCache(Backend& backend, const LlamaConfig& config, int64_t capacity_tokens);
   void set_start(int64_t position);
@@ -45,25 +45,26 @@ class LlamaBlock {
   // `config` must outlive the block.
   LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t layer, Tensor inv_freq);
 
-  // x act (B, T, D) -> (B, T, D). kv: keys and values are appended at kv->start and attended to; on
-  // an inference tape only, which keeps nothing and heeds no `recompute`.
+  // x act (B, T, D) -> (B, T, D). kv: null, or, on an inference tape only, keys and values are
+  // appended at kv->start and attended to. An inference tape ignores `recompute`.
   Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute);
 
   // Full-precision weights, rounded to act.
   void set_float(const LayerResult& weights);
-  // The checkpoint's weights, one at a time: packed where it has them packed. `buffer`
-  // (QuantLinear::set_packed) is shared by all layers.
+  // The checkpoint's weights, one at a time. A linear that is stored in full precision becomes a
+  // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
   void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
 
-  // Makes linears and norms parameters of `set`, which is not allocated yet.
+  // Makes linears and norms parameters of `set`, which must not be allocated yet.
   void declare_parameters(ParameterSet& set);
-  // After set.allocate(): puts the linears behind its quantizer.
+  // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
+  // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, int bits);
-  // The parameters from the masters of a result. The norm's gradient is found by dividing by its
-  // weight, so an exact zero could never train again: zeros become 2^-60.
+  // Uploads the masters of a result. In the input norm zeros become 2^-60: its gradient may be
+  // found by dividing by its weight, so an exact zero could never train again.
   void set_masters(const LayerResult& result);
-  // The layer as it is now: its masters, or what the quantizer holds (QuantLinear::quantized).
+  // The layer as it is now: masters, or the quantized linears (QuantLinear::quantized), and norms.
   LayerResult result(LinearContent content);
 
   void set_bits(int bits);
@@ -86,28 +87,27 @@ class LlamaBlock {
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
-  bool norm_through_products_ = false;  // input_norm_'s gradient comes from its products' weights
+  bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   Operand attention_in_, o_in_, mlp_in_, down_in_;
-  std::vector<Parameter*> declared_;  // the linears', then the norms', until they are bound
+  std::vector<Parameter*> declared_;  // of linears, then norms; until bind_parameters()
 };
 
-// BFloat16 rounds embedding and head once, so that training, export and every later reader see the
-// same values (format.md); norms stay F32 throughout. On a device of bf16 activations both are bf16
-// either way.
+// BFloat16 rounds embedding and head, so that training, export and later readers see the same
+// values (format.md). Norms are never rounded. If act is BF16, embedding and head are BF16 anyway.
 enum class HeadRounding { None, BFloat16 };
 
 class Llama {
  public:
-  // Embedding, final norm, head and blocks without weights in the blocks.
+  // Loads embedding, final norm and head; the blocks have no weights yet.
   Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding);
   Llama(const Llama&) = delete;
   Llama& operator=(const Llama&) = delete;
-  // Packed random weights of these sizes; `seed` fixes them. Device memory is that of a real model.
+  // Packed random weights, fixed by `seed`. It takes the device memory of a real model.
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
                                           WeightGrid spec, uint64_t seed);
 
-  // Float or packed, as the source is. `progress` hears how many blocks are loaded.
+  // Float or packed, as in the source. progress(done): blocks loaded so far.
   void load_blocks(const Checkpoint& source,
                    const std::function<void(int64_t done)>& progress = nullptr);
 
@@ -134,22 +134,21 @@ class Llama {
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
 };
 
-// What one buffer of logits may take, and how many rows make a product with the head worth it.
 struct HeadBudget {
-  int64_t bytes = 0;
-  int64_t least_rows = 0;
+  int64_t bytes = 0;       // of one buffer of logits
+  int64_t least_rows = 0;  // that keep a product with the head efficient
 };
-// Follows the device, not what is free on it: chunks decide the last bits of a loss.
+// Depends on the device, not on its free memory: chunks decide the last bits of a loss.
 HeadBudget head_budget(const Backend& backend);
-// The chunks in which (M, V) logits of this type stay within the budget. The whole vocabulary for
-// as many rows as fit, in whole tiles of a product, where these are least_rows or all rows there
-// are; else least_rows rows and equal parts of the vocabulary, multiples of 128 words but for the
-// last. Only a budget below 128 words for those rows is exceeded.
+// The chunks that keep (rows, vocab) logits of this dtype within the budget. If the budget holds
+// least_rows rows, or all, of the whole vocabulary: as many rows as fit, from 256 on a multiple of
+// 256. Otherwise least_rows rows and equal parts of the vocabulary, multiples of 128 words except
+// for the last. A part has at least 128 words, even if that exceeds the budget.
 autograd::HeadChunks head_chunks(const HeadBudget& budget, int64_t rows, int64_t vocab,
                                  engine::DType logits);
 
-// method.md section 5 over windows (count, seq_len): each window's mean NLL over its seq_len - 1
-// shifted tokens; perplexity = exp(mean over windows).
+// method.md section 5 over windows (count, seq_len): nll is the mean over windows of the mean NLL
+// of the window's seq_len - 1 predicted tokens; perplexity = exp(nll). Throws if it is not finite.
 struct Perplexity {
   double perplexity = 0;
   double nll = 0;

@@ -1,9 +1,9 @@
-// Operand: what an input site of a block hands to its linears, which share it:
+// Operand: the input that the linears of one site of a block share:
 //
 //   q, k, v  <- RMSNorm      o <- attention      gate, up <- RMSNorm      down <- SwiGLU
 //
-// Here it is the site's input itself. The norm or SwiGLU in front is part of it, so that whatever
-// an operand does to its input is fused with them.
+// This operand is the site's input, unchanged. It includes the RMSNorm or SwiGLU in front, so that
+// whatever an operand does to its input can be fused with them.
 #pragma once
 
 #include "autograd/ops.h"
@@ -25,7 +25,7 @@ class Operand {
   }
   Var identity(const Var& x) const { return x; }
 
-  // The operand is still x. Only then is the gradient of a norm in front that of a scale on the
+  // Is the operand the unchanged input? Only then is the weight of a norm in front a scale on the
   // input features (Backend::input_scale_gradient).
   bool exact() const { return true; }
 };

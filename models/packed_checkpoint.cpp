@@ -1,8 +1,8 @@
-// Export: plan every tensor of every shard, stream the layers through, then read it all back.
+// Export: plan every tensor of every shard, write layer by layer, then read everything back.
 //
 // Packed          the tensors of each linear's format (quant/format.h)
 // HuggingFace     P.weight BF16 = S e (q - z), exact for b <= 4
-// Either way norms are F32; embedding and head are BF16.
+// In both, norms are F32; embedding and head are BF16.
 #include "models/packed_checkpoint.h"
 
 #include <algorithm>
@@ -181,7 +181,7 @@ std::string exported_config(const Checkpoint& source, const quant::LinearFormat&
   ordered_json config = data::parse_ordered_json(source.config_json(), source.path());
   config.erase("quantization_config");
   if (!source.config().tied_head && config.contains("tie_word_embeddings"))
-    config["tie_word_embeddings"] = false;  // also where the file has a head that the config denies
+    config["tie_word_embeddings"] = false;  // the source may hold a head despite its config
   if (format == ExportFormat::Packed)
     config["quantization_config"] = {
         {"quant_method", "bbb"},

@@ -1,4 +1,4 @@
-// The exported directory (format.md): writing it, and reading every layer back before it counts.
+// The exported directory (format.md): written, read back and compared, then renamed into place.
 #pragma once
 
 #include <functional>
@@ -15,12 +15,12 @@ enum class ExportFormat { Packed, HuggingFace };
 
 constexpr int64_t kMaxShardBytes = 5'000'000'000;
 
-// Writes `directory` from the source's embedding, final norm, head and tokenizer and from the
-// quantized layers that `layer(i)` gives; formats(i): those of its linears. `layer` is called twice
-// for each layer: every linear is read back and compared with a second answer, byte by byte, before
-// the directory is renamed into place. Any error, also one that `layer` throws, leaves nothing
-// behind. bbb_json: the content of bbb.json. progress: layers written, then read back, twice as
-// many in all. Returns the bits per weight, from the file.
+// Writes `directory`: embedding, final norm and head of the source, the tokenizer's files, and the
+// quantized layers layer(i), whose linears have formats(i). layer(i) is called twice: after
+// writing, every layer is read back and compared byte by byte with the second result, before the
+// directory is renamed into place. An error, also from layer(i), leaves nothing behind.
+// bbb_json: the content of bbb.json. progress(done): layers written and then read back, 2 x layers
+// in total. Returns the bits per weight, from the written file.
 double export_model(const std::string& directory, const Checkpoint& source,
                     const data::Tokenizer& tokenizer,
                     const std::function<std::vector<quant::LinearFormat>(int64_t)>& formats,

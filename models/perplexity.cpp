@@ -1,4 +1,4 @@
-// Perplexity of windows: per-token losses on the device, every sum in F64 on the host.
+// Perplexity: the device computes the losses of the tokens, the host adds them in F64.
 #include <algorithm>
 #include <cmath>
 
@@ -17,7 +17,7 @@ constexpr int64_t kProductRows = 256, kProductWords = 128;  // whole tiles of a 
 
 HeadBudget head_budget(const Backend& backend) {
   if (backend.device() == engine::DeviceType::Cpu) return {int64_t{64} << 20, 64};
-  // A card of less than 16 GB gives a thirty-second of itself.
+  // Below 16 GB: 1/32 of the device's memory.
   return {std::min(int64_t{512} << 20, backend.memory_total_bytes() / 32), 1024};
 }
 

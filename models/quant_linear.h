@@ -2,15 +2,17 @@
 //
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
-//   FrozenCodes    frozen codes and zero points behind learned group scales sigma
-//   PackedLinear   the exported bytes; never expanded beyond one shared layer buffer
+//   FrozenCodes    frozen codes and zero points with learned group scales sigma
+//   PackedLinear   the exported bytes; one buffer, shared by all layers, holds an unpacked weight
 //
-// Training: once per optimizer step the parameter becomes wq, e, z, S: of all TrainedWeights at
-// once by the WeightQuantizer, of FrozenCodes by prepare_scales(). Any number of forward and
-// backward passes leave dW^ in the parameter's gradient (TrainedWeight), where the optimizer drops
-// clipped elements, or in a scratch (FrozenCodes). finish_backward() turns the scratch into the
-// gradient of sigma, and zeroes a gradient that no pass wrote. All buffers are allocated once, so
-// that a recorded step keeps its addresses.
+// One optimizer step:
+//
+//                  prepare              passes, 1 or more         finish_backward()
+//   TrainedWeight  WeightQuantizer      dW^ is parameter->grad    -
+//   FrozenCodes    prepare_scales()     dW^ is a scratch          dW^ -> sigma's gradient
+//
+// The optimizer drops the gradients of clipped weights. finish_backward() zeroes a gradient that no
+// pass wrote. All buffers are allocated once, so that a recorded step keeps its addresses.
 #pragma once
 
 #include <memory>
@@ -37,7 +39,8 @@ using engine::WeightGrid;
 using engine::Write;
 using quant::kNoQuantizer;
 
-// Host values to a new tensor of a real dtype (round to nearest even), and back.
+// Host values to a tensor of a floating-point dtype (round to nearest even), and back. A backend
+// that does not compute (Backend::computes) does not read the values.
 Tensor upload_as(Backend& backend, const std::vector<float>& values, engine::Shape shape,
                  engine::DType dtype);
 void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values);
@@ -62,26 +65,28 @@ class QuantLinear {
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
   void set_float(Tensor weight);  // act (N, K)
-  // `master` is a parameter of the quantizer's set; both must outlive this state.
+  // `master` is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master, int bits);
-  // TrainedWeight: another width, from the next quantize() or prepare() on, in recorded steps too.
+  // TrainedWeight only: the width from the next quantize() or prepare() on, in recorded steps too.
   void set_bits(int bits);
-  // From TrainedWeight after prepare(): its codes stay, and sigma, (N, K/G), starts as its scales.
+  // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K/G) starts as its scales.
   void freeze_codes(Parameter& sigma);
-  // `buffer`: act, at least N K elements, shared by all layers; used for products of many rows.
+  // `buffer`: act, at least N K elements, shared by all layers; holds the unpacked weight for
+  // products of more than kMaxPackedRows rows.
   void set_packed(PackedWeight weight, Tensor buffer);
 
   void prepare_scales();  // FrozenCodes only
-  // ds (+)= the gradient of a scale s, real (K), on the input features, from what the backward
-  // passes since the last finish_backward() left in dW^. False, and ds as it was, where none did.
+  // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
+  // from the dW^ since the last finish_backward(). If no pass wrote dW^, returns false and leaves
+  // ds unchanged.
   bool input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const;
   void finish_backward();
-  // Masters to the middle of their bins, S e (q - z), as far as that keeps their grid: quantized
+  // Moves masters to the middle of their bins, S e (q - z), as far as the grid stays: quantized
   // again, they give the same S, e, z and codes. TrainedWeight only, after prepare().
   void snap();
   Var forward(Tape& tape, const Var& x, const Var& residual);
-  // What the quantizer holds, as it is stored. TrainedWeight (fewer than 16 bits) or FrozenCodes,
-  // after prepare() with no step in between.
+  // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits) or FrozenCodes, after
+  // prepare() or prepare_scales() and before the next optimizer step.
   LinearResult quantized() const;
 
   template <typename State>
@@ -92,7 +97,7 @@ class QuantLinear {
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
   quant::LinearFormat format() const { return {.n = n_, .k = k_, .weight = grid_}; }
-  Parameter* parameter() const;  // null where nothing is trained
+  Parameter* parameter() const;  // master or sigma; null if nothing is trained
 
  private:
   template <typename State>
@@ -100,11 +105,12 @@ class QuantLinear {
     BBB_ASSERT(holds<State>());
     return std::get<State>(state_);
   }
-  // Of a parameter on the device even where it is 1, so that recorded steps see a width change.
+  // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
+  // nothing is trained.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
   Var forward_packed(Tape& tape, const Var& x, const Var& residual, const PackedLinear& packed);
   Tensor current_codes() const;  // U8 (N, K)
-  void fresh_leaf();             // the weight's Var, whose gradient nothing has written yet
+  void fresh_leaf();             // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
   std::string name_;
@@ -113,7 +119,7 @@ class QuantLinear {
   WeightGrid grid_ = {.bits = kNoQuantizer};
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
   Tensor dweight_;  // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
-  Var leaf_;        // wq and dweight_: one handle for all uses since finish_backward()
+  Var leaf_;        // wq and dweight_, shared by all uses since finish_backward()
 };
 
 }  // namespace bbb::models

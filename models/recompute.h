@@ -1,9 +1,10 @@
-// Recompute: which of a block's activations training keeps for the backward pass. Every mode gives
+// Recompute: which activations of a block training keeps for the backward pass. Every mode gives
 // the same bits.
 //
-//     None        all of them
-//     Attention   the MLP half's; the attention half (norm, q, k, v, rope, attention, o) runs again
-//     Block       the inputs of both halves; each half runs again by itself
+//     None        keeps all
+//     Attention   keeps the MLP half; the attention half (norm, q, k, v, rope, attention, o) is
+//                 computed again
+//     Block       keeps the inputs of both halves; each half is computed again
 #pragma once
 
 namespace bbb::models {

@@ -15,7 +15,7 @@ namespace {
 
 using engine::Shape;
 
-constexpr int64_t kChunk = int64_t{1} << 20;  // values; one thread's work, from a seed of its own
+constexpr int64_t kChunk = int64_t{1} << 20;  // values per task; each task has its own seed
 
 // An integer hash whose every output bit depends on every input bit ("lowbias32", C. Wellons,
 // "Prospecting for Hash Functions", 2018).
@@ -25,8 +25,8 @@ uint32_t hash32(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Sums of four 16-bit uniforms: near enough to normal. A value depends on its place alone, so that
-// the loop runs in vectors.
+// Sums of four 16-bit uniforms: close enough to normal. A value depends only on its index, so that
+// the loop vectorizes.
 void fill_chunk(float* values, int64_t count, uint64_t seed, float scale) {
   const uint64_t key = engine::Rng(seed).next();
   const auto low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
@@ -78,7 +78,7 @@ class SyntheticCheckpoint final : public Checkpoint {
 
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
   bool contains(const std::string& name) const override { return shapes_.count(name) > 0; }
-  void check_finite() const override {}  // what is drawn is
+  void check_finite() const override {}  // drawn values are finite
   double bits_per_weight() const override { return 16; }
   std::string config_json() const override { return config_to_json(config_); }
 

@@ -1,10 +1,10 @@
-// A full-precision Llama of random weights that lies in no file: for benchmarks, and for runs that
-// prove a model's size out before its weights are there.
+// A full-precision Llama of random weights without a file: for benchmarks, and to try out a model's
+// size before its weights are available.
 //
-//   linears, embedding, head   about normal, scale 1 / sqrt(K), cut to bf16
+//   linears, embedding, head   about normal, deviation 1 / sqrt(K), truncated to bf16
 //   norms                      1
 //
-// A tensor is drawn when it is loaded, from the seed and its name alone.
+// A tensor is drawn when it is loaded. It depends only on the seed, its name and its shape.
 #pragma once
 
 #include <memory>
@@ -14,12 +14,11 @@
 
 namespace bbb::models {
 
-// `path` is what errors and records name.
+// `path`: the name in errors and records.
 std::unique_ptr<Checkpoint> make_synthetic_checkpoint(LlamaConfig config, std::string path,
                                                       uint64_t seed = 0);
 
-// A checkpoint of these sizes without values: load() gives an empty vector. For backends that do
-// not compute.
+// A checkpoint without values: load() gives an empty vector. For backends that do not compute.
 std::unique_ptr<Checkpoint> make_weightless_checkpoint(LlamaConfig config);
 
 }  // namespace bbb::models

@@ -41,13 +41,13 @@ class BlockPhase {
     }
     StageTrainer::Hooks hooks;
     hooks.show = [this](const Position& at) { show(at); };
-    hooks.before_save = [this] { finish_write(); };  // a state follows everything that is finished
+    hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
     hooks.synchronized = [this] { finish_write_if_done(); };
     trainer_.emplace(backend, model_, config, recompute, streams_, inv_freq_, run, observer,
                      std::move(hooks));
   }
 
-  // From the first stage that is not finished, and from `saved` if that is in it.
+  // Starts at the first unfinished stage; `saved`: its state, if there is one.
   void run(int64_t finished_stages, std::optional<SavedState> saved) {
     saved_ = std::move(saved);
     const int64_t stages = stages_of(config_), first = finished_stages / stages;
@@ -63,7 +63,7 @@ class BlockPhase {
     if (!observer_.quiet) report(times_, config_, model_.layers);
   }
 
-  // For a probe: the first block is ready for the first step of its first stage.
+  // For a probe: prepares the first step of the first stage of the first block.
   void begin() {
     const LayerResult weights = full_precision(0);
     advance_teacher(0, weights, streams_.target());
@@ -77,7 +77,8 @@ class BlockPhase {
   }
   StageTrainer& trainer() { return *trainer_; }
 
-  // What run() holds at most: two blocks, so that a teacher meets the steps that were recorded.
+  // Allocates the most that run() holds. The second block's teacher is allocated while the recorded
+  // steps of the first block are kept.
   void rehearse() {
     for (int64_t layer = 0; layer < std::min<int64_t>(2, model_.layers); ++layer) {
       const LayerResult weights = full_precision(layer);
@@ -98,8 +99,8 @@ class BlockPhase {
     });
   }
 
-  // The original weights of a layer. Layers are asked for in order: the next one's are read, or
-  // made, while the device works on this one.
+  // The original weights of a layer. Layers must be requested in order: the weights of the next
+  // layer are read, or drawn, while the device works on this one.
   LayerResult full_precision(int64_t layer) {
     LayerResult weights =
         next_weights_.valid() ? next_weights_.get() : models::full_precision(source_, layer);
@@ -115,7 +116,7 @@ class BlockPhase {
     timed(backend_, time_.streams_s, [&] { advance(teacher, out, streams_.full()); });
   }
 
-  // With the masters and the width that are in the block.
+  // Passes stream t through the block, with the masters and width that are loaded.
   void advance_stage(size_t t) {
     advance(trainer_->quantized_block(), streams_.stage(t), streams_.stage(t));
   }
@@ -124,14 +125,14 @@ class BlockPhase {
     return run_.stage_result(layer, static_cast<int64_t>(t), recipe_, model_);
   }
 
-  // The streams behind the first `blocks` blocks, which are finished.
+  // Computes the streams after the first `blocks` blocks, which are finished.
   void recompute_streams(int64_t blocks) {
     std::optional<engine::Progress> progress;
     const int64_t passes = stages_of(config_) + 1;
     if (!observer_.quiet && blocks > 0)
       progress.emplace("resuming", blocks * passes, engine::Progress::kPatience_s);
     const auto advanced = [&](int64_t block, int64_t done) {
-      backend_.synchronize();  // the time that it took is this pass's
+      backend_.synchronize();  // otherwise progress would run ahead of the device
       if (progress) progress->set(block * passes + done, cat("block ", block + 1, "/", blocks));
     };
     for (int64_t block = 0; block < blocks; ++block) {
@@ -163,7 +164,7 @@ class BlockPhase {
       results.push_back(train_stage(layer, t));
     }
     if (layer + 1 == model_.layers) return;
-    // The last stage's masters are still in the block.
+    // In reverse: the masters of the last stage are still in the block.
     for (size_t t = config_.stages.size(); t-- > 0;) {
       if (t + 1 < config_.stages.size())
         timed(backend_, time_.weights_s, [&] { trainer_->load(t, *results[t]); });
@@ -178,7 +179,7 @@ class BlockPhase {
     times_.push_back(time_);
   }
 
-  // The result is on its way into the stage's file when this returns.
+  // When this returns, the result may still be being written to the stage's file.
   std::shared_ptr<const LayerResult> train_stage(int64_t layer, size_t t) {
     const std::vector<double> validation =
         trainer_->train(layer, t, std::exchange(saved_, std::nullopt), time_.stages[t]);
@@ -197,7 +198,7 @@ class BlockPhase {
   void finish_write() {
     if (writing_.valid()) writing_.get();
   }
-  // So that a full disk ends the run when it is encountered, not a stage later.
+  // Rethrows a write error now, for instance a full disk, not a stage later.
   void finish_write_if_done() {
     if (writing_.valid() && writing_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
       writing_.get();
@@ -221,11 +222,11 @@ class BlockPhase {
   StreamSet streams_;
   Tensor inv_freq_;
   std::optional<StageTrainer> trainer_;
-  std::optional<SavedState> saved_;  // until its stage continues from it
+  std::optional<SavedState> saved_;  // until its stage has loaded it
   std::optional<engine::Progress> progress_;
   BlockTime time_;                // of the current block
-  std::vector<BlockTime> times_;  // of the blocks trained whole by this process, but the last
-  // Last, so that what they run ends before anything that it uses.
+  std::vector<BlockTime> times_;  // of blocks trained whole by this process, except the last block
+  // The last members: their destructors wait for threads that use the other members.
   std::future<LayerResult> next_weights_;
   std::future<void> writing_;  // the newest stage's file
 };
@@ -247,7 +248,7 @@ class BlockProbe final : public StepProbe {
 
  private:
   const TrainConfig config_;
-  const RunDirectory run_;  // names no file as long as no block is finished
+  const RunDirectory run_;  // reads and writes no file: nothing is finished or saved
   const Observer observer_{};
   BlockPhase phase_;
 };
@@ -282,7 +283,7 @@ void train_blocks(Backend& backend, const Checkpoint& source, const data::Window
   const int64_t stages = stages_of(config), finished = run.finished_stages(config, model.layers);
   if (finished == model.layers * stages) return;
   std::optional<SavedState> saved = run.block_state(config, finished);
-  // A block's lines are in the order of its work: those of whole stages, then the state's.
+  // The log of a block: lines of its finished stages, then those up to the saved state.
   const int64_t lines_per_stage = steps_per_stage(config) + config.epochs + 1;
   int64_t left = finished % stages * lines_per_stage;
   if (saved)

@@ -1,10 +1,10 @@
-// Block-wise progressive training: every block learns, stage by stage, to give what its
-// full-precision original gives, on the inputs that its quantized predecessors produce.
+// Block-wise progressive training: every block learns, stage by stage, to reproduce the output of
+// its full-precision original, on the inputs that its quantized predecessors produce.
 //
-//   y = block_fp(stream_0);  for each stage t: minimise mean (block_t(x) - y)^2
+//   y = block_fp(stream_0);  for each stage t = 1, 2, ..: minimise mean (block_t(x) - y)^2
 //
 // x is stream_t (same), stream_{t-1} (higher) or both in rotation (mix). Streams are act (N, T, D):
-// stream_0 in full precision and one a stage (stream_set.h); in `same`, y takes stream_0's place.
+// stream_0 in full precision and one per stage (stream_set.h). With `same`, y replaces stream_0.
 #pragma once
 
 #include "engine/counting_backend.h"
@@ -14,15 +14,15 @@
 
 namespace bbb::train {
 
-// Trains the stages that `run` lacks, the first of them from its saved state where there is one.
-// Finished ones are not touched; the streams behind them are computed again by the code that
-// computed them first. Throws where that state is of another run or runs ahead of the results.
+// Trains the stages that `run` lacks, the first of them from its saved state if there is one. The
+// streams after finished blocks are computed again, by the code that computed them first. Throws if
+// the saved state is of another run or ahead of the results.
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                   const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
                   const Observer& observer);
 
-// Holds of the device what the phase will hold, without training. Returns the bytes that recorded
-// steps keep.
+// Allocates on `backend` what the phase will hold, without training. Returns the bytes that
+// recorded steps keep.
 int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
                         const TrainConfig& config, models::Recompute recompute,
                         const StreamPlan& streams);

@@ -1,4 +1,4 @@
-// Where the time of block training goes, and what a longer run of the same steps would take.
+// Where the time of block training goes, and how long a longer run would take.
 #pragma once
 
 #include <chrono>
@@ -13,7 +13,7 @@
 
 namespace bbb::train {
 
-// Seconds of one block, all queued work included.
+// Seconds of one block, including all work that it queued.
 struct BlockTime {
   struct Stage {
     double train_s = 0;       // all steps
@@ -28,7 +28,7 @@ struct BlockTime {
   double total_s() const;
 };
 
-// Adds the seconds that `work` takes, all that it queues included.
+// Adds the seconds that `work` takes, including all work that it queues.
 template <typename Work>
 void timed(engine::Backend& backend, double& seconds, const Work& work) {
   const auto start = std::chrono::steady_clock::now();
@@ -37,16 +37,16 @@ void timed(engine::Backend& backend, double& seconds, const Work& work) {
   seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Of every part by itself. At least one block.
+// The median of every part, each by itself. `blocks` must not be empty.
 BlockTime median(const std::vector<BlockTime>& blocks);
 
-// The same block with other samples and epochs: steps by their number, validation by its passes,
-// streams by their windows, weights as they are.
+// The times of the same block in a run of length `to`. Training scales with the number of steps,
+// validation with the number of passes, streams with the number of windows; weights stay.
 BlockTime extrapolate(const BlockTime& measured, const TrainConfig& config, const RunLength& to);
 
-// The times of a block, but the last, as a line of the log.
+// The times of a block as a line of the log. The last block gets no line.
 nlohmann::ordered_json log_line(const BlockTime& time, int64_t block, const TrainConfig& config);
-// Prints where a block's time went, and with config.extrapolate what a longer run would take.
+// Prints the median times of a block and, with config.extrapolate, how long that run would take.
 void report(const std::vector<BlockTime>& times, const TrainConfig& config, int64_t layers);
 
 // "1.88 s a block: w2a16 1.02 s, validation 0.10 s, streams 0.31 s, weights 0.45 s"

@@ -17,12 +17,13 @@ std::string key(const Field& f) {
   return name;
 }
 
-// Numbers, their lists and strings are JSON's own; the rest is a string, as on the command line.
+// Numbers, strings and lists of them keep their type in JSON. Other values are stored as the text
+// of their option.
 template <typename T>
 constexpr bool kPlain = std::is_constructible_v<Json, T> && !std::is_enum_v<T>;
 
-// A learning rate measured at two widths. Between them it is interpolated in log-log; outside, the
-// nearer one holds.
+// A learning rate measured at two model widths. Between them it is interpolated in log-log, outside
+// it is constant.
 struct Anchor {
   double at_576;
   double at_4096;
@@ -38,8 +39,8 @@ constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
 constexpr Anchor kAllFromRounding{1e-3, 2e-5};
 constexpr Anchor kScales{1e-4, 1e-5};
-// Block training leaves many masters on a decision threshold. Above this rate the first steps would
-// flip them together and destroy the model, unless they are moved off it first.
+// Block training leaves many masters on a decision threshold. From this rate on the first steps
+// would flip them all at once and destroy the model, unless they are snapped first.
 constexpr Anchor kSnapFrom{5e-5, 5e-6};
 
 void want(bool condition, const std::string& message) {
@@ -156,8 +157,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     want(c.e2e_batch <= c.samples,
          cat("--e2e-batch is ", c.e2e_batch, ", but must lie between 1 and --samples ", c.samples));
     if (c.e2e_micro_batch == 0) {
-      // Enough rows to keep the device's matrix products efficient, few enough to fit: narrow
-      // models need more.
+      // Enough rows for efficient matrix products, few enough to fit. Narrow models need more.
       const int64_t tokens = device != engine::DeviceType::Cuda ? 1024
                              : model.d_model <= 1024            ? 16 * 2048
                                                                 : 8 * 2048;

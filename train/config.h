@@ -23,17 +23,18 @@ struct Stage {
   }
 };
 
-// The words of an enumeration are in config_table.h, in the order of its enumerators.
+// config_table.h has the words of each enumeration, in the order of its enumerators.
 //
-// What stage t is fed: the stream of its own blocks, that of the stage before, or both in turn.
+// The input of stage t: its own stream, that of the stage before, or both in rotation.
 enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
-enum class Snap { Auto, On, Off };         // masters to the middle of their bins first
-// Timed: of several for one product the fastest here; two runs may then differ in the last bits.
+enum class Snap { Auto, On, Off };         // move masters to the middle of their bins at the start
+// Timed: measures which algorithm of a product is the fastest. Two runs may then differ in the last
+// bits. Heuristic: the library's first suggestion.
 enum class GemmAlgorithms { Timed, Heuristic };
 
-// How long a run is: windows, and passes over them in every stage.
+// How long a block phase is: training windows, and passes over them in every stage.
 struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
@@ -43,12 +44,12 @@ struct RunLength {
   }
 };
 
-// What a run may take for itself. It decides where data lie, never what is computed.
+// What a run may use. It decides where data is stored, never what is computed.
 struct MemoryBudget {
   int64_t device_bytes = 0;  // 0: what the device has left
   int64_t host_bytes = 0;    // for streams; 0: four fifths of what the machine has left
   std::string scratch;       // directory for streams that fit in neither; "": none
-  // Of both phases; empty: each keeps as many activations as there is room for.
+  // For both phases; empty: each phase keeps as many activations as fit.
   std::optional<models::Recompute> recompute;
 };
 
@@ -66,7 +67,7 @@ struct TrainConfig {
   int64_t val_samples = 64;
   int64_t epochs = 2;
   int64_t batch = 8;
-  std::vector<double> lr;  // per stage; one value serves all; empty: by width and stage
+  std::vector<double> lr;  // per stage, or one for all; empty: by model width and stage
   InputStream input_stream = InputStream::Same;
   uint64_t seed = 0;
 
@@ -75,15 +76,15 @@ struct TrainConfig {
   int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
   EndToEndTrain e2e_train = EndToEndTrain::All;
-  double e2e_lr = 0;  // 0: by width and start
+  double e2e_lr = 0;  // 0: by model width, e2e_train and whether blocks are trained
   Snap e2e_snap = Snap::Auto;
 
-  std::optional<int32_t> doc_end;  // instead of the vocabulary's own end of document
+  std::optional<int32_t> doc_end;  // token; empty: the vocabulary's own end of document
   int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores
   GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
-  std::optional<RunLength> extrapolate;  // what so long a run would take is said behind the blocks
+  std::optional<RunLength> extrapolate;  // after the blocks, report how long such a run would take
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
@@ -92,12 +93,12 @@ std::string to_string(const std::vector<Stage>& stages);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
 
-// All fields but `out`, which is where the JSON lies, `memory` and `extrapolate`, which decide
-// nothing, as indented text; and back.
+// All fields except out, memory and extrapolate, which do not decide the result, as indented JSON,
+// and back. `where`: the file, for errors.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
-// Fills every default and throws UsageError, naming the option, where a value is impossible.
+// Fills in every default. Throws UsageError, naming the option, if a value is impossible.
 TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
                     engine::DeviceType device);
 

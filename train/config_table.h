@@ -1,5 +1,6 @@
-// The table of TrainConfig's fields, and how an option's text becomes a field's value. The command
-// line, run.json and the checks visit it; a new option is a field in TrainConfig and an entry here.
+// The table of TrainConfig's fields, and the conversion between an option's text and a field's
+// value. The command line, run.json and the checks visit the table. A new option is a field in
+// TrainConfig and an entry here.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +12,9 @@
 namespace bbb::train {
 
 struct Rule {
-  const char* wanted = "a text";     // as a refusal says it; of an enumeration: its words, in order
-  bool (*allows)(double) = nullptr;  // of a number, or each of a list; null: all
-  double unit = 1;                   // in which the option counts
+  const char* wanted = "a text";     // for error messages; an enumeration's words, in order
+  bool (*allows)(double) = nullptr;  // checks a number, or each number of a list; null: all pass
+  double unit = 1;                   // the field's value = unit x the number in the option's text
 };
 inline constexpr Rule kNatural{"a whole number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kPositive{"a whole number of at least 1", [](double x) { return x >= 1; }};
@@ -31,11 +32,11 @@ inline constexpr Rule kSnapWords{"auto, on, off"};
 inline constexpr Rule kRecomputeWords{"none, attention, block"};
 
 struct Field {
-  const char* name;             // of the option; with _ for - the JSON key
-  const char* group = nullptr;  // of the help; null: no option
+  const char* name;             // of the option; with _ for -, the JSON key
+  const char* group = nullptr;  // heading in the help; null: no option
   const char* help = "";
   Rule rule = {};
-  const char* unset = nullptr;  // how the option says T{}, if not as write() does
+  const char* unset = nullptr;  // the option's text for T{}; null: write() gives it
 };
 
 inline constexpr const char* kRun = "";
@@ -43,7 +44,7 @@ inline constexpr const char* kMemory = "Memory (results do not depend on it)";
 inline constexpr const char* kBlocks = "Block by block";
 inline constexpr const char* kEndToEnd = "End to end";
 
-// Those that parse_stages() and parse_recompute() read too.
+// The fields that parse_stages() and parse_recompute() also use.
 inline constexpr Field kStages{"stages", kBlocks,
                                "widths of weights and activations, in order; \"\": no block phase",
                                kStageList, ""};
@@ -53,7 +54,7 @@ inline constexpr Field kRecompute{
     "the first that fits",
     kRecomputeWords, "auto"};
 
-// Calls visitor(value, field) for what decides the result, in the order of run.json.
+// Calls visitor(value, field) for every field that run.json holds, in its order.
 template <typename Config, typename Visitor>
 void visit_stored(Config& c, const Visitor& v) {
   v(c.model, {"model", kRun, "directory or GGUF file"});
@@ -95,7 +96,7 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.gemm_algorithms, {"gemm-algorithms", nullptr, "", {"timed, heuristic"}});
 }
 
-// For every field.
+// Calls visitor(value, field) for every field.
 template <typename Config, typename Visitor>
 void visit(Config& c, const Visitor& v) {
   visit_stored(c, v);
@@ -115,7 +116,7 @@ void visit(Config& c, const Visitor& v) {
 // "a, b,c" -> {"a", "b", "c"}.
 std::vector<std::string> split(const std::string& text);
 
-// False where the text is no T, or breaks the rule.
+// False if the text is no T or breaks the rule.
 bool read(const std::string& text, Stage& value, const Rule&);
 bool read(const std::string& text, RunLength& value, const Rule&);
 template <typename T>
@@ -146,7 +147,7 @@ bool read(const std::string& text, T& value, const Rule& rule) {
   }
 }
 
-// The text that read() takes; "" where the option is not given.
+// The text from which read() gets this value; "" if the option is not given.
 template <typename T>
 std::string write(const T& value, const Rule& rule) {
   if constexpr (requires { value.has_value(); }) {
@@ -164,8 +165,8 @@ std::string write(const T& value, const Rule& rule) {
   }
 }
 
-// A field's value as its option's text, and back: parse() throws UsageError, naming the option and
-// what it takes.
+// A field's value as the text of its option, and back. parse() throws UsageError, naming the option
+// and what it takes.
 template <typename T>
 std::string option_text(const T& value, const Field& f) {
   return f.unset != nullptr && value == T{} ? f.unset : write(value, f.rule);

@@ -83,14 +83,14 @@ class EndToEnd {
     run_.remove_spent_states(config_, model_.layers);
   }
 
-  // Before the step of this number.
+  // Sets both cursors, so that the next step is `step`.
   void rewind(int64_t step) {
     const int32_t micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
     backend_.upload(cursor_, &micro);
     loop_->rewind(step);
   }
 
-  // After prepare(): a step finds every buffer, and the ranges of the masters as they are.
+  // Call prepare() first: a recorded step relies on the measured ranges of the masters.
   std::unique_ptr<engine::Replay> record(StepPart last) {
     return backend_.record([this, last] { step(last); });
   }
@@ -98,7 +98,7 @@ class EndToEnd {
   Student& student() { return student_; }
 
  private:
-  // Weights of the student, and of the teacher where there is one.
+  // Loads the student and, for KL, the teacher.
   void load(const Checkpoint& source) {
     const bool kl = config_.e2e_loss == EndToEndLoss::Kl;
     std::optional<engine::Progress> progress;
@@ -114,7 +114,8 @@ class EndToEnd {
     teacher_->load_blocks(source, [&](int64_t layers) { loaded(model_.layers + layers); });
   }
 
-  // Windows, their shifted targets (-1 behind the last token) and the order of all steps.
+  // Windows, targets (the next token; -1 for the last token of a window), and the windows of all
+  // steps.
   void upload_windows(const data::Windows& windows) {
     const int64_t seq = config_.seq_len;
     const std::vector<int32_t> ids(windows.ids.begin(),
@@ -160,18 +161,18 @@ class EndToEnd {
     Tape tape(backend_, TapeMode::Training);
     Tensor teacher_h;
     Var h;
-    const auto teach = [&] {
+    const auto teacher_forward = [&] {
       if (!teacher_) return;
       Tape inference(backend_, TapeMode::Inference);
       teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
                       .value()
                       .view({tokens, model_.d_model});
     };
-    const auto study = [&] {
+    const auto student_forward = [&] {
       h = autograd::reshape(tape, student_.model().forward(tape, ids, nullptr, recompute_),
                             {tokens, model_.d_model});
     };
-    backend_.overlap(teach, study);
+    backend_.overlap(teacher_forward, student_forward);
     const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
     const Var loss = autograd::head_loss(
@@ -219,9 +220,9 @@ class EndToEnd {
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
   Tensor ids_, targets_;  // I32 (samples, T)
-  Tensor order_;          // I32: windows of all steps
-  Tensor cursor_;         // I32 (1): the micro-batch
-  Tensor loss_;           // real (1): of the whole step
+  Tensor order_;          // I32 (steps * e2e_batch): the windows of all steps
+  Tensor cursor_;         // I32 (1): the micro-batch, counted over all steps
+  Tensor loss_;           // real (1): the loss of the whole step
 };
 
 class EndToEndProbe final : public StepProbe {
@@ -239,7 +240,7 @@ class EndToEndProbe final : public StepProbe {
 
  private:
   const TrainConfig config_;
-  const RunDirectory run_;  // names no file as long as nothing is saved
+  const RunDirectory run_;  // reads and writes no file: nothing is saved
   const Observer observer_{};
   EndToEnd phase_;
 };
@@ -249,7 +250,7 @@ class EndToEndProbe final : public StepProbe {
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute) {
   TrainConfig from_weights = config;
-  from_weights.stages.clear();  // weights take the same room wherever they come from
+  from_weights.stages.clear();  // so that no stage file is read; memory does not depend on it
   data::Windows windows;
   windows.seq_len = config.seq_len;
   windows.count = config.samples;

@@ -14,7 +14,7 @@ using engine::GemmChoices;
 
 namespace {
 
-// An algorithm is opaque bytes to all but its library, which need not survive wrong ones.
+// Only the library can read an algorithm's bytes, and wrong bytes may crash it. Hence a checksum.
 std::string checksum(const GemmChoices& choices) {
   std::string text = choices.made_by;
   for (const auto& [product, algorithm] : choices.algorithms)

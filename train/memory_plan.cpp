@@ -20,8 +20,7 @@ static constexpr int64_t kLibraryBytes = int64_t{64} << 20;
 
 namespace {
 
-// What count(mode) gives for the budget's mode, else for the first that fits in `room_bytes`, else
-// for the last.
+// count(mode) for the budget's mode; otherwise for the first mode that fits, or for Block.
 template <typename Count>
 PhaseMemory choose_recompute(const MemoryBudget& budget, int64_t room_bytes, const Count& count) {
   if (budget.recompute) return count(*budget.recompute);
@@ -32,7 +31,7 @@ PhaseMemory choose_recompute(const MemoryBudget& budget, int64_t room_bytes, con
 
 PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
                                const TrainConfig& config, Recompute recompute, StreamPlan streams) {
-  // Files take nothing of the device that host memory does not: nothing is made on the disk.
+  // Streams in files take as much device memory as streams on the host. Counting creates no files.
   for (Tier& tier : streams.tiers)
     if (tier == Tier::File) tier = Tier::Host;
   CountingBackend counter(backend);
@@ -44,10 +43,11 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
-StreamRoom room_beside(const Backend& backend, const LlamaConfig& model,
-                       const TrainConfig& config) {
+// The room for streams, except on the device.
+StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
+                           const TrainConfig& config) {
   StreamRoom room;
-  // Beside streams the host holds a block's weights: this one's, the next one's, every stage's.
+  // The host also holds F32 weights: of this block, of the next one, and of each stage.
   const int64_t weights_bytes =
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
   room.host_bytes =
@@ -69,7 +69,8 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
   const int64_t count = StreamSet::count(config);
   const int rings = StreamSet::rings(config);
   const int64_t device_bytes = tensor_room(backend, config.memory);
-  // Streams may be elsewhere, but the batches in use may not.
+  // The least memory is that with all streams off the device. `least` leaves out the rings, because
+  // plan_streams() counts them.
   StreamPlan elsewhere;
   elsewhere.tiers.assign(static_cast<size_t>(count), Tier::Host);
   elsewhere.rings = rings;
@@ -81,7 +82,7 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
                cat("block training, its streams aside, with ", config.batch, " windows of ",
                    config.seq_len, " tokens at once"),
                "lower --batch or --seq-len");
-  StreamRoom room = room_beside(backend, model, config);
+  StreamRoom room = room_off_device(backend, model, config);
   room.device_bytes = device_bytes - least;
   for (;;) {
     BlockMemory memory;
@@ -89,8 +90,8 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
     static_cast<PhaseMemory&>(memory) =
         count_block_memory(backend, model, config, chosen.recompute, memory.streams);
     if (memory.device_bytes <= device_bytes || !memory.streams.uses(Tier::Device)) return memory;
-    // With a stream on the device a step gathers its batch itself, which takes room too: one stream
-    // less.
+    // If a stream is on the device, a step gathers its batch into a tensor of its own. So the plan
+    // may exceed the room: plan again with one stream less.
     room.device_bytes = memory.streams.device_bytes - 1;
   }
 }

@@ -1,5 +1,5 @@
-// MemoryPlan: what a phase will hold of the device, found by running it on a CountingBackend, and
-// what follows: which activations are recomputed, and where streams go.
+// Memory planning. A phase runs on a CountingBackend, which tells how much device memory it will
+// hold. From that follow the activations that are recomputed and the places of the streams.
 #pragma once
 
 #include <string>
@@ -20,13 +20,13 @@ struct BlockMemory : PhaseMemory {
   StreamPlan streams;
 };
 
-// Throw, saying what to change, where the phase does not fit. `config` is resolved.
+// Both throw, saying what to change, if the phase does not fit. `config` must be resolved.
 BlockMemory plan_block_memory(engine::Backend& backend, const models::LlamaConfig& model,
                               const TrainConfig& config);
 PhaseMemory plan_end_to_end_memory(engine::Backend& backend, const models::LlamaConfig& model,
                                    const TrainConfig& config);
 
-// The end-to-end phase in this mode, whether it fits or not.
+// The memory of the end-to-end phase in this mode, whether it fits or not.
 PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
                                     const models::LlamaConfig& model, const TrainConfig& config,
                                     models::Recompute recompute);

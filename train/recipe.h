@@ -1,5 +1,4 @@
-// Recipe: which format every linear has in every stage. It answers once for what is trained, saved
-// and exported.
+// Recipe: the format of every linear in every stage. Training, saving and export ask it.
 #pragma once
 
 #include <string>
@@ -17,14 +16,14 @@ class Recipe {
   Recipe(const TrainConfig& config, const models::LlamaConfig& model)
       : config_(config), model_(model) {}
 
-  // Of the linears of a layer, in the order of block_linears(), in a stage of the block phase.
+  // Formats of a layer's linears, in the order of block_linears(), in a stage of the block phase.
   std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const {
     return formats(layer, config_.stages[static_cast<size_t>(stage)]);
   }
   std::string stage_name(int64_t stage) const {  // "w2a16"
     return to_string({config_.stages[static_cast<size_t>(stage)]});
   }
-  // Of the end-to-end phase and of the export.
+  // The same in the end-to-end phase and in an export.
   std::vector<quant::LinearFormat> result_formats(int64_t layer) const {
     return formats(layer, {.weight_bits = config_.bits});
   }

@@ -1,4 +1,4 @@
-// Files of a run: identity, log, blocks; and what both phases share.
+// Files of a run: identity, lock, log, stages, states; and helpers of both phases.
 #include "train/run_directory.h"
 
 #include <fcntl.h>
@@ -24,7 +24,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Where a run may go on although these differ: they do not decide what is computed.
+// Does this key of the configuration decide what is computed? A run may resume although the other
+// keys differ.
 bool decides(const std::string& key) {
   return key != "model" && key != "data" && key != "save_every";
 }
@@ -39,13 +40,13 @@ void make_directory(const std::string& path) {
   BBB_CHECK(!error, path, ": cannot be created: ", error.message());
 }
 
-// Atomic writers work under NAME.tmp-PROCESS-ATTEMPT; a kill leaves it behind.
+// Atomic writers write NAME.tmp-PROCESS-ATTEMPT first; a kill leaves that file behind.
 bool is_leftover(const fs::path& path) {
   static const std::regex form(".+\\.tmp-[0-9]+-[0-9]+");
   return std::regex_match(path.filename().string(), form);
 }
 
-// What a run killed before its first file leaves.
+// True for what a run killed before its first file leaves behind.
 bool holds_no_file(const std::string& path) {
   if (!fs::is_directory(path)) return false;
   for (const auto& entry : fs::recursive_directory_iterator(path))
@@ -55,7 +56,7 @@ bool holds_no_file(const std::string& path) {
   return true;
 }
 
-// In the places where a run writes.
+// Only in the folders in which a run writes.
 void remove_leftovers(const std::string& path) {
   std::vector<fs::path> leftovers;
   for (const char* folder : {"", "blocks", "e2e"})
@@ -67,7 +68,7 @@ void remove_leftovers(const std::string& path) {
 
 }  // namespace
 
-// The record but for its checksum.
+// The record without its checksum.
 static Json record_of(const RunIdentity& identity) {
   Json j;
   j["program"] = kProgram;
@@ -81,24 +82,24 @@ static Json record_of(const RunIdentity& identity) {
   return j;
 }
 
-static std::string sealed(Json record) {
+static std::string with_checksum(Json record) {
   record[kChecksum] = data::hex(data::checksum64(record.dump()));
   return record.dump(2) + "\n";
 }
 
-// Of a record as it was written, to the byte.
+// Parses a record. Throws unless it is byte for byte as it was written.
 static Json read_record(const std::string& text, const std::string& where) {
   const Json record = Json::parse(text, nullptr, false);
   BBB_CHECK(!record.is_object() || !record.contains("config") || record.contains(kChecksum), where,
             ": holds no checksum of itself: an earlier bbb began this run; train in another --out");
   Json content = record;
   if (content.is_object()) content.erase(kChecksum);
-  BBB_CHECK(content.is_object() && sealed(content) == text, where,
+  BBB_CHECK(content.is_object() && with_checksum(content) == text, where,
             ": damaged: its checksum does not fit; delete the run's directory to train it again");
   return record;
 }
 
-std::string RunIdentity::to_json() const { return sealed(record_of(*this)); }
+std::string RunIdentity::to_json() const { return with_checksum(record_of(*this)); }
 
 std::string RunIdentity::summary() const {
   Json record = record_of(*this);
@@ -209,7 +210,7 @@ void RunDirectory::create_or_resume(const RunIdentity& identity) {
 void RunDirectory::check_identity(const RunIdentity& identity) const {
   const Json there = read_record(data::read_file(run_file()), run_file());
   const Json here = record_of(identity);
-  // Another program's record may have other keys: only an equal one's is read further.
+  // The record of another version of bbb may have other keys, so the version is compared first.
   for (const char* key : {"program", "device", "device_name", "data_checksum"})
     BBB_CHECK(there.value(key, "") == here[key].get<std::string>(), path_,
               ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
@@ -300,11 +301,11 @@ std::optional<SavedState> RunDirectory::block_state(const TrainConfig& config,
                 at.step < steps_per_stage(config) &&
                 static_cast<int64_t>(at.validation.size()) == epoch + 1,
             file, ": block ", at.block, ", stage ", at.stage, ", step ", at.step,
-            " is no place in this run");
+            " is not a position of this run");
   BBB_CHECK(stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage,
             ", but ", stage_file(finished_stages / stages, finished_stages % stages),
             " is missing; delete the state, too, to train from there again");
-  if (stage < finished_stages) saved.reset();  // its stage was finished since
+  if (stage < finished_stages) saved.reset();  // its stage has finished since
   return saved;
 }
 

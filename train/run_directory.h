@@ -1,8 +1,10 @@
-// RunDirectory: the files of one training run, and the rules by which a killed run goes on.
+// RunDirectory: the files of one training run (train.h), and the rules by which a killed run
+// resumes.
 //
-// Results and states appear by rename only, so whatever exists is whole. log.jsonl alone is
-// appended to, ahead of the result or state that it leads to; a resumed run first cuts it back to
-// the work that exists. One process at a time trains in a directory.
+// Results and states appear by rename only, so an existing file is complete. Only log.jsonl is
+// appended to, before the result or state of the same steps is written; a resumed run first cuts
+// the log back to the steps that results and states hold. One process at a time trains in a
+// directory.
 #pragma once
 
 #include <functional>
@@ -27,11 +29,11 @@ namespace bbb::train {
 
 using Json = nlohmann::ordered_json;
 
-// What a model is made of: names and checksums.
+// The parts of a model or tokenizer: name -> checksum.
 using Parts = std::map<std::string, std::string>;
 
-// What a run computes and from what. Two runs with equal identities give equal bytes on equal
-// devices, where the algorithms of their matrix products (gemm.json) are equal too.
+// What a run computes, and from what. Two runs with equal identities on equal devices give equal
+// bytes, if the algorithms of their matrix products (gemm.json) are equal too.
 struct RunIdentity {
   TrainConfig config;  // resolved
   std::string device;  // "cpu" or "cuda"
@@ -40,27 +42,26 @@ struct RunIdentity {
   Parts tokenizer;  // empty: the run was given tokens
   std::string data_checksum;
 
-  std::string to_json() const;  // the whole record, its own checksum last
-  std::string summary() const;  // without the parts, to be read
-  static RunIdentity from_json(const std::string& json, const std::string& where);
+  std::string to_json() const;  // run.json: the record and, last, its checksum
+  std::string summary() const;  // the record without the parts, for people
+  static RunIdentity from_json(const std::string& json, const std::string& where);  // throws
 };
 
-// Every tensor as it is stored, config.json and generation_config.json.
+// Parts: every tensor as it is stored, config.json and generation_config.json.
 Parts model_parts(const models::Checkpoint& source);
-// The files that an export carries.
+// Parts: the tokenizer files that an export carries.
 Parts tokenizer_parts(const data::Tokenizer& tokenizer);
 std::string checksum_of(const Parts& parts);
 std::string data_checksum(const data::Windows& windows);  // of all token ids
-// The first part that differs or that one side lacks; "" where all are equal. A run that was given
-// tokens takes any tokenizer.
+// The name of the first part that differs or that one side lacks; "" if all are equal. A run that
+// was given tokens has no tokenizer parts and matches any tokenizer.
 std::string difference(const RunIdentity& a, const RunIdentity& b);
 
-// An exclusive lock on a file, made if it is not there and never removed. The system gives it back
-// when the process ends, however it ends.
+// An exclusive lock on a file, which is created if missing and never removed. The system releases
+// the lock when the process ends, however it ends.
 class FileLock {
  public:
-  // Throws `holder`, which says who, where another process holds it, the cause where it cannot be
-  // had.
+  // Throws the text `holder` if another process holds the lock, and the cause if locking fails.
   FileLock(const std::string& path, const std::string& holder);
   ~FileLock();
   FileLock(const FileLock&) = delete;
@@ -76,15 +77,15 @@ class RunDirectory {
 
   bool exists() const;  // has a run been created here?
   // Keeps other processes from training in the directory, which must exist, as long as this object
-  // lives. Throws where one is at it already. Reading needs no lock.
+  // lives. Throws if another process is training there. Reading needs no lock.
   void lock();
-  // Creates the directory, or accepts one that holds a run of this identity; takes the lock.
-  // Throws, saying what differs, otherwise.
+  // Creates the run, or accepts a run of this identity, and takes the lock. Throws, saying what
+  // differs, if the directory holds anything else.
   void create_or_resume(const RunIdentity& identity);
-  // Throws, saying what differs, where the run that is here has another identity. Reads only.
+  // Throws, saying what differs, if the existing run has another identity. Writes nothing.
   void check_identity(const RunIdentity& identity) const;
   RunIdentity identity() const;  // of an existing run
-  uint64_t checksum() const;     // of its record, which the run's files carry
+  uint64_t checksum() const;     // of run.json; the run's tensor files carry it
 
   const std::string& path() const { return path_; }
   std::string run_file() const { return path_ + "/run.json"; }
@@ -95,25 +96,26 @@ class RunDirectory {
   std::string block_state_file() const { return path_ + "/blocks/state.safetensors"; }
   std::string e2e_state_file() const { return path_ + "/e2e/state.safetensors"; }
   std::string final_file() const { return path_ + "/e2e/final.safetensors"; }
-  // Stages of all blocks in order, up to the first one without a file.
+  // The number of stages, over all blocks in order, before the first one without a file.
   int64_t finished_stages(const TrainConfig& config, int64_t layers) const;
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
   bool finished(const TrainConfig& config, int64_t layers) const;
   bool has_states() const;
-  // What a finished stage left; throws where its file is damaged.
+  // The result of a finished stage. Throws if its file is damaged.
   models::LayerResult stage_result(int64_t block, int64_t stage, const Recipe& recipe,
                                    const models::LlamaConfig& model) const;
-  // Writes that file, with the validation losses of the stage.
+  // Writes that file: masters, and as metadata the validation losses.
   void write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                    const models::LlamaConfig& model, const models::LayerResult& result,
                    const std::vector<double>& validation) const;
-  // The state that a killed run left in its first unfinished stage, if it got that far. Throws
-  // where it is no place in this run or ahead of the results.
+  // The state that a killed run saved in its first unfinished stage, if any. Throws if the state's
+  // position is impossible in this run or ahead of the results.
   std::optional<SavedState> block_state(const TrainConfig& config, int64_t finished_stages) const;
-  // Removes states of phases that are finished: a kill can come between a result and that.
+  // Removes states of finished phases, which a kill between result and removal leaves behind.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 
   void append_log(const std::vector<Json>& lines) const;
+  // Removes the lines for which keep() is false, and a last line that was cut short.
   void keep_log(const std::function<bool(const Json& line)>& keep) const;
 
  private:
@@ -124,13 +126,13 @@ class RunDirectory {
 // Optimizer steps of one stage.
 int64_t steps_per_stage(const TrainConfig& config);
 
-// Independent random streams from one seed.
+// The seed of the random stream (a, b) of a run's seed.
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
-// What the final file holds of a linear.
+// What the final file holds of each linear.
 models::LinearContent final_content(const TrainConfig& config);
-// Of the files that a finished run holds, their headers and the log aside.
+// The size of a finished run's tensors, without file headers and the log.
 int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config);
 
 }  // namespace bbb::train

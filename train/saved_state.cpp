@@ -61,7 +61,7 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
   RunFileWriter writer(path, run, entries);
   writer.add(kPosition, where.data(), bytes_of(where));
   if (!losses.empty()) writer.add(kValidation, losses.data(), bytes_of(losses));
-  // In pieces: a whole model's weights may be more than the host has to spare.
+  // In pieces: the host may not have room for the weights of a whole model.
   constexpr int64_t kPieceBytes = int64_t{64} << 20;
   std::vector<uint8_t> host;
   for (const auto& [name, tensor] : tensors) {

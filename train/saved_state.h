@@ -1,9 +1,9 @@
-// The middle of a phase on disk: all that it needs to go on from a step as if it had never stopped,
-// and when that is written.
+// Saved states: everything that a phase needs to continue from a step as if it had never stopped,
+// and the timer that decides when to save.
 //
-// A file of the run (run_file.h): the phase's tensors as they are on the device, beside them
+// A state is a file of the run (run_file.h). It holds the phase's tensors as on the device, and
 //   position    I64 (3)  block, stage, steps done
-//   validation  F64 (n)  losses of the stage so far; only where there are any
+//   validation  F64 (n)  losses of the stage so far; missing if there are none
 #pragma once
 
 #include <chrono>
@@ -17,7 +17,7 @@
 
 namespace bbb::train {
 
-// End to end there are no blocks and stages: 0.
+// In the end-to-end phase, block and stage are 0.
 struct Position {
   int64_t block = 0;
   int64_t stage = 0;
@@ -27,17 +27,17 @@ struct Position {
 
 using NamedTensors = std::vector<std::pair<std::string, engine::Tensor>>;  // act or real
 
-// Replaces the file at `path` whole or not at all. What computes the tensors must have finished.
-// Throws, naming path and cause, where it cannot be written.
+// Replaces the file at `path` completely or not at all. The work that computes the tensors must
+// have finished. Throws, naming path and cause, if the file cannot be written.
 void save_state(const std::string& path, uint64_t run, const Position& position,
                 engine::Backend& backend, const NamedTensors& tensors);
 
 class SavedState {
  public:
-  // Maps the file. Throws, naming it, where it is damaged or of another run.
+  // Maps the file. Throws, naming it, if it is damaged or of another run.
   SavedState(const std::string& path, uint64_t run);
   const Position& position() const { return position_; }
-  // Uploads every tensor; throws where the file holds it in another shape or dtype.
+  // Uploads every tensor. Throws if one is missing in the file or has another shape or dtype there.
   void load(engine::Backend& backend, const NamedTensors& tensors) const;
 
  private:
@@ -46,15 +46,16 @@ class SavedState {
   Position position_;
 };
 
-// When a phase saves: after every `every` steps, or, where that is 0, by the clock: after 30 s, and
-// after twenty times as long as saving took, so that it costs a twentieth at most.
+// When a phase saves: every `every` steps or, if that is 0, by the clock: after 30 s or twenty
+// times the duration of the last save, whichever is longer. So saving takes at most a twentieth of
+// the time.
 class SaveTimer {
  public:
   using Clock = std::chrono::steady_clock;
 
   explicit SaveTimer(int64_t every) : every_(every), since_(Clock::now()) {}
   bool due(int64_t step, Clock::time_point now = Clock::now()) const;
-  void restart(Clock::time_point now = Clock::now()) { since_ = now; }  // nothing is unsaved
+  void restart(Clock::time_point now = Clock::now()) { since_ = now; }  // the clock starts again
   void saved(Clock::time_point begun, Clock::time_point now = Clock::now());
 
  private:

@@ -71,7 +71,7 @@ models::LlamaBlock& StageTrainer::quantized_block() {
 std::vector<double> StageTrainer::train(int64_t layer, size_t t, std::optional<SavedState> saved,
                                         BlockTime::Stage& time) {
   rewind(layer, t);
-  // Before the validation, which shares some products: they are timed as a step's.
+  // Record before validating. Both share some products, and these are to be timed as a step's.
   record_steps(t);
   Position at{layer, static_cast<int64_t>(t), 0, {}};
   if (saved) {
@@ -82,7 +82,7 @@ std::vector<double> StageTrainer::train(int64_t layer, size_t t, std::optional<S
   } else {
     timed(backend_, time.validation_s, [&] { at.validation.push_back(validate(t)); });
     log_validation(at);
-    // What the stage starts from is a candidate too: at 8 bits training may have nothing to add.
+    // The masters at the start are a candidate too: at 8 bits training may improve nothing.
     backend_.copy(best_, parameters_.masters());
   }
   return train_epochs(t, at, time);
@@ -102,7 +102,7 @@ std::vector<double> StageTrainer::train_epochs(size_t t, Position at, BlockTime:
   while (at.step < total) {
     const int64_t end = (at.step / steps_per_epoch_ + 1) * steps_per_epoch_;
     feed_ = std::make_unique<StepFeed>(streams_, t, host_order_, at.step, end);
-    quantizer_->prepare();  // a step relies on the ranges of the masters that it finds
+    quantizer_->prepare();  // a step relies on the measured ranges of the masters
     const StepLoop::Outcome outcome = loop_->run(stages_[t].steps, at, end, hooks);
     feed_.reset();
     time.train_s += outcome.seconds;
@@ -195,7 +195,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   loop_->end_step(*stages_[t].optimizer);
 }
 
-// Mean squared error over the validation windows, on the first of the stage's input streams.
+// Mean squared error over the validation windows, on the stage's first input stream.
 double StageTrainer::validate(size_t t) {
   const int64_t begin = config_.samples, rows = streams_.rows();
   Reader inputs = streams_.in_order(*streams_.inputs(t)[0], 0, begin, rows);

@@ -1,8 +1,8 @@
-// StageTrainer: trains one block through one stage, minimising mean (block(x) - y)^2 over the
-// training windows; keeps the masters of the best validation loss.
+// StageTrainer: trains one block in one stage. It minimises mean (block(x) - y)^2 over the training
+// windows and keeps the masters of the best validation loss.
 //
-// One LlamaBlock serves all blocks: its weights are loaded anew and its tensors keep their
-// addresses, so that a stage's step is recorded once and replayed for every block.
+// One LlamaBlock serves all blocks in turn. Its tensors keep their addresses, so that the step of a
+// stage is recorded once and replayed for every block.
 #pragma once
 
 #include <memory>
@@ -21,32 +21,32 @@ namespace bbb::train {
 
 class StageTrainer {
  public:
-  // What the phase adds: it is told of progress, and finishes its own writing before a state is
-  // saved and when the host has waited anyway.
   struct Hooks {
-    std::function<void(const Position& at)> show;
+    std::function<void(const Position& at)> show;  // progress, after a step
+    // Called before a state is saved, and after the host has waited for the device.
     std::function<void()> before_save, synchronized;
   };
 
-  // All must outlive the trainer.
+  // The references must outlive the trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
                models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
                const RunDirectory& run, const Observer& observer, Hooks hooks);
 
-  // Puts masters, and the width of stage t, into the block.
+  // Sets the block's masters, and its width to that of stage t.
   void load(size_t t, const models::LayerResult& result);
-  // The block as it was loaded or trained, for a pass over a stream.
+  // The block with its current masters quantized, for a pass over a stream.
   models::LlamaBlock& quantized_block();
 
-  // From the loaded masters, or from `saved`. Adds to `time`. Returns the validation losses: before
-  // training, then after each epoch.
+  // Trains from the loaded masters, or from `saved`. Adds to `time`. Returns the validation losses:
+  // before training, then after each epoch. Throws if every step was skipped.
   std::vector<double> train(int64_t layer, size_t t, std::optional<SavedState> saved,
                             BlockTime::Stage& time);
   models::LayerResult result();  // the masters of the best validation loss, which stay in the block
 
-  // The steps of a stage alone, for a probe and for planning: of the first block, the step of an
-  // input stream, up to `last`; and back to the first step.
+  // Records the step of stage t on one of its input streams, up to the part `last`. The masters
+  // must have been quantized.
   std::unique_ptr<engine::Replay> record(size_t t, size_t input, StepPart last);
+  // Before the first step of stage t of a layer: uploads its sample order, restarts the optimizer.
   void rewind(int64_t layer, size_t t);
   void feed_first(size_t t);  // its batch, from streams that are not on the device
   // What train() holds, without training.
@@ -78,8 +78,8 @@ class StageTrainer {
   models::LlamaBlock block_;
   std::optional<autograd::WeightQuantizer> quantizer_;
   Tensor best_;                      // masters of the best validation loss
-  Tensor order_;                     // I32: rows of all steps of a stage
-  std::vector<int32_t> host_order_;  // the same
+  Tensor order_;                     // I32 (steps * batch): stream rows of all steps of a stage
+  std::vector<int32_t> host_order_;  // the same, on the host
   std::optional<StepLoop> loop_;
   Tensor validation_;  // real (1)
   std::vector<Stage> stages_;

@@ -1,9 +1,9 @@
-// StepLoop: runs recorded optimizer steps, for both phases: log, saved states, skipped steps.
+// StepLoop: runs the recorded optimizer steps of both phases: log, saved states, skipped steps.
 //
-//   feed(s) replay s | feed(s+1) replay s+1 | .. window's end: synchronize, log, perhaps save | ..
+//   feed(s) replay s | feed(s+1) replay s+1 | .. | end of a window: synchronize, log, save if due
 //
-// A recorded step ends in end_step(), which writes the optimizer's control into a row of the log
-// on the device. The host reads the rows of a window at once: each read makes a GPU wait.
+// A recorded step ends in end_step(), which copies the optimizer's control into a row of the log
+// on the device. The host reads the rows of a window at once, because each read makes a GPU wait.
 #pragma once
 
 #include <functional>
@@ -18,7 +18,7 @@
 
 namespace bbb::train {
 
-// What a phase adds to the loop. `line` and `save` are needed.
+// What a phase adds to the loop. `line` and `save` are required, the others may be empty.
 struct StepHooks {
   std::function<void(int64_t step)> feed;        // before a step
   std::function<Json(int64_t step)> line;        // how the step's line in the log begins
@@ -26,25 +26,27 @@ struct StepHooks {
   std::function<void(const Position& at)> save;  // writes the state
   std::function<void()> synchronized;            // the host has waited for the device
   std::function<void(const Position& at, float loss)>
-      show;  // progress; `loss` is the last one read
+      show;  // progress, after a step; `loss` of the last step that was logged
   std::function<void(const Position& at)> after_step;
 };
 
 class StepLoop {
  public:
-  // `total`: most steps between two calls of rewind(). The run must outlive the loop.
+  // `total`: the number of steps, rows of the log on the device. backend and run must outlive the
+  // loop. save_every as in TrainConfig.
   StepLoop(Backend& backend, const RunDirectory& run, int64_t total, int64_t tokens_per_step,
            models::Recompute recompute, int64_t save_every);
 
   const Tensor& cursor() const { return cursor_; }            // I32 (1): the step, on the device
-  void rewind(int64_t step) const;                            // before the step of this number
-  void end_step(const autograd::Optimizer& optimizer) const;  // for a recorded step
+  void rewind(int64_t step) const;                            // the next step will be `step`
+  void end_step(const autograd::Optimizer& optimizer) const;  // the last call of a recorded step
 
   struct Outcome {
-    int64_t skipped = 0;  // steps whose loss or gradient was not finite, since rewind(0)
-    double seconds = 0;   // of the steps, all queued work included
+    int64_t skipped = 0;  // steps whose loss or gradient was not finite, since the first step
+    double seconds = 0;   // of the steps, including all work that they queued
   };
-  // Runs steps [at.step, end), `steps` in rotation, and saves when it is time before the end.
+  // Runs steps [at.step, end): step s replays steps[s % steps.size()]. Advances `at`. Saves a state
+  // when it is due, but not after the last step, where the caller may call save_if_due().
   Outcome run(const std::vector<std::unique_ptr<engine::Replay>>& steps, Position& at, int64_t end,
               const StepHooks& hooks);
   void save_if_due(const Position& at, const StepHooks& hooks);
@@ -65,10 +67,10 @@ class StepLoop {
   float last_loss_ = 0;
 };
 
-// All that an optimizer's steps change.
+// All tensors that optimizer steps change.
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
                              const autograd::Optimizer& optimizer);
-// The schedule of a phase: 3 % warm-up, cosine to a twentieth.
+// The schedule of a phase: 3 % warm-up, then a cosine down to lr / 20.
 engine::Schedule schedule_of(double lr, int64_t steps);
 
 }  // namespace bbb::train

@@ -1,5 +1,5 @@
-// The training steps of both phases on their own, for measurements: the very code that a run
-// records, on a fresh model. No file is read or written.
+// Single training steps of both phases, for measurements: the code that a run records, on a fresh
+// model. No file of a run is read or written.
 #pragma once
 
 #include <memory>
@@ -10,22 +10,22 @@
 
 namespace bbb::train {
 
-// The parts of a step in order; a recording ends after one of them.
+// The parts of a step in order. A recording ends after one of them.
 //   Quantize    the batch's rows gathered, the weights fake-quantized
-//   Forward     through the loss (end to end: the teacher too)
+//   Forward     up to the loss; end to end also the teacher
 //   Backward    every gradient
 //   Optimizer   norm, schedule, AdamW: the whole step
-// An end-to-end step accumulates over micro-batches, so its parts are cut from each of them.
+// In an end-to-end step the end applies to each micro-batch.
 enum class StepPart { Quantize, Forward, Backward, Optimizer };
 
 class StepProbe {
  public:
   virtual ~StepProbe() = default;
   virtual std::unique_ptr<engine::Replay> record(StepPart last) = 0;
-  virtual void rewind() = 0;  // to the first step of those that the configuration asks for
+  virtual void rewind() = 0;  // the next step is the first of the configuration's steps
 };
 
-// One block, the configuration's first stage.
+// The first block in the configuration's first stage.
 std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
                                             const data::Windows& windows, const TrainConfig& config,
                                             const BlockMemory& memory);

@@ -99,7 +99,7 @@ StepFeed::StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>&
                    int64_t begin, int64_t end) {
   const std::vector<Stream*> inputs = streams.inputs(stage);
   const int64_t batch = streams.config_.batch;
-  // The rows of every `among`-th step.
+  // A reader of the rows of every step with step % among == which.
   const auto reader = [&](Stream& stream, size_t ring, size_t which, size_t among) {
     if (stream.tier() == Tier::Device) return std::unique_ptr<Reader>();
     std::vector<int32_t> rows;

@@ -1,8 +1,8 @@
 // StreamSet: the streams of the block phase, and the batches that training takes from them.
 //
 //   full()     stream_0, in full precision
-//   stage(t)   what stage t of every block before gave
-//   target()   y; with --input-stream same it takes the place of full()
+//   stage(t)   the output of the blocks before, as trained in stage t
+//   target()   y; with --input-stream same it is full(), overwritten
 #pragma once
 
 #include <memory>
@@ -23,17 +23,18 @@ class StreamSet {
   // Rings that training uses at once: one for each input stream, one for the target.
   static int rings(const TrainConfig& config);
 
-  // model and config must outlive the set.
+  // The references, except plan, must outlive the set.
   StreamSet(engine::Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
             const StreamPlan& plan);
 
   Stream& full() { return *streams_[0]; }
   Stream& stage(size_t t) { return *streams_[t + 1]; }
   Stream& target() { return *target_; }
-  // The streams that steps of stage t are fed, in rotation.
+  // The input streams of stage t; its steps take them in rotation.
   std::vector<Stream*> inputs(size_t t) const;
 
-  // Every stream becomes the embedding of the training windows, then of the validation windows.
+  // full() and every stage(t) become the embeddings of the training and then the validation
+  // windows.
   void embed(const engine::Tensor& table, const data::Windows& windows);
   // out = change(in), batch by batch; out may be in.
   template <typename Change>
@@ -44,13 +45,14 @@ class StreamSet {
       writer.write(row, change(as_windows(reader.next())));
     writer.finish();
   }
-  // Reads rows [begin, end) in their order.
+  // Reads rows [begin, end) in order.
   Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end);
   int64_t rows() const { return rows_; }                        // training and validation windows
   engine::Tensor as_windows(const engine::Tensor& rows) const;  // (n, T, D)
 
-  // The batch of a recorded step, in the order and at the cursor that are on the device, or where
-  // the feed puts it: the input, and the target that only the loss reads.
+  // The batch of a recorded step: input, act (batch, T, D), and target. If the stream is on the
+  // device, the step gathers the batch itself, by `order` and `cursor`. Otherwise StepFeed puts it
+  // into the ring's batch tensor.
   engine::Tensor step_input(const Stream& stream, size_t ring_index, const engine::Tensor& order,
                             const engine::Tensor& cursor);
   engine::Rows step_target(size_t ring_index, const engine::Tensor& order,
@@ -64,23 +66,23 @@ class StreamSet {
   const models::LlamaConfig& model_;
   const TrainConfig& config_;
   const int64_t rows_;
-  std::vector<std::unique_ptr<Ring>> rings_;  // none where every stream is on the device
+  std::vector<std::unique_ptr<Ring>> rings_;  // none if every stream is on the device
   std::vector<std::unique_ptr<Stream>> store_;
   std::vector<Stream*> streams_;
   Stream* target_ = nullptr;
 };
 
-// Gives the steps [begin, end) of a stage their batches, from streams that are not on the device.
+// Feeds the steps [begin, end) of a stage with batches from streams that are not on the device.
 class StepFeed {
  public:
-  // order: rows of all steps.
+  // order: the stream rows of all steps.
   StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>& order, int64_t begin,
            int64_t end);
-  void next(int64_t step);
+  void next(int64_t step);  // before step `step`; call it for every step, in order
 
  private:
-  std::vector<std::unique_ptr<Reader>> inputs_;  // null: the step gathers by itself
-  std::unique_ptr<Reader> target_;
+  std::vector<std::unique_ptr<Reader>> inputs_;  // null: on the device, the step gathers
+  std::unique_ptr<Reader> target_;               // null likewise
 };
 
 }  // namespace bbb::train

@@ -21,11 +21,11 @@ using engine::Tensor;
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr int kFileThreads = 4;  // disks want several requests at once
+constexpr int kFileThreads = 4;  // disks are faster with several requests in flight
 
 int64_t megabytes(int64_t bytes) { return (bytes + 999'999) / 1'000'000; }
 
-// All that the lanes were given is done. For destructors: a lane that failed is reported elsewhere.
+// Waits for all lanes. For destructors: the error of a failed lane is reported elsewhere.
 void drain(Backend& backend) noexcept {
   for (Lane lane : {Lane::Compute, Lane::Load, Lane::Store}) try {
       backend.transfers().mark(lane)->wait();
@@ -36,8 +36,8 @@ void drain(Backend& backend) noexcept {
 }  // namespace
 
 struct FileBatch {
-  int64_t outstanding = 0;  // rows
-  std::string error;        // the first
+  int64_t outstanding = 0;  // rows not yet moved
+  std::string error;        // the first error, or ""
 };
 
 class RowFile {
@@ -48,14 +48,14 @@ class RowFile {
       : name_(directory + "/bbb-stream-XXXXXX"), stride_bytes_(stride_bytes) {
     fd_ = mkostemp(name_.data(), O_CLOEXEC);
     BBB_CHECK(fd_ >= 0, directory, ": no scratch file can be made there: ", std::strerror(errno));
-    unlink(name_.c_str());  // whatever ends this process frees the space
+    unlink(name_.c_str());  // so that the space is freed however the process ends
     const int error = posix_fallocate(fd_, 0, rows * stride_bytes);
     if (error != 0) {
       close(fd_);
       throw Error(cat(directory, ": no room for a scratch file of ", megabytes(rows * stride_bytes),
                       " MB: ", std::strerror(error)));
     }
-    fcntl(fd_, F_SETFL, O_DIRECT);  // where the file system has it
+    fcntl(fd_, F_SETFL, O_DIRECT);  // fails if the file system does not support it
     for (int i = 0; i < kFileThreads; ++i) threads_.emplace_back([this] { work(); });
   }
 
@@ -81,11 +81,12 @@ class RowFile {
   }
 
   void wait(FileBatch& batch) {
-    settle(batch);
+    wait_done(batch);
     BBB_CHECK(batch.error.empty(), batch.error);
   }
 
-  void settle(FileBatch& batch) {
+  // Does not throw the batch's error: for destructors.
+  void wait_done(FileBatch& batch) {
     std::unique_lock lock(mutex_);
     done_.wait(lock, [&] { return batch.outstanding == 0; });
   }
@@ -113,7 +114,7 @@ class RowFile {
     }
   }
 
-  // What went wrong, or "".
+  // Returns the error, or "".
   std::string move_row(const Job& job) {
     const bool reads = job.direction == Direction::Read;
     for (int64_t done = 0; done < stride_bytes_;) {
@@ -124,7 +125,7 @@ class RowFile {
       if (moved > 0) {
         done += moved;
       } else if (moved < 0 && errno == EINVAL && (fcntl(fd_, F_GETFL) & O_DIRECT) != 0) {
-        fcntl(fd_, F_SETFL, 0);  // a disk that asks for more than pages
+        fcntl(fd_, F_SETFL, 0);  // direct I/O needs a larger alignment here: do without
       } else if (moved == 0 || errno != EINTR) {
         return cat(name_, ": cannot be ", reads ? "read" : "written", ": ",
                    moved == 0 ? "it ends early" : std::strerror(errno));
@@ -255,7 +256,7 @@ Reader::Reader(Backend& backend, Stream& stream, Ring* ring, std::vector<int32_t
 
 Reader::~Reader() {
   for (std::unique_ptr<FileBatch>& file : files_)
-    if (file && stream_.file_) stream_.file_->settle(*file);
+    if (file && stream_.file_) stream_.file_->wait_done(*file);
 }
 
 int64_t Reader::count(int64_t batch) const {
@@ -285,7 +286,7 @@ void Reader::fetch(int64_t batch) {
   if (stream_.tier() == Tier::Host) return load(batch);
   if (count(batch) == 0) return;
   Ring::Slot& slot = ring_->slots_[batch % Ring::kAhead];
-  slot.copied->wait();  // the staging memory is read no more
+  slot.copied->wait();  // until then the copy to the device reads the staging memory
   for (int64_t i = 0; i < count(batch); ++i)
     stream_.file_->submit(RowFile::Direction::Read, rows_[static_cast<size_t>(first(batch) + i)],
                           static_cast<char*>(slot.host->data()) + i * stream_.shape_.stride_bytes(),
@@ -314,7 +315,7 @@ Writer::Writer(Backend& backend, Stream& stream, Ring* ring)
 
 Writer::~Writer() {
   if (stream_.file_)
-    for (Slot& slot : slots_) stream_.file_->settle(*slot.file);
+    for (Slot& slot : slots_) stream_.file_->wait_done(*slot.file);
 }
 
 void Writer::write(int64_t row, const Tensor& batch) {
@@ -323,8 +324,8 @@ void Writer::write(int64_t row, const Tensor& batch) {
     return backend_.copy(stream_.resident().rows(row, rows), batch);
   const int index = static_cast<int>(written_++ % Ring::kAhead);
   if (stream_.tier() == Tier::File) {
-    // The batch before this one goes to the file while the device computes; the one before that,
-    // whose staging memory this one takes, has got there.
+    // Submit the previous batch to the file while the device computes this one. Then wait for the
+    // batch before that, whose staging memory is used next.
     flush((index + Ring::kAhead - 1) % Ring::kAhead);
     stream_.file_->wait(*slots_[index].file);
     slots_[index].row = row;

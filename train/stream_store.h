@@ -1,19 +1,23 @@
 // Streams: the hidden states of all windows, (N, T, D) act, in the fastest memory that has room.
 //
 //     Device   a tensor; a recorded step gathers its rows itself
-//     Host     page-locked memory, copied over in batches
-//     File     a file in the scratch directory, direct I/O where it can be had, through page-locked
-//              staging by threads of its own
+//     Host     page-locked memory, copied in batches
+//     File     a file in the scratch directory, read and written by its own threads, with direct
+//              I/O if the file system supports it
 //
-// Off the device, a stream is read ahead and written behind: a Reader knows the rows of all its
-// batches and keeps kAhead of them under way while the device computes; a Writer hands a batch over
-// and goes on. Neither changes a byte, so where a stream lies changes no result.
+// Batches of streams off the device move through a Ring, which one Reader or Writer uses at a time:
 //
-// A Ring is what a Reader or a Writer moves batches through, one of them at a time: kAhead slots on
-// the device, as many staging buffers for files, and the batch tensor that readers fill, whose
-// address stays, so that recorded steps can read it.
+//     Reader   File -> staging -> slot -> batch     Writer   batch -> slot -> staging -> File
+//              Host -----------> slot -> batch               batch -> slot -----------> Host
 //
-// A row is stored at a stride of whole pages, which direct I/O asks for.
+// A Ring has kAhead slots on the device, for files as many page-locked staging buffers, and a batch
+// tensor at a fixed address, so that recorded steps can read it.
+//
+// A Reader knows the rows of all its batches and reads kAhead of them ahead while the device
+// computes. A Writer returns before a batch is written. Neither changes a byte, so the place of a
+// stream changes no result.
+//
+// Rows are stored at a stride of whole pages, as direct I/O requires.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +36,12 @@ struct StreamShape {
   int64_t rows = 0;        // N
   int64_t row_numel = 0;   // T * D
   int64_t row_bytes = 0;   // in act
-  int64_t batch_rows = 0;  // of the largest batch
+  int64_t batch_rows = 0;  // rows of the largest batch
 
   int64_t stride_bytes() const;
 };
 
-// What there is to place streams in. `scratch` is "" where there is none.
+// The room for streams. `scratch`: the directory, "" if there is none.
 struct StreamRoom {
   int64_t device_bytes = 0;
   int64_t host_bytes = 0;
@@ -45,7 +49,7 @@ struct StreamRoom {
   int64_t scratch_bytes = 0;
 };
 
-// Where each stream goes, and what that takes.
+// The place of each stream, and the bytes that they take, rings included.
 struct StreamPlan {
   std::vector<Tier> tiers;
   int rings = 0;
@@ -57,11 +61,12 @@ struct StreamPlan {
   bool uses(Tier tier) const;
 };
 
-// Free bytes of the file system that holds `directory`. Throws where there is no such directory.
+// Free bytes of the file system that holds `directory`. Throws if there is no such directory.
 int64_t free_disk_bytes(const std::string& directory);
 
-// The first streams lie on the device, the next on the host, the last in files. `rings`: those in
-// use where some stream is off the device. Throws, saying what to change, where they do not fit.
+// Places the first streams on the device, the next on the host, the last in files. `rings`: how
+// many rings are needed if any stream is off the device. Throws, saying what to change, if the
+// streams do not fit.
 StreamPlan plan_streams(int64_t count, int rings, const StreamShape& shape, const StreamRoom& room);
 
 class RowFile;     // one file and its threads
@@ -77,7 +82,7 @@ class Ring {
   static int64_t device_bytes(int rings, const StreamShape& shape);
 
   Ring(engine::Backend& backend, const StreamShape& shape, bool staging);
-  ~Ring();  // waits for what is under way
+  ~Ring();  // waits for all copies
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
@@ -90,7 +95,7 @@ class Ring {
     engine::Tensor tensor;                    // act (batch_rows, T * D)
     std::shared_ptr<engine::Storage> host;    // rows at their stride
     std::shared_ptr<engine::Fence> copied;    // the last copy between tensor and host memory
-    std::shared_ptr<engine::Fence> computed;  // Compute is done with the tensor
+    std::shared_ptr<engine::Fence> computed;  // Compute has read or written the tensor
   };
   engine::Backend& backend_;
   engine::Tensor batch_;
@@ -99,7 +104,7 @@ class Ring {
 
 class Stream {
  public:
-  // A file is created and given its space at once: a full disk is an error here.
+  // A file gets its space at once. Throws if there is no room.
   Stream(engine::Backend& backend, const StreamShape& shape, Tier tier, const std::string& scratch);
   ~Stream();
 
@@ -119,19 +124,19 @@ class Stream {
   std::unique_ptr<RowFile> file_;
 };
 
-// Reads batches of `batch_rows` rows in the given order, the last one perhaps shorter. Whatever was
-// written before must have been finished. A stream on the device is read in place: its batches must
-// be runs of consecutive rows.
+// Reads batches of `batch_rows` rows in the given order; the last batch may be shorter. Writers of
+// the stream must have finished. A stream on the device is read in place, so each of its batches
+// must be consecutive rows.
 class Reader {
  public:
-  // `ring` is used only where the stream is off the device.
+  // `ring` may be null if the stream is on the device.
   Reader(engine::Backend& backend, Stream& stream, Ring* ring, std::vector<int32_t> rows);
   ~Reader();
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  // The next batch, good until the one after it is asked for: rows of ring.batch(), or of the
-  // stream itself.
+  // The next batch, act (count, T * D), valid until the next call: rows of ring->batch(), or of the
+  // stream on the device.
   engine::Tensor next();
 
  private:
@@ -157,15 +162,15 @@ class Writer {
   Writer& operator=(const Writer&) = delete;
 
   void write(int64_t row, const engine::Tensor& batch);  // act (count, ...); may be reused at once
-  void finish();  // returns when every row lies where it belongs; throws what went wrong on the way
+  void finish();  // returns when every row is stored; throws if one could not be written
 
  private:
   struct Slot {
     std::unique_ptr<FileBatch> file;
     int64_t row = 0;
-    int64_t count = 0;  // rows on their way to staging, not yet given to the file
+    int64_t count = 0;  // rows that are copied to staging but not yet submitted to the file
   };
-  void flush(int slot);  // staging -> file, once the device's copy has arrived
+  void flush(int slot);  // waits for the copy to staging, then submits it to the file
 
   engine::Backend& backend_;
   Stream& stream_;

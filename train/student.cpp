@@ -42,7 +42,7 @@ void Student::load_masters(LlamaBlock& block, const LayerResult& start) {
   block.set_masters(start);
 }
 
-// A block's masters live only until its codes are taken.
+// The block's masters live only in this function, until its codes are frozen.
 void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
   autograd::ParameterSet masters(backend_, GradientPasses::One);
   block.declare_parameters(masters);

@@ -18,7 +18,7 @@ using models::LayerResult;
 
 namespace {
 
-const char* said(models::Recompute recompute) {
+const char* describe(models::Recompute recompute) {
   switch (recompute) {
     case models::Recompute::None:
       return "all activations kept";
@@ -42,7 +42,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
         "streams there: %d, %d, %d; %s\n",
         gigabytes(allocated_bytes(backend, blocks->device_bytes)), gigabytes(streams.host_bytes),
         gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host), count(Tier::File),
-        said(blocks->recompute));
+        describe(blocks->recompute));
   }
   if (end_to_end != nullptr)
     std::printf("end to end: at most %.2f GB of the device; %s\n",
@@ -50,7 +50,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
                 said(end_to_end->recompute));
   std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config)),
               config.out.c_str());
-  std::fflush(stdout);  // it is read before the run is over
+  std::fflush(stdout);  // so that the plan is seen before training starts
 }
 
 }  // namespace
@@ -73,7 +73,7 @@ void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& to
 
 namespace {
 
-// Of the block phase, or of the longer run that this one is to stand for.
+// The length of the block phase or, with --extrapolate, of the run for which it stands.
 RunLength run_length_of(const TrainConfig& config) {
   return config.extrapolate.value_or(RunLength{config.samples, config.epochs});
 }
@@ -81,7 +81,7 @@ int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config)
   return model.layers * static_cast<int64_t>(config.stages.size()) * run_length_of(config).epochs *
          (run_length_of(config).samples / config.batch);
 }
-// Of all windows through a full-precision block.
+// Batches through the full-precision blocks.
 int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& config) {
   return model.layers * ((run_length_of(config).samples + config.val_samples) / config.batch);
 }
@@ -102,10 +102,10 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
               " is not in the model's vocabulary of ", model.vocab);
 
-  // A run that exists is taken before its model is read and memory is counted, a new one only once
-  // it is known to fit: what is refused leaves nothing behind.
+  // An existing run is locked before the model is read and memory is planned. A new run is created
+  // only once it is known to fit, so that a refused run leaves nothing behind.
   RunDirectory run(config.out);
-  // A finished run is left alone, wherever it lies: not even a lock is written.
+  // A finished run is not changed: not even the lock is written.
   const bool finished = run.exists() && run.finished(config, model.layers) && !run.has_states();
   if (run.exists() && !finished) run.lock();
   const RunIdentity identity{config,
@@ -125,7 +125,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
-  // What cannot fit is refused before any work.
+  // A run that cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
   if (blocks) memory = plan_block_memory(backend, model, config);
@@ -161,8 +161,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
 
 namespace {
 
-// Masters to what the file holds, through the code that training runs. What is quantized already
-// stays.
+// Quantizes the masters of a layer with the code that training runs. A layer that is already
+// quantized is returned unchanged.
 class Quantizer {
  public:
   Quantizer(Backend& backend, const models::LlamaConfig& model, WeightGrid grid)
@@ -206,7 +206,7 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const TrainConfig& config = identity.config;
   const models::LlamaConfig& model = source.config();
   BBB_CHECK(run.finished(config, model.layers), run_directory,
-            ": the run is not finished; the same `bbb train` command goes on with it");
+            ": the run is not finished; the same `bbb train` command continues it");
   RunIdentity here;
   here.model = model_parts(source);
   here.tokenizer = tokenizer_parts(tokenizer);

@@ -2,15 +2,15 @@
 //
 // A run lives in one directory:
 //   run.json                      resolved configuration, checksums, program version, device
-//   gemm.json                     algorithms of matrix products, where they were timed
+//   gemm.json                     algorithms of matrix products, if they were timed
 //   log.jsonl                     one line a step
 //   lock                          held by the process that trains
 //   blocks/block_000_stage_0.safetensors  a finished stage of a block: its masters
-//   blocks/state.safetensors      the newest state inside the stage that is being trained
+//   blocks/state.safetensors      the newest state of the stage that is being trained
 //   e2e/state.safetensors         the newest state of the end-to-end phase, while it runs
 //   e2e/final.safetensors         its result
-// Every result and state appears by a rename, so a run killed at any moment goes on from what is
-// there and ends with the same bytes.
+// Every result and state appears by a rename. So a run killed at any moment resumes from these
+// files and ends with the same bytes.
 #pragma once
 
 #include <functional>
@@ -30,35 +30,35 @@ using engine::Tensor;
 using engine::WeightGrid;
 using models::Checkpoint;
 
-// Called between units of work; what they throw ends the run there, as a kill would.
+// Callbacks between units of work. An exception from one ends the run there, as a kill would.
 struct Observer {
-  bool quiet = false;
+  bool quiet = false;  // no output
   std::function<void(int64_t block)> after_block;
   std::function<void(int64_t block, int64_t stage, int64_t step)> after_block_step;
   std::function<void(int64_t step)> after_e2e_step;
 };
 
-// Creates or resumes the run in config.out. A finished run is left as it is. Throws where the
-// directory holds something else, or a run with another configuration, model or data.
+// Creates or resumes the run in config.out. A finished run is not changed. Throws if the directory
+// holds something else, or a run with another configuration, model or data.
 void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
            TrainConfig config);
 
 // The same on token windows: the first `samples` train, the last `val_samples` validate. An export
-// then wants this tokenizer; with none it takes any.
+// then requires this tokenizer; if it is null, any.
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    TrainConfig config, const Observer& observer,
                    const data::Tokenizer* tokenizer = nullptr);
 
-// Exports a finished run. The model and its tokenizer are at `model_path`, or, where that is empty,
-// where run.json says; another model or tokenizer than the run's is refused, and a damaged file.
-// Returns the true bits per weight.
+// Exports a finished run. The model and its tokenizer are read from `model_path` or, if that is
+// empty, from the path in run.json. Throws if they are not the run's, or if a file is damaged.
+// Returns the bits per weight of the exported file.
 double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
                   const std::string& out_directory, models::ExportFormat format);
 double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
                   const std::string& run_directory, const std::string& out_directory,
                   models::ExportFormat format);
 
-// Round to nearest, without training.
+// Exports `source` rounded to nearest, without training. Returns the bits per weight.
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
                   WeightGrid spec, const std::string& out_directory, models::ExportFormat format);
 

@@ -1,6 +1,6 @@
-// The optimizer step: step_control decides the step's learning rate, gradient factor and whether it
-// counts, adding the squares in double and in a fixed order; adamw applies it. With g' = kScale g,
-// 0 where the quantizer clipped, and t = kApplied (Loshchilov & Hutter, 2019):
+// The optimizer step. step_control decides the learning rate, the gradient factor and whether the
+// step is skipped; it adds the squares of g in double, in a fixed order. adamw applies the step.
+// With g' = kScale g, 0 where the quantizer clipped, and t = kApplied (Loshchilov & Hutter, 2019):
 //
 //     m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)

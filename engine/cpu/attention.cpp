@@ -3,13 +3,13 @@
 //     P = exp(scale q k^T - lse) on the visible keys;  o = P v;  scale = 1 / sqrt(d)
 //     dv = P^T do;  dP = do v^T;  dS = P (dP - rowsum(do o));  dq = scale dS k;  dk = scale dS^T q
 //
-// A task takes kQueryBlock queries of one head against the strip of keys that any of them sees, so
-// a thread holds kQueryBlock x S scores, never T x T. Products go through BLAS on the strip; the
-// corner that causality and the window hide is set to zero after the exponential.
+// A task takes kQueryBlock queries of one head and the strip of keys that any of them sees, so a
+// thread holds kQueryBlock x S scores, never T x T. BLAS computes the products on the strip. Scores
+// that causality or the window hides are set to zero after the exponential.
 //
-// Backward: a task owns one kv-head of one batch row, and with it dk and dv; it walks the group's
-// query heads and their blocks in order, so every sum has one order. Gradients of rotated q and k
-// are turned back at the end, in place.
+// Backward: a task owns one kv-head of one batch row, with its dk and dv. It goes through the
+// group's query heads and their blocks in order, so every sum has one order. Gradients of rotated q
+// and k are rotated back at the end, in place.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -32,16 +32,16 @@ Keys visible(int64_t position, const AttentionSpec& spec) {
   return {spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0, position + 1};
 }
 
-// Scratch of one thread, kept between tasks: a strip of scores is large.
+// Scratch of one thread, kept between tasks because a strip of scores is large.
 template <typename T>
 T* scratch(std::vector<T>& buffer, int64_t size) {
   if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
   return buffer.data();
 }
 
-// `rows` queries q (row stride ldq) against one head of k and v (row stride ldk). Row r stands at
-// position first + r * stride: stride 1 for a block of queries, 0 for the heads of a group that
-// share one position. lse, where wanted, is one value per row.
+// Attention of `rows` queries q (row stride ldq) to one head of k and v (row stride ldk). Row r is
+// at position first + r * stride: stride 1 for a block of queries, 0 for the heads of a group at
+// one position. lse: null, or one value per row.
 template <typename T>
 void attend(T* o, T* lse, const T* q, int64_t ldq, const T* k, const T* v, int64_t ldk,
             int64_t rows, int64_t d, int64_t first, int64_t stride, const AttentionSpec& spec) {
@@ -144,7 +144,8 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
       }
   });
   if (!inv_freq.defined()) return;
-  // dk is whole only here. A gradient is kept as it is summed: turning it rounds nothing twice.
+  // dk is complete only here. The sums are stored in full precision, so rotating them in place does
+  // not round twice.
   for (const Tensor* gradient : {&dq, &dk})
     do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse);
 }
@@ -176,7 +177,7 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
     return data(t) + b * capacity * ldk + kv * d;
   };
   if (time == 1) {  // decoding: the heads of a group are the rows of one product
-    // Below some thousand keys in all the pool's wake-up costs more than the work.
+    // Below some thousand scores in total, waking the pool costs more than the work.
     const int64_t tasks = batch * kv_heads;
     const int64_t grain = tasks * (first + 1) * group < 4096 ? tasks : 1;
     parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {

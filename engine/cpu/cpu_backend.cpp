@@ -26,7 +26,7 @@ class ReachedFence final : public Fence {
   void wait() override {}
 };
 
-// Copies at once: lanes have nothing to wait for.
+// Copies at submission: lanes have nothing to wait for.
 class DirectTransfers final : public Transfers {
  public:
   std::shared_ptr<Storage> host_buffer(int64_t bytes) override {
@@ -49,7 +49,7 @@ class DirectTransfers final : public Transfers {
   void follow(Lane, Fence&) override {}
 };
 
-// How each dtype converts to and from double, which holds every F32 and bf16 exactly.
+// Conversion to and from double, which holds every F32 and bf16 exactly.
 double widen(double x) { return x; }
 double widen(float x) { return x; }
 double widen(uint16_t x) { return from_bf16(x); }

@@ -1,14 +1,15 @@
-// CpuBackend: the reference, and the product without a GPU. Plain loops over a pool of threads;
-// matrix products through OpenBLAS.
+// CpuBackend: the reference, and what bbb runs on without a GPU. Plain loops over a pool of
+// threads; matrix products through OpenBLAS.
 //
 //     CpuBackend<float>   act F32, real F32
 //     CpuBackend<double>  act F64, real F64: gradient checks
 //
-// OpenBLAS runs single-threaded: a product is cut into strips of its output and the pool's threads
-// call BLAS on one strip each, so that its threads and ours never compete for the cores.
+// OpenBLAS runs single-threaded: a product is cut into strips of its output, and each thread of the
+// pool calls BLAS on a strip. Otherwise the threads of OpenBLAS and of the pool would compete for
+// the cores.
 //
-// The members stand in one file per op family; each file ends with the explicit instantiations of
-// its members (BBB_CPU_INSTANTIATE).
+// There is one file per op family. It ends with the explicit instantiations of its members
+// (BBB_CPU_INSTANTIATE).
 #pragma once
 
 #include <memory>
@@ -79,7 +80,7 @@ class CpuBackend final : public Backend {
     return total;
   }
 
-  // The order of the batch's `count` rows, each of which is there. `op` names who asks.
+  // The row indices of a batch of `count`, all checked to be rows of src. `op` is for errors.
   static const int32_t* order_of(const char* op, const Rows& batch, int64_t count);
 
   int threads() const { return pool_.threads(); }
@@ -92,16 +93,16 @@ class CpuBackend final : public Backend {
   static constexpr int64_t kSumGrain = 32768;
 
   ThreadPool pool_;
-  std::shared_ptr<HostMemory> memory_;  // every tensor's storage holds it too
+  std::shared_ptr<HostMemory> memory_;  // shared with the storage of every tensor
   std::unique_ptr<Transfers> transfers_;
 };
 
-// Elements that one range of an elementwise loop covers: some ten microseconds of work.
+// Elements of one range of an elementwise loop: some ten microseconds of work.
 inline constexpr int64_t kElementGrain = 16384;
 
 }  // namespace bbb::engine
 
-// The parameter types of a member that returns void, once for both backends.
+// Instantiates a member that returns void for both types; the arguments are its parameter types.
 #define BBB_CPU_INSTANTIATE(member, ...)                \
   template void CpuBackend<float>::member(__VA_ARGS__); \
   template void CpuBackend<double>::member(__VA_ARGS__)

@@ -6,10 +6,10 @@
 //
 // A row without a target (-1) gives loss 0 and gradient 0. dlogits may be the logits themselves.
 //
-// Over chunks of the vocabulary, KL is E_p[t - s] - (lse(t) - lse(s)) of teacher t and student s.
-// Near agreement this cancels no more than the terms p (log p - log q) do: lse(t) - lse(s) is taken
-// as the difference of maxima and log(sum / sum), so that its error is an epsilon of |t - s| + 1,
-// and so is that of the mean; t - s itself has the error that the logits came with.
+// Over chunks of the vocabulary, KL = E_p[t - s] - (lse(t) - lse(s)) with teacher logits t and
+// student logits s. Where both agree this cancels no more than sum p (log p - log q): lse(t) -
+// lse(s) is the difference of the maxima plus log(sum / sum), so the error of either term is an
+// epsilon of |t - s| + 1. t - s itself has the error of the logits.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -20,13 +20,13 @@
 namespace bbb::engine {
 namespace {
 
-// What e^x is divided by: finite where all of a row, or a part of it, is -Inf.
+// The shift s in e^(x - s): finite even if all logits are -Inf.
 template <typename T>
 T shift_of(T max) {
   return std::isfinite(max) ? max : T{0};
 }
 
-// Terms e^(x - from) times this are terms e^(x - to). -Inf - -Inf must not be taken.
+// The factor from terms e^(x - from) to terms e^(x - to). Equal arguments avoid -Inf - -Inf.
 template <typename T>
 T rescaling(T from, T to) {
   return from == to ? T{1} : vector_exp(from - to);
@@ -53,7 +53,7 @@ ExpSum<T> exp_sum(const T* x, int64_t n) {
   return {max, lane_sum<T>(n, [=](int64_t i) { return vector_exp(x[i] - shift); })};
 }
 
-// Running values of a row for kl_divergence, as they lie in its state.
+// Running values of a row for kl_divergence, as stored in its state.
 template <typename T>
 struct KlSums {
   ExpSum<T> student, teacher;
@@ -92,15 +92,15 @@ KlSums<T> kl_sums(const T* student, const T* teacher, int64_t n) {
   return sums;
 }
 
-// Running values of a row for cross_entropy, as they lie in its state.
+// Running values of a row for cross_entropy, as stored in its state.
 template <typename T>
 struct CrossEntropySums {
   ExpSum<T> all;
-  T target_logit = -std::numeric_limits<T>::infinity();  // until its chunk comes
+  T target_logit = -std::numeric_limits<T>::infinity();  // until its chunk is read
 };
 static_assert(sizeof(CrossEntropySums<float>) == Backend::kCrossEntropyState * sizeof(float));
 
-// `target` counts from x[0] and may lie outside [0, n).
+// `target` is an index into x and may be outside [0, n).
 template <typename T>
 void cross_entropy_gradient(T* grad, const T* x, int64_t n, T lse, int64_t target, T factor) {
   for (int64_t i = 0; i < n; ++i) grad[i] = factor * vector_exp(x[i] - lse);

@@ -1,5 +1,4 @@
-// What a step reads and writes at a place that only the device knows: the batch under the cursor,
-// and the log of the steps.
+// Rows whose index only the device knows: the batch at the cursor, and the step's row in the log.
 #include <algorithm>
 #include <cstring>
 

@@ -4,8 +4,8 @@
 //     gemm_nn  dx (M, K) (+)= alpha dy (M, N) w (N, K)
 //     gemm_tn  dw (N, K) (+)= dy (M, N)^T x (M, K)
 //
-// The longer side of the output is cut into strips, each a BLAS call of one thread. One row of
-// output (decoding) is a matrix-vector product, bound by reading w once.
+// The longer side of the output is cut into strips; each is one single-threaded BLAS call. One row
+// of output (decoding) is a matrix-vector product, bound by reading w once.
 #include <algorithm>
 
 #include "engine/cpu/blas.h"
@@ -15,15 +15,15 @@ namespace bbb::engine {
 namespace {
 
 constexpr int64_t kStripAlign = 32;       // a multiple of every BLAS kernel's tile
-constexpr int64_t kStripFlops = 1 << 21;  // a strip with less work is not worth a wake-up
-constexpr int64_t kStripsPerThread = 2;   // so that a thread that falls behind costs little
+constexpr int64_t kStripFlops = 1 << 21;  // less work is not worth waking a thread
+constexpr int64_t kStripsPerThread = 2;   // evens out threads of unequal speed
 
-// Length of a strip of `length` rows or columns, when one of them costs `flops`.
+// The strip length for `length` rows or columns of `flops` each.
 int64_t strip_length(int64_t length, int64_t flops, int threads) {
   const int64_t pieces = threads * kStripsPerThread;
   const int64_t even = (length + pieces - 1) / pieces;
-  const int64_t worthwhile = kStripFlops / std::max<int64_t>(1, flops);
-  const int64_t strip = std::max(even, worthwhile);
+  const int64_t least = kStripFlops / std::max<int64_t>(1, flops);
+  const int64_t strip = std::max(even, least);
   return (strip + kStripAlign - 1) / kStripAlign * kStripAlign;
 }
 

@@ -1,7 +1,7 @@
 // ds_k (+)= alpha / s_k sum_n w[n, k] dw[n, k], 0 where s_k is 0. Shapes w, dw (N, K); ds, s (K).
 //
 // With h = s . x and y = h W^^T: dW^[n, k] = sum_m dy[m, n] s_k x[m, k], so that sum_n W^ dW^ is
-// s_k sum_m dh[m, k] x[m, k] = s_k ds_k. Columns are tasks; each is summed in order of its rows.
+// s_k sum_m dh[m, k] x[m, k] = s_k ds_k. A task takes 64 columns and adds the rows in order.
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/vector_math.h"
 

@@ -10,8 +10,8 @@
 namespace bbb::engine {
 namespace {
 
-// A request at least this large is refused when the machine has less available: the system itself
-// would promise it and kill the process later.
+// A request of at least this size is refused if the machine has less available. Otherwise the
+// system would grant it and kill the process later.
 constexpr int64_t kCheckedBytes = int64_t{64} << 20;
 
 }  // namespace

@@ -1,8 +1,8 @@
 // HostMemory: 64-byte aligned blocks, kept for reuse when freed.
 //
-// A training step allocates the same sizes again and again; a block that goes back to the system is
-// a page fault for every 4 KiB the next time. Freed blocks wait in a list per size, at most
-// kCacheShare of the machine's memory in all.
+// A training step allocates the same sizes again and again. A block returned to the system would
+// cost a page fault for every 4 KiB the next time. So freed blocks are kept in a list per size, in
+// total at most kCacheShare of the machine's memory.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,15 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
 
-  // Throws Error, naming the bytes, when the machine has no such block to give.
+  // Throws Error, naming the bytes, if the machine does not have them.
   std::shared_ptr<Storage> allocate(int64_t bytes);
 
   int64_t peak_bytes() const;
   void reset_peak();
   int64_t cached_bytes() const;
 
-  // A request rounded up: to 64 bytes, and to an eighth of a power of two above 512. Few sizes,
-  // little waste.
+  // The request, rounded up to a multiple of 64 bytes; above 512 bytes to a multiple of 1/8 of the
+  // power of two below it. Few sizes, little waste.
   static int64_t block_bytes(int64_t bytes);
   static int64_t total_bytes();      // of the machine
   static int64_t available_bytes();  // /proc/meminfo: MemAvailable

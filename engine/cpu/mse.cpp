@@ -1,7 +1,7 @@
 // loss = mean((x - y)^2); dx = 2 (x - y) / numel.
 //
-// Sums go over the same ranges of x whatever the order of y's rows. A range of y that lies in one
-// row is read there; one that spans rows is put together first.
+// The ranges of a sum do not depend on the order of y's rows. A range within one row of y is read
+// in place; a range that spans rows is first copied together.
 #include <algorithm>
 #include <array>
 
@@ -11,7 +11,8 @@
 namespace bbb::engine {
 namespace {
 
-// y[begin, end) of rows of `row_numel` elements in an order; `joined` has room for it.
+// Elements [begin, end) of the ordered rows of src, `row_numel` elements each: in place, or copied
+// to `joined`.
 template <typename T>
 const T* ordered_range(const T* src, const int32_t* order, int64_t row_numel, int64_t begin,
                        int64_t end, T* joined) {

@@ -1,4 +1,4 @@
-// Products with packed weights (format.md): quant/host.cpp over threads, a range of rows each.
+// Products with packed weights (format.md): quant/host.cpp, a range of rows per task.
 #include <algorithm>
 
 #include "engine/cpu/cpu_backend.h"

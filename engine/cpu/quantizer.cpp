@@ -1,5 +1,5 @@
-// The quantizer's ops (numerics.md sections 1 and 2): quant/host.cpp over threads, a few tiles or a
-// range of rows each.
+// The quantizer's ops (numerics.md sections 1 and 2): quant/host.cpp, a few tiles or a range of
+// rows per task.
 #include <algorithm>
 #include <vector>
 
@@ -18,7 +18,7 @@ static const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
   return static_cast<const quant::WeightTile*>(q.tiles.raw());
 }
 
-// A tile as rows of one group each.
+// A tile, seen as rows of one group each.
 static host::Rows groups_of(const quant::WeightTile& tile, int group) {
   const int64_t begin = tile.begin * quant::kTileAlign / group;
   return {begin, begin + tile.count / group};

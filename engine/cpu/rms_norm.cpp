@@ -2,8 +2,8 @@
 //
 //     dx (+)= r (dy w - x r^2 mean(dy w x));  dw (+)= sum_m dy x r
 //
-// A row is one task. dw is summed over blocks of rows and then over the blocks, in order, whatever
-// the number of threads.
+// A task takes a range of rows. dw is summed over blocks of rows, then over the blocks, in an order
+// that does not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 

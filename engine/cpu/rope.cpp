@@ -1,8 +1,9 @@
-// Rotary positions, in place, on x (B, T, H, d): the pair (x[i], x[i + d/2]) of every head turns by
-// the angle (start + t) * inv_freq[i], backwards for Rotation::Inverse (which is the gradient).
+// Rotary positions, in place, on x (B, T, H, d): the pair (x[i], x[i + d/2]) of every head is
+// rotated by the angle (start + t) * inv_freq[i], or by its negative for Rotation::Inverse, which
+// is the gradient.
 //
-// The angle is a product in T, as on the GPU; its sine and cosine are then those of that angle to
-// the last bit, once for each position, and serve every batch row and head.
+// The angle is a product in T, as on the GPU. Its sine and cosine are computed in double, once per
+// position, for all batch rows and heads.
 #include <algorithm>
 #include <cmath>
 #include <vector>

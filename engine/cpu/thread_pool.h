@@ -1,8 +1,8 @@
 // ThreadPool: a fixed team that runs the pieces of one loop at a time.
 //
 // parallel_for(n, grain, fn) calls fn(begin, end) on the ranges [i * grain, (i + 1) * grain) of
-// [0, n). Which thread runs a range is left to chance, the ranges are not: a result that depends
-// only on its range is the same for every run and every number of threads.
+// [0, n). Any thread may run any range, but the ranges are fixed. So a result that depends only on
+// its range is the same for every run and every number of threads.
 #pragma once
 
 #include <atomic>
@@ -16,8 +16,8 @@
 
 namespace bbb::engine {
 
-// The threads that a loop over `bytes` of memory is worth: one for each `piece_bytes` begun, at
-// least one, at most all cores.
+// How many threads a loop over `bytes` of memory deserves: bytes / piece_bytes, rounded up, at
+// least 1, at most all cores.
 int threads_for(int64_t bytes, int64_t piece_bytes);
 
 class ThreadPool {
@@ -42,7 +42,7 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable started_, finished_;
-  uint64_t round_ = 0;  // loops begun; a worker sleeps until it moves
+  uint64_t round_ = 0;  // loops started; workers sleep until it changes
   int busy_ = 0;        // workers that have not yet finished the round
   bool stop_ = false;
 

@@ -1,5 +1,5 @@
-// Loops that the compiler turns into vector code without fast-math: a branch-free exponential, and
-// reductions over fixed lanes, whose order of summation never depends on the machine.
+// Loops that the compiler vectorizes without fast-math: a branch-free exponential, and reductions
+// over a fixed number of lanes, so that the order of a sum does not depend on the machine.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,8 @@
 namespace bbb::engine {
 
 // e^x within 2 ulp. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is its Taylor polynomial of degree 7
-// (remainder 2^-27 of e^r), 2^n is made from bits in two halves so that n = 128 does not overflow.
+// (remainder 2^-27 of e^r); 2^n is made from bits, as two factors so that n = 128 does not
+// overflow.
 // Results below the smallest normal are 0.
 inline float vector_exp(float x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.72283f;  // ln of the smallest normal, FLT_MAX
@@ -36,7 +37,8 @@ inline float vector_exp(float x) {
 
 inline double vector_exp(double x) { return std::exp(x); }
 
-// sum of f(i) over [0, n): lane l adds i = l, l + kLanes, ...; then the lanes, by halves.
+// sum of f(i) over [0, n): lane l adds i = l, l + kLanes, ...; then the lanes are added by halves,
+// and the last n % kLanes terms in order.
 template <typename T, typename F>
 T lane_sum(int64_t n, const F& f) {
   constexpr int kLanes = 64 / sizeof(T) * 2;
@@ -51,8 +53,7 @@ T lane_sum(int64_t n, const F& f) {
   return total;
 }
 
-// max of x over [0, n), -infinity where n is 0. A NaN may be lost here; the sums that follow keep
-// it.
+// max of x over [0, n), -infinity if n is 0. A NaN may be lost; the sums that follow keep it.
 template <typename T>
 T lane_max(const T* x, int64_t n) {
   constexpr int kLanes = 64 / sizeof(T) * 2;
