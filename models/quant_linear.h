@@ -15,7 +15,6 @@
 // pass wrote. All buffers are allocated once, so that a recorded step keeps its addresses.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <variant>
 #include <vector>

@@ -1,6 +1,5 @@
 #include "train/block_times.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <utility>
 

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "engine/counting_backend.h"
-#include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/train.h"
 

@@ -6,8 +6,6 @@
 #include <string>
 
 #include "engine/backend.h"
-#include "models/config.h"
-#include "train/config.h"
 
 namespace bbb::train {
 

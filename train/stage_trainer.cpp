@@ -1,6 +1,5 @@
 #include "train/stage_trainer.h"
 
-#include <chrono>
 #include <cmath>
 #include <utility>
 

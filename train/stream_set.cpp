@@ -1,6 +1,7 @@
 #include "train/stream_set.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace bbb::train {
 

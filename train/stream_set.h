@@ -6,7 +6,6 @@
 #pragma once
 
 #include <memory>
-#include <numeric>
 #include <vector>
 
 #include "data/text.h"

@@ -38,16 +38,18 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
       return static_cast<int>(std::count(streams.tiers.begin(), streams.tiers.end(), tier));
     };
     std::printf(
-        "blocks: at most %.2f GB of the device, %.2f GB of host memory, %.2f GB of scratch files; "
-        "streams there: %d, %d, %d; %s\n",
-        gigabytes(allocated_bytes(backend, blocks->device_bytes)), gigabytes(streams.host_bytes),
-        gigabytes(streams.scratch_bytes), count(Tier::Device), count(Tier::Host), count(Tier::File),
-        describe(blocks->recompute));
+        "blocks: %.3f GB of tensors, at most %.2f GB of the device, %.2f GB of host memory, %.2f "
+        "GB of "
+        "scratch files; streams there: %d, %d, %d; %s\n",
+        gigabytes(blocks->device_bytes), gigabytes(allocated_bytes(backend, blocks->device_bytes)),
+        gigabytes(streams.host_bytes), gigabytes(streams.scratch_bytes), count(Tier::Device),
+        count(Tier::Host), count(Tier::File), describe(blocks->recompute));
   }
   if (end_to_end != nullptr)
-    std::printf("end to end: at most %.2f GB of the device; %s\n",
+    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s\n",
+                gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
-                said(end_to_end->recompute));
+                describe(end_to_end->recompute));
   std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config)),
               config.out.c_str());
   std::fflush(stdout);  // so that the plan is seen before training starts

@@ -2,8 +2,9 @@
 //
 // With h = s . x and y = h W^^T: dW^[n, k] = sum_m dy[m, n] s_k x[m, k], so that sum_n W^ dW^ is
 // s_k sum_m dh[m, k] x[m, k] = s_k ds_k. A task takes 64 columns and adds the rows in order.
+#include <algorithm>
+
 #include "engine/cpu/cpu_backend.h"
-#include "engine/cpu/vector_math.h"
 
 namespace bbb::engine {
 
