@@ -107,8 +107,8 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
                            ? train::probe_end_to_end_step(backend, *source, windows, config, memory)
                            : train::probe_block_step(backend, *source, windows, config, memory);
     const auto measure = [&](StepPart last) {
-      probe->rewind();
-      const auto replay = probe->record(last);
+      probe.rewind();
+      const auto replay = probe.record(last);
       if (last == StepPart::Optimizer) result.kernels = replay->kernels();
       return measure_seconds(backend, repeats, [&] { replay->run(); });
     };

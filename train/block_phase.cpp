@@ -39,8 +39,8 @@ class BlockPhase {
       inv_freq_ = model.inv_freq();
       streams_.embed(model.embedding(), windows);
     }
-    StageTrainer::Hooks hooks;
-    hooks.show = [this](const Position& at) { show(at); };
+    StepHooks hooks;
+    hooks.show = [this](const Position& at, float) { show(at); };
     hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
     hooks.synchronized = [this] { finish_write_if_done(); };
     trainer_.emplace(backend, model_, config, recompute, streams_, inv_freq_, run, observer,
@@ -231,28 +231,6 @@ class BlockPhase {
   std::future<void> writing_;  // the newest stage's file
 };
 
-class BlockProbe final : public StepProbe {
- public:
-  BlockProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config, const BlockMemory& memory)
-      : config_(config),
-        run_(config.out),
-        phase_(backend, source, windows, config_, memory.recompute, memory.streams, run_,
-               observer_) {
-    phase_.begin();
-  }
-  std::unique_ptr<engine::Replay> record(StepPart last) override {
-    return phase_.trainer().record(0, 0, last);
-  }
-  void rewind() override { phase_.rewind(); }
-
- private:
-  const TrainConfig config_;
-  const RunDirectory run_;  // reads and writes no file: nothing is finished or saved
-  const Observer observer_{};
-  BlockPhase phase_;
-};
-
 }  // namespace
 
 int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
@@ -270,10 +248,20 @@ int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& sour
   return backend.recorded_bytes();
 }
 
-std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
-                                            const data::Windows& windows, const TrainConfig& config,
-                                            const BlockMemory& memory) {
-  return std::make_unique<BlockProbe>(backend, source, windows, config, memory);
+StepProbe probe_block_step(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                           const TrainConfig& config, const BlockMemory& memory) {
+  struct Held {
+    TrainConfig config;
+    RunDirectory run;  // names no file as long as no block is finished
+    Observer observer;
+    std::optional<BlockPhase> phase;
+  };
+  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}});
+  held->phase.emplace(backend, source, windows, held->config, memory.recompute, memory.streams,
+                      held->run, held->observer);
+  held->phase->begin();
+  return {[held](StepPart last) { return held->phase->trainer().record(0, 0, last); },
+          [held] { held->phase->rewind(); }};
 }
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,

@@ -225,26 +225,6 @@ class EndToEnd {
   Tensor loss_;           // real (1): the loss of the whole step
 };
 
-class EndToEndProbe final : public StepProbe {
- public:
-  EndToEndProbe(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                const TrainConfig& config, models::Recompute recompute)
-      : config_(config),
-        run_(config.out),
-        phase_(backend, source, windows, config_, recompute, run_, observer_) {
-    phase_.student().prepare();
-    phase_.rewind(0);
-  }
-  std::unique_ptr<engine::Replay> record(StepPart last) override { return phase_.record(last); }
-  void rewind() override { phase_.rewind(0); }
-
- private:
-  const TrainConfig config_;
-  const RunDirectory run_;  // reads and writes no file: nothing is saved
-  const Observer observer_{};
-  EndToEnd phase_;
-};
-
 }  // namespace
 
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
@@ -265,12 +245,23 @@ int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& 
   return backend.recorded_bytes();
 }
 
-std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
-                                                 const data::Windows& windows,
-                                                 const TrainConfig& config,
-                                                 const PhaseMemory& memory) {
+StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
+                                const data::Windows& windows, const TrainConfig& config,
+                                const PhaseMemory& memory) {
   BBB_ASSERT(config.stages.empty());
-  return std::make_unique<EndToEndProbe>(backend, source, windows, config, memory.recompute);
+  struct Held {
+    TrainConfig config;
+    RunDirectory run;  // names no file as long as nothing is saved
+    Observer observer;
+    std::optional<EndToEnd> phase;
+  };
+  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}});
+  held->phase.emplace(backend, source, windows, held->config, memory.recompute, held->run,
+                      held->observer);
+  held->phase->student().prepare();
+  held->phase->rewind(0);
+  return {[held](StepPart last) { return held->phase->record(last); },
+          [held] { held->phase->rewind(0); }};
 }
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,

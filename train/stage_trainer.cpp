@@ -31,7 +31,7 @@ double best_of(const std::vector<double>& losses) {
 StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                            const TrainConfig& config, models::Recompute recompute,
                            StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
-                           const Observer& observer, Hooks hooks)
+                           const Observer& observer, StepHooks hooks)
     : backend_(backend),
       config_(config),
       recompute_(recompute),
@@ -120,18 +120,13 @@ std::vector<double> StageTrainer::train_epochs(size_t t, Position at, BlockTime:
 }
 
 StepHooks StageTrainer::step_hooks(size_t t, const Position& start) {
-  StepHooks hooks;
+  StepHooks hooks = hooks_;
   hooks.feed = [this](int64_t step) { feed_->next(step); };
   hooks.line = [this, start](int64_t step) {
     return log_line("block", start, step / steps_per_epoch_);
   };
-  hooks.before_save = hooks_.before_save;
   hooks.save = [this, t](const Position& at) {
     save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(t));
-  };
-  hooks.synchronized = hooks_.synchronized;
-  hooks.show = [this](const Position& at, float) {
-    if (hooks_.show) hooks_.show(at);
   };
   hooks.after_step = [this](const Position& at) {
     if (observer_.after_block_step) observer_.after_block_step(at.block, at.stage, at.step);

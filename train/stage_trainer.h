@@ -21,16 +21,11 @@ namespace bbb::train {
 
 class StageTrainer {
  public:
-  struct Hooks {
-    std::function<void(const Position& at)> show;  // progress, after a step
-    // Called before a state is saved, and after the host has waited for the device.
-    std::function<void()> before_save, synchronized;
-  };
-
-  // The references must outlive the trainer.
+  // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
+  // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
                models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
-               const RunDirectory& run, const Observer& observer, Hooks hooks);
+               const RunDirectory& run, const Observer& observer, StepHooks hooks);
 
   // Sets the block's masters, and its width to that of stage t.
   void load(size_t t, const models::LayerResult& result);
@@ -72,7 +67,7 @@ class StageTrainer {
   StreamSet& streams_;
   const RunDirectory& run_;
   const Observer& observer_;
-  const Hooks hooks_;
+  const StepHooks hooks_;
   const int64_t steps_per_epoch_;
   autograd::ParameterSet parameters_;
   models::LlamaBlock block_;

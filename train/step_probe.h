@@ -2,6 +2,7 @@
 // model. No file of a run is read or written.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "engine/backend.h"
@@ -18,21 +19,17 @@ namespace bbb::train {
 // In an end-to-end step the end applies to each micro-batch.
 enum class StepPart { Quantize, Forward, Backward, Optimizer };
 
-class StepProbe {
- public:
-  virtual ~StepProbe() = default;
-  virtual std::unique_ptr<engine::Replay> record(StepPart last) = 0;
-  virtual void rewind() = 0;  // the next step is the first of the configuration's steps
+struct StepProbe {
+  std::function<std::unique_ptr<engine::Replay>(StepPart last)> record;
+  std::function<void()> rewind;  // the next step is the first of the configuration's steps
 };
 
 // The first block in the configuration's first stage.
-std::unique_ptr<StepProbe> probe_block_step(Backend& backend, const Checkpoint& source,
-                                            const data::Windows& windows, const TrainConfig& config,
-                                            const BlockMemory& memory);
+StepProbe probe_block_step(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                           const TrainConfig& config, const BlockMemory& memory);
 // The whole model, from round to nearest; config.stages must be empty.
-std::unique_ptr<StepProbe> probe_end_to_end_step(Backend& backend, const Checkpoint& source,
-                                                 const data::Windows& windows,
-                                                 const TrainConfig& config,
-                                                 const PhaseMemory& memory);
+StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
+                                const data::Windows& windows, const TrainConfig& config,
+                                const PhaseMemory& memory);
 
 }  // namespace bbb::train
