@@ -6,6 +6,7 @@
 #include <set>
 
 #ifdef BBB_HAS_CUDA
+#include "cuda/cuda_backend.h"
 #include "cuda/gemm.h"
 #endif
 #include "tests/op_test.h"
