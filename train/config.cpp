@@ -110,6 +110,12 @@ TrainConfig config_from_json(const std::string& json, const std::string& where) 
   }
 }
 
+void check_group_size(const models::LlamaConfig& model, int group) {
+  for (const models::LinearShape& linear : models::block_linears(model))
+    want(linear.k % group == 0, cat("--group-size ", group, " does not divide the ", linear.k,
+                                    " input features of ", linear.name));
+}
+
 TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::DeviceType device) {
   visit(c, []<typename T>(const T& value, const Field& f) {
     if (const std::string text = option_text(value, f); !text.empty()) parse<T>(text, f);
@@ -128,9 +134,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
        cat("the result has ", c.bits, " bits, but the last stage has ", last));
   want(trainable(last) && last <= 8, cat("the result cannot have ", last, " bits"));
   c.bits = last;
-  for (const models::LinearShape& linear : models::block_linears(model))
-    want(linear.k % c.group == 0, cat("--group-size ", c.group, " does not divide the ", linear.k,
-                                      " input features of ", linear.name));
+  check_group_size(model, c.group);
 
   want(!c.stages.empty() || c.e2e_steps > 0, "nothing to train: no --stages and no --e2e-steps");
   want(model.max_position == 0 || c.seq_len <= model.max_position,

@@ -98,6 +98,8 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
+// Throws UsageError, naming the linear, if the group does not divide its input features.
+void check_group_size(const models::LlamaConfig& model, int group);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.
 TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
                     engine::DeviceType device);

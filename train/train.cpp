@@ -239,9 +239,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
   const models::LlamaConfig& model = source.config();
-  for (const models::LinearShape& linear : models::block_linears(model))
-    BBB_CHECK(linear.k % spec.group == 0, "--group-size ", spec.group, " does not divide the ",
-              linear.k, " input features of ", linear.name);
+  check_group_size(model, spec.group);
   Json record;
   record["program"] = "bbb " BBB_VERSION;
   record["method"] = "round to nearest";
