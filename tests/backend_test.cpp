@@ -276,11 +276,10 @@ TEST_CASE("copy, cast and zero write exactly their output") {
 TEST_CASE("bf16 rounds to nearest even, and keeps NaN and infinity") {
   const float infinity = std::numeric_limits<float>::infinity();
   CHECK(engine::to_bf16(1.0f) == 0x3f80);
-  CHECK(engine::to_bf16(1.0f + 0x1p-8f) == 0x3f80);             // a tie: to even, down
-  CHECK(engine::to_bf16(1.0f + 3 * 0x1p-8f) == 0x3f82);         // a tie: to even, up
-  CHECK(engine::to_bf16(1.0f + 0x1p-8f + 0x1p-23f) == 0x3f81);  // past the tie
-  CHECK(engine::to_bf16(1.0 + 0x1p-8 + 0x1p-40) ==
-        0x3f81);  // past the tie by less than F32 resolves
+  CHECK(engine::to_bf16(1.0f + 0x1p-8f) == 0x3f80);              // a tie: to even, down
+  CHECK(engine::to_bf16(1.0f + 3 * 0x1p-8f) == 0x3f82);          // a tie: to even, up
+  CHECK(engine::to_bf16(1.0f + 0x1p-8f + 0x1p-23f) == 0x3f81);   // past the tie
+  CHECK(engine::to_bf16(1.0 + 0x1p-8 + 0x1p-40) == 0x3f81);      // just past the tie, lost in F32
   CHECK(engine::to_bf16(1.0 + 3 * 0x1p-8 - 0x1p-40) == 0x3f81);  // below the tie
   CHECK(engine::to_bf16(infinity) == 0x7f80);
   CHECK(engine::to_bf16(-infinity) == 0xff80);
@@ -306,7 +305,7 @@ TEST_CASE("memory is counted, and running out of it throws one line that names t
   CHECK(error.find('\n') == std::string::npos);
 }
 
-TEST_CASE("a recorded step runs once a call of run") {
+TEST_CASE("a recorded step can run several times") {
   Backend& b = backend();
   const Tensor cursor = b.zeros({1}, DType::I32);
   const auto step = b.record([&] { b.advance(cursor); });

@@ -99,8 +99,8 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
       CAPTURE(tied, bits);
       Trained trained(device, tied, bits);
       const double bits_per_weight = trained.write("packed", ExportFormat::Packed);
-      // Codes, scales and zero points. The margin is for zero points in whole bytes a row and for
-      // S, from the largest to the smallest linear.
+      // Codes, scales and zero points. The margin covers zero points in whole bytes a row, and S,
+      // whose share is largest in the smallest linear.
       CHECK(bits_per_weight >= bits + 8.0 / 32 + bits / 32.0);
       CHECK(bits_per_weight < bits + 8.0 / 32 + bits / 32.0 + 0.15);
       const auto checkpoint = models::open_checkpoint(trained.directory / "packed");

@@ -108,9 +108,9 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
                 with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
   const Product want = multiply(matrix, x, addend, m);
   const Values got = values_of(b, y.tensor());
-  // Products are exact in FP32 up to b = 4 (one rounding each at 8) and K of them are added in
-  // parts of at most K / 32 a lane: K / 32 + 16 roundings of a partial sum, whose size is at most
-  // that of the terms added up; then the output is rounded once.
+  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A lane adds at most K / 32 of
+  // the K products, so each passes through at most K / 32 + 16 roundings of a partial sum. A
+  // partial sum is at most the sum of the terms' magnitudes. The output is rounded once more.
   const double order = static_cast<double>(k) / 32 + 16;
   const double sum_error = order * epsilon_of(DType::F32) * want.magnitude;
   for (size_t i = 0; i < got.size(); ++i)

@@ -106,7 +106,7 @@ TEST_CASE("master scale, codes and levels equal the formula", "[quantizer]") {
   });
 }
 
-TEST_CASE("every scale code and midpoint and every tie of weights equal the formula",
+TEST_CASE("scales at every code and midpoint and weights at every tie equal the formula",
           "[quantizer]") {
   constexpr float kMaster = 0x1p-9f, kInfinity = std::numeric_limits<float>::infinity();
   constexpr int kGroup = 32, kLargest = 0x7E;
@@ -321,8 +321,8 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
     CHECK(got.s == Values{s});
     CHECK(got.e == e);
     CHECK(got.wq == as_act(levels));
-    // A sum of G products takes at most G roundings, in any order. Their errors grow as sqrt(G) <=
-    // 12; at worst the terms are sqrt(G) times as large as the sum.
+    // A sum of G products takes at most G roundings, in any order. Their errors grow as sqrt(G),
+    // which is at most 12; at worst the terms are sqrt(G) times as large as the sum.
     const double tolerance = 16 * real_epsilon();
     CHECK(relative_error(got.dsigma, dsigma) < tolerance);
     // The same sum of the same terms, rounded.

@@ -86,9 +86,8 @@ int64_t result_bytes_of(const std::string& file) {
 
 }  // namespace
 
-TEST_CASE(
-    "recompute: in every mode the block phase uses the predicted memory and gives the same bytes",
-    "[train][recompute]") {
+TEST_CASE("recompute: the block phase uses the predicted memory, and gives the same bytes",
+          "[train][recompute]") {
   WideRun run;
   std::map<std::string, std::string> expected;
   for (const char* stages : {"w2a16", "w4a16,w2a16"}) {
@@ -113,10 +112,8 @@ TEST_CASE(
   }
 }
 
-TEST_CASE(
-    "recompute: in every mode the end-to-end phase uses the predicted memory and gives the same "
-    "bytes",
-    "[train][recompute]") {
+TEST_CASE("recompute: the end-to-end phase uses the predicted memory, and gives the same bytes",
+          "[train][recompute]") {
   WideRun run;
   run.config.stages.clear();
   run.config.e2e_steps = 2;
@@ -171,8 +168,7 @@ TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repea
   run.config.stages.clear();
   run.config.e2e_steps = 1;
   run.config.e2e_batch = run.config.e2e_micro_batch = on_cuda() ? 8 : 1;
-  run.config.gemm_algorithms =
-      train::GemmAlgorithms::Heuristic;  // the head's products take long to time
+  run.config.gemm_algorithms = train::GemmAlgorithms::Heuristic;  // the head's products take long
   const int64_t tokens = run.config.e2e_micro_batch * run.config.seq_len;
   const autograd::HeadChunks chunks =
       models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());
@@ -191,9 +187,8 @@ TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repea
   }
 }
 
-TEST_CASE(
-    "recompute: a small budget selects recomputation, and one too small for every mode is refused",
-    "[train][recompute]") {
+TEST_CASE("recompute: a small budget selects recomputation, one too small for any mode is refused",
+          "[train][recompute]") {
   WideRun run;
   run.config.stages = train::parse_stages("w2a16");
   run.config.e2e_steps = 1;

@@ -29,7 +29,7 @@ TEST_CASE("each row of a batch takes the windows of its own slot, each window on
   }
 }
 
-TEST_CASE("an order differs by seed and by epoch, and a shorter run's order is its beginning",
+TEST_CASE("an order differs by seed and by epoch, and a shorter run takes a prefix of it",
           "[train]") {
   const auto order = sample_order(3, 64, 4, 32);
   CHECK(order != sample_order(4, 64, 4, 32));

@@ -92,8 +92,8 @@ void check_snap(WeightGrid spec) {
     total += static_cast<int64_t>(w.size());
     held_s |= Quantized<Real>(middles, spec).s != before.s;
   }
-  // Some groups would change if all their weights moved to the middle; few weights stay off it for
-  // that.
+  // Some groups would change if all their weights moved to the middle, so a few weights stay off
+  // it.
   CHECK(off_middle > 0);
   CHECK(off_middle < total / 10);
   CHECK(held_s);

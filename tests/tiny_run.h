@@ -32,7 +32,7 @@ inline void set_option(train::TrainConfig& config, const std::string& option,
 struct Fixture {
   static constexpr int64_t kSeqLen = 32;
   static inline const int32_t kPoisoned =
-      static_cast<int32_t>(tiny_config().vocab) - 1;  // a token of no window
+      static_cast<int32_t>(tiny_config().vocab) - 1;  // a token in no window of the fixture
 
   Fixture() {
     std::filesystem::create_directory(dir / "model");

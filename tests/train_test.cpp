@@ -236,9 +236,8 @@ TEST_CASE("a state of another run or a damaged one is refused; an obsolete one i
   CHECK(results(config.out) == expected);
 }
 
-TEST_CASE(
-    "a state holds tensors of both dtypes, and loads only into tensors of equal dtype and size",
-    "[train]") {
+TEST_CASE("a state holds tensors of both dtypes, and loads only into equal dtypes and sizes",
+          "[train]") {
   const TempDir dir;
   const std::string path = dir / "state.safetensors";
   Backend& b = backend();

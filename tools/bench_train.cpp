@@ -88,7 +88,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   TrainBenchResult result;
   result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
                  static_cast<double>(bench.batch * bench.seq_len);
-  train::BlockMemory memory;  // end to end: only its PhaseMemory part is used
+  train::BlockMemory memory;  // end to end: only its PhaseMemory part is set
   if (bench.end_to_end)
     static_cast<train::PhaseMemory&>(memory) =
         train::plan_end_to_end_memory(backend, model, config);
@@ -112,8 +112,8 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
       if (last == StepPart::Optimizer) result.kernels = replay->kernels();
       return measure_seconds(backend, repeats, [&] { replay->run(); });
     };
-    // Measure the whole step first. After it the weights are prequantized, so the parts find them
-    // as a step of a run does.
+    // Measure the whole step first. After it the weights are prequantized, so the parts start like
+    // a step of a run.
     result.step_s = measure(StepPart::Optimizer);
     const double quantize = measure(StepPart::Quantize), forward = measure(StepPart::Forward),
                  backward = measure(StepPart::Backward);

@@ -13,8 +13,8 @@
 
 namespace bbb::train {
 
-// One stage of the block phase: the bit widths of weights and activations. activation_bits is
-// always 16.
+// One stage of the block phase: the bit widths of weights and activations. activation_bits must be
+// 16.
 struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
