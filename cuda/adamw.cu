@@ -1,24 +1,25 @@
-// The optimizer on the device: the norm and the step's schedule, then the decoupled update.
+// The optimizer on the device: the gradient norm and the schedule, then the decoupled update.
 //
-// The gradient g is bf16 or F32; the first moment m is bf16, rounded after the update.
+// The gradient g is bf16 or F32. The first moment m is bf16, rounded after the update.
 //
-// step_control, two launches. The first adds the squares of the gradients that were not clipped, in
-// the fixed order of reduce.h: 2.1 bytes an element of bf16. The second, one block, adds the
-// partial sums and writes the slots. With t = control[kStep]:
+// step_control takes two launches. The first adds the squares of the gradients that were not
+// clipped, in the fixed order of reduce.h; it reads 2.1 bytes an element if g is bf16. The second,
+// one block, adds the partial sums and writes the slots. With t = control[kStep]:
 //     lr = peak min(1, (t + 1) / warmup) (f + (1 - f) (1 + cos(pi t / total)) / 2)
 //     factor = min(1, clip / |g|)
-// A loss or norm that is not finite sets kSkip, and the step changes nothing; a square that
-// overflows FP32 makes the norm infinite.
-// adamw (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), t =
+// A loss or norm that is not finite sets kSkip; adamw then changes no weight and no moment. A
+// square that overflows FP32 makes the norm infinite.
+// adamw (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019), with t =
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
-// Each block walks a run of tiles (quant/tiles.h), four neighbouring elements a thread at a time.
-// While the new weights are in registers, it finds their maximum group range, for the next S, and
-// prequantizes them with the last S. The next S is almost always the same, so the next step need
-// not read its masters to quantize them. 24.3 bytes an element if g is bf16. Memory sets the time
-// only if instructions are few, so root and quotient are the hardware's (ptx.h). The rest of this
-// file is compiled as written, without contraction, like the quantizer's files.
+// Each block walks a run of tiles (quant/tiles.h), four consecutive elements a thread at a time.
+// While the new weights are in registers, the block finds their maximum group range, for the next
+// S, and prequantizes them with the current S. The next S is almost always the same; if so, the
+// next step does not read its masters to quantize them. Traffic: 24.3 bytes an element if g is
+// bf16. Memory limits the time only if there are few instructions, so the root and the quotient are
+// the hardware's approximations (ptx.h). The rest of this file is compiled as written, without
+// contraction, like the quantizer's files.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -37,7 +38,7 @@ using quant::WeightTile;
 
 constexpr int kWide = 4;
 constexpr int kMaskedWide = 8;  // elements of one byte of the mask
-constexpr int kDepth = 4;       // loads of the norm that a thread has in flight
+constexpr int kDepth = 4;       // loads that a thread of the norm has in flight
 constexpr int kControlThreads = 1024;
 constexpr int kAdamWThreads = 256, kAdamWBlocksPerProcessor = 4;
 
@@ -58,8 +59,8 @@ __device__ void store_streaming(T* p, const float (&x)[kWide]) {
   __stcs(reinterpret_cast<Words<T>*>(p), std::bit_cast<Words<T>>(packed));
 }
 
-// sum + the squares of kCount times kMaskedWide elements, `stride` apart from i on, in that order.
-// All loads come before the first addition.
+// Returns sum + the squares of kCount vectors of kMaskedWide elements at i, i + stride, ..., added
+// in that order. Skips clipped elements. All loads come before the first addition.
 template <int kCount, typename T>
 __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int64_t i,
                              int64_t stride) {
@@ -80,7 +81,7 @@ __device__ float add_squares(float sum, const T* g, const uint8_t* clipped, int6
   return sum;
 }
 
-// One partial sum a block. n is a multiple of kMaskedWide.
+// Each block writes one partial sum. n is a multiple of kMaskedWide.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
     masked_squares_kernel(float* __restrict__ partials, const T* __restrict__ g,
@@ -151,7 +152,7 @@ struct QuantizerBuffers {
   bf16* wq;
   uint8_t *e, *z, *clipped;
 
-  // The same buffers, counted from element `begin`.
+  // The buffers from element `begin` on. Buffers with one entry a parameter stay whole.
   __device__ QuantizerBuffers from(int64_t begin, int group) const {
     QuantizerBuffers q = *this;
     if (bits != nullptr) q.clipped += begin / kMaskedWide;
@@ -160,23 +161,24 @@ struct QuantizerBuffers {
   }
 };
 
-// Prequantizes the parameters that a warp walks through, 128 neighbouring elements at a time, with
-// the S of each, and finds their maximum group ranges.
+// Prequantizes the parameters that a warp walks through, each with its own S, and finds their
+// maximum group ranges. The warp takes 128 consecutive elements at a time.
 template <int kGroup>
 class Prequantizer {
  public:
-  // The buffers start at the first of the tiles.
+  // The buffers start at the first element of `tile`.
   __device__ Prequantizer(const QuantizerBuffers& q, const WeightTile* tile)
       : q_(q), next_(tile), begin_(tile->begin) {}
 
-  // The warp's next 128 elements are those from i on. True if they are another parameter's.
+  // Moves to the warp's next 128 elements; this thread's start at i. Returns true if they belong to
+  // another parameter than the previous ones.
   __device__ bool enter(uint32_t i) {
     const int before = slot_;
     if (i >= end_) move_to(i);
     return slot_ != before;
   }
   __device__ int slot() const { return slot_; }
-  // The elements that were entered; this thread has those from i on.
+  // Processes the elements of the last enter(i): this thread's are `weight`.
   __device__ void take(const float (&weight)[kWide], uint32_t i) {
     if (bits_ == quant::kNotQuantized) return;
     const quant::Range<float> range = quant::group_range<kGroup>(weight);
@@ -208,7 +210,7 @@ class Prequantizer {
     quantizer_ = quant::GroupQuantizer(s, bits_);
   }
 
-  // The whole warp takes part: a byte of the mask holds the bits of two threads.
+  // All threads of the warp must call this: a byte of the mask holds the bits of two threads.
   __device__ void quantize(const float (&weight)[kWide], const quant::Range<float>& range,
                            uint32_t i) {
     float level[kWide];
@@ -231,16 +233,16 @@ class Prequantizer {
   const QuantizerBuffers q_;
   const WeightTile* next_;
   const int begin_;
-  uint32_t end_ = 0;  // of the tile that the warp is in
+  uint32_t end_ = 0;  // of the warp's current tile
   int slot_ = -1, bits_ = quant::kNotQuantized;
-  float scale_ = 0.0f;  // S that it is prequantized with; 0: it is not
+  float scale_ = 0.0f;  // S of the current parameter; 0: it is not prequantized
   quant::GroupQuantizer quantizer_;
   float most_ = 0.0f;
 };
 
 // Blocks divide the tiles evenly. A thread requests its next elements before it computes the
-// current ones, so that the memory always has a request. The warp that overwrites a byte of the
-// mask has read it before.
+// current ones, so that a load is always in flight. A byte of the mask is read and later
+// overwritten by the same warp.
 template <int kGroup, typename T>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   // A tile holds a multiple of a warp's 128 elements: no warp is partly outside.
   static_assert(quant::kTileAlign == 32 * kWide);
   constexpr uint32_t kStride = kAdamWThreads * kWide;
-  // Everything is counted from the block's first element.
+  // From here on, pointers and indices start at the block's first element.
   const WeightTile* const first = tiles + tile_count * blockIdx.x / gridDim.x;
   const WeightTile last = tiles[tile_count * (blockIdx.x + 1) / gridDim.x - 1];
   const int64_t begin = first->begin * quant::kTileAlign;
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   q = q.from(begin, kGroup);
   uint32_t i = threadIdx.x * kWide;
   Prequantizer<kGroup> quantizer(q, first);
-  if (control[engine::kSkip] != 0.0f) {  // the same weights are prequantized with the same S
+  if (control[engine::kSkip] != 0.0f) {  // the weights stay; prequantize with the same S
     for (; i < end; i += kStride) {
       float weight[kWide];
       load(weight, w + i, kWide);
@@ -272,11 +274,12 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
 
   const float lr = control[engine::kLr], factor = control[engine::kScale];
   const float t = control[engine::kApplied];
-  // 1 - beta^t without the cancellation of the first steps. The correction of the second moment is
-  // factored out of the root: lr times the update is rate m / (sqrt(v) + epsilon).
+  // expm1 gives 1 - beta^t without the cancellation of the first steps. The correction of the
+  // second moment is factored out of the root, so lr times the update is rate m / (sqrt(v) +
+  // epsilon).
   const float root = sqrtf(-expm1f(t * c.log_beta2));
   const float base_rate = lr * root / -expm1f(t * c.log_beta1), epsilon = c.epsilon * root;
-  float rate = 0.0f, decay = 0.0f;  // of the parameter at hand
+  float rate = 0.0f, decay = 0.0f;  // of the current parameter
   Quad<T> next{};
   const auto request = [&] {
     if (i >= end) return;
@@ -357,7 +360,8 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
                .e = q.e.data<uint8_t>(),
                .z = q.z.data<uint8_t>(),
                .clipped = q.clipped.data<uint8_t>()};
-    // The step's forward has computed S from the old maxima; a skipped step finds them again.
+    // The step's forward pass has already computed S from the old maxima. A skipped step measures
+    // the ranges again.
     BBB_CUDA(
         cudaMemsetAsync(q.max_range.raw(), 0, static_cast<size_t>(q.max_range.bytes()), stream_));
   }

@@ -1,19 +1,19 @@
-// The quantizer on FP32 masters. The formulas are in quant/grid.h; here they are function calls.
+// The quantizer on FP32 masters. The formulas are in quant/grid.h; this file calls them.
 //
-//   max_group_range         maximum group range of a parameter   4 B an element read
+//   max_group_range       maximum group range of a parameter   4 B read an element
 //   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing if
 //                                                              prequantized
 //   quantize_codes        codes                                4 B read, 1 B written
-//   scale_codes           e, wq from sigma                     1 B read, 2 B written
+//   scale_codes           S, e, wq from sigma                  1 B read, 2 B written
 //   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
 //                                                              written
 //
-// Thread mapping. The first two take all matrices of a model in one launch; a block takes one tile
-// (quant/tiles.h), or several one after another. It walks a tile in rounds, all loaded at once:
-// eight consecutive elements a thread and G / 8 lanes a group. The others take one matrix, four
-// elements a thread and G / 4 lanes a group. Shuffles join the elements of a group, which is inside
-// one warp. The number of elements is a multiple of the group, so a group is entirely inside the
-// matrix or entirely outside.
+// Thread mapping. The first two take all matrices of a model in one launch. A block takes one tile
+// (quant/tiles.h), or several one after another. It walks a tile in rounds and loads all rounds at
+// once: eight consecutive elements a thread, G / 8 lanes a group. The others take one matrix: four
+// elements a thread, G / 4 lanes a group. A group is inside one warp; shuffles join its elements.
+// The number of elements is a multiple of the group, so a group is entirely inside the matrix or
+// entirely outside.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kPerThread = 4;
-constexpr int kWide = 8;  // elements a thread takes at once from a tile
+constexpr int kWide = 8;  // consecutive elements of a tile that a thread takes in a round
 constexpr int64_t kMaxReduceBlocks = 1024;
 
 int64_t blocks_for(int64_t count) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-// x = w[0, kWide), 16-byte accesses; 0 if the thread is past the tile's end.
+// x = w[0, kWide), by 16-byte loads; zeros if the thread is past the end of the tile.
 __device__ __forceinline__ void load_wide(float (&x)[kWide], const float* w, bool inside) {
 #pragma unroll
   for (int i = 0; i < kWide; i += 4) {
@@ -113,8 +113,8 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
   for (int r = 0; r < kRounds; ++r)
     load_wide(x[r], w + wide_offset(r), wide_offset(r) < tile.count);
 
-  // A thread has elements of one group in each round. The lanes of a group divide the rounds, so
-  // that the parameters of a group are computed once, not in every lane.
+  // In each round a thread has elements of one group. Lane l of a group computes the parameters of
+  // round l % kRounds only, so that no lane computes those of every round.
   constexpr int kLanes = kGroup / kWide;
   static_assert(kLanes % kRounds == 0);
   const int lane = static_cast<int>(threadIdx.x) % kLanes, own_round = lane % kRounds;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
   }
 }
 
-// Most tiles are prequantized: a block checks several of them for those that are not.
+// Most tiles are prequantized, so a block checks several of them for those that are not.
 constexpr int kTilesPerBlock = 8;
 
 template <int kGroup, Rounding kRounding>
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
                       const float* __restrict__ prequantized, const WeightTile* __restrict__ tiles,
                       int64_t tile_count, const int32_t* __restrict__ bits) {
   const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
-  __shared__ float scales[kTilesPerBlock];  // S of the tiles that are to be quantized, else 0
-  __shared__ int widths[kTilesPerBlock];    // their bits
+  __shared__ float scales[kTilesPerBlock];  // S of each tile that is to be quantized; else 0
+  __shared__ int widths[kTilesPerBlock];    // their bit widths
   float scale = 0.0f;
   if (threadIdx.x < kTilesPerBlock) {
     if (first + threadIdx.x < tile_count) {

@@ -210,24 +210,24 @@ TEST_CASE("attention of rotated q and k: dq and dk are rotated back, dv is not",
       CAPTURE(c.t, d);
       const Inputs in(c, d);
       const Results plain = run(backend(), c, d, in);
-      const Results turned = run(backend(), c, d, in, Positions::Rotary);
-      CHECK(turned.dv == plain.dv);
-      const auto turned_back = [&](const std::vector<double>& gradient, int64_t heads) {
+      const Results rotated = run(backend(), c, d, in, Positions::Rotary);
+      CHECK(rotated.dv == plain.dv);
+      const auto rotated_back = [&](const std::vector<double>& gradient, int64_t heads) {
         const Tensor x = make(cpu, {c.b, c.t, heads, d}, DType::F64, gradient);
         cpu.rope(x, frequencies(cpu, d), Tensor(), engine::Rotation::Inverse);
         return values_of(cpu, x);
       };
       // Each side is rounded once, and so are the angles.
       const double tolerance = act_epsilon() + real_epsilon() * (4 + static_cast<double>(c.t));
-      CHECK(relative_error(turned.dq, turned_back(plain.dq, c.h)) <= tolerance);
-      CHECK(relative_error(turned.dk, turned_back(plain.dk, c.k)) <= tolerance);
-      CHECK(relative_error(turned.dq, plain.dq) > 0.1);
-      CHECK(relative_error(turned.dk, plain.dk) > 0.1);
+      CHECK(relative_error(rotated.dq, rotated_back(plain.dq, c.h)) <= tolerance);
+      CHECK(relative_error(rotated.dk, rotated_back(plain.dk, c.k)) <= tolerance);
+      CHECK(relative_error(rotated.dq, plain.dq) > 0.1);
+      CHECK(relative_error(rotated.dk, plain.dk) > 0.1);
       const Results exact = run(cpu, c, d, in),
-                    exact_turned = run(cpu, c, d, in, Positions::Rotary);
+                    exact_rotated = run(cpu, c, d, in, Positions::Rotary);
       const double rounding = 4 * epsilon_of(DType::F64);
-      CHECK(relative_error(exact_turned.dq, turned_back(exact.dq, c.h)) <= rounding);
-      CHECK(relative_error(exact_turned.dk, turned_back(exact.dk, c.k)) <= rounding);
+      CHECK(relative_error(exact_rotated.dq, rotated_back(exact.dq, c.h)) <= rounding);
+      CHECK(relative_error(exact_rotated.dk, rotated_back(exact.dk, c.k)) <= rounding);
     }
 }
 

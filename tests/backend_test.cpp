@@ -1,5 +1,5 @@
-// The contract's own checks: a wrong call throws one line that names the op, the tensor and both
-// shapes, on every device alike; and plain data movement.
+// The checks of the backend's contract: on every device, a wrong call throws one line that names
+// the op, the tensor and both shapes. Also plain data movement.
 #include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -253,7 +253,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
   }
 }
 
-TEST_CASE("copy, cast and zero move what they should and no more") {
+TEST_CASE("copy, cast and zero write exactly their output") {
   Backend& b = backend();
   for (const int64_t n : {1, 31, 33, 100003}) {
     engine::Rng rng(7);
@@ -279,15 +279,15 @@ TEST_CASE("bf16 rounds to nearest even, and keeps NaN and infinity") {
   CHECK(engine::to_bf16(1.0f + 0x1p-8f) == 0x3f80);              // a tie: to even, down
   CHECK(engine::to_bf16(1.0f + 3 * 0x1p-8f) == 0x3f82);          // a tie: to even, up
   CHECK(engine::to_bf16(1.0f + 0x1p-8f + 0x1p-23f) == 0x3f81);   // past the tie
-  CHECK(engine::to_bf16(1.0 + 0x1p-8 + 0x1p-40) == 0x3f81);      // past it by less than F32 holds
-  CHECK(engine::to_bf16(1.0 + 3 * 0x1p-8 - 0x1p-40) == 0x3f81);  // short of it
+  CHECK(engine::to_bf16(1.0 + 0x1p-8 + 0x1p-40) == 0x3f81);      // just past the tie, lost in F32
+  CHECK(engine::to_bf16(1.0 + 3 * 0x1p-8 - 0x1p-40) == 0x3f81);  // below the tie
   CHECK(engine::to_bf16(infinity) == 0x7f80);
   CHECK(engine::to_bf16(-infinity) == 0xff80);
   CHECK(engine::to_bf16(1e300) == 0x7f80);
   CHECK(std::isnan(engine::from_bf16(engine::to_bf16(std::bit_cast<float>(0x7f800001u)))));
 }
 
-TEST_CASE("memory is counted, and running out of it is one line that names the bytes") {
+TEST_CASE("memory is counted, and running out of it throws one line that names the bytes") {
   Backend& b = backend();
   b.reset_memory_peak();
   const int64_t before = b.memory_peak_bytes();
@@ -305,7 +305,7 @@ TEST_CASE("memory is counted, and running out of it is one line that names the b
   CHECK(error.find('\n') == std::string::npos);
 }
 
-TEST_CASE("a recorded step runs as often as it is asked to") {
+TEST_CASE("a recorded step can run several times") {
   Backend& b = backend();
   const Tensor cursor = b.zeros({1}, DType::I32);
   const auto step = b.record([&] { b.advance(cursor); });

@@ -1,4 +1,4 @@
-// LlamaConfig: every released family's config.json, refusals, and the rope's frequencies.
+// LlamaConfig: the config.json of every released family, refusals, and the rope frequencies.
 #include "models/config.h"
 
 #include <catch2/catch.hpp>
@@ -17,7 +17,7 @@ using nlohmann::json;
 
 namespace {
 
-// A minimal config.json with some keys replaced, or (null with `remove`) taken out.
+// A minimal config.json with the keys of `changes` set and the keys of `remove` erased.
 std::string config_text(const json& changes, const std::vector<std::string>& remove = {}) {
   json c = {{"model_type", "llama"},  {"vocab_size", 100},
             {"hidden_size", 64},      {"intermediate_size", 96},
@@ -59,14 +59,14 @@ TEST_CASE("config: defaults and derived sizes") {
   CHECK(d.tied_head);
   CHECK(d.bos_id == 1);
   CHECK(d.eos_ids == std::vector<int64_t>{7, 8});
-  CHECK(d.sliding_window == 0);  // Llama has none, whatever the file says
+  CHECK(d.sliding_window == 0);  // Llama ignores the file's window
   CHECK(block_linears(d)[0].n == 4 * 32);
   CHECK(block_linears(d)[1].n == 2 * 32);
   CHECK(block_linears(d)[3].k == 4 * 32);
   CHECK(layer_name(3, "mlp.up_proj") == "model.layers.3.mlp.up_proj");
 }
 
-TEST_CASE("config: what transformers reads is read") {
+TEST_CASE("config: every form that transformers accepts is accepted") {
   struct Case {
     json changes;
     std::vector<std::string> remove;
@@ -107,11 +107,11 @@ TEST_CASE("config: what transformers reads is read") {
                                      {"low_freq_factor", 1.0},
                                      {"high_freq_factor", 4.0}}}});
   CHECK(scaled.rope_scaling->original_max_position == 128);
-  // An id without a row of the embedding can end no text, but spoils nothing.
+  // A token id beyond the embedding is accepted: it can end no text, but does no harm.
   CHECK(read({{"eos_token_id", {3, 100}}, {"bos_token_id", 101}}).bos_id == 101);
 }
 
-TEST_CASE("config: several ends of a text survive config.json") {
+TEST_CASE("config: several end tokens survive config.json") {
   LlamaConfig c = synthetic_config("llama-3.2-1b");
   for (const std::vector<int64_t>& ids : {std::vector<int64_t>{}, {5}, {5, 6}}) {
     c.eos_ids = ids;
@@ -123,7 +123,7 @@ TEST_CASE("config: several ends of a text survive config.json") {
                     Contains("f: 'eos_token_id' is not a token id"));
 }
 
-TEST_CASE("config: the numbers that Python's JSON has beside JSON's") {
+TEST_CASE("config: NaN and Infinity of Python's JSON are parsed") {
   const std::string text = config_text(json::object());
   const auto with = [&](const std::string& key, const std::string& value) {
     return config_from_json("{\"" + key + "\":" + value + "," + text.substr(1), "f");
@@ -131,7 +131,7 @@ TEST_CASE("config: the numbers that Python's JSON has beside JSON's") {
   for (const char* value : {"NaN", "Infinity", "-Infinity", " NaN ", "[1, NaN,-Infinity, -2]",
                             R"({"a": NaN, "b": "NaN, [Infinity", "c\\": [[Infinity]]})"})
     CHECK(config_to_json(with("other", value)) == config_to_json(with("other", "0")));
-  // Where a value is used, it is what it is: no number of any use.
+  // A field that is used rejects them.
   for (const char* value : {"NaN", "Infinity", "-Infinity"}) {
     CHECK_THROWS_WITH(with("rope_theta", value), Contains("'rope_theta' is not positive"));
     CHECK_THROWS_WITH(with("head_dim", value), Contains("'head_dim' is not an integer"));
@@ -149,7 +149,7 @@ TEST_CASE("config: the numbers that Python's JSON has beside JSON's") {
   CHECK(values[5] == -2.5);
 }
 
-TEST_CASE("config: Mistral's window") {
+TEST_CASE("config: Mistral's sliding window") {
   json mistral = {{"model_type", "mistral"}, {"num_key_value_heads", 2}};
   CHECK(read(mistral).sliding_window == 4096);
   mistral["sliding_window"] = nullptr;
@@ -158,7 +158,7 @@ TEST_CASE("config: Mistral's window") {
   CHECK(read(mistral).sliding_window == 512);
 }
 
-TEST_CASE("config: rope, in the old place and the new") {
+TEST_CASE("config: rope scaling under the old key and the new one") {
   const json scaling = {{"rope_type", "llama3"},
                         {"factor", 32.0},
                         {"low_freq_factor", 1.0},
@@ -185,14 +185,14 @@ TEST_CASE("config: rope, in the old place and the new") {
                     Contains("'high_freq_factor' is missing"));
 }
 
-TEST_CASE("config: what is missing is named") {
+TEST_CASE("config: a missing key is named") {
   for (const char* key : {"model_type", "vocab_size", "hidden_size", "intermediate_size",
                           "num_hidden_layers", "num_attention_heads"})
     CHECK_THROWS_WITH(read(json::object(), {key}),
                       Contains("config.json: '" + std::string(key) + "' is missing"));
 }
 
-TEST_CASE("config: what is wrong is named") {
+TEST_CASE("config: an invalid value is named") {
   struct Case {
     json change;
     const char* message;
@@ -233,13 +233,13 @@ TEST_CASE("config: what is wrong is named") {
   CHECK_THROWS_WITH(config_from_json("[]", "f"), Contains("f: not a JSON object"));
 }
 
-TEST_CASE("config: synthetic models have the published sizes, and survive their config.json") {
+TEST_CASE("config: synthetic models have the published sizes and survive config.json") {
   struct Case {
     const char* name;
     int64_t linear_parameters;
     bool tied;
   };
-  // All parameters less embedding, head and norms.
+  // All parameters except embedding, head and norms.
   for (const Case& c :
        {Case{"smollm2-135m", 106168320, true}, Case{"llama-3.2-1b", 973078528, true},
         Case{"llama-3-8b", 6979321856, false}, Case{"llama-2-7b", 6476005376, false}}) {
@@ -264,7 +264,8 @@ TEST_CASE("config: rope frequencies, plain and with Llama-3's scaling") {
   const std::vector<float> plain = rope_inv_freq(c);
   int64_t kept = 0, divided = 0, between = 0;
   for (size_t i = 0; i < 32; ++i) {
-    // By wavelength, as published with Llama 3.1: below 8192 / 4 kept, above 8192 divided by 32.
+    // By wavelength, as published with Llama 3.1: below 8192 / 4 unchanged, above 8192 divided by
+    // 32, interpolated between.
     const double f = std::pow(5e5, -static_cast<double>(i) / 32.0);
     const double wavelength = 2 * std::numbers::pi / f;
     double expected = f;
@@ -283,7 +284,7 @@ TEST_CASE("config: rope frequencies, plain and with Llama-3's scaling") {
   }
   CHECK((kept > 0 && divided > 0 && between > 0));
 
-  // Factors of a file divide; a config.json keeps them to the last bit.
+  // A file's factors divide the frequencies. A config.json stores them exactly.
   c.rope_factors.assign(32, 3.1f);
   CHECK(rope_inv_freq(c)[5] == Approx(plain[5] / 3.1f));
   CHECK(rope_inv_freq(config_from_json(config_to_json(c), "f")) == rope_inv_freq(c));

@@ -1,4 +1,4 @@
-// CountingBackend: what it counts against what the device's allocator then holds.
+// CountingBackend: the bytes that it counts against those of the device's allocator.
 #include "engine/counting_backend.h"
 
 #include <catch2/catch.hpp>
@@ -14,7 +14,7 @@ using autograd::TapeMode;
 using autograd::Var;
 using engine::CountingBackend;
 
-// A block's worth of ops, forward and backward, of sizes that round differently; `weights` outlive
+// The ops of one block, forward and backward, with sizes that round differently. `weights` outlive
 // the pass.
 void pass(Backend& b, const std::vector<Tensor>& weights) {
   const int64_t batch = 2, t = 96, heads = 4, d = 64, width = heads * d;
@@ -42,7 +42,7 @@ std::vector<Tensor> weights_of(Backend& b) {
   return weights;
 }
 
-// The most that tensors hold, beyond what they held before.
+// The peak bytes of tensors during `work`, beyond those held before.
 int64_t held_bytes(Backend& b, const std::function<void()>& work) {
   b.reset_memory_peak();
   const int64_t before = b.memory_peak_bytes();
@@ -53,7 +53,7 @@ int64_t held_bytes(Backend& b, const std::function<void()>& work) {
 
 }  // namespace
 
-TEST_CASE("counting: ops hold what the device holds", "[counting]") {
+TEST_CASE("counting: the peak of ops equals the device's", "[counting]") {
   CountingBackend counter(backend());
   CHECK_FALSE(counter.computes());
   const auto work = [](Backend& b) {
@@ -68,7 +68,7 @@ TEST_CASE("counting: ops hold what the device holds", "[counting]") {
   CHECK(counted == work(counter));  // everything was freed
 }
 
-TEST_CASE("counting: recordings hold what the device's hold", "[counting]") {
+TEST_CASE("counting: the peak of recordings equals the device's", "[counting]") {
   CountingBackend counter(backend());
   const auto work = [](Backend& b) {
     return held_bytes(b, [&] {
@@ -93,7 +93,7 @@ TEST_CASE("counting: recordings hold what the device's hold", "[counting]") {
   }
 }
 
-TEST_CASE("counting: no host value is read, and a download gives zeros", "[counting]") {
+TEST_CASE("counting: an upload reads no host value, and a download gives zeros", "[counting]") {
   CountingBackend counter(backend());
   const Tensor t = counter.empty({4}, DType::I32);
   const std::vector<int32_t> values{1, 2, 3, 4};

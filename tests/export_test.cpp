@@ -1,4 +1,4 @@
-// Export: what is read back is what was trained, and a failure leaves nothing behind.
+// Export: the files hold the trained model, and a failure leaves nothing behind.
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// Only its files enter an export.
+// A tokenizer of which an export uses only the files.
 class FileTokenizer : public data::Tokenizer {
  public:
   std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
@@ -32,7 +32,7 @@ class FileTokenizer : public data::Tokenizer {
   }
 };
 
-// A model whose blocks train behind the fake quantizer, ready to export.
+// A model whose blocks are fake-quantized for training, ready to export.
 struct Trained {
   TempDir directory;
   models::LlamaConfig config;
@@ -75,7 +75,7 @@ struct Trained {
         format, [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
   }
 
-  // Files and directories beside the source.
+  // The number of files and directories next to the source.
   int64_t leftovers() const {
     int64_t n = 0;
     for (const auto& entry : fs::directory_iterator(directory.path()))
@@ -99,7 +99,8 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
       CAPTURE(tied, bits);
       Trained trained(device, tied, bits);
       const double bits_per_weight = trained.write("packed", ExportFormat::Packed);
-      // Codes and scales; zero points in whole bytes a row; S over the largest and smallest linear.
+      // Codes, scales and zero points. The margin covers zero points in whole bytes a row, and S,
+      // whose share is largest in the smallest linear.
       CHECK(bits_per_weight >= bits + 8.0 / 32 + bits / 32.0);
       CHECK(bits_per_weight < bits + 8.0 / 32 + bits / 32.0 + 0.15);
       const auto checkpoint = models::open_checkpoint(trained.directory / "packed");
@@ -107,11 +108,11 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
       CHECK(checkpoint->bits_per_weight() == bits_per_weight);
       CHECK(checkpoint->contains("lm_head.weight") == !tied);
       const auto packed = reload(device, *checkpoint);
-      // 3 rows take the packed product, 20 unpack the layer.
+      // 3 rows use the packed product; 20 rows unpack the layer.
       for (const int64_t rows : {3, 20}) {
         const std::vector<int32_t> ids = random_tokens(3, rows, trained.config.vocab);
-        // One order of FP32 sums against another, through two layers; in bf16 a sum near a tie may
-        // round the other way.
+        // FP32 sums in two orders, through two layers. In bf16 a sum near a tie may round the other
+        // way.
         const double tolerance =
             device.act() == DType::BF16 ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
         CHECK(relative_error(logits_of(*packed, ids), logits_of(*trained.model, ids)) < tolerance);
@@ -133,10 +134,10 @@ TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
                        logits_of(*trained.model, ids)) < tolerance);
 }
 
-TEST_CASE("export: a head of its own, the ends of a text and Python's numbers are carried over",
+TEST_CASE("export: a separate head, several end tokens and Python's JSON numbers are preserved",
           "[export]") {
   Trained trained(oracle(), false, 2);
-  // The config ties the head to an embedding from which the file's head differs.
+  // The config says that the head is tied, but the file has a head that differs from the embedding.
   const std::string source = trained.directory / "source/";
   std::string config = data::read_file(source + "config.json");
   const std::string untied = "\"tie_word_embeddings\": false";
@@ -157,12 +158,12 @@ TEST_CASE("export: a head of its own, the ends of a text and Python's numbers ar
   }
 }
 
-TEST_CASE("export: a document ends where the model says, if the vocabulary names no end") {
+TEST_CASE("export: the model's end token ends a document if the vocabulary names none") {
   CHECK(FileTokenizer().document_end({5, 6}) == 5);
   CHECK_THROWS_WITH(FileTokenizer().document_end(), Catch::Contains("give its id with --doc-end"));
 }
 
-TEST_CASE("export: files, and shards with their index", "[export]") {
+TEST_CASE("export: a single file, or shards with an index", "[export]") {
   Trained trained(oracle(), false, 2);
   trained.write("sharded", ExportFormat::Packed, 30000);
   const std::string path = trained.directory / "sharded/";
@@ -177,7 +178,7 @@ TEST_CASE("export: files, and shards with their index", "[export]") {
   const auto single = models::open_checkpoint(trained.directory / "single");
   CHECK(logits_of(*reload(oracle(), *sharded), ids) == logits_of(*reload(oracle(), *single), ids));
 
-  // The same model gives the same bytes.
+  // Exporting the same model again gives the same bytes.
   trained.write("again", ExportFormat::Packed);
   for (const char* file : {"model.safetensors", "config.json"})
     CHECK(data::read_file(trained.directory / "again/" + file) ==

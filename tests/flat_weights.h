@@ -1,5 +1,5 @@
-// Flat buffers of a few parameters and of what the quantizer makes of them, laid out as a model's
-// are, with poisoned guards around every output.
+// Flat buffers of a few parameters and of the quantizer's outputs, laid out like a model's, with
+// poisoned guards around every output.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 namespace bbb::tests {
 
 struct FlatParameter {
-  int64_t count;  // elements: whole groups, but for a norm
+  int64_t count;  // elements; whole groups, except for a norm
   int bits;       // quant::kNotQuantized for a norm
   quant::SlotRule<double> rule = {};
 };
@@ -65,7 +65,7 @@ struct FlatWeights {
          .rounding = rounding};
   }
 
-  // Values of one parameter, into the flat masters or a buffer beside them.
+  // Writes the values of one parameter into `flat`: the masters or another buffer of their layout.
   void set(const Tensor& flat, size_t parameter, const std::vector<double>& values) const {
     backend.copy(flat.slice(begins[parameter], parameters[parameter].count),
                  make(backend, {parameters[parameter].count}, backend.real(), values));

@@ -11,7 +11,7 @@ using quant::StoredTensor;
 using Shape = std::vector<int64_t>;
 
 TEST_CASE("format: the tensors of a linear", "[format]") {
-  // K is no multiple of the group: 96 stored positions, 3 groups of 32.
+  // K is not a multiple of the group: 96 stored positions, 3 groups of 32.
   const LinearFormat format{.n = 5, .k = 70, .weight = {.bits = 3, .group = 32}};
   CHECK(format.stored_k() == 96);
   const std::vector<StoredTensor> tensors = format.tensors();

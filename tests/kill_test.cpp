@@ -100,7 +100,7 @@ std::string failure_of(const TempDir& scratch, const std::string& out,
 }
 
 // How many kills came at each point of a run.
-struct Met {
+struct KillCounts {
   int nothing = 0;       // no run yet
   int block_state = 0;   // a state inside a stage of a block
   int between = 0;       // results of blocks, and no newer state
@@ -108,20 +108,20 @@ struct Met {
   int half_written = 0;  // a file under its temporary name
 };
 
-void count(Met& met, const std::string& out) {
+void count(KillCounts& counts, const std::string& out) {
   const train::RunDirectory run(out);
   if (!run.exists()) {
-    ++met.nothing;
+    ++counts.nothing;
     return;
   }
   for (const auto& [name, bytes] : results(out))
-    if (name.find(".tmp-") != std::string::npos) ++met.half_written;
+    if (name.find(".tmp-") != std::string::npos) ++counts.half_written;
   if (std::filesystem::exists(run.block_state_file()))
-    ++met.block_state;
+    ++counts.block_state;
   else if (std::filesystem::exists(run.e2e_state_file()))
-    ++met.end_to_end;
+    ++counts.end_to_end;
   else
-    ++met.between;
+    ++counts.between;
 }
 
 }  // namespace
@@ -168,9 +168,9 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   // Every second run gets its first kill inside a stage of a block: on a GPU that part is short.
   constexpr uint64_t kSeed = 5;
   engine::Rng rng(kSeed);
-  Met met;
+  KillCounts counts;
   int kills = 0;
-  const auto enough = [&] { return kills >= wanted && met.block_state >= wanted_inside; };
+  const auto enough = [&] { return kills >= wanted && counts.block_state >= wanted_inside; };
   for (int run = 0; !enough(); ++run) {
     REQUIRE(run < 10 * wanted);
     const std::string out = dir / ("run_" + std::to_string(run));
@@ -178,7 +178,7 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
     if (run % 2 == 0) kill_at = {rng.uniform() * duration_ms};
     while (!runs_to_the_end(dir, out, kill_at)) {
       ++kills;
-      count(met, out);
+      count(counts, out);
       kill_at = {enough() ? kPatience_ms : rng.uniform() * duration_ms};
     }
     INFO("run " << run << " after " << kills << " kills, seed " << kSeed);
@@ -188,8 +188,8 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   std::printf(
       "%d kills, seed %d, of a run of %.0f ms: %d before it began, %d at results of blocks, %d "
       "inside a stage of a block, %d end to end; %d while a file was written\n",
-      kills, static_cast<int>(kSeed), duration_ms, met.nothing, met.between, met.block_state,
-      met.end_to_end, met.half_written);
+      kills, static_cast<int>(kSeed), duration_ms, counts.nothing, counts.between,
+      counts.block_state, counts.end_to_end, counts.half_written);
 }
 
 TEST_CASE("a full disk is one error, and the run resumes when there is room", "[train][kill]") {

@@ -1,4 +1,4 @@
-// Allocation, transfers, casts, the device-side cursor, and recorded steps.
+// Allocation, transfers, casts, the cursor on the device, and recorded steps.
 #include <catch2/catch.hpp>
 #include <cstdlib>
 #include <limits>
@@ -41,7 +41,7 @@ TEST_CASE("cast to bf16 rounds to nearest even", "[cast]") {
   CHECK(std::signbit(odd[1]));
 }
 
-TEST_CASE("cast of any length, there and back, off alignment too", "[cast]") {
+TEST_CASE("cast both ways at any length, also unaligned", "[cast]") {
   Backend& b = backend();
   for (const int64_t n : {1, 31, 33, 4099}) {
     CAPTURE(n);
@@ -74,7 +74,7 @@ TEST_CASE("upload, copy, zero and download keep every byte", "[memory]") {
   }
 }
 
-TEST_CASE("gather_rows takes the cursor's batch, whatever a row holds", "[gather_rows]") {
+TEST_CASE("gather_rows takes the cursor's batch of rows of any type and size", "[gather_rows]") {
   Backend& b = backend();
   engine::Rng rng(67);
   const int64_t n = 12, count = 3;
@@ -83,7 +83,8 @@ TEST_CASE("gather_rows takes the cursor's batch, whatever a row holds", "[gather
     DType dtype;
     Shape row;
   };
-  // Rows of 16-byte, 4-byte and single-byte units; the last is longer than a block's one step.
+  // Rows copied in units of 16 bytes, 4 bytes and 1 byte. The last is longer than one step of a
+  // block.
   for (const Rows& rows : {Rows{DType::U8, {16}}, Rows{DType::I32, {3}}, Rows{DType::U8, {5}},
                            Rows{DType::U8, {70, 1001}}}) {
     const int64_t row_bytes = engine::numel_of(rows.row) * engine::size_bytes(rows.dtype);
@@ -129,7 +130,8 @@ TEST_CASE("log_control writes the cursor's row", "[log_control]") {
   CHECK(log.untouched());
 }
 
-TEST_CASE("a tensor too large is an error that names the bytes, and harmless", "[memory]") {
+TEST_CASE("a tensor that is too large is an error that names the bytes, and does no harm",
+          "[memory]") {
   Backend& b = backend();
   CHECK_THROWS_WITH(b.empty({int64_t{1} << 48}, DType::F32), Catch::Contains("1125899906842624"));
   CHECK_THROWS_AS(b.empty({int64_t{1} << 58}, DType::F32), Error);
@@ -138,7 +140,7 @@ TEST_CASE("a tensor too large is an error that names the bytes, and harmless", "
   CHECK(values_of(b, t) == std::vector<double>{2, 4, 6});
 }
 
-TEST_CASE("the peak counts what tensors held, and no more", "[memory]") {
+TEST_CASE("the memory peak counts the tensors that were alive at once", "[memory]") {
   Backend& b = backend();
   const int64_t bytes = 5 << 20;
   b.reset_memory_peak();
@@ -157,18 +159,19 @@ TEST_CASE("the peak counts what tensors held, and no more", "[memory]") {
   CHECK(b.memory_available_bytes() <= b.memory_total_bytes());
 }
 
-TEST_CASE("a block given back serves the next tensor of its size", "[memory]") {
+TEST_CASE("a freed block is reused for the next tensor of its size", "[memory]") {
   Backend& b = backend();
   const void* address = b.empty({3 << 20}, DType::U8).raw();
   CHECK(b.empty({3 << 20}, DType::U8).raw() == address);
 }
 
-TEST_CASE("a recorded step replays what calling it does", "[record]") {
+TEST_CASE("replaying a recorded step equals calling it", "[record]") {
   Backend& b = backend();
   const int64_t m = 16, d = 64;
   engine::Rng rng(71);
   const auto x = activations(rng, m * d), w = activations(rng, d * d, 0.1);
-  // Reads the cursor's row, updates the state through a temporary, and moves on.
+  // The step reads the cursor's row, updates the state through a temporary, and advances the
+  // cursor.
   struct State {
     Tensor x, w, ids, cursor, picked;
   };
@@ -185,7 +188,7 @@ TEST_CASE("a recorded step replays what calling it does", "[record]") {
         b.swiglu(h, y, s.x);
         b.add(y, y, h);
       }
-      const Tensor unused = b.zeros({m, d}, b.act());  // takes the block that h left
+      const Tensor unused = b.zeros({m, d}, b.act());  // reuses the block of h
       b.add(s.x, y, unused);
       b.gather_rows(s.picked, {s.x, s.ids, s.cursor});
       b.advance(s.cursor);
@@ -199,7 +202,7 @@ TEST_CASE("a recorded step replays what calling it does", "[record]") {
   for (int i = 0; i < 3; ++i) {
     direct_step();
     replay->run();
-    // Other work between the runs must not share the recorded temporaries.
+    // Work between the runs must not share memory with the recorded temporaries.
     const Tensor between = b.empty({m, d}, b.act());
     b.copy(between, replayed.x);
     CHECK(values_of(b, replayed.x) == values_of(b, direct.x));
@@ -207,12 +210,12 @@ TEST_CASE("a recorded step replays what calling it does", "[record]") {
   }
 }
 
-TEST_CASE("recordings share the memory of what they free, and run in any order", "[record]") {
+TEST_CASE("recordings share the memory of their temporaries, and run in any order", "[record]") {
   Backend& b = backend();
   const int64_t n = 4 << 20;
   std::vector<double> ones(static_cast<size_t>(n), 1);
   const Tensor x = make(b, {n}, b.act(), ones), total = b.zeros({n}, b.act());
-  // total += 3 x or 4 x, through temporaries of other sizes.
+  // total += 3 x (2 parts) or 4 x (4 parts). The temporaries have different sizes.
   const auto step = [&](int64_t parts) {
     return [&b, x, total, n, parts] {
       const Tensor sum = b.empty({n}, b.act());
@@ -244,7 +247,7 @@ TEST_CASE("a step that throws leaves the backend as it was", "[record]") {
     b.zero(temporary);
     throw Error("the step is broken");
   };
-  // A GPU meets the error as it records; where nothing is recorded, it is met as the step runs.
+  // A GPU throws the error while it records. Where nothing is recorded, run() throws it.
   CHECK_THROWS_WITH(b.record(broken)->run(), Catch::Contains("the step is broken"));
   if (on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr)
     CHECK(values_of(b, t) == std::vector<double>{1, 2, 3});
@@ -254,10 +257,11 @@ TEST_CASE("a step that throws leaves the backend as it was", "[record]") {
   CHECK(values_of(b, t)[2] == 2 * before);
 }
 
-TEST_CASE("what runs beside a step sees what was before, and is seen by what follows", "[record]") {
+TEST_CASE("overlapping work sees the results of earlier work, and later work sees its results",
+          "[record]") {
   Backend& b = backend();
-  // Each side squares its way through large temporaries that it drops at once, so that one side's
-  // memory taken by the other would show.
+  // Each side computes a chain of products through large temporaries and frees each at once. If one
+  // side reused memory that the other still needs, the result would differ.
   const int64_t m = 256, d = 256;
   engine::Rng rng(72);
   const auto w = activations(rng, d * d, 0.06), x0 = activations(rng, m * d);
@@ -291,7 +295,7 @@ TEST_CASE("what runs beside a step sees what was before, and is seen by what fol
     return values_of(b, out);
   };
   CHECK(run(true) == run(false));
-  // An error in either leaves the backend as it was.
+  // An error on either side leaves the backend as it was.
   const auto nothing = [] {};
   const auto broken = [] { throw Error("one side is broken"); };
   CHECK_THROWS_WITH(b.record([&] { b.overlap(broken, nothing); })->run(),
@@ -301,7 +305,7 @@ TEST_CASE("what runs beside a step sees what was before, and is seen by what fol
   CHECK(run(true) == run(false));
 }
 
-TEST_CASE("a dead recording leaves no memory held", "[record]") {
+TEST_CASE("a destroyed recording frees its memory", "[record]") {
   Backend& b = backend();
   b.reset_memory_peak();
   const int64_t before = b.memory_peak_bytes();

@@ -1,5 +1,5 @@
-// step_control and adamw against their formulas, written out here in double, and what adamw leaves
-// for the quantizer.
+// step_control and adamw against their formulas, written out here in double, and the ranges and
+// prequantized weights that adamw leaves for the quantizer.
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -28,7 +28,7 @@ std::vector<double> control_step(Backend& b, const Tensor& control, double loss,
   return values_of(b, control);
 }
 
-// With a gradient of this norm.
+// The same with a gradient whose norm is `norm`.
 std::vector<double> control_step(Backend& b, const Tensor& control, double loss, double norm,
                                  const Schedule& schedule) {
   std::vector<double> g(quant::kTileAlign, 0.0);
@@ -49,7 +49,7 @@ struct Moments {
   std::vector<double> w, m, v;
 };
 
-// The published update, one parameter at a time.
+// The published update, parameter by parameter.
 void adamw_by_hand(Moments& s, const FlatWeights& flat, const std::vector<double>& g,
                    double schedule_lr, double factor, int t, const AdamWSpec& spec) {
   size_t p = 0;
@@ -66,7 +66,7 @@ void adamw_by_hand(Moments& s, const FlatWeights& flat, const std::vector<double
   }
 }
 
-// Steps of which the third is skipped, through parameters of these sizes.
+// Checks `steps` updates of parameters of these sizes. The third step is skipped.
 void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, int steps) {
   Backend& b = backend();
   for (size_t p = 0; p < parameters.size(); ++p)  // 1, 2, 0.5 times the rate; decay 0, 0.1, 0.2
@@ -82,7 +82,7 @@ void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, 
   const int64_t n = flat.total;
   const auto size = static_cast<size_t>(n);
   Moments want{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
-  // Padding is 0 and has no gradient, so it stays.
+  // Padding is 0 and has no gradient, so it stays 0.
   const auto draw = [&](double scale) {
     std::vector<double> x(size, 0.0);
     for (size_t p = 0; p < flat.parameters.size(); ++p)
@@ -108,10 +108,10 @@ void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, 
     b.copy(flat.clipped.tensor(), bits(b, clipped));
     const bool skip = t == 2;
     control_step(b, control, skip ? kNan : 1.0, 4.0,
-                 schedule);  // clipped: a factor of a quarter
+                 schedule);  // the norm is clipped: a factor of 1/4
     const auto before = bytes_of(b, flat.w.tensor()), before_m = bytes_of(b, m.tensor()),
                before_v = bytes_of(b, v.tensor());
-    want.m = values_of(b, m.tensor());  // as it was rounded
+    want.m = values_of(b, m.tensor());  // as rounded by the last step
     for (size_t i = 0; i < size; ++i)
       if (bit_of(clipped, i)) g[i] = kNan;
     b.adamw(flat.w.tensor(), m.tensor(), v.tensor(), make(b, {n}, dtype, g), control, flat.table,
@@ -125,14 +125,15 @@ void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, 
         if (bit_of(clipped, i)) g[i] = 0;
       adamw_by_hand(want, flat, g, learning_rate(schedule, t), 0.25, ++applied, spec);
     }
-    // The weight moves by lr a step; the moments take a few roundings each. The first one's last is
-    // to act: those few that are close to a tie may go the other way, which is one epsilon of each.
+    // A weight moves by about lr a step; the moments take a few roundings each. The first moment is
+    // finally rounded to act: the few values near a tie may round the other way, by one epsilon
+    // each.
     if (b.act() == DType::BF16) want.m = round_bf16(want.m);
     CHECK(relative_error(values_of(b, flat.w.tensor()), want.w) <= 16 * real_epsilon());
     CHECK(relative_error(values_of(b, m.tensor()), want.m) <=
           (b.act() == b.real() ? 32 * real_epsilon() : act_epsilon() / 4));
     CHECK(relative_error(values_of(b, v.tensor()), want.v) <= 32 * real_epsilon());
-    // What it leaves for the next S is what the masters give.
+    // The ranges that adamw leaves for the next S equal those measured from the masters.
     const auto left = bytes_of(b, flat.max_range.tensor());
     b.max_group_range(flat.q, flat.w.tensor());
     CHECK(left == bytes_of(b, flat.max_range.tensor()));
@@ -140,7 +141,7 @@ void check_adamw(std::vector<FlatParameter> parameters, int group, DType dtype, 
   CHECK((flat.untouched() && m.untouched() && v.untouched()));
 }
 
-// All that fake_quant makes, as bytes. A norm's part of it is nobody's.
+// Everything that fake_quant writes, as bytes. Norms are left out: nothing is written for them.
 std::vector<std::vector<uint8_t>> made_by_quantizer(Backend& b, const FlatWeights& flat) {
   std::vector<std::vector<uint8_t>> made{bytes_of(b, flat.s.tensor())};
   for (size_t p = 0; p < flat.parameters.size(); ++p) {
@@ -156,7 +157,7 @@ std::vector<std::vector<uint8_t>> made_by_quantizer(Backend& b, const FlatWeight
   return made;
 }
 
-// The same of those masters alone: no step came before.
+// The same, computed from the masters alone, as if no step had run before.
 std::vector<std::vector<uint8_t>> made_afresh(Backend& b, const FlatWeights& flat) {
   const FlatWeights fresh(b, flat.parameters, flat.q.group, flat.q.rounding);
   b.copy(fresh.w.tensor(), flat.w.tensor());
@@ -167,7 +168,7 @@ std::vector<std::vector<uint8_t>> made_afresh(Backend& b, const FlatWeights& fla
 
 }  // namespace
 
-TEST_CASE("the gradient norm leaves out what was clipped", "[step_control]") {
+TEST_CASE("the gradient norm excludes clipped weights", "[step_control]") {
   Backend& b = backend();
   Schedule schedule;
   for (const DType dtype : gradient_dtypes())
@@ -177,11 +178,11 @@ TEST_CASE("the gradient norm leaves out what was clipped", "[step_control]") {
       auto g = normal(rng, n, 1e-3);
       std::vector<uint8_t> clipped(static_cast<size_t>(n / 8));
       for (uint8_t& byte : clipped) byte = static_cast<uint8_t>(rng.below(256) & rng.below(256));
-      if (dtype == DType::BF16) g = round_bf16(g);  // the norm is that of what adamw applies
+      if (dtype == DType::BF16) g = round_bf16(g);  // the gradient that adamw applies
       double want = 0.0;
       for (size_t i = 0; i < g.size(); ++i)
         if (bit_of(clipped, i))
-          g[i] = i % 3 == 0 ? kNan : kInf;  // is not even looked at
+          g[i] = i % 3 == 0 ? kNan : kInf;  // must not be used
         else
           want += g[i] * g[i];
       const Guarded control(b, {engine::kControlSize}, b.real());
@@ -199,7 +200,7 @@ TEST_CASE("the gradient norm leaves out what was clipped", "[step_control]") {
     }
 }
 
-TEST_CASE("step_control follows warm-up and cosine, and clips", "[step_control]") {
+TEST_CASE("step_control follows the warm-up and the cosine, and clips the norm", "[step_control]") {
   Backend& b = backend();
   for (const int64_t warmup : {0, 4}) {
     Schedule schedule;
@@ -228,7 +229,7 @@ TEST_CASE("step_control follows warm-up and cosine, and clips", "[step_control]"
   }
 }
 
-TEST_CASE("step_control counts a step that is not finite, and applies nothing", "[step_control]") {
+TEST_CASE("step_control counts a step that is not finite as skipped", "[step_control]") {
   Backend& b = backend();
   Schedule schedule;
   schedule.total_steps = 10;
@@ -252,7 +253,8 @@ TEST_CASE("step_control counts a step that is not finite, and applies nothing", 
 TEST_CASE("adamw is the published update", "[adamw]") {
   for (const DType dtype : gradient_dtypes())
     for (const int group : {32, 64, 128})
-      // A weight within a warp, one of several tiles with a tail, norms between, no quantizer.
+      // A weight inside one warp, a weight of several tiles with a tail, norms between, a weight
+      // without a quantizer.
       check_adamw({{5, quant::kNotQuantized},
                    {3 * group, 2},
                    {131, quant::kNotQuantized},
@@ -261,7 +263,7 @@ TEST_CASE("adamw is the published update", "[adamw]") {
                   group, dtype, 6);
 }
 
-// More tiles than a GPU runs blocks at once, so that a block takes several.
+// There are more tiles than blocks that a GPU runs at once, so a block takes several tiles.
 TEST_CASE("adamw on many small parameters, and on large ones", "[adamw]") {
   std::vector<FlatParameter> small;
   for (int i = 0; i < 2000; ++i)
@@ -315,8 +317,9 @@ TEST_CASE("a weight that is not finite shows in the maximum group range that ada
   }
 }
 
-// By its decay, a step makes all weights larger or smaller, here by half or by nothing to speak of.
-TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", "[adamw]") {
+// The decay of a step changes all weights: by about half (50 or -50), or hardly (0).
+TEST_CASE("adamw and fake_quant together equal the quantizer applied to the new masters",
+          "[adamw]") {
   Backend& b = backend();
   const double decays[] = {0, 0, -50, 0, 50, 0, -50, -50, -50, 0, 50, 50, 50, 0, 0, 0};
   const int skipped[] = {3, 7, 13};
@@ -324,7 +327,8 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
     for (const DType dtype : gradient_dtypes())
       for (const int group : {32, 64, 128}) {
         CAPTURE(rounding == engine::Rounding::Nearest, dtype == b.real(), group);
-        // Several tiles with a tail, several in one tile of a block's look, norms between.
+        // A weight of several tiles with a tail, several weights among the tiles that one block
+        // checks, norms between.
         const FlatWeights flat(b,
                                {{5, quant::kNotQuantized},
                                 {577 * group, 2},
@@ -359,7 +363,7 @@ TEST_CASE("adamw and fake_quant leave what the quantizer makes of the masters", 
             rules.insert(rules.end(), {1.0, decays[t]});
           b.copy(flat.table.slots, make(b, {flat.slots, 2}, b.real(), rules));
           const auto s = values_of(b, flat.s.tensor());
-          // A step as it is recorded.
+          // Recorded, as in training.
           b.record([&] {
              b.step_control(control, loss, gradient, flat.q.clipped, schedule);
              b.adamw(flat.w.tensor(), m, v, gradient, control, flat.table, flat.q, AdamWSpec{});
@@ -408,7 +412,7 @@ TEST_CASE("adamw without a quantizer moves every element", "[adamw]") {
   CHECK(flat.untouched());
 }
 
-TEST_CASE("what adamw prequantized is not quantized again until masters change", "[adamw]") {
+TEST_CASE("fake_quant skips prequantized weights until the ranges are measured again", "[adamw]") {
   Backend& b = backend();
   const FlatWeights flat(b, {{64 * 131, 2}, {96, quant::kNotQuantized}, {64 * 3, 4}}, 64);
   engine::Rng rng(73);
@@ -421,7 +425,7 @@ TEST_CASE("what adamw prequantized is not quantized again until masters change",
   control_step(b, control, 1.0, 1.0, Schedule{});
   b.adamw(flat.w.tensor(), m, v, g, control, flat.table, flat.q, AdamWSpec{});
   const auto made = made_by_quantizer(b, flat);
-  b.zero(flat.w.tensor());  // unannounced
+  b.zero(flat.w.tensor());  // without a call of max_group_range
   b.fake_quant(flat.q, flat.w.tensor());
   CHECK((made_by_quantizer(b, flat) == made) == on_cuda());
   b.max_group_range(flat.q, flat.w.tensor());
@@ -429,7 +433,7 @@ TEST_CASE("what adamw prequantized is not quantized again until masters change",
   CHECK(made_by_quantizer(b, flat) == made_afresh(b, flat));
 }
 
-TEST_CASE("a weight that stops being finite is not hidden by prequantized weights", "[adamw]") {
+TEST_CASE("prequantized weights do not hide a weight that stops being finite", "[adamw]") {
   Backend& b = backend();
   engine::Rng rng(79);
   for (const double bad : {kNan, kInf}) {
@@ -443,7 +447,7 @@ TEST_CASE("a weight that stops being finite is not hidden by prequantized weight
     b.copy(flat.w.tensor(), make(b, {n}, b.real(), values));
     const Tensor m = b.zeros({n}, b.act()), v = b.zeros({n}, b.real()), g = b.zeros({n}, b.real());
     const Tensor control = b.zeros({engine::kControlSize}, b.real());
-    for (int step = 0; step < 2; ++step) {  // the second from S that is NaN
+    for (int step = 0; step < 2; ++step) {  // the second step starts from an S that is NaN
       control_step(b, control, 1.0, 1.0, Schedule{});
       b.adamw(flat.w.tensor(), m, v, g, control, flat.table, flat.q, AdamWSpec{});
       b.fake_quant(flat.q, flat.w.tensor());

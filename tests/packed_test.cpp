@@ -1,5 +1,5 @@
-// Products with packed weights: unpack is exact; packed_gemv is the product with the unpacked
-// weight, up to the order of FP32 addition.
+// Products with packed weights. unpack is exact. packed_gemv equals the product with the unpacked
+// weight, up to the order of FP32 additions.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <vector>
@@ -16,7 +16,7 @@ using engine::WeightGrid;
 using Values = std::vector<double>;
 using Bytes = std::vector<uint8_t>;
 
-// A random matrix as the file holds it, and its levels (q - z) e in F64.
+// A random matrix as the file stores it, and its levels (q - z) e in F64.
 struct Matrix {
   int64_t n, k;
   WeightGrid spec;
@@ -37,7 +37,7 @@ struct Matrix {
       quant::pack_codes(qweight.data() + row * row_bytes, codes.data(), k, spec.bits);
       quant::pack_codes(zeros.data() + row * zero_bytes, z.data(), groups, spec.bits);
       for (int64_t g = 0; g < groups; ++g) {
-        // From the smallest to the largest: subnormals and every exponent.
+        // Any positive scale code: subnormals and every exponent.
         scales.push_back(static_cast<uint8_t>(1 + rng.below(0x7E)));
         for (int64_t i = g * spec.group; i < (g + 1) * spec.group; ++i)
           levels.push_back((double(codes[static_cast<size_t>(i)]) - z[static_cast<size_t>(g)]) *
@@ -72,7 +72,7 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
         }
 }
 
-// y = S x W^T + addend in F64, and the largest sum of the terms' sizes.
+// y = S x W^T + addend in F64, and the largest sum of the terms' magnitudes.
 struct Product {
   Values y;
   double magnitude = 0;
@@ -108,9 +108,9 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
                 with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
   const Product want = multiply(matrix, x, addend, m);
   const Values got = values_of(b, y.tensor());
-  // Products are exact in FP32 up to b = 4 (one rounding each at 8) and K of them are added in
-  // parts of at most K / 32 a lane: K / 32 + 16 roundings of a partial sum, whose size is at most
-  // that of the terms added up; then the output is rounded once.
+  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A lane adds at most K / 32 of
+  // the K products, so each passes through at most K / 32 + 16 roundings of a partial sum. A
+  // partial sum is at most the sum of the terms' magnitudes. The output is rounded once more.
   const double order = static_cast<double>(k) / 32 + 16;
   const double sum_error = order * epsilon_of(DType::F32) * want.magnitude;
   for (size_t i = 0; i < got.size(); ++i)
@@ -118,7 +118,7 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
   CHECK(y.untouched());
 }
 
-TEST_CASE("the packed product equals decode-then-multiply", "[packed]") {
+TEST_CASE("packed_gemv equals unpacking and then multiplying", "[packed]") {
   engine::Rng rng(32);
   for (const int bits : {2, 3, 4, 8})
     for (const int64_t m : {1, 2, 3, 4, 5, 8})
@@ -127,7 +127,7 @@ TEST_CASE("the packed product equals decode-then-multiply", "[packed]") {
         check_gemv(rng, n, k, {bits, 32}, m, m != 3, backend().act());
 }
 
-TEST_CASE("the packed product at other group sizes and into FP32", "[packed]") {
+TEST_CASE("packed_gemv with other group sizes and FP32 output", "[packed]") {
   engine::Rng rng(33);
   for (const int bits : {2, 3, 4, 8})
     for (const int group : {64, 128}) {
@@ -136,10 +136,10 @@ TEST_CASE("the packed product at other group sizes and into FP32", "[packed]") {
     }
 }
 
-TEST_CASE("the packed product of tall and long matrices", "[packed]") {
+TEST_CASE("packed_gemv of matrices with many rows or a large K", "[packed]") {
   engine::Rng rng(34);
-  // Enough rows for several a warp and several warps' worth a block, with a tail; then K beyond
-  // what shared memory holds of x at once, with a tail.
+  // First, enough rows that a warp takes several and a block several warps' worth, with a tail.
+  // Then K larger than the part of x that fits in shared memory at once, with a tail.
   for (const int bits : {2, 4}) {
     check_gemv(rng, 4231, 64, {bits, 32}, 1, true, backend().act());
     check_gemv(rng, 1059, 96, {bits, 32}, 3, true, backend().act());
@@ -150,7 +150,7 @@ TEST_CASE("the packed product of tall and long matrices", "[packed]") {
   }
 }
 
-TEST_CASE("the packed product repeats bit for bit, and shows what is not a number", "[packed]") {
+TEST_CASE("packed_gemv repeats bit for bit and propagates NaN", "[packed]") {
   engine::Rng rng(35);
   Backend& b = backend();
   Matrix matrix(rng, 40, 1536, {2, 32});
@@ -168,7 +168,7 @@ TEST_CASE("the packed product repeats bit for bit, and shows what is not a numbe
   for (const double v : run()) CHECK(std::isnan(v));
 }
 
-TEST_CASE("the packed product refuses more rows than it takes", "[packed]") {
+TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   engine::Rng rng(36);
   Backend& b = backend();
   const Matrix matrix(rng, 4, 32, {2, 32});

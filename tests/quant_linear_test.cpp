@@ -1,4 +1,4 @@
-// QuantLinear: its gradients against their written formulas, its states against each other.
+// QuantLinear: gradients against their formulas, and its states against each other.
 #include "models/quant_linear.h"
 
 #include <catch2/catch.hpp>
@@ -51,7 +51,8 @@ struct Trained {
     quantizer->prepare();
   }
 
-  // One pass; returns the gradient that reaches W^ before any quantizer: dy^T x, in F64.
+  // Runs one pass. Returns the gradient of the quantized weight, before any quantizer: dy^T x, in
+  // F64.
   std::vector<double> pass() {
     Rng rng(2);
     const std::vector<double> x = round_bf16(normal(rng, kM * kK));
@@ -68,7 +69,7 @@ struct Trained {
   }
 };
 
-// Of a value that is rounded to the parameter's gradient once.
+// The error of one rounding to the type of the parameter's gradient.
 double rounding_of(const autograd::Parameter& parameter) {
   return parameter.grad.dtype() == DType::BF16 ? epsilon_of(DType::BF16) : 0;
 }
@@ -82,7 +83,7 @@ std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t row
   return codes;
 }
 
-// What training holds, one value a byte.
+// The quantized weight as training holds it, one value a byte.
 struct QuantizedState {
   std::vector<uint8_t> codes, scales, zeros;
   float master_scale;
@@ -104,7 +105,8 @@ engine::PackedWeight pack(Backend& device, const models::LinearResult& result) {
 
 }  // namespace
 
-TEST_CASE("quant_linear: straight through, except where the code was clipped", "[quant_linear]") {
+TEST_CASE("quant_linear: the gradient passes straight through, except where the code was clipped",
+          "[quant_linear]") {
   for (const int bits : {2, 4})
     for (const GradientPasses passes : {GradientPasses::One, GradientPasses::Several}) {
       CAPTURE(bits, passes == GradientPasses::One);
@@ -112,13 +114,14 @@ TEST_CASE("quant_linear: straight through, except where the code was clipped", "
       Backend& device = trained.device;
       const QuantizedState state(trained.linear.quantized());
       std::vector<double> expected = trained.pass();
-      // x and dy are exact in act; 33 products are summed in FP32, and rounded to the gradient.
+      // x and dy are exact in act. 33 products are summed in FP32 and rounded to the gradient's
+      // type.
       const std::vector<double> gradient = values_of(device, trained.master.grad);
       CHECK(relative_error(gradient, expected) <
             8 * epsilon_of(DType::F32) + rounding_of(trained.master));
       expected = gradient;
 
-      // The optimizer's first moments are a tenth of the gradient that it takes, rounded to act.
+      // The optimizer's first moment is 0.1 times the gradient that it applies, rounded to act.
       engine::Schedule schedule;
       schedule.clip_norm = 0;
       autograd::Optimizer adamw(trained.set, &*trained.quantizer, {}, schedule);
@@ -163,13 +166,13 @@ TEST_CASE("quant_linear: the gradient of learned scales", "[quant_linear]") {
     std::vector<double> expected(static_cast<size_t>(kN * kK / 32), 0.0);
     for (size_t i = 0; i < dw.size(); ++i)
       expected[i / 32] += dw[i] * (before.codes[i] - before.zeros[i / 32]);
-    // dW^ is rounded, then the sum of 32 of its elements.
+    // dW^ is rounded; then the sum of 32 of its elements is rounded.
     CHECK(relative_error(values_of(trained.device, sigma.grad), expected) <
           16 * epsilon_of(DType::F32) + 2 * rounding_of(sigma));
   }
 }
 
-TEST_CASE("quant_linear: scales start where the fake quantizer stood", "[quant_linear]") {
+TEST_CASE("quant_linear: learned scales start at the fake quantizer's weights", "[quant_linear]") {
   Trained trained(backend(), 2, 32);
   const LinearResult before = trained.linear.quantized();
   autograd::ParameterSet set(trained.device, GradientPasses::One);
@@ -183,11 +186,11 @@ TEST_CASE("quant_linear: scales start where the fake quantizer stood", "[quant_l
   CHECK(after.dequantize() == before.dequantize());
 }
 
-TEST_CASE("quant_linear: a finish without a pass zeroes the gradient", "[quant_linear]") {
+TEST_CASE("quant_linear: finish_backward without a pass zeroes the gradient", "[quant_linear]") {
   Trained trained(backend(), 2, 32);
   trained.pass();
   const std::vector<double> first = values_of(trained.device, trained.master.grad);
-  trained.pass();  // overwrites: nothing is left of the first
+  trained.pass();  // overwrites the first gradient
   CHECK(values_of(trained.device, trained.master.grad) == first);
   trained.linear.finish_backward();
   CHECK(values_of(trained.device, trained.master.grad) ==
@@ -211,8 +214,8 @@ TEST_CASE("quant_linear: packed products equal the training forward", "[quant_li
       const Var expected = trained.linear.forward(tape, x, residual);
       const Var actual = packed.forward(tape, x, residual);
       CHECK(actual.value().shape() == expected.value().shape());
-      // The same products summed in another order; rounded to bf16 they may fall on either side of
-      // a tie, which takes one unit of a few outputs.
+      // The same products are summed in another order. Near a tie of bf16 the two sums may round
+      // differently, which is one unit in a few outputs.
       const double tolerance =
           device.act() == DType::BF16 ? epsilon_of(DType::BF16) / 4 : 16 * epsilon_of(DType::F32);
       CHECK(relative_error(values_of(device, actual.value()), values_of(device, expected.value())) <
@@ -220,7 +223,8 @@ TEST_CASE("quant_linear: packed products equal the training forward", "[quant_li
     }
 }
 
-TEST_CASE("quant_linear: 16 bits is the master itself, no quantizer", "[quant_linear]") {
+TEST_CASE("quant_linear: with 16 bits the weight is the master, without a quantizer",
+          "[quant_linear]") {
   Trained trained(backend(), models::kNoQuantizer, 32);
   const std::vector<double> expected = trained.pass();
   CHECK(relative_error(values_of(trained.device, trained.master.grad), expected) <
@@ -233,13 +237,13 @@ TEST_CASE("quant_linear: 16 bits is the master itself, no quantizer", "[quant_li
   const std::vector<double> transposed = values_of(trained.device, y.value());
   for (int64_t n = 0; n < kN; ++n)
     for (int64_t k = 0; k < kK; ++k) REQUIRE(transposed[k * kN + n] == trained.weights[n * kK + k]);
-  // The next stage is narrower.
+  // The next stage has fewer bits.
   trained.linear.set_bits(2);
   trained.quantizer->prepare();
   CHECK(trained.linear.quantized().format.weight.bits == 2);
 }
 
-TEST_CASE("quant_linear: snapped masters keep their grid, and a step that moves none does, too",
+TEST_CASE("quant_linear: snapping keeps the grid, and so does a step that moves no master",
           "[quant_linear]") {
   Backend& device = backend();
   for (const int bits : {2, 3, 4, 8})
@@ -280,8 +284,8 @@ TEST_CASE("quant_linear: snapped masters keep their grid, and a step that moves 
 
 namespace {
 
-// Two linears and a norm, trained on inputs of their own by a step that can be recorded. A step's
-// loss is uploaded, so that one may be NaN.
+// Two linears and a norm, trained on their own inputs by a step that can be recorded. The loss is
+// uploaded, so a test can set it to NaN.
 struct TwoLinears {
   Backend& device;
   autograd::ParameterSet set;
@@ -320,7 +324,7 @@ struct TwoLinears {
     loss = make(device, {1}, device.real(), {1.0});
   }
 
-  // From weights that prepare() or quantize() has just made.
+  // Call prepare() or quantize() first.
   void pass_and_update() {
     Tape tape(device, TapeMode::Training);
     const Var y = first.forward(tape, second.forward(tape, Var(x), Var()), Var());
@@ -346,7 +350,7 @@ struct TwoLinears {
 
 }  // namespace
 
-TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that measure them",
+TEST_CASE("quant_linear: recorded steps reuse group ranges and equal steps that measure them",
           "[quant_linear]") {
   Backend& device = backend();
   for (const int group : {32, 64, 128})
@@ -370,7 +374,7 @@ TEST_CASE("quant_linear: recorded steps trust their ranges and equal steps that 
       }
       CHECK(values_of(device, recorded.adamw->control())[engine::kSkipped] == 1);
 
-      // S after AdamW is S of its masters.
+      // S from the ranges that AdamW left equals S of the masters.
       recorded.quantizer->quantize();
       measured.quantizer->prepare();
       REQUIRE(recorded.state() == measured.state());
@@ -393,12 +397,12 @@ TEST_CASE("quant_linear: quantizing and the optimizer are four kernels for any n
   CHECK(replay->kernels() == 4);
 }
 
-TEST_CASE("quant_linear: masters and widths change between steps", "[quant_linear]") {
+TEST_CASE("quant_linear: masters and bit widths may change between steps", "[quant_linear]") {
   Backend& device = backend();
   TwoLinears trained(device, 8, 32, 33, 96);
   trained.quantizer->prepare();
   trained.pass_and_update();
-  // Other masters, then another width: prepare() is all that either takes.
+  // After new masters and another bit width, prepare() is the only call needed.
   Rng rng(5);
   for (const int bits : {8, 2, models::kNoQuantizer, 4}) {
     CAPTURE(bits);
@@ -427,8 +431,9 @@ concept TakesNewSchedules = requires(Optimizer optimizer, engine::Schedule sched
 };
 }  // namespace
 
-TEST_CASE("quant_linear: a recorded step follows its linear to another width", "[quant_linear]") {
-  // What a recorded step has copied cannot be changed behind it.
+TEST_CASE("quant_linear: a recorded step uses the current bit width of its linear",
+          "[quant_linear]") {
+  // A recorded step has copied its schedule, so the optimizer offers no way to change it.
   static_assert(!TakesNewSchedules<autograd::Optimizer>);
 
   Backend& device = backend();

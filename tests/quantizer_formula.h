@@ -1,6 +1,6 @@
-// A second implementation of the group quantizer of quant/grid.h, with library calls (log2, a
-// search over all scales, divisions) instead of bit tricks. Where the formula rounds, the type is
-// float.
+// An independent implementation of the group quantizer of quant/grid.h. It uses library calls
+// (log2, a search over all scales, divisions) instead of bit tricks. Where the formula rounds, the
+// type is float.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ inline double formula_master_scale(double largest) {
   return largest == 0 ? 1.0 : std::exp2(std::ceil(std::log2(largest / 448.0)));
 }
 
-// The code of the nearest positive E4M3 value, ties to the even code. For 8 bits: of the smallest
-// value that is not below `value`.
+// The code of the nearest positive E4M3 value, ties to the even code. For 8 bits: the code of the
+// smallest value that is at least `value`.
 inline uint8_t formula_scale(double value, int bits) {
   int best = 1;
   for (int code = 1; code <= 0x7E; ++code) {
@@ -42,7 +42,7 @@ inline uint8_t formula_scale(double value, int bits) {
   return static_cast<uint8_t>(best);
 }
 
-// Quantizes one tensor: whole groups of `group` finite F32 values.
+// Quantizes one tensor of whole groups: `group` finite F32 values each.
 inline FormulaResult quantize_by_formula(const std::vector<double>& values, int bits, int group) {
   const std::vector<float> w(values.begin(), values.end());
   const auto size = static_cast<size_t>(group);

@@ -1,4 +1,4 @@
-// The quantizer's ops on the device under test against the formula: scales, zero points, codes,
+// The quantizer's ops on the device under test against the formula. Scales, zero points, codes,
 // levels and clipping masks must be equal, not close.
 #include <algorithm>
 #include <catch2/catch.hpp>
@@ -21,11 +21,12 @@ using engine::Write;
 using Values = std::vector<double>;
 
 // (rows, groups a row): a single group, part of a warp, warps that end inside a tile, a whole tile,
-// and several tiles with a tail.
+// several tiles with a tail.
 const std::vector<std::pair<int64_t, int64_t>> kSizes = {{1, 1},  {3, 1},   {1, 31},
                                                          {1, 32}, {33, 18}, {7, 129}};
 
-// F32 values: normal, with groups of very different sizes and some outliers.
+// Normal F32 values with some outliers. Groups differ widely in magnitude; some are all zeros or
+// all positive.
 Values masters(engine::Rng& rng, int64_t n, int64_t k, int group) {
   Values w = normal(rng, n * k, 0.02);
   for (int64_t i = 0; i < n * k; ++i) {
@@ -38,7 +39,8 @@ Values masters(engine::Rng& rng, int64_t n, int64_t k, int group) {
   return w;
 }
 
-// Everything the quantizer makes of w, on one backend; w stands between two norms.
+// Everything that the quantizer computes from w on one backend. In the flat buffers w is between
+// two norms.
 struct Quantized {
   Tensor w, s, wq, e, z, codes;
   std::vector<uint8_t> clipped;
@@ -104,14 +106,15 @@ TEST_CASE("master scale, codes and levels equal the formula", "[quantizer]") {
   });
 }
 
-TEST_CASE("scales on every code and midpoint, weights on every tie", "[quantizer]") {
+TEST_CASE("scales at every code and midpoint and weights at every tie equal the formula",
+          "[quantizer]") {
   constexpr float kMaster = 0x1p-9f, kInfinity = std::numeric_limits<float>::infinity();
   constexpr int kGroup = 32, kLargest = 0x7E;
   for (const int bits : {2, 3, 4, 8}) {
     const auto top = static_cast<float>(quant::max_code(bits));
     const float widest = top * quant::kE4m3Max * kMaster;
     Values w;
-    // From 0 to `width`, with ties of its codes and the floats beside them.
+    // Adds a group from 0 to `width` that holds ties between its codes and the floats next to them.
     const auto add_group = [&](float width) {
       if (width > widest) return;
       const float step = quant::step_of(quant::encode_scale(width / top, kMaster, bits), kMaster);
@@ -150,7 +153,7 @@ TEST_CASE("scales on every code and midpoint, weights on every tie", "[quantizer
   }
 }
 
-TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]") {
+TEST_CASE("one launch quantizes every parameter with its own bit width", "[quantizer]") {
   engine::Rng rng(28);
   for (const int group : {32, 64, 128}) {
     CAPTURE(group);
@@ -166,7 +169,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
     Backend& b = backend();
     const FlatWeights got(b, parameters, group);
     for (size_t p = 0; p < parameters.size(); ++p) got.set(got.w.tensor(), p, w[p]);
-    // Twice: the second time everything stands there already.
+    // Twice: the second pass overwrites the results of the first.
     for (int pass = 0; pass < 2; ++pass) {
       b.max_group_range(got.q, got.w.tensor());
       b.fake_quant(got.q, got.w.tensor());
@@ -195,7 +198,7 @@ TEST_CASE("one launch quantizes every parameter by its own width", "[quantizer]"
   }
 }
 
-TEST_CASE("the widest group is found anywhere in a large matrix", "[quantizer]") {
+TEST_CASE("the maximum group range is found anywhere in a large matrix", "[quantizer]") {
   const int64_t n = 1030, k = 1056;
   Values w(static_cast<size_t>(n * k), 0.001);
   for (const int64_t at : {int64_t{0}, n * k / 2 + 5, n * k - 1}) {
@@ -219,7 +222,7 @@ TEST_CASE("without rounding the quantizer is the identity", "[quantizer]") {
   CHECK(values_of(backend(), q.wq) == as_act(expected));
 }
 
-TEST_CASE("a bit is set exactly where the grid does not reach a master", "[quantizer]") {
+TEST_CASE("a clipping bit is set exactly where a master is outside the grid", "[quantizer]") {
   engine::Rng rng(24);
   int64_t clipped_of_all = 0;
   for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
@@ -246,7 +249,7 @@ TEST_CASE("a bit is set exactly where the grid does not reach a master", "[quant
   CHECK(std::count(identity.clipped.begin(), identity.clipped.end(), 0) == 3 * 96 / 8);
 }
 
-TEST_CASE("NaN and infinity in one master poison every level", "[quantizer]") {
+TEST_CASE("one NaN or infinite master makes every level NaN", "[quantizer]") {
   engine::Rng rng(25);
   for (const double bad : {std::nan(""), -std::nan(""), double(INFINITY), -double(INFINITY)}) {
     Values w = masters(rng, 9, 288, 32);
@@ -257,7 +260,7 @@ TEST_CASE("NaN and infinity in one master poison every level", "[quantizer]") {
   }
 }
 
-TEST_CASE("codes are written inside their output only", "[quantizer]") {
+TEST_CASE("quantize_codes writes only its output", "[quantizer]") {
   engine::Rng rng(26);
   for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
     Backend& b = backend();
@@ -318,8 +321,8 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
     CHECK(got.s == Values{s});
     CHECK(got.e == e);
     CHECK(got.wq == as_act(levels));
-    // A sum of G products, each rounded once and added in some order: at most G roundings, whose
-    // errors grow as sqrt(G) <= 12; the terms are as large as the sum times sqrt(G) at worst.
+    // A sum of G products takes at most G roundings, in any order. Their errors grow as sqrt(G),
+    // which is at most 12; at worst the terms are sqrt(G) times as large as the sum.
     const double tolerance = 16 * real_epsilon();
     CHECK(relative_error(got.dsigma, dsigma) < tolerance);
     // The same sum of the same terms, rounded.

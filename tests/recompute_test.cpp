@@ -1,5 +1,5 @@
-// Recomputation: the memory that is predicted for every mode against what a run then holds, and the
-// mode that a budget leads to.
+// Recomputation: the predicted memory of every mode against what a run then uses, and the mode that
+// a budget selects.
 #include <catch2/catch.hpp>
 #include <filesystem>
 
@@ -17,7 +17,7 @@ using models::Recompute;
 
 constexpr Recompute kModes[] = {Recompute::None, Recompute::Attention, Recompute::Block};
 
-// Wide and long enough that activations weigh as much as parameters.
+// A model and windows large enough that activations need as much memory as parameters.
 struct WideRun {
   models::LlamaConfig model;
   TempDir dir;
@@ -57,7 +57,7 @@ struct WideRun {
     return train::plan_block_memory(backend(), model, resolved());
   }
 
-  // Runs, and returns the most that tensors held meanwhile.
+  // Runs the training and returns the peak bytes of tensors.
   int64_t measured_bytes(const std::string& out) {
     config.out = dir / out;
     backend().reset_memory_peak();
@@ -69,14 +69,14 @@ struct WideRun {
   }
 };
 
-// Never too little, and at most 2 % too much.
+// The prediction is never below the measured bytes, and at most 2 % above.
 void check_prediction(int64_t predicted_bytes, int64_t measured_bytes) {
   CAPTURE(predicted_bytes, measured_bytes);
   CHECK(predicted_bytes >= measured_bytes);
   CHECK(static_cast<double>(predicted_bytes) <= 1.02 * static_cast<double>(measured_bytes));
 }
 
-// Of a run's tensor file, but for the header and the run's own two tensors.
+// Bytes of a run's tensor file without the header and the run's own two tensors.
 int64_t result_bytes_of(const std::string& file) {
   uint64_t header_bytes;
   std::memcpy(&header_bytes, file.data(), sizeof header_bytes);
@@ -86,7 +86,7 @@ int64_t result_bytes_of(const std::string& file) {
 
 }  // namespace
 
-TEST_CASE("recompute: the block phase holds what was predicted, and gives the same bytes",
+TEST_CASE("recompute: the block phase uses the predicted memory, and gives the same bytes",
           "[train][recompute]") {
   WideRun run;
   std::map<std::string, std::string> expected;
@@ -112,7 +112,7 @@ TEST_CASE("recompute: the block phase holds what was predicted, and gives the sa
   }
 }
 
-TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives the same bytes",
+TEST_CASE("recompute: the end-to-end phase uses the predicted memory, and gives the same bytes",
           "[train][recompute]") {
   WideRun run;
   run.config.stages.clear();
@@ -138,7 +138,8 @@ TEST_CASE("recompute: the end-to-end phase holds what was predicted, and gives t
     }
 }
 
-TEST_CASE("recompute: micro-batches take room for gradients that are added", "[train][recompute]") {
+TEST_CASE("recompute: micro-batches that add gradients use the predicted memory",
+          "[train][recompute]") {
   WideRun run;
   run.config.stages.clear();
   run.config.e2e_steps = 2;
@@ -152,7 +153,7 @@ TEST_CASE("recompute: micro-batches take room for gradients that are added", "[t
   }
 }
 
-TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repeats its bytes",
+TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repeats its bytes",
           "[train][recompute]") {
   WideRun run;
   run.model.vocab = 300032;
@@ -167,7 +168,7 @@ TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repea
   run.config.stages.clear();
   run.config.e2e_steps = 1;
   run.config.e2e_batch = run.config.e2e_micro_batch = on_cuda() ? 8 : 1;
-  run.config.gemm_algorithms = train::GemmAlgorithms::Heuristic;  // products of the head are long
+  run.config.gemm_algorithms = train::GemmAlgorithms::Heuristic;  // the head's products take long
   const int64_t tokens = run.config.e2e_micro_batch * run.config.seq_len;
   const autograd::HeadChunks chunks =
       models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());
@@ -186,7 +187,7 @@ TEST_CASE("recompute: a vocabulary in chunks holds what was predicted, and repea
   }
 }
 
-TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode is refused",
+TEST_CASE("recompute: a small budget selects recomputation, one too small for any mode is refused",
           "[train][recompute]") {
   WideRun run;
   run.config.stages = train::parse_stages("w2a16");
@@ -209,7 +210,7 @@ TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode 
   --run.config.memory.device_bytes;
   CHECK_THROWS_WITH(end_to_end(), Contains("raise --gpu-memory") && Contains("--e2e-steps 0"));
 
-  // Blocks: streams go to host memory first; then the attention half is recomputed.
+  // Blocks: streams move to host memory first; then the attention half is recomputed.
   run.config.memory.device_bytes = 0;
   run.config.memory.recompute = Recompute::Attention;
   const train::BlockMemory attention = run.plan_blocks();
@@ -220,7 +221,7 @@ TEST_CASE("recompute: what does not fit is recomputed, and what fits in no mode 
   CHECK_THROWS_WITH(run.plan_blocks(), Contains("raise --gpu-memory"));
 }
 
-TEST_CASE("recompute: a mode that is none is refused", "[recompute]") {
+TEST_CASE("recompute: an unknown mode is refused", "[recompute]") {
   CHECK_FALSE(train::parse_recompute("auto"));
   for (const Recompute mode : kModes)
     CHECK(train::parse_recompute(models::to_string(mode)) == mode);

@@ -8,7 +8,8 @@ namespace bbb::tests {
 
 using train::sample_order;
 
-TEST_CASE("each row of a batch takes the windows of its own slot, each once an epoch", "[train]") {
+TEST_CASE("each row of a batch takes the windows of its own slot, each window once an epoch",
+          "[train]") {
   for (const auto& [samples, batch, steps] :
        {std::tuple{12, 4, 9}, {14, 4, 7}, {5, 5, 3}, {7, 1, 20}}) {
     CAPTURE(samples, batch, steps);
@@ -28,7 +29,8 @@ TEST_CASE("each row of a batch takes the windows of its own slot, each once an e
   }
 }
 
-TEST_CASE("an order differs by seed and by epoch, and a shorter run is its beginning", "[train]") {
+TEST_CASE("an order differs by seed and by epoch, and a shorter run takes a prefix of it",
+          "[train]") {
   const auto order = sample_order(3, 64, 4, 32);
   CHECK(order != sample_order(4, 64, 4, 32));
   CHECK(std::vector(order.begin(), order.begin() + 64) !=
@@ -36,7 +38,7 @@ TEST_CASE("an order differs by seed and by epoch, and a shorter run is its begin
   CHECK(sample_order(3, 64, 4, 20) == std::vector(order.begin(), order.begin() + 80));
 }
 
-TEST_CASE("windows that an epoch leaves out change from epoch to epoch", "[train]") {
+TEST_CASE("the windows that an epoch leaves out change from epoch to epoch", "[train]") {
   const auto order = sample_order(5, 7, 2, 300);  // slots of 4 and 3 windows; 3 steps an epoch
   std::set<int32_t> left_out;
   for (int epoch = 0; epoch < 100; ++epoch) {

@@ -1,5 +1,5 @@
-// Snapping: weights go to the middle of their bins, and quantized again they give the grid and the
-// codes that they had.
+// Snapping moves weights to the middle of their bins. Quantized again, they give the same grid and
+// the same codes.
 #include <catch2/catch.hpp>
 #include <cmath>
 
@@ -14,8 +14,8 @@ using quant::WeightGrid;
 
 constexpr int64_t kGroups = 24;
 
-// Of one matrix. Where `lone`, the first group alone decides S, from the range of scale codes whose
-// middles would halve it.
+// Draws one matrix. With `lone`, the first group alone decides S. Its scale is in the range where
+// bin middles would halve S.
 template <typename Real>
 std::vector<Real> draw(engine::Rng& rng, WeightGrid spec, bool lone) {
   std::vector<Real> w(static_cast<size_t>(kGroups * spec.group));
@@ -29,9 +29,9 @@ std::vector<Real> draw(engine::Rng& rng, WeightGrid spec, bool lone) {
       if (kind == 1) v = std::abs(v);
       if (kind == 2) v = -std::abs(v);
       if (kind == 3) v = 0;
-      if (kind == 4) v *= 1e-6;                  // its scale is the smallest that there is
+      if (kind == 4) v *= 1e-6;                  // the smallest scale code
       if (kind == 5) v = std::round(2 * v) / 2;  // many ties
-      if (kind == 6 && i > 1) v *= 0.05;         // two that span the range
+      if (kind == 6 && i > 1) v *= 0.05;         // two weights span the range
       x[i] = static_cast<Real>(scale * v);
     }
     if (!lone || g > 0) continue;
@@ -86,13 +86,14 @@ void check_snap(WeightGrid spec) {
     for (size_t i = 0; i < w.size(); ++i) {
       middles[i] *= before.s;
       off_middle += snapped[i] != middles[i];
-      // Never further from the middle than it was.
+      // A weight never moves away from the middle.
       REQUIRE(std::abs(snapped[i] - middles[i]) <= std::abs(w[i] - middles[i]));
     }
     total += static_cast<int64_t>(w.size());
     held_s |= Quantized<Real>(middles, spec).s != before.s;
   }
-  // There were groups that their middles alone would have changed, and few weights stay for them.
+  // Some groups would change if all their weights moved to the middle, so a few weights stay off
+  // it.
   CHECK(off_middle > 0);
   CHECK(off_middle < total / 10);
   CHECK(held_s);
@@ -100,7 +101,8 @@ void check_snap(WeightGrid spec) {
 
 }  // namespace
 
-TEST_CASE("snap: S, e, z and codes stay, at every width and group size", "[quantizer]") {
+TEST_CASE("snap: S, e, z and codes do not change, at every bit width and group size",
+          "[quantizer]") {
   for (const int bits : {2, 3, 4, 8})
     for (const int group : {32, 64, 128}) {
       check_snap<float>({bits, group});

@@ -1,4 +1,4 @@
-// Streams: the same rows from every kind of memory, and plans that fit or say what to change.
+// Streams: every kind of memory returns the same rows, and a plan fits or says what to change.
 #include "train/stream_store.h"
 
 #include <catch2/catch.hpp>
@@ -66,7 +66,7 @@ std::vector<double> read_all(Stream& stream, Ring& ring, const StreamShape& shap
   return values;
 }
 
-// A result's tensors, except those that identify the run.
+// The tensors of a result file, except those that identify the run.
 std::map<std::string, std::vector<uint8_t>> weights_of(const std::string& path) {
   const data::SafeTensors file(path);
   std::map<std::string, std::vector<uint8_t>> weights;
@@ -81,7 +81,7 @@ std::map<std::string, std::vector<uint8_t>> weights_of(const std::string& path) 
 
 TEST_CASE("a stream returns its rows in any order, from every kind of memory", "[streams]") {
   const TempDir dir;
-  // Rows smaller than a page, of whole pages, and of pages and a rest.
+  // Rows smaller than a page, of whole pages, and of pages plus a remainder.
   for (int64_t row_numel : {7, 4096, 5000})
     for (int64_t rows : {1, 4, 11}) {
       const StreamShape shape = shape_of(rows, row_numel, 3);
@@ -89,7 +89,7 @@ TEST_CASE("a stream returns its rows in any order, from every kind of memory", "
         INFO("tier " << static_cast<int>(tier) << ", " << rows << " rows of " << row_numel);
         Ring ring(backend(), shape, true);
         Stream stream(backend(), shape, tier, dir.path());
-        CHECK(std::filesystem::is_empty(dir.path()));  // a kill would leave no file behind
+        CHECK(std::filesystem::is_empty(dir.path()));  // a killed run leaves no file behind
         fill(stream, ring, shape);
 
         std::vector<double> expected;
@@ -97,7 +97,7 @@ TEST_CASE("a stream returns its rows in any order, from every kind of memory", "
           for (double v : row_values(row, row_numel)) expected.push_back(v);
         CHECK(read_all(stream, ring, shape, counted(rows)) == expected);
 
-        if (tier == Tier::Device) continue;  // gathered by the step itself
+        if (tier == Tier::Device) continue;  // the step itself gathers its rows
         engine::Rng rng(3);
         const std::vector<int32_t> order = rng.permutation(rows);
         expected.clear();
@@ -136,7 +136,7 @@ TEST_CASE("a stream is rewritten in place while it is read ahead", "[streams]") 
   }
 }
 
-TEST_CASE("streams take the fastest memory that has room", "[streams]") {
+TEST_CASE("streams use the fastest memory that has room", "[streams]") {
   const StreamShape shape = shape_of(100, 4096, 4);
   const int64_t stream = shape.rows * shape.row_bytes;
   const int64_t ring = 3 * shape.batch_rows * shape.row_bytes;
@@ -185,7 +185,7 @@ TEST_CASE("no room for a scratch file is one error before any work", "[streams]"
                     Contains("no scratch file can be made"));
 }
 
-TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][streams]") {
+TEST_CASE("a run gives the same bytes with its streams in any kind of memory", "[train][streams]") {
   const Fixture fixture;
   std::filesystem::create_directory(fixture.dir / "scratch");
   const models::LlamaConfig& model = fixture.source->config();
@@ -194,7 +194,8 @@ TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][
     set_option(config, "input-stream", input);
     fixture.run(config);
 
-    // Budgets from the plan itself: no stream on the device; all, one or none in host memory.
+    // The budgets are computed from the plan: no stream fits on the device; all, one or none fit in
+    // host memory.
     config.memory.scratch = fixture.dir / "scratch";
     const train::TrainConfig resolved = train::resolve(config, model, backend().device());
     const train::BlockMemory resident = train::plan_block_memory(backend(), model, resolved);
@@ -222,7 +223,7 @@ TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][
     int run = 0;
     for (train::TrainConfig* other : {&host, &mixed, &files}) {
       other->out = fixture.dir / (std::string(input) + std::to_string(run++));
-      // The budget is for the blocks alone; the end-to-end phase would need more.
+      // The budget is for the block phase; the end-to-end phase would need more.
       other->e2e_steps = 0;
       fixture.run(*other);
       for (const char* stage :
@@ -230,7 +231,8 @@ TEST_CASE("a run gives the same bytes with its streams in any memory", "[train][
         CHECK(weights_of(other->out + stage) == weights_of(config.out + stage));
     }
 
-    // Started on the device, killed inside an epoch of the second block, and resumed with files.
+    // A run that starts on the device, is killed inside an epoch of the second block, and resumes
+    // with files.
     train::TrainConfig resumed = files;
     resumed.out = fixture.dir / (std::string(input) + "_resumed");
     resumed.memory = {};

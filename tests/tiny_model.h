@@ -1,4 +1,4 @@
-// A Llama small enough for tests: its sizes, a Hugging Face directory of random weights, its
+// A Llama small enough for tests: its config, a Hugging Face directory of random weights, its
 // logits.
 #pragma once
 
@@ -15,7 +15,8 @@
 
 namespace bbb::tests {
 
-// Every quantized K is a multiple of 32; no two sizes that could be mistaken are alike.
+// Every quantized K is a multiple of 32. vocab, d_model, hidden, heads and kv_heads all differ, so
+// that none can be mistaken for another.
 inline models::LlamaConfig tiny_config() {
   models::LlamaConfig config;
   config.vocab = 53;
@@ -24,12 +25,12 @@ inline models::LlamaConfig tiny_config() {
   config.layers = 2;
   config.heads = 4;
   config.kv_heads = 2;
-  config.head_dim = 64;  // one that every device's attention takes
+  config.head_dim = 64;  // supported by the attention of every device
   config.max_position = 128;
   return config;
 }
 
-// Writes config.json and model.safetensors: F32 weights whose values bf16 holds too.
+// Writes config.json and model.safetensors. The weights are F32 and exact in bf16.
 inline void write_tiny_model(const std::string& directory, const models::LlamaConfig& config,
                              uint64_t seed) {
   using Entry = data::SafeTensorsWriter::Entry;
@@ -54,7 +55,7 @@ inline void write_tiny_model(const std::string& directory, const models::LlamaCo
     const bool is_norm = entry.shape.size() == 1;
     for (float& value : values) {
       const double drawn = is_norm ? 1 + 0.1 * rng.normal() : 0.15 * rng.normal();
-      // Truncated to a bf16.
+      // Truncate to bf16.
       value =
           std::bit_cast<float>(std::bit_cast<uint32_t>(static_cast<float>(drawn)) & 0xFFFF0000u);
     }
@@ -64,7 +65,7 @@ inline void write_tiny_model(const std::string& directory, const models::LlamaCo
   data::write_file_atomic(directory + "/config.json", models::config_to_json(config));
 }
 
-// `count` tokens below the vocabulary's size.
+// `count` random token ids below `vocab`.
 inline std::vector<int32_t> random_tokens(uint64_t seed, int64_t count, int64_t vocab) {
   engine::Rng rng(seed);
   std::vector<int32_t> ids(static_cast<size_t>(count));
@@ -72,7 +73,7 @@ inline std::vector<int32_t> random_tokens(uint64_t seed, int64_t count, int64_t 
   return ids;
 }
 
-// Logits (T, V) of one sequence; with `kv`, of tokens that stand at kv->start.
+// Logits (T, V) of one sequence. With `kv`, its tokens start at position kv->start.
 inline std::vector<double> logits_of(models::Llama& model, const std::vector<int32_t>& ids,
                                      models::KvCache* kv = nullptr) {
   engine::Backend& device = model.backend();

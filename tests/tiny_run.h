@@ -1,5 +1,5 @@
-// A training run small enough for tests: a random two-layer Llama, random windows, and what a run
-// leaves behind.
+// A training run small enough for tests: a random two-layer Llama, random windows, and readers of
+// the files that a run writes.
 #pragma once
 
 #include <cstring>
@@ -17,7 +17,7 @@
 
 namespace bbb::tests {
 
-// As bbb train does with --option text.
+// Sets an option like `bbb train --option text`.
 inline void set_option(train::TrainConfig& config, const std::string& option,
                        const std::string& text) {
   int found = 0;
@@ -32,7 +32,7 @@ inline void set_option(train::TrainConfig& config, const std::string& option,
 struct Fixture {
   static constexpr int64_t kSeqLen = 32;
   static inline const int32_t kPoisoned =
-      static_cast<int32_t>(tiny_config().vocab) - 1;  // in no window
+      static_cast<int32_t>(tiny_config().vocab) - 1;  // a token in no window of the fixture
 
   Fixture() {
     std::filesystem::create_directory(dir / "model");
@@ -90,8 +90,8 @@ struct Fixture {
   train::TrainConfig config;
 };
 
-// Every result by its name below the run's directory: all but the log, which tells times, and the
-// lock.
+// The content of every result file, by path relative to the run's directory. Two files are left
+// out: the log, which contains times, and the lock.
 inline std::map<std::string, std::string> results(const std::string& run) {
   std::map<std::string, std::string> files;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(run))
@@ -102,7 +102,8 @@ inline std::map<std::string, std::string> results(const std::string& run) {
   return files;
 }
 
-// Those of one phase, or all that are alike in every run.
+// The log lines of one phase; for "", all lines that repeat in every run. Fields that vary between
+// runs are removed.
 inline std::vector<train::Json> log_lines(const std::string& run, const std::string& phase) {
   std::vector<train::Json> lines;
   std::ifstream in(run + "/log.jsonl");

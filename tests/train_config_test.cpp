@@ -1,4 +1,4 @@
-// The table of TrainConfig: run.json, the options of bbb train, and what they refuse.
+// The table of TrainConfig: run.json, the options of bbb train, and invalid values.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -30,7 +30,7 @@ void change(T& value) {
     value += static_cast<T>(3.25);
 }
 
-// The stored fields by their names.
+// The texts of the stored fields, by field name.
 std::map<std::string, std::string> texts(const TrainConfig& config) {
   std::map<std::string, std::string> all;
   train::visit_stored(config, [&](const auto& value, const Field& f) {
@@ -56,7 +56,8 @@ std::string train_help() {
 
 }  // namespace
 
-TEST_CASE("train config: every stored field survives run.json, and none may lack", "[config]") {
+TEST_CASE("train config: every stored field survives run.json, and a missing one is refused",
+          "[config]") {
   TrainConfig config;
   train::visit_stored(config, [](auto& value, const Field&) { change(value); });
   const std::string json = train::to_json(config);
@@ -96,7 +97,7 @@ TEST_CASE("train config: bbb train --help lists every option once", "[config]") 
   });
 }
 
-TEST_CASE("train config: every word is its enumerator", "[config]") {
+TEST_CASE("train config: every option word selects its enumerator", "[config]") {
   using namespace train;
   TrainConfig c;
   const auto check = [&]<typename E>(const char* option, const E& field,
@@ -116,7 +117,8 @@ TEST_CASE("train config: every word is its enumerator", "[config]") {
         {{"timed", GemmAlgorithms::Timed}, {"heuristic", GemmAlgorithms::Heuristic}});
 }
 
-TEST_CASE("train config: an option's text becomes the value, or is refused by name", "[config]") {
+TEST_CASE("train config: an option's text is parsed, or refused by an error that names the option",
+          "[config]") {
   TrainConfig c;
   set_option(c, "lr", "1e-4, 4e-4");
   CHECK(c.lr == std::vector<double>{1e-4, 4e-4});
@@ -172,7 +174,7 @@ TEST_CASE("train config: an option's text becomes the value, or is refused by na
   }
 }
 
-TEST_CASE("train config: a program's values obey the options' rules", "[config]") {
+TEST_CASE("train config: values that a program sets must obey the options' rules", "[config]") {
   const auto resolved = [](auto change) {
     TrainConfig config;
     config.seq_len = 32;

@@ -1,5 +1,5 @@
-// Training runs on a random two-layer Llama: what they learn, that they repeat byte for byte, and
-// that a killed run ends as an uninterrupted one does.
+// Training runs of a random two-layer Llama: they learn, they repeat byte for byte, and a killed
+// run ends like an uninterrupted one.
 #include "train/train.h"
 
 #include <catch2/catch.hpp>
@@ -29,7 +29,7 @@ using train::TrainConfig;
 constexpr int64_t kSeqLen = Fixture::kSeqLen;
 const int32_t kPoisoned = Fixture::kPoisoned;
 
-// A tokenizer that is only carried into exports.
+// A tokenizer that is only passed to exports.
 class NoTokenizer : public data::Tokenizer {
  public:
   std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
@@ -46,7 +46,7 @@ struct Killed {};
 
 }  // namespace
 
-TEST_CASE("every stage of every block lowers its validation loss, whatever stream it is fed",
+TEST_CASE("every stage of every block lowers its validation loss, with every input stream",
           "[train]") {
   const Fixture fixture;
   for (const char* stream : {"same", "higher", "mix"}) {
@@ -77,7 +77,7 @@ TEST_CASE("every stage of every block lowers its validation loss, whatever strea
   }
 }
 
-TEST_CASE("end to end from round to nearest lowers the loss", "[train]") {
+TEST_CASE("end-to-end training from round to nearest lowers the loss", "[train]") {
   const Fixture fixture;
   for (const char* loss : {"kl", "ce"})
     for (const char* what : {"all", "scales"}) {
@@ -91,7 +91,7 @@ TEST_CASE("end to end from round to nearest lowers the loss", "[train]") {
 
       const std::vector<Json> lines = log_lines(config.out, "e2e");
       REQUIRE(lines.size() == 40);
-      double first = 0, last = 0;  // an epoch each: the same windows
+      double first = 0, last = 0;  // sums over one epoch each: the same windows
       for (size_t i = 0; i < 4; ++i) {
         first += lines[i]["loss"].get<double>();
         last += lines[36 + i]["loss"].get<double>();
@@ -120,7 +120,7 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
       fixture.run(again);
       CHECK(results(again.out) == expected);
 
-      // Killed behind the first block, then behind end-to-end steps 1 (nothing saved yet) and 3.
+      // Killed after the first block, then after end-to-end steps 1 (nothing saved yet) and 3.
       TrainConfig killed = config;
       killed.out = fixture.dir / (name + "_killed");
       train::Observer observer;
@@ -144,25 +144,25 @@ TEST_CASE("a run repeats byte for byte, and a killed one ends with the same byte
     }
 }
 
-TEST_CASE("a run killed inside a block goes on from its newest state", "[train]") {
+TEST_CASE("a run killed inside a block continues from its newest state", "[train]") {
   const Fixture fixture;
-  constexpr int64_t kSteps = 8;  // of a stage: 2 epochs of 16 windows by 4
+  constexpr int64_t kSteps = 8;  // of a stage: 2 epochs of 16 windows, 4 a step
   struct Kill {
-    int64_t save_every, block, stage, step;  // killed behind this step
-    int64_t goes_on_stage, goes_on_step;     // with this one
+    int64_t save_every, block, stage, step;  // killed after this step
+    int64_t goes_on_stage, goes_on_step;     // continues with this step
   };
   const Kill kills[] = {
       {2, 0, 0, 1, 0, 1},  // nothing is saved yet
-      {3, 0, 0, 5, 0, 4},  // in the first epoch's middle
+      {3, 0, 0, 5, 0, 4},  // in the middle of the first epoch
       {4, 0, 1, 4, 1, 1},  // an epoch's state waits for its validation
       {4, 0, 1, 5, 1, 5},
-      {1, 1, 0, kSteps, 0, kSteps},      // the last step leads to a result, not to a state
+      {1, 1, 0, kSteps, 0, kSteps},      // the last step writes a result, not a state
       {kSteps + 1, 1, 1, kSteps, 1, 1},  // the stage before is finished
       {2, 1, 1, 7, 1, 7},
   };
   struct Case {
     const char* stream;
-    double lr;  // of the last stage; at 1 training makes it worse, so its start stays the best
+    double lr;  // of the last stage; 1: training gets worse, so the start stays the best
   };
   for (const Case& c : {Case{"same", 3e-3}, {"higher", 1}, {"mix", 1}}) {
     TrainConfig config = fixture.both_phases(std::string(c.stream));
@@ -194,7 +194,7 @@ TEST_CASE("a run killed inside a block goes on from its newest state", "[train]"
   }
 }
 
-TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one is removed",
+TEST_CASE("a state of another run or a damaged one is refused; an obsolete one is removed",
           "[train]") {
   const Fixture fixture;
   const auto kill_at = [&](const TrainConfig& config, int64_t at_block, int64_t at_step) {
@@ -218,7 +218,7 @@ TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one 
   CHECK_THROWS_WITH(fixture.run(config), Contains("state.safetensors"));
   data::write_file_atomic(config.out + state, early);
 
-  // A result that went missing: nothing is trained on top of the hole.
+  // A result is missing: training does not continue without it.
   kill_at(config, 1, 3);
   const std::string lost = config.out + "/blocks/block_000_stage_1.safetensors";
   fs::rename(lost, fixture.dir / "lost");
@@ -236,7 +236,7 @@ TEST_CASE("a state that is not the run's, or not whole, is refused; a spent one 
   CHECK(results(config.out) == expected);
 }
 
-TEST_CASE("a state holds tensors of both dtypes, and is loaded into the same ones only",
+TEST_CASE("a state holds tensors of both dtypes, and loads only into equal dtypes and sizes",
           "[train]") {
   const TempDir dir;
   const std::string path = dir / "state.safetensors";
@@ -277,7 +277,7 @@ TEST_CASE("one process at a time trains in a directory; others may read it", "[t
   CHECK(fs::exists(config.out + "_out"));
 }
 
-TEST_CASE("states are saved every so many steps, or by the clock at a twentieth of the time",
+TEST_CASE("states are saved every N steps, or by the clock in at most a twentieth of the time",
           "[train]") {
   using namespace std::chrono_literals;
   train::SaveTimer steps(3);
@@ -289,7 +289,7 @@ TEST_CASE("states are saved every so many steps, or by the clock at a twentieth 
   clock.restart(start);
   CHECK_FALSE(clock.due(7, start + 29s));
   CHECK(clock.due(7, start + 30s));
-  clock.saved(start + 30s, start + 31s);  // a second: 30 s later still
+  clock.saved(start + 30s, start + 31s);  // saving took 1 s: the next is due 30 s later
   CHECK_FALSE(clock.due(8, start + 60s));
   CHECK(clock.due(8, start + 61s));
   clock.saved(start + 70s, start + 75s);
@@ -320,11 +320,11 @@ TEST_CASE("a finished run is left as it is", "[train]") {
   fs::remove(lock);
   fixture.run(config, observer);
   CHECK(results(config.out) == before);
-  CHECK_FALSE(fs::exists(lock));  // it may lie where nothing can be written
+  CHECK_FALSE(fs::exists(lock));  // a finished run may be in a read-only directory
   TrainConfig other = config;
   other.seed = 1;
   CHECK_THROWS_WITH(fixture.run(other, observer), Contains("holds a run with another config"));
-  // A state that a kill left behind the result goes, under the lock.
+  // A kill left a state next to the result: the run takes the lock and removes the state.
   data::write_file_atomic(train::RunDirectory(config.out).e2e_state_file(), "spent");
   fixture.run(config, observer);
   CHECK(results(config.out) == before);
@@ -345,14 +345,14 @@ TEST_CASE("steps that are not finite are skipped and counted", "[train]") {
   for (const Json& line : log_lines(config.out, "validation")) CHECK(line["loss"].is_number());
 }
 
-TEST_CASE("a run whose every step is skipped says so", "[train]") {
+TEST_CASE("a run that skips every step fails and says so", "[train]") {
   Fixture fixture;
   fixture.poison_last_token();
   for (int64_t i = 0; i < fixture.windows.count; ++i) fixture.windows.ids[i * kSeqLen] = kPoisoned;
   CHECK_THROWS_WITH(fixture.run(fixture.both_phases("run")), Contains("every step was skipped"));
 }
 
-TEST_CASE("snapping starts from the model that the blocks made", "[train]") {
+TEST_CASE("snapping starts from the model that block training produced", "[train]") {
   const Fixture fixture;
   TrainConfig blocks = fixture.both_phases("blocks");
   blocks.e2e_steps = 0;
@@ -370,7 +370,7 @@ TEST_CASE("snapping starts from the model that the blocks made", "[train]") {
   CHECK(weights[0] == weights[1]);
 }
 
-TEST_CASE("a finished run exports to a checkpoint that gives the trained model", "[train]") {
+TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train]") {
   const Fixture fixture;
   for (const char* what : {"all", "scales"}) {
     TrainConfig config = fixture.both_phases(what);
@@ -381,7 +381,7 @@ TEST_CASE("a finished run exports to a checkpoint that gives the trained model",
                                           packed, ExportFormat::Packed);
     train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, plain,
                       ExportFormat::HuggingFace);
-    CHECK(bits == Approx(2.3125).margin(0.1));  // rows of zero points are padded to bytes
+    CHECK(bits == Approx(2.3125).margin(0.1));  // rows of zero points are padded to whole bytes
 
     const std::vector<int32_t> text(fixture.windows.ids.begin(),
                                     fixture.windows.ids.begin() + 16 * kSeqLen);
@@ -392,7 +392,7 @@ TEST_CASE("a finished run exports to a checkpoint that gives the trained model",
       model.load_blocks(*checkpoint);
       nll[i] = models::perplexity(model, text, 16, kSeqLen, [](int64_t) {}).nll;
     }
-    // The plain file holds (q - z) e S rounded to bf16: exact at 2 bits.
+    // The plain file stores (q - z) e S rounded to bf16, which is exact at 2 bits.
     CHECK(nll[0] == Approx(nll[1]).epsilon(on_cuda() ? 2e-3 : 1e-5));
   }
 
@@ -421,7 +421,8 @@ TEST_CASE("an unfinished run, or another model's, is not exported", "[train]") {
   CHECK_FALSE(fs::exists(config.out + "_out"));
 }
 
-TEST_CASE("a model that differs anywhere from the run's is named and refused", "[train]") {
+TEST_CASE("a model that differs from the run's is refused, and the differing part is named",
+          "[train]") {
   const Fixture fixture;
   const TrainConfig config = fixture.both_phases("run");
   const NoTokenizer tokenizer;
@@ -476,10 +477,10 @@ TEST_CASE("a model that differs anywhere from the run's is named and refused", "
   };
   check("tokenizer.json", OtherTokenizer());
   CHECK_FALSE(fs::exists(config.out + "_out"));
-  export_with(*models::open_checkpoint(other), tokenizer);  // it is the run's again
+  export_with(*models::open_checkpoint(other), tokenizer);  // equal to the run's model again
 }
 
-TEST_CASE("a model is the same in one file and in shards, and made from another seed another one",
+TEST_CASE("a sharded model equals the single file, and another seed makes another model",
           "[train]") {
   const Fixture fixture;
   const std::string sharded = fixture.dir / "sharded";
@@ -507,7 +508,8 @@ TEST_CASE("a model is the same in one file and in shards, and made from another 
 
 namespace {
 
-// Every so often, and at both ends.
+// Copies of `bytes` with one bit flipped at evenly spaced bytes, both ends included, and one copy
+// cut in half.
 std::vector<std::string> damaged(const std::string& bytes) {
   std::vector<std::string> all;
   for (size_t i = 0; i < 8; ++i) {
@@ -521,8 +523,7 @@ std::vector<std::string> damaged(const std::string& bytes) {
 
 }  // namespace
 
-TEST_CASE("a damaged file is named by export and resume, and deleting it mends the run",
-          "[train]") {
+TEST_CASE("export and resume name a damaged file, and deleting it repairs the run", "[train]") {
   const Fixture fixture;
   TrainConfig config = fixture.both_phases("run");
   fixture.run(config);
@@ -556,7 +557,7 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
     fixture.run(c);
     CHECK(results(c.out) == whole);
   }
-  // Another run's stage, whole as it is.
+  // An undamaged stage of another run.
   TrainConfig other = blocks;
   other.out = fixture.dir / "other";
   other.seed = 1;
@@ -565,7 +566,7 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
   CHECK_THROWS_WITH(export_it(blocks), Contains(stage + ": is of another run"));
   for (const TrainConfig& c : {config, blocks}) CHECK_FALSE(fs::exists(c.out + "_out"));
 
-  // Read by a run that goes on.
+  // Files that a continued run reads.
   fs::remove_all(config.out);
   train::Observer observer;
   observer.after_block_step = [](int64_t block, int64_t, int64_t step) {
@@ -588,7 +589,7 @@ TEST_CASE("a damaged file is named by export and resume, and deleting it mends t
   CHECK(results(config.out) == expected);
 }
 
-TEST_CASE("a run of a bbb that knew no checksums is refused, and says why", "[train]") {
+TEST_CASE("a run without checksums is refused, with the reason", "[train]") {
   const Fixture fixture;
   const TrainConfig config = fixture.both_phases("run");
   fixture.run(config);
@@ -616,7 +617,7 @@ TEST_CASE("a directory with another run, or with something else, is refused", "[
 
   fs::create_directory(fixture.dir / "foreign");
   data::write_file_atomic(fixture.dir / "foreign/letter.txt", "dear reader");
-  // Killed as soon as its directory stood: the run simply begins.
+  // Killed right after its directory was created: the run simply begins.
   fs::create_directory(fixture.dir / "begun");
   fs::create_directory(fixture.dir / "begun/blocks");
   config.out = fixture.dir / "begun";
@@ -681,12 +682,12 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
   CHECK(wide.lr[0] == Approx(1e-5));
   CHECK(wide.lr[1] == Approx(2e-5));
-  // Between the anchors a rate falls with the width.
+  // Between the two measured widths, a rate falls with the width.
   models::LlamaConfig middle = large;
   middle.d_model = 2048;
   CHECK(resolved(middle, "w2a16", keep).lr[0] < 1e-3);
   CHECK(resolved(middle, "w2a16", keep).lr[0] > 2e-5);
-  // A high rate behind blocks is the one that needs snapping.
+  // Only a high rate after block training needs snapping.
   CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = 4e-4; }).e2e_snap ==
         train::Snap::On);
   CHECK(train::to_json(train::config_from_json(train::to_json(wide), "test")) ==

@@ -1,5 +1,5 @@
-// One row times a matrix, packed and dense, with cold caches: many products in one recorded graph,
-// each through the next copy of the weight.
+// Times one row times a matrix, packed and dense, with cold caches. A recorded graph holds many
+// products, each with the next copy of the weight.
 #include <algorithm>
 
 #include "tools/bench.h"
@@ -20,7 +20,7 @@ int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
   return std::clamp<int64_t>((rotation_bytes + weight_bytes - 1) / weight_bytes, 1, kMaxCopies);
 }
 
-// Seconds of one product; product(i) queues one through copy i.
+// Returns the seconds of one product. product(i) queues one with copy i of the weight.
 double measure_products(Backend& backend, int64_t copies,
                         const std::function<void(int64_t copy)>& product) {
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
@@ -32,7 +32,7 @@ double measure_products(Backend& backend, int64_t copies,
          static_cast<double>(products);
 }
 
-// `copies` tensors (rows, row_bytes) in one allocation, each on a boundary of 256 bytes.
+// `copies` tensors of bytes in one allocation, each aligned to 256 bytes.
 class ByteCopies {
  public:
   ByteCopies(Backend& backend, int64_t copies, engine::Shape shape, int first, int choices)

@@ -1,4 +1,4 @@
-// A training step, timed as a run replays it, on a synthetic model and random tokens.
+// Times a training step, replayed as in a run, on a synthetic model and random tokens.
 #include <algorithm>
 #include <optional>
 #include <utility>
@@ -17,7 +17,7 @@ using train::StepPart;
 
 namespace {
 
-// On a GPU short steps are queued together, as in a run.
+// On a GPU, short steps are queued together, as in a run.
 Repeats repeats_for(const Backend& backend, const TrainBench& bench) {
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
   Repeats repeats;
@@ -27,7 +27,7 @@ Repeats repeats_for(const Backend& backend, const TrainBench& bench) {
   return repeats;
 }
 
-// A run long enough for every timed step, on a few batches.
+// The configuration of a run that has enough steps for all timed ones, on a few batches.
 train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   constexpr int64_t kBatches = 4;
   const Repeats repeats = repeats_for(backend, bench);
@@ -88,7 +88,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
   TrainBenchResult result;
   result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
                  static_cast<double>(bench.batch * bench.seq_len);
-  train::BlockMemory memory;  // end to end: what it shares with that phase
+  train::BlockMemory memory;  // end to end: only its PhaseMemory part is set
   if (bench.end_to_end)
     static_cast<train::PhaseMemory&>(memory) =
         train::plan_end_to_end_memory(backend, model, config);
@@ -112,8 +112,8 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
       if (last == StepPart::Optimizer) result.kernels = replay->kernels();
       return measure_seconds(backend, repeats, [&] { replay->run(); });
     };
-    // The whole step comes first: behind it the parts find weights that are quantized ahead, as a
-    // step does.
+    // Measure the whole step first. After it the weights are prequantized, so the parts start like
+    // a step of a run.
     result.step_s = measure(StepPart::Optimizer);
     const double quantize = measure(StepPart::Quantize), forward = measure(StepPart::Forward),
                  backward = measure(StepPart::Backward);
@@ -136,8 +136,8 @@ int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
     model.layers = layers;
     return train::count_end_to_end_memory(backend, model, config, mode).device_bytes <= room;
   };
-  // The answer is in [most, beyond). Doubling comes first: a model far beyond the device may be too
-  // large to count.
+  // The answer is in [most, beyond). Start by doubling: a model far larger than the device may be
+  // too large to count.
   int64_t most = 1, beyond = bench.model.layers + 1;
   while (beyond - most > 1) {
     const int64_t layers = std::min(2 * most, (most + beyond) / 2);

@@ -22,8 +22,8 @@ std::string key(const Field& f) {
 template <typename T>
 constexpr bool kPlain = std::is_constructible_v<Json, T> && !std::is_enum_v<T>;
 
-// A learning rate measured at two model widths. Between them it is interpolated in log-log, outside
-// it is constant.
+// A learning rate measured at two model widths. Between them it is interpolated in log-log; outside
+// them it is constant.
 struct Anchor {
   double at_576;
   double at_4096;
@@ -39,8 +39,8 @@ constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
 constexpr Anchor kAllFromRounding{1e-3, 2e-5};
 constexpr Anchor kScales{1e-4, 1e-5};
-// Block training leaves many masters on a decision threshold. From this rate on the first steps
-// would flip them all at once and destroy the model, unless they are snapped first.
+// Block training leaves many masters on a decision threshold. At this rate or above, the first
+// steps would flip them all at once and destroy the model, unless the masters are snapped first.
 constexpr Anchor kSnapFrom{5e-5, 5e-6};
 
 void want(bool condition, const std::string& message) {

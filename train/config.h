@@ -13,7 +13,8 @@
 
 namespace bbb::train {
 
-// One step of a schedule: widths of weights and activations. activation_bits is 16.
+// One stage of the block phase: the bit widths of weights and activations. activation_bits must be
+// 16.
 struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
@@ -25,16 +26,17 @@ struct Stage {
 
 // config_table.h has the words of each enumeration, in the order of its enumerators.
 //
-// The input of stage t: its own stream, that of the stage before, or both in rotation.
+// The input stream of stage t. Same: its own. Higher: that of the stage before. Mix: both in
+// rotation.
 enum class InputStream { Same, Higher, Mix };
 enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
-enum class Snap { Auto, On, Off };         // move masters to the middle of their bins at the start
-// Timed: measures which algorithm of a product is the fastest. Two runs may then differ in the last
-// bits. Heuristic: the library's first suggestion.
+enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
+// Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
+// the last bits. Heuristic: takes the library's first suggestion.
 enum class GemmAlgorithms { Timed, Heuristic };
 
-// How long a block phase is: training windows, and passes over them in every stage.
+// Length of a block phase: training windows, and passes over them in every stage.
 struct RunLength {
   int64_t samples = 0;
   int64_t epochs = 0;
@@ -44,7 +46,7 @@ struct RunLength {
   }
 };
 
-// What a run may use. It decides where data is stored, never what is computed.
+// Memory that a run may use. It decides where data is stored, never what is computed.
 struct MemoryBudget {
   int64_t device_bytes = 0;  // 0: what the device has left
   int64_t host_bytes = 0;    // for streams; 0: four fifths of what the machine has left
@@ -79,12 +81,12 @@ struct TrainConfig {
   double e2e_lr = 0;  // 0: by model width, e2e_train and whether blocks are trained
   Snap e2e_snap = Snap::Auto;
 
-  std::optional<int32_t> doc_end;  // token; empty: the vocabulary's own end of document
+  std::optional<int32_t> doc_end;  // token id; empty: the vocabulary's own end of document
   int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores
   GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
-  std::optional<RunLength> extrapolate;  // after the blocks, report how long such a run would take
+  std::optional<RunLength> extrapolate;  // after the blocks, report the time of such a run
 };
 
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
@@ -93,8 +95,8 @@ std::string to_string(const std::vector<Stage>& stages);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
 
-// All fields except out, memory and extrapolate, which do not decide the result, as indented JSON,
-// and back. `where`: the file, for errors.
+// Converts to indented JSON, and back: all fields except out, memory and extrapolate, which do not
+// decide the result. `where`: the file, for error messages.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 

@@ -1,6 +1,6 @@
 // The table of TrainConfig's fields, and the conversion between an option's text and a field's
-// value. The command line, run.json and the checks visit the table. A new option is a field in
-// TrainConfig and an entry here.
+// value. The command line, run.json and the checks visit the table. To add an option, add a field
+// to TrainConfig and an entry here.
 #pragma once
 
 #include <algorithm>
@@ -12,18 +12,18 @@
 namespace bbb::train {
 
 struct Rule {
-  const char* wanted = "a text";     // for error messages; an enumeration's words, in order
-  bool (*allows)(double) = nullptr;  // checks a number, or each number of a list; null: all pass
-  double unit = 1;                   // the field's value = unit x the number in the option's text
+  const char* expected = "a text";    // for error messages; of an enumeration: its words, in order
+  bool (*accepts)(double) = nullptr;  // a number, or each one of a list; null: accepts all
+  double unit = 1;                    // the field's value = unit x the number in the text
 };
 inline constexpr Rule kNatural{"a whole number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kPositive{"a whole number of at least 1", [](double x) { return x >= 1; }};
 inline constexpr Rule kTwoOrMore{"a whole number of at least 2", [](double x) { return x >= 2; }};
-inline constexpr Rule kTokenId{"a token id from 0 to 2147483647", kNatural.allows};
+inline constexpr Rule kTokenId{"a token id from 0 to 2147483647", kNatural.accepts};
 inline constexpr Rule kGroupSize{"32, 64 or 128",
                                  [](double x) { return x == 32 || x == 64 || x == 128; }};
 inline constexpr Rule kRate{"a rate above 0, at most 1", [](double x) { return x > 0 && x <= 1; }};
-inline constexpr Rule kRates{"rates above 0, at most 1, with commas between them", kRate.allows};
+inline constexpr Rule kRates{"rates above 0, at most 1, with commas between them", kRate.accepts};
 inline constexpr Rule kGigabytes{"a number of GB from 1e-6 to 1e6",
                                  [](double x) { return x >= 1e-6 && x <= 1e6; }, 1e9};
 inline constexpr Rule kStageList{"stages such as w2a16, with commas between them"};
@@ -32,11 +32,11 @@ inline constexpr Rule kSnapWords{"auto, on, off"};
 inline constexpr Rule kRecomputeWords{"none, attention, block"};
 
 struct Field {
-  const char* name;             // of the option; with _ for -, the JSON key
+  const char* name;             // of the option; the JSON key has _ for -
   const char* group = nullptr;  // heading in the help; null: no option
   const char* help = "";
   Rule rule = {};
-  const char* unset = nullptr;  // the option's text for T{}; null: write() gives it
+  const char* unset = nullptr;  // the option's text for T{}; null: write(T{})
 };
 
 inline constexpr const char* kRun = "";
@@ -54,7 +54,7 @@ inline constexpr Field kRecompute{
     "the first that fits",
     kRecomputeWords, "auto"};
 
-// Calls visitor(value, field) for every field that run.json holds, in its order.
+// Calls visitor(value, field) for every field that run.json stores, in the order of the file.
 template <typename Config, typename Visitor>
 void visit_stored(Config& c, const Visitor& v) {
   v(c.model, {"model", kRun, "directory or GGUF file"});
@@ -116,7 +116,7 @@ void visit(Config& c, const Visitor& v) {
 // "a, b,c" -> {"a", "b", "c"}.
 std::vector<std::string> split(const std::string& text);
 
-// False if the text is no T or breaks the rule.
+// Parses `text` into `value`. Returns false if the text is not a T or the rule does not accept it.
 bool read(const std::string& text, Stage& value, const Rule&);
 bool read(const std::string& text, RunLength& value, const Rule&);
 template <typename T>
@@ -132,22 +132,22 @@ bool read(const std::string& text, T& value, const Rule& rule) {
       return read(word, value.emplace_back(), rule);
     });
   } else if constexpr (std::is_enum_v<T>) {
-    const std::vector<std::string> words = split(rule.wanted);
+    const std::vector<std::string> words = split(rule.expected);
     value = static_cast<T>(std::ranges::find(words, text) - words.begin());
     return static_cast<size_t>(value) < words.size();
   } else if (rule.unit != 1) {
     double number = 0;
-    if (!read(text, number, {rule.wanted, rule.allows})) return false;
+    if (!read(text, number, {rule.expected, rule.accepts})) return false;
     value = static_cast<T>(number * rule.unit);
     return true;
   } else {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     return error == std::errc() && end == text.data() + text.size() &&
-           (rule.allows == nullptr || rule.allows(static_cast<double>(value)));
+           (rule.accepts == nullptr || rule.accepts(static_cast<double>(value)));
   }
 }
 
-// The text from which read() gets this value; "" if the option is not given.
+// The inverse of read(). Returns "" for an option that is not set.
 template <typename T>
 std::string write(const T& value, const Rule& rule) {
   if constexpr (requires { value.has_value(); }) {
@@ -157,7 +157,7 @@ std::string write(const T& value, const Rule& rule) {
     for (const auto& element : value) text += (text.empty() ? "" : ",") + write(element, rule);
     return text;
   } else if constexpr (std::is_enum_v<T>) {
-    return split(rule.wanted).at(static_cast<size_t>(value));
+    return split(rule.expected).at(static_cast<size_t>(value));
   } else {
     if constexpr (std::is_arithmetic_v<T>)
       if (rule.unit != 1) return value == 0 ? "" : cat(static_cast<double>(value) / rule.unit);
@@ -165,8 +165,8 @@ std::string write(const T& value, const Rule& rule) {
   }
 }
 
-// A field's value as the text of its option, and back. parse() throws UsageError, naming the option
-// and what it takes.
+// Converts a field's value to the text of its option, and back. parse() throws UsageError that
+// names the option and what it expects.
 template <typename T>
 std::string option_text(const T& value, const Field& f) {
   return f.unset != nullptr && value == T{} ? f.unset : write(value, f.rule);
@@ -176,7 +176,7 @@ T parse(const std::string& text, const Field& f) {
   T value{};
   if (f.unset != nullptr && text == f.unset) return value;
   if (!read(text, value, f.rule))
-    throw UsageError(cat("--", f.name, " is '", text, "'; it takes ", f.rule.wanted,
+    throw UsageError(cat("--", f.name, " is '", text, "'; it takes ", f.rule.expected,
                          f.unset != nullptr ? cat(" or '", f.unset, "'") : ""));
   return value;
 }
