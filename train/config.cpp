@@ -145,7 +145,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   } else {
     want(c.val_samples > 0, "--val-samples must be at least 1");
     want(c.batch <= c.samples,
-         cat("--batch is ", c.batch, ", but must lie between 1 and --samples ", c.samples));
+         cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
     if (c.lr.size() == 1) c.lr.resize(c.stages.size(), c.lr[0]);
     if (c.lr.empty())
       for (const Stage& s : c.stages)
@@ -159,7 +159,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   if (c.e2e_steps > 0) {
     const bool all = c.e2e_train == EndToEndTrain::All, blocks = !c.stages.empty();
     want(c.e2e_batch <= c.samples,
-         cat("--e2e-batch is ", c.e2e_batch, ", but must lie between 1 and --samples ", c.samples));
+         cat("--e2e-batch is ", c.e2e_batch, ", but must be between 1 and --samples ", c.samples));
     if (c.e2e_micro_batch == 0) {
       // Enough rows for efficient matrix products, few enough to fit. Narrow models need more.
       const int64_t tokens = device != engine::DeviceType::Cuda ? 1024

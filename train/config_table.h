@@ -87,7 +87,7 @@ void visit_stored(Config& c, const Visitor& v) {
                  "masters to the middle of their bins first: auto, on or off", kSnapWords});
   v(c.save_every,
     {"save-every", kRun,
-     "steps between states from which a killed run goes on; default: by the clock, at most a "
+     "steps between states from which a killed run continues; default: by the clock, at most a "
      "twentieth of the time",
      kPositive, "auto"});
   v(c.doc_end,
@@ -100,7 +100,7 @@ void visit_stored(Config& c, const Visitor& v) {
 template <typename Config, typename Visitor>
 void visit(Config& c, const Visitor& v) {
   visit_stored(c, v);
-  v(c.out, {"out", kRun, "directory of the run; an interrupted one goes on"});
+  v(c.out, {"out", kRun, "directory of the run; an interrupted one continues"});
   v(c.memory.device_bytes,
     {"gpu-memory", kMemory, "GB of the device to use; default: what it has left", kGigabytes});
   v(c.memory.host_bytes,
