@@ -357,15 +357,15 @@ TEST_CASE("rope rotates pairs by their position, and its gradient rotates back")
   const Shape shape{2, 5, 3, 4};
   const Tensor freq = make(b, {2}, DType::F32, {1.0, 0.125});
   const Tensor start = make_ids(b, {1}, {7});
-  const auto turned = [&](const Tensor& x, Rotation direction) {
+  const auto rotated = [&](const Tensor& x, Rotation direction) {
     const Tensor y = empty64(shape);
     b.copy(y, x);
     b.rope(y, freq, start, direction);
     return y;
   };
   check_gradient(
-      {shape}, [&](const Tensors& in) { return turned(in[0], Rotation::Forward); },
-      [&](const Tensors&, const Tensor& dout) { return Tensors{turned(dout, Rotation::Inverse)}; });
+      {shape}, [&](const Tensors& in) { return rotated(in[0], Rotation::Forward); },
+      [&](const Tensors&, const Tensor& dout) { return Tensors{rotated(dout, Rotation::Inverse)}; });
   const Tensor one = make(b, {1, 1, 1, 4}, DType::F64, {1, 2, 3, 4});
   b.rope(one, freq, start, Rotation::Forward);
   const double c0 = std::cos(7.0), s0 = std::sin(7.0), c1 = std::cos(0.875), s1 = std::sin(0.875);
