@@ -1,5 +1,5 @@
-// The private ops of a backend, listed once for the classes that declare them: OP(name, parameter
-// types). do_NAME takes the arguments of Backend::NAME, then its scratch if it needs any.
+// The private ops of a backend, listed once for every class that declares or instantiates them.
+// BBB_OP_NAME: the types of do_NAME's parameters: those of Backend::NAME, then its scratch if any.
 #pragma once
 
 #include "engine/tensor.h"
@@ -9,48 +9,57 @@ using Arg = const Tensor&;
 }
 
 // clang-format off
-#define BBB_BACKEND_OPS(OP)                                                                       \
-  OP(upload, Arg, const void*)                                                                    \
-  OP(copy, Arg, Arg)                                                                              \
-  OP(cast, Arg, Arg)                                                                              \
-  OP(zero, Arg)                                                                                   \
-  OP(embed, Arg, Arg, Arg)                                                                        \
-  OP(gather_rows, Arg, const Rows&)                                                               \
-  OP(advance, Arg)                                                                                \
-  OP(log_control, Arg, Arg, Arg)                                                                  \
-  OP(gemm_nt, Arg, Arg, Arg, Arg, Arg)                                                            \
-  OP(gemm_nn, Arg, Arg, Arg, Arg, Write)                                                          \
-  OP(gemm_tn, Arg, Arg, Arg, Write)                                                               \
-  OP(rms_norm, Arg, Arg, Arg, Arg, double)                                                        \
-  OP(rms_norm_backward, Arg, Arg, Arg, Arg, Arg, Arg, Write, Write, Arg)                          \
-  OP(input_scale_gradient, Arg, Arg, Arg, Arg, Arg, Write, Arg)                                   \
-  OP(swiglu, Arg, Arg, Arg)                                                                       \
-  OP(swiglu_backward, Arg, Arg, Arg, Arg, Arg)                                                    \
-  OP(rope, Arg, Arg, Arg, Rotation)                                                               \
-  OP(add, Arg, Arg, Arg)                                                                          \
-  OP(attention, Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg)                               \
-  OP(attention_backward, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg,                        \
-     const AttentionSpec&, Arg)                                                                   \
-  OP(append_kv, Arg, Arg, Arg, Arg, Arg)                                                          \
-  OP(attention_cached, Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg)                        \
-  OP(mse, Arg, Arg, Arg, const Rows&, Arg)                                                        \
-  OP(cross_entropy, Arg, Arg, Arg, Arg, double)                                                   \
-  OP(kl_divergence, Arg, Arg, Arg, Arg, Arg, double)                                              \
-  OP(cross_entropy_chunk, Arg, Arg, Arg, Arg, int64_t, Write)                                     \
-  OP(kl_divergence_chunk, Arg, Arg, Arg, Arg, Arg, Write)                                         \
-  OP(cross_entropy_chunk_backward, Arg, Arg, Arg, Arg, int64_t, double)                           \
-  OP(kl_divergence_chunk_backward, Arg, Arg, Arg, Arg, Arg, double)                               \
-  OP(sum, Arg, Arg, double, Write, Arg)                                                           \
-  OP(max_group_range, const QuantizedWeights&, Arg)                                               \
-  OP(fake_quant, const QuantizedWeights&, Arg)                                                    \
-  OP(quantize_codes, Arg, Arg, Arg, Arg, Arg, const WeightGrid&)                                  \
-  OP(scale_codes, Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&)                                \
-  OP(scale_codes_backward, Arg, Arg, Arg, Arg, const WeightGrid&, Write)                          \
-  OP(unpack, Arg, const PackedWeight&)                                                            \
-  OP(packed_gemv, Arg, Arg, const PackedWeight&, Arg)                                             \
-  OP(step_control, Arg, Arg, Arg, Arg, const Schedule&, Arg)                                      \
-  OP(adamw, Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&,              \
-     const AdamWSpec&)
+#define BBB_OP_upload Arg, const void*
+#define BBB_OP_copy Arg, Arg
+#define BBB_OP_cast Arg, Arg
+#define BBB_OP_zero Arg
+#define BBB_OP_embed Arg, Arg, Arg
+#define BBB_OP_gather_rows Arg, const Rows&
+#define BBB_OP_advance Arg
+#define BBB_OP_log_control Arg, Arg, Arg
+#define BBB_OP_gemm_nt Arg, Arg, Arg, Arg, Arg
+#define BBB_OP_gemm_nn Arg, Arg, Arg, Arg, Write
+#define BBB_OP_gemm_tn Arg, Arg, Arg, Write
+#define BBB_OP_rms_norm Arg, Arg, Arg, Arg, double
+#define BBB_OP_rms_norm_backward Arg, Arg, Arg, Arg, Arg, Arg, Write, Write, Arg
+#define BBB_OP_input_scale_gradient Arg, Arg, Arg, Arg, Arg, Write, Arg
+#define BBB_OP_swiglu Arg, Arg, Arg
+#define BBB_OP_swiglu_backward Arg, Arg, Arg, Arg, Arg
+#define BBB_OP_rope Arg, Arg, Arg, Rotation
+#define BBB_OP_add Arg, Arg, Arg
+#define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
+#define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
+  const AttentionSpec&, Arg
+#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg
+#define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
+#define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
+#define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double
+#define BBB_OP_kl_divergence Arg, Arg, Arg, Arg, Arg, double
+#define BBB_OP_cross_entropy_chunk Arg, Arg, Arg, Arg, int64_t, Write
+#define BBB_OP_kl_divergence_chunk Arg, Arg, Arg, Arg, Arg, Write
+#define BBB_OP_cross_entropy_chunk_backward Arg, Arg, Arg, Arg, int64_t, double
+#define BBB_OP_kl_divergence_chunk_backward Arg, Arg, Arg, Arg, Arg, double
+#define BBB_OP_sum Arg, Arg, double, Write, Arg
+#define BBB_OP_max_group_range const QuantizedWeights&, Arg
+#define BBB_OP_fake_quant const QuantizedWeights&, Arg
+#define BBB_OP_quantize_codes Arg, Arg, Arg, Arg, Arg, const WeightGrid&
+#define BBB_OP_scale_codes Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
+#define BBB_OP_scale_codes_backward Arg, Arg, Arg, Arg, const WeightGrid&, Write
+#define BBB_OP_unpack Arg, const PackedWeight&
+#define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
+#define BBB_OP_step_control Arg, Arg, Arg, Arg, const Schedule&, Arg
+#define BBB_OP_adamw Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&, \
+  const AdamWSpec&
+
+#define BBB_BACKEND_OPS(OP)                                                                      \
+  OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(gather_rows) OP(advance) OP(log_control)    \
+  OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
+  OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(rope) OP(add) OP(attention)         \
+  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(mse) OP(cross_entropy)            \
+  OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
+  OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
+  OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
+  OP(scale_codes_backward) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw)
 // clang-format on
-#define BBB_PURE_OP(name, ...) virtual void do_##name(__VA_ARGS__) = 0;
-#define BBB_OVERRIDE_OP(name, ...) void do_##name(__VA_ARGS__) override;
+#define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;
+#define BBB_OVERRIDE_OP(name) void do_##name(BBB_OP_##name) override;

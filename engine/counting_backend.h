@@ -49,8 +49,8 @@ class CountingBackend final : public Backend {
  private:
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
-#define BBB_NO_OP(name, ...) \
-  void do_##name(__VA_ARGS__) override {}
+#define BBB_NO_OP(name) \
+  void do_##name(BBB_OP_##name) override {}
   BBB_BACKEND_OPS(BBB_NO_OP)
 #undef BBB_NO_OP
 

@@ -86,10 +86,7 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
   if (q.wq.defined()) do_max_group_range(q, w);
 }
 
-BBB_CPU_INSTANTIATE(do_step_control, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Schedule&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_adamw, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const ParameterTable&, const QuantizedWeights&,
-                    const AdamWSpec&);
+BBB_CPU_INSTANTIATE(step_control);
+BBB_CPU_INSTANTIATE(adamw);
 
 }  // namespace bbb::engine

@@ -12,6 +12,6 @@ void CpuBackend<T>::do_add(const Tensor& out, const Tensor& a, const Tensor& b) 
   });
 }
 
-BBB_CPU_INSTANTIATE(do_add, const Tensor&, const Tensor&, const Tensor&);
+BBB_CPU_INSTANTIATE(add);
 
 }  // namespace bbb::engine

@@ -200,14 +200,9 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
   });
 }
 
-BBB_CPU_INSTANTIATE(do_attention, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AttentionSpec&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_attention_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const AttentionSpec&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_append_kv, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&);
-BBB_CPU_INSTANTIATE(do_attention_cached, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const AttentionSpec&, const Tensor&);
+BBB_CPU_INSTANTIATE(attention);
+BBB_CPU_INSTANTIATE(attention_backward);
+BBB_CPU_INSTANTIATE(append_kv);
+BBB_CPU_INSTANTIATE(attention_cached);
 
 }  // namespace bbb::engine

@@ -102,7 +102,7 @@ inline constexpr int64_t kElementGrain = 16384;
 
 }  // namespace bbb::engine
 
-// Instantiates a member that returns void for both types; the arguments are its parameter types.
-#define BBB_CPU_INSTANTIATE(member, ...)                \
-  template void CpuBackend<float>::member(__VA_ARGS__); \
-  template void CpuBackend<double>::member(__VA_ARGS__)
+// Instantiates one op for both backends.
+#define BBB_CPU_INSTANTIATE(name)                            \
+  template void CpuBackend<float>::do_##name(BBB_OP_##name); \
+  template void CpuBackend<double>::do_##name(BBB_OP_##name)

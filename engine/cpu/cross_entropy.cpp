@@ -244,17 +244,11 @@ void CpuBackend<T>::do_kl_divergence_chunk_backward(const Tensor& dlogits, const
   });
 }
 
-BBB_CPU_INSTANTIATE(do_cross_entropy, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    double);
-BBB_CPU_INSTANTIATE(do_kl_divergence, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, double);
-BBB_CPU_INSTANTIATE(do_cross_entropy_chunk, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, int64_t, Write);
-BBB_CPU_INSTANTIATE(do_cross_entropy_chunk_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, int64_t, double);
-BBB_CPU_INSTANTIATE(do_kl_divergence_chunk, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, Write);
-BBB_CPU_INSTANTIATE(do_kl_divergence_chunk_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, double);
+BBB_CPU_INSTANTIATE(cross_entropy);
+BBB_CPU_INSTANTIATE(kl_divergence);
+BBB_CPU_INSTANTIATE(cross_entropy_chunk);
+BBB_CPU_INSTANTIATE(cross_entropy_chunk_backward);
+BBB_CPU_INSTANTIATE(kl_divergence_chunk);
+BBB_CPU_INSTANTIATE(kl_divergence_chunk_backward);
 
 }  // namespace bbb::engine

@@ -17,6 +17,6 @@ void CpuBackend<T>::do_embed(const Tensor& out, const Tensor& ids, const Tensor&
   }
 }
 
-BBB_CPU_INSTANTIATE(do_embed, const Tensor&, const Tensor&, const Tensor&);
+BBB_CPU_INSTANTIATE(embed);
 
 }  // namespace bbb::engine

@@ -43,8 +43,8 @@ void CpuBackend<T>::do_log_control(const Tensor& log, const Tensor& control, con
 
 template const int32_t* CpuBackend<float>::order_of(const char*, const Rows&, int64_t);
 template const int32_t* CpuBackend<double>::order_of(const char*, const Rows&, int64_t);
-BBB_CPU_INSTANTIATE(do_gather_rows, const Tensor&, const Rows&);
-BBB_CPU_INSTANTIATE(do_advance, const Tensor&);
-BBB_CPU_INSTANTIATE(do_log_control, const Tensor&, const Tensor&, const Tensor&);
+BBB_CPU_INSTANTIATE(gather_rows);
+BBB_CPU_INSTANTIATE(advance);
+BBB_CPU_INSTANTIATE(log_control);
 
 }  // namespace bbb::engine

@@ -104,9 +104,8 @@ void CpuBackend<T>::do_gemm_tn(const Tensor& dw, const Tensor& dy, const Tensor&
   }
 }
 
-BBB_CPU_INSTANTIATE(do_gemm_nt, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&);
-BBB_CPU_INSTANTIATE(do_gemm_nn, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Write);
-BBB_CPU_INSTANTIATE(do_gemm_tn, const Tensor&, const Tensor&, const Tensor&, Write);
+BBB_CPU_INSTANTIATE(gemm_nt);
+BBB_CPU_INSTANTIATE(gemm_nn);
+BBB_CPU_INSTANTIATE(gemm_tn);
 
 }  // namespace bbb::engine

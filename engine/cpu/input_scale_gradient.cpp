@@ -33,7 +33,6 @@ void CpuBackend<T>::do_input_scale_gradient(const Tensor& ds, const Tensor& s, c
   });
 }
 
-BBB_CPU_INSTANTIATE(do_input_scale_gradient, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, Write, const Tensor&);
+BBB_CPU_INSTANTIATE(input_scale_gradient);
 
 }  // namespace bbb::engine

@@ -52,7 +52,6 @@ void CpuBackend<T>::do_mse(const Tensor& loss, const Tensor& dx, const Tensor& x
   *data(loss) = static_cast<T>(total / n);
 }
 
-BBB_CPU_INSTANTIATE(do_mse, const Tensor&, const Tensor&, const Tensor&, const Rows&,
-                    const Tensor&);
+BBB_CPU_INSTANTIATE(mse);
 
 }  // namespace bbb::engine

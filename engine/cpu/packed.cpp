@@ -28,8 +28,7 @@ void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const Packe
       });
 }
 
-BBB_CPU_INSTANTIATE(do_unpack, const Tensor&, const PackedWeight&);
-BBB_CPU_INSTANTIATE(do_packed_gemv, const Tensor&, const Tensor&, const PackedWeight&,
-                    const Tensor&);
+BBB_CPU_INSTANTIATE(unpack);
+BBB_CPU_INSTANTIATE(packed_gemv);
 
 }  // namespace bbb::engine

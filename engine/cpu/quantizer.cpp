@@ -103,13 +103,10 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
   });
 }
 
-BBB_CPU_INSTANTIATE(do_max_group_range, const QuantizedWeights&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_fake_quant, const QuantizedWeights&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_quantize_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const WeightGrid&);
-BBB_CPU_INSTANTIATE(do_scale_codes, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const WeightGrid&);
-BBB_CPU_INSTANTIATE(do_scale_codes_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const WeightGrid&, Write);
+BBB_CPU_INSTANTIATE(max_group_range);
+BBB_CPU_INSTANTIATE(fake_quant);
+BBB_CPU_INSTANTIATE(quantize_codes);
+BBB_CPU_INSTANTIATE(scale_codes);
+BBB_CPU_INSTANTIATE(scale_codes_backward);
 
 }  // namespace bbb::engine

@@ -68,9 +68,7 @@ void CpuBackend<T>::do_rms_norm_backward(const Tensor& dx, const Tensor& dw, con
     for (int64_t i = 0; i < d; ++i) total[i] += data(parts)[b * d + i];
 }
 
-BBB_CPU_INSTANTIATE(do_rms_norm, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    double);
-BBB_CPU_INSTANTIATE(do_rms_norm_backward, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&, const Tensor&, const Tensor&, Write, Write, const Tensor&);
+BBB_CPU_INSTANTIATE(rms_norm);
+BBB_CPU_INSTANTIATE(rms_norm_backward);
 
 }  // namespace bbb::engine

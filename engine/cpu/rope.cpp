@@ -46,6 +46,6 @@ void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tenso
   });
 }
 
-BBB_CPU_INSTANTIATE(do_rope, const Tensor&, const Tensor&, const Tensor&, Rotation);
+BBB_CPU_INSTANTIATE(rope);
 
 }  // namespace bbb::engine

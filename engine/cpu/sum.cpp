@@ -17,6 +17,6 @@ void CpuBackend<T>::do_sum(const Tensor& out, const Tensor& x, double scale, Wri
   to = static_cast<T>(mode == Write::Add ? static_cast<double>(to) + total : total);
 }
 
-BBB_CPU_INSTANTIATE(do_sum, const Tensor&, const Tensor&, double, Write, const Tensor&);
+BBB_CPU_INSTANTIATE(sum);
 
 }  // namespace bbb::engine

@@ -33,8 +33,7 @@ void CpuBackend<T>::do_swiglu_backward(const Tensor& dgate, const Tensor& dup, c
   });
 }
 
-BBB_CPU_INSTANTIATE(do_swiglu, const Tensor&, const Tensor&, const Tensor&);
-BBB_CPU_INSTANTIATE(do_swiglu_backward, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&);
+BBB_CPU_INSTANTIATE(swiglu);
+BBB_CPU_INSTANTIATE(swiglu_backward);
 
 }  // namespace bbb::engine
