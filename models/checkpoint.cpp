@@ -120,7 +120,6 @@ class DirectoryCheckpoint : public Checkpoint {
       out.push_back({name, name_of(t.dtype), t.shape, t.bytes, bytes_of(t)});
     return out;
   }
-  bool contains(const std::string& name) const override { return tensors_.contains(name); }
 
   std::vector<float> load(const std::string& name, const Shape& shape) const override {
     const SafeTensor& t = tensors_.at(name);
@@ -384,9 +383,6 @@ class GgufCheckpoint final : public Checkpoint {
     for (const auto& [name, t] : gguf_.tensors())
       out.push_back({name, data::gguf_type_name(t.type), t.shape, t.bytes, bytes_of(t)});
     return out;
-  }
-  bool contains(const std::string& name) const override {
-    return gguf_.tensors().count(gguf_name(name)) > 0;
   }
 
   std::vector<float> load(const std::string& name, const Shape& shape) const override {

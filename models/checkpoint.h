@@ -45,7 +45,6 @@ class Checkpoint {
   // Token ids at which a text ends: each eos_token_id of config.json, then of
   // generation_config.json, or a GGUF's. Ids without a row in the embedding are left out.
   std::vector<int32_t> stop_ids() const;
-  virtual bool contains(const std::string& name) const = 0;
   // A full-precision tensor by Hugging Face name. Throws, naming it, if it is missing or has
   // another shape.
   virtual std::vector<float> load(const std::string& name, const engine::Shape& shape) const = 0;

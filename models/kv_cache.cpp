@@ -12,10 +12,4 @@ KvCache::KvCache(Backend& device, const LlamaConfig& config, int64_t capacity_to
   start = backend.zeros({1}, engine::DType::I32);
 }
 
-void KvCache::set_start(int64_t position) {
-  BBB_ASSERT(position >= 0 && position <= capacity);
-  const int32_t value = static_cast<int32_t>(position);
-  backend.upload(start, &value);
-}
-
 }  // namespace bbb::models

@@ -15,11 +15,10 @@
 namespace bbb::models {
 
 // Keys and values of one sequence for every layer, and the position of the next token. forward()
-// writes from `start` on and does not change `start`. The caller advances it: with set_start(), or
-// with Backend::advance inside a recorded step.
+// writes from `start` on and does not change `start`. The caller advances it, with Backend::advance
+// inside a recorded step.
 struct KvCache {
   KvCache(Backend& backend, const LlamaConfig& config, int64_t capacity_tokens);
-  void set_start(int64_t position);
 
   Backend& backend;
   std::vector<Tensor> k, v;  // per layer, act (1, capacity, K, d)

@@ -77,7 +77,6 @@ class SyntheticCheckpoint final : public Checkpoint {
   }
 
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
-  bool contains(const std::string& name) const override { return shapes_.count(name) > 0; }
   void check_finite() const override {}  // drawn values are finite
   double bits_per_weight() const override { return 16; }
   std::string config_json() const override { return config_to_json(config_); }
@@ -111,7 +110,6 @@ class WeightlessCheckpoint final : public Checkpoint {
   explicit WeightlessCheckpoint(LlamaConfig config) { config_ = std::move(config); }
 
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
-  bool contains(const std::string&) const override { return true; }
   void check_finite() const override {}
   double bits_per_weight() const override { return 16; }
   std::string config_json() const override { return config_to_json(config_); }

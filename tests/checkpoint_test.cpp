@@ -61,7 +61,7 @@ TEST_CASE("checkpoint: a Hugging Face directory, untied and tied") {
     CHECK(checkpoint->kind() == CheckpointKind::HuggingFace);
     CHECK(checkpoint->config_json() == text);
     CHECK(checkpoint->generation_config_json().empty());
-    CHECK(checkpoint->contains("lm_head.weight") == !tied);
+    CHECK(tests::has_tensor(*checkpoint, "lm_head.weight") == !tied);
     CHECK(checkpoint->list().size() == tensors.size());
     CHECK(checkpoint->bits_per_weight() == 16);
     CHECK_FALSE(checkpoint->packed_format(kQ, 64, 64));

@@ -58,7 +58,8 @@ TEST_CASE("llama: T tokens at once equal prefill and T decode steps", "[llama]")
       KvCache kv(device, config, 16);
       std::vector<double> actual =
           logits_of(*tiny.model, {ids.begin(), ids.begin() + prefill}, &kv);
-      kv.set_start(prefill);
+      const auto start = static_cast<int32_t>(prefill);
+      device.upload(kv.start, &start);
       for (size_t t = prefill; t < ids.size(); ++t) {
         const std::vector<double> step = logits_of(*tiny.model, {ids[t]}, &kv);
         actual.insert(actual.end(), step.begin(), step.end());

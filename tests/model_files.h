@@ -1,6 +1,7 @@
 // Tiny, well-formed model files made in memory. The parsers' tests and the fuzzer start from them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -11,13 +12,19 @@
 #include "data/gguf.h"
 #include "data/safetensors.h"
 #include "engine/rng.h"
-#include "models/config.h"
+#include "models/checkpoint.h"
 
 namespace bbb::tests {
 
 template <typename T>
 std::string raw(T value) {
   return std::string(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+inline bool has_tensor(const models::Checkpoint& checkpoint, const std::string& name) {
+  const std::vector<models::TensorInfo> tensors = checkpoint.list();
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [&](const models::TensorInfo& t) { return t.name == name; });
 }
 
 inline void write_plain(const std::string& path, const std::string& content) {
