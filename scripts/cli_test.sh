@@ -54,6 +54,14 @@ expect 1 'window|token' "$bbb" ppl --model "$model" --text "$work/short.txt" --d
 expect 1 'text|line 1' "$bbb" ppl --model "$model" --text "$work/bad.jsonl" --device cpu
 expect 1 'window|token' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu
 expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu
+expect 2 'data is missing' "$bbb" eval --model "$model"
+expect 2 'tasks.*piqa.*boolq' "$bbb" eval --model "$model" --data "$work" --tasks piqa,boolq
+expect 2 'limit' "$bbb" eval --model "$model" --data "$work" --limit few
+mkdir "$work/tasks"
+expect 1 'tasks: .*piqa_valid.jsonl.*winogrande.jsonl' "$bbb" eval --model "$model" --data "$work/tasks" --device cpu
+printf '{"context_options": ["a", "b"], "continuation": "c", "gold": %s}\n' 0 2 >"$work/tasks/winogrande.jsonl"
+expect 1 'no file for piqa.*piqa_valid.jsonl' "$bbb" eval --model "$model" --data "$work/tasks" --tasks piqa --device cpu
+expect 1 'winogrande.jsonl:2: ' "$bbb" eval --model "$model" --data "$work/tasks" --device cpu
 if ! nvidia-smi -L >/dev/null 2>&1; then
   expect 1 'GPU|CUDA' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cuda
 fi

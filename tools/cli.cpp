@@ -119,6 +119,7 @@ constexpr Command kCommands[] = {
     {"train", "train a checkpoint down to 2-bit weights", train_command},
     {"export", "write a trained run, or a rounded model, as a packed directory", export_command},
     {"ppl", "perplexity of any checkpoint on a text", ppl_command},
+    {"eval", "zero-shot accuracy of any checkpoint on multiple-choice tasks", eval_command},
     {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
     {"decode", "generate text, and measure how fast", decode_command},
     {"bench", "time training steps, or packed matrix-vector products", bench_command},

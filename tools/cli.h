@@ -46,6 +46,7 @@ class CommandLine {
 int train_command(const Arguments& arguments);
 int export_command(const Arguments& arguments);
 int ppl_command(const Arguments& arguments);
+int eval_command(const Arguments& arguments);
 int inspect_command(const Arguments& arguments);
 int decode_command(const Arguments& arguments);
 int bench_command(const Arguments& arguments);
