@@ -48,6 +48,11 @@ void check_choices(const TaskItem& item, int64_t gold, const Texts& contexts,
   }
 }
 
+ScoredTokens encode_one(const data::Tokenizer& tokenizer, const Choice& choice,
+                        int64_t most_tokens) {
+  return tools::encode_item(tokenizer, {{choice}, 0}, most_tokens)[0];
+}
+
 std::unique_ptr<models::Llama> load_model(const std::string& path) {
   const auto source = models::open_checkpoint(path);
   auto model = std::make_unique<models::Llama>(backend(), *source, models::HeadRounding::None);
@@ -212,19 +217,25 @@ TEST_CASE("eval: the tokens of a choice", "[eval]") {
     const size_t scored = whole.size() - context.size();
     const Choice choice = {"Hello world", " again"};
 
-    const ScoredTokens all = tools::encode_choice(*tokenizer, choice, 100);
+    const ScoredTokens all = encode_one(*tokenizer, choice, 100);
     CHECK(all.tokens == expected);
     CHECK(all.scored == static_cast<int64_t>(scored));
     // The same split for a space at the end of the context.
-    const ScoredTokens moved = tools::encode_choice(*tokenizer, {"Hello world ", "again"}, 100);
+    const ScoredTokens moved = encode_one(*tokenizer, {"Hello world ", "again"}, 100);
     CHECK(moved.tokens == expected);
     CHECK(moved.scored == all.scored);
     // Tokens are cut from the left; the first that is left has nothing before it.
-    const ScoredTokens cut = tools::encode_choice(*tokenizer, choice, 2);
+    const ScoredTokens cut = encode_one(*tokenizer, choice, 2);
     CHECK(cut.tokens == std::vector<int32_t>(expected.end() - 2, expected.end()));
     CHECK(cut.scored == 1);
-    CHECK_THROWS_WITH(tools::encode_choice(*tokenizer, {"Hello world", ""}, 100),
-                      Contains("Hello world"));
+    // Contexts that differ, and one that comes again.
+    const Choice other = {"Hello", " again and again"};
+    const auto several = tools::encode_item(*tokenizer, {{choice, choice, other, choice}, 0}, 100);
+    REQUIRE(several.size() == 4);
+    for (const size_t i : {0, 1, 3}) CHECK(several[i].tokens == expected);
+    for (const size_t i : {0, 1, 3}) CHECK(several[i].scored == all.scored);
+    CHECK(several[2].scored == encode_one(*tokenizer, other, 100).scored);
+    CHECK_THROWS_WITH(encode_one(*tokenizer, {"Hello world", ""}, 100), Contains("Hello world"));
   }
 }
 
@@ -305,8 +316,8 @@ TEST_CASE("eval: a task whose answers a model knows", "[eval]") {
 {"query": "Question: c\nAnswer:", "choices": ["!", "?"], "gold": 1})");
   std::vector<ScoredTokens> sequences;
   for (const TaskItem& item : items)
-    for (const Choice& choice : item.choices)
-      sequences.push_back(tools::encode_choice(*tokenizer, choice, config.max_position + 1));
+    for (const ScoredTokens& choice : tools::encode_item(*tokenizer, item, config.max_position + 1))
+      sequences.push_back(choice);
   const tools::TaskResult result =
       tools::score_task(items, models::log_likelihoods(*model, sequences, nullptr));
   CHECK(result.items == 3);

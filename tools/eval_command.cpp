@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <utility>
 
 #include "data/files.h"
 #include "engine/progress.h"
@@ -77,9 +78,16 @@ TaskResult evaluate(models::Llama& model, const data::Tokenizer& tokenizer,
   const int64_t max_position = model.config().max_position;
   const int64_t most_tokens = (max_position > 0 ? max_position : kDefaultContext_tokens) + 1;
   std::vector<models::ScoredTokens> sequences;
-  for (const TaskItem& item : loaded.items)
-    for (const Choice& choice : item.choices)
-      sequences.push_back(encode_choice(tokenizer, choice, most_tokens));
+  {
+    engine::Progress progress(loaded.task.name + " tokens",
+                              static_cast<int64_t>(loaded.items.size()),
+                              engine::Progress::kPatience_s);
+    for (size_t i = 0; i < loaded.items.size(); ++i) {
+      for (models::ScoredTokens& choice : encode_item(tokenizer, loaded.items[i], most_tokens))
+        sequences.push_back(std::move(choice));
+      progress.set(static_cast<int64_t>(i + 1));
+    }
+  }
   engine::Progress progress(loaded.task.name, static_cast<int64_t>(sequences.size()));
   return score_task(loaded.items,
                     log_likelihoods(model, sequences, [&](int64_t done) { progress.set(done); }));

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <filesystem>
 #include <string_view>
+#include <utility>
 
 #include "data/files.h"
 #include "data/json.h"
@@ -309,24 +310,33 @@ std::vector<TaskItem> read_task(const EvalTask& task, const std::string& path) {
   return items;
 }
 
-models::ScoredTokens encode_choice(const data::Tokenizer& tokenizer, const Choice& choice,
-                                   int64_t most_tokens) {
-  const size_t end = choice.context.find_last_not_of(kSpaces) + 1;
+std::vector<models::ScoredTokens> encode_item(const data::Tokenizer& tokenizer,
+                                              const TaskItem& item, int64_t most_tokens) {
   const auto encode = [&](const std::string& text) {
     return tokenizer.encode(text, data::SpecialText::AsText);
   };
-  models::ScoredTokens result;
-  result.tokens = encode(choice.context + choice.continuation);
-  result.scored = static_cast<int64_t>(result.tokens.size()) -
-                  static_cast<int64_t>(encode(choice.context.substr(0, end)).size());
-  if (tokenizer.add_bos() && tokenizer.bos())
-    result.tokens.insert(result.tokens.begin(), *tokenizer.bos());
-  const int64_t excess = static_cast<int64_t>(result.tokens.size()) - most_tokens;
-  if (excess > 0) result.tokens.erase(result.tokens.begin(), result.tokens.begin() + excess);
-  result.scored = std::min(result.scored, static_cast<int64_t>(result.tokens.size()) - 1);
-  BBB_CHECK(result.scored > 0, "no token of '", data::printable(choice.continuation),
-            "' can be scored after '", data::printable(choice.context), "'");
-  return result;
+  std::vector<models::ScoredTokens> results;
+  const std::string* context = nullptr;  // the last one encoded; most items have only one
+  int64_t context_tokens = 0;
+  for (const Choice& choice : item.choices) {
+    if (!context || *context != choice.context) {
+      context = &choice.context;
+      const size_t end = context->find_last_not_of(kSpaces) + 1;
+      context_tokens = static_cast<int64_t>(encode(context->substr(0, end)).size());
+    }
+    models::ScoredTokens result;
+    result.tokens = encode(choice.context + choice.continuation);
+    result.scored = static_cast<int64_t>(result.tokens.size()) - context_tokens;
+    if (tokenizer.add_bos() && tokenizer.bos())
+      result.tokens.insert(result.tokens.begin(), *tokenizer.bos());
+    const int64_t excess = static_cast<int64_t>(result.tokens.size()) - most_tokens;
+    if (excess > 0) result.tokens.erase(result.tokens.begin(), result.tokens.begin() + excess);
+    result.scored = std::min(result.scored, static_cast<int64_t>(result.tokens.size()) - 1);
+    BBB_CHECK(result.scored > 0, "no token of '", data::printable(choice.continuation),
+              "' can be scored after '", data::printable(choice.context), "'");
+    results.push_back(std::move(result));
+  }
+  return results;
 }
 
 TaskResult score_task(const std::vector<TaskItem>& items,

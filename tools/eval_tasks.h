@@ -37,12 +37,12 @@ std::string find_task_file(const EvalTask& task, const std::string& directory);
 // are listed in eval_tasks.cpp.
 std::vector<TaskItem> read_task(const EvalTask& task, const std::string& path);
 
-// Tokenizes context + continuation as one text; the continuation is what follows as many tokens as
-// the context alone has. Spaces at the end of the context count as continuation. BOS comes first if
-// the tokenizer adds it. Keeps the last most_tokens tokens, and scores all but the first of them at
-// most. Throws if nothing is left to score.
-models::ScoredTokens encode_choice(const data::Tokenizer& tokenizer, const Choice& choice,
-                                   int64_t most_tokens);
+// For each choice: tokenizes context + continuation as one text; the continuation is what follows
+// as many tokens as the context alone has. Spaces at the end of the context count as continuation.
+// BOS comes first if the tokenizer adds it. Keeps the last most_tokens tokens, and scores at most
+// all but the first of them. Throws if nothing is left to score.
+std::vector<models::ScoredTokens> encode_item(const data::Tokenizer& tokenizer,
+                                              const TaskItem& item, int64_t most_tokens);
 
 // acc: share of the items whose right choice has the highest log-likelihood, the first of equals.
 // acc_norm: log-likelihood per character of the choice, without the space before it. A standard
