@@ -1,9 +1,9 @@
 // LayerResult: the result of training, or of any other method, for one layer, on the host. Stage
 // files, a run's final file and the export hold nothing else of a layer. Tensors in a file:
 //
-//   model.layers.L.self_attn.q_proj.weight    F32 (N, K)   the master, if a later stage needs it;
-//   or model.layers.L.self_attn.q_proj.qweight   ..           the tensors of the linear's format
-//   model.layers.L.input_layernorm.weight     F32 (D)
+//   model.layers.L.self_attn.q_proj.weight      F32 (N, K)  the master, if a later stage needs it
+//   or model.layers.L.self_attn.q_proj.qweight  ..          the tensors of the linear's format
+//   model.layers.L.input_layernorm.weight       F32 (D)
 #pragma once
 
 #include <array>

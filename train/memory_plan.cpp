@@ -16,6 +16,7 @@ using engine::CountingBackend;
 using models::LlamaConfig;
 using models::Recompute;
 
+// Workspaces of a GPU's libraries, one for each of the two streams of a step.
 static constexpr int64_t kLibraryBytes = int64_t{64} << 20;
 
 namespace {
