@@ -1,7 +1,9 @@
 // Recomputation: the predicted memory of every mode against what a run then uses, and the mode that
 // a budget selects.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <filesystem>
+#include <set>
 
 #include "tests/support.h"
 #include "tests/tiny_model.h"
@@ -219,6 +221,35 @@ TEST_CASE("recompute: a small budget selects recomputation, one too small for an
   CHECK(run.plan_blocks().recompute != Recompute::None);
   run.config.memory.device_bytes = 1 << 20;
   CHECK_THROWS_WITH(run.plan_blocks(), Contains("raise --gpu-memory"));
+}
+
+TEST_CASE("recompute: a plan never exceeds its budget, whatever streams the budget leaves",
+          "[train][recompute]") {
+  WideRun run;
+  run.config.stages = train::parse_stages("w4a16,w2a16");
+  run.config.samples = 120;  // a stream is larger than the batches in use
+  run.config.memory.recompute = Recompute::None;
+  const auto on_device = [](const train::BlockMemory& memory) {
+    return std::count(memory.streams.tiers.begin(), memory.streams.tiers.end(),
+                      train::Tier::Device);
+  };
+  const train::BlockMemory resident = run.plan_blocks();
+  const int64_t streams = on_device(resident);
+  CHECK(streams == 3);
+  const int64_t stream_bytes = 124 * 128 * run.model.d_model * engine::size_bytes(backend().act());
+  // One byte less than a plan of k streams, and a little more: the batch that a step gathers
+  // counts.
+  std::set<int64_t> seen;
+  for (int64_t less = 1; less < (streams - 1) * stream_bytes; less += stream_bytes / 7) {
+    CAPTURE(less);
+    const int64_t room = resident.device_bytes - less;
+    run.config.memory.device_bytes = train::allocated_bytes(backend(), room);
+    const train::BlockMemory memory = run.plan_blocks();
+    CHECK(memory.device_bytes <= room);
+    CHECK(on_device(memory) < streams);
+    seen.insert(on_device(memory));
+  }
+  CHECK(seen.size() > 1);
 }
 
 TEST_CASE("recompute: an unknown mode is refused", "[recompute]") {

@@ -9,6 +9,7 @@
 #include <limits>
 #include <map>
 
+#include "data/checksum.h"
 #include "data/files.h"
 #include "models/synthetic_checkpoint.h"
 #include "tests/support.h"
@@ -597,6 +598,21 @@ TEST_CASE("a run without checksums is refused, with the reason", "[train]") {
   record.erase("checksum");
   data::write_file_atomic(config.out + "/run.json", record.dump(2) + "\n");
   CHECK_THROWS_WITH(fixture.run(config), Contains("an earlier bbb began this run"));
+}
+
+TEST_CASE("a run of another version of bbb is refused by training and by export", "[train]") {
+  const Fixture fixture;
+  const TrainConfig config = fixture.both_phases("run");
+  fixture.run(config);
+  Json record = Json::parse(data::read_file(config.out + "/run.json"));
+  record["program"] = "bbb 0.0.1";
+  record.erase("checksum");
+  record["checksum"] = data::hex(data::checksum64(record.dump()));
+  data::write_file_atomic(config.out + "/run.json", record.dump(2) + "\n");
+  CHECK_THROWS_WITH(fixture.run(config), Contains("bbb 0.0.1"));
+  CHECK_THROWS_WITH(train::export_run(backend(), *fixture.source, NoTokenizer(), config.out,
+                                      config.out + "_out", ExportFormat::Packed),
+                    Contains("holds a run of bbb 0.0.1"));
 }
 
 TEST_CASE("a directory with another run, or with something else, is refused", "[train]") {
