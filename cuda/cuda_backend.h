@@ -108,7 +108,7 @@ class CudaBackend final : public engine::Backend {
   Handle<CacheFault*, cudaFreeHost> cache_fault_;  // page-locked: kernels write it
 };
 
-// Scratch of ops by their shapes (engine::ScratchOp), each beside its kernels.
+// Scratch of ops by their shapes (engine::ScratchOp), each defined with its kernels.
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);

@@ -17,10 +17,10 @@ static Range<Real> range_of(const Real* x, int group) {
 
 template <typename Real>
 Real group_range_max(const Real* w, Rows rows, int64_t k, int group) {
-  Real widest = 0;
+  Real max_range = 0;
   for (int64_t i = rows.begin * k; i < rows.end * k; i += group)
-    widest = max_or_nan(widest, range_of(w + i, group).width());
-  return widest;
+    max_range = max_or_nan(max_range, range_of(w + i, group).width());
+  return max_range;
 }
 
 template <typename Real>

@@ -81,7 +81,7 @@ TEST_CASE("counting: the peak of recordings equals the device's", "[counting]") 
       });
       first->run();
       second->run();
-      const Tensor beside = b.empty({7 << 20}, DType::U8);
+      const Tensor another = b.empty({7 << 20}, DType::U8);
     });
   };
   const int64_t counted = work(counter);

@@ -112,11 +112,11 @@ TEST_CASE("scales at every code and midpoint and weights at every tie equal the 
   constexpr int kGroup = 32, kLargest = 0x7E;
   for (const int bits : {2, 3, 4, 8}) {
     const auto top = static_cast<float>(quant::max_code(bits));
-    const float widest = top * quant::kE4m3Max * kMaster;
+    const float max_width = top * quant::kE4m3Max * kMaster;
     Values w;
     // Adds a group from 0 to `width` that holds ties between its codes and the floats next to them.
     const auto add_group = [&](float width) {
-      if (width > widest) return;
+      if (width > max_width) return;
       const float step = quant::step_of(quant::encode_scale(width / top, kMaster, bits), kMaster);
       std::vector<float> group{width};
       for (int tie = 0; tie < quant::max_code(bits) && group.size() + 3 <= kGroup; ++tie) {
@@ -127,7 +127,7 @@ TEST_CASE("scales at every code and midpoint and weights at every tie equal the 
       group.resize(kGroup, 0.0f);
       w.insert(w.end(), group.begin(), group.end());
     };
-    add_group(widest);
+    add_group(max_width);
     for (int code = 0; code < kLargest; ++code) {
       const float low = quant::e4m3_decode(static_cast<uint8_t>(code));
       const float high = quant::e4m3_decode(static_cast<uint8_t>(code + 1));
