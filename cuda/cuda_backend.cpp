@@ -193,15 +193,9 @@ int64_t CudaBackend::memory_available_bytes() const {
   return static_cast<int64_t>(free) + pool_->cached_bytes();
 }
 
-int64_t CudaBackend::memory_peak_bytes() const {
-  const std::lock_guard lock(pool_->device()->mutex);
-  return pool_->device()->peak_bytes;
-}
+int64_t CudaBackend::memory_peak_bytes() const { return pool_->peak_bytes(); }
 
-void CudaBackend::reset_memory_peak() {
-  const std::lock_guard lock(pool_->device()->mutex);
-  pool_->device()->peak_bytes = pool_->device()->held_bytes;
-}
+void CudaBackend::reset_memory_peak() { pool_->reset_peak(); }
 
 int64_t CudaBackend::block_bytes(int64_t bytes) const { return MemoryPool::block_bytes(bytes); }
 

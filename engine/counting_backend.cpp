@@ -59,15 +59,9 @@ int64_t CountingBackend::recorded_bytes() const {
   return pools ? pools->main->reserved_bytes() + pools->side->reserved_bytes() : 0;
 }
 
-int64_t CountingBackend::memory_peak_bytes() const {
-  const std::lock_guard lock(pool_->device()->mutex);
-  return pool_->device()->peak_bytes;
-}
+int64_t CountingBackend::memory_peak_bytes() const { return pool_->peak_bytes(); }
 
-void CountingBackend::reset_memory_peak() {
-  const std::lock_guard lock(pool_->device()->mutex);
-  pool_->device()->peak_bytes = pool_->device()->held_bytes;
-}
+void CountingBackend::reset_memory_peak() { pool_->reset_peak(); }
 
 std::unique_ptr<Replay> CountingBackend::record(std::function<void()> step) {
   if (device() == DeviceType::Cpu) return std::make_unique<CountedReplay>(std::move(step), nullptr);

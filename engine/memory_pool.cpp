@@ -77,6 +77,16 @@ int64_t MemoryPool::cached_bytes() const {
   return small_.free_bytes() + large_.free_bytes();
 }
 
+int64_t MemoryPool::peak_bytes() const {
+  const std::lock_guard lock(device_->mutex);
+  return device_->peak_bytes;
+}
+
+void MemoryPool::reset_peak() {
+  const std::lock_guard lock(device_->mutex);
+  device_->peak_bytes = device_->held_bytes;
+}
+
 void MemoryPool::free_slabs() {
   for (Chunks* chunks : {&small_, &large_})
     for (void* slab : chunks->remove_free_slabs()) device_->release(slab);

@@ -54,6 +54,8 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   void release_cached();  // waits for the device
   int64_t cached_bytes() const;
   int64_t reserved_bytes() const { return reserved_bytes_; }
+  int64_t peak_bytes() const;  // of all pools of the device, since the last reset_peak()
+  void reset_peak();
   const std::shared_ptr<DeviceMemory>& device() const { return device_; }
 
  private:

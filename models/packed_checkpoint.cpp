@@ -128,10 +128,10 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
 
 void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
                  const LlamaConfig& config, ExportFormat format) {
-  BBB_ASSERT(layer.linears.size() == block_linears(config).size());
+  const std::vector<LinearShape> shapes = block_linears(config);
+  BBB_ASSERT(layer.linears.size() == shapes.size());
   writer.add(layer_name(index, kInputNorm), layer.input_norm);
   writer.add(layer_name(index, kPostNorm), layer.post_norm);
-  const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t j = 0; j < shapes.size(); ++j) {
     const std::string name = layer_name(index, shapes[j].name);
     const LinearResult& linear = layer.linears[j];

@@ -106,8 +106,7 @@ std::string RunIdentity::summary() const {
   return record.dump(2) + "\n";
 }
 
-RunIdentity RunIdentity::from_json(const std::string& json, const std::string& where) {
-  const Json j = read_record(json, where);
+static RunIdentity identity_of(const Json& j, const std::string& where) {
   try {
     RunIdentity identity;
     j.at("device").get_to(identity.device);
@@ -230,10 +229,10 @@ void RunDirectory::check_identity(const RunIdentity& identity) const {
 
 RunIdentity RunDirectory::identity() const {
   BBB_CHECK(fs::exists(run_file()), path_, ": no training run (it has no run.json)");
-  const std::string program =
-      read_record(data::read_file(run_file()), run_file()).value("program", "none");
+  const Json record = read_record(data::read_file(run_file()), run_file());
+  const std::string program = record.value("program", "none");
   BBB_CHECK(program == kProgram, path_, ": holds a run of ", program, ", and this is ", kProgram);
-  return RunIdentity::from_json(data::read_file(run_file()), run_file());
+  return identity_of(record, run_file());
 }
 
 uint64_t RunDirectory::checksum() const { return data::checksum64(data::read_file(run_file())); }

@@ -44,7 +44,6 @@ struct RunIdentity {
 
   std::string to_json() const;  // run.json: the record and, last, its checksum
   std::string summary() const;  // the record without the parts, for people
-  static RunIdentity from_json(const std::string& json, const std::string& where);  // throws
 };
 
 // Parts: every tensor as it is stored, config.json and generation_config.json.
