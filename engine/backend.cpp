@@ -145,6 +145,30 @@ class Op {
     is("wq", q.wq, backend_.act(), {count});
     is("e", q.e, DType::U8, {count / q.group});
     is("z", q.z, DType::U8, {count / q.group});
+    is_or_undefined("ratios", q.ratios, DType::U8, {count / q.group});
+  }
+
+  // The outputs of an operand of `rows` rows.
+  void operand(const OperandRows& out, int64_t rows, const OperandSpec& spec) const {
+    const quant::OperandView& view = spec.view;
+    const int64_t groups = view.stored_k / view.group;
+    layout(spec);
+    is_or_undefined("out", out.x, backend_.act(), {rows, view.stored_k});
+    is_or_undefined("clipped", out.clipped, DType::U8, {rows, view.stored_k / 8});
+    if (!out.codes.defined()) return here("out", out.x);
+    BBB_CHECK(view.grid.bits < 16, name_, ": an operand that is not quantized has no codes");
+    is("codes", out.codes, DType::U8, {rows, view.stored_k});
+    is("zeros", out.zeros, DType::U8, {rows, groups});
+    is("scales", out.scales, backend_.real(), {rows, groups});
+  }
+  void layout(const OperandSpec& spec) const {
+    const quant::OperandView& view = spec.view;
+    group(view.group);
+    if (!spec.channels.defined())
+      BBB_CHECK(view.stored_k >= view.k && view.stored_k % view.group == 0, name_, ": ", view.k,
+                " channels in ", view.stored_k, " positions of groups of ", view.group);
+    is_or_undefined("channels", spec.channels, DType::I32, {view.stored_k});
+    is_or_undefined("positions", spec.positions, DType::I32, {view.k});
   }
 
   // q (B, T, H, d) against k and v (B, S, K, d).
@@ -166,9 +190,15 @@ class Op {
     is("inv_freq", inv_freq, DType::F32, {x.dim(3) / 2});
   }
 
+  // Of a product that reads packed codes directly.
+  void few_rows(const char* what, const Tensor& x) const {
+    BBB_CHECK(x.dim(0) <= Backend::kMaxPackedRows, name_, ": ", what, " ", to_string(x.shape()),
+              " has more than ", Backend::kMaxPackedRows, " rows");
+  }
+
   void packed(const PackedWeight& w) const {
-    grid(w.format.weight, w.format.k);
-    for (const quant::StoredTensor& stored : w.format.tensors())
+    grid({w.format.code_bits(), w.format.weight.group}, w.format.stored_k());
+    for (const quant::StoredTensor& stored : w.format.loaded_tensors())
       like(stored.suffix, w[stored.part], dtype_of(stored), stored.shape);
   }
 
@@ -180,13 +210,15 @@ class Op {
 }  // namespace
 
 DType dtype_of(const quant::StoredTensor& tensor) {
-  return tensor.dtype == quant::FileDType::F32 ? DType::F32 : DType::U8;
+  return tensor.dtype == quant::FileDType::F32   ? DType::F32
+         : tensor.dtype == quant::FileDType::I32 ? DType::I32
+                                                 : DType::U8;
 }
 
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes) {
   PackedWeight weight{format, {}};
-  for (const quant::StoredTensor& stored : format.tensors()) {
+  for (const quant::StoredTensor& stored : format.loaded_tensors()) {
     Tensor& tensor = weight.tensors[static_cast<size_t>(stored.part)];
     tensor = backend.empty(stored.shape, dtype_of(stored));
     backend.upload(tensor, bytes(stored));
@@ -203,8 +235,22 @@ quant::PackedView PackedWeight::view() const {
           .zeros = bytes(quant::StoredPart::Zeros),
           .master_scale = (*this)[quant::StoredPart::MasterScale].data<float>(),
           .n = format.n,
-          .k = format.k,
+          .k = format.stored_k(),
           .grid = format.weight};
+}
+
+OperandSpec upload_operand(Backend& backend, const quant::LinearFormat& format) {
+  OperandSpec spec;
+  const quant::ChannelOrder order = format.channel_order();
+  if (!order.is_identity()) {
+    spec.channels = backend.empty({order.stored_k()}, DType::I32);
+    spec.positions = backend.empty({order.k()}, DType::I32);
+    backend.upload(spec.channels, order.channels().data());
+    backend.upload(spec.positions, order.positions().data());
+  }
+  spec.view =
+      quant::operand_view(format, spec.channels.data<int32_t>(), spec.positions.data<int32_t>());
+  return spec;
 }
 
 // Memory.
@@ -388,6 +434,68 @@ void Backend::swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tens
   op.like("dgate", dgate, act(), gate.shape());
   op.like("dup", dup, act(), gate.shape());
   do_swiglu_backward(dgate, dup, dh, gate, up);
+}
+
+void Backend::operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec) {
+  const Op op(*this, "operand");
+  op.rank("x", x, 2);
+  op.is("x", x, act(), {x.dim(0), spec.view.k});
+  op.operand(out, x.dim(0), spec);
+  do_operand(out, x, spec);
+}
+
+void Backend::rms_norm_operand(const OperandRows& out, const Tensor& inv_rms, const Tensor& x,
+                               const Tensor& w, double eps, const OperandSpec& spec) {
+  const Op op(*this, "rms_norm_operand");
+  op.rank("x", x, 2);
+  op.is("x", x, act(), {x.dim(0), spec.view.k});
+  op.is("inv_rms", inv_rms, real(), {x.dim(0)});
+  op.is("w", w, real(), {spec.view.k});
+  op.operand(out, x.dim(0), spec);
+  do_rms_norm_operand(out, inv_rms, x, w, eps, spec);
+}
+
+void Backend::swiglu_operand(const OperandRows& out, const Tensor& gate, const Tensor& up,
+                             const OperandSpec& spec) {
+  const Op op(*this, "swiglu_operand");
+  op.rank("gate", gate, 2);
+  op.is("gate", gate, act(), {gate.dim(0), spec.view.k});
+  op.like("up", up, act(), gate.shape());
+  op.operand(out, gate.dim(0), spec);
+  do_swiglu_operand(out, gate, up, spec);
+}
+
+void Backend::operand_backward(const Tensor& dx, const Tensor& dout, const Tensor& clipped,
+                               const OperandSpec& spec) {
+  const Op op(*this, "operand_backward");
+  op.rank("dx", dx, 2);
+  op.is("dx", dx, act(), {dx.dim(0), spec.view.k});
+  op.layout(spec);
+  op.is("dout", dout, act(), {dx.dim(0), spec.view.stored_k});
+  op.is_or_undefined("clipped", clipped, DType::U8, {dx.dim(0), spec.view.stored_k / 8});
+  do_operand_backward(dx, dout, clipped, spec);
+}
+
+void Backend::swiglu_operand_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dout,
+                                      const Tensor& clipped, const Tensor& gate, const Tensor& up,
+                                      const OperandSpec& spec) {
+  const Op op(*this, "swiglu_operand_backward");
+  op.rank("gate", gate, 2);
+  const int64_t rows = gate.dim(0);
+  op.is("gate", gate, act(), {rows, spec.view.k});
+  for (const Tensor* t : {&dgate, &dup, &up}) op.like("dgate, dup, up", *t, act(), gate.shape());
+  op.layout(spec);
+  op.is("dout", dout, act(), {rows, spec.view.stored_k});
+  op.is_or_undefined("clipped", clipped, DType::U8, {rows, spec.view.stored_k / 8});
+  do_swiglu_operand_backward(dgate, dup, dout, clipped, gate, up, spec);
+}
+
+void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
+  const Op op(*this, "channel_moments");
+  op.rank("x", x, 2);
+  op.dtype("x", x, act());
+  op.is("moments", moments, DType::F64, {kMoments, x.dim(1)});
+  do_channel_moments(moments, x);
 }
 
 void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
@@ -627,7 +735,7 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
 void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   const Op op(*this, "unpack");
   op.packed(w);
-  op.is("wq", wq, act(), {w.format.n, w.format.k});
+  op.is("wq", wq, act(), {w.format.n, w.format.stored_k()});
   do_unpack(wq, w);
 }
 
@@ -636,12 +744,26 @@ void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& 
   const Op op(*this, "packed_gemv");
   op.packed(w);
   op.rank("x", x, 2);
-  op.is("x", x, act(), {x.dim(0), w.format.k});
-  BBB_CHECK(x.dim(0) <= kMaxPackedRows, "packed_gemv: x ", to_string(x.shape()), " has more than ",
-            kMaxPackedRows, " rows");
+  op.is("x", x, act(), {x.dim(0), w.format.stored_k()});
+  op.few_rows("x", x);
   op.is_act_or_real("y", y, {x.dim(0), w.format.n});
   op.is_or_undefined("addend", addend, act(), {x.dim(0), w.format.n});
   do_packed_gemv(y, x, w, addend);
+}
+
+void Backend::quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
+                             const Tensor& addend) {
+  const Op op(*this, "quantized_gemv");
+  op.packed(w);
+  op.rank("codes", x.codes, 2);
+  const int64_t m = x.codes.dim(0);
+  op.is("codes", x.codes, DType::U8, {m, w.format.stored_k()});
+  op.is("zeros", x.zeros, DType::U8, {m, w.format.groups()});
+  op.is("scales", x.scales, real(), {m, w.format.groups()});
+  op.few_rows("codes", x.codes);
+  op.is_act_or_real("y", y, {m, w.format.n});
+  op.is_or_undefined("addend", addend, act(), {m, w.format.n});
+  do_quantized_gemv(y, x, w, addend);
 }
 
 // Optimizer.

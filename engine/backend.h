@@ -95,6 +95,25 @@ class Backend;
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
+// The operand of the linears of an input site (quant/format.h): gathered by their channel order,
+// rotated, quantized. view.channels and view.positions are the tensors' memory.
+struct OperandSpec {
+  quant::OperandView view = {};
+  Tensor channels, positions;  // I32 (K'), (K); undefined: the order is the identity
+  Rounding rounding = Rounding::Nearest;
+};
+// For linears of this format.
+OperandSpec upload_operand(Backend& backend, const quant::LinearFormat& format);
+
+// An operand of M rows. An op writes the defined tensors.
+struct OperandRows {
+  Tensor x;        // act (M, K')
+  Tensor clipped;  // U8 (M, K'/8): bit i % 8 of byte i / 8 is set where position i takes no gradient
+  // The same as integers, x = (codes - zeros) scales: U8 (M, K'), U8 (M, K'/G), real (M, K'/G);
+  // scales hold e S_row. Only if the operand is quantized.
+  Tensor codes, zeros, scales;
+};
+
 // Where each parameter of a model is in flat buffers of P elements (P a multiple of
 // quant::kTileAlign), and how the optimizer treats it. A parameter's slot is its row in every
 // table.
@@ -116,6 +135,7 @@ struct QuantizedWeights {
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
+  Tensor ratios;   // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
   int group = 32;
   Rounding rounding = Rounding::Nearest;
 };
@@ -246,6 +266,25 @@ class Backend {
   // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i].
   // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined (0).
   void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
+  // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x, w);
+  // from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value is
+  // rounded to act once, if it is not quantized.
+  void operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec);
+  void rms_norm_operand(const OperandRows& out, const Tensor& inv_rms, const Tensor& x,
+                        const Tensor& w, double eps, const OperandSpec& spec);
+  void swiglu_operand(const OperandRows& out, const Tensor& gate, const Tensor& up,
+                      const OperandSpec& spec);
+  // The gradient of the operand's input, straight through where it was not clipped: dx act (M, K);
+  // dout act (M, K'); clipped U8 (M, K'/8) or undefined. For swiglu that of gate and up.
+  void operand_backward(const Tensor& dx, const Tensor& dout, const Tensor& clipped,
+                        const OperandSpec& spec);
+  void swiglu_operand_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dout,
+                               const Tensor& clipped, const Tensor& gate, const Tensor& up,
+                               const OperandSpec& spec);
+  // Adds to moments, F64 (kMoments, K): sums over the rows of x act (M, K) of x, x^2, x^3, x^4; and
+  // the largest |x|. Sums are F64, in a fixed order.
+  void channel_moments(const Tensor& moments, const Tensor& x);
+  static constexpr int64_t kMoments = 5;
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
 
@@ -340,6 +379,9 @@ class Backend {
   // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).
   // y act or real (M, N); x act (M, K); addend undefined or act (M, N).
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend);
+  // The same from the codes of an operand: each group's sum is an exact integer.
+  void quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
+                      const Tensor& addend);
   static constexpr int64_t kMaxPackedRows = 8;
 
   // --- optimizer --------------------------------------------------------------------------------

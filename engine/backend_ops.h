@@ -25,6 +25,12 @@ using Arg = const Tensor&;
 #define BBB_OP_input_scale_gradient Arg, Arg, Arg, Arg, Arg, Write, Arg
 #define BBB_OP_swiglu Arg, Arg, Arg
 #define BBB_OP_swiglu_backward Arg, Arg, Arg, Arg, Arg
+#define BBB_OP_operand const OperandRows&, Arg, const OperandSpec&
+#define BBB_OP_rms_norm_operand const OperandRows&, Arg, Arg, Arg, double, const OperandSpec&
+#define BBB_OP_swiglu_operand const OperandRows&, Arg, Arg, const OperandSpec&
+#define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
+#define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
+#define BBB_OP_channel_moments Arg, Arg
 #define BBB_OP_rope Arg, Arg, Arg, Rotation
 #define BBB_OP_add Arg, Arg, Arg
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
@@ -47,6 +53,7 @@ using Arg = const Tensor&;
 #define BBB_OP_scale_codes_backward Arg, Arg, Arg, Arg, const WeightGrid&, Write
 #define BBB_OP_unpack Arg, const PackedWeight&
 #define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
+#define BBB_OP_quantized_gemv Arg, const OperandRows&, const PackedWeight&, Arg
 #define BBB_OP_step_control Arg, Arg, Arg, Arg, const Schedule&, Arg
 #define BBB_OP_adamw Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&, \
   const AdamWSpec&
@@ -54,7 +61,9 @@ using Arg = const Tensor&;
 #define BBB_BACKEND_OPS(OP)                                                                      \
   OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(gather_rows) OP(advance) OP(log_control)    \
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
-  OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(rope) OP(add) OP(attention)         \
+  OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
+  OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
+  OP(channel_moments) OP(quantized_gemv) OP(rope) OP(add) OP(attention)         \
   OP(attention_backward) OP(append_kv) OP(attention_cached) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \

@@ -10,26 +10,86 @@ int64_t StoredTensor::bytes() const {
   return bytes;
 }
 
+ChannelOrder LinearFormat::channel_order() const {
+  return order ? *order : ChannelOrder(k, weight.group);
+}
+
+bool LinearFormat::operator==(const LinearFormat& other) const {
+  return n == other.n && k == other.k && weight == other.weight && input == other.input &&
+         (order == other.order || channel_order() == other.channel_order());
+}
+
 int64_t LinearFormat::stored_k() const {
-  return (k + weight.group - 1) / weight.group * weight.group;
+  return order ? order->stored_k() : (k + weight.group - 1) / weight.group * weight.group;
+}
+
+bool LinearFormat::exact_input() const {
+  return input.bits == 16 && !input.hadamard && stored_k() == k && (!order || order->is_identity());
 }
 
 std::vector<StoredTensor> LinearFormat::tensors() const {
-  const int64_t groups = stored_k() / weight.group;
-  return {
-      {StoredPart::Codes, ".qweight", FileDType::U8, {n, code_row_bytes(stored_k(), weight.bits)}},
-      {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups}},
-      {StoredPart::Zeros,
-       ".zeros",
-       FileDType::U8,
-       {n, zero_row_bytes(stored_k(), weight.group, weight.bits)}},
-      {StoredPart::MasterScale, ".master_scale", FileDType::F32, {1}}};
+  std::vector<StoredTensor> tensors;
+  const int64_t columns = stored_k();
+  if (weight.nested)
+    tensors = {{StoredPart::Codes, ".qweight", FileDType::U8, {kNestedBits, n, columns / 8}},
+               {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
+               {StoredPart::Zeros, ".zeros", FileDType::U8, {n, groups()}}};
+  else
+    tensors = {{StoredPart::Codes, ".qweight", FileDType::U8,
+                {n, code_row_bytes(columns, weight.bits)}},
+               {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
+               {StoredPart::Zeros, ".zeros", FileDType::U8,
+                {n, zero_row_bytes(columns, weight.group, weight.bits)}}};
+  tensors.push_back({StoredPart::MasterScale, ".master_scale", FileDType::F32, {1}});
+  if (order && !order->split().empty())
+    tensors.push_back({StoredPart::SplitChannels, ".split_channels", FileDType::I32,
+                       {static_cast<int64_t>(order->split().size())}});
+  if (order && !order->outliers().empty())
+    tensors.push_back({StoredPart::OutlierChannels, ".outlier_channels", FileDType::I32,
+                       {static_cast<int64_t>(order->outliers().size())}});
+  return tensors;
+}
+
+std::vector<StoredTensor> LinearFormat::loaded_tensors() const {
+  std::vector<StoredTensor> loaded = tensors();
+  if (weight.nested) loaded[0].shape[0] = weight.bits;
+  return loaded;
 }
 
 int64_t LinearFormat::bytes() const {
   int64_t bytes = 0;
   for (const StoredTensor& tensor : tensors()) bytes += tensor.bytes();
   return bytes;
+}
+
+ActivationBits LinearFormat::activation_bits() const {
+  const ChannelOrder positions = channel_order();
+  const auto used = static_cast<double>(positions.used());
+  if (input.bits == 16) return {16 * used, 16 * used};
+  const int64_t outliers = positions.pairs_begin(), outlier_groups = outliers / weight.group;
+  const double codes = input.bits * (used - static_cast<double>(outliers)) +
+                       kOutlierBits * static_cast<double>(outliers);
+  const double parameters =
+      static_cast<double>((8 + input.bits) * (groups() - outlier_groups) + 16 * outlier_groups);
+  return {codes, codes + parameters + 32 * (outliers > 0 ? 2 : 1)};
+}
+
+OperandView operand_view(const LinearFormat& format, const int32_t* channels,
+                         const int32_t* positions) {
+  const ChannelOrder order = format.channel_order();
+  OperandView view{};
+  view.channels = channels;
+  view.positions = positions;
+  view.k = format.k;
+  view.stored_k = order.stored_k();
+  view.outliers = order.pairs_begin();
+  view.pairs_end = order.pairs_end();
+  view.rotated_begin = format.input.hadamard ? order.rotated_begin() : 0;
+  view.rotated_end = format.input.hadamard ? order.rotated_end() : 0;
+  view.pair_factor = order.side() == SplitSide::Activation ? 0.5f : 1.0f;
+  view.group = format.weight.group;
+  view.grid = format.input;
+  return view;
 }
 
 }  // namespace bbb::quant

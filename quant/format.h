@@ -1,32 +1,31 @@
 // LinearFormat: what a quantized linear is. It alone knows the tensors that hold one in a file
 // (format.md); readers, writers, byte counts, synthetic models and kernels ask it.
 //
-//   W[n, k] = S e[n, g] (q[n, k] - z[n, g])      g = k / G the group, K' the stored positions
+//   W[n, p] = S e[n, g] (q[n, p] - z[n, g])      p a stored position, g = p / G its group
 //
-//   Codes        .qweight       U8 (N, K' b / 8)              q, a bit stream a row (pack.h)
-//   Scales       .scales        F8_E4M3 (N, K' / G)           e
-//   Zeros        .zeros         U8 (N, ceil(K' / G b / 8))    z, packed as the codes are
-//   MasterScale  .master_scale  F32 (1)                       S, a power of two
+//   Codes            .qweight           U8 (N, K' b / 8)              q, a bit stream a row (pack.h)
+//     nested                            U8 (8, N, K' / 8)             bit planes, highest first
+//   Scales           .scales            F8_E4M3 (N, K' / G)           e
+//   Zeros            .zeros             U8 (N, ceil(K' / G b / 8))    z, packed as the codes are
+//     nested                            U8 (N, K' / G)
+//   MasterScale      .master_scale      F32 (1)                       S, a power of two
+//   SplitChannels    .split_channels    I32 (r)                       only if channels are split
+//   OutlierChannels  .outlier_channels  I32 (o)                       only if there are outliers
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "quant/channel_order.h"
 #include "quant/file_dtype.h"
 #include "quant/spec.h"
 
 namespace bbb::quant {
 
-// The bits of the activations that enter a linear; 16: they are not quantized.
-struct InputGrid {
-  int bits = 16;
-
-  bool operator==(const InputGrid&) const = default;
-};
-
-enum class StoredPart { Codes, Scales, Zeros, MasterScale };
-inline constexpr int kStoredParts = 4;
+enum class StoredPart { Codes, Scales, Zeros, MasterScale, SplitChannels, OutlierChannels };
+inline constexpr int kStoredParts = 6;
 
 struct StoredTensor {
   StoredPart part;
@@ -37,17 +36,34 @@ struct StoredTensor {
   int64_t bytes() const;
 };
 
+// Bits of one row of an operand: of codes alone, and with scales, zero points and master scales. At
+// 16 bits both count the values alone.
+struct ActivationBits {
+  double codes = 0;
+  double all = 0;
+};
+
 struct LinearFormat {
   int64_t n = 0;  // output features
   int64_t k = 0;  // input features
   WeightGrid weight = {};
   InputGrid input = {};
+  std::shared_ptr<const ChannelOrder> order = nullptr;  // null: ascending, padded to whole groups
 
-  bool operator==(const LinearFormat&) const = default;
-  int64_t stored_k() const;  // K': K in whole groups
+  bool operator==(const LinearFormat& other) const;
+  ChannelOrder channel_order() const;
+  int64_t stored_k() const;  // K': the stored positions of a row
+  int64_t groups() const { return stored_k() / weight.group; }
+  int code_bits() const { return weight.nested ? kNestedBits : weight.bits; }
+  // Is the operand the input itself?
+  bool exact_input() const;
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
+  // The same of a load: of nested codes, the planes that it reads.
+  std::vector<StoredTensor> loaded_tensors() const;
   int64_t bytes() const;  // of all its tensors
+  // Summed over the stored positions of the operand, padding aside.
+  ActivationBits activation_bits() const;
 };
 
 // A stored linear in memory, on the host or on a device: what kernels take. Each pointer is aligned
@@ -58,8 +74,25 @@ struct PackedView {
   const uint8_t* zeros;
   const float* master_scale;
   int64_t n;
-  int64_t k;
+  int64_t k;  // stored positions
   WeightGrid grid;
 };
+
+// The operand of a linear (numerics.md section 2), from rows of its input: what kernels take.
+struct OperandView {
+  const int32_t* channels;   // (K'): -1 for padding; null: position p holds channel p
+  const int32_t* positions;  // (K): the first position of each channel; null likewise
+  int64_t k;
+  int64_t stored_k;
+  int64_t outliers;                   // positions [0, outliers)
+  int64_t pairs_end;                  // positions [outliers, pairs_end) hold pairs
+  int64_t rotated_begin, rotated_end;  // positions; equal: none
+  float pair_factor;                  // of a copy: 1, or 1/2 if the activation is halved
+  int group;
+  InputGrid grid;
+};
+// For host or device copies of order.channels() and order.positions(), or null for both.
+OperandView operand_view(const LinearFormat& format, const int32_t* channels,
+                         const int32_t* positions);
 
 }  // namespace bbb::quant

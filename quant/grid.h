@@ -61,25 +61,50 @@ struct Range {
     include(other.mx);
   }
   BBB_HD Real width() const { return mx - mn; }
+  // Both ends times a range ratio.
+  BBB_HD Range scaled(Real ratio) const { return {ratio * mn, ratio * mx}; }
 };
+
+// The ratios of a range search, largest first; a group holds the index of its own.
+constexpr int kRangeRatios = 6;
+template <typename Real>
+BBB_HD Real range_ratio(int index) {
+  constexpr float kRatios[kRangeRatios] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f};
+  return Real(kRatios[index]);
+}
+// Whether groups of these bits are searched: at 8 bits a smaller range only clips.
+BBB_HD constexpr bool is_searched(RangeRule rule, int bits) {
+  return rule == RangeRule::Search && bits < 8;
+}
 
 template <typename Real>
 BBB_HD Real raw_scale(Real width, int bits) {
   return width / Real(max_code(bits));
 }
 
-// S = 2^ceil(log2(largest / 448)): the smallest power of two with 448 S >= largest. 1 for 0; NaN
-// for NaN and infinity. Not below 2^-126, so that S and every S e are exact in FP32.
+// The smallest power of two P with 256 m P >= largest, for m = 1 + mantissa / 2^52. 1 for 0; NaN
+// for NaN and infinity. Not below 2^-126, so that P and its products with E4M3 are exact in FP32.
 template <typename Real>
-BBB_HD Real master_scale_of(Real largest) {
+BBB_HD Real power_of_two_over(Real largest, uint64_t mantissa) {
   const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(largest));
   int exponent = static_cast<int>(bits >> 52 & 0x7FF) - 1023;  // `largest` is not negative
   if (exponent == 1024) return std::bit_cast<float>(0x7FC00000u);
   if (bits == 0) return Real(1);
-  // 448 = 1.75 * 2^8
-  exponent -= (bits & 0x000FFFFFFFFFFFFFull) > 0x000C000000000000ull ? 7 : 8;
+  exponent -= (bits & 0x000FFFFFFFFFFFFFull) > mantissa ? 7 : 8;
   if (exponent < -126) exponent = -126;
   return static_cast<Real>(std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23));
+}
+
+// S = 2^ceil(log2(largest / 448)), 448 = 1.75 * 2^8.
+template <typename Real>
+BBB_HD Real master_scale_of(Real largest) {
+  return power_of_two_over(largest, 0x000C000000000000ull);
+}
+
+// S8 = 2^ceil(log2(largest / 256)), of the outlier groups of a row of activations.
+template <typename Real>
+BBB_HD Real outlier_master_scale_of(Real largest) {
+  return power_of_two_over(largest, 0);
 }
 
 // E4M3(ratio), at least 2^-9.
@@ -115,6 +140,24 @@ BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int
   return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(bits))))};
 }
 
+// The parameters of an outlier group: 8 bits, e the power of two 2^ceil(log2(s_raw / S8)) within
+// [2^-9, 2^8], so that (q - z) e has 8 significant bits.
+template <typename Real>
+BBB_HD GroupParams outlier_params(const Range<Real>& range, Real master_scale) {
+  const Real ratio = raw_scale(range.width() / master_scale, kOutlierBits);
+  const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(ratio));
+  int exponent = static_cast<int>(bits >> 52 & 0x7FF) - 1023;
+  const bool finite = exponent != 1024;
+  exponent += (bits & 0x000FFFFFFFFFFFFFull) != 0;
+  exponent = exponent < -9 ? -9 : exponent > 8 ? 8 : exponent;
+  // 2^-9 .. 2^-7 are subnormal codes 1, 2, 4; from 2^-6 on the mantissa is 0.
+  const uint8_t e = !finite          ? kE4m3Nan
+                    : exponent < -6 ? static_cast<uint8_t>(1 << (exponent + 9))
+                                    : static_cast<uint8_t>((exponent + 7) << 3);
+  const Real z = round_half_up(-range.mn / step_of(e, master_scale));
+  return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(kOutlierBits))))};
+}
+
 // round(x / s) + z, before the clamp: the straight-through gradient is 0 outside [0, 2^b - 1].
 template <typename Real>
 BBB_HD Real unclamped_code(Real x, Real step, uint8_t z) {
@@ -137,6 +180,19 @@ template <typename Real>
 BBB_HD Real level_of(Real q, uint8_t z, Real e) {
   return (q - Real(z)) * e;
 }
+
+// 2 (q' - z) of a nested code's top `bits` bits q, with q' the middle or the lower end of the 8-bit
+// codes that share them: an integer (numerics.md section 4).
+BBB_HD int nested_level_doubled(int q, int z, int bits, NestedDequant dequant) {
+  const int shift = kNestedBits - bits;
+  const int offset = dequant == NestedDequant::Middle ? (1 << shift) - 1 : 0;
+  return 2 * (q << shift) + offset - 2 * z;
+}
+
+// The Hadamard transform of a group (numerics.md section 2): x' = 2^-i H x for activations, w' =
+// 2^-j H w for weights, i + j = log2 G, so that x' . w' = x . w.
+BBB_HD constexpr int activation_rotation_shift(int group) { return group == 32 || group == 64 ? 3 : 4; }
+BBB_HD constexpr int weight_rotation_shift(int group) { return group == 32 ? 2 : 3; }
 
 // One group's levels without a division per weight; for float the same bits as
 // level_of(code_of(x)).

@@ -1,8 +1,10 @@
 // The quantizer's ops on host memory, on rows [begin, end) of a matrix, for float and double: the
 // loops of CpuBackend, and the reference for the CUDA kernels.
 //
-// w, wq, dw (N, K); e, z, sigma (N, K/G); codes (N, K), one a byte; clipped one bit an element, bit
-// i % 8 of byte i / 8; pointers are to row 0.
+// w, wq, dw (N, K); e, z, sigma, ratios (N, K/G); codes (N, K), one a byte; clipped one bit an
+// element, bit i % 8 of byte i / 8; pointers are to row 0. ratios: each group's index of
+// range_ratio(); null: all ratios are 1. For a linear with a channel order K is K', its stored
+// positions.
 #pragma once
 
 #include <cstdint>
@@ -20,19 +22,21 @@ struct Rows {
 // The maximum group range of the rows; NaN if any element is NaN. max_or_nan joins the parts of a
 // matrix; raw_scale and then master_scale_of give S of the whole.
 template <typename Real>
-Real group_range_max(const Real* w, Rows rows, int64_t k, int group);
+Real group_range_max(const Real* w, const uint8_t* ratios, Rows rows, int64_t k, int group);
 // The largest of count values, at least 0; NaN if any is NaN.
 template <typename Real>
 Real largest(const Real* x, int64_t count);
 
 template <typename Real>
-void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w, Rows rows,
-                int64_t k, Real master_scale, WeightGrid spec, Rounding rounding);
+void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
+                const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
+                Rounding rounding);
 // Moves weights to the middle of their bins, S e (q - z), and keeps the grid: quantized again, they
-// give the same S, e, z and codes. Where the middles alone would narrow a group's range too far,
-// the ends of the range stay in place and bound the other weights.
+// give the same S, e, z and codes. A group's ratio becomes 1, since its middles span the scaled
+// range. Where the middles alone would narrow a group's range too far, the ends of the range stay
+// in place and bound the other weights, and the ratio stays.
 template <typename Real>
-void snap(Real* w, Rows rows, int64_t k, Real master_scale, WeightGrid spec);
+void snap(Real* w, uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 template <typename Real>
 void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
                     int64_t k, Real master_scale, WeightGrid spec);
@@ -52,5 +56,52 @@ void unpack(Real* wq, const PackedView& w, Rows rows);
 template <typename Real>
 void packed_gemv(Real* y, const Real* x, const PackedView& w, const Real* addend, Rows rows,
                  int64_t m_total);
+
+// Quantized rows of an operand: x^ = (codes - zeros) scales. codes (M, K'), zeros and scales (M,
+// K'/G); scales hold e S_row.
+template <typename Real>
+struct QuantizedRows {
+  uint8_t* codes = nullptr;
+  uint8_t* zeros = nullptr;
+  Real* scales = nullptr;
+};
+// The same product from integers: y = S sum_g (e scale)[g] sum_k (q - z)[n, k] (codes - zeros)[m,
+// k]. A group's sum is an exact integer; the groups are added in Real, in order.
+template <typename Real>
+void packed_gemv(Real* y, const QuantizedRows<Real>& x, const PackedView& w, const Real* addend,
+                 Rows rows, int64_t m_total);
+
+// The operand of input rows x (M, K): gathered by the channel order, rotated, quantized. Null
+// outputs are not written. out (M, K'); clipped (M, K'/8). v.grid.bits 16: nothing is quantized, and
+// only `out` may be asked for.
+template <typename Real>
+void operand(Real* out, uint8_t* clipped, const QuantizedRows<Real>& codes, const Real* x,
+             Rows rows, const OperandView& v, Rounding rounding);
+// dx (M, K) from the gradient dout (M, K') of the operand, straight through where it was not
+// clipped; clipped may be null.
+template <typename Real>
+void operand_backward(Real* dx, const Real* dout, const uint8_t* clipped, Rows rows,
+                      const OperandView& v);
+
+// Weights between their plain form (N, K) and the stored positions (N, K') of a format: pairs hold
+// two halves, or the weight twice if the activation is halved; padding holds 0; rotated groups are
+// w' = 2^-j H w. merge_weight() undoes it: a pair's sum, or mean.
+void gather_weight(float* stored, const float* plain, Rows rows, const LinearFormat& format,
+                   const ChannelOrder& order);
+void merge_weight(float* plain, const float* stored, Rows rows, const LinearFormat& format,
+                  const ChannelOrder& order);
+
+// How the weights of a linear start a stage (numerics.md sections 2 and 5).
+struct StageStart {
+  RangeRule range = RangeRule::MinMax;
+  const float* energy = nullptr;  // (K'): E[x_i^2] of the operand; needed for a search
+  int lowest_bits = 0;            // of the precisions that train at once; pairs split by its step
+};
+// From gathered weights `halves`: splits the pairs to w/2 -+ s/4, and finds each group's ratio.
+// For each ratio s is the fixed point of {offset by s/4, recompute e}; a pair's error is one term,
+// (a^ + b^ - w)^2. Returns the maximum group range, scaled by the ratios. w may be `halves`.
+float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
+                 const LinearFormat& format, const ChannelOrder& order, float master_scale,
+                 const StageStart& start);
 
 }  // namespace bbb::quant::host
