@@ -169,6 +169,16 @@ Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Va
   return out;
 }
 
+// Adds the gradients of a norm's input and weight, given that of its output, dy (M, D).
+static void rms_norm_backward(Backend& backend, const Var& x, const Var& w, const Tensor& dy,
+                              const Tensor& inv_rms) {
+  const Var::Slot none{Tensor(), Write::Overwrite};
+  const Var::Slot dx = x.requires_grad() ? x.grad_slot(backend) : none;
+  const Var::Slot dw = w.requires_grad() ? w.grad_slot(backend) : none;
+  backend.rms_norm_backward(dx.grad.defined() ? matrix(dx.grad) : Tensor(), dw.grad, dy,
+                            matrix(x.value()), inv_rms, w.value(), dx.mode, dw.mode);
+}
+
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps) {
   Backend& backend = tape.backend();
   const Tensor rows = matrix(x.value());
@@ -179,13 +189,7 @@ Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps) {
   if (!out.requires_grad()) return out;
   tape.record([&backend, x, w, inv_rms, out = out.gradient_only()] {
     if (!out.has_grad()) return;
-    const Var::Slot dx =
-        x.requires_grad() ? x.grad_slot(backend) : Var::Slot{Tensor(), Write::Overwrite};
-    const Var::Slot dw =
-        w.requires_grad() ? w.grad_slot(backend) : Var::Slot{Tensor(), Write::Overwrite};
-    backend.rms_norm_backward(dx.grad.defined() ? matrix(dx.grad) : Tensor(), dw.grad,
-                              matrix(out.grad()), matrix(x.value()), inv_rms, w.value(), dx.mode,
-                              dw.mode);
+    rms_norm_backward(backend, x, w, matrix(out.grad()), inv_rms);
   });
   return out;
 }
@@ -201,6 +205,81 @@ Var swiglu(Tape& tape, const Var& gate, const Var& up) {
     Tensor dgate = backend.empty(gate.value().shape(), backend.act());
     Tensor dup = backend.empty(up.value().shape(), backend.act());
     backend.swiglu_backward(dgate, dup, out.grad(), gate.value(), up.value());
+    gate.give_grad(backend, dgate);
+    up.give_grad(backend, dup);
+  });
+  return out;
+}
+
+namespace {
+
+// The output of an operand over x's rows. The clipped bits are kept if a gradient needs them.
+engine::OperandRows make_operand(Backend& backend, const Tensor& x, const engine::OperandSpec& spec,
+                                 bool with_clipped) {
+  const int64_t rows = x.numel() / spec.view.k, columns = spec.view.stored_k;
+  engine::OperandRows out;
+  out.x = backend.empty({rows, columns}, backend.act());
+  if (with_clipped && spec.view.grid.bits < 16)
+    out.clipped = backend.empty({rows, columns / 8}, DType::U8);
+  return out;
+}
+
+Var operand_output(Tape& tape, const engine::OperandRows& rows, const Tensor& x,
+                   std::initializer_list<Var> inputs) {
+  return tape.output(rows.x.view(with_last(x.shape(), rows.x.dim(1))), inputs);
+}
+
+}  // namespace
+
+Var operand(Tape& tape, const Var& x, const engine::OperandSpec& spec) {
+  Backend& backend = tape.backend();
+  const bool trains = tape.recording() && x.requires_grad();
+  const engine::OperandRows rows = make_operand(backend, x.value(), spec, trains);
+  backend.operand(rows, matrix(x.value()), spec);
+  Var out = operand_output(tape, rows, x.value(), {x});
+  if (!out.requires_grad()) return out;
+  tape.record([&backend, spec, clipped = rows.clipped, shape = x.value().shape(),
+               x = x.gradient_only(), out = out.gradient_only()] {
+    if (!out.has_grad()) return;
+    Tensor dx = backend.empty(shape, backend.act());
+    backend.operand_backward(matrix(dx), matrix(out.grad()), clipped, spec);
+    x.give_grad(backend, dx);
+  });
+  return out;
+}
+
+Var rms_norm_operand(Tape& tape, const Var& x, const Var& w, double eps,
+                     const engine::OperandSpec& spec) {
+  Backend& backend = tape.backend();
+  const bool trains = tape.recording() && (x.requires_grad() || w.requires_grad());
+  const engine::OperandRows rows = make_operand(backend, x.value(), spec, trains);
+  Tensor inv_rms = backend.empty({rows.x.dim(0)}, backend.real());
+  backend.rms_norm_operand(rows, inv_rms, matrix(x.value()), w.value(), eps, spec);
+  Var out = operand_output(tape, rows, x.value(), {x, w});
+  if (!out.requires_grad()) return out;
+  tape.record([&backend, spec, clipped = rows.clipped, x, w, inv_rms, out = out.gradient_only()] {
+    if (!out.has_grad()) return;
+    const Tensor in = matrix(x.value()), dnorm = backend.empty(in.shape(), backend.act());
+    backend.operand_backward(dnorm, matrix(out.grad()), clipped, spec);
+    out.drop_grad();
+    rms_norm_backward(backend, x, w, dnorm, inv_rms);
+  });
+  return out;
+}
+
+Var swiglu_operand(Tape& tape, const Var& gate, const Var& up, const engine::OperandSpec& spec) {
+  Backend& backend = tape.backend();
+  const bool trains = tape.recording() && (gate.requires_grad() || up.requires_grad());
+  const engine::OperandRows rows = make_operand(backend, gate.value(), spec, trains);
+  backend.swiglu_operand(rows, matrix(gate.value()), matrix(up.value()), spec);
+  Var out = operand_output(tape, rows, gate.value(), {gate, up});
+  if (!out.requires_grad()) return out;
+  tape.record([&backend, spec, clipped = rows.clipped, gate, up, out = out.gradient_only()] {
+    if (!out.has_grad()) return;
+    Tensor dgate = backend.empty(gate.value().shape(), backend.act());
+    Tensor dup = backend.empty(up.value().shape(), backend.act());
+    backend.swiglu_operand_backward(matrix(dgate), matrix(dup), matrix(out.grad()), clipped,
+                                    matrix(gate.value()), matrix(up.value()), spec);
     gate.give_grad(backend, dgate);
     up.give_grad(backend, dup);
   });

@@ -15,6 +15,12 @@ Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Va
 // x (..., D), w real (D).
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
 Var swiglu(Tape& tape, const Var& gate, const Var& up);
+// Operands (..., K') of x (..., K), of rms_norm(x, w) and of swiglu(gate, up). Gradients go straight
+// through the quantizer, except where it clipped.
+Var operand(Tape& tape, const Var& x, const engine::OperandSpec& spec);
+Var rms_norm_operand(Tape& tape, const Var& x, const Var& w, double eps,
+                     const engine::OperandSpec& spec);
+Var swiglu_operand(Tape& tape, const Var& gate, const Var& up, const engine::OperandSpec& spec);
 // q (B, T, H, d), k and v (B, T, K, d). inv_freq: undefined, or F32 (d/2): then q and k are first
 // rotated in place, from position 0, and the caller must not use them again.
 Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,

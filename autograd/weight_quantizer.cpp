@@ -4,7 +4,8 @@ namespace bbb::autograd {
 
 using engine::DType;
 
-WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, engine::Rounding rounding)
+WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::RangeRule range,
+                                 engine::Rounding rounding)
     : parameters_(parameters) {
   BBB_ASSERT(parameters.masters().defined());
   Backend& backend = parameters.backend();
@@ -19,6 +20,9 @@ WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, engine::Ro
               .wq = backend.empty({total}, backend.act()),
               .e = backend.empty({total / group}, DType::U8),
               .z = backend.empty({total / group}, DType::U8),
+              .ratios = range == quant::RangeRule::Search
+                            ? backend.zeros({total / group}, DType::U8)
+                            : Tensor(),
               .group = group,
               .rounding = rounding};
 }
@@ -31,10 +35,11 @@ QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
   set_bits(parameter, bits);
   const int64_t begin = parameters_.offset(parameter), count = parameter.master.numel();
   const Shape groups{shape[0], shape[1] / group};
-  return {weights_.wq.slice(begin, count).view(shape),
-          weights_.e.slice(begin / group, count / group).view(groups),
-          weights_.z.slice(begin / group, count / group).view(groups),
-          weights_.s.slice(parameter.slot, 1)};
+  const auto of_groups = [&](const Tensor& flat) {
+    return flat.defined() ? flat.slice(begin / group, count / group).view(groups) : flat;
+  };
+  return {weights_.wq.slice(begin, count).view(shape), of_groups(weights_.e), of_groups(weights_.z),
+          weights_.s.slice(parameter.slot, 1), of_groups(weights_.ratios)};
 }
 
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {

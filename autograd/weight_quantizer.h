@@ -18,12 +18,15 @@ struct QuantizedParameter {
   Tensor wq;    // act (N, K)
   Tensor e, z;  // U8 (N, K/G)
   Tensor s;     // real (1)
+  Tensor ratios;  // U8 (N, K/G), if ranges are searched
 };
 
 class WeightQuantizer {
  public:
-  // `parameters` must be allocated and must outlive the quantizer.
+  // `parameters` must be allocated and must outlive the quantizer. With RangeRule::Search every group
+  // has a ratio, 1 at the start, which the owner of the masters sets.
   WeightQuantizer(ParameterSet& parameters, int group,
+                  quant::RangeRule range = quant::RangeRule::MinMax,
                   engine::Rounding rounding = engine::Rounding::Nearest);
 
   // Puts a parameter (N, K) behind the quantizer; prepare() then fills the returned tensors. bits

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -208,11 +209,19 @@ class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
   }
 };
 
+// The settings of quantization_config that a linear may have of its own.
+struct LinearSettings {
+  int bits = 2;
+  quant::InputGrid input;
+  quant::SplitSide side = quant::SplitSide::Weight;
+};
+
 class PackedCheckpoint final : public DirectoryCheckpoint {
  public:
-  PackedCheckpoint(const std::string& path, std::string config_text, const json& quantization)
+  PackedCheckpoint(const std::string& path, std::string config_text, const json& quantization,
+                   int load_bits)
       : DirectoryCheckpoint(path, std::move(config_text)) {
-    read_quantization(quantization);
+    read_quantization(quantization, load_bits);
     std::set<std::string> known;
     if (config_.tied_head && tensors_.contains(kHead)) known.insert(kHead);
     for (const Expected& e : expected_norms(config_)) {
@@ -224,20 +233,19 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       known.insert(e.name);
     }
     for (const Linear& l : all_linears(config_)) {
-      const auto format = packed_format(l.name, l.n, l.k);
+      const std::optional<quant::LinearFormat> format = read_format(l);
+      formats_[l.name] = format;
       if (!format) {
         linear_bytes_ += check_float(l.name + ".weight", {l.n, l.k}).bytes;
         known.insert(l.name + ".weight");
         continue;
       }
-      linear_bytes_ += format->bytes();
+      for (const quant::StoredTensor& t : format->loaded_tensors()) linear_bytes_ += t.bytes();
       for (const quant::StoredTensor& t : format->tensors()) known.insert(l.name + t.suffix);
     }
-    for (const auto& [name, t] : tensors_.tensors()) {
-      BBB_CHECK(!name.ends_with(".split_channels") && !name.ends_with(".outlier_channels"), path_,
-                ": tensor '", printable(name), "': split and outlier channels are not supported");
+    check_sites();
+    for (const auto& [name, t] : tensors_.tensors())
       BBB_CHECK(known.count(name), path_, ": tensor '", printable(name), "' is one too many");
-    }
   }
 
   CheckpointKind kind() const override { return CheckpointKind::Packed; }
@@ -245,31 +253,18 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     std::vector<std::string> names;
     for (const Expected& e : expected_tables(config_)) names.push_back(e.name);
     for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
-    for (const Linear& l : all_linears(config_)) {
-      const auto format = packed_format(l.name, l.n, l.k);
-      if (!format) names.push_back(l.name + ".weight");
+    for (const auto& [linear, format] : formats_) {
+      if (!format) names.push_back(linear + ".weight");
       for (const quant::StoredTensor& t :
            format ? format->tensors() : std::vector<quant::StoredTensor>())
-        if (t.dtype != FileDType::U8) names.push_back(l.name + t.suffix);
+        if (t.dtype != FileDType::U8 && t.dtype != FileDType::I32)
+          names.push_back(linear + t.suffix);
     }
     DirectoryCheckpoint::check_finite(names);
   }
-  std::optional<quant::LinearFormat> packed_format(const std::string& linear, int64_t n,
-                                                   int64_t k) const override {
-    const quant::LinearFormat format{.n = n, .k = k, .weight = grid_};
-    const std::vector<quant::StoredTensor> tensors = format.tensors();
-    if (unconverted_.count(linear) && !tensors_.contains(linear + tensors[0].suffix))
-      return std::nullopt;
-    for (const quant::StoredTensor& t : tensors) {
-      const std::string name = linear + t.suffix;
-      const SafeTensor& found = check_exact(name, t.shape, t.dtype);
-      if (t.part != quant::StoredPart::MasterScale) continue;
-      const float s = data::load_as<float>(found.data);
-      int exponent;
-      BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", name,
-                "' holds ", s, ", not a power of two");
-    }
-    return format;
+  std::optional<quant::LinearFormat> packed_format(const std::string& linear, int64_t,
+                                                   int64_t) const override {
+    return formats_.at(linear);
   }
   const uint8_t* stored(const std::string& name) const override { return tensors_.at(name).data; }
 
@@ -279,32 +274,138 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   }
 
  private:
+  std::vector<int32_t> channels(const std::string& name) const {
+    if (!tensors_.contains(name)) return {};
+    const SafeTensor& t = tensors_.at(name);
+    BBB_CHECK(t.dtype == FileDType::I32 && t.shape.size() == 1, path_, ": tensor '", name, "' is ",
+              name_of(t.dtype), " ", engine::to_string(t.shape), ", not a list of I32 channels");
+    std::vector<int32_t> list(static_cast<size_t>(t.numel()));
+    std::memcpy(list.data(), t.data, static_cast<size_t>(t.bytes));
+    return list;
+  }
+
+  // The format of a linear, after checking its tensors; nullopt if it is stored in full precision.
+  std::optional<quant::LinearFormat> read_format(const Linear& l) const {
+    if (unconverted_.count(l.name) && !tensors_.contains(l.name + ".qweight")) return std::nullopt;
+    const auto own = overrides_.find(l.name);
+    const LinearSettings& settings = own == overrides_.end() ? settings_ : own->second;
+    quant::LinearFormat format{.n = l.n, .k = l.k, .weight = grid_, .input = settings.input};
+    if (!grid_.nested) format.weight.bits = settings.bits;
+    const std::vector<int32_t> outliers = channels(l.name + ".outlier_channels"),
+                               split = channels(l.name + ".split_channels");
+    format.input.outliers = static_cast<int>(outliers.size());
+    try {
+      if (!outliers.empty() || !split.empty() || l.k % grid_.group != 0)
+        format.order = std::make_shared<quant::ChannelOrder>(l.k, grid_.group, outliers, split,
+                                                             settings.side);
+    } catch (const Error& error) {
+      throw Error(cat(path_, ": linear '", l.name, "': ", error.what()));
+    }
+    for (const quant::StoredTensor& t : format.tensors()) {
+      const std::string name = l.name + t.suffix;
+      const SafeTensor& found = check_exact(name, t.shape, t.dtype);
+      if (t.part != quant::StoredPart::MasterScale) continue;
+      const float s = data::load_as<float>(found.data);
+      int exponent;
+      BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", name,
+                "' holds ", s, ", not a power of two");
+    }
+    return format;
+  }
+
+  // Linears of one input site share their operand.
+  void check_sites() const {
+    for (int64_t layer = 0; layer < config_.layers; ++layer) {
+      const std::vector<LinearShape> shapes = block_linears(config_);
+      for (size_t i = 1; i < shapes.size(); ++i) {
+        if (shapes[i].site != shapes[i - 1].site) continue;
+        const std::string name = layer_name(layer, shapes[i].name),
+                          before = layer_name(layer, shapes[i - 1].name);
+        const auto operand = [&](const std::string& linear) {
+          quant::LinearFormat format =
+              formats_.at(linear).value_or(quant::LinearFormat{.k = shapes[i].k});
+          format.n = 0;
+          format.weight = {.group = format.weight.group};
+          return format;
+        };
+        const quant::LinearFormat a = operand(before), b = operand(name);
+        BBB_CHECK(a == b || (a.exact_input() && b.exact_input()), path_, ": ", before, " and ",
+                  name, " read one input, but their channel orders or activations differ");
+      }
+    }
+  }
+
   // Accepts only values that this reader implements. An unknown key is refused: it may change the
   // meaning of the tensors.
-  void read_quantization(const json& q) {
+  void read_quantization(const json& q, int load_bits) {
     const std::string where = join(path_, "config.json") + ": quantization_config";
-    const auto choose = [&](const char* key, std::initializer_list<json> allowed, bool required) {
-      const auto found = q.find(key);
-      BBB_CHECK(found != q.end() || !required, where, ": '", key, "' is missing");
-      if (found == q.end()) return *allowed.begin();
+    const auto choose = [&](const json& from, const std::string& in, const char* key,
+                            std::initializer_list<json> allowed, bool required) {
+      const auto found = from.find(key);
+      BBB_CHECK(found != from.end() || !required, in, ": '", key, "' is missing");
+      if (found == from.end()) return *allowed.begin();
       for (const json& value : allowed)
         if (*found == value) return value;
       std::string text = found->dump(-1, ' ', true);
-      throw Error(cat(where, ": unsupported ", key, " ", printable(text)));
+      throw Error(cat(in, ": unsupported ", key, " ", printable(text)));
     };
-    choose("quant_method", {"bbb"}, true);
-    choose("format_version", {1}, true);
-    choose("scale_dtype", {"float8_e4m3fn"}, true);
-    choose("symmetric", {false}, false);
-    choose("nested", {false}, false);
-    choose("activation_bits", {16}, false);
-    choose("overrides", {json::object(), nullptr}, false);
-    choose("rotate", {nullptr}, false);
-    grid_.bits = choose("bits", {2, 3, 4, 8}, true).get<int>();
-    grid_.group = choose("group_size", {32, 64, 128}, true).get<int>();
+    choose(q, where, "quant_method", {"bbb"}, true);
+    choose(q, where, "format_version", {1}, true);
+    choose(q, where, "scale_dtype", {"float8_e4m3fn"}, true);
+    choose(q, where, "symmetric", {false}, false);
+    grid_.nested = choose(q, where, "nested", {false, true}, false) == true;
+    grid_.dequant = choose(q, where, "nested_dequant", {"middle", "floor"}, false) == "middle"
+                        ? quant::NestedDequant::Middle
+                        : quant::NestedDequant::Floor;
+    grid_.group = choose(q, where, "group_size", {32, 64, 128}, true).get<int>();
+    settings_.bits = choose(q, where, "bits", {2, 3, 4, 8}, true).get<int>();
+    grid_.bits = settings_.bits;
+    if (grid_.nested)
+      BBB_CHECK(settings_.bits == quant::kNestedBits, where, ": nested codes of ", settings_.bits,
+                " bits");
+    BBB_CHECK(load_bits == 0 || grid_.nested, path_,
+              ": --bits reads fewer bits of a nested export (--any-precision), and this is none");
+    if (load_bits > 0) grid_.bits = load_bits;
+    // The keys of a linear, with the settings of the whole file as their defaults.
+    const auto read_linear = [&](const json& from, const std::string& in,
+                                 LinearSettings settings) {
+      if (from.contains("activation_bits"))
+        settings.input.bits =
+            choose(from, in, "activation_bits", {16, 8, 4, 3, 2}, false).get<int>();
+      if (from.contains("activation_range"))
+        settings.input.range =
+            choose(from, in, "activation_range", {"minmax", "search"}, false) == "search"
+                ? quant::RangeRule::Search
+                : quant::RangeRule::MinMax;
+      if (from.contains("rotate"))
+        settings.input.hadamard = choose(from, in, "rotate", {"group", nullptr}, false) == "group";
+      return settings;
+    };
+    settings_ = read_linear(q, where, settings_);
 
+    std::set<std::string> linears;
+    for (const Linear& l : all_linears(config_)) linears.insert(l.name);
+    if (const auto overrides = q.find("overrides"); overrides != q.end() && !overrides->is_null()) {
+      BBB_CHECK(overrides->is_object(), where, ": overrides is not an object");
+      static const std::set<std::string> kOwn = {"bits", "activation_bits", "activation_range",
+                                                 "rotate", "split_side"};
+      for (const auto& [name, own] : overrides->items()) {
+        const std::string in = cat(where, ": overrides of '", printable(name), "'");
+        BBB_CHECK(linears.count(name) && own.is_object(), in, ": no linear of the model");
+        for (const auto& [key, value] : own.items())
+          BBB_CHECK(kOwn.count(key), in, ": unknown key '", printable(key), "'");
+        LinearSettings settings = read_linear(own, in, settings_);
+        if (own.contains("bits"))
+          settings.bits = choose(own, in, "bits", {2, 3, 4, 8}, false).get<int>();
+        BBB_CHECK(!grid_.nested || settings.bits == settings_.bits, in, ": nested with own bits");
+        settings.side = choose(own, in, "split_side", {"weight", "activation"}, false) == "weight"
+                            ? quant::SplitSide::Weight
+                            : quant::SplitSide::Activation;
+        overrides_[name] = settings;
+      }
+    }
     std::set<std::string> convertible = {"lm_head", "model.embed_tokens"};
-    for (const Linear& l : all_linears(config_)) convertible.insert(l.name);
+    convertible.insert(linears.begin(), linears.end());
     if (const auto skipped = q.find("modules_to_not_convert"); skipped != q.end()) {
       BBB_CHECK(skipped->is_array(), where, ": modules_to_not_convert is not an array");
       for (const json& name : *skipped) {
@@ -315,14 +416,18 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       }
     }
     static const std::set<std::string> kKnown = {
-        "quant_method",          "format_version", "scale_dtype", "symmetric", "nested",
-        "activation_bits",       "overrides",      "rotate",      "bits",      "group_size",
+        "quant_method",   "format_version", "scale_dtype", "symmetric",
+        "nested",         "nested_dequant", "overrides",   "activation_bits",
+        "rotate",         "bits",           "group_size",  "activation_range",
         "modules_to_not_convert"};
     for (const auto& [key, value] : q.items())
       BBB_CHECK(kKnown.count(key), where, ": unknown key '", printable(key), "'");
   }
 
   quant::WeightGrid grid_;
+  LinearSettings settings_;
+  std::map<std::string, LinearSettings> overrides_;
+  std::map<std::string, std::optional<quant::LinearFormat>> formats_;
   std::set<std::string> unconverted_;
   int64_t linear_bytes_ = 0;
 };
@@ -423,7 +528,7 @@ class GgufCheckpoint final : public Checkpoint {
   data::Gguf gguf_;
 };
 
-std::unique_ptr<Checkpoint> open_directory(const std::string& path) {
+std::unique_ptr<Checkpoint> open_directory(const std::string& path, int bits) {
   const std::string config_path = join(path, "config.json");
   std::error_code error;
   BBB_CHECK(fs::exists(config_path, error), path, ": no config.json: not a model directory");
@@ -434,13 +539,31 @@ std::unique_ptr<Checkpoint> open_directory(const std::string& path) {
   if (quantization == config.end() || quantization->is_null())
     return std::make_unique<HuggingFaceCheckpoint>(path, std::move(text));
   BBB_CHECK(quantization->is_object(), config_path, ": 'quantization_config' is not an object");
-  return std::make_unique<PackedCheckpoint>(path, std::move(text), *quantization);
+  return std::make_unique<PackedCheckpoint>(path, std::move(text), *quantization, bits);
 }
 
 }  // namespace
 
 const uint8_t* Checkpoint::stored(const std::string& name) const {
   throw Error(cat(path_, ": '", printable(name), "' is not packed"));
+}
+
+quant::ActivationBits Checkpoint::bits_per_activation() const {
+  quant::ActivationBits sum;
+  double channels = 0;
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  for (int64_t layer = 0; layer < config_.layers; ++layer)
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const LinearShape& shape = shapes[i];
+      if (i > 0 && shape.site == shapes[i - 1].site) continue;
+      const auto format = packed_format(layer_name(layer, shape.name), shape.n, shape.k);
+      const quant::ActivationBits bits =
+          format.value_or(quant::LinearFormat{.n = shape.n, .k = shape.k}).activation_bits();
+      sum.codes += bits.codes;
+      sum.all += bits.all;
+      channels += static_cast<double>(shape.k);
+    }
+  return {sum.codes / channels, sum.all / channels};
 }
 
 std::vector<int32_t> Checkpoint::stop_ids() const {
@@ -456,15 +579,22 @@ std::vector<int32_t> Checkpoint::stop_ids() const {
   return out;
 }
 
-std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path) {
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path, int bits) {
+  std::unique_ptr<Checkpoint> checkpoint;
+  std::error_code error;
   if (path.starts_with(data::kSyntheticPrefix)) {
     const std::string name = path.substr(data::kSyntheticPrefix.size());
-    return make_synthetic_checkpoint(synthetic_config(name), path);
+    checkpoint = make_synthetic_checkpoint(synthetic_config(name), path);
+  } else {
+    BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
+    if (fs::is_directory(path, error))
+      checkpoint = open_directory(path, bits);
+    else
+      checkpoint = std::make_unique<GgufCheckpoint>(path);
   }
-  std::error_code error;
-  BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
-  if (fs::is_directory(path, error)) return open_directory(path);
-  return std::make_unique<GgufCheckpoint>(path);
+  BBB_CHECK(bits == 0 || checkpoint->kind() == CheckpointKind::Packed, path,
+            ": --bits reads fewer bits of a nested export (--any-precision), and this is none");
+  return checkpoint;
 }
 
 }  // namespace bbb::models

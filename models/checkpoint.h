@@ -56,8 +56,11 @@ class Checkpoint {
   }
   // The bytes of one tensor of a packed linear, in the mapped file. Throws if nothing is packed.
   virtual const uint8_t* stored(const std::string& name) const;
-  // 8 x bytes / elements, over the linears that are (or would be) quantized.
+  // 8 x bytes / elements, over the linears that are (or would be) quantized. Of a nested export: of
+  // the planes that are read.
   virtual double bits_per_weight() const = 0;
+  // Bits of an input channel's activation, averaged over all input sites; 16 if none is quantized.
+  quant::ActivationBits bits_per_activation() const;
   // Contents of the Hugging Face files that an export carries.
   virtual std::string config_json() const = 0;  // the source's own, or made from its configuration
   virtual std::string generation_config_json() const { return ""; }  // "": none
@@ -71,6 +74,7 @@ class Checkpoint {
 // or unknown. Reads no weights, with one exception: if the config ties the head to the embedding
 // and the file holds a head, the two are compared. A head that differs is used, and a line on
 // stderr says so.
-std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path);
+// `bits`: of a nested export, the bits to read (8, 4, 3 or 2); 0: all. Anything else refuses it.
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path, int bits = 0);
 
 }  // namespace bbb::models

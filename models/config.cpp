@@ -439,10 +439,13 @@ std::vector<float> rope_inv_freq(const LlamaConfig& c) {
 
 std::vector<LinearShape> block_linears(const LlamaConfig& c) {
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  return {{"self_attn.q_proj", q, c.d_model},     {"self_attn.k_proj", kv, c.d_model},
-          {"self_attn.v_proj", kv, c.d_model},    {"self_attn.o_proj", c.d_model, q},
-          {"mlp.gate_proj", c.hidden, c.d_model}, {"mlp.up_proj", c.hidden, c.d_model},
-          {"mlp.down_proj", c.d_model, c.hidden}};
+  return {{"self_attn.q_proj", q, c.d_model, kAttentionSite},
+          {"self_attn.k_proj", kv, c.d_model, kAttentionSite},
+          {"self_attn.v_proj", kv, c.d_model, kAttentionSite},
+          {"self_attn.o_proj", c.d_model, q, kOutputSite},
+          {"mlp.gate_proj", c.hidden, c.d_model, kMlpSite},
+          {"mlp.up_proj", c.hidden, c.d_model, kMlpSite},
+          {"mlp.down_proj", c.d_model, c.hidden, kDownSite}};
 }
 
 std::string layer_name(int64_t layer, const std::string& suffix) {

@@ -57,11 +57,16 @@ std::string config_to_json(const LlamaConfig& config);
 // Frequencies of the head_dim / 2 pairs: theta^(-2i/d), scaled as the config says (F64, then F32).
 std::vector<float> rope_inv_freq(const LlamaConfig& config);
 
+// The input sites of a block. Linears of one site share their input.
+enum Site { kAttentionSite, kOutputSite, kMlpSite, kDownSite };
+inline constexpr int kSites = 4;
+
 // The seven linears of a block, in the order in which they are applied.
 struct LinearShape {
   const char* name;  // "self_attn.q_proj"
   int64_t n;
   int64_t k;
+  Site site;
 };
 std::vector<LinearShape> block_linears(const LlamaConfig& config);
 std::string layer_name(int64_t layer, const std::string& suffix);  // "model.layers.3.mlp.up_proj"

@@ -14,21 +14,37 @@ using quant::LinearFormat;
 using quant::StoredPart;
 using quant::StoredTensor;
 
+static constexpr const char* kRatios = ".ratios";
+
 std::vector<float> LinearResult::dequantize() const {
-  BBB_ASSERT(quantized() && format.stored_k() == format.k);
+  BBB_ASSERT(quantized());
   float master_scale;
   std::memcpy(&master_scale, part(StoredPart::MasterScale).data(), sizeof master_scale);
+  const quant::ChannelOrder order = format.channel_order();
   const quant::PackedView view{.qweight = part(StoredPart::Codes).data(),
                                .scales = part(StoredPart::Scales).data(),
                                .zeros = part(StoredPart::Zeros).data(),
                                .master_scale = &master_scale,
                                .n = format.n,
-                               .k = format.k,
+                               .k = order.stored_k(),
                                .grid = format.weight};
+  std::vector<float> stored(static_cast<size_t>(format.n * order.stored_k()));
+  quant::host::unpack(stored.data(), view, {0, format.n});
+  for (float& w : stored) w *= master_scale;
+  if (order.is_identity() && !format.input.hadamard) return stored;
   std::vector<float> weight(static_cast<size_t>(format.n * format.k));
-  quant::host::unpack(weight.data(), view, {0, format.n});
-  for (float& w : weight) w *= master_scale;
+  quant::host::merge_weight(weight.data(), stored.data(), {0, format.n}, format, order);
   return weight;
+}
+
+std::vector<uint8_t> bit_planes(const std::vector<uint8_t>& codes) {
+  const size_t plane_bytes = codes.size() / 8;
+  std::vector<uint8_t> planes(codes.size());
+  for (size_t i = 0; i < codes.size(); ++i)
+    for (size_t plane = 0; plane < 8; ++plane)
+      planes[plane * plane_bytes + i / 8] |=
+          static_cast<uint8_t>((codes[i] >> (7 - plane) & 1) << (i % 8));
+  return planes;
 }
 
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits) {
@@ -42,15 +58,19 @@ std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, 
 
 void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t layer,
                    const LlamaConfig& config, const std::vector<LinearFormat>& formats,
-                   LinearContent content) {
+                   LinearContent content, quant::RangeRule range) {
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t i = 0; i < shapes.size(); ++i) {
     const std::string name = layer_name(layer, shapes[i].name);
-    if (content == LinearContent::Masters)
-      entries.push_back({name + ".weight", FileDType::F32, {shapes[i].n, shapes[i].k}});
-    else
+    if (content == LinearContent::Masters) {
+      const LinearFormat& format = formats[i];
+      entries.push_back({name + ".weight", FileDType::F32, {format.n, format.stored_k()}});
+      if (range == quant::RangeRule::Search)
+        entries.push_back({name + kRatios, FileDType::U8, {format.n, format.groups()}});
+    } else {
       for (const StoredTensor& t : formats[i].tensors())
         entries.push_back({name + t.suffix, t.dtype, t.shape});
+    }
   }
   for (const char* norm : {kInputNorm, kPostNorm})
     entries.push_back({layer_name(layer, norm), FileDType::F32, {config.d_model}});
@@ -67,11 +87,13 @@ void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig
   for (size_t i = 0; i < shapes.size(); ++i) {
     const LinearResult& linear = result.linears[i];
     const std::string name = shapes[i].name;
-    if (content == LinearContent::Masters)
+    if (content == LinearContent::Masters) {
       add(name + ".weight", linear.master);
-    else
+      if (!linear.ratios.empty()) add(name + kRatios, linear.ratios);
+    } else {
       for (const StoredTensor& t : linear.format.tensors())
         add(name + t.suffix, linear.part(t.part));
+    }
   }
   add(kInputNorm, result.input_norm);
   add(kPostNorm, result.post_norm);
@@ -101,7 +123,12 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
     LinearResult& linear = result.linears.emplace_back();
     linear.format = format;
     if (file.contains(layer_name(layer, name + ".weight"))) {
-      linear.master = floats(name + ".weight", {format.n, format.k});
+      linear.master = floats(name + ".weight", {format.n, format.stored_k()});
+      if (file.contains(layer_name(layer, name + kRatios))) {
+        const SafeTensor& tensor =
+            find(name + kRatios, {format.n, format.groups()}, FileDType::U8);
+        linear.ratios.assign(tensor.data, tensor.data + tensor.bytes);
+      }
       continue;
     }
     for (const StoredTensor& t : format.tensors()) {

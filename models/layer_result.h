@@ -1,7 +1,9 @@
 // LayerResult: the result of training, or of any other method, for one layer, on the host. Stage
 // files, a run's final file and the export hold nothing else of a layer. Tensors in a file:
 //
-//   model.layers.L.self_attn.q_proj.weight      F32 (N, K)  the master, if a later stage needs it
+//   model.layers.L.self_attn.q_proj.weight      F32 (N, K')       the master, if a later stage
+//                                                                 needs it
+//   model.layers.L.self_attn.q_proj.ratios      U8 (N, K' / G)    its range ratios, if searched
 //   or model.layers.L.self_attn.q_proj.qweight  ..          the tensors of the linear's format
 //   model.layers.L.input_layernorm.weight       F32 (D)
 #pragma once
@@ -18,7 +20,8 @@ namespace bbb::models {
 
 struct LinearResult {
   quant::LinearFormat format;
-  std::vector<float> master;  // (N, K), or empty
+  std::vector<float> master;    // (N, K') in stored positions, or empty
+  std::vector<uint8_t> ratios;  // (N, K'/G), indices of quant::range_ratio; empty: all are 1
   // The bytes of each of the format's tensors; empty if only the master is stored.
   std::array<std::vector<uint8_t>, quant::kStoredParts> stored;
 
@@ -27,7 +30,8 @@ struct LinearResult {
   const std::vector<uint8_t>& part(quant::StoredPart p) const {
     return stored[static_cast<size_t>(p)];
   }
-  // S e (q - z), (N, K) row-major: exact in float. Quantized results only.
+  // The weight (N, K) of a quantized result: S e (q - z), exact in float. Pairs are summed (or
+  // averaged) and rotations undone, which rounds.
   std::vector<float> dequantize() const;
 };
 
@@ -38,13 +42,16 @@ struct LayerResult {
 
 // From one code per byte to one bit stream per row (quant/pack.h).
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits);
+// From one 8-bit code per byte to bit planes, the highest first.
+std::vector<uint8_t> bit_planes(const std::vector<uint8_t>& codes);
 
 enum class LinearContent { Masters, Stored };
 
-// The entries of one layer in a file, in the order in which add_layer() adds them.
+// The entries of one layer in a file, in the order in which add_layer() adds them. `range`: whether
+// the masters have ratios.
 void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t layer,
                    const LlamaConfig& config, const std::vector<quant::LinearFormat>& formats,
-                   LinearContent content);
+                   LinearContent content, quant::RangeRule range);
 void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig& config,
                const LayerResult& result, LinearContent content);
 // Reads each linear's master or, if the file holds none, the tensors of its format. Throws, naming

@@ -73,21 +73,35 @@ std::vector<QuantLinear*> LlamaBlock::linears() {
   return {&q_, &k_, &v_, &o_, &gate_, &up_, &down_};
 }
 
+void LlamaBlock::set_operands(const std::vector<quant::LinearFormat>& formats, bool packed) {
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  BBB_ASSERT(formats.size() == shapes.size());
+  for (size_t i = 0; i < shapes.size(); ++i)
+    if (i == 0 || shapes[i].site != shapes[i - 1].site)
+      operands_[shapes[i].site].set(backend_, formats[i], packed);
+}
+
+LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
+  if (tap_ && operands_[site].exact()) tap_(site, input.x.value());
+  return input;
+}
+
 Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
   const engine::AttentionSpec spec{config_.sliding_window};
 
-  norm_through_products_ = tape.recording() && attention_in_.exact() && !x.requires_grad() &&
+  norm_through_products_ = tape.recording() && operands_[kAttentionSite].exact() && !x.requires_grad() &&
                            input_norm_.parameter != nullptr;
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
-  Var h = attention_in_.rms_norm(tape, x, norm, config_.rms_eps);
+  LinearInput h =
+      tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
   const auto heads = [&](QuantLinear& linear, int64_t count) {
     return reshape(tape, linear.forward(tape, h, Var()), {b, t, count, d});
   };
   const Var q = heads(q_, config_.heads);
   const Var k = heads(k_, config_.kv_heads);
   const Var v = heads(v_, config_.kv_heads);
-  h = Var();
+  h = LinearInput();
 
   Var out;
   if (kv) {
@@ -101,14 +115,15 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
     out = attention(tape, q, k, v, inv_freq_, spec);
   }
   out = reshape(tape, out, {b, t, config_.heads * d});
-  return o_.forward(tape, o_in_.identity(out), x);
+  return o_.forward(tape, tapped(kOutputSite, operands_[kOutputSite].plain(tape, out)), x);
 }
 
 Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
-  Var g = mlp_in_.rms_norm(tape, x, post_norm_.var(), config_.rms_eps);
-  const Var h = down_in_.swiglu(tape, gate_.forward(tape, g, Var()), up_.forward(tape, g, Var()));
-  g = Var();
-  return down_.forward(tape, h, x);
+  LinearInput g =
+      tapped(kMlpSite, operands_[kMlpSite].rms_norm(tape, x, post_norm_.var(), config_.rms_eps));
+  const Var gate = gate_.forward(tape, g, Var()), up = up_.forward(tape, g, Var());
+  g = LinearInput();
+  return down_.forward(tape, tapped(kDownSite, operands_[kDownSite].swiglu(tape, gate, up)), x);
 }
 
 Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute) {
@@ -139,6 +154,7 @@ void LlamaBlock::set_float(const LayerResult& weights) {
 
 void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
   const Shape norm{config_.d_model};
+  std::vector<quant::LinearFormat> formats;
   set_norms(source.load(layer_name(layer_, kInputNorm), norm),
             source.load(layer_name(layer_, kPostNorm), norm));
   for (QuantLinear* linear : linears()) {
@@ -154,23 +170,32 @@ void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
     else
       linear->set_float(
           upload_as(backend_, source.load(name + ".weight", shape), shape, backend_.act()));
+    formats.push_back(linear->format());
   }
+  set_operands(formats, source.kind() == CheckpointKind::Packed);
 }
 
 // Training.
 
-void LlamaBlock::declare_parameters(ParameterSet& set) {
+void LlamaBlock::declare_parameters(ParameterSet& set,
+                                    const std::vector<quant::LinearFormat>& formats) {
   declared_.clear();
-  for (QuantLinear* linear : linears())
-    declared_.push_back(&set.add(linear->name() + ".weight", {linear->n(), linear->k()}));
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(formats.size() == all.size());
+  for (size_t i = 0; i < all.size(); ++i)
+    declared_.push_back(
+        &set.add(all[i]->name() + ".weight", {formats[i].n, formats[i].stored_k()}));
   for (const char* norm : {kInputNorm, kPostNorm})
     declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
 }
 
-void LlamaBlock::bind_parameters(WeightQuantizer& quantizer, int bits) {
+void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
+                                 const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(declared_.size() == all.size() + 2);
-  for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], bits);
+  BBB_ASSERT(declared_.size() == all.size() + 2 && formats.size() == all.size());
+  for (size_t i = 0; i < all.size(); ++i)
+    all[i]->set_trained(quantizer, *declared_[i], formats[i]);
+  set_operands(formats, false);
   input_norm_.set_parameter(*declared_[all.size()]);
   post_norm_.set_parameter(*declared_[all.size() + 1]);
   declared_.clear();
@@ -179,30 +204,26 @@ void LlamaBlock::bind_parameters(WeightQuantizer& quantizer, int bits) {
 void LlamaBlock::set_masters(const LayerResult& result) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(result.linears.size() == all.size());
-  for (size_t i = 0; i < all.size(); ++i)
-    upload_into(backend_, all[i]->parameter()->master, result.linears[i].master);
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_master(result.linears[i]);
   upload_into(backend_, input_norm_.value, without_zeros(result.input_norm));
   upload_into(backend_, post_norm_.value, result.post_norm);
 }
 
 LayerResult LlamaBlock::result(LinearContent content) {
   LayerResult result;
-  for (QuantLinear* linear : linears()) {
-    if (content == LinearContent::Stored) {
-      result.linears.push_back(linear->quantized());
-      continue;
-    }
-    LinearResult& trained = result.linears.emplace_back();
-    trained.format = linear->format();
-    trained.master = download_floats(backend_, linear->parameter()->master);
-  }
+  for (QuantLinear* linear : linears())
+    result.linears.push_back(content == LinearContent::Stored ? linear->quantized()
+                                                              : linear->master());
   result.input_norm = download_floats(backend_, input_norm_.value);
   result.post_norm = download_floats(backend_, post_norm_.value);
   return result;
 }
 
-void LlamaBlock::set_bits(int bits) {
-  for (QuantLinear* linear : linears()) linear->set_bits(bits);
+void LlamaBlock::set_formats(const std::vector<quant::LinearFormat>& formats) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(formats.size() == all.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_format(formats[i]);
+  set_operands(formats, false);
 }
 
 void LlamaBlock::prepare_scales() {
@@ -261,17 +282,14 @@ Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
                                {config_.d_model}, backend_.real()));
 }
 
-Tensor Llama::packed_buffer() const {
-  int64_t largest = 0;
-  for (const LinearShape& linear : block_linears(config_))
-    largest = std::max(largest, linear.n * linear.k);
-  return backend_.empty({largest}, backend_.act());
-}
-
 void Llama::load_blocks(const Checkpoint& source,
                         const std::function<void(int64_t done)>& progress) {
-  const bool packed = source.kind() == CheckpointKind::Packed;
-  const Tensor buffer = packed ? packed_buffer() : Tensor();
+  int64_t largest = 0;  // elements of a packed linear
+  for (const auto& block : blocks_)
+    for (const QuantLinear* linear : block->linears())
+      if (const auto format = source.packed_format(linear->name(), linear->n(), linear->k()))
+        largest = std::max(largest, format->n * format->stored_k());
+  const Tensor buffer = largest > 0 ? packed_buffer(largest) : Tensor();
   for (auto& block : blocks_) {
     block->load(source, buffer);
     if (progress) progress(block->layer() + 1);
@@ -307,15 +325,17 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   // Linears: uniform codes and zero points, e in [1/2, 2), S about 1 / sqrt(K). All layers read one
   // random stream, each from its own offset.
   constexpr int64_t kLayerOffset = 64;
-  int64_t stream_bytes = 0;
-  for (const LinearShape& shape : block_linears(config))
+  int64_t stream_bytes = 0, largest = 0;
+  for (const LinearShape& shape : block_linears(config)) {
     stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
+    largest = std::max(largest, shape.n * shape.k);
+  }
   stream_bytes += kLayerOffset * config.layers;
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
 
-  const Tensor buffer = model->packed_buffer();
+  const Tensor buffer = model->packed_buffer(largest);
   std::vector<uint8_t> scales;
   for (auto& block : model->blocks_) {
     const uint8_t* bytes = stream + kLayerOffset * block->layer();

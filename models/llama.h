@@ -2,6 +2,7 @@
 // prefill and decode run these functions.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -55,18 +56,22 @@ class LlamaBlock {
   void load(const Checkpoint& source, const Tensor& buffer);
   void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
 
-  // Makes linears and norms parameters of `set`, which must not be allocated yet.
-  void declare_parameters(ParameterSet& set);
+  // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated yet.
+  void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats);
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
-  void bind_parameters(WeightQuantizer& quantizer, int bits);
-  // Uploads the masters of a result. In the input norm zeros become 2^-60: its gradient may be
+  void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);
+  // Uploads the masters of a result in the block's formats. In the input norm zeros become 2^-60: its gradient may be
   // found by dividing by its weight, so an exact zero could never train again.
   void set_masters(const LayerResult& result);
   // The layer as it is now: masters, or the quantized linears (QuantLinear::quantized), and norms.
   LayerResult result(LinearContent content);
 
-  void set_bits(int bits);
+  // Of a block that trains: other formats with the same stored positions. A recorded step keeps the
+  // operands of its recording; the width of weights changes in it too.
+  void set_formats(const std::vector<quant::LinearFormat>& formats);
+  // Called in forward() with the input of every site, act (..., K), if it is not transformed.
+  void set_tap(std::function<void(Site site, const Tensor& x)> tap) { tap_ = std::move(tap); }
   void prepare_scales();  // after every linear's freeze_codes()
   void finish_backward();
   void snap();
@@ -79,6 +84,8 @@ class LlamaBlock {
  private:
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
+  void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
+  LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
 
   Backend& backend_;
@@ -88,7 +95,8 @@ class LlamaBlock {
   NormWeight input_norm_, post_norm_;
   bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
-  Operand attention_in_, o_in_, mlp_in_, down_in_;
+  std::array<Operand, kSites> operands_;
+  std::function<void(Site, const Tensor&)> tap_;
   std::vector<Parameter*> declared_;  // of linears, then norms; until bind_parameters()
 };
 
@@ -125,7 +133,7 @@ class Llama {
 
  private:
   Llama(Backend& backend, LlamaConfig config);
-  Tensor packed_buffer() const;  // act, of the largest linear's size
+  Tensor packed_buffer(int64_t numel) const { return backend_.empty({numel}, backend_.act()); }
   Backend& backend_;
   LlamaConfig config_;
   Tensor embedding_, head_, inv_freq_;

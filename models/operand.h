@@ -2,32 +2,52 @@
 //
 //   q, k, v  <- RMSNorm      o <- attention      gate, up <- RMSNorm      down <- SwiGLU
 //
-// This operand is the site's input, unchanged. It includes the RMSNorm or SwiGLU in front, so that
-// whatever an operand does to its input can be fused with them.
+// Gathered by the linears' channel order, rotated and quantized, fused with the RMSNorm or SwiGLU in
+// front. Where the format asks for none of that, the operand is the input itself.
 #pragma once
+
+#include <optional>
 
 #include "autograd/ops.h"
 
 namespace bbb::models {
+
+// What a site's linears multiply: x (..., K'), or for few rows of packed weights its codes.
+struct LinearInput {
+  autograd::Var x;
+  engine::OperandRows codes;  // undefined tensors, or codes, zeros and scales, and no x
+  engine::Shape shape;        // of x
+};
 
 class Operand {
  public:
   using Tape = autograd::Tape;
   using Var = autograd::Var;
 
+  // `packed`: the site's linears are packed. All of them have this input side. As long as the channel
+  // order stays, its device copy keeps its address, so that recorded steps stay valid.
+  void set(engine::Backend& backend, const quant::LinearFormat& format, bool packed);
+
   // x (..., K), w real (K).
-  Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
-    return autograd::rms_norm(tape, x, w, eps);
-  }
+  LinearInput rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const;
   // gate, up (..., K).
-  Var swiglu(Tape& tape, const Var& gate, const Var& up) const {
-    return autograd::swiglu(tape, gate, up);
-  }
-  Var identity(const Var& x) const { return x; }
+  LinearInput swiglu(Tape& tape, const Var& gate, const Var& up) const;
+  LinearInput plain(Tape& tape, const Var& x) const;
 
   // Is the operand the unchanged input? Only then is the weight of a norm in front a scale on the
   // input features (Backend::input_scale_gradient).
-  bool exact() const { return true; }
+  bool exact() const { return !spec_; }
+
+ private:
+  static LinearInput whole(Var x);
+  // Codes where integers are multiplied, else nothing: `write` fills them.
+  template <typename Write>
+  LinearInput codes(Tape& tape, const engine::Tensor& x, const Write& write) const;
+  bool takes_codes(const Tape& tape, const engine::Tensor& x) const;
+
+  std::optional<engine::OperandSpec> spec_;  // none: exact
+  std::optional<quant::ChannelOrder> order_;  // of spec_
+  bool packed_ = false;
 };
 
 }  // namespace bbb::models

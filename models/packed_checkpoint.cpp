@@ -176,24 +176,56 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
   }
 }
 
-std::string exported_config(const Checkpoint& source, const quant::LinearFormat& linear,
+// quantization_config (format.md). What linears have of their own stands in `overrides`.
+ordered_json quantization_config(const LlamaConfig& config, const Formats& formats) {
+  const quant::LinearFormat common = formats(0)[0];
+  const auto range_of = [](const quant::LinearFormat& f) {
+    return f.input.range == quant::RangeRule::Search ? "search" : "minmax";
+  };
+  ordered_json q = {{"quant_method", "bbb"},
+                    {"format_version", 1},
+                    {"bits", common.code_bits()},
+                    {"group_size", common.weight.group},
+                    {"scale_dtype", "float8_e4m3fn"},
+                    {"symmetric", false},
+                    {"activation_bits", common.input.bits},
+                    {"nested", common.weight.nested}};
+  if (common.weight.nested)
+    q["nested_dequant"] =
+        common.weight.dequant == quant::NestedDequant::Middle ? "middle" : "floor";
+  if (common.input.bits < 16) q["activation_range"] = range_of(common);
+  if (common.input.hadamard) q["rotate"] = "group";
+  q["modules_to_not_convert"] = {"lm_head", "model.embed_tokens"};
+  ordered_json overrides = ordered_json::object();
+  const std::vector<LinearShape> shapes = block_linears(config);
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const std::vector<quant::LinearFormat> linears = formats(layer);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const quant::LinearFormat& linear = linears[i];
+      ordered_json own = ordered_json::object();
+      if (linear.code_bits() != common.code_bits()) own["bits"] = linear.code_bits();
+      if (linear.input.bits != common.input.bits) own["activation_bits"] = linear.input.bits;
+      if (linear.input.bits < 16 &&
+          (common.input.bits == 16 || linear.input.range != common.input.range))
+        own["activation_range"] = range_of(linear);
+      if (linear.order && !linear.order->split().empty() &&
+          linear.order->side() == quant::SplitSide::Activation)
+        own["split_side"] = "activation";
+      if (!own.empty()) overrides[layer_name(layer, shapes[i].name)] = own;
+    }
+  }
+  if (!overrides.empty()) q["overrides"] = overrides;
+  return q;
+}
+
+std::string exported_config(const Checkpoint& source, const Formats& formats,
                             ExportFormat format) {
   ordered_json config = data::parse_ordered_json(source.config_json(), source.path());
   config.erase("quantization_config");
   if (!source.config().tied_head && config.contains("tie_word_embeddings"))
     config["tie_word_embeddings"] = false;  // the source may hold a head despite its config
   if (format == ExportFormat::Packed)
-    config["quantization_config"] = {
-        {"quant_method", "bbb"},
-        {"format_version", 1},
-        {"bits", linear.weight.bits},
-        {"group_size", linear.weight.group},
-        {"scale_dtype", "float8_e4m3fn"},
-        {"symmetric", false},
-        {"activation_bits", linear.input.bits},
-        {"nested", false},
-        {"modules_to_not_convert", {"lm_head", "model.embed_tokens"}},
-    };
+    config["quantization_config"] = quantization_config(source.config(), formats);
   return config.dump(2) + "\n";
 }
 
@@ -219,7 +251,7 @@ double export_model(const std::string& directory, const Checkpoint& source,
   if (!config.tied_head) writer.add(kHead, to_bf16(source.load(kHead, table)));
   writer.finish();
 
-  data::write_file_atomic(path + "/config.json", exported_config(source, formats(0)[0], format));
+  data::write_file_atomic(path + "/config.json", exported_config(source, formats, format));
   if (const std::string generation = source.generation_config_json(); !generation.empty())
     data::write_file_atomic(path + "/generation_config.json", generation);
   for (const auto& [name, content] : tokenizer.export_files())

@@ -49,34 +49,57 @@ std::vector<float> download_floats(Backend& backend, const Tensor& tensor) {
 }
 
 QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k)
-    : backend_(backend), name_(std::move(name)), n_(n), k_(k) {}
+    : backend_(backend), name_(std::move(name)), n_(n), k_(k) {
+  format_ = {.n = n, .k = k, .weight = {.bits = kNoQuantizer}};
+}
 
 void QuantLinear::set_float(Tensor weight) {
   BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
   state_ = FloatWeight();
-  grid_ = {.bits = kNoQuantizer};
-  quantized_ = {.wq = std::move(weight), .e = {}, .z = {}, .s = {}};
+  format_ = {.n = n_, .k = k_, .weight = {.bits = kNoQuantizer}};
+  quantized_ = {.wq = std::move(weight), .e = {}, .z = {}, .s = {}, .ratios = {}};
   dweight_ = Tensor();
   leaf_ = Var(quantized_.wq);
 }
 
-void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master, int bits) {
-  BBB_ASSERT(master.master.shape() == (Shape{n_, k_}));
+void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
+                              const quant::LinearFormat& format) {
+  BBB_ASSERT(format.n == n_ && format.k == k_ && format.weight.group == quantizer.group());
+  BBB_ASSERT(master.master.shape() == (Shape{n_, format.stored_k()}));
+  format_ = format;
   state_ = TrainedWeight{&quantizer, &master};
-  grid_ = {.bits = bits, .group = quantizer.group()};
-  quantized_ = quantizer.add(master, bits);
+  quantized_ = quantizer.add(master, format.code_bits());
   dweight_ = master.grad;
   fresh_leaf();
 }
 
-void QuantLinear::set_bits(int bits) {
-  const auto& trained = get<TrainedWeight>();
-  grid_.bits = bits;
-  trained.quantizer->set_bits(*trained.master, bits);
+void QuantLinear::set_format(const quant::LinearFormat& format) {
+  BBB_ASSERT(parameter() != nullptr && format.stored_k() == columns());
+  BBB_ASSERT(format.weight.group == format_.weight.group);
+  const auto* trained = std::get_if<TrainedWeight>(&state_);
+  if (trained != nullptr && format.code_bits() != format_.code_bits())
+    trained->quantizer->set_bits(*trained->master, format.code_bits());
+  BBB_ASSERT(trained != nullptr || format.weight == format_.weight);
+  format_ = format;
+}
+
+void QuantLinear::set_master(const LinearResult& result) {
+  upload_into(backend_, get<TrainedWeight>().master->master, result.master);
+  if (!quantized_.ratios.defined() || !backend_.computes()) return;
+  BBB_ASSERT(static_cast<int64_t>(result.ratios.size()) == quantized_.ratios.numel());
+  backend_.upload(quantized_.ratios, result.ratios.data());
+}
+
+LinearResult QuantLinear::master() const {
+  LinearResult result;
+  result.format = format_;
+  result.master = download_floats(backend_, get<TrainedWeight>().master->master);
+  if (quantized_.ratios.defined()) result.ratios = download_bytes(backend_, quantized_.ratios);
+  return result;
 }
 
 void QuantLinear::freeze_codes(Parameter& sigma) {
-  BBB_ASSERT(sigma.master.shape() == (Shape{n_, k_ / grid_.group}));
+  BBB_ASSERT(sigma.master.shape() == (Shape{n_, format_.groups()}));
   if (backend_.computes()) {
     const float master_scale = download_floats(backend_, quantized_.s)[0];
     std::vector<float> initial;
@@ -85,14 +108,16 @@ void QuantLinear::freeze_codes(Parameter& sigma) {
     upload_into(backend_, sigma.master, initial);
   }
   state_ = FrozenCodes{&sigma, current_codes()};
-  dweight_ = backend_.empty({n_, k_}, sigma.grad.dtype());
+  dweight_ = backend_.empty({n_, columns()}, sigma.grad.dtype());
   fresh_leaf();
 }
 
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
-  BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_ && buffer.numel() >= n_ * k_);
-  grid_ = weight.format.weight;
-  quantized_ = {.wq = {}, .e = {}, .z = {}, .s = backend_.empty({1}, backend_.real())};
+  BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_);
+  BBB_ASSERT(buffer.numel() >= n_ * weight.format.stored_k());
+  format_ = weight.format;
+  quantized_ = {
+      .wq = {}, .e = {}, .z = {}, .s = backend_.empty({1}, backend_.real()), .ratios = {}};
   backend_.cast(quantized_.s, weight[StoredPart::MasterScale]);
   dweight_ = Tensor();
   leaf_ = Var();
@@ -110,7 +135,7 @@ void QuantLinear::fresh_leaf() { leaf_ = Var::leaf(quantized_.wq, dweight_, Writ
 void QuantLinear::prepare_scales() {
   const auto& frozen = get<FrozenCodes>();
   backend_.scale_codes(quantized_.wq, quantized_.e, quantized_.s, frozen.codes, quantized_.z,
-                       frozen.sigma->master, grid_);
+                       frozen.sigma->master, format_.weight);
 }
 
 bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const {
@@ -123,66 +148,82 @@ void QuantLinear::finish_backward() {
   if (parameter() == nullptr) return;
   if (!leaf_.has_grad()) return backend_.zero(parameter()->grad);
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_))
-    backend_.scale_codes_backward(frozen->sigma->grad, dweight_, frozen->codes, quantized_.z, grid_,
-                                  Write::Overwrite);
+    backend_.scale_codes_backward(frozen->sigma->grad, dweight_, frozen->codes, quantized_.z,
+                                  format_.weight, Write::Overwrite);
   fresh_leaf();
 }
 
 Tensor QuantLinear::current_codes() const {
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->codes;
-  BBB_ASSERT(grid_.bits < kNoQuantizer);
-  const Tensor codes = backend_.empty({n_, k_}, DType::U8);
+  BBB_ASSERT(format_.weight.bits < kNoQuantizer);
+  const Tensor codes = backend_.empty({n_, columns()}, DType::U8);
   backend_.quantize_codes(codes, get<TrainedWeight>().master->master, quantized_.e, quantized_.z,
-                          quantized_.s, grid_);
+                          quantized_.s, {format_.code_bits(), format_.weight.group});
   return codes;
 }
 
 LinearResult QuantLinear::quantized() const {
+  const int bits = format_.weight.bits;
   LinearResult result;
-  result.format = format();
-  result.part(StoredPart::Codes) =
-      pack_rows(download_bytes(backend_, current_codes()), n_, grid_.bits);
+  result.format = format_;
+  const std::vector<uint8_t> codes = download_bytes(backend_, current_codes());
   result.part(StoredPart::Scales) = download_bytes(backend_, quantized_.e);
-  result.part(StoredPart::Zeros) =
-      pack_rows(download_bytes(backend_, quantized_.z), n_, grid_.bits);
+  const std::vector<uint8_t> zeros = download_bytes(backend_, quantized_.z);
+  result.part(StoredPart::Codes) =
+      format_.weight.nested ? bit_planes(codes) : pack_rows(codes, n_, bits);
+  result.part(StoredPart::Zeros) = format_.weight.nested ? zeros : pack_rows(zeros, n_, bits);
   const float s = download_floats(backend_, quantized_.s)[0];
-  const auto* bytes = reinterpret_cast<const uint8_t*>(&s);
-  result.part(StoredPart::MasterScale).assign(bytes, bytes + sizeof s);
+  const auto store = [&](StoredPart part, const void* data, size_t bytes) {
+    const auto* begin = static_cast<const uint8_t*>(data);
+    result.part(part).assign(begin, begin + bytes);
+  };
+  store(StoredPart::MasterScale, &s, sizeof s);
+  if (format_.order) {
+    const std::vector<int32_t>&split = format_.order->split(),
+          &outliers = format_.order->outliers();
+    store(StoredPart::SplitChannels, split.data(), split.size() * sizeof(int32_t));
+    store(StoredPart::OutlierChannels, outliers.data(), outliers.size() * sizeof(int32_t));
+  }
   return result;
 }
 
 void QuantLinear::snap() {
-  BBB_ASSERT(grid_.bits < kNoQuantizer);
-  const Tensor& master = get<TrainedWeight>().master->master;
-  std::vector<float> masters = download_floats(backend_, master);
+  BBB_ASSERT(format_.weight.bits < kNoQuantizer);
+  LinearResult result = master();
   const float master_scale = download_floats(backend_, quantized_.s)[0];
+  uint8_t* const ratios = result.ratios.empty() ? nullptr : result.ratios.data();
   engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {
-    quant::host::snap(masters.data(), {begin, end}, k_, master_scale, grid_);
+    quant::host::snap(result.master.data(), ratios, {begin, end}, columns(), master_scale,
+                      {format_.code_bits(), format_.weight.group});
   });
-  upload_into(backend_, master, masters);
+  set_master(result);
 }
 
-Var QuantLinear::forward(Tape& tape, const Var& x, const Var& residual) {
+Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) {
   if (const auto* packed = std::get_if<PackedLinear>(&state_))
     return forward_packed(tape, x, residual, *packed);
   BBB_ASSERT(leaf_.defined());
-  return linear(tape, x, leaf_, multiplier(), residual);
+  return linear(tape, x.x, leaf_, multiplier(), residual);
 }
 
-Var QuantLinear::forward_packed(Tape& tape, const Var& x, const Var& residual,
+Var QuantLinear::forward_packed(Tape& tape, const LinearInput& x, const Var& residual,
                                 const PackedLinear& packed) {
   BBB_ASSERT(!tape.recording());
-  const int64_t m = x.value().numel() / k_;
-  if (m > Backend::kMaxPackedRows) {
-    const Tensor weight = packed.buffer.slice(0, n_ * k_).view({n_, k_});
-    backend_.unpack(weight, packed.weight);
-    return linear(tape, x, Var(weight), quantized_.s, residual);
-  }
-  Shape shape = x.value().shape();
+  Shape shape = x.shape;
+  const int64_t m = engine::numel_of(shape) / columns();
   shape.back() = n_;
+  if (m > Backend::kMaxPackedRows) {
+    const Tensor weight = packed.buffer.slice(0, n_ * columns()).view({n_, columns()});
+    backend_.unpack(weight, packed.weight);
+    return linear(tape, x.x, Var(weight), quantized_.s, residual);
+  }
   Tensor y = backend_.empty(shape, backend_.act());
-  backend_.packed_gemv(y.view({m, n_}), x.value().view({m, k_}), packed.weight,
-                       residual.defined() ? residual.value().view({m, n_}) : Tensor());
+  const Tensor out = y.view({m, n_});
+  const Tensor addend = residual.defined() ? residual.value().view({m, n_}) : Tensor();
+  if (x.codes.codes.defined())
+    backend_.quantized_gemv(out, x.codes, packed.weight, addend);
+  else
+    backend_.packed_gemv(out, x.x.value().view({m, columns()}), packed.weight, addend);
   return Var(y);
 }
 

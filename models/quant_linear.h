@@ -1,4 +1,5 @@
-// QuantLinear: y = x W^T (+ residual), W (N, K), which holds one of
+// QuantLinear: y = x W^T (+ residual), x the operand (..., K') of a site, W (N, K') in its stored
+// positions (quant/format.h), which holds one of
 //
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
@@ -22,6 +23,7 @@
 #include "autograd/ops.h"
 #include "autograd/weight_quantizer.h"
 #include "models/layer_result.h"
+#include "models/operand.h"
 
 namespace bbb::models {
 
@@ -51,8 +53,8 @@ struct TrainedWeight {
   Parameter* master;
 };
 struct FrozenCodes {
-  Parameter* sigma;  // (N, K/G)
-  Tensor codes;      // U8 (N, K)
+  Parameter* sigma;  // (N, K'/G)
+  Tensor codes;      // U8 (N, K')
 };
 struct PackedLinear {
   PackedWeight weight;
@@ -63,14 +65,19 @@ class QuantLinear {
  public:
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
-  void set_float(Tensor weight);  // act (N, K)
-  // `master` is a parameter of the quantizer's set. Both must outlive this state.
-  void set_trained(WeightQuantizer& quantizer, Parameter& master, int bits);
-  // TrainedWeight only: the width from the next quantize() or prepare() on, in recorded steps too.
-  void set_bits(int bits);
-  // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K/G) starts as its scales.
+  void set_float(Tensor weight);  // act (N, K); its operand is the input
+  // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
+  void set_trained(WeightQuantizer& quantizer, Parameter& master,
+                   const quant::LinearFormat& format);
+  // TrainedWeight or FrozenCodes: another format with the same stored positions. The width of a
+  // TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps too.
+  void set_format(const quant::LinearFormat& format);
+  // TrainedWeight: the master and the range ratios of a result of this format, and back.
+  void set_master(const LinearResult& result);
+  LinearResult master() const;
+  // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K'/G) starts as its scales.
   void freeze_codes(Parameter& sigma);
-  // `buffer`: act, at least N K elements, shared by all layers; holds the unpacked weight for
+  // `buffer`: act, at least N K' elements, shared by all layers; holds the unpacked weight for
   // products of more than kMaxPackedRows rows.
   void set_packed(PackedWeight weight, Tensor buffer);
 
@@ -83,7 +90,7 @@ class QuantLinear {
   // Moves masters to the middle of their bins, S e (q - z), as far as the grid stays: quantized
   // again, they give the same S, e, z and codes. TrainedWeight only, after prepare().
   void snap();
-  Var forward(Tape& tape, const Var& x, const Var& residual);
+  Var forward(Tape& tape, const LinearInput& x, const Var& residual);
   // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits) or FrozenCodes, after
   // prepare() or prepare_scales() and before the next optimizer step.
   LinearResult quantized() const;
@@ -95,7 +102,7 @@ class QuantLinear {
   const std::string& name() const { return name_; }
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
-  quant::LinearFormat format() const { return {.n = n_, .k = k_, .weight = grid_}; }
+  const quant::LinearFormat& format() const { return format_; }
   Parameter* parameter() const;  // master or sigma; null if nothing is trained
 
  private:
@@ -107,15 +114,17 @@ class QuantLinear {
   // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
   // nothing is trained.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
-  Var forward_packed(Tape& tape, const Var& x, const Var& residual, const PackedLinear& packed);
-  Tensor current_codes() const;  // U8 (N, K)
+  Var forward_packed(Tape& tape, const LinearInput& x, const Var& residual,
+                     const PackedLinear& packed);
+  int64_t columns() const { return format_.stored_k(); }  // K'
+  Tensor current_codes() const;  // U8 (N, K')
   void fresh_leaf();             // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
   std::string name_;
   int64_t n_, k_;
   std::variant<FloatWeight, TrainedWeight, FrozenCodes, PackedLinear> state_;
-  WeightGrid grid_ = {.bits = kNoQuantizer};
+  quant::LinearFormat format_;
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
   Tensor dweight_;  // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
   Var leaf_;        // wq and dweight_, shared by all uses since finish_backward()

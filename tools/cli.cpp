@@ -94,6 +94,12 @@ size_t CommandLine::choice(const std::string& name, const std::vector<std::strin
   throw UsageError(cat("--", name, " takes ", list, ", not '", value, "'"));
 }
 
+int CommandLine::nested_bits() const {
+  if (!has("bits")) return 0;
+  const int bits[] = {8, 4, 3, 2};
+  return bits[choice("bits", {"8", "4", "3", "2"})];
+}
+
 std::string CommandLine::required(const std::string& name) const {
   if (!has(name) || text(name).empty()) throw UsageError(cat("--", name, " is missing"));
   return text(name);

@@ -33,6 +33,11 @@ class CommandLine {
   // Throws UsageError, naming the option, unless it was given and is not empty.
   std::string required(const std::string& name) const;
 
+  // --bits of commands that read a model: the bits of a nested export, or 0.
+  static constexpr const char* kNestedBitsHelp =
+      "of a nested export (--any-precision): read 8, 4, 3 or 2 bits";
+  int nested_bits() const;
+
   // The backend of --device; auto takes a GPU if there is one. Throws if --device is cuda and there
   // is none.
   std::unique_ptr<engine::Backend> make_backend() const;

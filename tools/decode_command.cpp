@@ -244,7 +244,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   sampling.top_p = line.real("top-p", 0, 1);
   sampling.seed = static_cast<uint64_t>(line.integer("seed", 0));
 
-  const auto source = models::open_checkpoint(path);
+  const auto source = models::open_checkpoint(path, line.nested_bits());
   backend.check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(path);
   std::vector<int32_t> prompt = prompt_ids(line, *tokenizer);
@@ -305,6 +305,7 @@ int decode_command(const Arguments& arguments) {
   CommandLine line("decode", "Generate text from any checkpoint, or time a synthetic one");
   line.options()                                                          //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())  //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
       ("prompt", "text to continue; special tokens in it are plain text without --special",
        cxxopts::value<std::string>())                                                  //
       ("special", "special tokens in the text of --prompt, such as </s>, are parsed")  //

@@ -102,6 +102,7 @@ int eval_command(const Arguments& arguments) {
   CommandLine line("eval", summary);
   line.options()                                                                   //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())           //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())               //
       ("data", "directory of the tasks' files", cxxopts::value<std::string>())     //
       ("tasks", "separated by commas; default: all with a file in the directory",  //
        cxxopts::value<std::string>())                                              //
@@ -116,7 +117,7 @@ int eval_command(const Arguments& arguments) {
 
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const std::vector<LoadedTask> tasks = load_tasks(chosen, line.has("tasks"), directory, limit);
-  const auto source = models::open_checkpoint(model_path);
+  const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(model_path);
   source->check_finite();  // last: it reads every weight

@@ -4,9 +4,18 @@
 
 #include "models/packed_checkpoint.h"
 #include "tools/cli.h"
+#include "train/config_table.h"
+#include "train/statistics.h"
 #include "train/train.h"
 
 namespace bbb::tools {
+
+// The options of bbb train that an export by rounding takes, too.
+static bool rounds_with(const train::Field& f) {
+  for (const char* name : {"data", "samples", "seq-len", "doc-end"})
+    if (f.name == std::string(name)) return true;
+  return f.group != nullptr && f.group == std::string(train::kGrid);
+}
 
 int export_command(const Arguments& arguments) {
   CommandLine line("export", "Write a trained run, or a rounded model, as a model directory");
@@ -18,9 +27,20 @@ int export_command(const Arguments& arguments) {
       ("bits", "with --rtn: 2, 3, 4 or 8", cxxopts::value<std::string>()->default_value("2"))  //
       ("group-size", "with --rtn: 32, 64 or 128",
        cxxopts::value<std::string>()->default_value("32"))         //
+      ("act-bits", "with --rtn: bits of activations, 16, 8, 4, 3 or 2",
+       cxxopts::value<std::string>()->default_value("16"))  //
       ("out", "directory to make", cxxopts::value<std::string>())  //
       ("format", "bbb: packed; hf: dequantized BF16 safetensors",
        cxxopts::value<std::string>()->default_value("bbb"));
+  train::TrainConfig config;
+  config.samples = train::kStatisticsWindows;
+  train::visit(config, [&](const auto& value, const train::Field& f) {
+    if (!rounds_with(f)) return;
+    const std::string text = train::option_text(value, f);
+    const auto option = cxxopts::value<std::string>();
+    line.options("With --rtn")(f.name, f.help,
+                               text.empty() ? option : option->default_value(text));
+  });
   if (!line.parse(arguments)) return 0;
   const std::string out = line.required("out");
   const auto format = line.choice("format", {"bbb", "hf"}) == 0 ? models::ExportFormat::Packed
@@ -33,15 +53,19 @@ int export_command(const Arguments& arguments) {
     bits_per_weight =
         train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
   } else {
-    const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128};
-    engine::WeightGrid spec;
-    spec.bits = bits[line.choice("bits", {"2", "3", "4", "8"})];
-    spec.group = groups[line.choice("group-size", {"32", "64", "128"})];
+    train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+      if (rounds_with(f) && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
+    });
+    const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128}, act_bits[] = {16, 8, 4, 3, 2};
+    config.bits = bits[line.choice("bits", {"2", "3", "4", "8"})];
+    if (!config.any_precision.empty()) config.bits = quant::kNestedBits;
+    config.group = groups[line.choice("group-size", {"32", "64", "128"})];
+    config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
     const std::string path = line.required("model");
     const auto source = models::open_checkpoint(path);
     const auto tokenizer = data::load_tokenizer(path);
     bits_per_weight =
-        train::export_rtn(*line.make_backend(), *source, *tokenizer, spec, out, format);
+        train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, format);
   }
   fmt::print("{}: {:.4f} bits per weight, read from the file\n", out, bits_per_weight);
   return 0;

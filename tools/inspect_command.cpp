@@ -33,6 +33,9 @@ int inspect_command(const Arguments& arguments) {
   }
   fmt::print("{} tensors, {:.1f} MB; linears: {} weights, {:.4f} bits per weight\n", tensors.size(),
              static_cast<double>(bytes) / 1e6, c.linear_parameters(), source->bits_per_weight());
+  const quant::ActivationBits activations = source->bits_per_activation();
+  fmt::print("activations: {:.4f} bits of codes, {:.4f} with scales\n", activations.codes,
+             activations.all);
   return 0;
 }
 

@@ -17,6 +17,7 @@ int ppl_command(const Arguments& arguments) {
   CommandLine line("ppl", "Perplexity of a checkpoint (Hugging Face, GGUF or exported) on a text");
   line.options()                                                                            //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())               //
       ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
       ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
       ("max-windows", "stop after this many; 0: all",
@@ -27,7 +28,7 @@ int ppl_command(const Arguments& arguments) {
   const int64_t seq_len = line.integer("seq-len", 2), limit = line.integer("max-windows", 0);
 
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
-  const auto source = models::open_checkpoint(model_path);
+  const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
@@ -51,17 +52,21 @@ int ppl_command(const Arguments& arguments) {
   }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const quant::ActivationBits activations = source->bits_per_activation();
   fmt::print(
       "perplexity {:.3f}  nll {:.5f} +- {:.5f}  {} windows of {}  {:.4f} bits per weight  "
-      "{:.0f} tokens/s on {}\n",
+      "{:.3f} bits per activation ({:.3f} with scales)  {:.0f} tokens/s on {}\n",
       result.perplexity, result.nll, result.nll_stderr, result.windows, seq_len,
-      source->bits_per_weight(), static_cast<double>(result.windows * seq_len) / seconds,
+      source->bits_per_weight(), activations.codes, activations.all,
+      static_cast<double>(result.windows * seq_len) / seconds,
       backend->device_name());
   if (line.has("json")) {
     const nlohmann::ordered_json json = {
         {"perplexity", result.perplexity}, {"nll", result.nll},
         {"nll_stderr", result.nll_stderr}, {"windows", result.windows},
-        {"tokens", result.tokens},         {"bits_per_weight", source->bits_per_weight()}};
+        {"tokens", result.tokens},         {"bits_per_weight", source->bits_per_weight()},
+        {"bits_per_activation", activations.codes},
+        {"bits_per_activation_with_scales", activations.all}};
     data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
   }
   return 0;

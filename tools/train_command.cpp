@@ -20,6 +20,11 @@ int train_command(const Arguments& arguments) {
        "instead of --model: random weights, byte tokens: llama-2-7b, llama-3-8b, llama-3.2-1b, "
        "smollm2-135m",
        cxxopts::value<std::string>())  //
+      ("schedule",
+       "instead of --stages, the paper's: A weights, then activations; B alternating; C cyclic",
+       cxxopts::value<std::string>())  //
+      ("to", "where --schedule ends: w2a16 or w2a2",
+       cxxopts::value<std::string>()->default_value("w2a16"))  //
       ("deterministic", "no algorithm of a matrix product is chosen by timing");
   if (!line.parse(arguments)) return 0;
 
@@ -33,13 +38,14 @@ int train_command(const Arguments& arguments) {
   if (config.model.empty()) line.required("model");
   line.required("data");
   line.required("out");
-  if (line.text("e2e-steps") == "auto")
-    config.e2e_steps =
-        (config.stages.empty() ? 4 : 2) * std::max<int64_t>(1, config.samples / config.e2e_batch);
+  if (line.text("e2e-steps") == "auto") config.e2e_steps = train::TrainConfig::kAutoSteps;
+  if (line.has("schedule")) {
+    if (line.has("stages")) throw UsageError("give one of --schedule and --stages");
+    config.stages = train::scheduled_stages("ABC"[line.choice("schedule", {"A", "B", "C"})],
+                                            {2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2});
+  }
   config.threads = line.threads();
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
-  if (config.stages.empty() && config.e2e_steps == 0)
-    throw UsageError("nothing to train: --stages is empty and --e2e-steps is 0");
 
   const auto source = models::open_checkpoint(config.model);
   const auto tokenizer = data::load_tokenizer(config.model);

@@ -19,38 +19,31 @@ using models::LayerResult;
 using models::LlamaBlock;
 using models::LlamaConfig;
 
-int64_t stages_of(const TrainConfig& config) { return static_cast<int64_t>(config.stages.size()); }
-
 class BlockPhase {
  public:
   BlockPhase(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config, models::Recompute recompute, const StreamPlan& plan,
-             const RunDirectory& run, const Observer& observer)
+             const TrainConfig& config, const Recipe& recipe, models::Recompute recompute,
+             const StreamPlan& plan, const RunDirectory& run, const Observer& observer)
       : backend_(backend),
         source_(source),
         config_(config),
         run_(run),
         observer_(observer),
         model_(source.config()),
-        recipe_(config, model_),
+        recipe_(recipe),
+        recompute_(recompute),
         streams_(backend, model_, config, plan) {
     {
       const models::Llama model(backend, source, models::HeadRounding::BFloat16);
       inv_freq_ = model.inv_freq();
       streams_.embed(model.embedding(), windows);
     }
-    StepHooks hooks;
-    hooks.show = [this](const Position& at, float) { show(at); };
-    hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
-    hooks.synchronized = [this] { finish_write_if_done(); };
-    trainer_.emplace(backend, model_, config, recompute, streams_, inv_freq_, run, observer,
-                     std::move(hooks));
   }
 
   // Starts at the first unfinished stage; `saved`: its state, if there is one.
   void run(int64_t finished_stages, std::optional<SavedState> saved) {
     saved_ = std::move(saved);
-    const int64_t stages = stages_of(config_), first = finished_stages / stages;
+    const int64_t stages = block_stages(config_), first = finished_stages / stages;
     recompute_streams(first);
     if (!observer_.quiet)
       progress_.emplace("blocks", model_.layers * stages * steps_per_stage(config_));
@@ -66,8 +59,9 @@ class BlockPhase {
   // For a probe: prepares the first step of the first stage of the first block.
   void begin() {
     const LayerResult weights = full_precision(0);
-    advance_teacher(0, weights, streams_.target());
-    trainer_->load(0, weights);
+    enter(0);
+    advance_teacher(0, weights, streams_.target(), target_input(0));
+    trainer_->load(0, start_stage(0, 0, weights));
     trainer_->quantized_block();
     rewind();
   }
@@ -80,11 +74,13 @@ class BlockPhase {
   // Allocates the most that run() holds. The second block's teacher is allocated while the recorded
   // steps of the first block are kept.
   void rehearse() {
-    for (int64_t layer = 0; layer < std::min<int64_t>(2, model_.layers); ++layer) {
+    // The last layers have the most stored positions.
+    for (int64_t layer = std::max<int64_t>(0, model_.layers - 2); layer < model_.layers; ++layer) {
       const LayerResult weights = full_precision(layer);
-      advance_teacher(layer, weights, streams_.target());
+      enter(layer);
+      advance_teacher(layer, weights, streams_.target(), target_input(0));
       for (size_t t = 0; t < config_.stages.size(); ++t) {
-        trainer_->load(t, weights);
+        trainer_->load(t, start_stage(layer, t, weights));
         trainer_->rehearse(layer, t);
         advance_stage(t);
       }
@@ -92,6 +88,26 @@ class BlockPhase {
   }
 
  private:
+  // Makes the trainer that fits the layer's formats, unless the last layer's does.
+  void enter(int64_t layer) {
+    StageFormats formats;
+    for (int64_t t = 0; t < block_stages(config_); ++t)
+      formats.push_back(recipe_.stage_formats(layer, t));
+    if (trainer_ && trainer_->formats() == formats) return;
+    StepHooks hooks;
+    hooks.show = [this](const Position& at, float) { show(at); };
+    hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
+    hooks.synchronized = [this] { finish_write_if_done(); };
+    trainer_.reset();  // its memory, before the next one takes its own
+    trainer_.emplace(backend_, model_, config_, std::move(formats), recompute_, streams_, inv_freq_,
+                     run_, observer_, std::move(hooks));
+  }
+
+  LayerResult start_stage(int64_t layer, size_t t, const LayerResult& from) const {
+    return models::start_stage(model_, from, recipe_.stage_formats(layer, static_cast<int64_t>(t)),
+                               recipe_.statistics(layer), config_.range, recipe_.lowest_bits());
+  }
+
   void advance(LlamaBlock& block, Stream& out, Stream& in) {
     streams_.rewrite(out, in, [&](const Tensor& x) {
       Tape tape(backend_, TapeMode::Inference);
@@ -110,10 +126,15 @@ class BlockPhase {
     return weights;
   }
 
-  void advance_teacher(int64_t layer, const LayerResult& weights, Stream& out) {
+  void advance_teacher(int64_t layer, const LayerResult& weights, Stream& out, Stream& in) {
     LlamaBlock teacher(backend_, model_, layer, inv_freq_);
     timed(backend_, time_.weights_s, [&] { teacher.set_float(weights); });
-    timed(backend_, time_.streams_s, [&] { advance(teacher, out, streams_.full()); });
+    timed(backend_, time_.streams_s, [&] { advance(teacher, out, in); });
+  }
+
+  // What the full-precision block is fed to give the target of stage t.
+  Stream& target_input(size_t t) {
+    return config_.target == Target::Full ? streams_.full() : streams_.stage(t);
   }
 
   // Passes stream t through the block, with the masters and width that are loaded.
@@ -128,7 +149,7 @@ class BlockPhase {
   // Computes the streams after the first `blocks` blocks, which are finished.
   void recompute_streams(int64_t blocks) {
     std::optional<engine::Progress> progress;
-    const int64_t passes = stages_of(config_) + 1;
+    const int64_t passes = block_stages(config_) + 1;
     if (!observer_.quiet && blocks > 0)
       progress.emplace("resuming", blocks * passes, engine::Progress::kPatience_s);
     const auto advanced = [&](int64_t block, int64_t done) {
@@ -136,7 +157,9 @@ class BlockPhase {
       if (progress) progress->set(block * passes + done, cat("block ", block + 1, "/", blocks));
     };
     for (int64_t block = 0; block < blocks; ++block) {
-      advance_teacher(block, full_precision(block), streams_.full());
+      if (config_.target == Target::Full)
+        advance_teacher(block, full_precision(block), streams_.full(), streams_.full());
+      enter(block);
       advanced(block, 1);
       for (size_t t = 0; t < config_.stages.size(); ++t) {
         trainer_->load(t, finished_result(block, t));
@@ -152,15 +175,20 @@ class BlockPhase {
     time_.stages.resize(config_.stages.size());
     LayerResult original;
     timed(backend_, time_.weights_s, [&] { original = full_precision(layer); });
-    advance_teacher(layer, original, streams_.target());
+    enter(layer);
+    if (config_.target == Target::Full)
+      advance_teacher(layer, original, streams_.target(), streams_.full());
     std::vector<std::shared_ptr<const LayerResult>> results;
     for (size_t t = 0; t < config_.stages.size(); ++t) {
       if (static_cast<int64_t>(t) < finished_stages) {
         results.push_back(std::make_shared<LayerResult>(finished_result(layer, t)));
         continue;
       }
-      timed(backend_, time_.weights_s,
-            [&] { trainer_->load(t, t == 0 ? original : *results.back()); });
+      if (config_.target == Target::Follow)
+        advance_teacher(layer, original, streams_.target(), streams_.stage(t));
+      timed(backend_, time_.weights_s, [&] {
+        trainer_->load(t, start_stage(layer, t, t == 0 ? original : *results.back()));
+      });
       results.push_back(train_stage(layer, t));
     }
     if (layer + 1 == model_.layers) return;
@@ -206,10 +234,10 @@ class BlockPhase {
 
   void show(const Position& at) {
     if (!progress_) return;
-    const int64_t stages = at.block * stages_of(config_) + at.stage;
+    const int64_t stages = at.block * block_stages(config_) + at.stage;
     progress_->set(stages * steps_per_stage(config_) + at.step,
-                   cat("block ", at.block + 1, "/", model_.layers, " w",
-                       config_.stages[static_cast<size_t>(at.stage)].weight_bits));
+                   cat("block ", at.block + 1, "/", model_.layers, " ",
+                       recipe_.stage_name(at.stage)));
   }
 
   Backend& backend_;
@@ -218,7 +246,8 @@ class BlockPhase {
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
-  const Recipe recipe_;
+  const Recipe& recipe_;
+  const models::Recompute recompute_;
   StreamSet streams_;
   Tensor inv_freq_;
   std::optional<StageTrainer> trainer_;
@@ -243,7 +272,8 @@ int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& sour
   const RunDirectory run(config.out);
   Observer quiet;
   quiet.quiet = true;
-  BlockPhase phase(backend, source, windows, config, recompute, streams, run, quiet);
+  const Recipe recipe(config, source.config());
+  BlockPhase phase(backend, source, windows, config, recipe, recompute, streams, run, quiet);
   phase.rehearse();
   return backend.recorded_bytes();
 }
@@ -254,21 +284,23 @@ StepProbe probe_block_step(Backend& backend, const Checkpoint& source, const dat
     TrainConfig config;
     RunDirectory run;  // names no file as long as no block is finished
     Observer observer;
+    std::optional<Recipe> recipe;
     std::optional<BlockPhase> phase;
   };
-  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}});
-  held->phase.emplace(backend, source, windows, held->config, memory.recompute, memory.streams,
-                      held->run, held->observer);
+  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}, {}});
+  held->recipe.emplace(held->config, source.config());
+  held->phase.emplace(backend, source, windows, held->config, *held->recipe, memory.recompute,
+                      memory.streams, held->run, held->observer);
   held->phase->begin();
   return {[held](StepPart last) { return held->phase->trainer().record(0, 0, last); },
           [held] { held->phase->rewind(); }};
 }
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                  const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
-                  const Observer& observer) {
+                  const TrainConfig& config, const Recipe& recipe, const BlockMemory& memory,
+                  const RunDirectory& run, const Observer& observer) {
   const LlamaConfig& model = source.config();
-  const int64_t stages = stages_of(config), finished = run.finished_stages(config, model.layers);
+  const int64_t stages = block_stages(config), finished = run.finished_stages(config, model.layers);
   if (finished == model.layers * stages) return;
   std::optional<SavedState> saved = run.block_state(config, finished);
   // The log of a block: lines of its finished stages, then those up to the saved state.
@@ -280,7 +312,8 @@ void train_blocks(Backend& backend, const Checkpoint& source, const data::Window
     const int64_t block = line.value("block", model.layers);
     return block < finished / stages || (block == finished / stages && left-- > 0);
   });
-  BlockPhase(backend, source, windows, config, memory.recompute, memory.streams, run, observer)
+  BlockPhase(backend, source, windows, config, recipe, memory.recompute, memory.streams, run,
+             observer)
       .run(finished, std::move(saved));
 }
 

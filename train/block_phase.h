@@ -3,7 +3,7 @@
 //
 //   y = block_fp(stream_0);  for each stage t = 1, 2, ..: minimise mean (block_t(x) - y)^2
 //
-// x is stream_t (same), stream_{t-1} (higher) or both in rotation (mix). Streams are act (N, T, D):
+// With Target::Follow y = block_fp(stream_t), and stream_0 is only the place where it is stored. x is stream_t (same), stream_{t-1} (higher) or both in rotation (mix). Streams are act (N, T, D):
 // stream_0 in full precision and one per stage (stream_set.h). With `same`, y replaces stream_0.
 #pragma once
 
@@ -18,8 +18,8 @@ namespace bbb::train {
 // streams after finished blocks are computed again, by the code that computed them first. Throws if
 // the saved state is of another run or ahead of the results.
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                  const TrainConfig& config, const BlockMemory& memory, const RunDirectory& run,
-                  const Observer& observer);
+                  const TrainConfig& config, const Recipe& recipe, const BlockMemory& memory,
+                  const RunDirectory& run, const Observer& observer);
 
 // Allocates on `backend` what the phase will hold, without training. Returns the bytes that
 // recorded steps keep.

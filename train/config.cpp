@@ -1,6 +1,7 @@
 // Defaults of a run, its JSON form, and the checks on what a user asked for.
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -38,6 +39,7 @@ constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
 constexpr Anchor kAllFromRounding{1e-3, 2e-5};
+constexpr Anchor kAllLater{4e-4, 1e-5};  // behind a stage of the whole model, or another run
 constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
 // steps would flip them all at once and destroy the model, unless the masters are snapped first.
@@ -61,6 +63,14 @@ bool read(const std::string& text, Stage& s, const Rule&) {
   return std::sscanf(text.c_str(), "w%2da%2d%n", &s.weight_bits, &s.activation_bits, &used) == 2 &&
          used == static_cast<int>(text.size());
 }
+bool read(const std::string& text, ModelStage& s, const Rule&) {
+  int used = 0, passes = 0;
+  const bool good = std::sscanf(text.c_str(), "w%2da%2d:%6d%n", &s.weight_bits, &s.activation_bits,
+                                &passes, &used) == 3 &&
+                    used == static_cast<int>(text.size());
+  s.passes = passes;
+  return good && passes > 0;
+}
 bool read(const std::string& text, RunLength& length, const Rule&) {
   int samples = 0, epochs = 0, used = 0;
   const bool good = std::sscanf(text.c_str(), "%9dx%9d%n", &samples, &epochs, &used) == 2 &&
@@ -75,6 +85,22 @@ std::vector<Stage> parse_stages(const std::string& text) {
 std::string to_string(const std::vector<Stage>& stages) { return write(stages, kStages.rule); }
 std::optional<models::Recompute> parse_recompute(const std::string& text) {
   return parse<std::optional<models::Recompute>>(text, kRecompute);
+}
+
+std::vector<Stage> scheduled_stages(char schedule, const Stage& to) {
+  const std::string weights = schedule == 'A' ? "w8a16,w4a16,w2a16"
+                              : schedule == 'B'
+                                  ? "w8a16,w8a8,w4a8,w4a4,w2a4,w2a2"
+                                  // Warm-up, two cycles between 3 and 2 bits, final tuning.
+                                  : "w8a16,w4a16,w3a16,w2a16,w3a16,w2a16,w2a16";
+  std::vector<Stage> stages = parse_stages(weights);
+  if (schedule == 'B') {
+    if (to == Stage{2, 16})
+      throw UsageError("--schedule B alternates weights and activations: it ends at --to w2a2");
+  } else if (to == Stage{2, 2}) {
+    for (const int bits : {8, 4, 2}) stages.push_back({2, bits});
+  }
+  return stages;
 }
 
 std::string to_json(const TrainConfig& config) {
@@ -110,72 +136,151 @@ TrainConfig config_from_json(const std::string& json, const std::string& where) 
   }
 }
 
-void check_group_size(const models::LlamaConfig& model, int group) {
-  for (const models::LinearShape& linear : models::block_linears(model))
-    want(linear.k % group == 0, cat("--group-size ", group, " does not divide the ", linear.k,
-                                    " input features of ", linear.name));
-}
+namespace {
 
-TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::DeviceType device) {
-  visit(c, []<typename T>(const T& value, const Field& f) {
-    if (const std::string text = option_text(value, f); !text.empty()) parse<T>(text, f);
-  });
+void check_stage(const Stage& s, const char* option) {
   const auto trainable = [](int bits) {
     return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16;
   };
-  for (const Stage& s : c.stages) {
-    want(trainable(s.weight_bits),
-         cat("--stages: weights of ", s.weight_bits, " bits; 2, 3, 4, 8 and 16 can be trained"));
-    want(s.activation_bits == 16, cat("--stages: ", s, ": activations of ", s.activation_bits,
-                                      " bits cannot be trained; they must be 16"));
-  }
-  const int last = c.stages.empty() ? (c.bits == 0 ? 2 : c.bits) : c.stages.back().weight_bits;
-  want(c.bits == 0 || c.bits == last,
-       cat("the result has ", c.bits, " bits, but the last stage has ", last));
-  want(trainable(last) && last <= 8, cat("the result cannot have ", last, " bits"));
-  c.bits = last;
-  check_group_size(model, c.group);
+  want(trainable(s.weight_bits), cat(option, ": weights of ", s.weight_bits,
+                                     " bits; 2, 3, 4, 8 and 16 can be trained"));
+  want(trainable(s.activation_bits), cat(option, ": activations of ", s.activation_bits,
+                                         " bits; 2, 3, 4, 8 and 16 can be trained"));
+}
 
-  want(!c.stages.empty() || c.e2e_steps > 0, "nothing to train: no --stages and no --e2e-steps");
-  want(model.max_position == 0 || c.seq_len <= model.max_position,
-       cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
-           " positions"));
+// One rate a stage, from one for all or from the defaults.
+void spread_rates(std::vector<double>& lr, size_t stages, const char* option,
+                  const std::function<double(size_t stage)>& by_default) {
+  if (lr.size() == 1) lr.resize(stages, lr[0]);
+  if (lr.empty())
+    for (size_t t = 0; t < stages; ++t) lr.push_back(by_default(t));
+  want(lr.size() == stages,
+       cat(option, " has ", lr.size(), " values for ", stages, " stages"));
+}
+
+void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
+  if (c.act_outliers % c.group != 0) c.act_outliers += c.group - c.act_outliers % c.group;
+  for (const models::LinearShape& linear : models::block_linears(model))
+    want(c.act_outliers < linear.k, cat("--act-outliers ", c.act_outliers, " are all of the ",
+                                        linear.k, " input features of ", linear.name));
+  want(c.ocs_ratio.size() <= 2, "--ocs-ratio takes a mean, or the first and the last ratio");
+  if (c.ocs_ratio.size() == 1)
+    want(c.ocs_ratio[0] < 2.0 / 3, cat("--ocs-ratio ", c.ocs_ratio[0],
+                                       " would split all channels of the last block"));
+  if (c.any_precision.empty()) return;
+  want(c.any_precision[0] == quant::kNestedBits &&
+           std::ranges::adjacent_find(c.any_precision, std::less_equal<>()) ==
+               c.any_precision.end(),
+       "--any-precision takes 8 first, then fewer bits");
+  want(c.range == RangeRule::MinMax,
+       "--any-precision nests codes of 8 bits, whose ranges are not searched: no --range search");
+  want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
+       "--any-precision trains masters: no --e2e-train scales");
+  const auto nested = [&](const Stage& s) {
+    want(s.weight_bits == quant::kNestedBits,
+         cat("--any-precision trains stages of w8, not ", s));
+  };
+  for (const Stage& s : c.stages) nested(s);
+  for (const ModelStage& s : c.e2e_stages) nested(s);
+}
+
+// The stages of the whole model, their steps and rates.
+void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
+                        engine::DeviceType device) {
+  const bool all = c.e2e_train == EndToEndTrain::All, blocks = !c.stages.empty();
+  const bool algorithm2 = c.block_schedule != BlockSchedule::All;
+  const int64_t pass_steps = std::max<int64_t>(1, c.samples / c.e2e_batch);
+  if (c.e2e_steps == 0) c.e2e_stages.clear();
+  if (c.e2e_steps != 0 && c.e2e_stages.empty()) {
+    ModelStage stage{c.stages.empty() ? Stage{c.bits == 0 ? 2 : c.bits, c.act_bits} : c.stages.back(),
+                     1};
+    if (!c.any_precision.empty()) stage.weight_bits = quant::kNestedBits;
+    stage.passes = c.e2e_steps == TrainConfig::kAutoSteps
+                       ? (blocks ? 2 : 4)
+                       : (c.e2e_steps + pass_steps - 1) / pass_steps;
+    c.e2e_stages = {stage};
+  }
+  if (c.e2e_steps == TrainConfig::kAutoSteps) {
+    int64_t passes = algorithm2 ? c.epochs : 0;
+    for (const ModelStage& s : c.e2e_stages) passes = std::max(passes, s.passes);
+    c.e2e_steps = passes * pass_steps;
+  }
+  for (const ModelStage& s : c.e2e_stages) check_stage(s, "--e2e-stages");
+  want(all || (c.e2e_stages.size() == 1 && !algorithm2),
+       "--e2e-train scales freezes codes: it takes one end-to-end stage, behind blocks or rounding");
+  const bool whole = algorithm2 || !c.e2e_stages.empty();
+  if (!whole) return;
+  want(c.e2e_batch <= c.samples,
+       cat("--e2e-batch is ", c.e2e_batch, ", but must be between 1 and --samples ", c.samples));
+  if (c.e2e_micro_batch == 0) {
+    // Enough rows for efficient matrix products, few enough to fit. Narrow models need more.
+    const int64_t tokens = device != engine::DeviceType::Cuda ? 1024
+                           : model.d_model <= 1024            ? 16 * 2048
+                                                              : 8 * 2048;
+    c.e2e_micro_batch = std::clamp<int64_t>(tokens / c.seq_len, 1, c.e2e_batch);
+    while (c.e2e_batch % c.e2e_micro_batch != 0) --c.e2e_micro_batch;
+  }
+  want(c.e2e_batch % c.e2e_micro_batch == 0, cat("--e2e-micro-batch ", c.e2e_micro_batch,
+                                                 " does not divide --e2e-batch ", c.e2e_batch));
+  spread_rates(c.e2e_lr, c.e2e_stages.size(), "--e2e-lr", [&](size_t t) {
+    if (!all) return kScales.at(model.d_model);
+    if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
+    return (blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
+  });
+  want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
+  if (c.e2e_snap == Snap::Auto)
+    c.e2e_snap = all && blocks && !algorithm2 && !c.e2e_stages.empty() &&
+                         c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
+                     ? Snap::On
+                     : Snap::Off;
+}
+
+}  // namespace
+
+TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::DeviceType device) {
+  const bool automatic = c.e2e_steps == TrainConfig::kAutoSteps;
+  if (automatic) c.e2e_steps = 0;  // not a number that an option can hold
+  visit(c, []<typename T>(const T& value, const Field& f) {
+    if (const std::string text = option_text(value, f); !text.empty()) parse<T>(text, f);
+  });
+  if (automatic) c.e2e_steps = TrainConfig::kAutoSteps;
+  for (const Stage& s : c.stages) check_stage(s, "--stages");
+  want(!c.stages.empty() || c.e2e_steps != 0, "nothing to train: no --stages and no --e2e-steps");
+  want(c.from.empty() || c.stages.empty() || c.block_schedule != BlockSchedule::All,
+       "--from starts the end-to-end phase: it needs --stages \"\"");
+  want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
+       "--block-schedule switches blocks stage by stage: it needs --stages");
+  resolve_grid(c, model);
+  const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {
     c.lr.clear();
   } else {
-    want(c.val_samples > 0, "--val-samples must be at least 1");
+    want(!blocks || c.val_samples > 0, "--val-samples must be at least 1");
     want(c.batch <= c.samples,
          cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
-    if (c.lr.size() == 1) c.lr.resize(c.stages.size(), c.lr[0]);
-    if (c.lr.empty())
-      for (const Stage& s : c.stages)
-        c.lr.push_back((s.weight_bits > 2 ? kStageHigh : kStageLow).at(model.d_model));
-    want(c.lr.size() == c.stages.size(),
-         cat("--lr has ", c.lr.size(), " values for ", c.stages.size(), " stages"));
+    spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
+      const bool low = c.stages[t].weight_bits <= 2;
+      if (!blocks) return (low ? kAllFromRounding : kStageHigh).at(model.d_model);
+      return (low ? kStageLow : kStageHigh).at(model.d_model);
+    });
+    want(c.target == Target::Full || c.input_stream == InputStream::Same,
+         "--target follow takes the target from a block's own input: it needs --input-stream same");
     want(!c.extrapolate || c.extrapolate->samples >= c.batch,
          cat("--extrapolate asks for fewer samples than --batch ", c.batch));
   }
+  resolve_end_to_end(c, model, device);
 
-  if (c.e2e_steps > 0) {
-    const bool all = c.e2e_train == EndToEndTrain::All, blocks = !c.stages.empty();
-    want(c.e2e_batch <= c.samples,
-         cat("--e2e-batch is ", c.e2e_batch, ", but must be between 1 and --samples ", c.samples));
-    if (c.e2e_micro_batch == 0) {
-      // Enough rows for efficient matrix products, few enough to fit. Narrow models need more.
-      const int64_t tokens = device != engine::DeviceType::Cuda ? 1024
-                             : model.d_model <= 1024            ? 16 * 2048
-                                                                : 8 * 2048;
-      c.e2e_micro_batch = std::clamp<int64_t>(tokens / c.seq_len, 1, c.e2e_batch);
-      while (c.e2e_batch % c.e2e_micro_batch != 0) --c.e2e_micro_batch;
-    }
-    want(c.e2e_batch % c.e2e_micro_batch == 0, cat("--e2e-micro-batch ", c.e2e_micro_batch,
-                                                   " does not divide --e2e-batch ", c.e2e_batch));
-    if (c.e2e_lr == 0)
-      c.e2e_lr = (!all ? kScales : blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
-    want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
-    if (c.e2e_snap == Snap::Auto)
-      c.e2e_snap = all && blocks && c.e2e_lr >= kSnapFrom.at(model.d_model) ? Snap::On : Snap::Off;
-  }
+  const Stage last = !c.e2e_stages.empty() ? c.e2e_stages.back()
+                     : c.stages.empty()    ? Stage{c.bits, c.act_bits}
+                                           : c.stages.back();
+  want(c.bits == 0 || c.bits == last.weight_bits,
+       cat("the result has ", c.bits, " bits, but the last stage has ", last.weight_bits));
+  want(last.weight_bits <= 8, cat("the result cannot have ", last.weight_bits, " bits"));
+  c.bits = last.weight_bits;
+  c.act_bits = last.activation_bits;
+  want(model.max_position == 0 || c.seq_len <= model.max_position,
+       cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
+           " positions"));
   if (device == engine::DeviceType::Cpu) c.gemm_algorithms = GemmAlgorithms::Heuristic;
   if (c.threads <= 0)
     c.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

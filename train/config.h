@@ -10,11 +10,11 @@
 #include "engine/tensor.h"
 #include "models/config.h"
 #include "models/recompute.h"
+#include "models/site_statistics.h"
 
 namespace bbb::train {
 
-// One stage of the block phase: the bit widths of weights and activations. activation_bits must be
-// 16.
+// The bit widths of weights and activations that train together.
 struct Stage {
   int weight_bits = 2;
   int activation_bits = 16;
@@ -24,11 +24,31 @@ struct Stage {
   }
 };
 
+// A stage of the end-to-end phase: widths, and passes over the samples.
+struct ModelStage : Stage {
+  int64_t passes = 1;
+  bool operator==(const ModelStage&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const ModelStage& s) {
+    return out << static_cast<const Stage&>(s) << ":" << s.passes;
+  }
+};
+
 // config_table.h has the words of each enumeration, in the order of its enumerators.
 //
 // The input stream of stage t. Same: its own. Higher: that of the stage before. Mix: both in
 // rotation.
 enum class InputStream { Same, Higher, Mix };
+// What a block is to reproduce. Full: its full-precision output on the full-precision stream, which
+// corrects the error of the blocks before it. Follow: that on its own input.
+enum class Target { Full, Follow };
+// All: block by block. Stochastic, Prefix: the whole model end to end, and a stage switches only some
+// blocks to its widths: drawn, with a bias to the first ones, or the first ones (Algorithm 2).
+enum class BlockSchedule { All, Stochastic, Prefix };
+enum class Rotate { None, Group };
+enum class SplitSideChoice { Weight, Activation, Auto };
+using models::SplitMetric;
+using quant::NestedDequant;
+using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
@@ -61,8 +81,22 @@ struct TrainConfig {
   std::string out;
 
   std::vector<Stage> stages;  // empty: no block phase, end to end from round to nearest
-  int bits = 0;               // of the result; 0: the last stage's, or 2
+  int bits = 0;       // of the result's weights; 0: the last stage's, or 2
+  int act_bits = 16;  // of its activations
   int group = 32;
+  RangeRule range = RangeRule::MinMax;  // of weights
+  Rotate rotate = Rotate::None;
+  // Split channels: none, the mean ratio (from half of it in the first block to one and a half), or
+  // the ratios of the first and the last block.
+  std::vector<double> ocs_ratio;
+  SplitMetric ocs_metric = SplitMetric::L2Mean;
+  SplitSideChoice split_side = SplitSideChoice::Weight;
+  RangeRule act_range = RangeRule::MinMax;
+  int64_t act_outliers = 0;  // channels of every input at 8 bits, a multiple of the group
+  double down_kurtosis = 0;  // down-projections above it take 4-bit activations; 0: none
+  std::vector<int> any_precision;  // bits of weights that train at once, from 8 down; empty: one
+  NestedDequant nested_dequant = NestedDequant::Middle;
+  std::string from;  // a finished run whose result is the start; "": the model
 
   int64_t samples = 1024;
   int64_t seq_len = 2048;
@@ -71,14 +105,21 @@ struct TrainConfig {
   int64_t batch = 8;
   std::vector<double> lr;  // per stage, or one for all; empty: by model width and stage
   InputStream input_stream = InputStream::Same;
+  Target target = Target::Full;
+  BlockSchedule block_schedule = BlockSchedule::All;
+  double first_ratio = 0.3;  // of the blocks that the first stage of Algorithm 2 switches
+  double depth_bias = 1;     // its alpha: block j of B is drawn with weight (B + 1 - j)^alpha
   uint64_t seed = 0;
 
-  int64_t e2e_steps = 0;  // 0: no end-to-end phase
+  static constexpr int64_t kAutoSteps = -1;
+  std::vector<ModelStage> e2e_stages;  // empty: one stage of e2e_steps steps at the blocks' widths
+  int64_t e2e_steps = 0;               // most steps of a stage; 0: no end-to-end phase;
+                                       // kAutoSteps: those of its passes
   int64_t e2e_batch = 16;
   int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
   EndToEndTrain e2e_train = EndToEndTrain::All;
-  double e2e_lr = 0;  // 0: by model width, e2e_train and whether blocks are trained
+  std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
 
   std::optional<int32_t> doc_end;  // token id; empty: the vocabulary's own end of document
@@ -89,6 +130,8 @@ struct TrainConfig {
   std::optional<RunLength> extrapolate;  // after the blocks, report the time of such a run
 };
 
+// The stages of the paper's schedules A, B and C down to `to` (w2a16 or w2a2; method.md section 1).
+std::vector<Stage> scheduled_stages(char schedule, const Stage& to);
 // "w8a16,w4a16,w2a16". Throws UsageError on anything else.
 std::vector<Stage> parse_stages(const std::string& text);
 std::string to_string(const std::vector<Stage>& stages);
@@ -100,8 +143,6 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
-// Throws UsageError, naming the linear, if the group does not divide its input features.
-void check_group_size(const models::LlamaConfig& model, int group);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.
 TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
                     engine::DeviceType device);

@@ -1,5 +1,6 @@
 #include "train/end_to_end.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 
@@ -26,23 +27,26 @@ using models::LlamaConfig;
 
 constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
 
+// One stage of the whole model.
 class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-           const TrainConfig& config, models::Recompute recompute, const RunDirectory& run,
-           const Observer& observer)
+           const TrainConfig& config, const Recipe& recipe, size_t stage, const StartOfLayer& start,
+           models::Recompute recompute, const RunDirectory& run, const Observer& observer)
       : backend_(backend),
         config_(config),
         recompute_(recompute),
         run_(run),
         observer_(observer),
         model_(source.config()),
-        recipe_(config, model_),
-        student_(backend, source, config) {
-    load(source);
+        recipe_(recipe),
+        stage_(stage),
+        steps_(recipe.whole_stages()[stage].steps),
+        student_(backend, source, config, recipe, stage) {
+    load(source, start);
     optimizer_.emplace(student_.parameters(), student_.quantizer(), engine::AdamWSpec{},
-                       schedule_of(config.e2e_lr, config.e2e_steps));
-    loop_.emplace(backend, run, config.e2e_steps, config.e2e_batch * config.seq_len, recompute,
+                       schedule_of(recipe.whole_stages()[stage].lr, steps_));
+    loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
     upload_windows(windows);
@@ -50,22 +54,27 @@ class EndToEnd {
 
   void run() {
     Position at;
-    if (std::filesystem::exists(run_.e2e_state_file()))
-      at = load_state();
-    else if (config_.e2e_snap == Snap::On)
-      student_.snap();
+    at.stage = static_cast<int64_t>(stage_);
+    if (config_.e2e_snap == Snap::On && stage_ == 0) student_.snap();  // sets the ratios, too
+    if (std::filesystem::exists(run_.e2e_state_file())) at = load_state();
     rewind(at.step);
+    const std::string& name = recipe_.whole_stages()[stage_].name;
+    const auto number = static_cast<int64_t>(stage_);
     run_.keep_log([&](const Json& line) {
-      return line.value("phase", "") != "e2e" || line.value("step", int64_t{0}) < at.step;
+      if (line.value("phase", "") != "e2e") return true;
+      const int64_t of = line.value("stage_number", int64_t{0});
+      return of < number || (of == number && line.value("step", int64_t{0}) < at.step);
     });
     student_.prepare();
     std::vector<std::unique_ptr<engine::Replay>> steps;
     steps.push_back(record(StepPart::Optimizer));
 
     std::optional<engine::Progress> progress;
-    if (!observer_.quiet) progress.emplace("end to end", config_.e2e_steps);
+    if (!observer_.quiet) progress.emplace(cat("end to end ", name), steps_);
     StepHooks hooks;
-    hooks.line = [](int64_t) { return Json{{"phase", "e2e"}}; };
+    hooks.line = [&](int64_t) {
+      return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", number}};
+    };
     hooks.save = [this](const Position& position) {
       save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
     };
@@ -76,11 +85,11 @@ class EndToEnd {
       if (observer_.after_e2e_step) observer_.after_e2e_step(position.step);
     };
     loop_->restart_timer();
-    const StepLoop::Outcome outcome = loop_->run(steps, at, config_.e2e_steps, hooks);
-    BBB_CHECK(outcome.skipped < config_.e2e_steps,
-              "end to end: every step was skipped, its loss or gradient was not finite");
-    write_final();
-    run_.remove_spent_states(config_, model_.layers);
+    const StepLoop::Outcome outcome = loop_->run(steps, at, steps_, hooks);
+    BBB_CHECK(outcome.skipped < steps_, "end to end, ", name,
+              ": every step was skipped, its loss or gradient was not finite");
+    write_result();
+    std::filesystem::remove(run_.e2e_state_file());
   }
 
   // Sets both cursors, so that the next step is `step`.
@@ -99,7 +108,7 @@ class EndToEnd {
 
  private:
   // Loads the student and, for KL, the teacher.
-  void load(const Checkpoint& source) {
+  void load(const Checkpoint& source, const StartOfLayer& start) {
     const bool kl = config_.e2e_loss == EndToEndLoss::Kl;
     std::optional<engine::Progress> progress;
     if (!observer_.quiet)
@@ -107,8 +116,7 @@ class EndToEnd {
     const auto loaded = [&](int64_t layers) {
       if (progress) progress->set(layers);
     };
-    student_.load(
-        [&](int64_t layer) { return block_result(run_, recipe_, config_, source, layer); }, loaded);
+    student_.load(start, loaded);
     if (!kl) return;
     teacher_.emplace(backend_, source, models::HeadRounding::BFloat16);
     teacher_->load_blocks(source, [&](int64_t layers) { loaded(model_.layers + layers); });
@@ -130,8 +138,8 @@ class EndToEnd {
     backend_.upload(targets_, targets.data());
 
     const std::vector<int32_t> order =
-        sample_order(sub_seed(config_.seed, kOrderSeed, 0), config_.samples, config_.e2e_batch,
-                     config_.e2e_steps);
+        sample_order(sub_seed(config_.seed, kOrderSeed, stage_), config_.samples,
+                     config_.e2e_batch, steps_);
     order_ = backend_.empty({static_cast<int64_t>(order.size())}, DType::I32);
     backend_.upload(order_, order.data());
     cursor_ = backend_.empty({1}, DType::I32);
@@ -188,20 +196,21 @@ class EndToEnd {
 
   Position load_state() const {
     const SavedState saved(run_.e2e_state_file(), run_.checksum());
-    const int64_t step = saved.position().step;
-    BBB_CHECK(step > 0 && step < config_.e2e_steps, run_.e2e_state_file(), ": step ", step, " of ",
-              config_.e2e_steps);
+    const Position& at = saved.position();
+    BBB_CHECK(at.stage == static_cast<int64_t>(stage_) && at.step > 0 && at.step < steps_,
+              run_.e2e_state_file(), ": stage ", at.stage, ", step ", at.step, " of ", steps_);
     saved.load(backend_, state());
     return saved.position();
   }
 
-  void write_final() {
+  void write_result() {
     student_.prepare();
     const models::LinearContent content = final_content(config_);
     std::vector<data::SafeTensorsWriter::Entry> entries;
     for (int64_t layer = 0; layer < model_.layers; ++layer)
-      models::declare_layer(entries, layer, model_, recipe_.result_formats(layer), content);
-    RunFileWriter writer(run_.final_file(), run_.checksum(), entries);
+      models::declare_layer(entries, layer, model_, recipe_.whole_formats(layer, stage_), content,
+                            config_.range);
+    RunFileWriter writer(run_.whole_stage_file(recipe_, stage_), run_.checksum(), entries);
     for (auto& block : student_.model().blocks())
       models::add_layer(writer, block->layer(), model_, block->result(content), content);
     writer.finish();
@@ -213,7 +222,9 @@ class EndToEnd {
   const RunDirectory& run_;
   const Observer& observer_;
   const LlamaConfig& model_;
-  const Recipe recipe_;
+  const Recipe& recipe_;
+  const size_t stage_;
+  const int64_t steps_;
 
   Student student_;
   std::optional<Llama> teacher_;
@@ -229,20 +240,26 @@ class EndToEnd {
 
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute) {
-  TrainConfig from_weights = config;
-  from_weights.stages.clear();  // so that no stage file is read; memory does not depend on it
   data::Windows windows;
   windows.seq_len = config.seq_len;
   windows.count = config.samples;
   windows.ids.resize(static_cast<size_t>(windows.count * windows.seq_len));
   const RunDirectory run(config.out);
+  const Recipe recipe(config, source.config());
   Observer quiet;
   quiet.quiet = true;
-  EndToEnd phase(backend, source, windows, from_weights, recompute, run, quiet);
-  phase.student().prepare();
-  const auto step = phase.record(StepPart::Optimizer);
-  step->run();
-  return backend.recorded_bytes();
+  int64_t recorded_bytes = 0;
+  for (size_t stage = 0; stage < recipe.whole_stages().size(); ++stage) {
+    EndToEnd phase(
+        backend, source, windows, config, recipe, stage,
+        [&](int64_t layer) { return models::full_precision(source, layer); }, recompute, run,
+        quiet);
+    phase.student().prepare();
+    const auto step = phase.record(StepPart::Optimizer);
+    step->run();
+    recorded_bytes = std::max(recorded_bytes, backend.recorded_bytes());
+  }
+  return recorded_bytes;
 }
 
 StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
@@ -253,28 +270,52 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
     TrainConfig config;
     RunDirectory run;  // names no file as long as nothing is saved
     Observer observer;
+    std::optional<Recipe> recipe;
     std::optional<EndToEnd> phase;
   };
-  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}});
-  held->phase.emplace(backend, source, windows, held->config, memory.recompute, held->run,
-                      held->observer);
+  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}, {}});
+  held->recipe.emplace(held->config, source.config());
+  held->phase.emplace(
+      backend, source, windows, held->config, *held->recipe, 0,
+      [&](int64_t layer) { return models::full_precision(source, layer); }, memory.recompute,
+      held->run, held->observer);
   held->phase->student().prepare();
   held->phase->rewind(0);
   return {[held](StepPart last) { return held->phase->record(last); },
           [held] { held->phase->rewind(0); }};
 }
 
-void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, models::Recompute recompute,
-                      const RunDirectory& run, const Observer& observer) {
-  EndToEnd(backend, source, windows, config, recompute, run, observer).run();
+// Removes the state of a finished stage, which a kill between result and removal leaves behind.
+static void remove_state_of(const RunDirectory& run, size_t stage) {
+  if (std::filesystem::exists(run.e2e_state_file()) &&
+      SavedState(run.e2e_state_file(), run.checksum()).position().stage ==
+          static_cast<int64_t>(stage))
+    std::filesystem::remove(run.e2e_state_file());
 }
 
-LayerResult block_result(const RunDirectory& run, const Recipe& recipe, const TrainConfig& config,
-                         const Checkpoint& source, int64_t layer) {
-  if (config.stages.empty()) return models::full_precision(source, layer);
-  const int64_t last = static_cast<int64_t>(config.stages.size()) - 1;
-  return run.stage_result(layer, last, recipe, source.config());
+void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                      const TrainConfig& config, const Recipe& recipe, const StartOfLayer& start,
+                      models::Recompute recompute, const RunDirectory& run,
+                      const Observer& observer) {
+  const size_t stages = recipe.whole_stages().size();
+  for (size_t stage = 0; stage < stages; ++stage) {
+    if (std::filesystem::exists(run.whole_stage_file(recipe, stage))) {
+      remove_state_of(run, stage);
+      continue;
+    }
+    std::optional<data::SafeTensors> before;
+    if (stage > 0)
+      before.emplace(open_run_file(run.whole_stage_file(recipe, stage - 1), run.checksum(),
+                                   "delete it, and the run trains from there again"));
+    const auto start_of_layer = [&](int64_t layer) {
+      return before ? models::read_layer(*before, layer, source.config(),
+                                         recipe.whole_formats(layer, stage - 1))
+                    : start(layer);
+    };
+    EndToEnd(backend, source, windows, config, recipe, stage, start_of_layer, recompute, run,
+             observer)
+        .run();
+  }
 }
 
 }  // namespace bbb::train

@@ -5,7 +5,7 @@
 //   l_t  = -log q_t[x_{t+1}]   or   sum_v p_t (log p_t - log q_t)
 //
 // An optimizer step takes e2e_batch windows, e2e_micro_batch at a time, and accumulates gradients.
-// The step is recorded once and replayed.
+// The step of a stage is recorded once and replayed.
 #pragma once
 
 #include "engine/counting_backend.h"
@@ -14,20 +14,19 @@
 
 namespace bbb::train {
 
-// Runs or resumes the phase and writes the run's final file.
-void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, models::Recompute recompute,
-                      const RunDirectory& run, const Observer& observer);
+// The masters from which the stages of the whole model start, in any format.
+using StartOfLayer = std::function<models::LayerResult(int64_t layer)>;
 
-// Allocates on `backend` what the phase will hold, without training. Returns the bytes that the
+// Runs or resumes the stages of the whole model, each from the result of the one before, and writes
+// their files.
+void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                      const TrainConfig& config, const Recipe& recipe, const StartOfLayer& start,
+                      models::Recompute recompute, const RunDirectory& run,
+                      const Observer& observer);
+
+// Allocates on `backend` the most that a stage will hold, without training. Returns the bytes that the
 // recorded step keeps.
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute);
-
-// The masters from which the phase starts, and which are exported if there is no such phase: those
-// of the block's last stage, or the full-precision weights if no blocks are trained.
-models::LayerResult block_result(const RunDirectory& run, const Recipe& recipe,
-                                 const TrainConfig& config, const Checkpoint& source,
-                                 int64_t layer);
 
 }  // namespace bbb::train

@@ -7,6 +7,7 @@
 #include "models/synthetic_checkpoint.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
+#include "train/statistics.h"
 #include "train/stream_set.h"
 
 namespace bbb::train {
@@ -117,12 +118,20 @@ PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
   if (config.e2e_train == EndToEndTrain::All) advice += ", take --e2e-train scales";
   if (config.memory.recompute && *config.memory.recompute != Recompute::Block)
     advice += ", take --recompute block";
-  if (!config.stages.empty()) advice += ", or leave the phase out with --e2e-steps 0";
+  if (block_stages(config) > 0) advice += ", or leave the phase out with --e2e-steps 0";
   check_memory(backend, memory.device_bytes, config.memory,
                cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
                    config.seq_len, " tokens at once"),
                advice);
   return memory;
+}
+
+int64_t count_statistics_memory(const Backend& backend, const LlamaConfig& model,
+                                const TrainConfig& config) {
+  CountingBackend counter(backend);
+  const auto source = models::make_weightless_checkpoint(model);
+  rehearse_statistics(counter, *source, config);
+  return counter.memory_peak_bytes();
 }
 
 // A GPU's pool leaves gaps between blocks, and its libraries have workspaces.

@@ -1,46 +1,64 @@
 // Recipe: the format of every linear in every stage. Training, saving and export ask it.
+//
+//   stages of the block phase          0 .. stages - 1
+//   stages of the whole model          those of Algorithm 2, if it replaces the block phase, then the
+//                                      end-to-end phase's
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "models/config.h"
-#include "quant/format.h"
+#include "models/site_statistics.h"
 #include "train/config.h"
 
 namespace bbb::train {
 
+// A stage that trains the whole model.
+struct WholeStage {
+  std::vector<Stage> widths;  // of every layer
+  int64_t steps;
+  double lr;
+  std::string name;  // "w2a16"
+};
+
 class Recipe {
  public:
-  // Both must outlive the recipe.
-  Recipe(const TrainConfig& config, const models::LlamaConfig& model)
-      : config_(config), model_(model) {}
+  // `config` must be resolved. Both must outlive the recipe. Without statistics the channels of an
+  // order are nominal: for sizes alone.
+  Recipe(const TrainConfig& config, const models::LlamaConfig& model,
+         std::vector<models::LayerStatistics> statistics = {});
 
   // Formats of a layer's linears, in the order of block_linears(), in a stage of the block phase.
-  std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const {
-    return formats(layer, config_.stages[static_cast<size_t>(stage)]);
+  std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const;
+  std::string stage_name(int64_t stage) const;  // "w2a16"
+  int64_t block_stages() const;                 // 0 if Algorithm 2 replaces the block phase
+  const std::vector<WholeStage>& whole_stages() const { return whole_stages_; }
+  std::vector<quant::LinearFormat> whole_formats(int64_t layer, size_t stage) const;
+  // The formats of the run's result, and of its export.
+  std::vector<quant::LinearFormat> result_formats(int64_t layer) const;
+
+  // Of a layer; nominal without statistics, where energies are missing.
+  const models::LayerStatistics& statistics(int64_t layer) const {
+    return statistics_[static_cast<size_t>(layer)];
   }
-  std::string stage_name(int64_t stage) const {  // "w2a16"
-    return to_string({config_.stages[static_cast<size_t>(stage)]});
-  }
-  // The same in the end-to-end phase and in an export.
-  std::vector<quant::LinearFormat> result_formats(int64_t layer) const {
-    return formats(layer, {.weight_bits = config_.bits});
-  }
+  // Do formats or ranges follow from statistics of the calibration text?
+  static bool needs_statistics(const TrainConfig& config);
+  // Channels of an input of K features that are split in this layer: ceil(r K), at most those that
+  // are no outliers.
+  static int64_t split_count(const TrainConfig& config, const models::LlamaConfig& model,
+                             int64_t layer, int64_t k);
+  // The bits of the lowest precision that trains; 0 if only one does.
+  int lowest_bits() const;
 
  private:
-  std::vector<quant::LinearFormat> formats(int64_t, const Stage& stage) const {
-    std::vector<quant::LinearFormat> formats;
-    for (const models::LinearShape& linear : models::block_linears(model_))
-      formats.push_back({.n = linear.n,
-                         .k = linear.k,
-                         .weight = {.bits = stage.weight_bits, .group = config_.group},
-                         .input = {.bits = stage.activation_bits}});
-    return formats;
-  }
+  std::vector<quant::LinearFormat> formats(int64_t layer, const Stage& stage) const;
 
   const TrainConfig& config_;
   const models::LlamaConfig& model_;
+  std::vector<models::LayerStatistics> statistics_;
+  // The order of each layer and site; null: ascending, without padding.
+  std::vector<std::array<std::shared_ptr<const quant::ChannelOrder>, models::kSites>> orders_;
+  std::vector<WholeStage> whole_stages_;
 };
 
 }  // namespace bbb::train

@@ -25,7 +25,7 @@ namespace fs = std::filesystem;
 // Does this key of the configuration decide what is computed? A run may resume although the other
 // keys differ.
 bool decides(const std::string& key) {
-  return key != "model" && key != "data" && key != "save_every";
+  return key != "model" && key != "data" && key != "from" && key != "save_every";
 }
 
 constexpr const char* kProgram = "bbb " BBB_VERSION;
@@ -74,6 +74,7 @@ static Json record_of(const RunIdentity& identity) {
   j["device_name"] = identity.device_name;
   j["model_checksum"] = checksum_of(identity.model);
   j["data_checksum"] = identity.data_checksum;
+  if (!identity.from_checksum.empty()) j["from_checksum"] = identity.from_checksum;
   j["config"] = Json::parse(train::to_json(identity.config));
   j["model"] = identity.model;
   j["tokenizer"] = identity.tokenizer;
@@ -114,6 +115,7 @@ static RunIdentity identity_of(const Json& j, const std::string& where) {
     j.at("model").get_to(identity.model);
     j.at("tokenizer").get_to(identity.tokenizer);
     j.at("data_checksum").get_to(identity.data_checksum);
+    identity.from_checksum = j.value("from_checksum", "");
     identity.config = config_from_json(j.at("config").dump(), where);
     return identity;
   } catch (const nlohmann::json::exception& error) {
@@ -208,10 +210,10 @@ void RunDirectory::check_identity(const RunIdentity& identity) const {
   const Json there = read_record(data::read_file(run_file()), run_file());
   const Json here = record_of(identity);
   // The record of another version of bbb may have other keys, so the version is compared first.
-  for (const char* key : {"program", "device", "device_name", "data_checksum"})
-    BBB_CHECK(there.value(key, "") == here[key].get<std::string>(), path_,
+  for (const char* key : {"program", "device", "device_name", "data_checksum", "from_checksum"})
+    BBB_CHECK(there.value(key, "none") == here.value(key, "none"), path_,
               ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
-              here[key].get<std::string>(), "; name another --out");
+              here.value(key, "none"), "; name another --out");
   const std::string part = difference(this->identity(), identity);
   BBB_CHECK(part.empty(), path_, ": holds a run of another model: ", part,
             " differs; name another --out");
@@ -247,18 +249,18 @@ std::string RunDirectory::stage_file(int64_t block, int64_t stage) const {
 }
 
 int64_t RunDirectory::finished_stages(const TrainConfig& config, int64_t layers) const {
-  const int64_t stages = static_cast<int64_t>(config.stages.size());
+  const int64_t stages = block_stages(config);
   int64_t done = 0;
   while (done < layers * stages && fs::exists(stage_file(done / stages, done % stages))) ++done;
   return done;
 }
 
 bool RunDirectory::blocks_finished(const TrainConfig& config, int64_t layers) const {
-  return finished_stages(config, layers) == layers * static_cast<int64_t>(config.stages.size());
+  return finished_stages(config, layers) == layers * block_stages(config);
 }
 
 bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
-  return config.e2e_steps == 0 ? blocks_finished(config, layers) : fs::exists(final_file());
+  return trains_whole(config) ? fs::exists(final_file()) : blocks_finished(config, layers);
 }
 
 bool RunDirectory::has_states() const {
@@ -272,12 +274,18 @@ models::LayerResult RunDirectory::stage_result(int64_t block, int64_t stage, con
   return models::read_layer(file, block, model, recipe.stage_formats(block, stage));
 }
 
+// Whether a result's masters have ratios.
+static RangeRule result_range(const models::LayerResult& result) {
+  return result.linears[0].ratios.empty() ? RangeRule::MinMax : RangeRule::Search;
+}
+
 void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                                const models::LlamaConfig& model, const models::LayerResult& result,
                                const std::vector<double>& validation) const {
   const auto content = models::LinearContent::Masters;
   std::vector<data::SafeTensorsWriter::Entry> entries;
-  models::declare_layer(entries, block, model, recipe.stage_formats(block, stage), content);
+  models::declare_layer(entries, block, model, recipe.stage_formats(block, stage), content,
+                        result_range(result));
   RunFileWriter writer(
       stage_file(block, stage), checksum(), entries,
       {{"stage", recipe.stage_name(stage)}, {"validation_loss", Json(validation).dump()}});
@@ -291,7 +299,7 @@ std::optional<SavedState> RunDirectory::block_state(const TrainConfig& config,
   if (!fs::exists(file)) return std::nullopt;
   std::optional<SavedState> saved(std::in_place, file, checksum());
   const Position& at = saved->position();
-  const int64_t stages = static_cast<int64_t>(config.stages.size());
+  const int64_t stages = block_stages(config);
   const int64_t stage = at.block * stages + at.stage;
   const int64_t epoch = at.step / (config.samples / config.batch);
   BBB_CHECK(at.block >= 0 && at.stage >= 0 && at.stage < stages && at.step > 0 &&
@@ -342,17 +350,48 @@ int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config
   const Recipe recipe(config, model);
   std::vector<data::SafeTensorsWriter::Entry> entries;
   for (int64_t layer = 0; layer < model.layers; ++layer) {
-    for (size_t t = 0; t < config.stages.size(); ++t)
-      models::declare_layer(entries, layer, model, recipe.result_formats(layer),
-                            models::LinearContent::Masters);
-    if (config.e2e_steps > 0)
-      models::declare_layer(entries, layer, model, recipe.result_formats(layer),
-                            final_content(config));
+    for (int64_t t = 0; t < block_stages(config); ++t)
+      models::declare_layer(entries, layer, model, recipe.stage_formats(layer, t),
+                            models::LinearContent::Masters, config.range);
+    for (size_t t = 0; t < recipe.whole_stages().size(); ++t)
+      models::declare_layer(entries, layer, model, recipe.whole_formats(layer, t),
+                            final_content(config), config.range);
   }
   int64_t bytes = 0;
   for (const data::SafeTensorsWriter::Entry& entry : entries)
     bytes += engine::numel_of(entry.shape) * data::size_bytes(entry.dtype);
   return bytes;
+}
+
+int64_t block_stages(const TrainConfig& config) {
+  return config.block_schedule == BlockSchedule::All ? static_cast<int64_t>(config.stages.size())
+                                                     : 0;
+}
+
+bool trains_whole(const TrainConfig& config) {
+  return config.e2e_steps > 0 || config.block_schedule != BlockSchedule::All;
+}
+
+std::string RunDirectory::whole_stage_file(const Recipe& recipe, size_t stage) const {
+  return stage + 1 == recipe.whole_stages().size() ? final_file()
+                                                   : cat(path_, "/e2e/stage_", stage, ".safetensors");
+}
+
+std::vector<models::LayerStatistics> RunDirectory::statistics(
+    const models::LlamaConfig& model) const {
+  if (!fs::exists(statistics_file())) return {};
+  return models::read_statistics(
+      open_run_file(statistics_file(), checksum(), "delete the run's directory to train it again"),
+      model);
+}
+
+models::LayerResult RunDirectory::result(int64_t layer, const Recipe& recipe,
+                                         const models::LlamaConfig& model) const {
+  if (recipe.whole_stages().empty())
+    return stage_result(layer, recipe.block_stages() - 1, recipe, model);
+  const data::SafeTensors file = open_run_file(
+      final_file(), checksum(), "delete it, and the run trains end to end again");
+  return models::read_layer(file, layer, model, recipe.result_formats(layer));
 }
 
 models::LinearContent final_content(const TrainConfig& config) {

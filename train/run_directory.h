@@ -41,6 +41,7 @@ struct RunIdentity {
   Parts model;
   Parts tokenizer;  // empty: the run was given tokens
   std::string data_checksum;
+  std::string from_checksum;  // of the run that --from names; "": none
 
   std::string to_json() const;  // run.json: the record and, last, its checksum
   std::string summary() const;  // the record without the parts, for people
@@ -95,6 +96,14 @@ class RunDirectory {
   std::string block_state_file() const { return path_ + "/blocks/state.safetensors"; }
   std::string e2e_state_file() const { return path_ + "/e2e/state.safetensors"; }
   std::string final_file() const { return path_ + "/e2e/final.safetensors"; }
+  std::string statistics_file() const { return path_ + "/statistics.safetensors"; }
+  // The result of a stage of the whole model; that of the last stage is final_file().
+  std::string whole_stage_file(const Recipe& recipe, size_t stage) const;
+  // The statistics that the run has saved; empty if it has none.
+  std::vector<models::LayerStatistics> statistics(const models::LlamaConfig& model) const;
+  // The result of a finished run: of its last stage. Throws if a file is missing or damaged.
+  models::LayerResult result(int64_t layer, const Recipe& recipe,
+                             const models::LlamaConfig& model) const;
   // The number of stages, over all blocks in order, before the first one without a file.
   int64_t finished_stages(const TrainConfig& config, int64_t layers) const;
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
@@ -122,6 +131,10 @@ class RunDirectory {
   std::unique_ptr<FileLock> lock_;
 };
 
+// The stages of the block phase; 0 if Algorithm 2 replaces it.
+int64_t block_stages(const TrainConfig& config);
+// Does a stage train the whole model?
+bool trains_whole(const TrainConfig& config);
 // Optimizer steps of one stage.
 int64_t steps_per_stage(const TrainConfig& config);
 

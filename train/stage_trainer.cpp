@@ -29,11 +29,12 @@ double best_of(const std::vector<double>& losses) {
 }  // namespace
 
 StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
-                           const TrainConfig& config, models::Recompute recompute,
-                           StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
+                           const TrainConfig& config, StageFormats formats,
+                           models::Recompute recompute, StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
                            const Observer& observer, StepHooks hooks)
     : backend_(backend),
       config_(config),
+      formats_(std::move(formats)),
       recompute_(recompute),
       streams_(streams),
       run_(run),
@@ -42,10 +43,10 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
       steps_per_epoch_(config.samples / config.batch),
       parameters_(backend, autograd::GradientPasses::One),
       block_(backend, model, 0, std::move(inv_freq)) {
-  block_.declare_parameters(parameters_);
+  block_.declare_parameters(parameters_, formats_[0]);
   parameters_.allocate();
-  quantizer_.emplace(parameters_, config.group);
-  block_.bind_parameters(*quantizer_, config.stages[0].weight_bits);
+  quantizer_.emplace(parameters_, config.group, config.range);
+  block_.bind_parameters(*quantizer_, formats_[0]);
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
   const int64_t total = steps_per_stage(config);
   order_ = backend.empty({total * config.batch}, DType::I32);
@@ -58,8 +59,8 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
 }
 
 void StageTrainer::load(size_t t, const LayerResult& result) {
+  block_.set_formats(formats_[t]);
   block_.set_masters(result);
-  block_.set_bits(config_.stages[t].weight_bits);
 }
 
 models::LlamaBlock& StageTrainer::quantized_block() {

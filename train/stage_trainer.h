@@ -1,8 +1,8 @@
 // StageTrainer: trains one block in one stage. It minimises mean (block(x) - y)^2 over the training
 // windows and keeps the masters of the best validation loss.
 //
-// One LlamaBlock serves all blocks in turn. Its tensors keep their addresses, so that the step of a
-// stage is recorded once and replayed for every block.
+// One LlamaBlock serves all blocks of the same formats in turn. Its tensors keep their addresses, so
+// that the step of a stage is recorded once and replayed for every block.
 #pragma once
 
 #include <memory>
@@ -19,15 +19,19 @@
 
 namespace bbb::train {
 
+// Formats of a block's linears, stage by stage.
+using StageFormats = std::vector<std::vector<quant::LinearFormat>>;
+
 class StageTrainer {
  public:
   // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
   // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-               models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
+               StageFormats formats, models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
                const RunDirectory& run, const Observer& observer, StepHooks hooks);
 
-  // Sets the block's masters, and its width to that of stage t.
+  const StageFormats& formats() const { return formats_; }
+  // Sets the block's formats to those of stage t, and its masters to a result in them.
   void load(size_t t, const models::LayerResult& result);
   // The block with its current masters quantized, for a pass over a stream.
   models::LlamaBlock& quantized_block();
@@ -63,6 +67,7 @@ class StageTrainer {
 
   Backend& backend_;
   const TrainConfig& config_;
+  const StageFormats formats_;
   const models::Recompute recompute_;
   StreamSet& streams_;
   const RunDirectory& run_;

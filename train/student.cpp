@@ -8,9 +8,11 @@ using models::LlamaBlock;
 using models::QuantLinear;
 
 Student::Student(engine::Backend& backend, const models::Checkpoint& source,
-                 const TrainConfig& config)
+                 const TrainConfig& config, const Recipe& recipe, size_t stage)
     : backend_(backend),
       config_(config),
+      recipe_(recipe),
+      stage_(stage),
       model_(backend, source, models::HeadRounding::BFloat16),
       parameters_(backend, config.e2e_batch == config.e2e_micro_batch ? GradientPasses::One
                                                                       : GradientPasses::Several) {}
@@ -19,36 +21,40 @@ void Student::load(const std::function<LayerResult(int64_t layer)>& start,
                    const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
   for (auto& block : model_.blocks()) {
-    if (all) block->declare_parameters(parameters_);
-    for (QuantLinear* linear : block->linears())
-      if (!all)
-        sigmas_.push_back(&parameters_.add(linear->name() + ".sigma",
-                                           {linear->n(), linear->k() / config_.group}));
+    const std::vector<quant::LinearFormat> linears = formats(*block);
+    if (all) {
+      block->declare_parameters(parameters_, linears);
+      continue;
+    }
+    const std::vector<QuantLinear*> named = block->linears();
+    for (size_t i = 0; i < linears.size(); ++i)
+      sigmas_.push_back(
+          &parameters_.add(named[i]->name() + ".sigma", {linears[i].n, linears[i].groups()}));
   }
   parameters_.allocate();
-  if (all) quantizer_.emplace(parameters_, config_.group);
+  if (all) quantizer_.emplace(parameters_, config_.group, config_.range);
   for (auto& block : model_.blocks()) {
-    const LayerResult result = start(block->layer());
-    if (all)
-      load_masters(*block, result);
-    else
+    const int64_t layer = block->layer();
+    const LayerResult result =
+        models::start_stage(model_.config(), start(layer), formats(*block),
+                            recipe_.statistics(layer), config_.range, recipe_.lowest_bits());
+    if (all) {
+      block->bind_parameters(*quantizer_, formats(*block));
+      block->set_masters(result);
+    } else {
       load_scales(*block, result);
-    loaded(block->layer() + 1);
+    }
+    loaded(layer + 1);
   }
-}
-
-void Student::load_masters(LlamaBlock& block, const LayerResult& start) {
-  block.bind_parameters(*quantizer_, config_.bits);
-  block.set_masters(start);
 }
 
 // The block's masters live only in this function, until its codes are frozen.
 void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
   autograd::ParameterSet masters(backend_, GradientPasses::One);
-  block.declare_parameters(masters);
+  block.declare_parameters(masters, formats(block));
   masters.allocate();
-  autograd::WeightQuantizer quantizer(masters, config_.group);
-  block.bind_parameters(quantizer, config_.bits);
+  autograd::WeightQuantizer quantizer(masters, config_.group, config_.range);
+  block.bind_parameters(quantizer, formats(block));
   block.set_masters(start);
   quantizer.prepare();
   const std::vector<QuantLinear*> linears = block.linears();

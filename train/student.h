@@ -15,10 +15,13 @@ namespace bbb::train {
 
 class Student {
  public:
-  // Embedding, final norm and head are the source's, and constant. config must outlive the student.
-  Student(engine::Backend& backend, const models::Checkpoint& source, const TrainConfig& config);
+  // For a stage of the whole model. Embedding, final norm and head are the source's, and constant.
+  // config and recipe must outlive the student.
+  Student(engine::Backend& backend, const models::Checkpoint& source, const TrainConfig& config,
+          const Recipe& recipe, size_t stage);
 
-  // Makes the parameters from the masters of start(layer). loaded(layers): layers done so far.
+  // Makes the parameters from the masters of start(layer), in any format. loaded(layers): layers done
+  // so far.
   void load(const std::function<models::LayerResult(int64_t layer)>& start,
             const std::function<void(int64_t layers)>& loaded);
   models::Llama& model() { return model_; }
@@ -36,11 +39,15 @@ class Student {
   void snap();  // moves masters to the middle of their bins; only if all train
 
  private:
-  void load_masters(models::LlamaBlock& block, const models::LayerResult& start);
+  std::vector<quant::LinearFormat> formats(const models::LlamaBlock& block) const {
+    return recipe_.whole_formats(block.layer(), stage_);
+  }
   void load_scales(models::LlamaBlock& block, const models::LayerResult& start);
 
   engine::Backend& backend_;
   const TrainConfig& config_;
+  const Recipe& recipe_;
+  const size_t stage_;
   models::Llama model_;
   autograd::ParameterSet parameters_;
   std::optional<autograd::WeightQuantizer> quantizer_;

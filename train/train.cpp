@@ -11,6 +11,7 @@
 #include "train/gemm_choices.h"
 #include "train/run_directory.h"
 #include "train/run_file.h"
+#include "train/statistics.h"
 
 namespace bbb::train {
 
@@ -57,20 +58,26 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
 
 }  // namespace
 
-void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-           TrainConfig config) {
-  backend.check_head_size(source.config().head_dim);
-  config = resolve(config, source.config(), backend.device());
+// The data's tokens, cut into windows.
+static data::Windows training_windows(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                      const TrainConfig& config) {
   const int32_t doc_end =
       config.doc_end ? *config.doc_end : tokenizer.document_end(source.stop_ids());
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
+  return data::make_windows(
+      data::training_tokens(tokenizer, data::read_documents(config.data), doc_end), config.seq_len,
+      config.data);
+}
+
+void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
+           TrainConfig config) {
+  backend.check_head_size(source.config().head_dim);
+  config = resolve(config, source.config(), backend.device());
   source.check_finite();
-  const std::vector<int32_t> tokens =
-      data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
-  train_windows(backend, source, data::make_windows(tokens, config.seq_len, config.data), config,
-                Observer(), &tokenizer);
+  train_windows(backend, source, training_windows(source, tokenizer, config), config, Observer(),
+                &tokenizer);
 }
 
 namespace {
@@ -80,12 +87,83 @@ RunLength run_length_of(const TrainConfig& config) {
   return config.extrapolate.value_or(RunLength{config.samples, config.epochs});
 }
 int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config) {
-  return model.layers * static_cast<int64_t>(config.stages.size()) * run_length_of(config).epochs *
+  return model.layers * block_stages(config) * run_length_of(config).epochs *
          (run_length_of(config).samples / config.batch);
 }
 // Batches through the full-precision blocks.
 int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& config) {
   return model.layers * ((run_length_of(config).samples + config.val_samples) / config.batch);
+}
+
+}  // namespace
+
+namespace {
+
+// A finished run that another one starts from.
+class EarlierRun {
+ public:
+  EarlierRun(const std::string& path, const models::LlamaConfig& model)
+      : run_(path),
+        identity_(run_.identity()),
+        model_(model),
+        recipe_(identity_.config, model, run_.statistics(model)) {
+    BBB_CHECK(run_.finished(identity_.config, model.layers), path,
+              ": the run is not finished; the same `bbb train` command continues it");
+    BBB_CHECK(final_content(identity_.config) == models::LinearContent::Masters, path,
+              ": its last stage trained scales: there are no masters to start from");
+  }
+
+  const RunIdentity& identity() const { return identity_; }
+  LayerResult result(int64_t layer) const { return run_.result(layer, recipe_, model_); }
+  std::vector<models::LayerStatistics> statistics() const { return run_.statistics(model_); }
+
+ private:
+  RunDirectory run_;
+  RunIdentity identity_;
+  const models::LlamaConfig& model_;
+  Recipe recipe_;
+};
+
+std::string from_checksum(const TrainConfig& config) {
+  if (config.from.empty()) return "";
+  const RunDirectory run(config.from);
+  run.identity();  // checks the record
+  return data::hex(run.checksum());
+}
+
+// Do both take the same channels, of the same groups, as outliers and for splitting?
+bool same_orders(const TrainConfig& a, const TrainConfig& b) {
+  return a.group == b.group && a.rotate == b.rotate && a.ocs_ratio == b.ocs_ratio &&
+         a.ocs_metric == b.ocs_metric && a.split_side == b.split_side &&
+         a.act_outliers == b.act_outliers;
+}
+
+// The run's statistics: those that it has saved, those of the run that it starts from if both order
+// channels alike, or new ones, which are saved.
+std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Checkpoint& source,
+                                                   const data::Windows& windows,
+                                                   const TrainConfig& config,
+                                                   const RunDirectory& run,
+                                                   const Observer& observer) {
+  if (!Recipe::needs_statistics(config)) return {};
+  std::vector<models::LayerStatistics> layers = run.statistics(source.config());
+  if (!layers.empty()) return layers;
+  if (!config.from.empty()) {
+    const EarlierRun from(config.from, source.config());
+    if (same_orders(config, from.identity().config)) layers = from.statistics();
+  }
+  if (layers.empty()) {
+    std::optional<engine::Progress> progress;
+    if (!observer.quiet)
+      progress.emplace("statistics", source.config().layers, engine::Progress::kPatience_s);
+    layers = collect_statistics(backend, source, windows, config, [&](int64_t done) {
+      if (progress) progress->set(done);
+    });
+  }
+  RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
+  models::add_statistics(writer, layers);
+  writer.finish();
+  return layers;
 }
 
 }  // namespace
@@ -96,7 +174,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; training starts from full precision");
   config = resolve(config, model, backend.device());
-  const int64_t wanted = config.samples + (config.stages.empty() ? 0 : config.val_samples);
+  const int64_t wanted = config.samples + (block_stages(config) == 0 ? 0 : config.val_samples);
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
             windows.count, " windows of ", windows.seq_len,
             " tokens, but --samples and --val-samples ask for ", wanted);
@@ -115,7 +193,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                              backend.device_name(),
                              model_parts(source),
                              tokenizer != nullptr ? tokenizer_parts(*tokenizer) : Parts(),
-                             data_checksum(windows)};
+                             data_checksum(windows),
+                             from_checksum(config)};
   if (!observer.quiet) std::printf("%s", identity.summary().c_str());
   if (finished) {
     run.check_identity(identity);
@@ -132,10 +211,13 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BlockMemory memory;
   if (blocks) memory = plan_block_memory(backend, model, config);
   PhaseMemory whole;
-  if (config.e2e_steps > 0) whole = plan_end_to_end_memory(backend, model, config);
+  if (trains_whole(config)) whole = plan_end_to_end_memory(backend, model, config);
+  if (Recipe::needs_statistics(config))
+    check_memory(backend, count_statistics_memory(backend, model, config), config.memory,
+                 "the statistics of the input sites", "lower --batch or --seq-len");
   if (!observer.quiet)
     print_plan(backend, model, config, blocks ? &memory : nullptr,
-               config.e2e_steps > 0 ? &whole : nullptr);
+               trains_whole(config) ? &whole : nullptr);
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
@@ -149,16 +231,26 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
   };
+  const Recipe recipe(config, model, statistics_of(backend, source, windows, config, run, observer));
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
-    train_blocks(backend, source, windows, config, memory, run, observer);
+    train_blocks(backend, source, windows, config, recipe, memory, run, observer);
   }
-  if (config.e2e_steps > 0) {
-    tune_for(config.e2e_steps, 1, whole.recorded_bytes);
-    if (config.e2e_snap == Snap::On && !observer.quiet)
-      std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-    train_end_to_end(backend, source, windows, config, whole.recompute, run, observer);
-  }
+  if (!trains_whole(config)) return;
+  int64_t steps = 0;
+  for (const WholeStage& stage : recipe.whole_stages()) steps += stage.steps;
+  tune_for(steps, 1, whole.recorded_bytes);
+  if (config.e2e_snap == Snap::On && !observer.quiet)
+    std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
+  std::optional<EarlierRun> from;
+  if (!config.from.empty()) from.emplace(config.from, model);
+  const auto start = [&](int64_t layer) {
+    if (from) return from->result(layer);
+    return block_stages(config) > 0
+               ? run.stage_result(layer, recipe.block_stages() - 1, recipe, model)
+               : models::full_precision(source, layer);
+  };
+  train_end_to_end(backend, source, windows, config, recipe, start, whole.recompute, run, observer);
 }
 
 namespace {
@@ -167,27 +259,32 @@ namespace {
 // quantized is returned unchanged.
 class Quantizer {
  public:
-  Quantizer(Backend& backend, const models::LlamaConfig& model, WeightGrid grid)
-      : parameters_(backend, autograd::GradientPasses::One),
-        block_(backend, model, 0, engine::Tensor()) {
-    block_.declare_parameters(parameters_);
-    parameters_.allocate();
-    quantizer_.emplace(parameters_, grid.group);
-    block_.bind_parameters(*quantizer_, grid.bits);
-  }
+  Quantizer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
+            const Recipe& recipe)
+      : backend_(backend), model_(model), config_(config), recipe_(recipe) {}
 
-  LayerResult operator()(LayerResult layer) {
-    if (layer.linears[0].quantized()) return layer;
-    block_.set_masters(layer);
-    quantizer_->prepare();
-    layer.linears = block_.result(models::LinearContent::Stored).linears;
-    return layer;
+  LayerResult operator()(int64_t layer, LayerResult result) const {
+    if (result.linears[0].quantized()) return result;
+    const std::vector<quant::LinearFormat> formats = recipe_.result_formats(layer);
+    result = models::start_stage(model_, result, formats, recipe_.statistics(layer), config_.range,
+                                 recipe_.lowest_bits());
+    autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
+    models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
+    block.declare_parameters(parameters, formats);
+    parameters.allocate();
+    autograd::WeightQuantizer quantizer(parameters, config_.group, config_.range);
+    block.bind_parameters(quantizer, formats);
+    block.set_masters(result);
+    quantizer.prepare();
+    result.linears = block.result(models::LinearContent::Stored).linears;
+    return result;
   }
 
  private:
-  autograd::ParameterSet parameters_;
-  std::optional<autograd::WeightQuantizer> quantizer_;
-  models::LlamaBlock block_;
+  Backend& backend_;
+  const models::LlamaConfig& model_;
+  const TrainConfig& config_;
+  const Recipe& recipe_;
 };
 
 }  // namespace
@@ -216,17 +313,10 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
             " was trained from: ", part, " differs");
 
-  const Recipe recipe(config, model);
-  Quantizer quantizer(backend, model, {config.bits, config.group});
-  std::optional<data::SafeTensors> final;
-  if (config.e2e_steps > 0)
-    final.emplace(open_run_file(run.final_file(), run.checksum(),
-                                "delete it, and the run trains end to end again"));
+  const Recipe recipe(config, model, run.statistics(model));
+  const Quantizer quantizer(backend, model, config, recipe);
   const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
-  const auto layer = [&](int64_t i) {
-    return quantizer(final ? models::read_layer(*final, i, model, formats(i))
-                           : block_result(run, recipe, config, source, i));
-  };
+  const auto layer = [&](int64_t i) { return quantizer(i, run.result(i, recipe, model)); };
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(out_directory, source, tokenizer, formats, format, layer,
                               data::read_file(run.run_file()),
@@ -234,28 +324,43 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
 }
 
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  WeightGrid spec, const std::string& out_directory, models::ExportFormat format) {
+                  TrainConfig config, const std::string& out_directory,
+                  models::ExportFormat format) {
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
   const models::LlamaConfig& model = source.config();
-  check_group_size(model, spec.group);
+  config.stages = {{.weight_bits = config.bits, .activation_bits = config.act_bits}};
+  config.e2e_steps = 0;
+  config.val_samples = std::max<int64_t>(1, config.val_samples);
+  if (config.samples < config.batch) config.batch = config.samples;
+  config = resolve(config, model, backend.device());
+  std::vector<models::LayerStatistics> statistics;
+  if (Recipe::needs_statistics(config)) {
+    if (config.data.empty())
+      throw UsageError(
+          "--range search, --ocs-ratio, --act-outliers and --down-kurtosis need --data FILE: they "
+          "follow from the model's activations on a text");
+    const data::Windows windows = training_windows(source, tokenizer, config);
+    config.samples = std::min(config.samples, windows.count);
+    engine::Progress progress("statistics", model.layers, engine::Progress::kPatience_s);
+    statistics = collect_statistics(backend, source, windows, config,
+                                    [&](int64_t done) { progress.set(done); });
+  }
   Json record;
   record["program"] = "bbb " BBB_VERSION;
   record["method"] = "round to nearest";
-  record["bits"] = spec.bits;
-  record["group_size"] = spec.group;
+  record["bits"] = config.bits;
+  record["group_size"] = config.group;
   record["model"] = source.path();
   record["model_checksum"] = checksum_of(model_parts(source));
-  TrainConfig config;
-  config.bits = spec.bits;
-  config.group = spec.group;
-  const Recipe recipe(config, model);
-  Quantizer quantizer(backend, model, spec);
+  record["config"] = Json::parse(to_json(config));
+  const Recipe recipe(config, model, std::move(statistics));
+  const Quantizer quantizer(backend, model, config, recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
       out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, format,
-      [&](int64_t i) { return quantizer(models::full_precision(source, i)); },
+      [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
       record.dump(2) + "\n", [&](int64_t done) { progress.set(done); });
 }
 

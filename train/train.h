@@ -4,10 +4,12 @@
 //   run.json                      resolved configuration, checksums, program version, device
 //   gemm.json                     algorithms of matrix products, if they were timed
 //   log.jsonl                     one line a step
+//   statistics.safetensors        of the input sites, if the grid needs them
 //   lock                          held by the process that trains
 //   blocks/block_000_stage_0.safetensors  a finished stage of a block: its masters
 //   blocks/state.safetensors      the newest state of the stage that is being trained
 //   e2e/state.safetensors         the newest state of the end-to-end phase, while it runs
+//   e2e/stage_0.safetensors       a finished stage of the whole model, except for the last one
 //   e2e/final.safetensors         its result
 // Every result and state appears by a rename. So a run killed at any moment resumes from these
 // files and ends with the same bytes.
@@ -58,8 +60,10 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
                   const std::string& run_directory, const std::string& out_directory,
                   models::ExportFormat format);
 
-// Exports `source` rounded to nearest, without training. Returns the bits per weight.
+// Exports `source` rounded to nearest, without training: config.bits and act_bits, group and the
+// options of the grid. config.data is read only if they need statistics. Returns the bits per weight.
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  WeightGrid spec, const std::string& out_directory, models::ExportFormat format);
+                  TrainConfig config, const std::string& out_directory,
+                  models::ExportFormat format);
 
 }  // namespace bbb::train

@@ -1,0 +1,81 @@
+#include "models/operand.h"
+
+#include <utility>
+
+namespace bbb::models {
+
+using autograd::Tape;
+using autograd::Var;
+using engine::Backend;
+using engine::Tensor;
+
+static Tensor rows_of(const Tensor& x) { return x.view({x.numel() / x.dim(-1), x.dim(-1)}); }
+
+void Operand::set(Backend& backend, const quant::LinearFormat& format, bool packed) {
+  packed_ = packed;
+  if (format.exact_input()) return spec_.reset();
+  const quant::ChannelOrder order = format.channel_order();
+  if (spec_ && order_ == order) {
+    spec_->view = quant::operand_view(format, spec_->view.channels, spec_->view.positions);
+  } else {
+    spec_ = engine::upload_operand(backend, format);
+    order_ = order;
+  }
+}
+
+LinearInput Operand::whole(Var x) {
+  LinearInput input;
+  input.shape = x.value().shape();
+  input.x = std::move(x);
+  return input;
+}
+
+bool Operand::takes_codes(const Tape& tape, const Tensor& x) const {
+  return packed_ && !tape.recording() && spec_->view.grid.bits < 16 &&
+         x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
+}
+
+template <typename Write>
+LinearInput Operand::codes(Tape& tape, const Tensor& x, const Write& write) const {
+  Backend& backend = tape.backend();
+  const quant::OperandView& view = spec_->view;
+  const int64_t rows = x.numel() / x.dim(-1);
+  LinearInput input;
+  input.shape = x.shape();
+  input.shape.back() = view.stored_k;
+  input.codes.codes = backend.empty({rows, view.stored_k}, engine::DType::U8);
+  input.codes.zeros = backend.empty({rows, view.stored_k / view.group}, engine::DType::U8);
+  input.codes.scales = backend.empty({rows, view.stored_k / view.group}, backend.real());
+  write(backend, input.codes);
+  return input;
+}
+
+LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
+  if (exact()) return whole(autograd::rms_norm(tape, x, w, eps));
+  if (!takes_codes(tape, x.value()))
+    return whole(autograd::rms_norm_operand(tape, x, w, eps, *spec_));
+  return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
+    const Tensor in = rows_of(x.value());
+    backend.rms_norm_operand(out, backend.empty({in.dim(0)}, backend.real()), in, w.value(), eps,
+                             *spec_);
+  });
+}
+
+LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
+  if (exact()) return whole(autograd::swiglu(tape, gate, up));
+  if (!takes_codes(tape, gate.value()))
+    return whole(autograd::swiglu_operand(tape, gate, up, *spec_));
+  return codes(tape, gate.value(), [&](Backend& backend, const engine::OperandRows& out) {
+    backend.swiglu_operand(out, rows_of(gate.value()), rows_of(up.value()), *spec_);
+  });
+}
+
+LinearInput Operand::plain(Tape& tape, const Var& x) const {
+  if (exact()) return whole(x);
+  if (!takes_codes(tape, x.value())) return whole(autograd::operand(tape, x, *spec_));
+  return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
+    backend.operand(out, rows_of(x.value()), *spec_);
+  });
+}
+
+}  // namespace bbb::models

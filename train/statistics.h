@@ -1,0 +1,28 @@
+// Statistics of the input sites of all layers, over the full-precision stream of the first windows
+// (numerics.md section 2): a pass of its own before training.
+//
+//   pass 1   moments of every channel        -> outliers, split channels, kurtosis
+//   pass 2   energies E[x^2] of the gathered and rotated inputs, by stored position
+#pragma once
+
+#include <functional>
+
+#include "data/text.h"
+#include "engine/counting_backend.h"
+#include "train/config.h"
+
+namespace bbb::train {
+
+constexpr int64_t kStatisticsWindows = 128;
+
+// Over the first min(samples, 128) windows. progress(layers): layers done so far. `config` must be
+// resolved.
+std::vector<models::LayerStatistics> collect_statistics(
+    engine::Backend& backend, const models::Checkpoint& source, const data::Windows& windows,
+    const TrainConfig& config, const std::function<void(int64_t layers)>& progress);
+
+// Allocates on `backend` the most that the pass holds.
+void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
+                         const TrainConfig& config);
+
+}  // namespace bbb::train
