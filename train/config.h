@@ -29,7 +29,7 @@ struct Stage {
 // The input stream of stage t. Same: its own. Higher: that of the stage before. Mix: both in
 // rotation.
 enum class InputStream { Same, Higher, Mix };
-enum class EndToEndLoss { Kl, CrossEntropy };
+enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
@@ -77,6 +77,7 @@ struct TrainConfig {
   int64_t e2e_batch = 16;
   int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
+  double e2e_jsd_beta = 0.5;  // of JensenShannon: the teacher's share of the mixture
   EndToEndTrain e2e_train = EndToEndTrain::All;
   double e2e_lr = 0;  // 0: by model width, e2e_train and whether blocks are trained
   Snap e2e_snap = Snap::Auto;
