@@ -31,8 +31,10 @@ HeadChunks within(HeadChunks chunks, int64_t rows, int64_t vocab) {
   return {std::min(chunks.rows, rows), std::min(chunks.vocab, vocab)};
 }
 
+bool has_teacher(LossKind kind) { return kind != LossKind::CrossEntropy; }
+
 int64_t state_size(LossKind kind) {
-  return kind == LossKind::Kl ? Backend::kKlState : Backend::kCrossEntropyState;
+  return has_teacher(kind) ? Backend::kKlState : Backend::kCrossEntropyState;
 }
 
 // head_loss of chunks.rows rows at a time. Its scratch is that of one chunk, for any M and V.
@@ -44,16 +46,22 @@ class HeadLoss {
     Tensor h, teacher_h, targets;
   };
 
-  HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, HeadChunks chunks,
-           TapeMode mode)
-      : backend_(backend), kind_(kind), head_(head), scale_(scale), words_(chunks.vocab) {
+  HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, double jsd_beta,
+           HeadChunks chunks, TapeMode mode)
+      : backend_(backend),
+        kind_(kind),
+        head_(head),
+        scale_(scale),
+        jsd_beta_(jsd_beta),
+        words_(chunks.vocab) {
     // In training logits are act, and their gradient takes their place. A loss that is only
     // measured needs more digits than act has.
     const DType dtype = mode == TapeMode::Training ? backend.act() : backend.real();
     logits_ = backend.empty({chunks.rows * words_}, dtype);
-    if (kind == LossKind::Kl) teacher_ = backend.empty({chunks.rows * words_}, dtype);
+    if (has_teacher(kind)) teacher_ = backend.empty({chunks.rows * words_}, dtype);
     if (words_ == head.dim(0)) return;
     state_ = backend.empty({chunks.rows, state_size(kind)}, backend.real());
+    if (kind == LossKind::JensenShannon) student_kl_ = backend.empty({chunks.rows}, backend.real());
     if (mode == TapeMode::Training)
       dh_sum_ = backend.empty({chunks.rows, head.dim(1)}, backend.real());
   }
@@ -80,14 +88,17 @@ class HeadLoss {
       return logits;
     };
     Logits logits{product(logits_, rows.h), Tensor()};
-    if (kind_ == LossKind::Kl) logits.teacher = product(teacher_, rows.teacher_h);
+    if (has_teacher(kind_)) logits.teacher = product(teacher_, rows.teacher_h);
     return logits;
   }
 
   void run_whole(const TokenRows& rows) const {
     const Logits logits = logits_of(rows, 0);
     const Tensor dlogits = rows.dh.defined() ? logits.student : Tensor();
-    if (kind_ == LossKind::Kl)
+    if (kind_ == LossKind::JensenShannon)
+      backend_.jensen_shannon(rows.losses, dlogits, logits.student, logits.teacher, rows.targets,
+                              jsd_beta_, scale_);
+    else if (kind_ == LossKind::Kl)
       backend_.kl_divergence(rows.losses, dlogits, logits.student, logits.teacher, rows.targets,
                              scale_);
     else
@@ -95,48 +106,60 @@ class HeadLoss {
     if (rows.dh.defined()) backend_.gemm_nn(rows.dh, dlogits, head_, Tensor(), Write::Overwrite);
   }
 
-  // The gradient of a logit needs the sum over its whole row. So a first pass over the chunks finds
-  // the sums, and a second one, in reverse, computes the logits again. The last chunk's logits are
-  // still in the scratch:
+  // The gradient of a logit needs sums over its whole row. So a first sweep over the chunks finds
+  // the sums, and the last one computes the gradients from the logits, computed again. Between them
+  // Jensen-Shannon adds up its terms, which need the maxima and sums of both rows. A sweep starts
+  // with the chunk whose logits are still in the scratch:
   //   logits 0 | logits 1 | .. | logits n -> dlogits n | logits n-1 -> dlogits n-1 | .. | dlogits 0
   void run_in_chunks(const TokenRows& rows) const {
     const int64_t m = rows.h.dim(0), last = (head_.dim(0) - 1) / words_ * words_;
     const Tensor state = state_.rows(0, m);
-    Logits logits;
-    for (int64_t first = 0; first <= last; first += words_) {
-      const Write mode = first == 0 ? Write::Overwrite : Write::Add;
-      logits = logits_of(rows, first);
-      if (kind_ == LossKind::Kl)
+    int64_t first = 0;  // word of the chunk in the scratch
+    Logits logits = logits_of(rows, first);
+    const auto sweep = [&](const auto& visit) {
+      const int64_t step = first == 0 ? words_ : -words_, end = first == 0 ? last : 0;
+      for (visit(Write::Overwrite); first != end; visit(Write::Add))
+        logits = logits_of(rows, first += step);
+    };
+    sweep([&](Write mode) {
+      if (has_teacher(kind_))
         backend_.kl_divergence_chunk(rows.losses, state, logits.student, logits.teacher,
                                      rows.targets, mode);
       else
         backend_.cross_entropy_chunk(rows.losses, state, logits.student, rows.targets, first, mode);
-    }
+    });
+    const Tensor student_kl = student_kl_.defined() ? student_kl_.rows(0, m) : Tensor();
+    if (kind_ == LossKind::JensenShannon)
+      sweep([&](Write mode) {
+        backend_.jensen_shannon_chunk(rows.losses, student_kl, logits.student, logits.teacher,
+                                      state, rows.targets, jsd_beta_, mode);
+      });
     if (!rows.dh.defined()) return;
 
     const Tensor dh_sum = dh_sum_.rows(0, m);
-    for (int64_t first = last; first >= 0; first -= words_) {
-      if (first != last) logits = logits_of(rows, first);
+    sweep([&](Write mode) {
       const Tensor& dlogits = logits.student;
-      if (kind_ == LossKind::Kl)
+      if (kind_ == LossKind::JensenShannon)
+        backend_.jensen_shannon_chunk_backward(dlogits, logits.student, logits.teacher, state,
+                                               student_kl, rows.targets, jsd_beta_, scale_);
+      else if (kind_ == LossKind::Kl)
         backend_.kl_divergence_chunk_backward(dlogits, logits.student, logits.teacher, state,
                                               rows.targets, scale_);
       else
         backend_.cross_entropy_chunk_backward(dlogits, logits.student, state, rows.targets, first,
                                               scale_);
-      backend_.gemm_nn(dh_sum, dlogits, head_.rows(first, dlogits.dim(1)), Tensor(),
-                       first == last ? Write::Overwrite : Write::Add);
-    }
+      backend_.gemm_nn(dh_sum, dlogits, head_.rows(first, dlogits.dim(1)), Tensor(), mode);
+    });
     backend_.cast(rows.dh, dh_sum);
   }
 
   Backend& backend_;
   const LossKind kind_;
   const Tensor head_;
-  const double scale_;
-  const int64_t words_;      // in a chunk
-  Tensor logits_, teacher_;  // of a chunk; teacher_ only for Kl
-  Tensor state_, dh_sum_;    // running values over the chunks, where there are several
+  const double scale_, jsd_beta_;
+  const int64_t words_;                 // in a chunk
+  Tensor logits_, teacher_;             // of a chunk
+  Tensor state_, student_kl_, dh_sum_;  // running values over the chunks, where there are several
 };
 
 }  // namespace
@@ -362,17 +385,18 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
 }
 
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss) {
+              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
+              double jsd_beta) {
   Backend& backend = tape.backend();
   const int64_t m = h.value().dim(0);
   chunks = within(chunks, m, head.dim(0));
   BBB_ASSERT(chunks.rows > 0 && chunks.vocab > 0);
-  BBB_ASSERT((kind == LossKind::Kl) == teacher_h.defined());
+  BBB_ASSERT(has_teacher(kind) == teacher_h.defined());
 
   Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {h});
   const bool backward = out.requires_grad();
-  HeadLoss chunk(backend, kind, head, scale, chunks,
+  HeadLoss chunk(backend, kind, head, scale, jsd_beta, chunks,
                  backward ? TapeMode::Training : TapeMode::Inference);
   Tensor dh = backward ? backend.empty(h.value().shape(), backend.act()) : Tensor();
   Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, backend.real());

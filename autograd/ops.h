@@ -33,7 +33,7 @@ Var embed(Tape& tape, const Tensor& ids, const Tensor& table);
 // mean((x - y)^2), real (1); y is a constant: of x's shape, or a batch of x.dim(0) rows.
 Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
-enum class LossKind { CrossEntropy, Kl };
+enum class LossKind { CrossEntropy, Kl, JensenShannon };
 
 // How many of the (M, V) logits are held at once; larger values mean all.
 struct HeadChunks {
@@ -43,11 +43,12 @@ struct HeadChunks {
 
 // The loss of a language model's head, without ever holding all logits: logits and the gradient of
 // h are computed chunk by chunk. If a chunk is less than the whole vocabulary, the gradient
-// computes the logits a second time, except for the last chunk.
-// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h (M, D) for Kl,
-// otherwise undefined. Returns scale times the sum of the rows' losses, real (1). row_loss:
-// undefined, or real (M), which receives the unscaled losses.
+// computes the logits a second time, except for one chunk. JensenShannon computes them once more.
+// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h undefined for
+// CrossEntropy, otherwise (M, D). Returns scale times the sum of the rows' losses, real (1).
+// row_loss: undefined, or real (M), which receives the unscaled losses. jsd_beta: of JensenShannon.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss);
+              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
+              double jsd_beta = 0.5);
 
 }  // namespace bbb::autograd

@@ -14,23 +14,13 @@
 // Where the two agree this cancels no more than the terms above. lse(t) - lse(s) is computed as the
 // difference of maxima and log(sum / sum): no large logarithm is rounded, so its error is an
 // epsilon of 1 + |t - s|. The mean has the same error; t - s itself has the error of its logits.
-#include "cuda/cuda_backend.h"
-#include "cuda/reduce.h"
-#include "cuda/softmax_row.h"
+#include "cuda/divergence_row.h"
 
 namespace bbb::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWide = 8;
-
-// The logarithm of a softmax whose sum is known.
-struct LogSoftmax {
-  float max, log_sum;
-
-  __device__ explicit LogSoftmax(const ExpSum& e) : max(e.max), log_sum(logf(e.sum)) {}
-  __device__ float operator()(float x) const { return x - max - log_sum; }
-};
+constexpr int kThreads = kDivergenceThreads;
+constexpr int kWide = kDivergenceWide;
 
 // Returns this thread's part of a row's loss; writes drow = scale (q - p) unless drow is null.
 template <int kWidth, typename T>
@@ -38,11 +28,7 @@ __device__ float loss_and_gradient_row(bf16* drow, const T* srow, const T* __res
                                        int64_t v, ExpSum es, ExpSum et, float scale) {
   const LogSoftmax student(es), teacher(et);
   float sum = 0.0f;
-#pragma unroll 2
-  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
-    float s[kWidth], t[kWidth];
-    load(s, srow + i, kWidth);
-    load(t, trow + i, kWidth);
+  for_logits<kWidth>(srow, trow, v, [&](int64_t i, auto& s, const auto& t) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float log_q = student(s[j]), log_p = teacher(t[j]);
@@ -51,21 +37,9 @@ __device__ float loss_and_gradient_row(bf16* drow, const T* srow, const T* __res
       s[j] = scale * (expf(log_q) - p);
     }
     if (drow != nullptr) store(drow + i, s, kWidth);
-  }
+  });
   return sum;
 }
-
-// The state of a row.
-struct RunningRow {
-  ExpSum student, teacher;
-  float weighted = 0.0f;  // sum e^(t - teacher.max) (t - s)
-
-  __device__ float loss() const {
-    const float lse_difference = (teacher.max - student.max) + logf(teacher.sum / student.sum);
-    return weighted / teacher.sum - lse_difference;
-  }
-};
-static_assert(sizeof(RunningRow) == engine::Backend::kKlState * sizeof(float));
 
 // Converts a sum of terms e^(t - from) (t - s) to one of terms e^(t - to) (t - s). Words whose
 // probability underflows add nothing, even where the student's logit is -Inf.
@@ -89,25 +63,16 @@ __global__ __launch_bounds__(kThreads, 1) void kl_divergence_kernel(
     if (drow != nullptr) zero_row<kWidth>(drow, v);
     return;
   }
-  ExpSum es, et;
-#pragma unroll 2
-  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < v; i += int64_t{kThreads} * kWidth) {
-    float s[kWidth], t[kWidth];
-    load(s, srow + i, kWidth);
-    load(t, trow + i, kWidth);
-    es.add(s);
-    et.add(t);
-  }
-  es = block_exp_sum(es);
-  et = block_exp_sum(et);
-  const float sum =
-      block_sum(loss_and_gradient_row<kWidth>(drow, srow, trow, v, es, et, scale), shared);
+  const KlRow sums = row_sums<kWidth>(srow, trow, v);
+  const float sum = block_sum(
+      loss_and_gradient_row<kWidth>(drow, srow, trow, v, sums.student, sums.teacher, scale),
+      shared);
   if (threadIdx.x == 0) loss[m] = sum;
 }
 
 template <int kWidth, typename T>
 __global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_kernel(
-    float* __restrict__ loss, RunningRow* __restrict__ state, const T* __restrict__ logits,
+    float* __restrict__ loss, KlRow* __restrict__ state, const T* __restrict__ logits,
     const T* __restrict__ teacher, const int32_t* __restrict__ targets, int64_t c, Write mode) {
   __shared__ float shared[32];
   const int64_t m = blockIdx.x;
@@ -115,24 +80,22 @@ __global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_kernel(
     if (threadIdx.x == 0) loss[m] = 0.0f;
     return;
   }
-  RunningRow own;
-#pragma unroll 2
-  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < c; i += int64_t{kThreads} * kWidth) {
-    float s[kWidth], t[kWidth];
-    load(s, logits + m * c + i, kWidth);
-    load(t, teacher + m * c + i, kWidth);
-    own.student.add(s);
-    const float before = own.teacher.max;
-    float part = 0.0f;
-    const float top = own.teacher.add(
-        t, [&](int j, float weight) { part += weight == 0.0f ? 0.0f : weight * (t[j] - s[j]); });
-    own.weighted =
-        rescaled(own.weighted, before, own.teacher.max) + rescaled(part, top, own.teacher.max);
-  }
+  KlRow own;
+  for_logits<kWidth>(
+      logits + m * c, teacher + m * c, c, [&](int64_t, const auto& s, const auto& t) {
+        own.student.add(s);
+        const float before = own.teacher.max;
+        float part = 0.0f;
+        const float top = own.teacher.add(t, [&](int j, float weight) {
+          part += weight == 0.0f ? 0.0f : weight * (t[j] - s[j]);
+        });
+        own.weighted =
+            rescaled(own.weighted, before, own.teacher.max) + rescaled(part, top, own.teacher.max);
+      });
   const ExpSum es = block_exp_sum(own.student), et = block_exp_sum(own.teacher);
   const float weighted = block_sum(rescaled(own.weighted, own.teacher.max, et.max), shared);
   if (threadIdx.x != 0) return;
-  RunningRow row = mode == Write::Add ? state[m] : RunningRow{};
+  KlRow row = mode == Write::Add ? state[m] : KlRow{};
   const float before = row.teacher.max;
   row.student.merge(es.max, es.sum);
   row.teacher.merge(et.max, et.sum);
@@ -144,9 +107,8 @@ __global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_kernel(
 
 template <int kWidth, typename T>
 __global__ __launch_bounds__(kThreads, 1) void kl_divergence_chunk_backward_kernel(
-    bf16* dlogits, const T* logits, const T* __restrict__ teacher,
-    const RunningRow* __restrict__ state, const int32_t* __restrict__ targets, int64_t c,
-    float scale) {
+    bf16* dlogits, const T* logits, const T* __restrict__ teacher, const KlRow* __restrict__ state,
+    const int32_t* __restrict__ targets, int64_t c, float scale) {
   const int64_t m = blockIdx.x;
   bf16* const drow = dlogits + m * c;
   if (targets[m] < 0) return zero_row<kWidth>(drow, c);
@@ -166,10 +128,6 @@ void kl_divergence_as(cudaStream_t stream, const Tensor& loss, const Tensor& dlo
          static_cast<const T*>(teacher.raw()), targets.data<int32_t>(), v, scale);
 }
 
-RunningRow* running_rows(const Tensor& state) {
-  return reinterpret_cast<RunningRow*>(state.data<float>());
-}
-
 template <typename T>
 void kl_divergence_chunk_as(cudaStream_t stream, const Tensor& loss, const Tensor& state,
                             const Tensor& logits, const Tensor& teacher, const Tensor& targets,
@@ -178,7 +136,7 @@ void kl_divergence_chunk_as(cudaStream_t stream, const Tensor& loss, const Tenso
   const bool wide = c % kWide == 0 && aligned(logits, teacher);
   launch(stream, {blocks_for(rows, 1, 1), dim3(kThreads)},
          wide ? kl_divergence_chunk_kernel<kWide, T> : kl_divergence_chunk_kernel<1, T>,
-         loss.data<float>(), running_rows(state), static_cast<const T*>(logits.raw()),
+         loss.data<float>(), kl_rows(state), static_cast<const T*>(logits.raw()),
          static_cast<const T*>(teacher.raw()), targets.data<int32_t>(), c, mode);
 }
 
@@ -192,8 +150,7 @@ void kl_divergence_chunk_backward_as(cudaStream_t stream, const Tensor& dlogits,
          wide ? kl_divergence_chunk_backward_kernel<kWide, T>
               : kl_divergence_chunk_backward_kernel<1, T>,
          bf16_of(dlogits), static_cast<const T*>(logits.raw()),
-         static_cast<const T*>(teacher.raw()), running_rows(state), targets.data<int32_t>(), c,
-         scale);
+         static_cast<const T*>(teacher.raw()), kl_rows(state), targets.data<int32_t>(), c, scale);
 }
 
 }  // namespace

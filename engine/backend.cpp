@@ -95,6 +95,19 @@ class Op {
               ", which is not as many elements as ", to_string(other.shape()));
   }
 
+  // The inputs of a loss between two models: logits (M, C) of both, targets (M).
+  void two_models(const Tensor& logits, const Tensor& teacher, const Tensor& targets) const {
+    rank("logits", logits, 2);
+    is_act_or_real("logits", logits, {logits.dim(0), logits.dim(1)});
+    like("teacher", teacher, logits.dtype(), logits.shape());
+    is("targets", targets, DType::I32, {logits.dim(0)});
+  }
+  // The teacher's share of a mixture. The device computes with floats.
+  void beta(double value) const {
+    const float rounded = static_cast<float>(value);
+    BBB_CHECK(rounded > 0 && rounded < 1, name_, ": beta must be between 0 and 1, got ", value);
+  }
+
   // A grid that fits rows of K features.
   void grid(const WeightGrid& spec, int64_t k) const {
     BBB_CHECK(spec.bits == 2 || spec.bits == 3 || spec.bits == 4 || spec.bits == 8, name_,
@@ -601,13 +614,9 @@ void Backend::cross_entropy(const Tensor& loss, const Tensor& dlogits, const Ten
 void Backend::kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                             const Tensor& teacher, const Tensor& targets, double scale) {
   const Op op(*this, "kl_divergence");
-  op.rank("logits", logits, 2);
-  const int64_t m = logits.dim(0), v = logits.dim(1);
-  op.is_act_or_real("logits", logits, {m, v});
-  op.like("teacher", teacher, logits.dtype(), logits.shape());
-  op.is("loss", loss, real(), {m});
-  op.is_or_undefined("dlogits", dlogits, act(), {m, v});
-  op.is("targets", targets, DType::I32, {m});
+  op.two_models(logits, teacher, targets);
+  op.is("loss", loss, real(), {logits.dim(0)});
+  if (dlogits.defined()) op.like("dlogits", dlogits, act(), logits.shape());
   do_kl_divergence(loss, dlogits, logits, teacher, targets, scale);
 }
 
@@ -627,13 +636,9 @@ void Backend::cross_entropy_chunk(const Tensor& loss, const Tensor& state, const
 void Backend::kl_divergence_chunk(const Tensor& loss, const Tensor& state, const Tensor& logits,
                                   const Tensor& teacher, const Tensor& targets, Write mode) {
   const Op op(*this, "kl_divergence_chunk");
-  op.rank("logits", logits, 2);
-  const int64_t m = logits.dim(0);
-  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
-  op.like("teacher", teacher, logits.dtype(), logits.shape());
-  op.is("loss", loss, real(), {m});
-  op.is("state", state, real(), {m, kKlState});
-  op.is("targets", targets, DType::I32, {m});
+  op.two_models(logits, teacher, targets);
+  op.is("loss", loss, real(), {logits.dim(0)});
+  op.is("state", state, real(), {logits.dim(0), kKlState});
   do_kl_divergence_chunk(loss, state, logits, teacher, targets, mode);
 }
 
@@ -655,14 +660,47 @@ void Backend::kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& 
                                            const Tensor& teacher, const Tensor& state,
                                            const Tensor& targets, double scale) {
   const Op op(*this, "kl_divergence_chunk_backward");
-  op.rank("logits", logits, 2);
-  const int64_t m = logits.dim(0);
-  op.is_act_or_real("logits", logits, {m, logits.dim(1)});
-  op.like("teacher", teacher, logits.dtype(), logits.shape());
+  op.two_models(logits, teacher, targets);
   op.like("dlogits", dlogits, act(), logits.shape());
-  op.is("state", state, real(), {m, kKlState});
-  op.is("targets", targets, DType::I32, {m});
+  op.is("state", state, real(), {logits.dim(0), kKlState});
   do_kl_divergence_chunk_backward(dlogits, logits, teacher, state, targets, scale);
+}
+
+void Backend::jensen_shannon(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                             const Tensor& teacher, const Tensor& targets, double beta,
+                             double scale) {
+  const Op op(*this, "jensen_shannon");
+  op.two_models(logits, teacher, targets);
+  op.beta(beta);
+  op.is("loss", loss, real(), {logits.dim(0)});
+  if (dlogits.defined()) op.like("dlogits", dlogits, act(), logits.shape());
+  do_jensen_shannon(loss, dlogits, logits, teacher, targets, beta, scale);
+}
+
+void Backend::jensen_shannon_chunk(const Tensor& loss, const Tensor& student_kl,
+                                   const Tensor& logits, const Tensor& teacher, const Tensor& state,
+                                   const Tensor& targets, double beta, Write mode) {
+  const Op op(*this, "jensen_shannon_chunk");
+  op.two_models(logits, teacher, targets);
+  op.beta(beta);
+  op.is("loss", loss, real(), {logits.dim(0)});
+  op.is("student_kl", student_kl, real(), {logits.dim(0)});
+  op.is("state", state, real(), {logits.dim(0), kKlState});
+  do_jensen_shannon_chunk(loss, student_kl, logits, teacher, state, targets, beta, mode);
+}
+
+void Backend::jensen_shannon_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                            const Tensor& teacher, const Tensor& state,
+                                            const Tensor& student_kl, const Tensor& targets,
+                                            double beta, double scale) {
+  const Op op(*this, "jensen_shannon_chunk_backward");
+  op.two_models(logits, teacher, targets);
+  op.beta(beta);
+  op.like("dlogits", dlogits, act(), logits.shape());
+  op.is("state", state, real(), {logits.dim(0), kKlState});
+  op.is("student_kl", student_kl, real(), {logits.dim(0)});
+  do_jensen_shannon_chunk_backward(dlogits, logits, teacher, state, student_kl, targets, beta,
+                                   scale);
 }
 
 void Backend::sum(const Tensor& out, const Tensor& x, double scale, Write mode) {

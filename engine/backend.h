@@ -325,8 +325,13 @@ class Backend {
   // (q - p). Rows with targets[m] < 0 give loss 0 and gradient 0.
   void kl_divergence(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                      const Tensor& teacher, const Tensor& targets, double scale);
-  // Both losses over chunks of C words of the vocabulary: each chunk once, in any order. `state`,
-  // real, holds the running values of each row; `loss` is its loss over the chunks so far.
+  // The generalized Jensen-Shannon divergence. loss[m] = beta KL(p||r) + (1 - beta) KL(q||r) with
+  // r = beta p + (1 - beta) q; dlogits = scale * (1 - beta) q (log(q / r) - KL(q||r)). beta, as a
+  // float, lies between 0 and 1, both excluded. Otherwise as kl_divergence.
+  void jensen_shannon(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
+                      const Tensor& teacher, const Tensor& targets, double beta, double scale);
+  // Cross-entropy and KL over chunks of C words of the vocabulary: each chunk once, in any order.
+  // `state`, real, holds the running values of each row; `loss` is its loss over the chunks so far.
   // Overwrite starts with this chunk, Add continues. first_word is the word of the chunk's first
   // column. A target in no chunk gives an infinite loss.
   // loss real (M); state (M, kCrossEntropyState) or (M, kKlState); logits, teacher act or real
@@ -343,6 +348,16 @@ class Backend {
   void kl_divergence_chunk_backward(const Tensor& dlogits, const Tensor& logits,
                                     const Tensor& teacher, const Tensor& state,
                                     const Tensor& targets, double scale);
+  // Jensen-Shannon over chunks: first kl_divergence_chunk of all chunks finds the maxima and sums
+  // in `state`, then this adds up the terms of each chunk, once, in any order. student_kl real (M)
+  // is the running KL(q||r), which the gradient needs.
+  void jensen_shannon_chunk(const Tensor& loss, const Tensor& student_kl, const Tensor& logits,
+                            const Tensor& teacher, const Tensor& state, const Tensor& targets,
+                            double beta, Write mode);
+  void jensen_shannon_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                     const Tensor& teacher, const Tensor& state,
+                                     const Tensor& student_kl, const Tensor& targets, double beta,
+                                     double scale);
   // Per row: the maximum, the sum of e^(x - maximum) and the target's logit.
   static constexpr int64_t kCrossEntropyState = 3;
   // Per row: maximum and sum of the student s and of the teacher t, and sum e^(t - max t) (t - s).

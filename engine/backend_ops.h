@@ -45,6 +45,9 @@ using Arg = const Tensor&;
 #define BBB_OP_kl_divergence_chunk Arg, Arg, Arg, Arg, Arg, Write
 #define BBB_OP_cross_entropy_chunk_backward Arg, Arg, Arg, Arg, int64_t, double
 #define BBB_OP_kl_divergence_chunk_backward Arg, Arg, Arg, Arg, Arg, double
+#define BBB_OP_jensen_shannon Arg, Arg, Arg, Arg, Arg, double, double
+#define BBB_OP_jensen_shannon_chunk Arg, Arg, Arg, Arg, Arg, Arg, double, Write
+#define BBB_OP_jensen_shannon_chunk_backward Arg, Arg, Arg, Arg, Arg, Arg, double, double
 #define BBB_OP_sum Arg, Arg, double, Write, Arg
 #define BBB_OP_max_group_range const QuantizedWeights&, Arg
 #define BBB_OP_fake_quant const QuantizedWeights&, Arg
@@ -67,6 +70,7 @@ using Arg = const Tensor&;
   OP(attention_backward) OP(append_kv) OP(attention_cached) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
+  OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
   OP(scale_codes_backward) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw)
 // clang-format on

@@ -164,6 +164,9 @@ TEST_CASE("attention: gradients with grouped queries, a window and rotary positi
                       });
 }
 
+constexpr autograd::LossKind kLossKinds[] = {
+    autograd::LossKind::CrossEntropy, autograd::LossKind::Kl, autograd::LossKind::JensenShannon};
+
 TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd]") {
   Rng rng(9);
   const Input h = random_input(rng, {7, 6});
@@ -175,17 +178,18 @@ TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd
         return mse(tape, in[0], make(oracle_f64(), {7, 6}, DType::F64, other));
       },
       true);
-  for (const bool kl : {false, true})
+  for (const autograd::LossKind kind : kLossKinds)
     for (const HeadChunks chunks :
          {HeadChunks{3, 11}, {100, 100}, {100, 4}, {3, 4}, {2, 1}})  // 11 words: 4, 4 and 3
       check_gradients(
           {h},
           [&](Tape& tape, const std::vector<Var>& in) {
             Backend& cpu = oracle_f64();
-            return head_loss(tape, kl ? autograd::LossKind::Kl : autograd::LossKind::CrossEntropy,
-                             in[0], make(cpu, {11, 6}, DType::F64, table), make_ids(cpu, {7}, ids),
-                             kl ? make(cpu, {7, 6}, DType::F64, other) : Tensor(), 0.2, chunks,
-                             Tensor());
+            return head_loss(
+                tape, kind, in[0], make(cpu, {11, 6}, DType::F64, table), make_ids(cpu, {7}, ids),
+                kind == autograd::LossKind::CrossEntropy ? Tensor()
+                                                         : make(cpu, {7, 6}, DType::F64, other),
+                0.2, chunks, Tensor(), 0.3);
           },
           true);
 }
@@ -251,7 +255,7 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
   const Shape rows{HeadCase::kRows, HeadCase::kWidth};
   const Tensor h = make(b, rows, b.act(), c.h);
   const Tensor teacher =
-      c.kind == autograd::LossKind::Kl ? make(b, rows, b.act(), c.teacher) : Tensor();
+      c.kind == autograd::LossKind::CrossEntropy ? Tensor() : make(b, rows, b.act(), c.teacher);
   const Tensor table = make(b, {HeadCase::kWords, HeadCase::kWidth}, b.act(), c.table);
   const Tensor targets = make_ids(b, {HeadCase::kRows}, c.targets);
   const Guarded row_loss(b, {HeadCase::kRows}, b.real());
@@ -279,7 +283,7 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
 }  // namespace
 
 TEST_CASE("head_loss: chunks of the vocabulary give the result of the whole", "[autograd]") {
-  for (const auto kind : {autograd::LossKind::CrossEntropy, autograd::LossKind::Kl})
+  for (const autograd::LossKind kind : kLossKinds)
     for (const TapeMode mode : {TapeMode::Inference, TapeMode::Training}) {
       const HeadCase c(kind);
       const HeadResult whole =
@@ -293,8 +297,7 @@ TEST_CASE("head_loss: chunks of the vocabulary give the result of the whole", "[
           128 * epsilon_of(backend().real());
       for (const HeadChunks chunks :
            {HeadChunks{16, HeadCase::kWords}, {100, 384}, {16, 384}, {16, 104}, {37, 999}}) {
-        CAPTURE(kind == autograd::LossKind::Kl, mode == TapeMode::Training, chunks.rows,
-                chunks.vocab);
+        CAPTURE(static_cast<int>(kind), mode == TapeMode::Training, chunks.rows, chunks.vocab);
         const HeadResult got = run_head(backend(), c, mode, chunks, Call::Direct);
         for (size_t i = 0; i < c.targets.size(); ++i) {
           CHECK(std::abs(got.row_loss[i] - whole.row_loss[i]) <= logit_error);
@@ -326,8 +329,8 @@ TEST_CASE("head_loss: its memory does not grow with a vocabulary in chunks", "[a
   const int64_t m = 512, d = 256;
   const Tensor h = b.zeros({m, d}, b.act());
   const Tensor targets = b.zeros({m}, DType::I32);
-  for (const auto kind : {autograd::LossKind::CrossEntropy, autograd::LossKind::Kl}) {
-    const Tensor teacher = kind == autograd::LossKind::Kl ? h : Tensor();
+  for (const autograd::LossKind kind : kLossKinds) {
+    const Tensor teacher = kind == autograd::LossKind::CrossEntropy ? Tensor() : h;
     std::vector<int64_t> held;
     for (const int64_t v : {int64_t{16384}, int64_t{32768}, int64_t{50000}}) {
       const Tensor table = b.zeros({v, d}, b.act());

@@ -191,6 +191,24 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.kl_divergence_chunk_backward(a({2, 9}), a({2, 9}), a({2, 8}), r({2, Backend::kKlState}),
                                         i({2}), 1.0);
        }},
+      {"jensen_shannon", "beta must be between 0 and 1, got 1",
+       [&] {
+         b.jensen_shannon(r({2}), none, a({2, 9}), a({2, 9}), i({2}), 1.0, 1.0);
+       }},
+      {"jensen_shannon", "teacher must be",
+       [&] {
+         b.jensen_shannon(r({2}), none, a({2, 9}), a({2, 8}), i({2}), 0.5, 1.0);
+       }},
+      {"jensen_shannon_chunk", "student_kl must be",
+       [&] {
+         b.jensen_shannon_chunk(r({2}), r({3}), a({2, 9}), a({2, 9}), r({2, Backend::kKlState}),
+                                i({2}), 0.5, Write::Add);
+       }},
+      {"jensen_shannon_chunk_backward", "state must be",
+       [&] {
+         b.jensen_shannon_chunk_backward(a({2, 9}), a({2, 9}), a({2, 9}), r({2, 3}), r({2}), i({2}),
+                                         0.5, 1.0);
+       }},
       {"sum", "out must be", [&] { b.sum(r({2}), r({4}), 1.0, Write::Overwrite); }},
       {"max_group_range", "130 elements, no multiple of 128",
        [&] { b.max_group_range(weights, r({130})); }},

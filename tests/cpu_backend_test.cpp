@@ -365,7 +365,9 @@ TEST_CASE("rope rotates pairs by their position, and its gradient rotates back")
   };
   check_gradient(
       {shape}, [&](const Tensors& in) { return rotated(in[0], Rotation::Forward); },
-      [&](const Tensors&, const Tensor& dout) { return Tensors{rotated(dout, Rotation::Inverse)}; });
+      [&](const Tensors&, const Tensor& dout) {
+        return Tensors{rotated(dout, Rotation::Inverse)};
+      });
   const Tensor one = make(b, {1, 1, 1, 4}, DType::F64, {1, 2, 3, 4});
   b.rope(one, freq, start, Rotation::Forward);
   const double c0 = std::cos(7.0), s0 = std::sin(7.0), c1 = std::cos(0.875), s1 = std::sin(0.875);
@@ -413,6 +415,20 @@ TEST_CASE("the losses' gradients") {
         b.kl_divergence(empty64({kRows}), grad, in[0], teacher, targets, 1.0);
         return Tensors{scaled(grad, dout)};
       });
+  for (const double beta : {0.1, 0.5, 0.9})
+    check_gradient(
+        {shape},
+        [&](const Tensors& in) {
+          const Tensor loss = empty64({kRows});
+          b.jensen_shannon(loss, Tensor(), in[0], teacher, targets, beta, 1.0);
+          CHECK(values_of(b, loss)[1] == 0.0);
+          return loss;
+        },
+        [&](const Tensors& in, const Tensor& dout) {
+          const Tensor grad = empty64(shape);
+          b.jensen_shannon(empty64({kRows}), grad, in[0], teacher, targets, beta, 1.0);
+          return Tensors{scaled(grad, dout)};
+        });
   check_gradient(
       {shape},
       [&](const Tensors& in) {

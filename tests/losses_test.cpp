@@ -1,6 +1,7 @@
-// mse, cross_entropy, kl_divergence and sum against the F64 oracle.
+// mse, cross_entropy, kl_divergence, jensen_shannon and sum against the F64 oracle.
 #include <catch2/catch.hpp>
 #include <limits>
+#include <optional>
 
 #include "tests/op_test.h"
 
@@ -57,15 +58,25 @@ LossAndGradient run_cross_entropy(Backend& b, const LogitCase& c, DType dtype,
   return {values_of(b, loss.tensor()), values_of(b, dlogits.tensor())};
 }
 
-LossAndGradient run_kl(Backend& b, const LogitCase& c, DType dtype,
-                       const std::vector<double>& logits, const std::vector<double>& teacher,
-                       const std::vector<int32_t>& targets, double scale,
-                       bool with_gradient = true) {
+// Empty: kl_divergence. Otherwise jensen_shannon with this beta.
+using Beta = std::optional<double>;
+const Beta kKl;
+const Beta kDivergences[] = {kKl, 0.25};
+
+LossAndGradient run_divergence(Backend& b, const Beta& beta, const LogitCase& c, DType dtype,
+                               const std::vector<double>& logits,
+                               const std::vector<double>& teacher,
+                               const std::vector<int32_t>& targets, double scale,
+                               bool with_gradient = true) {
   const Guarded loss(b, {c.m}, b.real()), dlogits(b, {c.m, c.v}, b.act());
   b.zero(dlogits.tensor());
-  b.kl_divergence(loss.tensor(), with_gradient ? dlogits.tensor() : Tensor(),
-                  make(b, {c.m, c.v}, dtype, logits), make(b, {c.m, c.v}, dtype, teacher),
-                  make_ids(b, {c.m}, targets), scale);
+  const Tensor gradient = with_gradient ? dlogits.tensor() : Tensor();
+  const Tensor x = make(b, {c.m, c.v}, dtype, logits), y = make(b, {c.m, c.v}, dtype, teacher);
+  const Tensor ids = make_ids(b, {c.m}, targets);
+  if (beta)
+    b.jensen_shannon(loss.tensor(), gradient, x, y, ids, *beta, scale);
+  else
+    b.kl_divergence(loss.tensor(), gradient, x, y, ids, scale);
   CHECK(loss.untouched());
   CHECK(dlogits.untouched());
   return {values_of(b, loss.tensor()), values_of(b, dlogits.tensor())};
@@ -84,14 +95,14 @@ std::vector<double> words_of(const std::vector<double>& logits, const LogitCase&
 
 enum class ChunkOrder { FirstToLast, LastToFirst };
 
-// The loss from chunks of `chunk` words: cross-entropy if there is no teacher. The gradient
-// overwrites the logits if they have its dtype.
+// The loss from chunks of `chunk` words: cross-entropy if there is no teacher, otherwise that of
+// `beta`. The gradient overwrites the logits if they have its dtype.
 LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
                            const std::vector<double>& logits, const std::vector<double>& teacher,
                            const std::vector<int32_t>& targets, double scale, int64_t chunk,
-                           ChunkOrder order = ChunkOrder::FirstToLast) {
+                           ChunkOrder order = ChunkOrder::FirstToLast, const Beta& beta = kKl) {
   const bool kl = !teacher.empty();
-  const Guarded loss(b, {c.m}, b.real());
+  const Guarded loss(b, {c.m}, b.real()), student_kl(b, {c.m}, b.real());
   const Guarded state(b, {c.m, kl ? Backend::kKlState : Backend::kCrossEntropyState}, b.real());
   const Tensor ids = make_ids(b, {c.m}, targets);
   std::vector<int64_t> firsts;
@@ -102,14 +113,21 @@ LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
     const int64_t n = std::min(chunk, c.v - first);
     return make(b, {c.m, n}, dtype, words_of(values, c, first, n));
   };
+  const auto mode_of = [&](int64_t first) {
+    return first == firsts[0] ? Write::Overwrite : Write::Add;
+  };
   for (const int64_t first : firsts) {
-    const Write mode = first == firsts[0] ? Write::Overwrite : Write::Add;
+    const Write mode = mode_of(first);
     if (kl)
       b.kl_divergence_chunk(loss.tensor(), state.tensor(), words(logits, first),
                             words(teacher, first), ids, mode);
     else
       b.cross_entropy_chunk(loss.tensor(), state.tensor(), words(logits, first), ids, first, mode);
   }
+  if (beta)
+    for (const int64_t first : firsts)
+      b.jensen_shannon_chunk(loss.tensor(), student_kl.tensor(), words(logits, first),
+                             words(teacher, first), state.tensor(), ids, *beta, mode_of(first));
   LossAndGradient result{values_of(b, loss.tensor()),
                          std::vector<double>(static_cast<size_t>(c.m * c.v))};
   for (const int64_t first : firsts) {
@@ -117,7 +135,10 @@ LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
     const Guarded dlogits(b, x.shape(), b.act());
     if (dtype == b.act()) b.copy(dlogits.tensor(), x);
     const Tensor& in = dtype == b.act() ? dlogits.tensor() : x;
-    if (kl)
+    if (beta)
+      b.jensen_shannon_chunk_backward(dlogits.tensor(), in, words(teacher, first), state.tensor(),
+                                      student_kl.tensor(), ids, *beta, scale);
+    else if (kl)
       b.kl_divergence_chunk_backward(dlogits.tensor(), in, words(teacher, first), state.tensor(),
                                      ids, scale);
     else
@@ -128,6 +149,7 @@ LossAndGradient run_chunks(Backend& b, const LogitCase& c, DType dtype,
       std::copy_n(part.begin() + m * x.dim(1), x.dim(1), result.gradient.begin() + m * c.v + first);
   }
   CHECK(loss.untouched());
+  CHECK(student_kl.untouched());
   CHECK(state.untouched());
   return result;
 }
@@ -284,44 +306,130 @@ TEST_CASE("cross_entropy of extreme logits", "[cross_entropy]") {
     if (i / c.v != 2) CHECK(std::isfinite(got.gradient[static_cast<size_t>(i)]));
 }
 
-TEST_CASE("kl_divergence and its gradient", "[kl_divergence]") {
-  for (const LogitCase& c : kLogitCases)
-    for (const DType dtype : logit_types()) {
-      CAPTURE(c.m, c.v, engine::name_of(dtype));
-      engine::Rng rng(37);
-      const auto logits = activations(rng, c.m * c.v, 3.0);
-      const auto teacher = activations(rng, c.m * c.v, 3.0);
-      const auto targets = targets_of(c, rng);
-      const auto got = run_kl(backend(), c, dtype, logits, teacher, targets, 0.5);
-      const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 0.5);
-      // Differences of log probabilities up to about 30, averaged with weights that sum to 1.
-      for (size_t i = 0; i < want.loss.size(); ++i)
-        CHECK(std::abs(got.loss[i] - want.loss[i]) <= 128 * real_epsilon());
-      if (c.v > 1)
-        CHECK(relative_error(got.gradient, want.gradient) <= act_epsilon() + 128 * real_epsilon());
-      CHECK(run_kl(backend(), c, dtype, logits, teacher, targets, 0.5, false).loss == got.loss);
-      if (c.m > 1) {
-        CHECK(got.loss[1] == 0.0);
-        for (int64_t i = c.v; i < 2 * c.v; ++i) CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+TEST_CASE("kl_divergence and jensen_shannon, and their gradients",
+          "[kl_divergence][jensen_shannon]") {
+  for (const Beta& beta : kDivergences)
+    for (const LogitCase& c : kLogitCases)
+      for (const DType dtype : logit_types()) {
+        CAPTURE(beta.value_or(0), c.m, c.v, engine::name_of(dtype));
+        engine::Rng rng(37);
+        const auto logits = activations(rng, c.m * c.v, 3.0);
+        const auto teacher = activations(rng, c.m * c.v, 3.0);
+        const auto targets = targets_of(c, rng);
+        const auto run = [&](Backend& b, DType type, bool with_gradient) {
+          return run_divergence(b, beta, c, type, logits, teacher, targets, 0.5, with_gradient);
+        };
+        const auto got = run(backend(), dtype, true), want = run(oracle_f64(), DType::F64, true);
+        // Differences of log probabilities up to about 30, averaged with weights that sum to 1.
+        for (size_t i = 0; i < want.loss.size(); ++i)
+          CHECK(std::abs(got.loss[i] - want.loss[i]) <= 128 * real_epsilon());
+        if (c.v > 1)
+          CHECK(relative_error(got.gradient, want.gradient) <=
+                act_epsilon() + 128 * real_epsilon());
+        CHECK(run(backend(), dtype, false).loss == got.loss);
+        if (c.m > 1) {
+          CHECK(got.loss[1] == 0.0);
+          for (int64_t i = c.v; i < 2 * c.v; ++i)
+            CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+        }
       }
-    }
 }
 
-TEST_CASE("kl_divergence is 0 where student and teacher agree, and a NaN propagates",
-          "[kl_divergence]") {
+TEST_CASE("jensen_shannon: the value and gradient, written out", "[jensen_shannon]") {
+  const LogitCase c{3, 1000};
+  engine::Rng rng(71);
+  const auto logits = activations(rng, c.m * c.v, 3.0), teacher = activations(rng, c.m * c.v, 3.0);
+  for (const double beta : {0.1, 0.5, 0.9}) {
+    CAPTURE(beta);
+    std::vector<double> losses, gradient;
+    for (int64_t m = 0; m < c.m; ++m) {
+      const auto softmax = [&](const std::vector<double>& x) {
+        std::vector<double> e;
+        double sum = 0;
+        for (int64_t i = m * c.v; i < (m + 1) * c.v; ++i)
+          sum += e.emplace_back(std::exp(x[static_cast<size_t>(i)]));
+        for (double& value : e) value /= sum;
+        return e;
+      };
+      const auto p = softmax(teacher), q = softmax(logits);
+      double kl_p = 0, kl_q = 0;
+      const auto mixture = [&](size_t i) { return beta * p[i] + (1 - beta) * q[i]; };
+      for (size_t i = 0; i < p.size(); ++i) {
+        kl_p += p[i] * std::log(p[i] / mixture(i));
+        kl_q += q[i] * std::log(q[i] / mixture(i));
+      }
+      losses.push_back(beta * kl_p + (1 - beta) * kl_q);
+      for (size_t i = 0; i < p.size(); ++i)
+        gradient.push_back(2 * (1 - beta) * q[i] * (std::log(q[i] / mixture(i)) - kl_q));
+    }
+    const auto exact =
+        run_divergence(oracle_f64(), beta, c, DType::F64, logits, teacher, {0, 1, 2}, 2.0);
+    CHECK(relative_error(exact.loss, losses) <= 1e-13);
+    CHECK(relative_error(exact.gradient, gradient) <= 1e-13);
+    const auto got =
+        run_divergence(backend(), beta, c, backend().real(), logits, teacher, {0, 1, 2}, 2.0);
+    CHECK(relative_error(got.loss, losses) <= 128 * real_epsilon());
+    CHECK(relative_error(got.gradient, gradient) <= act_epsilon() + 128 * real_epsilon());
+  }
+}
+
+TEST_CASE("jensen_shannon may write the gradient over the logits", "[jensen_shannon]") {
+  Backend& b = backend();
+  for (const LogitCase c : {LogitCase{3, 33}, LogitCase{3, 20000}}) {
+    engine::Rng rng(73);
+    const auto values = activations(rng, c.m * c.v, 3.0), other = activations(rng, c.m * c.v, 3.0);
+    const auto targets = targets_of(c, rng);
+    const auto want = run_divergence(b, 0.5, c, b.act(), values, other, targets, 1.0);
+    const Tensor logits = make(b, {c.m, c.v}, b.act(), values), loss = b.empty({c.m}, b.real());
+    b.jensen_shannon(loss, logits, logits, make(b, {c.m, c.v}, b.act(), other),
+                     make_ids(b, {c.m}, targets), 0.5, 1.0);
+    CHECK(values_of(b, loss) == want.loss);
+    CHECK(values_of(b, logits) == want.gradient);
+  }
+}
+
+TEST_CASE(
+    "kl_divergence and jensen_shannon are 0 where student and teacher agree, and a NaN "
+    "propagates",
+    "[kl_divergence][jensen_shannon]") {
   const LogitCase c{3, 1000};
   engine::Rng rng(41);
-  auto logits = activations(rng, c.m * c.v, 3.0);
+  const auto teacher = activations(rng, c.m * c.v, 3.0);
   const std::vector<int32_t> targets{1, 2, 3};
-  const auto same = run_kl(backend(), c, backend().act(), logits, logits, targets, 1.0);
-  for (const double loss : same.loss) CHECK(std::abs(loss) <= 128 * real_epsilon());
-  for (const double d : same.gradient) CHECK(std::abs(d) <= 64 * real_epsilon());
-  const auto teacher = logits;
-  logits[1500] = kNan;
-  const auto got = run_kl(backend(), c, backend().act(), logits, teacher, targets, 1.0);
-  CHECK_FALSE(std::isnan(got.loss[0]));
-  CHECK(std::isnan(got.loss[1]));
-  CHECK_FALSE(std::isnan(got.loss[2]));
+  for (const Beta& beta : kDivergences) {
+    CAPTURE(beta.value_or(0));
+    const auto run = [&](const std::vector<double>& logits, const std::vector<double>& other) {
+      return run_divergence(backend(), beta, c, backend().act(), logits, other, targets, 1.0);
+    };
+    const auto same = run(teacher, teacher);
+    for (const double loss : same.loss) CHECK(std::abs(loss) <= 128 * real_epsilon());
+    for (const double d : same.gradient) CHECK(std::abs(d) <= 64 * real_epsilon());
+    for (const double bad : {kNan, kInf}) {
+      auto broken = teacher;
+      broken[1500] = bad;
+      for (const auto& got : {run(broken, teacher), run(teacher, broken)}) {
+        CHECK_FALSE(std::isnan(got.loss[0]));
+        CHECK(std::isnan(got.loss[1]));
+        CHECK(std::isnan(got.gradient[1500]));
+        CHECK_FALSE(std::isnan(got.loss[2]));
+        CHECK_FALSE(std::isnan(got.gradient[2500]));
+      }
+    }
+  }
+}
+
+TEST_CASE("jensen_shannon is finite where student and teacher share no word", "[jensen_shannon]") {
+  const LogitCase c{3, 4};
+  // Impossible words; words that underflow; words that underflow only relative to each other.
+  const std::vector<double> logits{0, -kInf, 0, -kInf, 0, -1e4, 0, -1e4, 0, -50, 0, -50};
+  const std::vector<double> teacher{-kInf, 0, -kInf, 0, -1e4, 0, -1e4, 0, -50, 0, -50, 0};
+  for (const double beta : {0.25, 0.5}) {
+    const auto got =
+        run_divergence(backend(), beta, c, backend().real(), logits, teacher, {0, 0, 0}, 1.0);
+    const double entropy = -beta * std::log(beta) - (1 - beta) * std::log(1 - beta);
+    for (const double loss : got.loss) CHECK(loss == Approx(entropy).epsilon(1e-6));
+    for (const double d : got.gradient) CHECK(std::abs(d) <= 4 * real_epsilon());
+  }
 }
 
 TEST_CASE("cross_entropy over chunks of the vocabulary", "[cross_entropy]") {
@@ -375,34 +483,40 @@ TEST_CASE("cross_entropy over chunks: extreme logits, and a target outside the v
     CHECK(std::isfinite(got.gradient[static_cast<size_t>(i)]) == (i / c.v != 3));
 }
 
-TEST_CASE("kl_divergence over chunks of the vocabulary", "[kl_divergence]") {
-  for (const ChunkCase& chunks : kChunkCases)
-    for (const DType dtype : logit_types()) {
-      const LogitCase& c = chunks.logits;
-      CAPTURE(c.m, c.v, chunks.chunk, engine::name_of(dtype));
-      engine::Rng rng(59);
-      const auto logits = activations(rng, c.m * c.v, 3.0);
-      const auto teacher = activations(rng, c.m * c.v, 3.0);
-      const auto targets = targets_of(c, rng);
-      const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 0.5);
-      for (const ChunkOrder order : {ChunkOrder::FirstToLast, ChunkOrder::LastToFirst}) {
-        const auto got =
-            run_chunks(backend(), c, dtype, logits, teacher, targets, 0.5, chunks.chunk, order);
-        // As for the whole vocabulary.
-        for (size_t i = 0; i < want.loss.size(); ++i)
-          CHECK(std::abs(got.loss[i] - want.loss[i]) <= 128 * real_epsilon());
-        CHECK(relative_error(got.gradient, want.gradient) <= act_epsilon() + 128 * real_epsilon());
-        if (c.m > 1) {
-          CHECK(got.loss[1] == 0.0);
-          for (int64_t i = c.v; i < 2 * c.v; ++i)
-            CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+TEST_CASE("kl_divergence and jensen_shannon over chunks of the vocabulary",
+          "[kl_divergence][jensen_shannon]") {
+  for (const Beta& beta : kDivergences)
+    for (const ChunkCase& chunks : kChunkCases)
+      for (const DType dtype : logit_types()) {
+        const LogitCase& c = chunks.logits;
+        CAPTURE(beta.value_or(0), c.m, c.v, chunks.chunk, engine::name_of(dtype));
+        engine::Rng rng(59);
+        const auto logits = activations(rng, c.m * c.v, 3.0);
+        const auto teacher = activations(rng, c.m * c.v, 3.0);
+        const auto targets = targets_of(c, rng);
+        const auto want =
+            run_divergence(oracle_f64(), beta, c, DType::F64, logits, teacher, targets, 0.5);
+        for (const ChunkOrder order : {ChunkOrder::FirstToLast, ChunkOrder::LastToFirst}) {
+          const auto run = [&] {
+            return run_chunks(backend(), c, dtype, logits, teacher, targets, 0.5, chunks.chunk,
+                              order, beta);
+          };
+          const auto got = run();
+          // As for the whole vocabulary.
+          for (size_t i = 0; i < want.loss.size(); ++i)
+            CHECK(std::abs(got.loss[i] - want.loss[i]) <= 128 * real_epsilon());
+          CHECK(relative_error(got.gradient, want.gradient) <=
+                act_epsilon() + 128 * real_epsilon());
+          if (c.m > 1) {
+            CHECK(got.loss[1] == 0.0);
+            for (int64_t i = c.v; i < 2 * c.v; ++i)
+              CHECK(got.gradient[static_cast<size_t>(i)] == 0.0);
+          }
+          const auto again = run();
+          CHECK(again.loss == got.loss);
+          CHECK(again.gradient == got.gradient);
         }
-        const auto again =
-            run_chunks(backend(), c, dtype, logits, teacher, targets, 0.5, chunks.chunk, order);
-        CHECK(again.loss == got.loss);
-        CHECK(again.gradient == got.gradient);
       }
-    }
 }
 
 TEST_CASE("kl_divergence over chunks where student and teacher agree, or nearly",
@@ -428,7 +542,8 @@ TEST_CASE("kl_divergence over chunks where student and teacher agree, or nearly"
     }
     const auto got =
         run_chunks(backend(), c, backend().real(), logits, teacher, targets, 1.0, 8192);
-    const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 1.0);
+    const auto want =
+        run_divergence(oracle_f64(), kKl, c, DType::F64, logits, teacher, targets, 1.0);
     for (size_t i = 0; i < want.loss.size(); ++i) {
       const double tolerance = 16 * (1 + std::abs(shift)) * real_epsilon();
       CHECK(want.loss[i] > tolerance);
@@ -437,7 +552,8 @@ TEST_CASE("kl_divergence over chunks where student and teacher agree, or nearly"
   }
 }
 
-TEST_CASE("kl_divergence over chunks: impossible words, and a NaN", "[kl_divergence]") {
+TEST_CASE("kl_divergence and jensen_shannon over chunks: impossible words, and a NaN",
+          "[kl_divergence][jensen_shannon]") {
   const LogitCase c{6, 40};
   engine::Rng rng(67);
   auto logits = activations(rng, c.m * c.v, 3.0), teacher = activations(rng, c.m * c.v, 3.0);
@@ -453,19 +569,25 @@ TEST_CASE("kl_divergence over chunks: impossible words, and a NaN", "[kl_diverge
   std::fill(at(teacher, 5), at(teacher, 5) + 16, -1e4);
   const std::vector<int32_t> targets(6, 0);
   const DType real = backend().real();
-  const auto got = run_chunks(backend(), c, real, logits, teacher, targets, 1.0, 16);
-  const auto want = run_kl(oracle_f64(), c, DType::F64, logits, teacher, targets, 1.0);
-  for (const size_t i : {0, 2, 5}) {
-    CHECK(std::isfinite(want.loss[i]));
-    CHECK(got.loss[i] == Approx(want.loss[i]).epsilon(128 * real_epsilon()));
-  }
-  CHECK(want.loss[1] == kInf);
-  CHECK(got.loss[1] == kInf);
-  CHECK(std::isnan(got.loss[3]));
-  CHECK(std::isnan(got.loss[4]));
-  for (int64_t i = 0; i < c.m * c.v; ++i) {
-    const auto at_i = static_cast<size_t>(i);
-    CHECK(std::isnan(got.gradient[at_i]) == std::isnan(want.gradient[at_i]));
+  for (const Beta& beta : kDivergences) {
+    CAPTURE(beta.value_or(0));
+    const auto got = run_chunks(backend(), c, real, logits, teacher, targets, 1.0, 16,
+                                ChunkOrder::FirstToLast, beta);
+    const auto want =
+        run_divergence(oracle_f64(), beta, c, DType::F64, logits, teacher, targets, 1.0);
+    for (const size_t i : {0, 2, 5}) {
+      CHECK(std::isfinite(want.loss[i]));
+      CHECK(got.loss[i] == Approx(want.loss[i]).epsilon(128 * real_epsilon()));
+    }
+    if (!beta) CHECK(want.loss[1] == kInf);
+    CHECK(std::isfinite(want.loss[1]) == beta.has_value());
+    CHECK(got.loss[1] == Approx(want.loss[1]).epsilon(128 * real_epsilon()));
+    CHECK(std::isnan(got.loss[3]));
+    CHECK(std::isnan(got.loss[4]));
+    for (int64_t i = 0; i < c.m * c.v; ++i) {
+      const auto at_i = static_cast<size_t>(i);
+      CHECK(std::isnan(got.gradient[at_i]) == std::isnan(want.gradient[at_i]));
+    }
   }
 }
 

@@ -175,7 +175,7 @@ TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repea
   const autograd::HeadChunks chunks =
       models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());
   CHECK(chunks.vocab < run.model.vocab);
-  for (const char* loss : {"kl", "ce"}) {
+  for (const char* loss : {"kl", "ce", "jsd"}) {
     CAPTURE(loss);
     set_option(run.config, "e2e-loss", loss);
     const train::PhaseMemory memory =

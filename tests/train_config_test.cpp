@@ -110,7 +110,10 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
   };
   check("input-stream", c.input_stream,
         {{"same", InputStream::Same}, {"higher", InputStream::Higher}, {"mix", InputStream::Mix}});
-  check("e2e-loss", c.e2e_loss, {{"kl", EndToEndLoss::Kl}, {"ce", EndToEndLoss::CrossEntropy}});
+  check("e2e-loss", c.e2e_loss,
+        {{"kl", EndToEndLoss::Kl},
+         {"ce", EndToEndLoss::CrossEntropy},
+         {"jsd", EndToEndLoss::JensenShannon}});
   check("e2e-train", c.e2e_train, {{"scales", EndToEndTrain::Scales}, {"all", EndToEndTrain::All}});
   check("e2e-snap", c.e2e_snap, {{"auto", Snap::Auto}, {"on", Snap::On}, {"off", Snap::Off}});
   check("gemm-algorithms", c.gemm_algorithms,
@@ -128,6 +131,8 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
   CHECK(c.stages == std::vector<train::Stage>{{4, 16}, {2, 16}});
   set_option(c, "stages", "");
   CHECK(c.stages.empty());
+  set_option(c, "e2e-jsd-beta", "0.25");
+  CHECK(c.e2e_jsd_beta == 0.25);
   set_option(c, "gpu-memory", "2.5");
   CHECK(c.memory.device_bytes == 2'500'000'000);
   set_option(c, "doc-end", "7");
@@ -151,6 +156,10 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
                                                        {"lr", "1.5"},
                                                        {"e2e-lr", "0"},
                                                        {"e2e-lr", "inf"},
+                                                       {"e2e-jsd-beta", "0"},
+                                                       {"e2e-jsd-beta", "1"},
+                                                       {"e2e-jsd-beta", "0.999999999"},
+                                                       {"e2e-jsd-beta", "nan"},
                                                        {"doc-end", "-1"},
                                                        {"doc-end", ""},
                                                        {"doc-end", "3000000000"},
@@ -188,6 +197,8 @@ TEST_CASE("train config: values that a program sets must obey the options' rules
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_lr = NAN; }), Contains("--e2e-lr"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.lr = {1e-3, -1}; }), Contains("--lr"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.save_every = -1; }), Contains("--save-every"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_jsd_beta = 1; }),
+                    Contains("--e2e-jsd-beta"));
 }
 
 }  // namespace bbb::tests

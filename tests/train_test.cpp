@@ -80,7 +80,7 @@ TEST_CASE("every stage of every block lowers its validation loss, with every inp
 
 TEST_CASE("end-to-end training from round to nearest lowers the loss", "[train]") {
   const Fixture fixture;
-  for (const char* loss : {"kl", "ce"})
+  for (const char* loss : {"kl", "ce", "jsd"})
     for (const char* what : {"all", "scales"}) {
       TrainConfig config = fixture.config;
       config.out = fixture.dir / (std::string(loss) + what);

@@ -49,7 +49,7 @@ enum class SplitSideChoice { Weight, Activation, Auto };
 using models::SplitMetric;
 using quant::NestedDequant;
 using quant::RangeRule;
-enum class EndToEndLoss { Kl, CrossEntropy };
+enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
@@ -118,6 +118,7 @@ struct TrainConfig {
   int64_t e2e_batch = 16;
   int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
+  double e2e_jsd_beta = 0.5;  // of JensenShannon: the teacher's share of the mixture
   EndToEndTrain e2e_train = EndToEndTrain::All;
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;

@@ -24,6 +24,9 @@ inline constexpr Rule kGroupSize{"32, 64 or 128",
                                  [](double x) { return x == 32 || x == 64 || x == 128; }};
 inline constexpr Rule kRate{"a rate above 0, at most 1", [](double x) { return x > 0 && x <= 1; }};
 inline constexpr Rule kRates{"rates above 0, at most 1, with commas between them", kRate.accepts};
+inline constexpr Rule kShare{
+    "a number between 0 and 1, neither of them",  // the device takes a float
+    [](double x) { return float(x) > 0 && float(x) < 1; }};
 inline constexpr Rule kGigabytes{"a number of GB from 1e-6 to 1e6",
                                  [](double x) { return x >= 1e-6 && x <= 1e6; }, 1e9};
 inline constexpr Rule kStageList{"stages such as w2a16, with commas between them"};
@@ -138,8 +141,12 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.e2e_micro_batch,
     {"e2e-micro-batch", kEndToEnd, "windows that go through the model at once; default: by device",
      kPositive, "auto"});
-  v(c.e2e_loss,
-    {"e2e-loss", kEndToEnd, "kl (to the full-precision model) or ce (the text)", {"kl, ce"}});
+  v(c.e2e_loss, {"e2e-loss",
+                 kEndToEnd,
+                 "kl or jsd (Jensen-Shannon, to the full-precision model), or ce (the text)",
+                 {"kl, ce, jsd"}});
+  v(c.e2e_jsd_beta,
+    {"e2e-jsd-beta", kEndToEnd, "of jsd: the full-precision model's share of the mixture", kShare});
   v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
   v(c.e2e_lr,
     {"e2e-lr", kEndToEnd, "one rate, or one a stage; default: by the model's width", kRates, "auto"});

@@ -107,17 +107,18 @@ class EndToEnd {
   Student& student() { return student_; }
 
  private:
-  // Loads the student and, for KL, the teacher.
+  // Loads the student and, unless the loss is cross-entropy, the teacher.
   void load(const Checkpoint& source, const StartOfLayer& start) {
-    const bool kl = config_.e2e_loss == EndToEndLoss::Kl;
+    const bool has_teacher = config_.e2e_loss != EndToEndLoss::CrossEntropy;
     std::optional<engine::Progress> progress;
     if (!observer_.quiet)
-      progress.emplace("loading", (kl ? 2 : 1) * model_.layers, engine::Progress::kPatience_s);
+      progress.emplace("loading", (has_teacher ? 2 : 1) * model_.layers,
+                       engine::Progress::kPatience_s);
     const auto loaded = [&](int64_t layers) {
       if (progress) progress->set(layers);
     };
     student_.load(start, loaded);
-    if (!kl) return;
+    if (!has_teacher) return;
     teacher_.emplace(backend_, source, models::HeadRounding::BFloat16);
     teacher_->load_blocks(source, [&](int64_t layers) { loaded(model_.layers + layers); });
   }
@@ -181,12 +182,14 @@ class EndToEnd {
                             {tokens, model_.d_model});
     };
     backend_.overlap(teacher_forward, student_forward);
-    const LossKind kind = teacher_ ? LossKind::Kl : LossKind::CrossEntropy;
+    const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
+                          : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
+                                                                 : LossKind::JensenShannon;
     const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
     const Var loss = autograd::head_loss(
         tape, kind, h, student_.model().head(), targets.view({tokens}), teacher_h, scale,
         models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
-        Tensor());
+        Tensor(), config_.e2e_jsd_beta);
     if (last == StepPart::Forward) return;
     tape.backward(loss);
     backend_.sum(loss_, loss.value(), 1.0, mode);

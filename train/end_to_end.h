@@ -1,5 +1,5 @@
 // End-to-end training of the whole quantized model, on the text (cross-entropy) or on the logits of
-// its full-precision original (KL).
+// its full-precision original (KL, or Jensen-Shannon; engine/backend.h has its formula).
 //
 //   loss = mean over windows of the mean over their T - 1 predicted tokens of l_t
 //   l_t  = -log q_t[x_{t+1}]   or   sum_v p_t (log p_t - log q_t)

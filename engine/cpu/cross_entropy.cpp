@@ -3,6 +3,8 @@
 //     cross_entropy  loss[m] = lse(logits) - logits[target];  dlogits = scale (softmax - onehot)
 //     kl_divergence  loss[m] = sum p (log p - log q), p of the teacher, q of the logits;
 //                    dlogits = scale (q - p)
+//     jensen_shannon loss[m] = beta KL(p||r) + (1 - beta) KL(q||r), r = beta p + (1 - beta) q;
+//                    dlogits = scale (1 - beta) q (log(q / r) - KL(q||r))
 //
 // A row without a target (-1) gives loss 0 and gradient 0. dlogits may be the logits themselves.
 //
@@ -112,6 +114,53 @@ void kl_gradient(T* grad, const T* x, const T* y, int64_t n, T lse_q, T lse_p, T
   for (int64_t i = 0; i < n; ++i)
     grad[i] = factor * (vector_exp(x[i] - lse_q) - vector_exp(y[i] - lse_p));
 }
+
+// The sums over the words of a row that jensen_shannon needs.
+template <typename T>
+struct MixtureKl {
+  T student = 0, teacher = 0;  // KL(q||r), KL(p||r)
+
+  MixtureKl& operator+=(const MixtureKl& other) {
+    student += other.student;
+    teacher += other.teacher;
+    return *this;
+  }
+};
+
+// One row of jensen_shannon: x are logits of the student, y of the teacher.
+template <typename T>
+struct JensenShannonRow {
+  T lse_q, lse_p, beta;
+
+  struct Word {
+    T q, log_q_r, p, log_p_r;  // log(q / r) and log(p / r), 0 where the probability is 0
+  };
+  // log_top is log(max(p, q) / r). With d = log q - log p it is -log(beta + (1 - beta) e^d) if
+  // d <= 0, and -log(beta e^-d + (1 - beta)) otherwise. No term overflows, and all are 0 if p = q.
+  Word word(T x, T y) const {
+    const T log_q = x - lse_q, log_p = y - lse_p, d = log_q - log_p;
+    const T q = vector_exp(log_q), p = vector_exp(log_p);
+    const T log_top = -std::log1p((d > 0 ? beta : 1 - beta) * std::expm1(-std::abs(d)));
+    return {q, q == 0 ? T{0} : log_top + std::min(d, T{0}),  //
+            p, p == 0 ? T{0} : log_top - std::max(d, T{0})};
+  }
+
+  MixtureKl<T> sums(const T* x, const T* y, int64_t n) const {
+    return lane_sum<MixtureKl<T>>(n, [=, this](int64_t i) {
+      const Word w = word(x[i], y[i]);
+      return MixtureKl<T>{w.q * w.log_q_r, w.p * w.log_p_r};
+    });
+  }
+
+  T loss(const MixtureKl<T>& kl) const { return beta * kl.teacher + (1 - beta) * kl.student; }
+
+  void gradient(T* grad, const T* x, const T* y, int64_t n, T student_kl, T factor) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const Word w = word(x[i], y[i]);
+      grad[i] = factor * (1 - beta) * w.q * (w.log_q_r - student_kl);
+    }
+  }
+};
 
 int64_t row_grain(int64_t vocabulary) {
   return std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, vocabulary));
@@ -244,11 +293,79 @@ void CpuBackend<T>::do_kl_divergence_chunk_backward(const Tensor& dlogits, const
   });
 }
 
+template <typename T>
+void CpuBackend<T>::do_jensen_shannon(const Tensor& loss, const Tensor& dlogits,
+                                      const Tensor& logits, const Tensor& teacher,
+                                      const Tensor& targets, double beta, double scale) {
+  const int64_t rows = logits.dim(0), v = logits.dim(1);
+  parallel_for(rows, row_grain(v), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const T *x = data(logits) + m * v, *y = data(teacher) + m * v;
+      T* grad = dlogits.defined() ? data(dlogits) + m * v : nullptr;
+      if (targets.data<int32_t>()[m] < 0) {
+        data(loss)[m] = 0;
+        if (grad != nullptr) std::fill_n(grad, v, T{0});
+        continue;
+      }
+      const JensenShannonRow<T> row{exp_sum(x, v).log(), exp_sum(y, v).log(), static_cast<T>(beta)};
+      const MixtureKl<T> kl = row.sums(x, y, v);
+      data(loss)[m] = row.loss(kl);
+      if (grad != nullptr) row.gradient(grad, x, y, v, kl.student, static_cast<T>(scale));
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_jensen_shannon_chunk(const Tensor& loss, const Tensor& student_kl,
+                                            const Tensor& logits, const Tensor& teacher,
+                                            const Tensor& state, const Tensor& targets, double beta,
+                                            Write mode) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  const auto* const states = reinterpret_cast<const KlSums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      if (mode == Write::Overwrite) data(loss)[m] = data(student_kl)[m] = 0;
+      if (targets.data<int32_t>()[m] < 0) continue;
+      const JensenShannonRow<T> row{states[m].student.log(), states[m].teacher.log(),
+                                    static_cast<T>(beta)};
+      const MixtureKl<T> kl = row.sums(data(logits) + m * n, data(teacher) + m * n, n);
+      data(loss)[m] += row.loss(kl);
+      data(student_kl)[m] += kl.student;
+    }
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_jensen_shannon_chunk_backward(const Tensor& dlogits, const Tensor& logits,
+                                                     const Tensor& teacher, const Tensor& state,
+                                                     const Tensor& student_kl,
+                                                     const Tensor& targets, double beta,
+                                                     double scale) {
+  const int64_t rows = logits.dim(0), n = logits.dim(1);
+  const auto* const states = reinterpret_cast<const KlSums<T>*>(data(state));
+  parallel_for(rows, row_grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      T* grad = data(dlogits) + m * n;
+      if (targets.data<int32_t>()[m] < 0) {
+        std::fill_n(grad, n, T{0});
+        continue;
+      }
+      const JensenShannonRow<T> row{states[m].student.log(), states[m].teacher.log(),
+                                    static_cast<T>(beta)};
+      row.gradient(grad, data(logits) + m * n, data(teacher) + m * n, n, data(student_kl)[m],
+                   static_cast<T>(scale));
+    }
+  });
+}
+
 BBB_CPU_INSTANTIATE(cross_entropy);
 BBB_CPU_INSTANTIATE(kl_divergence);
 BBB_CPU_INSTANTIATE(cross_entropy_chunk);
 BBB_CPU_INSTANTIATE(cross_entropy_chunk_backward);
 BBB_CPU_INSTANTIATE(kl_divergence_chunk);
 BBB_CPU_INSTANTIATE(kl_divergence_chunk_backward);
+BBB_CPU_INSTANTIATE(jensen_shannon);
+BBB_CPU_INSTANTIATE(jensen_shannon_chunk);
+BBB_CPU_INSTANTIATE(jensen_shannon_chunk_backward);
 
 }  // namespace bbb::engine

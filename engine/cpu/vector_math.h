@@ -38,7 +38,7 @@ inline float vector_exp(float x) {
 inline double vector_exp(double x) { return std::exp(x); }
 
 // sum of f(i) over [0, n): lane l adds i = l, l + kLanes, ...; then the lanes are added by halves,
-// and the last n % kLanes terms in order.
+// and the last n % kLanes terms in order. T is a number, or a structure of numbers with a +=.
 template <typename T, typename F>
 T lane_sum(int64_t n, const F& f) {
   constexpr int kLanes = 64 / sizeof(T) * 2;
