@@ -35,9 +35,6 @@ class Collector {
     if (backend.computes()) backend.upload(ids, windows.ids.data());
     stream_ = backend.empty({tokens_, model_.d_model}, backend.act());
     backend.embed(stream_, ids, model.embedding());
-    for (const LinearShape& linear : models::block_linears(model_))
-      moments_[static_cast<size_t>(linear.site)] =
-          backend.empty({Backend::kMoments, linear.k}, DType::F64);
   }
 
   LayerStatistics layer(int64_t layer) {
@@ -46,6 +43,9 @@ class Collector {
     block.set_float(original);
     LayerStatistics statistics;
 
+    for (const LinearShape& linear : models::block_linears(model_))
+      moments_[static_cast<size_t>(linear.site)] =
+          backend_.empty({Backend::kMoments, linear.k}, DType::F64);
     pass(block, Advance::No, [this](Site site, const Tensor& x) {
       backend_.channel_moments(moments_[static_cast<size_t>(site)], x);
     });
@@ -135,7 +135,7 @@ class Collector {
   const LlamaConfig& model_;
   const int64_t windows_, tokens_;
   Tensor inv_freq_, stream_;
-  std::array<Tensor, models::kSites> moments_;
+  std::array<Tensor, models::kSites> moments_;  // of the current pass
 };
 
 }  // namespace
