@@ -23,6 +23,13 @@ void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
                            q.tiles.dim(0), q.bits.data<int32_t>(), q.group, q.rounding);
 }
 
+void CudaBackend::do_nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w,
+                                   int bits, quant::NestedDequant dequant) {
+  quant::launch_nested_levels(stream_, bf16_of(wq), w.data<float>(), q.e.data<uint8_t>(),
+                              q.z.data<uint8_t>(), q.s.data<float>(), tiles_of(q), q.tiles.dim(0),
+                              q.bits.data<int32_t>(), q.group, bits, dequant);
+}
+
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
                                     const Tensor& z, const Tensor& s, const WeightGrid& spec) {
   quant::launch_quantize_codes(stream_, codes.data<uint8_t>(), w.data<float>(), e.data<uint8_t>(),

@@ -285,6 +285,8 @@ class Backend {
   // the largest |x|. Sums are F64, in a fixed order.
   void channel_moments(const Tensor& moments, const Tensor& x);
   static constexpr int64_t kMoments = 5;
+  // x *= factor, real (1) on the device.   x act.
+  void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
 
@@ -376,6 +378,11 @@ class Backend {
   // its wq, e, z and clipped bits are there already. Rounding::Identity (gradient checks) leaves
   // codes unrounded and unclipped: wq = w / S.
   void fake_quant(const QuantizedWeights& q, const Tensor& w);
+  // Nested codes (numerics.md section 4) at fewer bits: wq = (q' - z) e, q' the middle or floor of the
+  // 8-bit codes whose top `bits` bits are those of w's code. wq act (P). Call it after fake_quant, for
+  // weights of 8 bits.
+  void nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w, int bits,
+                     quant::NestedDequant dequant);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                       const Tensor& s, const WeightGrid& spec);
