@@ -30,6 +30,8 @@ using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
 using engine::MemoryPool;
+using engine::OperandRows;
+using engine::OperandSpec;
 using engine::PackedWeight;
 using engine::ParameterTable;
 using engine::QuantizedWeights;
