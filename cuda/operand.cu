@@ -9,16 +9,17 @@
 // Backward: the gradient of x^ passes straight through where it was not clipped; H is its own
 // transpose; a channel sums the gradients of its copies, times f. All sums are FP32, rounded once.
 //
-// Thread mapping. A block takes one row at a time, row after row; the threads of a block are as many
-// as a row needs. A thread takes kPieces pieces of a row, each of eight consecutive positions, so a
-// group is G / 8 lanes of one warp. It loads the next row before it computes the current one.
+// Thread mapping. A block takes one row at a time, row after row. Its threads take the row in pieces
+// of eight consecutive positions, so a group is G / 8 lanes of one warp.
 //
-//   forward    registers -> [shared memory -> gather] -> ranges -> maximum over the block -> levels
-//   backward   registers -> mask, rotate -> [shared memory -> gather] -> gradients
+//   forward    row -> values -> [staged -> gathered] -> ranges -> maximum over the block -> levels
+//   backward   gradients -> masked, rotated -> [staged -> gathered] -> gradients
 //
-// The step in brackets only where there is a channel order. A word of padding in every 32 words of
-// shared memory keeps lanes eight elements apart in different banks. Rows of more than kMaxColumns
-// positions do not fit into registers: such a row stays in shared memory and is gathered twice.
+// The step in brackets only where there is a channel order. Shared memory holds the staged row, and
+// slots: a thread's own pieces, which no other thread reads. There it keeps its gathered pieces and
+// their ranges; and while it computes a row, the next one is copied to other slots of its own. So
+// registers hold one piece at a time, and many warps fit. In the staged row, a word of padding in
+// every 32 keeps lanes eight elements apart in different banks.
 // Everything that quantizes is compiled without contraction, so that it gives the bits of
 // quant/host.cpp. Bytes moved a position: 2 read (4 for SwiGLU), 2.1 written; the reverse backward.
 #include <algorithm>
@@ -43,7 +44,10 @@ constexpr int kWide = 8;  // positions of a piece
 constexpr int kWarpColumns = 32 * kWide;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int64_t kMaxColumns = 4 * kWide * kMaxThreads;
+constexpr int kBlocksPerProcessor = 2;     // that must fit into the registers
+constexpr int64_t kNarrowPieces = 1024;    // up to here kNarrowThreads: more blocks, shorter waits
+constexpr int kNarrowThreads = 256;
+constexpr int64_t kMaxSmemBytes = 224 * 1024;
 
 using Piece = uint4;  // kWide bf16, kept packed: half the registers
 static_assert(sizeof(Piece) == kWide * sizeof(bf16));
@@ -104,41 +108,33 @@ struct RowLayout {
   }
 };
 
-// Where the rows come from. load() reads a piece; values() makes the bf16 values of it, 0 from K
-// on.
+// Where the rows come from: kInputs matrices (M, K). values() makes the bf16 values of a piece, 0
+// from K on, of the same piece of every input.
 
 struct PlainRows {
+  static constexpr int kInputs = 1;
   static constexpr bool kNormalizes = false;
-  struct Raw {
-    Piece x;
-  };
   RowLayout layout;
   const bf16* x;
 
-  __device__ Raw load(int64_t row, int column) const {
-    return {layout.load(x + row * layout.k, column)};
-  }
-  __device__ Piece values(const Raw& raw, int, float) const { return raw.x; }
+  __device__ const bf16* input(int) const { return x; }
+  __device__ Piece values(const Piece (&raw)[kInputs], int, float) const { return raw[0]; }
 };
 
 struct NormRows {
+  static constexpr int kInputs = 1;
   static constexpr bool kNormalizes = true;
-  struct Raw {
-    Piece x;
-  };
   RowLayout layout;
   const bf16* x;
   const float* w;
   float* inv_rms;
   float eps;
 
-  __device__ Raw load(int64_t row, int column) const {
-    return {layout.load(x + row * layout.k, column)};
-  }
+  __device__ const bf16* input(int) const { return x; }
   // sum + the squares of a piece
-  __device__ float add_squares(float sum, const Raw& raw) const {
+  __device__ float add_squares(float sum, const Piece& raw) const {
     float v[kWide];
-    unpack(v, raw.x);
+    unpack(v, raw);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) sum = fmaf(v[j], v[j], sum);
     return sum;
@@ -146,10 +142,10 @@ struct NormRows {
   __device__ float inverse_rms(float sum) const {
     return 1.0f / sqrtf(sum / static_cast<float>(layout.k) + eps);
   }
-  __device__ Piece values(const Raw& raw, int column, float r) const {
-    if (column >= layout.k) return raw.x;
+  __device__ Piece values(const Piece (&raw)[kInputs], int column, float r) const {
+    if (column >= layout.k) return raw[0];
     float v[kWide], g[kWide];
-    unpack(v, raw.x);
+    unpack(v, raw[0]);
     layout.load(g, w, column);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) v[j] = column + j < layout.k ? v[j] * r * g[j] : 0.0f;
@@ -158,55 +154,43 @@ struct NormRows {
 };
 
 struct SwigluRows {
+  static constexpr int kInputs = 2;
   static constexpr bool kNormalizes = false;
-  struct Raw {
-    Piece gate, up;
-  };
   RowLayout layout;
   const bf16 *gate, *up;
 
-  __device__ Raw load(int64_t row, int column) const {
-    return {layout.load(gate + row * layout.k, column), layout.load(up + row * layout.k, column)};
-  }
-  __device__ Piece values(const Raw& raw, int, float) const {
+  __device__ const bf16* input(int i) const { return i == 0 ? gate : up; }
+  __device__ Piece values(const Piece (&raw)[kInputs], int, float) const {
     float g[kWide], u[kWide];
-    unpack(g, raw.gate);
-    unpack(u, raw.up);
+    unpack(g, raw[0]);
+    unpack(u, raw[1]);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) g[j] = swiglu_of(g[j], u[j]);
     return pack(g);
   }
 };
 
-// Where the gradient of a row goes. load() reads what store() needs of the same piece.
+// Where the gradient d of a piece of a row goes.
 
 struct PlainGradient {
-  struct Raw {};
   RowLayout layout;
   bf16* dx;
 
-  __device__ Raw load(int64_t, int) const { return {}; }
-  __device__ void store(int64_t row, int column, float (&d)[kWide], const Raw&) const {
+  __device__ void store(int64_t row, int column, float (&d)[kWide]) const {
     layout.store(dx + row * layout.k, column, d);
   }
 };
 
 // dgate and dup may be the buffers of gate and up: a thread reads a piece before it writes it.
 struct SwigluGradient {
-  struct Raw {
-    Piece gate, up;
-  };
   RowLayout layout;
   bf16 *dgate, *dup;
   const bf16 *gate, *up;
 
-  __device__ Raw load(int64_t row, int column) const {
-    return {layout.load(gate + row * layout.k, column), layout.load(up + row * layout.k, column)};
-  }
-  __device__ void store(int64_t row, int column, float (&d)[kWide], const Raw& raw) const {
+  __device__ void store(int64_t row, int column, float (&d)[kWide]) const {
     float g[kWide], u[kWide];
-    unpack(g, raw.gate);
-    unpack(u, raw.up);
+    unpack(g, layout.load(gate + row * layout.k, column));
+    unpack(u, layout.load(up + row * layout.k, column));
 #pragma unroll
     for (int j = 0; j < kWide; ++j) swiglu_gradients(g[j], u[j], d[j]);
     layout.store(dgate + row * layout.k, column, g);
@@ -314,7 +298,7 @@ __device__ __forceinline__ int best_ratio(const float (&x)[kWide], const Range<f
                                           const GroupQuantizer& quantizer, float master_scale) {
   int best = 0;
   float least = 0.0f;
-#pragma unroll
+#pragma unroll 1  // fewer registers: other warps hide the latency
   for (int c = 0; c < quant::kRangeRatios; ++c) {
     const QuantizedGroup group = quantizer(range.scaled(quant::range_ratio<float>(c)));
     const float step = group.levels.scale() * master_scale;  // exact
@@ -362,29 +346,15 @@ __device__ __forceinline__ RowScales row_scales(float most, float most_outlier, 
 }
 
 struct OperandOutputs {
-  bf16* x;                  // (M, K')
-  uint8_t* clipped;         // (M, K' / 8)
-  uint8_t *codes, *zeros;   // (M, K'), (M, K' / G)
-  float* scales;            // (M, K' / G)
+  bf16* x;                 // (M, K')
+  uint8_t* clipped;        // (M, K' / 8)
+  uint8_t *codes, *zeros;  // (M, K'), (M, K' / G)
+  float* scales;           // (M, K' / G)
 
-  template <int kGroup>
-  __device__ void store(int64_t row, int position, int columns, const float (&values)[kWide],
-                        unsigned mask, const float (&code)[kWide], unsigned zero,
-                        float scale) const {
-    const int64_t at = row * columns + position;
+  // at: of the piece in (M, K')
+  __device__ void store(int64_t at, const float (&values)[kWide], unsigned mask) const {
     if (x != nullptr) *reinterpret_cast<Piece*>(x + at) = pack(values);
     if (clipped != nullptr) clipped[at / kWide] = static_cast<uint8_t>(mask);
-    if (codes == nullptr) return;
-    uint2 bytes{0, 0};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      bytes.x |= static_cast<unsigned>(code[j]) << (8 * j);
-      bytes.y |= static_cast<unsigned>(code[j + 4]) << (8 * j);
-    }
-    *reinterpret_cast<uint2*>(codes + at) = bytes;
-    if (position % kGroup != 0) return;
-    zeros[at / kGroup] = static_cast<uint8_t>(zero);
-    scales[at / kGroup] = scale;
   }
 };
 
@@ -406,118 +376,136 @@ __device__ __forceinline__ void quantize_piece(const OperandOutputs& out, const 
     group.levels = quant::GroupLevels(group.params.e, 1.0f / scales.s8);
     group.levels.set_zero_point(float(group.params.z), float(quant::max_code(quant::kOutlierBits)));
   }
+  if (position >= v.stored_k) return;
   const float step = group.levels.scale() * (outlier ? scales.s8 : scales.s);
-  float values[kWide], codes[kWide];
+  const int64_t at = row * v.stored_k + position;
+  float values[kWide];
   unsigned mask = 0;
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
     const float steps = group.levels.steps(x[j]);
     mask |= group.levels.is_clipped(steps) ? 1u << j : 0u;
     values[j] = group.levels.clamped(steps) * step;
-    codes[j] = group.levels.code(steps);
   }
-  if (position < v.stored_k)
-    out.store<kGroup>(row, position, static_cast<int>(v.stored_k), values, mask, codes,
-                      group.params.z, step);
+  out.store(at, values, mask);
+  if (out.codes == nullptr) return;
+  unsigned codes[2] = {};
+#pragma unroll
+  for (int j = 0; j < kWide; ++j)
+    codes[j / 4] |= static_cast<unsigned>(group.levels.code(group.levels.steps(x[j]))) << (j % 4 * 8);
+  *reinterpret_cast<uint2*>(out.codes + at) = {codes[0], codes[1]};
+  if (position % kGroup != 0) return;
+  out.zeros[at / kGroup] = group.params.z;
+  out.scales[at / kGroup] = step;
 }
 
-// The largest threads of a block and the blocks that a multiprocessor must hold.
-template <int kPieces>
-constexpr int kThreadLimit = kPieces == 1 ? 256 : kMaxThreads;
-template <int kPieces>
-constexpr int kMinBlocks = kPieces == 1 ? 4 : kPieces == 2 ? 2 : 1;
+// The words of shared memory of a staged row of K channels: whole pieces.
+__host__ __device__ constexpr int64_t staged_words(int64_t k) {
+  return (padded((k + kWide - 1) / kWide * (kWide / 2)) + 4) / 4 * 4;
+}
 
-// kPieces 0: the row stays in shared memory.
-template <typename Rows, int kGroup, int kPieces>
-__global__ void __launch_bounds__(kThreadLimit<kPieces>, kMinBlocks<kPieces>)
-    operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows, bool quantizes) {
-  extern __shared__ uint32_t staged[];
+// How a block takes rows, and which parts of the work there are.
+struct OperandShape {
+  int pieces;      // of each thread
+  bool gathers;    // there is a channel order
+  bool copies;     // the next row is copied to slots
+  bool quantizes;
+};
+
+// Shared memory: the staged row if the block gathers; then `pieces` slots a thread for its gathered
+// pieces, as many for their ranges if it quantizes, and as many for each input if it copies.
+template <typename Rows, int kGroup>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
+    operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows,
+                   OperandShape shape) {
   __shared__ unsigned maxima[2][2][kMaxWarps];  // of alternate rows
   __shared__ float sums[32];
-  constexpr int kHeld = kPieces > 0 ? kPieces : 1;
-  using Raw = typename Rows::Raw;
-  const int threads = static_cast<int>(blockDim.x), columns = static_cast<int>(v.stored_k);
-  const int k = from.layout.k;
+  constexpr int kInputs = Rows::kInputs;
+  const int threads = static_cast<int>(blockDim.x), pieces = shape.pieces;
+  const int columns = static_cast<int>(v.stored_k), k = from.layout.k;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int pieces = kPieces > 0 ? kPieces : (columns + threads * kWide - 1) / (threads * kWide);
-  const bool gathers = v.channels != nullptr;
+  uint32_t* const staged = reinterpret_cast<uint32_t*>(dynamic_smem());
+  Piece* const held = dynamic_smem() + (shape.gathers ? staged_words(k) / 4 : 0) + threadIdx.x;
+  Piece* const copied = held + pieces * threads;  // slot p of input i at (i pieces + p) threads
+  Range<float>* const ranges =
+      reinterpret_cast<Range<float>*>(copied - threadIdx.x +
+                                      (shape.copies ? kInputs * pieces * threads : 0)) +
+      threadIdx.x;
   const auto column = [&](int p) { return (p * threads + static_cast<int>(threadIdx.x)) * kWide; };
 
-  [[maybe_unused]] Raw next[kHeld];
-  const auto load_next = [&]([[maybe_unused]] int64_t row) {
-    if constexpr (kPieces > 0) {
-      if (row >= rows) return;
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) next[p] = from.load(row, column(p));
-    }
+  const auto start_copy = [&](int64_t row) {
+    if (!shape.copies || row >= rows) return;
+    for (int i = 0; i < kInputs; ++i)
+      for (int p = 0; p < pieces; ++p) {
+        const bf16* const in = from.input(i) + row * k;
+        const bool inside = column(p) < k;
+        cp_async_16(shared_address(copied + (i * pieces + p) * threads),
+                    inside ? in + column(p) : in, inside);
+      }
+    cp_async_commit();
   };
-  load_next(blockIdx.x);
+  const auto load_piece = [&](Piece (&raw)[kInputs], int64_t row, int p) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i)
+      raw[i] = shape.copies ? copied[(i * pieces + p) * threads]
+                            : from.layout.load(from.input(i) + row * k, column(p));
+  };
+
+  start_copy(blockIdx.x);
   int parity = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
-    // The values of the row: in `held` as gathered pieces, or all in shared memory.
-    [[maybe_unused]] Raw raw[kHeld];
-    [[maybe_unused]] Piece held[kHeld];
-    if constexpr (kPieces > 0) {
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) raw[p] = next[p];
-      load_next(row + gridDim.x);
-    }
+    if (shape.copies) cp_async_wait<0>();
+    Piece raw[kInputs];
     float r = 0.0f;
     if constexpr (Rows::kNormalizes) {
       float sum = 0.0f;
-      if constexpr (kPieces > 0) {
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p) sum = from.add_squares(sum, raw[p]);
-      } else {
-        for (int p = 0; p < pieces; ++p) sum = from.add_squares(sum, from.load(row, column(p)));
+#pragma unroll 1
+      for (int p = 0; p < pieces; ++p) {
+        load_piece(raw, row, p);
+        sum = from.add_squares(sum, raw[0]);
       }
       r = from.inverse_rms(block_sum(sum, sums));
       if (threadIdx.x == 0) from.inv_rms[row] = r;
     }
-    if constexpr (kPieces > 0) {
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) held[p] = from.values(raw[p], column(p), r);
-      if (gathers) {
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p) stage(staged, held[p], column(p), k);
-        __syncthreads();
-#pragma unroll
-        for (int p = 0; p < kPieces; ++p) held[p] = gather(staged, v, column(p));
-      }
-    } else {
-      for (int p = 0; p < pieces; ++p)
-        stage(staged, from.values(from.load(row, column(p)), column(p), r), column(p), k);
-      __syncthreads();
-    }
-    const auto values_of = [&](float (&x)[kWide], int p) {
-      if constexpr (kPieces > 0)
-        finish_piece<kGroup>(x, held[p], v, column(p));
+#pragma unroll 1
+    for (int p = 0; p < pieces; ++p) {
+      load_piece(raw, row, p);
+      const Piece values = from.values(raw, column(p), r);
+      if (shape.gathers)
+        stage(staged, values, column(p), k);
       else
-        finish_piece<kGroup>(x, gather(staged, v, column(p)), v, column(p));
+        held[p * threads] = values;
+    }
+    start_copy(row + gridDim.x);
+    if (shape.gathers) __syncthreads();
+    const auto first_look = [&](float (&x)[kWide], int p) {
+      Piece values;
+      if (shape.gathers)
+        values = gather(staged, v, column(p));
+      else
+        values = held[p * threads];
+      if (shape.gathers && shape.quantizes) held[p * threads] = values;
+      finish_piece<kGroup>(x, values, v, column(p));
     };
 
-    if (!quantizes) {
-      const float no_codes[kWide] = {};
-#pragma unroll
+    if (!shape.quantizes) {
+#pragma unroll 1
       for (int p = 0; p < pieces; ++p) {
         float x[kWide];
-        values_of(x, p);
-        if (column(p) < columns)
-          out.store<kGroup>(row, column(p), columns, x, 0u, no_codes, 0u, 0.0f);
+        first_look(x, p);
+        if (column(p) < columns) out.store(row * columns + column(p), x, 0u);
       }
-      // Before the next row replaces this one in shared memory.
-      if (kPieces == 0 || gathers) __syncthreads();
+      if (shape.gathers) __syncthreads();  // before the next row is staged
       continue;
     }
 
     float most = 0.0f, most_outlier = 0.0f;
-    [[maybe_unused]] Range<float> ranges[kHeld];
-#pragma unroll
+#pragma unroll 1
     for (int p = 0; p < pieces; ++p) {
       float x[kWide];
-      values_of(x, p);
+      first_look(x, p);
       const Range<float> range = quant::group_range<kGroup>(x);
-      if constexpr (kPieces > 0) ranges[p] = range;
+      ranges[p * threads] = range;
       if (column(p) < v.outliers)
         most_outlier = quant::max_nan(most_outlier, range.width());
       else
@@ -537,20 +525,14 @@ __global__ void __launch_bounds__(kThreadLimit<kPieces>, kMinBlocks<kPieces>)
     };
     const RowScales scales = row_scales(block_most(0), block_most(1), v.grid.bits);
     const GroupQuantizer quantizer(scales.s, v.grid.bits);
-#pragma unroll
+#pragma unroll 1
     for (int p = 0; p < pieces; ++p) {
-      if (column(p) - lane * kWide >= columns) continue;  // the whole warp
+      if (column(p) - lane * kWide >= columns) break;  // the whole warp
       float x[kWide];
-      values_of(x, p);
-      Range<float> range;
-      if constexpr (kPieces > 0)
-        range = ranges[p];
-      else
-        range = quant::group_range<kGroup>(x);
-      quantize_piece<kGroup>(out, x, range, v, scales, quantizer, row, column(p));
+      finish_piece<kGroup>(x, held[p * threads], v, column(p));
+      quantize_piece<kGroup>(out, x, ranges[p * threads], v, scales, quantizer, row, column(p));
     }
-    // Pieces in registers were gathered before the barrier above.
-    if (kPieces == 0) __syncthreads();
+    // The next row is staged only now, and every gather was before the barrier above.
   }
 }
 
@@ -576,75 +558,36 @@ __device__ __forceinline__ void gather(float (&d)[kWide], const float* staged, c
   }
 }
 
-template <typename Gradient, int kGroup, int kPieces>
-__global__ void __launch_bounds__(kThreadLimit<kPieces>, kMinBlocks<kPieces>)
+template <typename Gradient, int kGroup>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     operand_backward_kernel(Gradient to, const bf16* __restrict__ dout,
-                            const uint8_t* __restrict__ clipped, OperandView v, int64_t rows) {
-  extern __shared__ uint32_t staged_words[];
-  float* const staged = reinterpret_cast<float*>(staged_words);
-  constexpr int kHeld = kPieces > 0 ? kPieces : 1;
+                            const uint8_t* __restrict__ clipped, OperandView v, int64_t rows,
+                            int pieces) {
+  float* const staged = reinterpret_cast<float*>(dynamic_smem());
   const int threads = static_cast<int>(blockDim.x), columns = static_cast<int>(v.stored_k);
   const int k = to.layout.k;
-  const int pieces = kPieces > 0 ? kPieces : (columns + threads * kWide - 1) / (threads * kWide);
   const bool gathers = v.positions != nullptr;
   const auto column = [&](int p) { return (p * threads + static_cast<int>(threadIdx.x)) * kWide; };
-
-  struct Loaded {
-    Piece d;
-    unsigned mask;
-  };
-  const auto load = [&](int64_t row, int p) -> Loaded {
-    const int64_t at = row * columns + column(p);
-    if (column(p) >= columns) return {{0, 0, 0, 0}, 0};
-    return {*reinterpret_cast<const Piece*>(dout + at),
-            clipped != nullptr ? clipped[at / kWide] : 0u};
-  };
-  const auto values_of = [&](float (&d)[kWide], const Loaded& loaded, int p) {
-    unpack(d, loaded.d);
-#pragma unroll
-    for (int j = 0; j < kWide; ++j)
-      if (loaded.mask >> j & 1u) d[j] = 0.0f;
-    rotate_where_asked<kGroup>(d, v, column(p));
-  };
-
-  [[maybe_unused]] Loaded next[kHeld];
-  const auto load_next = [&]([[maybe_unused]] int64_t row) {
-    if constexpr (kPieces > 0) {
-      if (row >= rows) return;
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) next[p] = load(row, p);
-    }
-  };
-  load_next(blockIdx.x);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    [[maybe_unused]] Loaded current[kHeld];
-    [[maybe_unused]] typename Gradient::Raw raw[kHeld];
-    if constexpr (kPieces > 0) {
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
-        current[p] = next[p];
-        raw[p] = to.load(row, column(p));
-      }
-      load_next(row + gridDim.x);
-    }
-    const auto put = [&](float (&d)[kWide], int p) {
-      if (column(p) >= k) return;
-      if constexpr (kPieces > 0)
-        to.store(row, column(p), d, raw[p]);
-      else
-        to.store(row, column(p), d, to.load(row, column(p)));
-    };
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
+      const int64_t at = row * columns + column(p);
+      Piece gradient{0, 0, 0, 0};
+      unsigned mask = 0;
+      if (column(p) < columns) {
+        gradient = *reinterpret_cast<const Piece*>(dout + at);
+        if (clipped != nullptr) mask = clipped[at / kWide];
+      }
       float d[kWide];
-      if constexpr (kPieces > 0)
-        values_of(d, current[p], p);
-      else
-        values_of(d, load(row, p), p);
+      unpack(d, gradient);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j)
+        if (mask >> j & 1u) d[j] = 0.0f;
+      rotate_where_asked<kGroup>(d, v, column(p));
       if (gathers)
         stage(staged, d, column(p), columns);
-      else
-        put(d, p);
+      else if (column(p) < k)
+        to.store(row, column(p), d);
     }
     if (!gathers) continue;
     __syncthreads();
@@ -653,42 +596,24 @@ __global__ void __launch_bounds__(kThreadLimit<kPieces>, kMinBlocks<kPieces>)
       if (column(p) >= k) continue;
       float d[kWide];
       gather(d, staged, v, to.layout, column(p));
-      put(d, p);
+      to.store(row, column(p), d);
     }
-    __syncthreads();
+    __syncthreads();  // before the next row replaces this one
   }
 }
 
 // How a block takes a row of K' positions.
 struct RowShape {
-  explicit RowShape(int64_t columns)
-      : pieces(columns <= kWarpColumns * 8    ? 1
-               : columns <= kMaxColumns / 2 ? 2
-               : columns <= kMaxColumns     ? 4
-                                            : 0) {
-    const int64_t warp_columns = int64_t{kWarpColumns} * std::max(pieces, 1);
-    const int64_t warps = (columns + warp_columns - 1) / warp_columns;
-    threads = static_cast<int>(32 * std::min<int64_t>(warps, kMaxWarps));
+  explicit RowShape(int64_t columns) {
+    const int64_t total = columns / kWide;
+    const int64_t most = total <= kNarrowPieces ? kNarrowThreads : kMaxThreads;
+    pieces = static_cast<int>((total + most - 1) / most);
+    threads = static_cast<int>((total + 32 * pieces - 1) / (32 * pieces) * 32);
   }
 
-  int pieces;  // that a thread keeps in registers; 0: the row stays in shared memory
+  int pieces;  // of a thread
   int threads;
 };
-
-// Calls fn with the pieces as a compile-time constant.
-template <typename Fn>
-void with_pieces(int pieces, const Fn& fn) {
-  switch (pieces) {
-    case 1:
-      return fn(std::integral_constant<int, 1>());
-    case 2:
-      return fn(std::integral_constant<int, 2>());
-    case 4:
-      return fn(std::integral_constant<int, 4>());
-    default:
-      return fn(std::integral_constant<int, 0>());
-  }
-}
 
 // Launches as many blocks as the GPU holds at once, each for every so many rows.
 template <typename... Params, typename... Args>
@@ -727,15 +652,18 @@ void launch_operand(cudaStream_t stream, int processors, const OperandRows& out,
                                out.codes.data<uint8_t>(), out.zeros.data<uint8_t>(),
                                out.scales.data<float>()};
   const bool quantizes = view.grid.bits != 16 && spec.rounding == Rounding::Nearest;
-  const RowShape shape(view.stored_k);
-  const bool staged = shape.pieces == 0 || view.channels != nullptr;
-  const int64_t words = padded((view.k + kWide - 1) / kWide * (kWide / 2)) + 1;
+  const RowShape row(view.stored_k);
+  const int64_t slots = int64_t{row.pieces} * row.threads;
+  OperandShape shape{row.pieces, view.channels != nullptr, from.layout.wide, quantizes};
+  int64_t smem_bytes = slots * int64_t{sizeof(Piece)};
+  if (shape.gathers) smem_bytes += staged_words(view.k) * int64_t{sizeof(uint32_t)};
+  if (quantizes) smem_bytes += slots * int64_t{sizeof(Range<float>)};
+  const int64_t copy_bytes = Source::kInputs * slots * int64_t{sizeof(Piece)};
+  shape.copies = shape.copies && smem_bytes + copy_bytes <= kMaxSmemBytes;
+  if (shape.copies) smem_bytes += copy_bytes;
   quant::with_group(view.group, [&](auto group) {
-    with_pieces(shape.pieces, [&](auto pieces) {
-      launch_rows(stream, processors, rows, shape.threads,
-                  staged ? words * int64_t{sizeof(uint32_t)} : 0,
-                  operand_kernel<Source, group, pieces>, outputs, from, view, rows, quantizes);
-    });
+    launch_rows(stream, processors, rows, row.threads, smem_bytes, operand_kernel<Source, group>,
+                outputs, from, view, rows, shape);
   });
 }
 
@@ -745,15 +673,12 @@ void launch_operand_backward(cudaStream_t stream, int processors, const Gradient
                              int64_t rows) {
   check_aligned("operand_backward", {&dout});
   const OperandView& view = spec.view;
-  const RowShape shape(view.stored_k);
-  const int64_t words = padded(view.stored_k) + 1;
+  const RowShape row(view.stored_k);
+  const int64_t words = view.positions != nullptr ? padded(view.stored_k) + 1 : 0;
   quant::with_group(view.group, [&](auto group) {
-    with_pieces(shape.pieces, [&](auto pieces) {
-      launch_rows(stream, processors, rows, shape.threads,
-                  view.positions != nullptr ? words * int64_t{sizeof(float)} : 0,
-                  operand_backward_kernel<Gradient, group, pieces>, to, bf16_of(dout),
-                  clipped.data<uint8_t>(), view, rows);
-    });
+    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)},
+                operand_backward_kernel<Gradient, group>, to, bf16_of(dout),
+                clipped.data<uint8_t>(), view, rows, row.pieces);
   });
 }
 

@@ -48,6 +48,7 @@ enum class ScratchOp {
   Attention,           // {}
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
+  ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
 };
 enum class Rotation { Forward, Inverse };
