@@ -17,9 +17,9 @@
 // While the new weights are in registers, the block finds their maximum group range, for the next
 // S, and prequantizes them with the current S. The next S is almost always the same; if so, the
 // next step does not read its masters to quantize them. Traffic: 24.3 bytes an element if g is
-// bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few instructions, so the root and the quotient are
-// the hardware's approximations (ptx.h). The rest of this file is compiled as written, without
-// contraction, like the quantizer's files.
+// bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few
+// instructions, so the root and the quotient are the hardware's approximations (ptx.h). The rest of
+// this file is compiled as written, without contraction, like the quantizer's files.
 #include <algorithm>
 #include <bit>
 #include <cmath>

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= kMoments * k) return;
   double total = moments[i];
   const int moment = static_cast<int>(i / k);
+#pragma unroll 8
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     combine(total, partials[chunk * kMoments * k + i], moment);
   moments[i] = total;

@@ -9,8 +9,8 @@
 // Backward: the gradient of x^ passes straight through where it was not clipped; H is its own
 // transpose; a channel sums the gradients of its copies, times f. All sums are FP32, rounded once.
 //
-// Thread mapping. A block takes one row at a time, row after row. Its threads take the row in pieces
-// of eight consecutive positions, so a group is G / 8 lanes of one warp.
+// Thread mapping. A block takes one row at a time, row after row. Its threads take the row in
+// pieces of eight consecutive positions, so a group is G / 8 lanes of one warp.
 //
 //   forward    row -> values -> [staged -> gathered] -> ranges -> maximum over the block -> levels
 //   backward   gradients -> masked, rotated -> [staged -> gathered] -> gradients
@@ -44,8 +44,8 @@ constexpr int kWide = 8;  // positions of a piece
 constexpr int kWarpColumns = 32 * kWide;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kBlocksPerProcessor = 2;     // that must fit into the registers
-constexpr int64_t kNarrowPieces = 1024;    // up to here kNarrowThreads: more blocks, shorter waits
+constexpr int kBlocksPerProcessor = 2;   // that must fit into the registers
+constexpr int64_t kNarrowPieces = 1024;  // up to here kNarrowThreads: more blocks, shorter waits
 constexpr int kNarrowThreads = 256;
 constexpr int64_t kMaxSmemBytes = 224 * 1024;
 
@@ -307,8 +307,7 @@ __device__ __forceinline__ int best_ratio(const float (&x)[kWide], const Range<f
     for (int i = 0; i < kWide; ++i) {
       // floor(x / s + 1/2), by rounding down a sum whose last bit is 1: exact below 2^22.
       constexpr float kInteger = 0x1.8p23f;
-      const float steps =
-          __fadd_rd(group.levels.quotient(x[i]) + 0.5f, kInteger) - kInteger;
+      const float steps = __fadd_rd(group.levels.quotient(x[i]) + 0.5f, kInteger) - kInteger;
       // (q - z) s is exact, so this equals the difference of x^ and x.
       const float d = fmaf(group.levels.clamped(steps), step, -x[i]);
       terms[i] = d * d;
@@ -338,10 +337,8 @@ struct RowScales {
 // compute S, odd ones S8.
 __device__ __forceinline__ RowScales row_scales(float most, float most_outlier, int bits) {
   const bool odd = threadIdx.x % 2 != 0;
-  const float raw =
-      quant::raw_scale(odd ? most_outlier : most, odd ? quant::kOutlierBits : bits);
-  const float scale =
-      odd ? quant::outlier_master_scale_of(raw) : quant::master_scale_of(raw);
+  const float raw = quant::raw_scale(odd ? most_outlier : most, odd ? quant::kOutlierBits : bits);
+  const float scale = odd ? quant::outlier_master_scale_of(raw) : quant::master_scale_of(raw);
   return {__shfl_sync(kFullWarp, scale, 0), __shfl_sync(kFullWarp, scale, 1)};
 }
 
@@ -392,7 +389,8 @@ __device__ __forceinline__ void quantize_piece(const OperandOutputs& out, const 
   unsigned codes[2] = {};
 #pragma unroll
   for (int j = 0; j < kWide; ++j)
-    codes[j / 4] |= static_cast<unsigned>(group.levels.code(group.levels.steps(x[j]))) << (j % 4 * 8);
+    codes[j / 4] |= static_cast<unsigned>(group.levels.code(group.levels.steps(x[j])))
+                    << (j % 4 * 8);
   *reinterpret_cast<uint2*>(out.codes + at) = {codes[0], codes[1]};
   if (position % kGroup != 0) return;
   out.zeros[at / kGroup] = group.params.z;
@@ -406,9 +404,9 @@ __host__ __device__ constexpr int64_t staged_words(int64_t k) {
 
 // How a block takes rows, and which parts of the work there are.
 struct OperandShape {
-  int pieces;      // of each thread
-  bool gathers;    // there is a channel order
-  bool copies;     // the next row is copied to slots
+  int pieces;    // of each thread
+  bool gathers;  // there is a channel order
+  bool copies;   // the next row is copied to slots
   bool quantizes;
 };
 
@@ -416,8 +414,7 @@ struct OperandShape {
 // pieces, as many for their ranges if it quantizes, and as many for each input if it copies.
 template <typename Rows, int kGroup>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
-    operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows,
-                   OperandShape shape) {
+    operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows, OperandShape shape) {
   __shared__ unsigned maxima[2][2][kMaxWarps];  // of alternate rows
   __shared__ float sums[32];
   constexpr int kInputs = Rows::kInputs;
@@ -444,7 +441,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
       }
     cp_async_commit();
   };
-  const auto load_piece = [&](Piece (&raw)[kInputs], int64_t row, int p) {
+  const auto load_piece = [&](Piece(&raw)[kInputs], int64_t row, int p) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
       raw[i] = shape.copies ? copied[(i * pieces + p) * threads]
@@ -478,7 +475,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     }
     start_copy(row + gridDim.x);
     if (shape.gathers) __syncthreads();
-    const auto first_look = [&](float (&x)[kWide], int p) {
+    const auto first_look = [&](float(&x)[kWide], int p) {
       Piece values;
       if (shape.gathers)
         values = gather(staged, v, column(p));
@@ -520,8 +517,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     }
     __syncthreads();
     const auto block_most = [&](int kind) {
-      return __uint_as_float(__reduce_max_sync(
-          kFullWarp, lane < threads / 32 ? maxima[parity][kind][lane] : 0u));
+      return __uint_as_float(
+          __reduce_max_sync(kFullWarp, lane < threads / 32 ? maxima[parity][kind][lane] : 0u));
     };
     const RowScales scales = row_scales(block_most(0), block_most(1), v.grid.bits);
     const GroupQuantizer quantizer(scales.s, v.grid.bits);
@@ -617,8 +614,8 @@ struct RowShape {
 
 // Launches as many blocks as the GPU holds at once, each for every so many rows.
 template <typename... Params, typename... Args>
-void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads,
-                 int64_t smem_bytes, void (*kernel)(Params...), Args&&... args) {
+void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads, int64_t smem_bytes,
+                 void (*kernel)(Params...), Args&&... args) {
   int64_t blocks = rows;
   if (rows > processors) {
     int resident = 1;
@@ -644,8 +641,8 @@ void check_aligned(const char* op, std::initializer_list<const Tensor*> tensors)
 }
 
 template <typename Source>
-void launch_operand(cudaStream_t stream, int processors, const OperandRows& out,
-                    const Source& from, const OperandSpec& spec, int64_t rows) {
+void launch_operand(cudaStream_t stream, int processors, const OperandRows& out, const Source& from,
+                    const OperandSpec& spec, int64_t rows) {
   check_aligned("operand", {&out.x, &out.codes, &spec.channels});
   const OperandView& view = spec.view;
   const OperandOutputs outputs{bf16_of(out.x), out.clipped.data<uint8_t>(),
@@ -698,8 +695,8 @@ void CudaBackend::do_rms_norm_operand(const OperandRows& out, const Tensor& inv_
                                       const Tensor& x, const Tensor& w, double eps,
                                       const OperandSpec& spec) {
   launch_operand(stream_, properties_.multiProcessorCount, out,
-                 NormRows{layout_of(spec, x, w), bf16_of(x), w.data<float>(),
-                          inv_rms.data<float>(), static_cast<float>(eps)},
+                 NormRows{layout_of(spec, x, w), bf16_of(x), w.data<float>(), inv_rms.data<float>(),
+                          static_cast<float>(eps)},
                  spec, x.dim(0));
 }
 
@@ -721,11 +718,10 @@ void CudaBackend::do_swiglu_operand_backward(const Tensor& dgate, const Tensor& 
                                              const Tensor& dout, const Tensor& clipped,
                                              const Tensor& gate, const Tensor& up,
                                              const OperandSpec& spec) {
-  launch_operand_backward(
-      stream_, properties_.multiProcessorCount,
-      SwigluGradient{layout_of(spec, dgate, dup, gate, up, spec.positions), bf16_of(dgate),
-                     bf16_of(dup), bf16_of(gate), bf16_of(up)},
-      dout, clipped, spec, gate.dim(0));
+  launch_operand_backward(stream_, properties_.multiProcessorCount,
+                          SwigluGradient{layout_of(spec, dgate, dup, gate, up, spec.positions),
+                                         bf16_of(dgate), bf16_of(dup), bf16_of(gate), bf16_of(up)},
+                          dout, clipped, spec, gate.dim(0));
 }
 
 }  // namespace bbb::cuda

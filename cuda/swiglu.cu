@@ -2,9 +2,8 @@
 // Backward: dg = dh u s (1 + g (1 - s)); du = dh g s. Nothing is saved but g and u.
 //
 // A flat launch, eight neighbouring elements a thread; 6 bytes an element forward, 10 backward.
-#include "cuda/swiglu.h"
-
 #include "cuda/cuda_backend.h"
+#include "cuda/swiglu.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {

@@ -49,5 +49,10 @@ void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
 void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,
                         const __nv_bfloat16* x, const PackedView& w, const __nv_bfloat16* addend,
                         int64_t m);
+// The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
+// - zeros) scales.
+void launch_quantized_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,
+                           const uint8_t* codes, const uint8_t* zeros, const float* scales,
+                           const PackedView& w, const __nv_bfloat16* addend, int64_t m);
 
 }  // namespace bbb::quant

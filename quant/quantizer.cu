@@ -68,8 +68,8 @@ __device__ __forceinline__ int ratio_index(const uint8_t* ratios, int offset,
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads)
     max_group_range_kernel(float* __restrict__ max_range, const float* __restrict__ w,
-                           const uint8_t* __restrict__ ratios,
-                           const WeightTile* __restrict__ tiles, const int32_t* __restrict__ bits) {
+                           const uint8_t* __restrict__ ratios, const WeightTile* __restrict__ tiles,
+                           const int32_t* __restrict__ bits) {
   const WeightTile tile = tiles[blockIdx.x];
   if (bits[tile.slot] == kNotQuantized) return;
   w += tile.begin * kTileAlign;
@@ -118,13 +118,10 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* out, const float (&x)[
 
 // Quantizes one tile with the S of its parameter; all threads of the block take part.
 template <int kGroup, Rounding kRounding>
-__device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
-                                              uint8_t* __restrict__ e, uint8_t* __restrict__ z,
-                                              uint8_t* __restrict__ clipped,
-                                              const float* __restrict__ w,
-                                              const uint8_t* __restrict__ ratios,
-                                              const WeightTile& tile, int bits,
-                                              float master_scale) {
+__device__ __forceinline__ void quantize_tile(
+    __nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e, uint8_t* __restrict__ z,
+    uint8_t* __restrict__ clipped, const float* __restrict__ w, const uint8_t* __restrict__ ratios,
+    const WeightTile& tile, int bits, float master_scale) {
   const int64_t begin = tile.begin * kTileAlign;
   w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
   if (ratios != nullptr) ratios += begin / kGroup;
