@@ -1,16 +1,14 @@
 // Products of quantized weights with quantized activations, from the codes of both:
 //
-//   y[m, n] = S sum_g (e scale)[g] I[g] (+ addend[m, n])       I = sum over the group of (q - z) (a
-//   - b)
+//   y[m, n] = S sum_g (e scale)[g] I[g] (+ addend[m, n])     I[g] = sum over g of (q - z) (a - b)
 //
 // q, z, e, S: the stored weight (quant/format.h); a, b, scale: codes, zero points and scales of the
-// rows of an operand, one byte, one byte and FP32 each. I is an exact integer below 2^24, and e
-// scale is exact, so a group costs one rounding of its product and one of the sum.
+// rows of an operand: one byte, one byte and FP32 each. I is an exact integer below 2^24, and
+// e scale is exact. So a group costs one rounding of its product and one of the sum.
 //
 // A lane takes chunks of 32 positions of kRows output rows; a group is one, two or four
-// neighbouring lanes. With u = alpha (q - z), integers for nested codes too (alpha 2: levels are at
-// half steps):
-//     alpha I = alpha (sum q a - b sum q) + beta (sum a - 32 b),   u = alpha q + beta
+// neighbouring lanes. Levels of nested codes are at half steps, so the kernel counts them twice:
+//     2 (q - z) = alpha q + beta        2 I = alpha (sum q a - b sum q) + beta (sum a - 32 b)
 // The sums over a chunk are dp4a, four products of bytes each. Weight codes are spread to bytes;
 // for 2 and 4 bits that leaves them interleaved, and the activations are put into the same order.
 // A block's warps share K or take more rows, as in packed.cu; their sums are added in a fixed
