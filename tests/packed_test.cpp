@@ -282,7 +282,7 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
   CAPTURE(n, k, weight.format.weight.bits, weight.format.weight.nested, group, m, bits, with_addend,
           y_dtype == DType::BF16);
   const Codes x(rng, m, k, group, bits);
-  const Values addend = with_addend ? activations(rng, m * n, 4.0) : Values();
+  const Values addend = with_addend ? round_bf16(normal(rng, m * n, 4.0)) : Values();
   const Guarded y(b, {m, n}, y_dtype);
   b.quantized_gemv(y.tensor(), x.on(b, m), weight,
                    with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
@@ -294,7 +294,7 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
       double part = 0;
       for (int64_t j = g * group; j < (g + 1) * group; ++j)
         part += levels[static_cast<size_t>(i % n * k + j)] *
-                (double{x.codes[static_cast<size_t>(i / n * k + j)]} -
+                (double(x.codes[static_cast<size_t>(i / n * k + j)]) -
                  x.zeros[static_cast<size_t>(i / n * (k / group) + g)]);
       part *= master_scale * x.scales[static_cast<size_t>(i / n * (k / group) + g)];
       sum += part;
