@@ -515,7 +515,7 @@ void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
   op.rank("x", x, 2);
   op.dtype("x", x, act());
   op.is("moments", moments, DType::F64, {kMoments, x.dim(1)});
-  do_channel_moments(moments, x);
+  do_channel_moments(moments, x, make_scratch(ScratchOp::ChannelMoments, x.shape()));
 }
 
 void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,

@@ -48,6 +48,7 @@ enum class ScratchOp {
   Attention,           // {}
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
+  ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
 };
 enum class Rotation { Forward, Inverse };
@@ -135,7 +136,7 @@ struct QuantizedWeights {
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
-  Tensor ratios;   // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
+  Tensor ratios = {};  // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
   int group = 32;
   Rounding rounding = Rounding::Nearest;
 };

@@ -31,7 +31,7 @@ using Arg = const Tensor&;
 #define BBB_OP_swiglu_operand const OperandRows&, Arg, Arg, const OperandSpec&
 #define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
-#define BBB_OP_channel_moments Arg, Arg
+#define BBB_OP_channel_moments Arg, Arg, Arg
 #define BBB_OP_rope Arg, Arg, Arg, Rotation
 #define BBB_OP_scale Arg, Arg
 #define BBB_OP_nested_levels Arg, const QuantizedWeights&, Arg, int, quant::NestedDequant
