@@ -52,6 +52,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
                                          .wq = a({128}),
                                          .e = u({4}),
                                          .z = u({3}),
+                                         .ratios = Tensor(),
                                          .group = 32,
                                          .rounding = Rounding::Nearest};
   const engine::ParameterTable table{.tiles = i({1, 4}), .slots = r({1, 2})};

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "quant/grid.h"
 #include "tests/support.h"
 
 namespace bbb::tests {
@@ -61,6 +62,7 @@ struct FlatWeights {
          .wq = wq.tensor(),
          .e = e.tensor(),
          .z = z.tensor(),
+         .ratios = Tensor(),
          .group = group,
          .rounding = rounding};
   }
@@ -69,6 +71,13 @@ struct FlatWeights {
   void set(const Tensor& flat, size_t parameter, const std::vector<double>& values) const {
     backend.copy(flat.slice(begins[parameter], parameters[parameter].count),
                  make(backend, {parameters[parameter].count}, backend.real(), values));
+  }
+
+  // From now on every group has a range ratio, drawn at random.
+  void draw_ratios(engine::Rng& rng) {
+    std::vector<uint8_t> ratios(static_cast<size_t>(total / q.group));
+    for (uint8_t& ratio : ratios) ratio = static_cast<uint8_t>(rng.below(quant::kRangeRatios));
+    q.ratios = make_bytes(backend, {total / q.group}, ratios);
   }
 
   bool untouched() const {

@@ -28,10 +28,10 @@ Quantized quantize(const Values& w, quant::WeightGrid spec) {
   const size_t groups = w.size() / static_cast<size_t>(spec.group);
   Quantized out{0, std::vector<uint8_t>(groups), std::vector<uint8_t>(groups), Values(w.size())};
   std::vector<uint8_t> clipped(w.size() / 8);
-  const float max_range = quant::host::group_range_max(w.data(), {0, 1}, k, spec.group);
+  const float max_range = quant::host::group_range_max(w.data(), nullptr, {0, 1}, k, spec.group);
   out.s = quant::master_scale_of(quant::raw_scale(max_range, spec.bits));
   quant::host::fake_quant(out.wq.data(), out.e.data(), out.z.data(), clipped.data(), w.data(),
-                          {0, 1}, k, out.s, spec, quant::Rounding::Nearest);
+                          nullptr, {0, 1}, k, out.s, spec, quant::Rounding::Nearest);
   return out;
 }
 

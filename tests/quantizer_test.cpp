@@ -260,6 +260,74 @@ TEST_CASE("one NaN or infinite master makes every level NaN", "[quantizer]") {
   }
 }
 
+// Everything that max_group_range and fake_quant write for weights with ratios, as the device under
+// test and as the CPU makes it.
+TEST_CASE("range ratios: the device equals the CPU bit for bit", "[quantizer][ratios]") {
+  for (const int group : {32, 64, 128})
+    for (const Rounding rounding : {Rounding::Nearest, Rounding::Identity}) {
+      CAPTURE(group, rounding == Rounding::Identity);
+      const std::vector<FlatParameter> parameters = {
+          {5, quant::kNotQuantized},       {577 * group, 2}, {group, 3},
+          {131, quant::kNotQuantized},     {77 * group, 4},  {9 * group, 8},
+          {9 * group, quant::kNoQuantizer}};
+      const auto run = [&](Backend& b) {
+        engine::Rng rng(28);
+        FlatWeights flat(b, parameters, group, rounding);
+        flat.draw_ratios(rng);
+        for (size_t p = 0; p < parameters.size(); ++p)
+          flat.set(flat.w.tensor(), p, masters(rng, 1, parameters[p].count, group));
+        b.max_group_range(flat.q, flat.w.tensor());
+        b.fake_quant(flat.q, flat.w.tensor());
+        CHECK(flat.untouched());
+        std::vector<Values> made{values_of(b, flat.max_range.tensor()),
+                                 values_of(b, flat.s.tensor()), values_of(b, flat.wq.tensor())};
+        for (const Guarded* bytes : {&flat.e, &flat.z, &flat.clipped}) {
+          const std::vector<uint8_t> all = bytes_of(b, bytes->tensor());
+          made.emplace_back(all.begin(), all.end());
+        }
+        return made;
+      };
+      const std::vector<Values> got = run(backend());
+      std::vector<Values> want = run(oracle());
+      want[2] = as_act(want[2]);
+      const char* const names[] = {"max_range", "s", "wq", "e", "z", "clipped"};
+      for (size_t i = 0; i < got.size(); ++i) {
+        INFO(names[i]);
+        REQUIRE(got[i].size() == want[i].size());
+        const auto [a, b] = std::mismatch(got[i].begin(), got[i].end(), want[i].begin());
+        const auto at = a - got[i].begin();
+        INFO("first difference at " << at);
+        CHECK(a == got[i].end());
+      }
+      // A ratio of 1/2 must clip something.
+      if (rounding == Rounding::Nearest)
+        CHECK(std::count_if(got[5].begin(), got[5].end(), [](double v) { return v != 0; }) > 100);
+    }
+}
+
+TEST_CASE("range ratios: all 1 is the same as none", "[quantizer][ratios]") {
+  Backend& b = backend();
+  engine::Rng rng(29);
+  const std::vector<FlatParameter> parameters = {{300 * 32, 2}, {7 * 32, 8}};
+  FlatWeights with(b, parameters, 32);
+  const FlatWeights without(b, parameters, 32);
+  with.q.ratios = b.zeros({with.total / 32}, DType::U8);
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    const Values w = masters(rng, 1, parameters[p].count, 32);
+    with.set(with.w.tensor(), p, w);
+    without.set(without.w.tensor(), p, w);
+  }
+  for (const FlatWeights* flat : {&without, static_cast<const FlatWeights*>(&with)}) {
+    b.max_group_range(flat->q, flat->w.tensor());
+    b.fake_quant(flat->q, flat->w.tensor());
+  }
+  for (const auto& [a, c] :
+       {std::pair(&with.max_range, &without.max_range), std::pair(&with.wq, &without.wq),
+        std::pair(&with.e, &without.e), std::pair(&with.z, &without.z),
+        std::pair(&with.clipped, &without.clipped)})
+    CHECK(bytes_of(b, a->tensor()) == bytes_of(b, c->tensor()));
+}
+
 TEST_CASE("quantize_codes writes only its output", "[quantizer]") {
   engine::Rng rng(26);
   for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {

@@ -53,10 +53,10 @@ struct Quantized {
   Quantized(const std::vector<Real>& w, WeightGrid spec)
       : levels(w.size()), e(kGroups), z(kGroups), clipped(w.size() / 8) {
     const host::Rows rows{0, kGroups};
-    s = quant::master_scale_of(
-        quant::raw_scale(host::group_range_max(w.data(), rows, spec.group, spec.group), spec.bits));
-    host::fake_quant(levels.data(), e.data(), z.data(), clipped.data(), w.data(), rows, spec.group,
-                     s, spec, quant::Rounding::Nearest);
+    s = quant::master_scale_of(quant::raw_scale(
+        host::group_range_max(w.data(), nullptr, rows, spec.group, spec.group), spec.bits));
+    host::fake_quant(levels.data(), e.data(), z.data(), clipped.data(), w.data(), nullptr, rows,
+                     spec.group, s, spec, quant::Rounding::Nearest);
   }
 };
 
@@ -72,14 +72,14 @@ void check_snap(WeightGrid spec) {
     const std::vector<Real> w = draw<Real>(rng, spec, lone);
     const Quantized<Real> before(w, spec);
     std::vector<Real> snapped = w;
-    host::snap(snapped.data(), {0, kGroups}, spec.group, before.s, spec);
+    host::snap(snapped.data(), nullptr, {0, kGroups}, spec.group, before.s, spec);
     const Quantized<Real> after(snapped, spec);
     REQUIRE(after.s == before.s);
     REQUIRE(after.e == before.e);
     REQUIRE(after.z == before.z);
     REQUIRE(after.levels == before.levels);
     std::vector<Real> again = snapped;
-    host::snap(again.data(), {0, kGroups}, spec.group, before.s, spec);
+    host::snap(again.data(), nullptr, {0, kGroups}, spec.group, before.s, spec);
     REQUIRE(again == snapped);
 
     std::vector<Real> middles = before.levels;

@@ -87,7 +87,7 @@ TEST_CASE("end-to-end training from round to nearest lowers the loss", "[train]"
       set_option(config, "e2e-loss", loss);
       set_option(config, "e2e-train", what);
       config.e2e_steps = 40;
-      config.e2e_lr = 3e-3;
+      config.e2e_lr = {3e-3};
       fixture.run(config);
 
       const std::vector<Json> lines = log_lines(config.out, "e2e");
@@ -360,7 +360,7 @@ TEST_CASE("snapping starts from the model that block training produced", "[train
   TrainConfig snapped = fixture.both_phases("snapped");
   snapped.e2e_snap = train::Snap::On;
   snapped.e2e_steps = 1;
-  snapped.e2e_lr = 1e-30;  // moves nothing
+  snapped.e2e_lr = {1e-30};  // moves nothing
   std::vector<std::string> weights;
   for (const TrainConfig& config : {blocks, snapped}) {
     fixture.run(config);
@@ -398,7 +398,9 @@ TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train
   }
 
   const std::string rounded = fixture.dir / "rounded";
-  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), {2, 32}, rounded,
+  TrainConfig grid;
+  grid.bits = 2;
+  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), grid, rounded,
                           ExportFormat::Packed) == Approx(2.3125).margin(0.1));
   CHECK(models::open_checkpoint(rounded)->kind() == models::CheckpointKind::Packed);
 }
@@ -691,9 +693,9 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(small, "w2a16", keep).lr == std::vector<double>{1e-3});
   const TrainConfig staged = resolved(small, "w8a16,w4a16,w2a16", keep);
   CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 1e-3});
-  CHECK(staged.e2e_lr == Approx(1e-5));
+  CHECK(staged.e2e_lr.at(0) == Approx(1e-5));
   CHECK(staged.e2e_snap == train::Snap::Off);
-  CHECK(resolved(small, "", keep).e2e_lr == Approx(1e-3));
+  CHECK(resolved(small, "", keep).e2e_lr.at(0) == Approx(1e-3));
   CHECK(resolved(small, "", keep).e2e_snap == train::Snap::Off);
   const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
   CHECK(wide.lr[0] == Approx(1e-5));
@@ -704,7 +706,7 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(middle, "w2a16", keep).lr[0] < 1e-3);
   CHECK(resolved(middle, "w2a16", keep).lr[0] > 2e-5);
   // Only a high rate after block training needs snapping.
-  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = 4e-4; }).e2e_snap ==
+  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = {4e-4}; }).e2e_snap ==
         train::Snap::On);
   CHECK(train::to_json(train::config_from_json(train::to_json(wide), "test")) ==
         train::to_json(wide));
