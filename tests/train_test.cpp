@@ -655,13 +655,17 @@ TEST_CASE("what cannot be trained is refused before anything is written", "[trai
     CHECK_FALSE(fs::exists(config.out));
   };
   refused([](TrainConfig& c) { c.samples = 20; }, "24 windows of 32 tokens");
-  refused([](TrainConfig& c) { c.stages = {{2, 4}}; }, "w2a4: activations of 4 bits");
+  refused([](TrainConfig& c) { c.stages = {{2, 5}}; }, "--stages: activations of 5 bits");
   refused([](TrainConfig& c) { c.stages = {{5, 16}}; }, "weights of 5 bits");
-  refused([](TrainConfig& c) { c.stages = {{16, 16}}; }, "cannot have 16 bits");
+  refused(
+      [](TrainConfig& c) {
+        c.stages = {{16, 16}};
+        c.lr = {1e-3};
+      },
+      "cannot have 16 bits");
   refused([](TrainConfig& c) { c.bits = 4; }, "the result has 4 bits");
   refused([](TrainConfig& c) { c.batch = 17; }, "--batch is 17");
   refused([](TrainConfig& c) { c.lr = {1e-3, 1e-3, 1e-3}; }, "3 values for 2 stages");
-  refused([](TrainConfig& c) { c.group = 128; }, "does not divide");
   refused([](TrainConfig& c) { c.e2e_micro_batch = 3; }, "does not divide --e2e-batch 4");
   refused(
       [](TrainConfig& c) {
