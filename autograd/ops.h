@@ -26,6 +26,9 @@ Var swiglu_operand(Tape& tape, const Var& gate, const Var& up, const engine::Ope
 Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,
               const AttentionSpec& spec);
 Var add(Tape& tape, const Var& a, const Var& b);
+// x itself; its gradient is multiplied by weight, real (1) on the device. So a loss of it counts
+// `weight` times.
+Var weighted(Tape& tape, const Var& x, const Tensor& weight);
 // Same elements, other shape.
 Var reshape(Tape& tape, const Var& x, engine::Shape shape);
 // ids I32 (B, T) -> (B, T, D); the table is a constant.

@@ -1,12 +1,14 @@
 #include "autograd/weight_quantizer.h"
 
+#include <utility>
+
 namespace bbb::autograd {
 
 using engine::DType;
 
 WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::RangeRule range,
-                                 engine::Rounding rounding)
-    : parameters_(parameters) {
+                                 engine::Rounding rounding, NestedPrecisions nested)
+    : parameters_(parameters), nested_(std::move(nested)) {
   BBB_ASSERT(parameters.masters().defined());
   Backend& backend = parameters.backend();
   const int64_t total = parameters.masters().numel();
@@ -25,6 +27,8 @@ WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::Ran
                             : Tensor(),
               .group = group,
               .rounding = rounding};
+  for (size_t i = 0; i < nested_.bits.size(); ++i)
+    nested_wq_.push_back(backend.empty({total}, backend.act()));
 }
 
 QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
@@ -38,8 +42,14 @@ QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
   const auto of_groups = [&](const Tensor& flat) {
     return flat.defined() ? flat.slice(begin / group, count / group).view(groups) : flat;
   };
-  return {weights_.wq.slice(begin, count).view(shape), of_groups(weights_.e), of_groups(weights_.z),
-          weights_.s.slice(parameter.slot, 1), of_groups(weights_.ratios)};
+  QuantizedParameter views{weights_.wq.slice(begin, count).view(shape),
+                           of_groups(weights_.e),
+                           of_groups(weights_.z),
+                           weights_.s.slice(parameter.slot, 1),
+                           of_groups(weights_.ratios),
+                           {}};
+  for (const Tensor& wq : nested_wq_) views.nested.push_back(wq.slice(begin, count).view(shape));
+  return views;
 }
 
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
@@ -56,6 +66,9 @@ void WeightQuantizer::prepare() {
 
 void WeightQuantizer::quantize() {
   parameters_.backend().fake_quant(weights_, parameters_.masters());
+  for (size_t i = 0; i < nested_wq_.size(); ++i)
+    parameters_.backend().nested_levels(nested_wq_[i], weights_, parameters_.masters(),
+                                        nested_.bits[i], nested_.dequant);
 }
 
 }  // namespace bbb::autograd

@@ -19,6 +19,13 @@ struct QuantizedParameter {
   Tensor e, z;  // U8 (N, K/G)
   Tensor s;     // real (1)
   Tensor ratios;  // U8 (N, K/G), if ranges are searched
+  std::vector<Tensor> nested;  // act (N, K): wq at each of the quantizer's lower precisions
+};
+
+// Nested codes of 8 bits that train at fewer bits, too (numerics.md section 4).
+struct NestedPrecisions {
+  std::vector<int> bits;  // below 8
+  quant::NestedDequant dequant = quant::NestedDequant::Middle;
 };
 
 class WeightQuantizer {
@@ -27,7 +34,8 @@ class WeightQuantizer {
   // has a ratio, 1 at the start, which the owner of the masters sets.
   WeightQuantizer(ParameterSet& parameters, int group,
                   quant::RangeRule range = quant::RangeRule::MinMax,
-                  engine::Rounding rounding = engine::Rounding::Nearest);
+                  engine::Rounding rounding = engine::Rounding::Nearest,
+                  NestedPrecisions nested = {});
 
   // Puts a parameter (N, K) behind the quantizer; prepare() then fills the returned tensors. bits
   // may be kNoQuantizer. Throws if the group does not divide K.
@@ -43,6 +51,8 @@ class WeightQuantizer {
  private:
   ParameterSet& parameters_;
   engine::QuantizedWeights weights_;
+  const NestedPrecisions nested_;
+  std::vector<Tensor> nested_wq_;  // act (P), for each of nested_.bits
 };
 
 }  // namespace bbb::autograd

@@ -17,9 +17,9 @@
 // While the new weights are in registers, the block finds their maximum group range, for the next
 // S, and prequantizes them with the current S. The next S is almost always the same; if so, the
 // next step does not read its masters to quantize them. Traffic: 24.3 bytes an element if g is
-// bf16. Memory limits the time only if there are few instructions, so the root and the quotient are
-// the hardware's approximations (ptx.h). The rest of this file is compiled as written, without
-// contraction, like the quantizer's files.
+// bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few
+// instructions, so the root and the quotient are the hardware's approximations (ptx.h). The rest of
+// this file is compiled as written, without contraction, like the quantizer's files.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -137,6 +137,7 @@ struct Quad {
   Words<bf16> m;
   Words<T> g;
   unsigned clipped;
+  int ratio;  // the index of the range ratio of their group
 };
 
 template <typename T>
@@ -151,11 +152,13 @@ struct QuantizerBuffers {
   const float* s;  // null: nothing is prequantized
   bf16* wq;
   uint8_t *e, *z, *clipped;
+  const uint8_t* ratios;  // null: all are 1
 
   // The buffers from element `begin` on. Buffers with one entry a parameter stay whole.
   __device__ QuantizerBuffers from(int64_t begin, int group) const {
     QuantizerBuffers q = *this;
     if (bits != nullptr) q.clipped += begin / kMaskedWide;
+    if (ratios != nullptr) q.ratios += begin / group;
     if (s != nullptr) q.wq += begin, q.e += begin / group, q.z += begin / group;
     return q;
   }
@@ -178,10 +181,12 @@ class Prequantizer {
     return slot_ != before;
   }
   __device__ int slot() const { return slot_; }
-  // Processes the elements of the last enter(i): this thread's are `weight`.
-  __device__ void take(const float (&weight)[kWide], uint32_t i) {
+  // Processes the elements of the last enter(i): this thread's are `weight`, of a group with this
+  // range ratio.
+  __device__ void take(const float (&weight)[kWide], int ratio, uint32_t i) {
     if (bits_ == quant::kNotQuantized) return;
-    const quant::Range<float> range = quant::group_range<kGroup>(weight);
+    quant::Range<float> range = quant::group_range<kGroup>(weight);
+    if (q_.ratios != nullptr) range = range.scaled(quant::range_ratio<float>(ratio));
     most_ = quant::max_nan(most_, range.width());
     if (scale_ != 0.0f) quantize(weight, range, i);
   }
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
       float weight[kWide];
       load(weight, w + i, kWide);
       quantizer.enter(i);
-      quantizer.take(weight, i);
+      quantizer.take(weight, q.ratios != nullptr ? q.ratios[i / kGroup] : 0, i);
     }
     quantizer.finish();
     return;
@@ -288,6 +293,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     next.v = load_streaming(v + i);
     next.g = load_streaming(g + i);
     if (q.bits != nullptr) next.clipped = q.clipped[i / kMaskedWide];
+    if (q.ratios != nullptr) next.ratio = q.ratios[i / kGroup];
   };
   request();
   while (i < end) {
@@ -317,7 +323,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     store_streaming(w + at, weight);
     store_streaming(m + at, first_moment);
     store_streaming(v + at, second_moment);
-    quantizer.take(weight, at);
+    quantizer.take(weight, now.ratio, at);
   }
   quantizer.finish();
 }
@@ -359,7 +365,8 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
                .wq = bf16_of(q.wq),
                .e = q.e.data<uint8_t>(),
                .z = q.z.data<uint8_t>(),
-               .clipped = q.clipped.data<uint8_t>()};
+               .clipped = q.clipped.data<uint8_t>(),
+               .ratios = q.ratios.data<uint8_t>()};
     // The step's forward pass has already computed S from the old maxima. A skipped step measures
     // the ranges again.
     BBB_CUDA(

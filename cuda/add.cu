@@ -1,6 +1,7 @@
 // out = a + b, summed in FP32 and rounded once.   bf16, same shape; out may be a or b.
+// x *= factor, one F32 on the device.
 //
-// A flat launch, eight neighbouring elements a thread; 6 bytes an element.
+// A flat launch, eight neighbouring elements a thread; 6 and 4 bytes an element.
 #include "cuda/cuda_backend.h"
 #include "cuda/vector.h"
 
@@ -22,7 +23,25 @@ __global__ void add_kernel(bf16* out, const bf16* a, const bf16* b, int64_t n) {
   store(out + i, x, n - i);
 }
 
+template <int kWidth>
+__global__ void scale_kernel(bf16* x, const float* factor, int64_t n) {
+  const int64_t i = first_element<kWidth>();
+  if (i >= n) return;
+  float v[kWidth];
+  load(v, x + i, n - i);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) v[j] *= *factor;
+  store(x + i, v, n - i);
+}
+
 }  // namespace
+
+void CudaBackend::do_scale(const Tensor& x, const Tensor& factor) {
+  const int64_t n = x.numel();
+  const bool wide = aligned(x);
+  launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
+         wide ? scale_kernel<kWide> : scale_kernel<1>, bf16_of(x), factor.data<float>(), n);
+}
 
 void CudaBackend::do_add(const Tensor& out, const Tensor& a, const Tensor& b) {
   const int64_t n = out.numel();

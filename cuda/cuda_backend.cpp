@@ -212,6 +212,8 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
       return rms_norm_backward_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::InputScaleGradient:
       return input_scale_gradient_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::ChannelMoments:
+      return channel_moments_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::AttentionCached:
       return shape[1] > 1 ? 0
                           : attention_cached_scratch_bytes(shape[0], shape[2], shape[3], shape[4]);

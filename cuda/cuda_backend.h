@@ -30,6 +30,8 @@ using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
 using engine::MemoryPool;
+using engine::OperandRows;
+using engine::OperandSpec;
 using engine::PackedWeight;
 using engine::ParameterTable;
 using engine::QuantizedWeights;
@@ -111,6 +113,7 @@ class CudaBackend final : public engine::Backend {
 // Scratch of ops by their shapes (engine::ScratchOp), each defined with its kernels.
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
+int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
 int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }

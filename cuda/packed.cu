@@ -1,4 +1,5 @@
-// Products with packed weights on the GPU: passes tensors to the kernels of quant/packed.cu.
+// Products with packed weights on the GPU: passes tensors to the kernels of quant/packed.cu
+// and quant/quantized_gemv.cu.
 #include "cuda/cuda_backend.h"
 #include "quant/cuda_kernels.h"
 
@@ -27,6 +28,16 @@ void CudaBackend::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedW
   quant::launch_packed_gemv(stream_, narrow ? bf16_of(y) : nullptr,
                             narrow ? nullptr : y.data<float>(), bf16_of(x), view_of(w),
                             bf16_of(addend), x.dim(0));
+}
+
+void CudaBackend::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
+                                    const Tensor& addend) {
+  check_aligned(x.codes, "codes of activations");
+  const bool narrow = y.dtype() == DType::BF16;
+  quant::launch_quantized_gemv(stream_, narrow ? bf16_of(y) : nullptr,
+                               narrow ? nullptr : y.data<float>(), x.codes.data<uint8_t>(),
+                               x.zeros.data<uint8_t>(), x.scales.data<float>(), view_of(w),
+                               bf16_of(addend), x.codes.dim(0));
 }
 
 }  // namespace bbb::cuda

@@ -12,15 +12,23 @@ const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
 
 void CudaBackend::do_max_group_range(const QuantizedWeights& q, const Tensor& w) {
   quant::launch_max_group_range(stream_, q.max_range.data<float>(), q.prequantized.data<float>(),
-                                q.max_range.numel(), w.data<float>(), tiles_of(q), q.tiles.dim(0),
-                                q.bits.data<int32_t>(), q.group);
+                                q.max_range.numel(), w.data<float>(), q.ratios.data<uint8_t>(),
+                                tiles_of(q), q.tiles.dim(0), q.bits.data<int32_t>(), q.group);
 }
 
 void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
   quant::launch_fake_quant(stream_, bf16_of(q.wq), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                            q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
-                           q.max_range.data<float>(), q.prequantized.data<float>(), tiles_of(q),
-                           q.tiles.dim(0), q.bits.data<int32_t>(), q.group, q.rounding);
+                           q.ratios.data<uint8_t>(), q.max_range.data<float>(),
+                           q.prequantized.data<float>(), tiles_of(q), q.tiles.dim(0),
+                           q.bits.data<int32_t>(), q.group, q.rounding);
+}
+
+void CudaBackend::do_nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w,
+                                   int bits, quant::NestedDequant dequant) {
+  quant::launch_nested_levels(stream_, bf16_of(wq), w.data<float>(), q.e.data<uint8_t>(),
+                              q.z.data<uint8_t>(), q.s.data<float>(), tiles_of(q), q.tiles.dim(0),
+                              q.bits.data<int32_t>(), q.group, bits, dequant);
 }
 
 void CudaBackend::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,

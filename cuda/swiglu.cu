@@ -3,6 +3,7 @@
 //
 // A flat launch, eight neighbouring elements a thread; 6 bytes an element forward, 10 backward.
 #include "cuda/cuda_backend.h"
+#include "cuda/swiglu.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {
@@ -10,8 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWide = 8;
-
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <int kWidth>
 __global__ void swiglu_kernel(bf16* __restrict__ h, const bf16* __restrict__ gate,
@@ -22,7 +21,7 @@ __global__ void swiglu_kernel(bf16* __restrict__ h, const bf16* __restrict__ gat
   load(g, gate + i, n - i);
   load(u, up + i, n - i);
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) g[j] = g[j] * sigmoid(g[j]) * u[j];
+  for (int j = 0; j < kWidth; ++j) g[j] = swiglu_of(g[j], u[j]);
   store(h + i, g, n - i);
 }
 
@@ -37,12 +36,7 @@ __global__ void swiglu_backward_kernel(bf16* dgate, bf16* dup, const bf16* dh, c
   load(g, gate + i, n - i);
   load(u, up + i, n - i);
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    const float s = sigmoid(g[j]);
-    const float du = d[j] * g[j] * s;
-    g[j] = d[j] * u[j] * s * (1.0f + g[j] * (1.0f - s));
-    u[j] = du;
-  }
+  for (int j = 0; j < kWidth; ++j) swiglu_gradients(g[j], u[j], d[j]);
   store(dgate + i, g, n - i);
   store(dup + i, u, n - i);
 }

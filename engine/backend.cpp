@@ -503,12 +503,19 @@ void Backend::swiglu_operand_backward(const Tensor& dgate, const Tensor& dup, co
   do_swiglu_operand_backward(dgate, dup, dout, clipped, gate, up, spec);
 }
 
+void Backend::scale(const Tensor& x, const Tensor& factor) {
+  const Op op(*this, "scale");
+  op.dtype("x", x, act());
+  op.is("factor", factor, real(), {1});
+  do_scale(x, factor);
+}
+
 void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
   const Op op(*this, "channel_moments");
   op.rank("x", x, 2);
   op.dtype("x", x, act());
   op.is("moments", moments, DType::F64, {kMoments, x.dim(1)});
-  do_channel_moments(moments, x);
+  do_channel_moments(moments, x, make_scratch(ScratchOp::ChannelMoments, x.shape()));
 }
 
 void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
@@ -724,6 +731,16 @@ void Backend::fake_quant(const QuantizedWeights& q, const Tensor& w) {
   op.flat("w", w, w.numel());
   op.quantizer(q, w.numel());
   do_fake_quant(q, w);
+}
+
+void Backend::nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w, int bits,
+                            quant::NestedDequant dequant) {
+  const Op op(*this, "nested_levels");
+  op.flat("w", w, w.numel());
+  op.quantizer(q, w.numel());
+  op.is("wq", wq, act(), {w.numel()});
+  BBB_CHECK(bits > 0 && bits < quant::kNestedBits, "nested_levels: ", bits, " bits");
+  do_nested_levels(wq, q, w, bits, dequant);
 }
 
 void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,

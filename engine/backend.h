@@ -48,6 +48,7 @@ enum class ScratchOp {
   Attention,           // {}
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
+  ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
 };
 enum class Rotation { Forward, Inverse };
@@ -135,7 +136,7 @@ struct QuantizedWeights {
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
-  Tensor ratios;   // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
+  Tensor ratios = {};  // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
   int group = 32;
   Rounding rounding = Rounding::Nearest;
 };
@@ -285,6 +286,8 @@ class Backend {
   // the largest |x|. Sums are F64, in a fixed order.
   void channel_moments(const Tensor& moments, const Tensor& x);
   static constexpr int64_t kMoments = 5;
+  // x *= factor, real (1) on the device.   x act.
+  void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
 
@@ -376,6 +379,11 @@ class Backend {
   // its wq, e, z and clipped bits are there already. Rounding::Identity (gradient checks) leaves
   // codes unrounded and unclipped: wq = w / S.
   void fake_quant(const QuantizedWeights& q, const Tensor& w);
+  // Nested codes (numerics.md section 4) at fewer bits: wq = (q' - z) e, q' the middle or floor of the
+  // 8-bit codes whose top `bits` bits are those of w's code. wq act (P). Call it after fake_quant, for
+  // weights of 8 bits.
+  void nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w, int bits,
+                     quant::NestedDequant dequant);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
   void quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                       const Tensor& s, const WeightGrid& spec);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "engine/tensor.h"
+#include "quant/spec.h"
 
 namespace bbb::engine {
 using Arg = const Tensor&;
@@ -30,8 +31,10 @@ using Arg = const Tensor&;
 #define BBB_OP_swiglu_operand const OperandRows&, Arg, Arg, const OperandSpec&
 #define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
-#define BBB_OP_channel_moments Arg, Arg
+#define BBB_OP_channel_moments Arg, Arg, Arg
 #define BBB_OP_rope Arg, Arg, Arg, Rotation
+#define BBB_OP_scale Arg, Arg
+#define BBB_OP_nested_levels Arg, const QuantizedWeights&, Arg, int, quant::NestedDequant
 #define BBB_OP_add Arg, Arg, Arg
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
@@ -66,7 +69,7 @@ using Arg = const Tensor&;
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
-  OP(channel_moments) OP(quantized_gemv) OP(rope) OP(add) OP(attention)         \
+  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add) OP(attention)         \
   OP(attention_backward) OP(append_kv) OP(attention_cached) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \

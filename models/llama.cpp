@@ -90,7 +90,8 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
   const engine::AttentionSpec spec{config_.sliding_window};
 
-  norm_through_products_ = tape.recording() && operands_[kAttentionSite].exact() && !x.requires_grad() &&
+  // The gradients of several precisions are of different weights.
+  norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() && !x.requires_grad() &&
                            input_norm_.parameter != nullptr;
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
@@ -224,6 +225,11 @@ void LlamaBlock::set_formats(const std::vector<quant::LinearFormat>& formats) {
   BBB_ASSERT(formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_format(formats[i]);
   set_operands(formats, false);
+}
+
+void LlamaBlock::select_precision(size_t i) {
+  nested_ = true;
+  for (QuantLinear* linear : linears()) linear->select_precision(i);
 }
 
 void LlamaBlock::prepare_scales() {

@@ -70,6 +70,8 @@ class LlamaBlock {
   // Of a block that trains: other formats with the same stored positions. A recorded step keeps the
   // operands of its recording; the width of weights changes in it too.
   void set_formats(const std::vector<quant::LinearFormat>& formats);
+  // Of every linear (QuantLinear::select_precision).
+  void select_precision(size_t i);
   // Called in forward() with the input of every site, act (..., K), if it is not transformed.
   void set_tap(std::function<void(Site site, const Tensor& x)> tap) { tap_ = std::move(tap); }
   void prepare_scales();  // after every linear's freeze_codes()
@@ -93,6 +95,7 @@ class LlamaBlock {
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
+  bool nested_ = false;  // trains several precisions
   bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;

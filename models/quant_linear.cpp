@@ -57,7 +57,7 @@ void QuantLinear::set_float(Tensor weight) {
   BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
   state_ = FloatWeight();
   format_ = {.n = n_, .k = k_, .weight = {.bits = kNoQuantizer}};
-  quantized_ = {.wq = std::move(weight), .e = {}, .z = {}, .s = {}, .ratios = {}};
+  quantized_ = {.wq = std::move(weight), .e = {}, .z = {}, .s = {}, .ratios = {}, .nested = {}};
   dweight_ = Tensor();
   leaf_ = Var(quantized_.wq);
 }
@@ -117,7 +117,7 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   BBB_ASSERT(buffer.numel() >= n_ * weight.format.stored_k());
   format_ = weight.format;
   quantized_ = {
-      .wq = {}, .e = {}, .z = {}, .s = backend_.empty({1}, backend_.real()), .ratios = {}};
+      .wq = {}, .e = {}, .z = {}, .s = backend_.empty({1}, backend_.real()), .ratios = {}, .nested = {}};
   backend_.cast(quantized_.s, weight[StoredPart::MasterScale]);
   dweight_ = Tensor();
   leaf_ = Var();
@@ -130,7 +130,12 @@ Parameter* QuantLinear::parameter() const {
   return nullptr;
 }
 
-void QuantLinear::fresh_leaf() { leaf_ = Var::leaf(quantized_.wq, dweight_, Write::Overwrite); }
+void QuantLinear::fresh_leaf() {
+  leaf_ = Var::leaf(quantized_.wq, dweight_, Write::Overwrite);
+  nested_leaves_.clear();
+  for (const Tensor& wq : quantized_.nested)
+    nested_leaves_.push_back(Var::leaf(wq, dweight_, Write::Add));
+}
 
 void QuantLinear::prepare_scales() {
   const auto& frozen = get<FrozenCodes>();
@@ -203,7 +208,8 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
   if (const auto* packed = std::get_if<PackedLinear>(&state_))
     return forward_packed(tape, x, residual, *packed);
   BBB_ASSERT(leaf_.defined());
-  return linear(tape, x.x, leaf_, multiplier(), residual);
+  return linear(tape, x.x, precision_ == 0 ? leaf_ : nested_leaves_[precision_ - 1], multiplier(),
+                residual);
 }
 
 Var QuantLinear::forward_packed(Tape& tape, const LinearInput& x, const Var& residual,

@@ -72,6 +72,9 @@ class QuantLinear {
   // TrainedWeight or FrozenCodes: another format with the same stored positions. The width of a
   // TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps too.
   void set_format(const quant::LinearFormat& format);
+  // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`, or at
+  // its own for 0. The gradients of all precisions add up; a step's first one is 0.
+  void select_precision(size_t i) { precision_ = i; }
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   void set_master(const LinearResult& result);
   LinearResult master() const;
@@ -128,6 +131,8 @@ class QuantLinear {
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
   Tensor dweight_;  // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
   Var leaf_;        // wq and dweight_, shared by all uses since finish_backward()
+  std::vector<Var> nested_leaves_;  // the same for the lower precisions
+  size_t precision_ = 0;
 };
 
 }  // namespace bbb::models

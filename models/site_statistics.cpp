@@ -278,6 +278,12 @@ class StageStarter {
 
 }  // namespace
 
+LinearResult start_stage(const LinearResult& from, const LinearFormat& format,
+                         const std::vector<float>& energy, quant::RangeRule range,
+                         int lowest_bits) {
+  return StageStarter(range, lowest_bits)(from, format, energy);
+}
+
 LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
                         const std::vector<LinearFormat>& formats, const LayerStatistics& statistics,
                         quant::RangeRule range, int lowest_bits) {

@@ -60,9 +60,12 @@ void add_statistics(data::SafeTensorsWriter& writer, const std::vector<LayerStat
 std::vector<LayerStatistics> read_statistics(const data::SafeTensors& file,
                                              const LlamaConfig& config);
 
-// The masters, in new formats, from which a stage starts. Where an operand or the width of weights
+// The masters of a linear or of a layer, in new formats, from which a stage starts. Where an operand or the width of weights
 // changes, weights are merged, gathered, rotated and split again, and ranges are searched again;
 // else masters and ratios go on as they are. `lowest_bits`: of precisions that train at once, or 0.
+LinearResult start_stage(const LinearResult& from, const quant::LinearFormat& format,
+                         const std::vector<float>& energy, quant::RangeRule range,
+                         int lowest_bits);
 LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
                         const std::vector<quant::LinearFormat>& formats,
                         const LayerStatistics& statistics, quant::RangeRule range, int lowest_bits);

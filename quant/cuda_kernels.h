@@ -3,7 +3,8 @@
 // w, sigma FP32; dw, dsigma FP32 or bf16; wq, x, addend bf16; e, z, codes bytes; clipped one bit an
 // element; S one FP32 on the device.
 // Matrices are contiguous, with whole groups of 32, 64 or 128 along a row. So the quantizer's own
-// kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes.
+// kernels see a flat array of `count` elements. Every pointer is aligned to 16 bytes. ratios: each
+// group's index of range_ratio(), one byte; null: all ratios are 1.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,15 +21,22 @@ namespace bbb::quant {
 // group range to its slot, NaN if any element is NaN, 0 if it is not quantized. `bits` has a row
 // for each slot. Clears the S that parameters were prequantized with. Two memsets and one kernel.
 void launch_max_group_range(cudaStream_t stream, float* max_range, float* prequantized,
-                            int64_t slots, const float* w, const WeightTile* tiles,
-                            int64_t tile_count, const int32_t* bits, int group);
+                            int64_t slots, const float* w, const uint8_t* ratios,
+                            const WeightTile* tiles, int64_t tile_count, const int32_t* bits,
+                            int group);
 // S from the maximum group range, then wq = (q - z) e, e, z and the clipped bits in one pass over
 // the masters. At kNoQuantizer wq = w and S = 1; nothing is clipped, e and z are not written. The
 // masters of a parameter that was prequantized with this S are not read.
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
-                       uint8_t* clipped, float* s, const float* w, const float* max_range,
-                       const float* prequantized, const WeightTile* tiles, int64_t tile_count,
-                       const int32_t* bits, int group, Rounding rounding);
+                       uint8_t* clipped, float* s, const float* w, const uint8_t* ratios,
+                       const float* max_range, const float* prequantized, const WeightTile* tiles,
+                       int64_t tile_count, const int32_t* bits, int group, Rounding rounding);
+// wq at the top `bits` bits of nested codes, after launch_fake_quant; parameters of other widths are
+// left alone.
+void launch_nested_levels(cudaStream_t stream, __nv_bfloat16* wq, const float* w, const uint8_t* e,
+                          const uint8_t* z, const float* s, const WeightTile* tiles,
+                          int64_t tile_count, const int32_t* widths, int group, int bits,
+                          NestedDequant dequant);
 void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, const uint8_t* e,
                            const uint8_t* z, const float* s, int64_t count, WeightGrid spec);
 // S from the sigmas, then e = E4M3(sigma / S) and wq = (codes - z) e.
@@ -47,5 +55,10 @@ void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
 void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,
                         const __nv_bfloat16* x, const PackedView& w, const __nv_bfloat16* addend,
                         int64_t m);
+// The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
+// - zeros) scales.
+void launch_quantized_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,
+                           const uint8_t* codes, const uint8_t* zeros, const float* scales,
+                           const PackedView& w, const __nv_bfloat16* addend, int64_t m);
 
 }  // namespace bbb::quant

@@ -65,12 +65,14 @@ struct Range {
   BBB_HD Range scaled(Real ratio) const { return {ratio * mn, ratio * mx}; }
 };
 
-// The ratios of a range search, largest first; a group holds the index of its own.
+// The ratios of a range search, 1, 0.9 .. 0.5, largest first; a group holds the index of its own.
 constexpr int kRangeRatios = 6;
+// The FP32 nearest to 1 - index / 10. As integers, the bits of floats from 0.5 to 1 are equally
+// spaced. A table would be in a GPU thread's stack.
 template <typename Real>
 BBB_HD Real range_ratio(int index) {
-  constexpr float kRatios[kRangeRatios] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f};
-  return Real(kRatios[index]);
+  const uint32_t below_one = (static_cast<uint32_t>(index) * 0x333333u + 1) >> 1;
+  return Real(std::bit_cast<float>(0x3F800000u - below_one));
 }
 // Whether groups of these bits are searched: at 8 bits a smaller range only clips.
 BBB_HD constexpr bool is_searched(RangeRule rule, int bits) {
@@ -151,7 +153,7 @@ BBB_HD GroupParams outlier_params(const Range<Real>& range, Real master_scale) {
   exponent += (bits & 0x000FFFFFFFFFFFFFull) != 0;
   exponent = exponent < -9 ? -9 : exponent > 8 ? 8 : exponent;
   // 2^-9 .. 2^-7 are subnormal codes 1, 2, 4; from 2^-6 on the mantissa is 0.
-  const uint8_t e = !finite          ? kE4m3Nan
+  const uint8_t e = !finite         ? kE4m3Nan
                     : exponent < -6 ? static_cast<uint8_t>(1 << (exponent + 9))
                                     : static_cast<uint8_t>((exponent + 7) << 3);
   const Real z = round_half_up(-range.mn / step_of(e, master_scale));
@@ -191,7 +193,9 @@ BBB_HD int nested_level_doubled(int q, int z, int bits, NestedDequant dequant) {
 
 // The Hadamard transform of a group (numerics.md section 2): x' = 2^-i H x for activations, w' =
 // 2^-j H w for weights, i + j = log2 G, so that x' . w' = x . w.
-BBB_HD constexpr int activation_rotation_shift(int group) { return group == 32 || group == 64 ? 3 : 4; }
+BBB_HD constexpr int activation_rotation_shift(int group) {
+  return group == 32 || group == 64 ? 3 : 4;
+}
 BBB_HD constexpr int weight_rotation_shift(int group) { return group == 32 ? 2 : 3; }
 
 // One group's levels without a division per weight; for float the same bits as
@@ -201,7 +205,8 @@ BBB_HD constexpr int weight_rotation_shift(int group) { return group == 32 ? 2 :
 // With r = RN(1 / e) and q = RN(r x / S), the quotient to nearest is RN(q + r (x / S - q e))
 // (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", IBM J.
 // Res. Dev. 34, 1990). Requires |x / s| < 2^100. This holds for every x of a group from whose range
-// e was computed, with the S of its tensor.
+// e was computed, with the S of its tensor: |x / s| is at most about 2^b, twice that where the
+// range was scaled by a ratio.
 class GroupLevels {
  public:
   BBB_HD GroupLevels(uint8_t e, float inverse_master)
@@ -234,9 +239,11 @@ class GroupLevels {
   }
   BBB_HD float steps(float x) const { return round_half_up(quotient(x)); }
   BBB_HD bool is_clipped(float steps) const { return steps < lowest_ || steps > highest_; }
-  BBB_HD float level(float steps) const {
-    return std::fmin(std::fmax(steps, lowest_), highest_) * scale_;
-  }
+  // q - z, q the code: NaN becomes the code 0.
+  BBB_HD float clamped(float steps) const { return std::fmin(std::fmax(steps, lowest_), highest_); }
+  BBB_HD float level(float steps) const { return clamped(steps) * scale_; }
+  BBB_HD float code(float steps) const { return clamped(steps) - lowest_; }
+  BBB_HD float scale() const { return scale_; }
 
  private:
   float inverse_master_, scale_, inverse_scale_;

@@ -69,6 +69,18 @@ void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* 
 }
 
 template <typename Real>
+void nested_levels(Real* wq, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
+                   int64_t k, Real master_scale, int group, int bits, NestedDequant dequant) {
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real step = step_of(e[g], master_scale), half = Real(e4m3_decode(e[g])) / 2;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+      const int code = static_cast<int>(code_of(w[i], step, z[g], kNestedBits));
+      wq[i] = Real(nested_level_doubled(code >> (kNestedBits - bits), z[g], bits, dequant)) * half;
+    }
+  }
+}
+
+template <typename Real>
 void snap(Real* w, uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
@@ -521,6 +533,8 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, const uint8_t*,      \
                            Rows, int64_t, Real, WeightGrid, Rounding);                            \
   template void snap(Real*, uint8_t*, Rows, int64_t, Real, WeightGrid);                           \
+  template void nested_levels(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,  \
+                              Real, int, int, NestedDequant);                                     \
   template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
                                int64_t, Real, WeightGrid);                                        \
   template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \

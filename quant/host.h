@@ -31,6 +31,11 @@ template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
                 const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
                 Rounding rounding);
+// wq at the top `bits` bits of the 8-bit codes of w on the grid e, z (numerics.md section 4).
+template <typename Real>
+void nested_levels(Real* wq, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
+                   int64_t k, Real master_scale, int group, int bits, NestedDequant dequant);
+
 // Moves weights to the middle of their bins, S e (q - z), and keeps the grid: quantized again, they
 // give the same S, e, z and codes. A group's ratio becomes 1, since its middles span the scaled
 // range. Where the middles alone would narrow a group's range too far, the ends of the range stay

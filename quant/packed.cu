@@ -3,6 +3,10 @@
 //   unpack        wq = (q - z) e                          the GEMM's operand for many rows
 //   packed_gemv   y = S x ((q - z) e)^T (+ addend)        M <= 8 rows of x
 //
+// Both read nested codes too, whose levels are u e / 2, u = 2 (q' - z) (quant/grid.h): unpack a
+// byte of each plane for eight weights; nested_gemv a word of each plane for 32, a warp an output
+// row.
+//
 // unpack: a thread makes eight consecutive weights, one 16-byte store; b bits read and 16 written a
 // weight.
 //
@@ -80,6 +84,46 @@ __global__ void __launch_bounds__(kUnpackThreads)
   wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
+// Eight nested codes: bit i of a byte of each plane, the highest bit of a code first.
+__device__ __forceinline__ void load_nested_codes(uint8_t (&codes)[8], const PackedView& w,
+                                                  int64_t row, int64_t at) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) codes[i] = 0;
+  for (int plane = 0; plane < w.grid.bits; ++plane) {
+    const unsigned byte = w.qweight[(plane * w.n + row) * (w.k / 8) + at / 8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) codes[i] = static_cast<uint8_t>(2 * codes[i] | (byte >> i & 1u));
+  }
+}
+
+// Eight weights u e / 2 of a nested row.
+__device__ __forceinline__ void load_nested_levels(float (&levels)[8], const PackedView& w,
+                                                   int64_t row, int64_t at) {
+  const int64_t g = row * (w.k / w.grid.group) + at / w.grid.group;
+  const float half_scale = e4m3_decode(w.scales[g]) * 0.5f;
+  const int z = w.zeros[g];
+  uint8_t codes[8];
+  load_nested_codes(codes, w, row, at);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    levels[i] = float(nested_level_doubled(codes[i], z, w.grid.bits, w.grid.dequant)) * half_scale;
+}
+
+__global__ void __launch_bounds__(kUnpackThreads)
+    unpack_nested_kernel(uint4* __restrict__ wq, PackedView w) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
+  if (i >= w.n * (w.k / 8)) return;
+  float levels[8];
+  load_nested_levels(levels, w, i / (w.k / 8), i % (w.k / 8) * 8);
+  unsigned pairs[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(levels[2 * j], levels[2 * j + 1]);
+    pairs[j] = reinterpret_cast<const unsigned&>(pair);
+  }
+  wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
 // packed_gemv: products directly from the codes.
 
 // 32 codes as words, by the widest loads that their alignment (4 b bytes) allows.
@@ -135,6 +179,43 @@ __host__ __device__ constexpr int row_pieces(int64_t k) {
 // Blocks that a multiprocessor must hold: two; one where 128 registers a thread would spill.
 constexpr int min_blocks(int bits, int m, int rows) {
   return rows * m >= (bits == 8 ? 16 : 32) ? 1 : 2;
+}
+
+// A warp takes one output row, a lane eight consecutive positions at a time.
+constexpr int kNestedRows = 8;  // of x, at most
+__global__ void __launch_bounds__(kUnpackThreads)
+    nested_gemv_kernel(__nv_bfloat16* __restrict__ y_bf16, float* __restrict__ y_f32,
+                       const __nv_bfloat16* __restrict__ x, PackedView w,
+                       const __nv_bfloat16* __restrict__ addend, int rows) {
+  const int lane = threadIdx.x % 32;
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x) / 32;
+  if (n >= w.n) return;
+  float sum[kNestedRows] = {};
+  for (int64_t at = lane * kPiece; at < w.k; at += 32 * kPiece) {
+    float weight[kPiece];
+    load_nested_levels(weight, w, n, at);
+#pragma unroll
+    for (int m = 0; m < kNestedRows; ++m) {
+      if (m >= rows) break;
+      float v[kPiece];
+      unpack_bf16(v, __ldg(reinterpret_cast<const uint4*>(x + m * w.k + at)));
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) sum[m] = fmaf(weight[i], v[i], sum[m]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kNestedRows; ++m) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum[m] += __shfl_xor_sync(kFullWarp, sum[m], lanes);
+    if (lane != 0 || m >= rows) continue;
+    float total = sum[m] * *w.master_scale;
+    const int64_t out = m * w.n + n;
+    if (addend != nullptr) total += __bfloat162float(addend[out]);
+    if (y_f32 != nullptr)
+      y_f32[out] = total;
+    else
+      y_bf16[out] = __float2bfloat16_rn(total);
+  }
 }
 
 struct GemvShape {
@@ -278,6 +359,13 @@ void with_bits(int bits, const Fn& fn) {
 
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w) {
   const int64_t threads = w.n * (w.k / 8);
+  if (w.grid.nested) {
+    launch(stream,
+           {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
+            dim3(kUnpackThreads)},
+           unpack_nested_kernel, reinterpret_cast<uint4*>(wq), w);
+    return;
+  }
   with_bits(w.grid.bits, [&](auto bits) {
     launch(stream,
            {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
@@ -292,6 +380,13 @@ void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32
                         int64_t m) {
   BBB_ASSERT(m <= 8);
   if (m == 0) return;
+  if (w.grid.nested) {
+    constexpr int64_t kBlockRows = kUnpackThreads / 32;
+    launch(stream,
+           {dim3(static_cast<unsigned>((w.n + kBlockRows - 1) / kBlockRows)), dim3(kUnpackThreads)},
+           nested_gemv_kernel, y_bf16, y_f32, x, w, addend, static_cast<int>(m));
+    return;
+  }
   // Four rows a warp share their reads of x; a small matrix takes one row a warp, to fill the GPU.
   const bool wide = w.n >= 4 * kFillingBlocks;
   with_bits(w.grid.bits, [&](auto bits) {

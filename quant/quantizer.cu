@@ -3,6 +3,7 @@
 //   max_group_range       maximum group range of a parameter   4 B read an element
 //   fake_quant            wq, e, z, clipped bits, S            4 B read, 2.2 B written; nothing if
 //                                                              prequantized
+//                         both: 1 B read a group if ranges have ratios
 //   quantize_codes        codes                                4 B read, 1 B written
 //   scale_codes           S, e, wq from sigma                  1 B read, 2 B written
 //   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
@@ -57,20 +58,36 @@ __device__ __forceinline__ int wide_offset(int round) {
   return (round * kThreads + static_cast<int>(threadIdx.x)) * kWide;
 }
 
+// The index of the range ratio of the group at `offset` within the tile.
+template <int kGroup>
+__device__ __forceinline__ int ratio_index(const uint8_t* ratios, int offset,
+                                           const WeightTile& tile) {
+  return ratios != nullptr && offset < tile.count ? ratios[offset / kGroup] : 0;
+}
+
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads)
     max_group_range_kernel(float* __restrict__ max_range, const float* __restrict__ w,
-                           const WeightTile* __restrict__ tiles, const int32_t* __restrict__ bits) {
+                           const uint8_t* __restrict__ ratios, const WeightTile* __restrict__ tiles,
+                           const int32_t* __restrict__ bits) {
   const WeightTile tile = tiles[blockIdx.x];
   if (bits[tile.slot] == kNotQuantized) return;
   w += tile.begin * kTileAlign;
+  if (ratios != nullptr) ratios += tile.begin * kTileAlign / kGroup;
   float x[kRounds][kWide];
+  int ratio[kRounds];
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r)
+  for (int r = 0; r < kRounds; ++r) {
     load_wide(x[r], w + wide_offset(r), wide_offset(r) < tile.count);
+    ratio[r] = ratio_index<kGroup>(ratios, wide_offset(r), tile);
+  }
   float most = 0.0f;
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) most = max_nan(most, group_range<kGroup>(x[r]).width());
+  for (int r = 0; r < kRounds; ++r) {
+    Range<float> range = group_range<kGroup>(x[r]);
+    if (ratios != nullptr) range = range.scaled(range_ratio<float>(ratio[r]));
+    most = max_nan(most, range.width());
+  }
   block_max<kThreads>(max_range + tile.slot, most);
 }
 
@@ -101,13 +118,13 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* out, const float (&x)[
 
 // Quantizes one tile with the S of its parameter; all threads of the block take part.
 template <int kGroup, Rounding kRounding>
-__device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
-                                              uint8_t* __restrict__ e, uint8_t* __restrict__ z,
-                                              uint8_t* __restrict__ clipped,
-                                              const float* __restrict__ w, const WeightTile& tile,
-                                              int bits, float master_scale) {
+__device__ __forceinline__ void quantize_tile(
+    __nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e, uint8_t* __restrict__ z,
+    uint8_t* __restrict__ clipped, const float* __restrict__ w, const uint8_t* __restrict__ ratios,
+    const WeightTile& tile, int bits, float master_scale) {
   const int64_t begin = tile.begin * kTileAlign;
   w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
+  if (ratios != nullptr) ratios += begin / kGroup;
   float x[kRounds][kWide];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r)
@@ -118,12 +135,14 @@ __device__ __forceinline__ void quantize_tile(__nv_bfloat16* __restrict__ wq,
   constexpr int kLanes = kGroup / kWide;
   static_assert(kLanes % kRounds == 0);
   const int lane = static_cast<int>(threadIdx.x) % kLanes, own_round = lane % kRounds;
+  const int ratio = ratio_index<kGroup>(ratios, wide_offset(own_round), tile);
   Range<float> range;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const Range<float> joined = group_range<kGroup>(x[r]);
     if (r == own_round) range = joined;
   }
+  if (ratios != nullptr) range = range.scaled(range_ratio<float>(ratio));
   const QuantizedGroup own = GroupQuantizer(master_scale, bits)(range);
   if (lane < kRounds && wide_offset(own_round) < tile.count && bits != kNoQuantizer) {
     e[wide_offset(own_round) / kGroup] = own.params.e;
@@ -157,9 +176,10 @@ template <int kGroup, Rounding kRounding>
 __global__ void __launch_bounds__(kThreads)
     fake_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
                       uint8_t* __restrict__ z, uint8_t* __restrict__ clipped, float* __restrict__ s,
-                      const float* __restrict__ w, const float* __restrict__ max_range,
-                      const float* __restrict__ prequantized, const WeightTile* __restrict__ tiles,
-                      int64_t tile_count, const int32_t* __restrict__ bits) {
+                      const float* __restrict__ w, const uint8_t* __restrict__ ratios,
+                      const float* __restrict__ max_range, const float* __restrict__ prequantized,
+                      const WeightTile* __restrict__ tiles, int64_t tile_count,
+                      const int32_t* __restrict__ bits) {
   const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
   __shared__ float scales[kTilesPerBlock];  // S of each tile that is to be quantized; else 0
   __shared__ int widths[kTilesPerBlock];    // their bit widths
@@ -179,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!__syncthreads_or(scale != 0.0f)) return;
   for (int i = 0; i < kTilesPerBlock; ++i)
     if (scales[i] != 0.0f)  // NaN too
-      quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, tiles[first + i], widths[i],
+      quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, ratios, tiles[first + i], widths[i],
                                        scales[i]);
 }
 
@@ -261,26 +281,27 @@ const uchar4* quads_of(const uint8_t* x) { return reinterpret_cast<const uchar4*
 }  // namespace
 
 void launch_max_group_range(cudaStream_t stream, float* max_range, float* prequantized,
-                            int64_t slots, const float* w, const WeightTile* tiles,
-                            int64_t tile_count, const int32_t* bits, int group) {
+                            int64_t slots, const float* w, const uint8_t* ratios,
+                            const WeightTile* tiles, int64_t tile_count, const int32_t* bits,
+                            int group) {
   for (float* cleared : {max_range, prequantized})
     BBB_CUDA(cudaMemsetAsync(cleared, 0, static_cast<size_t>(slots) * sizeof(float), stream));
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(tile_count)), dim3(kThreads)},
-           max_group_range_kernel<size>, max_range, w, tiles, bits);
+           max_group_range_kernel<size>, max_range, w, ratios, tiles, bits);
   });
 }
 
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
-                       uint8_t* clipped, float* s, const float* w, const float* max_range,
-                       const float* prequantized, const WeightTile* tiles, int64_t tile_count,
-                       const int32_t* bits, int group, Rounding rounding) {
+                       uint8_t* clipped, float* s, const float* w, const uint8_t* ratios,
+                       const float* max_range, const float* prequantized, const WeightTile* tiles,
+                       int64_t tile_count, const int32_t* bits, int group, Rounding rounding) {
   const int64_t blocks = (tile_count + kTilesPerBlock - 1) / kTilesPerBlock;
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
            rounding == Rounding::Identity ? fake_quant_kernel<size, Rounding::Identity>
                                           : fake_quant_kernel<size, Rounding::Nearest>,
-           wq, e, z, clipped, s, w, max_range, prequantized, tiles, tile_count, bits);
+           wq, e, z, clipped, s, w, ratios, max_range, prequantized, tiles, tile_count, bits);
   });
 }
 

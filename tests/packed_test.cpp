@@ -1,7 +1,8 @@
 // Products with packed weights. unpack is exact. packed_gemv equals the product with the unpacked
-// weight, up to the order of FP32 additions.
+// weight, up to the order of FP32 additions. quantized_gemv sums each group exactly.
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "quant/e4m3.h"
@@ -165,6 +166,204 @@ TEST_CASE("packed_gemv repeats bit for bit and propagates NaN", "[packed]") {
   const Values one_bad_row = run();
   for (size_t i = 0; i < one_bad_row.size(); ++i) CHECK(std::isnan(one_bad_row[i]) == (i == 5));
   x[700] = std::nan("");
+  for (const double v : run()) CHECK(std::isnan(v));
+}
+
+// Nested codes, of which a load reads the top planes, and their levels in F64.
+struct NestedMatrix {
+  int64_t n, k;
+  WeightGrid grid;
+  double master_scale = 0x1p-7;
+  Bytes planes, scales, zeros;
+  Values levels;
+
+  NestedMatrix(engine::Rng& rng, int64_t n, int64_t k, WeightGrid grid) : n(n), k(k), grid(grid) {
+    planes.resize(static_cast<size_t>(8 * n * k / 8));
+    const double lowest = std::exp2(8 - grid.bits);  // the value of the lowest bit that is read
+    for (int64_t row = 0; row < n; ++row)
+      for (int64_t i = 0; i < k; ++i) {
+        if (i % grid.group == 0) {
+          scales.push_back(static_cast<uint8_t>(1 + rng.below(0x7E)));
+          zeros.push_back(static_cast<uint8_t>(rng.below(256)));
+        }
+        const auto code = static_cast<int>(rng.below(256));
+        for (int plane = 0; plane < 8; ++plane)
+          planes[static_cast<size_t>((plane * n + row) * (k / 8) + i / 8)] |=
+              static_cast<uint8_t>((code >> (7 - plane) & 1) << (i % 8));
+        const double middle = grid.dequant == quant::NestedDequant::Middle ? (lowest - 1) / 2 : 0;
+        levels.push_back((std::floor(code / lowest) * lowest + middle - zeros.back()) *
+                         quant::e4m3_decode(scales.back()));
+      }
+  }
+
+  PackedWeight on(Backend& b) const {
+    const auto s = static_cast<float>(master_scale);
+    const void* const parts[] = {planes.data(), scales.data(), zeros.data(), &s};
+    return engine::upload_packed(
+        b, {.n = n, .k = k, .weight = grid},
+        [&](const quant::StoredTensor& t) { return parts[static_cast<size_t>(t.part)]; });
+  }
+};
+
+constexpr quant::NestedDequant kDequants[] = {quant::NestedDequant::Middle,
+                                              quant::NestedDequant::Floor};
+
+TEST_CASE("nested codes: unpack is exact, and packed_gemv multiplies by it", "[packed][nested]") {
+  engine::Rng rng(37);
+  Backend& b = backend();
+  for (const int bits : {8, 4, 3, 2})
+    for (const quant::NestedDequant dequant : kDequants)
+      for (const int group : {32, 64, 128})
+        for (const auto& [n, k, m] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+                 {1, 128, 1}, {9, 640, 8}, {33, 1152, 3}}) {
+          CAPTURE(bits, dequant == quant::NestedDequant::Middle, group, n, k, m);
+          const NestedMatrix matrix(rng, n, k, {bits, group, true, dequant});
+          const PackedWeight weight = matrix.on(b);
+          const Guarded wq(b, {n, k}, b.act()), y(b, {m, n}, b.real());
+          b.unpack(wq.tensor(), weight);
+          CHECK(values_of(b, wq.tensor()) ==
+                (b.act() == DType::BF16 ? round_bf16(matrix.levels) : matrix.levels));
+          const Values x = activations(rng, m * k);
+          const Values addend = activations(rng, m * n, 4.0);
+          b.packed_gemv(y.tensor(), make(b, {m, k}, b.act(), x), weight,
+                        make(b, {m, n}, b.act(), addend));
+          CHECK((wq.untouched() && y.untouched()));
+          const Values got = values_of(b, y.tensor());
+          for (int64_t i = 0; i < m * n; ++i) {
+            double sum = 0, size = 0;
+            for (int64_t j = 0; j < k; ++j) {
+              const double term = x[static_cast<size_t>(i / n * k + j)] *
+                                  matrix.levels[static_cast<size_t>(i % n * k + j)];
+              sum += matrix.master_scale * term;
+              size += matrix.master_scale * std::abs(term);
+            }
+            const double want = sum + addend[static_cast<size_t>(i)];
+            const double order = static_cast<double>(k) / 32 + 16;  // as in check_gemv
+            REQUIRE(std::abs(got[static_cast<size_t>(i)] - want) <=
+                    epsilon_of(DType::F32) * (order * size + std::abs(want)));
+          }
+        }
+}
+
+// Codes of an operand: the first groups have 8 bits, like outliers. Scales have 4 significant bits.
+struct Codes {
+  Bytes codes, zeros;
+  Values scales;
+
+  Codes(engine::Rng& rng, int64_t m, int64_t k, int group, int bits) {
+    const int64_t groups = k / group;
+    for (int64_t i = 0; i < m * groups; ++i) {
+      const int64_t top = int64_t{1} << (i % groups < 2 ? 8 : bits);
+      zeros.push_back(static_cast<uint8_t>(rng.below(top)));
+      scales.push_back(
+          std::ldexp(static_cast<double>(8 + rng.below(8)), static_cast<int>(rng.below(12)) - 12));
+      for (int j = 0; j < group; ++j) codes.push_back(static_cast<uint8_t>(rng.below(top)));
+    }
+  }
+
+  engine::OperandRows on(Backend& b, int64_t m) const {
+    const auto k = static_cast<int64_t>(codes.size()) / m;
+    const auto groups = static_cast<int64_t>(zeros.size()) / m;
+    engine::OperandRows rows;
+    rows.codes = make_bytes(b, {m, k}, codes);
+    rows.zeros = make_bytes(b, {m, groups}, zeros);
+    rows.scales = make(b, {m, groups}, b.real(), scales);
+    return rows;
+  }
+};
+
+// `levels` of the weight (N, K) with its scale in each group, S apart.
+void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Values& levels,
+                          double master_scale, int64_t m, int bits, bool with_addend,
+                          DType y_dtype) {
+  Backend& b = backend();
+  const int64_t n = weight.format.n, k = weight.format.k;
+  const int group = weight.format.weight.group;
+  CAPTURE(n, k, weight.format.weight.bits, weight.format.weight.nested, group, m, bits, with_addend,
+          y_dtype == DType::BF16);
+  const Codes x(rng, m, k, group, bits);
+  const Values addend = with_addend ? round_bf16(normal(rng, m * n, 4.0)) : Values();
+  const Guarded y(b, {m, n}, y_dtype);
+  b.quantized_gemv(y.tensor(), x.on(b, m), weight,
+                   with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
+  CHECK(y.untouched());
+  const Values got = values_of(b, y.tensor());
+  for (int64_t i = 0; i < m * n; ++i) {
+    double sum = 0, size = 0;
+    for (int64_t g = 0; g < k / group; ++g) {
+      double part = 0;
+      for (int64_t j = g * group; j < (g + 1) * group; ++j)
+        part += levels[static_cast<size_t>(i % n * k + j)] *
+                (double(x.codes[static_cast<size_t>(i / n * k + j)]) -
+                 x.zeros[static_cast<size_t>(i / n * (k / group) + g)]);
+      part *= master_scale * x.scales[static_cast<size_t>(i / n * (k / group) + g)];
+      sum += part;
+      size += std::abs(part);
+    }
+    // A group's sum is exact: it takes one rounding of its product and one of each addition.
+    double want = sum, error = 0x1p-24 * static_cast<double>(k / group) * size * (1 + 1e-5);
+    if (with_addend) {
+      want += addend[static_cast<size_t>(i)];
+      error += 0x1p-24 * std::abs(want) * 1.01;
+    }
+    if (y_dtype == DType::BF16) error += 0x1p-9 * (std::abs(want) + error);
+    INFO("row " << i / n << ", output " << i % n << ": got " << got[static_cast<size_t>(i)]
+                << ", want " << want << " within " << error);
+    REQUIRE(std::abs(got[static_cast<size_t>(i)] - want) <= error);
+    if (k == group && !with_addend && y_dtype == DType::F32)  // one group: rounded once
+      REQUIRE(got[static_cast<size_t>(i)] == double{static_cast<float>(sum)});
+  }
+}
+
+TEST_CASE("quantized_gemv sums each group exactly", "[packed][quantized_gemv]") {
+  engine::Rng rng(38);
+  Backend& b = backend();
+  int turn = 0;
+  for (const int bits : {2, 3, 4, 8})
+    for (const int group : {32, 64, 128})
+      for (const int64_t m : {1, 2, 4, 5, 8})
+        for (const auto& [n, groups] : std::vector<std::pair<int64_t, int64_t>>{
+                 {1, 1}, {7, 3}, {33, 18}, {2300, 2}, {5, 129}}) {
+          if (n > 1000 && m > 2) continue;
+          const Matrix matrix(rng, n, groups * group, {bits, group});
+          const int activation_bits[] = {2, 4, 8};
+          ++turn;
+          check_quantized_gemv(rng, matrix.on(b), matrix.levels, matrix.master_scale, m,
+                               activation_bits[turn % 3], turn % 2 == 0,
+                               turn % 5 == 0 ? b.act() : b.real());
+        }
+}
+
+TEST_CASE("quantized_gemv of nested codes at every width", "[packed][quantized_gemv][nested]") {
+  engine::Rng rng(39);
+  Backend& b = backend();
+  for (const int bits : {8, 4, 3, 2})
+    for (const quant::NestedDequant dequant : kDequants)
+      for (const int group : {32, 64, 128})
+        for (const int64_t m : {1, 3, 8})
+          for (const auto& [n, groups] :
+               std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {33, 18}, {5, 130}}) {
+            const NestedMatrix matrix(rng, n, groups * group, {bits, group, true, dequant});
+            check_quantized_gemv(rng, matrix.on(b), matrix.levels, matrix.master_scale, m, 2,
+                                 m == 3, m == 8 ? b.act() : b.real());
+          }
+}
+
+TEST_CASE("quantized_gemv repeats bit for bit and propagates NaN", "[packed][quantized_gemv]") {
+  engine::Rng rng(40);
+  Backend& b = backend();
+  Matrix matrix(rng, 40, 1536, {2, 32});
+  Codes x(rng, 1, 1536, 32, 2);
+  const auto run = [&] {
+    const Tensor y = b.empty({1, 40}, b.real());
+    b.quantized_gemv(y, x.on(b, 1), matrix.on(b), Tensor());
+    return values_of(b, y);
+  };
+  CHECK(run() == run());
+  matrix.scales[5 * 48 + 7] = quant::kE4m3Nan;
+  const Values one_bad_row = run();
+  for (size_t i = 0; i < one_bad_row.size(); ++i) CHECK(std::isnan(one_bad_row[i]) == (i == 5));
+  x.scales[9] = std::nan("");
   for (const double v : run()) CHECK(std::isnan(v));
 }
 

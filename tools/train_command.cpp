@@ -31,6 +31,9 @@ int train_command(const Arguments& arguments) {
   train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
     if (f.group != nullptr && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
   });
+  // Nested codes have 8 bits.
+  if (!config.any_precision.empty() && !line.has("stages") && !line.has("schedule"))
+    config.stages = {{.weight_bits = quant::kNestedBits}};
   if (line.has("synthetic")) {
     if (line.has("model")) throw UsageError("give one of --model and --synthetic");
     config.model = cat(data::kSyntheticPrefix, line.text("synthetic"));

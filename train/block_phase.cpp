@@ -99,8 +99,8 @@ class BlockPhase {
     hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
     hooks.synchronized = [this] { finish_write_if_done(); };
     trainer_.reset();  // its memory, before the next one takes its own
-    trainer_.emplace(backend_, model_, config_, std::move(formats), recompute_, streams_, inv_freq_,
-                     run_, observer_, std::move(hooks));
+    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recompute_,
+                     streams_, inv_freq_, run_, observer_, std::move(hooks));
   }
 
   LayerResult start_stage(int64_t layer, size_t t, const LayerResult& from) const {
@@ -139,7 +139,11 @@ class BlockPhase {
 
   // Passes stream t through the block, with the masters and width that are loaded.
   void advance_stage(size_t t) {
-    advance(trainer_->quantized_block(), streams_.stage(t), streams_.stage(t));
+    LlamaBlock& block = trainer_->quantized_block();
+    for (size_t p = 0; p < streams_.precisions(); ++p) {
+      if (streams_.precisions() > 1) block.select_precision(p);
+      advance(block, streams_.stage(t, p), streams_.stage(t, p));
+    }
   }
 
   LayerResult finished_result(int64_t layer, size_t t) const {

@@ -176,6 +176,9 @@ void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
        "--any-precision nests codes of 8 bits, whose ranges are not searched: no --range search");
   want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
        "--any-precision trains masters: no --e2e-train scales");
+  want(c.input_stream == InputStream::Same && c.target == Target::Full,
+       "--any-precision gives every precision its own stream: it needs --input-stream same and "
+       "--target full");
   const auto nested = [&](const Stage& s) {
     want(s.weight_bits == quant::kNestedBits,
          cat("--any-precision trains stages of w8, not ", s));

@@ -6,6 +6,7 @@
 
 #include "autograd/ops.h"
 #include "engine/progress.h"
+#include "train/loss_weights.h"
 #include "train/run_file.h"
 #include "train/sample_order.h"
 #include "train/step_loop.h"
@@ -49,6 +50,7 @@ class EndToEnd {
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
+    if (recipe.precisions() > 1) weights_.emplace(backend, recipe.precisions(), steps_);
     upload_windows(windows);
   }
 
@@ -149,6 +151,7 @@ class EndToEnd {
   // Recorded: one optimizer step.
   void step(StepPart last) {
     student_.quantize();
+    if (weights_) step_weights_ = weights_->at(loop_->cursor());
     for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
       accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
     if (last < StepPart::Backward) return;
@@ -167,32 +170,37 @@ class EndToEnd {
     backend_.advance(cursor_);
     if (last == StepPart::Quantize) return;
 
-    Tape tape(backend_, TapeMode::Training);
     Tensor teacher_h;
-    Var h;
-    const auto teacher_forward = [&] {
-      if (!teacher_) return;
-      Tape inference(backend_, TapeMode::Inference);
-      teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
-                      .value()
-                      .view({tokens, model_.d_model});
-    };
-    const auto student_forward = [&] {
-      h = autograd::reshape(tape, student_.model().forward(tape, ids, nullptr, recompute_),
-                            {tokens, model_.d_model});
-    };
-    backend_.overlap(teacher_forward, student_forward);
-    const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
-                          : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
-                                                                 : LossKind::JensenShannon;
-    const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
-    const Var loss = autograd::head_loss(
-        tape, kind, h, student_.model().head(), targets.view({tokens}), teacher_h, scale,
-        models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
-        Tensor(), config_.e2e_jsd_beta);
-    if (last == StepPart::Forward) return;
-    tape.backward(loss);
-    backend_.sum(loss_, loss.value(), 1.0, mode);
+    for (size_t p = 0; p < recipe_.precisions(); ++p) {
+      Tape tape(backend_, TapeMode::Training);
+      Var h;
+      const auto teacher_forward = [&] {
+        if (!teacher_ || p > 0) return;
+        Tape inference(backend_, TapeMode::Inference);
+        teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
+                        .value()
+                        .view({tokens, model_.d_model});
+      };
+      const auto student_forward = [&] {
+        if (weights_) student_.select_precision(p);
+        h = autograd::reshape(tape, student_.model().forward(tape, ids, nullptr, recompute_),
+                              {tokens, model_.d_model});
+      };
+      backend_.overlap(teacher_forward, student_forward);
+      if (weights_)
+        h = autograd::weighted(tape, h, step_weights_.slice(static_cast<int64_t>(p), 1));
+      const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
+                            : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
+                                                                   : LossKind::JensenShannon;
+      const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
+      const Var loss = autograd::head_loss(
+          tape, kind, h, student_.model().head(), targets.view({tokens}), teacher_h, scale,
+          models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
+          Tensor(), config_.e2e_jsd_beta);
+      if (last == StepPart::Forward) continue;
+      tape.backward(loss);
+      backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
+    }
   }
 
   NamedTensors state() const { return optimizer_state(student_.parameters(), *optimizer_); }
@@ -236,7 +244,9 @@ class EndToEnd {
   Tensor ids_, targets_;  // I32 (samples, T)
   Tensor order_;          // I32 (steps * e2e_batch): the windows of all steps
   Tensor cursor_;         // I32 (1): the micro-batch, counted over all steps
-  Tensor loss_;           // real (1): the loss of the whole step
+  Tensor loss_;           // real (1): the loss of the whole step, over all precisions
+  std::optional<LossWeights> weights_;  // of several precisions
+  Tensor step_weights_;                 // real (precisions): those of the step that is recorded
 };
 
 }  // namespace

@@ -144,6 +144,14 @@ int64_t Recipe::split_count(const TrainConfig& config, const LlamaConfig& model,
   return std::min(static_cast<int64_t>(std::ceil(count)), k - config.act_outliers);
 }
 
+autograd::NestedPrecisions Recipe::nested() const {
+  autograd::NestedPrecisions nested;
+  nested.dequant = config_.nested_dequant;
+  for (const int bits : config_.any_precision)
+    if (bits < quant::kNestedBits) nested.bits.push_back(bits);
+  return nested;
+}
+
 int Recipe::lowest_bits() const {
   return config_.any_precision.empty() ? 0 : config_.any_precision.back();
 }

@@ -5,9 +5,11 @@
 //                                      end-to-end phase's
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "autograd/weight_quantizer.h"
 #include "models/site_statistics.h"
 #include "train/config.h"
 
@@ -47,6 +49,9 @@ class Recipe {
   // are no outliers.
   static int64_t split_count(const TrainConfig& config, const models::LlamaConfig& model,
                              int64_t layer, int64_t k);
+  // The lower precisions that train together with 8 bits; none without --any-precision.
+  autograd::NestedPrecisions nested() const;
+  size_t precisions() const { return std::max<size_t>(1, config_.any_precision.size()); }
   // The bits of the lowest precision that trains; 0 if only one does.
   int lowest_bits() const;
 

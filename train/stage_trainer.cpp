@@ -30,28 +30,36 @@ double best_of(const std::vector<double>& losses) {
 
 StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                            const TrainConfig& config, StageFormats formats,
-                           models::Recompute recompute, StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
+                           autograd::NestedPrecisions nested, models::Recompute recompute,
+                           StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
                            const Observer& observer, StepHooks hooks)
     : backend_(backend),
       config_(config),
       formats_(std::move(formats)),
+      precisions_(1 + nested.bits.size()),
       recompute_(recompute),
       streams_(streams),
       run_(run),
       observer_(observer),
       hooks_(std::move(hooks)),
       steps_per_epoch_(config.samples / config.batch),
-      parameters_(backend, autograd::GradientPasses::One),
+      parameters_(backend, precisions_ == 1 ? autograd::GradientPasses::One
+                                            : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
   block_.declare_parameters(parameters_, formats_[0]);
   parameters_.allocate();
-  quantizer_.emplace(parameters_, config.group, config.range);
+  quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
+                     std::move(nested));
   block_.bind_parameters(*quantizer_, formats_[0]);
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
   const int64_t total = steps_per_stage(config);
   order_ = backend.empty({total * config.batch}, DType::I32);
   loop_.emplace(backend, run, total, config.batch * config.seq_len, recompute, config.save_every);
   validation_ = backend.empty({1}, backend.real());
+  if (precisions_ > 1) {
+    weights_.emplace(backend, precisions_, total);
+    loss_ = backend.empty({1}, backend.real());
+  }
   for (double lr : config.lr)
     stages_.push_back({std::make_unique<autograd::Optimizer>(
                            parameters_, &*quantizer_, engine::AdamWSpec{}, schedule_of(lr, total)),
@@ -152,7 +160,8 @@ void StageTrainer::rewind(int64_t layer, size_t t) {
 void StageTrainer::record_steps(size_t t) {
   if (!stages_[t].steps.empty()) return;
   quantizer_->prepare();  // products are timed on quantized weights
-  for (size_t i = 0; i < streams_.inputs(t).size(); ++i)
+  const size_t rotation = precisions_ > 1 ? 1 : streams_.inputs(t).size();
+  for (size_t i = 0; i < rotation; ++i)
     stages_[t].steps.push_back(record(t, i, StepPart::Optimizer));
 }
 
@@ -175,6 +184,7 @@ void StageTrainer::feed_first(size_t t) {
 // Recorded: everything that it reads is on the device. It starts from masters that prepare() or the
 // step before left.
 void StageTrainer::step(size_t t, size_t input, StepPart last) {
+  if (precisions_ > 1) return step_together(t, last);
   const std::vector<Stream*> inputs = streams_.inputs(t);
   const Tensor x = streams_.step_input(*inputs[input], input, order_, loop_->cursor());
   const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());
@@ -190,13 +200,47 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   loop_->end_step(*stages_[t].optimizer);
 }
 
-// Mean squared error over the validation windows, on the stage's first input stream.
+// loss = sum over the precisions of their weight times the mean squared error.
+void StageTrainer::step_together(size_t t, StepPart last) {
+  const std::vector<Stream*> inputs = streams_.inputs(t);
+  const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());
+  const Tensor weights = weights_->at(loop_->cursor());
+  quantizer_->quantize();
+  if (last == StepPart::Quantize) return;
+  for (size_t p = 0; p < precisions_; ++p) {
+    const Tensor x = streams_.step_input(*inputs[p], p, order_, loop_->cursor());
+    Tape tape(backend_, TapeMode::Training);
+    block_.select_precision(p);
+    const Var out = block_.forward(tape, Var(x), nullptr, recompute_);
+    const Tensor weight = weights.slice(static_cast<int64_t>(p), 1);
+    const Var loss = autograd::mse(tape, autograd::weighted(tape, out, weight), y);
+    if (last == StepPart::Forward) continue;
+    tape.backward(loss);
+    backend_.sum(loss_, loss.value(), 1.0, p == 0 ? engine::Write::Overwrite : engine::Write::Add);
+  }
+  if (last == StepPart::Forward) return;
+  block_.finish_backward();
+  if (last == StepPart::Backward) return;
+  stages_[t].optimizer->step(loss_);
+  loop_->end_step(*stages_[t].optimizer);
+}
+
+// Mean squared error over the validation windows, on the stage's first input stream; the sum over
+// the precisions, each on its own.
 double StageTrainer::validate(size_t t) {
-  const int64_t begin = config_.samples, rows = streams_.rows();
-  Reader inputs = streams_.in_order(*streams_.inputs(t)[0], 0, begin, rows);
-  Reader targets = streams_.in_order(streams_.target(), 1, begin, rows);
   quantizer_->prepare();
   backend_.zero(validation_);
+  for (size_t p = 0; p < precisions_; ++p) {
+    if (precisions_ > 1) block_.select_precision(p);
+    add_validation(*streams_.inputs(t)[p]);
+  }
+  return models::download_floats(backend_, validation_)[0];
+}
+
+void StageTrainer::add_validation(Stream& input) {
+  const int64_t begin = config_.samples, rows = streams_.rows();
+  Reader inputs = streams_.in_order(input, 0, begin, rows);
+  Reader targets = streams_.in_order(streams_.target(), 1, begin, rows);
   for (int64_t row = begin; row < rows; row += config_.batch) {
     const int64_t count = std::min(config_.batch, rows - row);
     Tape tape(backend_, TapeMode::Inference);
@@ -207,7 +251,6 @@ double StageTrainer::validate(size_t t) {
                  static_cast<double>(count) / static_cast<double>(config_.val_samples),
                  engine::Write::Add);
   }
-  return models::download_floats(backend_, validation_)[0];
 }
 
 Json StageTrainer::log_line(const char* phase, const Position& at, int64_t epoch) const {

@@ -11,6 +11,7 @@
 
 #include "models/llama.h"
 #include "train/block_times.h"
+#include "train/loss_weights.h"
 #include "train/recipe.h"
 #include "train/step_loop.h"
 #include "train/step_probe.h"
@@ -27,7 +28,8 @@ class StageTrainer {
   // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
   // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-               StageFormats formats, models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
+               StageFormats formats, autograd::NestedPrecisions nested,
+               models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
                const RunDirectory& run, const Observer& observer, StepHooks hooks);
 
   const StageFormats& formats() const { return formats_; }
@@ -44,6 +46,7 @@ class StageTrainer {
 
   // Records the step of stage t on one of its input streams, up to the part `last`. The masters
   // must have been quantized.
+  // Several precisions take one step together, each on its own stream; `input` is then 0.
   std::unique_ptr<engine::Replay> record(size_t t, size_t input, StepPart last);
   // Before the first step of stage t of a layer: uploads its sample order, restarts the optimizer.
   void rewind(int64_t layer, size_t t);
@@ -58,8 +61,10 @@ class StageTrainer {
   };
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
+  void step_together(size_t t, StepPart last);
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
   double validate(size_t t);
+  void add_validation(Stream& input);
   NamedTensors state(size_t t) const;
   StepHooks step_hooks(size_t t, const Position& at);
   Json log_line(const char* phase, const Position& at, int64_t epoch) const;
@@ -68,6 +73,7 @@ class StageTrainer {
   Backend& backend_;
   const TrainConfig& config_;
   const StageFormats formats_;
+  const size_t precisions_;
   const models::Recompute recompute_;
   StreamSet& streams_;
   const RunDirectory& run_;
@@ -82,6 +88,8 @@ class StageTrainer {
   std::vector<int32_t> host_order_;  // the same, on the host
   std::optional<StepLoop> loop_;
   Tensor validation_;  // real (1)
+  std::optional<LossWeights> weights_;  // of several precisions
+  Tensor loss_;                         // real (1): their sum
   std::vector<Stage> stages_;
   std::unique_ptr<StepFeed> feed_;
 };

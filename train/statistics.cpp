@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "models/llama.h"
+#include "quant/host.h"
 #include "train/recipe.h"
 
 namespace bbb::train {
@@ -46,7 +47,7 @@ class Collector {
     for (const LinearShape& linear : models::block_linears(model_))
       moments_[static_cast<size_t>(linear.site)] =
           backend_.empty({Backend::kMoments, linear.k}, DType::F64);
-    pass(block, Advance::No, [this](Site site, const Tensor& x) {
+    pass(block, [this](Site site, const Tensor& x) {
       backend_.channel_moments(moments_[static_cast<size_t>(site)], x);
     });
     for (const LinearShape& linear : models::block_linears(model_)) {
@@ -71,7 +72,7 @@ class Collector {
       moments_[site] = backend_.empty({Backend::kMoments, format.stored_k()}, DType::F64);
       if (!format.exact_input()) operands[site] = engine::upload_operand(backend_, format);
     }
-    pass(block, Advance::Yes, [&](Site site, const Tensor& x) {
+    pass(block, [&](Site site, const Tensor& x) {
       const auto at = static_cast<size_t>(site);
       Tensor operand = x;
       if (operands[at]) {
@@ -88,12 +89,13 @@ class Collector {
         statistics[site].energy.push_back(
             static_cast<float>(moments[columns + p] / static_cast<double>(tokens_)));
     }
+    if (config_.split_side == SplitSideChoice::Auto && !config_.ocs_ratio.empty())
+      choose_sides(block, original, statistics);
+    block_forward(block);
     return statistics;
   }
 
  private:
-  enum class Advance { No, Yes };
-
   quant::LinearFormat operand_format(const LinearShape& linear,
                                      const models::SiteStatistics& site) const {
     quant::LinearFormat format{.n = linear.n, .k = linear.k};
@@ -105,21 +107,127 @@ class Collector {
   }
 
   // Runs all windows through the block. tap(site, x) gets x as a matrix (M, K).
-  void pass(models::LlamaBlock& block, Advance advance,
-            const std::function<void(Site, const Tensor&)>& tap) {
+  void pass(models::LlamaBlock& block, const std::function<void(Site, const Tensor&)>& tap) {
     for (const Tensor& moments : moments_) backend_.zero(moments);
     block.set_tap([&](Site site, const Tensor& x) {
       tap(site, x.view({x.numel() / x.dim(-1), x.dim(-1)}));
     });
+    over_batches(block, [](const Tensor&, const Tensor&) {});
+    block.set_tap(nullptr);
+  }
+
+  // The stream behind the block.
+  void block_forward(models::LlamaBlock& block) {
+    over_batches(block, [this](const Tensor& rows, const Tensor& y) { backend_.copy(rows, y); });
+  }
+
+  template <typename Take>
+  void over_batches(models::LlamaBlock& block, const Take& take) {
     for (int64_t begin = 0; begin < windows_; begin += config_.batch) {
       const int64_t count = std::min(config_.batch, windows_ - begin);
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
-      const Var y = block.forward(tape, x, nullptr, models::Recompute::None);
-      if (advance == Advance::Yes) backend_.copy(rows, y.value().view(rows.shape()));
+      take(rows, block.forward(tape, x, nullptr, models::Recompute::None).value().view(rows.shape()));
     }
-    block.set_tap(nullptr);
+  }
+
+  // A site's linears at the widths of the result, split on one side.
+  struct Trial {
+    engine::OperandSpec operand;
+    std::vector<Tensor> weights, scales;  // act (N, K') and real (1) of each linear
+    Tensor error;                         // real (1): summed squared differences of outputs
+  };
+
+  // Each site takes the side whose quantized outputs are closer to the full-precision ones.
+  void choose_sides(models::LlamaBlock& block, const models::LayerResult& original,
+                    LayerStatistics& statistics) {
+    const std::vector<LinearShape> shapes = models::block_linears(model_);
+    constexpr quant::SplitSide kSides[] = {quant::SplitSide::Weight, quant::SplitSide::Activation};
+    std::array<std::array<Trial, 2>, models::kSites> trials;
+    std::array<std::vector<Tensor>, models::kSites> exact;  // act (N, K) of each linear
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const auto site = static_cast<size_t>(shapes[i].site);
+      exact[site].push_back(models::upload_as(backend_, original.linears[i].master,
+                                              {shapes[i].n, shapes[i].k}, backend_.act()));
+      for (size_t side = 0; side < 2; ++side)
+        add_linear(trials[site][side], original.linears[i], shapes[i], statistics[site],
+                   kSides[side]);
+    }
+    pass(block, [&](Site site, const Tensor& x) {
+      const auto at = static_cast<size_t>(site);
+      for (Trial& trial : trials[at]) {
+        const Tensor operand =
+            backend_.empty({x.dim(0), trial.operand.view.stored_k}, backend_.act());
+        backend_.operand({.x = operand, .clipped = {}, .codes = {}, .zeros = {}, .scales = {}}, x,
+                         trial.operand);
+        for (size_t i = 0; i < exact[at].size(); ++i) {
+          const engine::Shape shape{x.dim(0), exact[at][i].dim(0)};
+          const Tensor y = backend_.empty(shape, backend_.act()),
+                       quantized = backend_.empty(shape, backend_.act());
+          backend_.gemm_nt(y, x, exact[at][i], Tensor(), Tensor());
+          backend_.gemm_nt(quantized, operand, trial.weights[i], trial.scales[i], Tensor());
+          const Tensor loss = backend_.empty({1}, backend_.real());
+          backend_.mse(loss, Tensor(), quantized, y);
+          backend_.sum(trial.error, loss, static_cast<double>(y.numel()), engine::Write::Add);
+        }
+      }
+    });
+    for (size_t site = 0; site < trials.size(); ++site) {
+      const auto error = [&](size_t side) {
+        return models::download_floats(backend_, trials[site][side].error)[0];
+      };
+      if (error(1) >= error(0)) continue;
+      statistics[site].energy = energy_of(statistics[site], quant::SplitSide::Activation);
+      statistics[site].side = quant::SplitSide::Activation;
+    }
+  }
+
+  // The energies with splits on this side: the activation of a pair is halved or not.
+  static std::vector<float> energy_of(const models::SiteStatistics& site, quant::SplitSide side) {
+    std::vector<float> energy = site.energy;
+    if (side == site.side) return energy;
+    const float factor = side == quant::SplitSide::Activation ? 0.25f : 4.0f;
+    for (size_t i = 0; i < 2 * site.split.size(); ++i) energy[site.outliers.size() + i] *= factor;
+    return energy;
+  }
+
+  void add_linear(Trial& trial, const models::LinearResult& original, const LinearShape& shape,
+                  const models::SiteStatistics& site, quant::SplitSide side) {
+    quant::LinearFormat format = operand_format(shape, site);
+    format.order = std::make_shared<quant::ChannelOrder>(shape.k, config_.group, site.outliers,
+                                                         site.split, side);
+    format.weight.bits = config_.bits;
+    format.input.bits = config_.act_bits;
+    format.input.outliers = static_cast<int>(site.outliers.size());
+    format.input.range = config_.act_range;
+    const models::LinearResult start = models::start_stage(
+        original, format, energy_of(site, side), config_.range,
+        config_.any_precision.empty() ? 0 : config_.any_precision.back());
+    if (trial.weights.empty()) {
+      trial.operand = engine::upload_operand(backend_, format);
+      trial.error = backend_.zeros({1}, backend_.real());
+    }
+    std::vector<float> wq;
+    float s = 1;
+    if (backend_.computes()) {
+      const auto count = static_cast<size_t>(format.n * format.stored_k());
+      std::vector<uint8_t> e(count / static_cast<size_t>(config_.group)), z(e.size()),
+          clipped(count / 8);
+      wq.resize(count);
+      const uint8_t* ratios = start.ratios.empty() ? nullptr : start.ratios.data();
+      const quant::host::Rows rows{0, format.n};
+      s = quant::master_scale_of(quant::raw_scale(
+          quant::host::group_range_max(start.master.data(), ratios, rows, format.stored_k(),
+                                       config_.group),
+          config_.bits));
+      quant::host::fake_quant(wq.data(), e.data(), z.data(), clipped.data(), start.master.data(),
+                              ratios, rows, format.stored_k(), s, {config_.bits, config_.group},
+                              engine::Rounding::Nearest);
+    }
+    trial.weights.push_back(
+        models::upload_as(backend_, wq, {format.n, format.stored_k()}, backend_.act()));
+    trial.scales.push_back(models::upload_as(backend_, {s}, {1}, backend_.real()));
   }
 
   std::vector<double> sums(Site site) const {

@@ -3,6 +3,8 @@
 //
 //   pass 1   moments of every channel        -> outliers, split channels, kurtosis
 //   pass 2   energies E[x^2] of the gathered and rotated inputs, by stored position
+//   pass 3   for --split-side auto: the error of the outputs with a split on either side, at the
+//            widths of the result
 #pragma once
 
 #include <functional>

@@ -19,13 +19,18 @@ StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& 
   return shape;
 }
 
+// Streams of a stage: one for each precision that trains.
+static int64_t precisions_of(const TrainConfig& config) {
+  return std::max<int64_t>(1, static_cast<int64_t>(config.any_precision.size()));
+}
+
 int64_t StreamSet::count(const TrainConfig& config) {
-  return static_cast<int64_t>(config.stages.size()) +
+  return static_cast<int64_t>(config.stages.size()) * precisions_of(config) +
          (config.input_stream == InputStream::Same ? 1 : 2);
 }
 
 int StreamSet::rings(const TrainConfig& config) {
-  return config.input_stream == InputStream::Mix ? 3 : 2;
+  return config.input_stream == InputStream::Mix ? 3 : 1 + static_cast<int>(precisions_of(config));
 }
 
 StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
@@ -39,14 +44,21 @@ StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const T
     store_.push_back(std::make_unique<Stream>(backend, of_each, tier, plan.scratch));
   for (int i = 0; i < plan.rings; ++i)
     rings_.push_back(std::make_unique<Ring>(backend, of_each, plan.uses(Tier::File)));
-  for (size_t t = 0; t <= config.stages.size(); ++t) streams_.push_back(store_[t].get());
+  const size_t precisions = static_cast<size_t>(precisions_of(config));
+  for (size_t i = 0; i <= config.stages.size() * precisions; ++i)
+    streams_.push_back(store_[i].get());
   target_ = config.input_stream == InputStream::Same ? streams_[0] : store_.back().get();
 }
 
+size_t StreamSet::precisions() const { return static_cast<size_t>(precisions_of(config_)); }
+
 std::vector<Stream*> StreamSet::inputs(size_t t) const {
   switch (config_.input_stream) {
-    case InputStream::Same:
-      return {streams_[t + 1]};
+    case InputStream::Same: {
+      std::vector<Stream*> own;
+      for (size_t p = 0; p < precisions(); ++p) own.push_back(streams_[1 + t * precisions() + p]);
+      return own;
+    }
     case InputStream::Higher:
       return {streams_[t]};
     default:
@@ -109,14 +121,17 @@ StepFeed::StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>&
         rows.insert(rows.end(), order.begin() + step * batch, order.begin() + (step + 1) * batch);
     return std::make_unique<Reader>(streams.backend_, stream, streams.ring(ring), std::move(rows));
   };
+  together_ = streams.precisions() > 1;
   for (size_t i = 0; i < inputs.size(); ++i)
-    inputs_.push_back(reader(*inputs[i], i, i, inputs.size()));
+    inputs_.push_back(together_ ? reader(*inputs[i], i, 0, 1)
+                                : reader(*inputs[i], i, i, inputs.size()));
   target_ = reader(streams.target(), inputs.size(), 0, 1);
 }
 
 void StepFeed::next(int64_t step) {
-  Reader* const input = inputs_[static_cast<size_t>(step) % inputs_.size()].get();
-  if (input != nullptr) input->next();
+  for (size_t i = 0; i < inputs_.size(); ++i)
+    if (inputs_[i] && (together_ || static_cast<size_t>(step) % inputs_.size() == i))
+      inputs_[i]->next();
   if (target_) target_->next();
 }
 

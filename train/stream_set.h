@@ -27,9 +27,13 @@ class StreamSet {
             const StreamPlan& plan);
 
   Stream& full() { return *streams_[0]; }
-  Stream& stage(size_t t) { return *streams_[t + 1]; }
+  Stream& stage(size_t t, size_t precision = 0) {
+    return *streams_[1 + t * precisions() + precision];
+  }
+  size_t precisions() const;  // that train together
   Stream& target() { return *target_; }
-  // The input streams of stage t; its steps take them in rotation.
+  // The input streams of stage t: its steps take them in rotation; or, of several precisions, each
+  // step takes all.
   std::vector<Stream*> inputs(size_t t) const;
 
   // full() and every stage(t) become the embeddings of the training and then the validation
@@ -82,6 +86,7 @@ class StepFeed {
  private:
   std::vector<std::unique_ptr<Reader>> inputs_;  // null: on the device, the step gathers
   std::unique_ptr<Reader> target_;               // null likewise
+  bool together_ = false;                        // a step takes all inputs, not one in rotation
 };
 
 }  // namespace bbb::train

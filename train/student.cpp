@@ -14,8 +14,9 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
       recipe_(recipe),
       stage_(stage),
       model_(backend, source, models::HeadRounding::BFloat16),
-      parameters_(backend, config.e2e_batch == config.e2e_micro_batch ? GradientPasses::One
-                                                                      : GradientPasses::Several) {}
+      parameters_(backend, config.e2e_batch == config.e2e_micro_batch && recipe.precisions() == 1
+                               ? GradientPasses::One
+                               : GradientPasses::Several) {}
 
 void Student::load(const std::function<LayerResult(int64_t layer)>& start,
                    const std::function<void(int64_t layers)>& loaded) {
@@ -32,7 +33,9 @@ void Student::load(const std::function<LayerResult(int64_t layer)>& start,
           &parameters_.add(named[i]->name() + ".sigma", {linears[i].n, linears[i].groups()}));
   }
   parameters_.allocate();
-  if (all) quantizer_.emplace(parameters_, config_.group, config_.range);
+  if (all)
+    quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
+                       recipe_.nested());
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     const LayerResult result =
@@ -71,6 +74,10 @@ void Student::prepare() {
 void Student::quantize() {
   if (quantizer_) return quantizer_->quantize();
   prepare();
+}
+
+void Student::select_precision(size_t i) {
+  for (auto& block : model_.blocks()) block->select_precision(i);
 }
 
 void Student::finish_backward() {

@@ -35,6 +35,8 @@ class Student {
   // written parameters since: at the start of a step.
   void prepare();
   void quantize();
+  // Of several precisions that train together (QuantLinear::select_precision).
+  void select_precision(size_t i);
   void finish_backward();
   void snap();  // moves masters to the middle of their bins; only if all train
 

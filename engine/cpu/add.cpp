@@ -1,4 +1,4 @@
-// out = a + b, elementwise; out may be a or b.
+// out = a + b, elementwise; out may be a or b. x *= factor.
 #include "engine/cpu/cpu_backend.h"
 
 namespace bbb::engine {
@@ -12,6 +12,16 @@ void CpuBackend<T>::do_add(const Tensor& out, const Tensor& a, const Tensor& b) 
   });
 }
 
+template <typename T>
+void CpuBackend<T>::do_scale(const Tensor& x, const Tensor& factor) {
+  T* values = data(x);
+  const T by = *data(factor);
+  parallel_for(x.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) values[i] *= by;
+  });
+}
+
 BBB_CPU_INSTANTIATE(add);
+BBB_CPU_INSTANTIATE(scale);
 
 }  // namespace bbb::engine

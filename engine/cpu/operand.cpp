@@ -63,7 +63,7 @@ void CpuBackend<T>::do_swiglu_operand_backward(const Tensor& dgate, const Tensor
 
 // A thread takes a range of channels and walks the rows in order.
 template <typename T>
-void CpuBackend<T>::do_channel_moments(const Tensor& moments, const Tensor& x) {
+void CpuBackend<T>::do_channel_moments(const Tensor& moments, const Tensor& x, const Tensor&) {
   const int64_t rows = x.dim(0), k = x.dim(1);
   auto* const sums = moments.data<double>();
   const T* const values = x.data<T>();

@@ -73,6 +73,20 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
 }
 
 template <typename T>
+void CpuBackend<T>::do_nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w,
+                                     int bits, quant::NestedDequant dequant) {
+  const quant::WeightTile* tiles = tiles_of(q);
+  const auto* widths = q.bits.data<int32_t>();
+  parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (widths[tiles[i].slot] == quant::kNestedBits)
+        host::nested_levels(wq.data<T>(), w.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
+                            groups_of(tiles[i], q.group), q.group, q.s.data<T>()[tiles[i].slot],
+                            q.group, bits, dequant);
+  });
+}
+
+template <typename T>
 void CpuBackend<T>::do_quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e,
                                       const Tensor& z, const Tensor& s, const WeightGrid& spec) {
   const int64_t k = w.dim(1);
@@ -107,6 +121,7 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
 
 BBB_CPU_INSTANTIATE(max_group_range);
 BBB_CPU_INSTANTIATE(fake_quant);
+BBB_CPU_INSTANTIATE(nested_levels);
 BBB_CPU_INSTANTIATE(quantize_codes);
 BBB_CPU_INSTANTIATE(scale_codes);
 BBB_CPU_INSTANTIATE(scale_codes_backward);

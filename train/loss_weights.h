@@ -1,0 +1,47 @@
+// LossWeights: how much the loss of each precision counts when several train at once (numerics.md
+// section 4). The first always counts 1; the others start at 0.1 and ramp linearly to 1. The weights
+// of all steps are on the device, so that a recorded step finds its own.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "engine/backend.h"
+
+namespace bbb::train {
+
+class LossWeights {
+ public:
+  static constexpr double kStart = 0.1;
+
+  LossWeights(engine::Backend& backend, size_t precisions, int64_t steps) : backend_(backend) {
+    const auto count = static_cast<int64_t>(precisions);
+    std::vector<float> weights;
+    for (int64_t step = 0; step < steps; ++step) {
+      const double done = steps > 1 ? static_cast<double>(step) / static_cast<double>(steps - 1) : 1;
+      for (int64_t p = 0; p < count; ++p)
+        weights.push_back(static_cast<float>(p == 0 ? 1 : kStart + (1 - kStart) * done));
+    }
+    const engine::Tensor staged = backend.empty({steps, count}, engine::DType::F32);
+    backend.upload(staged, weights.data());
+    table_ = backend.empty({steps, count}, backend.real());
+    backend.cast(table_, staged);
+    std::vector<int32_t> order(static_cast<size_t>(steps));
+    std::iota(order.begin(), order.end(), 0);
+    order_ = backend.empty({steps}, engine::DType::I32);
+    backend.upload(order_, order.data());
+  }
+
+  // Of the step that `cursor` counts, real (precisions).
+  engine::Tensor at(const engine::Tensor& cursor) const {
+    const engine::Tensor row = backend_.empty({1, table_.dim(1)}, backend_.real());
+    backend_.gather_rows(row, {table_, order_, cursor});
+    return row.view({table_.dim(1)});
+  }
+
+ private:
+  engine::Backend& backend_;
+  engine::Tensor table_, order_;
+};
+
+}  // namespace bbb::train
