@@ -10,6 +10,7 @@
 #include "autograd/optimizer.h"
 #include "autograd/parameter.h"
 #include "models/llama.h"
+#include "tests/formats.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 
@@ -405,10 +406,10 @@ struct TrainedBlock {
               models::upload_as(backend, models::rope_inv_freq(config), {config.head_dim / 2},
                                 DType::F32)) {
     config.sliding_window = window;
-    block.declare_parameters(set);
+    block.declare_parameters(set, block_formats(config, bits));
     set.allocate();
-    quantizer.emplace(set, 32, rounding);
-    block.bind_parameters(*quantizer, bits);
+    quantizer.emplace(set, 32, quant::RangeRule::MinMax, rounding);
+    block.bind_parameters(*quantizer, block_formats(config, bits));
     Rng rng(12);
     for (auto& parameter : set.parameters()) {
       const bool is_norm = parameter->master.rank() == 1;

@@ -6,6 +6,7 @@
 
 #include "models/llama.h"
 #include "models/packed_checkpoint.h"
+#include "tests/formats.h"
 #include "tests/model_files.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
@@ -49,11 +50,11 @@ struct Trained {
     write_tiny_model(directory / "source", config, 1);
     source = models::open_checkpoint(directory / "source");
     model = std::make_unique<Llama>(device, *source, models::HeadRounding::BFloat16);
-    for (auto& block : model->blocks()) block->declare_parameters(set);
+    for (auto& block : model->blocks()) block->declare_parameters(set, block_formats(config, bits));
     set.allocate();
     quantizer.emplace(set, 32);
     for (auto& block : model->blocks()) {
-      block->bind_parameters(*quantizer, bits);
+      block->bind_parameters(*quantizer, block_formats(config, bits));
       block->set_masters(models::full_precision(*source, block->layer()));
     }
     quantizer->prepare();

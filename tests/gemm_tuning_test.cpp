@@ -366,7 +366,7 @@ struct LargerRun {
     c.lr = {1e-3};
     c.e2e_steps = 3;
     c.e2e_batch = c.e2e_micro_batch = 8;
-    c.e2e_lr = 1e-3;
+    c.e2e_lr = {1e-3};
     c.gemm_algorithms = algorithms;
     return c;
   }

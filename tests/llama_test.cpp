@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 
+#include "tests/formats.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 
@@ -225,11 +226,11 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
   const LlamaConfig config = tiny_config();
   TinyModel tiny(device, config);
   autograd::ParameterSet set(device, autograd::GradientPasses::One);
-  for (auto& block : tiny.model->blocks()) block->declare_parameters(set);
+  for (auto& block : tiny.model->blocks()) block->declare_parameters(set, block_formats(config, 2));
   set.allocate();
   autograd::WeightQuantizer quantizer(set, 32);
   for (auto& block : tiny.model->blocks()) {
-    block->bind_parameters(quantizer, 2);
+    block->bind_parameters(quantizer, block_formats(config, 2));
     block->set_masters(models::full_precision(*tiny.source, block->layer()));
   }
   quantizer.prepare();
@@ -263,10 +264,10 @@ TEST_CASE("llama: a block's masters are saved and restored", "[llama]") {
   TinyModel tiny(device, tiny_config());
   models::LlamaBlock& block = *tiny.model->blocks()[1];
   autograd::ParameterSet set(device, autograd::GradientPasses::One);
-  block.declare_parameters(set);
+  block.declare_parameters(set, block_formats(tiny_config(), 2));
   set.allocate();
   autograd::WeightQuantizer quantizer(set, 32);
-  block.bind_parameters(quantizer, 2);
+  block.bind_parameters(quantizer, block_formats(tiny_config(), 2));
   block.set_masters(models::full_precision(*tiny.source, 1));
   const models::LayerResult saved = block.result(models::LinearContent::Masters);
   const std::vector<double> before = values_of(device, set.masters());

@@ -10,6 +10,7 @@
 #include "autograd/optimizer.h"
 #include "quant/grid.h"
 #include "quant/pack.h"
+#include "tests/formats.h"
 #include "tests/support.h"
 
 using namespace bbb;
@@ -47,7 +48,7 @@ struct Trained {
     for (int64_t i = 32; i < 64; ++i) weights[i] = std::abs(weights[i]);
     device.copy(master.master, make(device, {kN, kK}, device.real(), weights));
     quantizer.emplace(set, group);
-    linear.set_trained(*quantizer, master, bits);
+    linear.set_trained(*quantizer, master, plain_format(kN, kK, bits, group));
     quantizer->prepare();
   }
 
@@ -58,7 +59,7 @@ struct Trained {
     const std::vector<double> x = round_bf16(normal(rng, kM * kK));
     const std::vector<double> dy = round_bf16(normal(rng, kM * kN));
     Tape tape(device, TapeMode::Training);
-    const Var y = linear.forward(tape, Var(make(device, {kM, kK}, device.act(), x)), Var());
+    const Var y = linear.forward(tape, input_of(Var(make(device, {kM, kK}, device.act(), x))), Var());
     tape.backward(y, make(device, {kM, kN}, device.act(), dy));
     linear.finish_backward();
     std::vector<double> dw(static_cast<size_t>(kN * kK), 0.0);
@@ -89,7 +90,7 @@ struct QuantizedState {
   float master_scale;
 
   explicit QuantizedState(const models::LinearResult& result) {
-    const auto& [n, k, grid, input] = result.format;
+    const auto& [n, k, grid, input, order] = result.format;
     codes = unpack_rows(result.part(quant::StoredPart::Codes), n, k, grid.bits);
     scales = result.part(quant::StoredPart::Scales);
     zeros = unpack_rows(result.part(quant::StoredPart::Zeros), n, k / grid.group, grid.bits);
@@ -211,8 +212,8 @@ TEST_CASE("quant_linear: packed products equal the training forward", "[quant_li
       const Var residual(
           make(device, {1, rows, kN}, device.act(), round_bf16(normal(rng, rows * kN))));
       Tape tape(device, TapeMode::Inference);
-      const Var expected = trained.linear.forward(tape, x, residual);
-      const Var actual = packed.forward(tape, x, residual);
+      const Var expected = trained.linear.forward(tape, input_of(x), residual);
+      const Var actual = packed.forward(tape, input_of(x), residual);
       CHECK(actual.value().shape() == expected.value().shape());
       // The same products are summed in another order. Near a tie of bf16 the two sums may round
       // differently, which is one unit in a few outputs.
@@ -233,12 +234,12 @@ TEST_CASE("quant_linear: with 16 bits the weight is the master, without a quanti
   for (int64_t i = 0; i < kK; ++i) identity[i * kK + i] = 1;
   Tape tape(trained.device, TapeMode::Inference);
   const Var y = trained.linear.forward(
-      tape, Var(make(trained.device, {kK, kK}, trained.device.act(), identity)), Var());
+      tape, input_of(Var(make(trained.device, {kK, kK}, trained.device.act(), identity))), Var());
   const std::vector<double> transposed = values_of(trained.device, y.value());
   for (int64_t n = 0; n < kN; ++n)
     for (int64_t k = 0; k < kK; ++k) REQUIRE(transposed[k * kN + n] == trained.weights[n * kK + k]);
   // The next stage has fewer bits.
-  trained.linear.set_bits(2);
+  trained.linear.set_format(plain_format(kN, kK, 2));
   trained.quantizer->prepare();
   CHECK(trained.linear.quantized().format.weight.bits == 2);
 }
@@ -255,7 +256,7 @@ TEST_CASE("quant_linear: snapping keeps the grid, and so does a step that moves 
       set.allocate();
       QuantLinear linear(device, "w", kRows, kColumns);
       autograd::WeightQuantizer quantizer(set, group);
-      linear.set_trained(quantizer, master, bits);
+      linear.set_trained(quantizer, master, plain_format(kRows, kColumns, bits, group));
       Rng rng(6);
       models::upload_into(device, master.master, [&] {
         const std::vector<double> drawn = normal(rng, kRows * kColumns, 0.05);
@@ -314,8 +315,8 @@ struct TwoLinears {
     quantizer.emplace(set, group);
     adamw.emplace(set, &*quantizer, engine::AdamWSpec{}, schedule());
     Rng rng(4);
-    first.set_trained(*quantizer, up, bits);
-    second.set_trained(*quantizer, down, bits);
+    first.set_trained(*quantizer, up, plain_format(n, k, bits, group));
+    second.set_trained(*quantizer, down, plain_format(k, 2 * k, bits, group));
     device.copy(up.master, make(device, {n, k}, device.real(), normal(rng, n * k, 0.05)));
     device.copy(down.master, make(device, {k, 2 * k}, device.real(), normal(rng, 2 * k * k, 0.2)));
     device.copy(norm.grad, make(device, {n}, norm.grad.dtype(), normal(rng, n)));
@@ -327,7 +328,7 @@ struct TwoLinears {
   // Call prepare() or quantize() first.
   void pass_and_update() {
     Tape tape(device, TapeMode::Training);
-    const Var y = first.forward(tape, second.forward(tape, Var(x), Var()), Var());
+    const Var y = first.forward(tape, input_of(second.forward(tape, input_of(Var(x)), Var())), Var());
     const Tensor seed = device.empty(dy.shape(), dy.dtype());
     device.copy(seed, dy);
     tape.backward(y, seed);
@@ -408,8 +409,8 @@ TEST_CASE("quant_linear: masters and bit widths may change between steps", "[qua
     CAPTURE(bits);
     const std::vector<double> values = normal(rng, 96 * 192, 3.0);
     device.copy(trained.down.master, make(device, {96, 192}, device.real(), values));
-    trained.first.set_bits(bits);
-    trained.second.set_bits(bits);
+    trained.first.set_format(plain_format(33, 96, bits));
+    trained.second.set_format(plain_format(96, 192, bits));
     trained.quantizer->prepare();
     TwoLinears fresh(device, bits, 32, 33, 96);
     device.copy(fresh.set.masters(), trained.set.masters());
@@ -444,12 +445,12 @@ TEST_CASE("quant_linear: a recorded step uses the current bit width of its linea
   const auto forward = [&](Trained& of) {
     of.quantizer->quantize();
     Tape tape(device, TapeMode::Inference);
-    device.copy(y, of.linear.forward(tape, x, Var()).value());
+    device.copy(y, of.linear.forward(tape, input_of(x), Var()).value());
   };
   const auto replay = device.record([&] { forward(trained); });
   for (const int bits : {2, models::kNoQuantizer, 8, 4, models::kNoQuantizer}) {
     CAPTURE(bits);
-    trained.linear.set_bits(bits);
+    trained.linear.set_format(plain_format(kN, kK, bits));
     replay->run();
     const std::vector<double> replayed = values_of(device, y);
     Trained fresh(device, bits, 32);

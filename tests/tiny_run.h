@@ -60,7 +60,7 @@ struct Fixture {
     c.stages = train::parse_stages("w4a16,w2a16");
     c.lr = {1e-3, 3e-3};
     c.e2e_steps = 5;
-    c.e2e_lr = 1e-3;
+    c.e2e_lr = {1e-3};
     return c;
   }
 

@@ -20,7 +20,7 @@ void change(T& value) {
     change(value.emplace_back());
   else if constexpr (requires { value.has_value(); })
     change(value.emplace());
-  else if constexpr (std::is_same_v<T, train::Stage>)
+  else if constexpr (std::is_base_of_v<train::Stage, T>)
     value.weight_bits = 4;
   else if constexpr (std::is_same_v<T, std::string>)
     value += "x";
@@ -191,10 +191,10 @@ TEST_CASE("train config: values that a program sets must obey the options' rules
     change(config);
     return train::resolve(config, tiny_config(), engine::DeviceType::Cpu);
   };
-  CHECK(resolved([](TrainConfig&) {}).e2e_lr > 0);
+  CHECK(resolved([](TrainConfig&) {}).e2e_lr.at(0) > 0);
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.samples = 0; }), Contains("--samples is '0'"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.group = 16; }), Contains("32, 64 or 128"));
-  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_lr = NAN; }), Contains("--e2e-lr"));
+  CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_lr = {NAN}; }), Contains("--e2e-lr"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.lr = {1e-3, -1}; }), Contains("--lr"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.save_every = -1; }), Contains("--save-every"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_jsd_beta = 1; }),

@@ -87,7 +87,7 @@ TEST_CASE("end-to-end training from round to nearest lowers the loss", "[train]"
       set_option(config, "e2e-loss", loss);
       set_option(config, "e2e-train", what);
       config.e2e_steps = 40;
-      config.e2e_lr = 3e-3;
+      config.e2e_lr = {3e-3};
       fixture.run(config);
 
       const std::vector<Json> lines = log_lines(config.out, "e2e");
@@ -360,7 +360,7 @@ TEST_CASE("snapping starts from the model that block training produced", "[train
   TrainConfig snapped = fixture.both_phases("snapped");
   snapped.e2e_snap = train::Snap::On;
   snapped.e2e_steps = 1;
-  snapped.e2e_lr = 1e-30;  // moves nothing
+  snapped.e2e_lr = {1e-30};  // moves nothing
   std::vector<std::string> weights;
   for (const TrainConfig& config : {blocks, snapped}) {
     fixture.run(config);
@@ -398,7 +398,9 @@ TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train
   }
 
   const std::string rounded = fixture.dir / "rounded";
-  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), {2, 32}, rounded,
+  TrainConfig grid;
+  grid.bits = 2;
+  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), grid, rounded,
                           ExportFormat::Packed) == Approx(2.3125).margin(0.1));
   CHECK(models::open_checkpoint(rounded)->kind() == models::CheckpointKind::Packed);
 }
@@ -653,13 +655,17 @@ TEST_CASE("what cannot be trained is refused before anything is written", "[trai
     CHECK_FALSE(fs::exists(config.out));
   };
   refused([](TrainConfig& c) { c.samples = 20; }, "24 windows of 32 tokens");
-  refused([](TrainConfig& c) { c.stages = {{2, 4}}; }, "w2a4: activations of 4 bits");
+  refused([](TrainConfig& c) { c.stages = {{2, 5}}; }, "--stages: activations of 5 bits");
   refused([](TrainConfig& c) { c.stages = {{5, 16}}; }, "weights of 5 bits");
-  refused([](TrainConfig& c) { c.stages = {{16, 16}}; }, "cannot have 16 bits");
+  refused(
+      [](TrainConfig& c) {
+        c.stages = {{16, 16}};
+        c.lr = {1e-3};
+      },
+      "cannot have 16 bits");
   refused([](TrainConfig& c) { c.bits = 4; }, "the result has 4 bits");
   refused([](TrainConfig& c) { c.batch = 17; }, "--batch is 17");
   refused([](TrainConfig& c) { c.lr = {1e-3, 1e-3, 1e-3}; }, "3 values for 2 stages");
-  refused([](TrainConfig& c) { c.group = 128; }, "does not divide");
   refused([](TrainConfig& c) { c.e2e_micro_batch = 3; }, "does not divide --e2e-batch 4");
   refused(
       [](TrainConfig& c) {
@@ -691,9 +697,9 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(small, "w2a16", keep).lr == std::vector<double>{1e-3});
   const TrainConfig staged = resolved(small, "w8a16,w4a16,w2a16", keep);
   CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 1e-3});
-  CHECK(staged.e2e_lr == Approx(1e-5));
+  CHECK(staged.e2e_lr.at(0) == Approx(1e-5));
   CHECK(staged.e2e_snap == train::Snap::Off);
-  CHECK(resolved(small, "", keep).e2e_lr == Approx(1e-3));
+  CHECK(resolved(small, "", keep).e2e_lr.at(0) == Approx(1e-3));
   CHECK(resolved(small, "", keep).e2e_snap == train::Snap::Off);
   const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
   CHECK(wide.lr[0] == Approx(1e-5));
@@ -704,7 +710,7 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(middle, "w2a16", keep).lr[0] < 1e-3);
   CHECK(resolved(middle, "w2a16", keep).lr[0] > 2e-5);
   // Only a high rate after block training needs snapping.
-  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = 4e-4; }).e2e_snap ==
+  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = {4e-4}; }).e2e_snap ==
         train::Snap::On);
   CHECK(train::to_json(train::config_from_json(train::to_json(wide), "test")) ==
         train::to_json(wide));

@@ -334,6 +334,8 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   config.e2e_steps = 0;
   config.val_samples = std::max<int64_t>(1, config.val_samples);
   if (config.samples < config.batch) config.batch = config.samples;
+  if (config.data.empty() && model.max_position > 0)  // no window is read
+    config.seq_len = std::min(config.seq_len, model.max_position);
   config = resolve(config, model, backend.device());
   std::vector<models::LayerStatistics> statistics;
   if (Recipe::needs_statistics(config)) {
