@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "models/config.h"
 #include "models/operand.h"
 
 namespace bbb::tests {
