@@ -306,7 +306,7 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
       want += addend[static_cast<size_t>(i)];
       error += 0x1p-24 * std::abs(want) * 1.01;
     }
-    if (y_dtype == DType::BF16) error += 0x1p-9 * (std::abs(want) + error);
+    if (y_dtype == DType::BF16) error += epsilon_of(y_dtype) * (std::abs(want) + error);
     INFO("row " << i / n << ", output " << i % n << ": got " << got[static_cast<size_t>(i)]
                 << ", want " << want << " within " << error);
     REQUIRE(std::abs(got[static_cast<size_t>(i)] - want) <= error);

@@ -20,6 +20,8 @@ struct TrainBench {
   int64_t batch = 8;        // windows a step
   int64_t seq_len = 2048;
   int64_t steps = 100;                         // timed
+  train::Stage widths;                         // of weights and activations
+  train::TrainConfig grid;                     // its grid options; weights' ranges are not searched
   std::optional<models::Recompute> recompute;  // empty: by memory
   std::vector<GemmShape> peak;
   train::GemmAlgorithms gemm_algorithms = train::GemmAlgorithms::Timed;  // of the step

@@ -8,7 +8,7 @@
 #include "data/files.h"
 #include "tools/bench.h"
 #include "tools/cli.h"
-#include "train/config.h"
+#include "train/config_table.h"
 
 namespace bbb::tools {
 
@@ -31,6 +31,13 @@ void write_json(const CommandLine& line, const ordered_json& json) {
   if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
 }
 
+// The grid options that change a step.
+bool is_grid_option(const train::Field& f) {
+  for (const char* name : {"rotate", "ocs-ratio", "split-side", "act-range", "act-outliers"})
+    if (f.name == std::string(name)) return true;
+  return false;
+}
+
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
@@ -49,6 +56,15 @@ int bench_train_command(const Arguments& arguments) {
        " those of another library or GPU are replaced",
        text())  //
       ("json", "write the result to this file too", text());
+  const train::TrainConfig defaults;
+  train::visit(defaults, [&](const auto& value, const train::Field& f) {
+    if (!is_grid_option(f)) return;
+    const std::string text = train::option_text(value, f);
+    line.options("Grid")(f.name, f.help,
+                         cxxopts::value<std::string>()->default_value(text));
+  });
+  line.options("Grid")("widths", "of weights and activations, such as w2a2",
+                       cxxopts::value<std::string>()->default_value("w2a16"));
   if (!line.parse(arguments)) return 0;
   const std::string name = line.required("synthetic");
   TrainBench bench;
@@ -58,6 +74,12 @@ int bench_train_command(const Arguments& arguments) {
   bench.seq_len = line.integer("seq-len", 2, bench.model.max_position);
   bench.steps = line.has("steps") ? line.integer("steps", 1) : bench.end_to_end ? 10 : 100;
   bench.recompute = train::parse_recompute(line.text("recompute"));
+  const std::vector<train::Stage> widths = train::parse_stages(line.text("widths"));
+  if (widths.size() != 1) throw UsageError("--widths takes one stage, such as w2a2");
+  bench.widths = widths[0];
+  train::visit(bench.grid, [&]<typename T>(T& value, const train::Field& f) {
+    if (is_grid_option(f) && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
+  });
   if (line.has("deterministic")) bench.gemm_algorithms = train::GemmAlgorithms::Heuristic;
   if (line.has("gemm") && line.has("deterministic"))
     throw UsageError("--gemm cannot be used with --deterministic");

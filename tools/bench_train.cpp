@@ -32,15 +32,17 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   constexpr int64_t kBatches = 4;
   const Repeats repeats = repeats_for(backend, bench);
   const int64_t steps = repeats.warmup + repeats.groups * repeats.calls;
-  train::TrainConfig config;
+  train::TrainConfig config = bench.grid;
   config.seq_len = bench.seq_len;
   config.samples = kBatches * bench.batch;
   config.memory.recompute = bench.recompute;
   if (bench.end_to_end) {
     config.e2e_steps = steps;
     config.e2e_batch = bench.batch;
+    config.bits = bench.widths.weight_bits;
+    config.act_bits = bench.widths.activation_bits;
   } else {
-    config.stages = train::parse_stages("w2a16");
+    config.stages = {bench.widths};
     config.batch = bench.batch;
     config.epochs = (steps + kBatches - 1) / kBatches;
     config.val_samples = 1;

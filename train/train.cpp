@@ -293,6 +293,30 @@ class Quantizer {
 
 }  // namespace
 
+namespace {
+
+// The record of an export: how the weights were made, and the bits of their activations.
+std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model) {
+  quant::ActivationBits bits;
+  double channels = 0;
+  const std::vector<models::LinearShape> shapes = models::block_linears(model);
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    const std::vector<quant::LinearFormat> formats = recipe.result_formats(layer);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      if (i > 0 && shapes[i].site == shapes[i - 1].site) continue;
+      const quant::ActivationBits site = formats[i].activation_bits();
+      bits.codes += site.codes;
+      bits.all += site.all;
+      channels += static_cast<double>(shapes[i].k);
+    }
+  }
+  record["bits_per_activation"] = bits.codes / channels;
+  record["bits_per_activation_with_scales"] = bits.all / channels;
+  return record.dump(2) + "\n";
+}
+
+}  // namespace
+
 double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
                   const std::string& out_directory, models::ExportFormat format) {
   const std::string model =
@@ -323,7 +347,8 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const auto layer = [&](int64_t i) { return quantizer(i, run.result(i, recipe, model)); };
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(out_directory, source, tokenizer, formats, format, layer,
-                              data::read_file(run.run_file()),
+                              export_record(Json::parse(data::read_file(run.run_file())), recipe,
+                                            model),
                               [&](int64_t done) { progress.set(done); });
 }
 
@@ -367,7 +392,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   return models::export_model(
       out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, format,
       [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
-      record.dump(2) + "\n", [&](int64_t done) { progress.set(done); });
+      export_record(record, recipe, model), [&](int64_t done) { progress.set(done); });
 }
 
 }  // namespace bbb::train

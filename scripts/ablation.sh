@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Repeats the README's tables of the method: trains, exports, evaluates, one line a run.
+#
+#   scripts/ablation.sh TABLE [SEED]     TABLE: components | recipe | widths | precisions | end-to-end
+#
+# MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
+# perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
+# directory) come from the environment. SAMPLES caps every run's windows: a quick look.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+table=${1:?TABLE: components, recipe, widths, precisions or end-to-end} seed=${2:-0}
+bbb=${BBB:-build/bbb}
+model=${MODEL:-demo/SmolLM2-135M-Instruct.Q4_1.gguf}
+data=${DATA:-demo/train.txt}
+texts=${TEXTS:-demo/eval.txt}
+out=${OUT:-$(mktemp -d)}
+mkdir -p "$out"
+all=$data
+if [ -n "${MORE:-}" ]; then
+  all=$out/all.${data##*.}
+  [ -e "$all" ] || cat "$data" "$MORE" >"$all"
+fi
+
+# windows N: --samples N, or fewer if SAMPLES says so.
+windows() { echo "--samples $((${SAMPLES:-$1} < $1 ? ${SAMPLES:-$1} : $1))"; }
+
+# evaluate LABEL SECONDS DIRECTORY [--bits B]: perplexities, task average and bits.
+evaluate() {
+  local label=$1 seconds=$2 directory=$3 line="" text
+  shift 3
+  for text in ${texts//,/ }; do
+    line+=" | $("$bbb" ppl --model "$directory" --text "$text" "$@" | awk '{print $2}')"
+  done
+  if [ -n "${TASKS:-}" ]; then
+    "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" >/dev/null
+    line+=" | $(grep -o '"average": [0-9.]*' "$out/eval.json" | cut -d' ' -f2)"
+  fi
+  local bits
+  bits=$("$bbb" inspect --model "$directory" | grep -o '[0-9.]* bits per weight\|[0-9.]* bits of codes' |
+    cut -d' ' -f1 | paste -sd'/')
+  echo "| $label | ${seconds} s | $bits$line | $(du -sm "$directory" | cut -f1) MB |"
+}
+
+# run LABEL DATA OPTIONS...: one run with this seed, exported and evaluated.
+run() {
+  local label=$1 text=$2 begin=$SECONDS
+  shift 2
+  rm -rf "$out/run" "$out/export"
+  "$bbb" train --model "$model" --data "$text" --out "$out/run" --seed "$seed" "$@" >"$out/log" 2>&1 ||
+    { echo "| $label | failed: $(tail -n 1 "$out/log") |"; return; }
+  local seconds=$((SECONDS - begin))
+  "$bbb" export --run "$out/run" --out "$out/export" >/dev/null 2>&1
+  evaluate "$label" $seconds "$out/export"
+}
+
+# whole LABEL DATA OPTIONS...: the same without blocks.
+whole() { run "$1" "$2" --stages "" "${@:3}"; }
+
+case $table in
+  components)  # the paper's Table 4: what each part of the method adds
+    plain="$(windows 1024) --range minmax --rotate none"
+    whole "end to end, cross-entropy" "$data" $plain --e2e-loss ce
+    run "blocks, straight to 2 bits" "$data" $plain --stages w2a16 --epochs 6 --e2e-steps 0
+    run "blocks, w8 w4 w2" "$data" $plain --schedule A --e2e-steps 0
+    for metric in l2-mean l2-max act-max weight-max kurtosis; do
+      run "w8 w4 w2, 10 % split by $metric" "$data" $plain --schedule A --e2e-steps 0 \
+        --ocs-ratio 0.1 --ocs-metric $metric
+    done
+    for group in 64 128; do
+      run "w8 w4 w2, 10 % split, group $group" "$data" $plain --schedule A --e2e-steps 0 \
+        --ocs-ratio 0.1 --group-size $group
+    done
+    ;;
+  recipe)  # the paper's recipe at its budget, blocks alone and with the end-to-end phase
+    paper="$(windows 4096) --val-samples 128 --epochs 2 --ocs-ratio 0.1 --range minmax --rotate none"
+    for to in w2a16 w2a2; do
+      run "schedule A to $to" "$all" $paper --schedule A --to $to --e2e-steps 0
+      run "schedule A to $to, then end to end" "$all" $paper --schedule A --to $to
+    done
+    ;;
+  widths)  # 2-bit weights alone and with 2-bit activations: pure, outlier group, rotation, splitting
+    for stages in w2a16:5 w2a16:2,w2a2:3; do
+      common="$(windows 1024) --e2e-stages $stages --range search --act-range search"
+      whole "$stages" "$data" $common --rotate none
+      whole "$stages, outlier group" "$data" $common --rotate none --act-outliers 32
+      whole "$stages, rotated" "$data" $common --rotate group
+      whole "$stages, outlier group, rotated" "$data" $common --rotate group --act-outliers 32
+      whole "$stages, 10 % split" "$data" $common --rotate none --ocs-ratio 0.1
+    done
+    ;;
+  precisions)  # one file for 8, 4 and 2 bits against a run for each
+    common="$(windows 1024) --range minmax --rotate none"
+    whole "any precision, 8 bits" "$data" $common --e2e-stages w8a16:4 --any-precision 8,4,2
+    for bits in 4 2; do evaluate "the same file, $bits bits" - "$out/export" --bits $bits; done
+    for bits in 8 4 2; do whole "w$bits alone" "$data" $common --e2e-stages w${bits}a16:4; done
+    ;;
+  end-to-end)  # losses, passes, blocks in front, oscillation
+    common="$(windows 1024) --range search --rotate group"
+    for loss in kl ce jsd; do
+      whole "$loss" "$data" $common --e2e-stages w2a16:6 --e2e-loss $loss
+    done
+    run "blocks, 2 epochs, then 6 passes" "$data" $common --stages w2a16 --e2e-stages w2a16:6
+    whole "average 0.99" "$data" $common --e2e-stages w2a16:6 --e2e-average 0.99
+    whole "damping 1e-4" "$data" $common --e2e-stages w2a16:6 --e2e-damping 1e-4
+    whole "freezing" "$data" $common --e2e-stages w2a16:6 --e2e-freeze flips
+    ;;
+  *)
+    echo "unknown table: $table" >&2
+    exit 2
+    ;;
+esac
