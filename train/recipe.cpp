@@ -153,6 +153,11 @@ autograd::NestedPrecisions Recipe::nested() const {
   return nested;
 }
 
+int64_t Recipe::widest_layer(const TrainConfig& config, const LlamaConfig& model) {
+  const bool falls = config.ocs_ratio.size() == 2 && config.ocs_ratio[0] > config.ocs_ratio[1];
+  return falls ? 0 : model.layers - 1;
+}
+
 int Recipe::lowest_bits() const {
   return config_.any_precision.empty() ? 0 : config_.any_precision.back();
 }
