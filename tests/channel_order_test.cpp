@@ -60,14 +60,14 @@ TEST_CASE("channel order: groups of single channels alone are rotated", "[order]
     int32_t outliers, split;
     int64_t begin, end, stored;
   } cases[] = {
-      {576, 128, 0, 0, 0, 512, 640},        // the last half group is padded
-      {576, 128, 128, 0, 128, 512, 640},    //
-      {576, 128, 0, 64, 128, 640, 640},     // 64 pairs fill a group, and no padding is left
-      {576, 128, 128, 65, 384, 640, 768},   // one pair more takes another group
-      {96, 32, 0, 0, 0, 96, 96},            //
-      {96, 32, 0, 48, 96, 128, 160},        // the group behind the pairs; 144 positions are used
-      {96, 32, 32, 64, 160, 160, 160},      // all channels are outliers or split
-      {33, 32, 0, 20, 64, 64, 64},          // the group behind the pairs holds padding
+      {576, 128, 0, 0, 0, 512, 640},       // the last half group is padded
+      {576, 128, 128, 0, 128, 512, 640},   //
+      {576, 128, 0, 64, 128, 640, 640},    // 64 pairs fill a group, and no padding is left
+      {576, 128, 128, 65, 384, 640, 768},  // one pair more takes another group
+      {96, 32, 0, 0, 0, 96, 96},           //
+      {96, 32, 0, 48, 96, 128, 160},       // the group behind the pairs; 144 positions are used
+      {96, 32, 32, 64, 160, 160, 160},     // all channels are outliers or split
+      {33, 32, 0, 20, 64, 64, 64},         // the group behind the pairs holds padding
   };
   for (const auto& c : cases) {
     CAPTURE(c.k, c.group, c.outliers, c.split);
@@ -108,12 +108,10 @@ TEST_CASE("format: a channel order adds its lists, pairs and padding", "[format]
     const char* suffix;
     FileDType dtype;
     std::vector<int64_t> shape;
-  } want[] = {{".qweight", FileDType::U8, {5, 32}},
-              {".scales", FileDType::F8_E4M3, {5, 4}},
-              {".zeros", FileDType::U8, {5, 1}},
-              {".master_scale", FileDType::F32, {1}},
-              {".split_channels", FileDType::I32, {3}},
-              {".outlier_channels", FileDType::I32, {32}}};
+  } want[] = {
+      {".qweight", FileDType::U8, {5, 32}},     {".scales", FileDType::F8_E4M3, {5, 4}},
+      {".zeros", FileDType::U8, {5, 1}},        {".master_scale", FileDType::F32, {1}},
+      {".split_channels", FileDType::I32, {3}}, {".outlier_channels", FileDType::I32, {32}}};
   const auto tensors = format.tensors();
   REQUIRE(tensors.size() == std::size(want));
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -171,8 +169,8 @@ TEST_CASE("format: bits per activation", "[format][order]") {
     CAPTURE(c.bits, c.outliers, c.split);
     LinearFormat format{.n = 7, .k = 96, .weight = {.bits = 2, .group = 32}};
     format.input = {.bits = c.bits, .outliers = c.outliers};
-    format.order = std::make_shared<ChannelOrder>(96, 32, ascending(8, c.outliers),
-                                                  ascending(50, c.split));
+    format.order =
+        std::make_shared<ChannelOrder>(96, 32, ascending(8, c.outliers), ascending(50, c.split));
     CHECK(format.activation_bits().codes == c.codes);
     CHECK(format.activation_bits().all == c.all);
   }

@@ -146,7 +146,8 @@ TEST_CASE("export: a single file, or shards with an index", "[export]") {
   trained.write("single", ExportFormat::Packed);
   const auto sharded = models::open_checkpoint(path);
   const auto single = models::open_checkpoint(trained.directory / "single");
-  CHECK(logits_of(*load_model(oracle(), *sharded), ids) == logits_of(*load_model(oracle(), *single), ids));
+  CHECK(logits_of(*load_model(oracle(), *sharded), ids) ==
+        logits_of(*load_model(oracle(), *single), ids));
 
   // Exporting the same model again gives the same bytes.
   trained.write("again", ExportFormat::Packed);

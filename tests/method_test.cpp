@@ -1,5 +1,6 @@
 // The options of the method: grids with channel orders, stages of the whole model, Algorithm 2,
-// starting from another run. Runs repeat byte for byte, and killed ones end like uninterrupted ones.
+// starting from another run. Runs repeat byte for byte, and killed ones end like uninterrupted
+// ones.
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -39,8 +40,9 @@ TrainConfig make_config(const Fixture& fixture, const std::string& name, const O
 
 // Ends at these steps, counted over the whole run from 1, each in a process of its own.
 // Step `at` of the run is the at-th call of either observer in a run that is not killed.
-void run_with_kills(const Fixture& fixture, TrainConfig config, const std::vector<int64_t>& kills,
-                    const std::function<int64_t(int64_t block, int64_t stage, int64_t step)>& number) {
+void run_with_kills(
+    const Fixture& fixture, TrainConfig config, const std::vector<int64_t>& kills,
+    const std::function<int64_t(int64_t block, int64_t stage, int64_t step)>& number) {
   for (const int64_t kill : kills) {
     train::Observer observer;
     observer.after_block_step = [&](int64_t block, int64_t stage, int64_t step) {
@@ -88,8 +90,7 @@ LinearFormat format_of(const models::Checkpoint& checkpoint, int64_t layer, size
   return *checkpoint.packed_format(models::layer_name(layer, shape.name), shape.n, shape.k);
 }
 
-std::string refusal(const TrainConfig& config,
-                    const models::LlamaConfig& model = tiny_config()) {
+std::string refusal(const TrainConfig& config, const models::LlamaConfig& model = tiny_config()) {
   try {
     train::resolve(config, model, engine::DeviceType::Cpu);
   } catch (const UsageError& error) {
@@ -114,23 +115,21 @@ TEST_CASE("method: blocks with split channels, searched ranges and rotation surv
   const Fixture fixture;
   for (const char* side : {"weight", "activation", "auto"}) {
     CAPTURE(side);
-    const Options options = kGrid + Options{{"stages", "w4a16,w2a16"},
-                                            {"lr", "1e-3,3e-3"},
-                                            {"split-side", side}};
+    const Options options =
+        kGrid + Options{{"stages", "w4a16,w2a16"}, {"lr", "1e-3,3e-3"}, {"split-side", side}};
     const TrainConfig config = make_config(fixture, cat("whole_", side), options);
     fixture.run(config);
     CHECK(results(config.out).size() == 6);  // run.json, the statistics, two stages of two blocks
     for (const Json& line : log_lines(config.out, "validation"))
       CHECK(std::isfinite(line["loss"].get<double>()));
 
-    // 8 steps a stage, saved every 2 steps. Killed before anything is saved, inside stages, at their
-    // ends and between blocks.
+    // 8 steps a stage, saved every 2 steps. Killed before anything is saved, inside stages, at
+    // their ends and between blocks.
     TrainConfig killed = config;
     killed.out = config.out + "_killed";
-    run_with_kills(fixture, killed, {1, 3, 8, 9, 14, 16, 17, 24, 27, 32},
-                   [](int64_t block, int64_t stage, int64_t step) {
-                     return block * 16 + stage * 8 + step;
-                   });
+    run_with_kills(
+        fixture, killed, {1, 3, 8, 9, 14, 16, 17, 24, 27, 32},
+        [](int64_t block, int64_t stage, int64_t step) { return block * 16 + stage * 8 + step; });
     check_same_run(killed.out, config.out);
 
     // Killed before the statistics were saved.
@@ -153,7 +152,8 @@ TEST_CASE("method: searched ranges and splits lower the loss with which a stage 
     fixture.run(config);
     return log_lines(config.out, "validation")[0]["loss"].get<double>();  // of the first block
   };
-  const double plain = first_loss("plain", {}), searched = first_loss("search", {{"range", "search"}}),
+  const double plain = first_loss("plain", {}),
+               searched = first_loss("search", {{"range", "search"}}),
                split = first_loss("split", {{"ocs-ratio", "0.25"}});
   CAPTURE(plain, searched, split);
   CHECK(searched < plain);
@@ -162,8 +162,8 @@ TEST_CASE("method: searched ranges and splits lower the loss with which a stage 
 
 TEST_CASE("method: groups that do not divide an input are padded", "[method]") {
   const Fixture fixture;
-  const TrainConfig config = make_config(
-      fixture, "run", {{"stages", "w2a16"}, {"lr", "3e-3"}, {"group-size", "128"}});
+  const TrainConfig config =
+      make_config(fixture, "run", {{"stages", "w2a16"}, {"lr", "3e-3"}, {"group-size", "128"}});
   fixture.run(config);
   const auto lines = log_lines(config.out, "validation");
   CHECK(lines.back()["loss"].get<double>() < lines[lines.size() - 3]["loss"].get<double>());
@@ -180,8 +180,9 @@ TEST_CASE("method: stages of the whole model survive every kill", "[method]") {
     size_t files;  // run.json, statistics, results
   } cases[] = {
       {"rounding", {{"stages", ""}, {"e2e-stages", "w2a16:1,w2a2:1"}, {"e2e-lr", "1e-3,3e-4"}}, 4},
-      {"blocks", {{"stages", "w2a16"}, {"epochs", "1"}, {"e2e-stages", "w2a16:1,w2a2:1"},
-                  {"e2e-snap", "on"}}, 6},
+      {"blocks",
+       {{"stages", "w2a16"}, {"epochs", "1"}, {"e2e-stages", "w2a16:1,w2a2:1"}, {"e2e-snap", "on"}},
+       6},
   };
   for (const auto& c : cases) {
     CAPTURE(c.name);
@@ -223,8 +224,8 @@ TEST_CASE("method: stages of the whole model survive every kill", "[method]") {
 
 TEST_CASE("method: a run starts from another's result", "[method]") {
   const Fixture fixture;
-  const TrainConfig first =
-      make_config(fixture, "first", kGrid + Options{{"stages", "w4a16,w2a16"}, {"lr", "1e-3,3e-3"}});
+  const TrainConfig first = make_config(
+      fixture, "first", kGrid + Options{{"stages", "w4a16,w2a16"}, {"lr", "1e-3,3e-3"}});
   fixture.run(first);
   const Options next = {{"stages", ""}, {"from", first.out}, {"e2e-stages", "w2a16:1"}};
 
@@ -239,7 +240,8 @@ TEST_CASE("method: a run starts from another's result", "[method]") {
   // Another grid: other channels are split, other groups rotated.
   const TrainConfig changed = make_config(
       fixture, "changed",
-      next + Options{{"ocs-ratio", "0.1"}, {"act-outliers", "32"}, {"e2e-stages", "w2a16:1,w2a4:1"}});
+      next +
+          Options{{"ocs-ratio", "0.1"}, {"act-outliers", "32"}, {"e2e-stages", "w2a16:1,w2a4:1"}});
   fixture.run(changed);
   const auto checkpoint = models::open_checkpoint(export_of(fixture, changed));
   const LinearFormat format = format_of(*checkpoint, 0, 0);
@@ -259,9 +261,9 @@ TEST_CASE("method: what a run cannot start from is refused", "[method]") {
   const Fixture fixture;
   const TrainConfig first = make_config(fixture, "first", {{"stages", "w2a16"}});
   const auto next = [&](const std::string& name, const Options& options = {}) {
-    return make_config(fixture, name,
-                       Options{{"stages", ""}, {"from", first.out}, {"e2e-stages", "w2a16:1"}} +
-                           options);
+    return make_config(
+        fixture, name,
+        Options{{"stages", ""}, {"from", first.out}, {"e2e-stages", "w2a16:1"}} + options);
   };
   CHECK_THROWS_WITH(fixture.run(next("next")), Contains("first") && Contains("no training run"));
   train::Observer observer;
@@ -285,9 +287,8 @@ TEST_CASE("method: what a run cannot start from is refused", "[method]") {
   const auto other = models::open_checkpoint(fixture.dir / "other");
   train::Observer quiet;
   quiet.quiet = true;
-  CHECK_THROWS_WITH(
-      train::train_windows(backend(), *other, fixture.windows, next("next"), quiet),
-      Contains("first") && Contains("another model"));
+  CHECK_THROWS_WITH(train::train_windows(backend(), *other, fixture.windows, next("next"), quiet),
+                    Contains("first") && Contains("another model"));
   CHECK_FALSE(fs::exists(fixture.dir / "next"));
 
   // The run has been replaced by another one before this one has ended.
@@ -312,9 +313,10 @@ TEST_CASE("method: Algorithm 2 switches floor(r_t B) blocks a stage, and all in 
       for (const char* first : {"0.29", "0.3", "0.5", "1"}) {
         CAPTURE(schedule, layers, first);
         model.layers = layers;
-        const TrainConfig config = make_config(
-            fixture, "run",
-            {{"stages", "w8a16,w4a16,w2a16"}, {"block-schedule", schedule}, {"first-ratio", first}});
+        const TrainConfig config = make_config(fixture, "run",
+                                               {{"stages", "w8a16,w4a16,w2a16"},
+                                                {"block-schedule", schedule},
+                                                {"first-ratio", first}});
         const auto stages = stages_of(config);
         REQUIRE(stages.size() == 3);
         // In whole hundredths, so that the floor is exact.
@@ -334,9 +336,10 @@ TEST_CASE("method: Algorithm 2 switches floor(r_t B) blocks a stage, and all in 
       }
       if (std::string(schedule) == "prefix" || layers < 30) continue;
       const auto with_seed = [&](const char* seed) {
-        return stages_of(make_config(fixture, "run",
-                                     {{"stages", "w4a16,w2a16"}, {"seed", seed},
-                                      {"block-schedule", "stochastic"}}))[0].widths;
+        return stages_of(make_config(
+            fixture, "run",
+            {{"stages", "w4a16,w2a16"}, {"seed", seed}, {"block-schedule", "stochastic"}}))[0]
+            .widths;
       };
       CHECK(with_seed("1") == with_seed("1"));
       CHECK(with_seed("1") != with_seed("2"));
@@ -346,9 +349,12 @@ TEST_CASE("method: Algorithm 2 switches floor(r_t B) blocks a stage, and all in 
   for (const char* bias : {"0", "3"}) {
     int64_t in_first_half = 0, drawn = 0;
     for (int seed = 0; seed < 40; ++seed) {
-      const auto widths = stages_of(make_config(
-          fixture, "run", {{"stages", "w4a16,w2a16"}, {"block-schedule", "stochastic"},
-                           {"depth-bias", bias}, {"seed", std::to_string(seed)}}))[0].widths;
+      const auto widths = stages_of(make_config(fixture, "run",
+                                                {{"stages", "w4a16,w2a16"},
+                                                 {"block-schedule", "stochastic"},
+                                                 {"depth-bias", bias},
+                                                 {"seed", std::to_string(seed)}}))[0]
+                              .widths;
       for (size_t j = 0; j < widths.size(); ++j) {
         drawn += widths[j].weight_bits == 4;
         in_first_half += widths[j].weight_bits == 4 && j < 15;
@@ -367,10 +373,13 @@ TEST_CASE("method: Algorithm 2 trains, and survives every kill", "[method]") {
   const Fixture fixture;
   for (const char* schedule : {"prefix", "stochastic"}) {
     CAPTURE(schedule);
-    const TrainConfig config = make_config(
-        fixture, schedule,
-        {{"stages", "w4a16,w2a16"}, {"lr", "1e-3"}, {"block-schedule", schedule},
-         {"first-ratio", "0.5"}, {"ocs-ratio", "0.2"}, {"e2e-stages", "w2a4:1"}});
+    const TrainConfig config = make_config(fixture, schedule,
+                                           {{"stages", "w4a16,w2a16"},
+                                            {"lr", "1e-4,1e-3"},
+                                            {"block-schedule", schedule},
+                                            {"first-ratio", "0.5"},
+                                            {"ocs-ratio", "0.2"},
+                                            {"e2e-stages", "w2a4:1"}});
     fixture.run(config);
     CHECK(results(config.out).size() == 5);  // run.json, statistics, three stages
     const auto lines = log_lines(config.out, "e2e");
@@ -380,7 +389,7 @@ TEST_CASE("method: Algorithm 2 trains, and survives every kill", "[method]") {
       for (size_t i = first; i < first + 4; ++i) sum += lines[i]["loss"].get<double>();
       return sum / 4;
     };
-    // The last stage of Algorithm 2; the first one starts near the full-precision model.
+    CHECK(epoch_loss(4) < epoch_loss(0));
     CHECK(epoch_loss(12) < epoch_loss(8));
 
     TrainConfig killed = config;
@@ -410,8 +419,8 @@ TEST_CASE("method: a block can follow its own input", "[method]") {
   // The first block's input is full precision: both targets are equal.
   for (const int stage : {0, 1}) {
     const auto body = [&](const auto& files, int block) {  // without the header and the checksums
-      const std::string& file = files.at(cat("blocks/block_00", block, "_stage_", stage,
-                                             ".safetensors"));
+      const std::string& file =
+          files.at(cat("blocks/block_00", block, "_stage_", stage, ".safetensors"));
       return file.substr(file.size() / 2, file.size() / 4);
     };
     CHECK((body(full, 0) == body(followed, 0)));
@@ -424,10 +433,9 @@ TEST_CASE("method: a block can follow its own input", "[method]") {
           lines[i]["loss"].get<double>());
   TrainConfig killed = follow;
   killed.out = follow.out + "_killed";
-  run_with_kills(fixture, killed, {3, 9, 14, 19, 27},
-                 [](int64_t block, int64_t stage, int64_t step) {
-                   return block * 16 + stage * 8 + step;
-                 });
+  run_with_kills(
+      fixture, killed, {3, 9, 14, 19, 27},
+      [](int64_t block, int64_t stage, int64_t step) { return block * 16 + stage * 8 + step; });
   check_same_run(killed.out, follow.out);
 
   for (const char* stream : {"higher", "mix"})
@@ -475,10 +483,13 @@ TEST_CASE("method: down-projections above the kurtosis take 4-bit activations", 
 
 TEST_CASE("method: scales train over a channel order", "[method]") {
   const Fixture fixture;
-  const TrainConfig config = make_config(
-      fixture, "run",
-      kGrid + Options{{"stages", "w2a16"}, {"epochs", "1"}, {"e2e-stages", "w2a4:10"},
-                      {"e2e-train", "scales"}, {"e2e-lr", "3e-3"}, {"act-outliers", "32"}});
+  const TrainConfig config = make_config(fixture, "run",
+                                         kGrid + Options{{"stages", "w2a16"},
+                                                         {"epochs", "1"},
+                                                         {"e2e-stages", "w2a4:10"},
+                                                         {"e2e-train", "scales"},
+                                                         {"e2e-lr", "3e-3"},
+                                                         {"act-outliers", "32"}});
   fixture.run(config);
   const auto lines = log_lines(config.out, "e2e");
   REQUIRE(lines.size() == 40);
@@ -499,6 +510,71 @@ TEST_CASE("method: scales train over a channel order", "[method]") {
   CHECK(format.input.bits == 4);
   CHECK(format.order->outliers().size() == 32);
   CHECK(format.order->split().size() == 24);  // 0.375 of 64
+}
+
+TEST_CASE("method: one run for several precisions", "[method]") {
+  const Fixture fixture;
+  for (const char* dequant : {"middle", "floor"}) {
+    CAPTURE(dequant);
+    const TrainConfig config = make_config(fixture, dequant,
+                                           {{"stages", "w8a16"},
+                                            {"lr", "3e-4"},
+                                            {"any-precision", "8,4,2"},
+                                            {"ocs-ratio", "0.2"},
+                                            {"nested-dequant", dequant},
+                                            {"e2e-stages", "w8a16:2"},
+                                            {"e2e-lr", "3e-4"}});
+    fixture.run(config);
+    TrainConfig killed = config;
+    killed.out = config.out + "_killed";
+    run_with_kills(fixture, killed, {3, 8, 11},
+                   [](int64_t block, int64_t, int64_t step) { return block * 8 + step; });
+    check_same_run(killed.out, config.out);
+    TrainConfig again = config;
+    again.out = config.out + "_again";
+    kill_whole(fixture, again, 0, 5);
+    fixture.run(again);
+    check_same_run(again.out, config.out);
+
+    const std::string path = export_of(fixture, config);
+    std::vector<double> distances;  // of the logits from those in full precision
+    const std::vector<int32_t> ids = random_tokens(4, 30, tiny_config().vocab);
+    const auto exact = logits_of(*load_model(backend(), *fixture.source), ids);
+    for (const int bits : {0, 8, 4, 2}) {
+      const auto checkpoint = models::open_checkpoint(path, bits);
+      CHECK(format_of(*checkpoint, 0, 0).weight.bits == (bits == 0 ? 8 : bits));
+      CHECK(format_of(*checkpoint, 0, 0).weight.nested);
+      distances.push_back(
+          relative_error(logits_of(*load_model(backend(), *checkpoint), ids), exact));
+    }
+    CAPTURE(distances[1], distances[2], distances[3]);
+    CHECK(distances[0] == distances[1]);
+    CHECK(distances[1] < distances[2]);
+    CHECK(distances[2] < distances[3]);
+  }
+}
+
+TEST_CASE("method: rounding to nearest takes the grid's options", "[method]") {
+  const Fixture fixture;
+  const auto rounded = [&](const char* name, const Options& options) {
+    TrainConfig config = with(TrainConfig(), options);
+    config.bits = 2;
+    config.act_bits = 4;
+    train::export_rtn(backend(), *fixture.source, FileTokenizer(), config, fixture.dir / name,
+                      models::ExportFormat::Packed);
+    return format_of(*models::open_checkpoint(fixture.dir / name), 1, kDown);
+  };
+  const LinearFormat format = rounded("rotated", {{"rotate", "group"}, {"act-range", "search"}});
+  CHECK(format.input.bits == 4);
+  CHECK(format.input.hadamard);
+  CHECK(format.input.range == quant::RangeRule::Search);
+  for (const auto& [option, text] : {std::pair{"range", "search"},
+                                     {"ocs-ratio", "0.1"},
+                                     {"act-outliers", "32"},
+                                     {"down-kurtosis", "5"}})
+    CHECK_THROWS_WITH(rounded("refused", {{option, text}}),
+                      Contains(cat("--", option)) && Contains("need --data FILE"));
+  CHECK_FALSE(fs::exists(fixture.dir / "refused"));
 }
 
 TEST_CASE("method: options of the grid are completed or refused by name", "[method]") {

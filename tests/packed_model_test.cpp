@@ -117,6 +117,26 @@ TEST_CASE("packed model: formats and logits are those of training", "[packed_mod
   }
 }
 
+TEST_CASE("packed model: the Hugging Face format sums pairs and undoes rotations",
+          "[packed_model]") {
+  const Fixture fixture;
+  for (const size_t i : {1, 3}) {
+    CAPTURE(i);
+    const Exported exported(fixture, cat("run_", i), kCases[i]);
+    const std::string path = exported.run.path() + "_plain";
+    train::export_run(backend(), *fixture.source, FileTokenizer(), exported.run.path(), path,
+                      models::ExportFormat::HuggingFace);
+    const auto plain = load_model(backend(), *models::open_checkpoint(path));
+    const std::vector<int32_t> ids = random_tokens(5, 21, tiny_config().vocab);
+    const double error = relative_error(logits_of(*plain, ids), logits_of(*exported.packed, ids));
+    // Sums of pairs have few bits; rotated weights are rounded to bf16, in seven linears a block.
+    if (exported.config.rotate == train::Rotate::None && !on_cuda())
+      CHECK(error < 64 * epsilon_of(DType::F32));
+    else
+      CHECK(error < 4 * epsilon_of(DType::BF16));
+  }
+}
+
 TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[packed_model]") {
   const Fixture fixture;
   for (size_t i = 0; i < std::size(kCases); ++i) {
@@ -130,13 +150,14 @@ TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[pa
     std::vector<double> steps;
     for (int32_t t = 0; t < tokens; ++t) {
       device.upload(cache.start, &t);
-      const std::vector<double> step = logits_of(*exported.packed, {ids[static_cast<size_t>(t)]},
-                                                 &cache);
+      const std::vector<double> step =
+          logits_of(*exported.packed, {ids[static_cast<size_t>(t)]}, &cache);
       steps.insert(steps.end(), step.begin(), step.end());
     }
     const bool exact = exported.config.act_bits == 16;
     if (exact) CHECK(relative_error(steps, whole) < (on_cuda() ? 0.02 : 1e-4));
-    CHECK(nll_of(steps, ids) == Approx(nll_of(whole, ids)).epsilon(exact && !on_cuda() ? 1e-5 : 2e-3));
+    CHECK(nll_of(steps, ids) ==
+          Approx(nll_of(whole, ids)).epsilon(exact && !on_cuda() ? 1e-5 : 2e-3));
   }
 }
 
@@ -166,8 +187,8 @@ std::vector<LinearFormat> mixed_formats(const models::LlamaConfig& config, int64
         break;
     }
     formats[i].input.outliers = static_cast<int>(outliers.size());
-    formats[i].order = std::make_shared<ChannelOrder>(
-        formats[i].k, 32, outliers, std::vector<int32_t>{2, 5, 50}, side);
+    formats[i].order = std::make_shared<ChannelOrder>(formats[i].k, 32, outliers,
+                                                      std::vector<int32_t>{2, 5, 50}, side);
   }
   return formats;
 }
@@ -185,8 +206,8 @@ struct MixedExport {
     source = models::open_checkpoint(dir / "source");
     const auto formats = [&](int64_t layer) { return mixed_formats(config, layer); };
     trained.emplace(backend(), *source, formats, [&](int64_t layer) {
-      return models::start_stage(config, models::full_precision(*source, layer), formats(layer),
-                                 {}, quant::RangeRule::MinMax, 0);
+      return models::start_stage(config, models::full_precision(*source, layer), formats(layer), {},
+                                 quant::RangeRule::MinMax, 0);
     });
     path = dir / "packed";
     trained->write(path);

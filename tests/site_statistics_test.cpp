@@ -143,9 +143,9 @@ TEST_CASE("site statistics: kurtosis from moments is that of the values", "[stat
   engine::Rng rng(4);
   std::vector<double> x = round_bf16(normal(rng, kTokens * kChannels));
   for (int64_t t = 0; t < kTokens; ++t) {
-    x[t * kChannels] = 0.1;                            // constant
-    x[t * kChannels + 1] = t == 17 ? 30 : 0.25;        // one spike
-    x[t * kChannels + 2] = 8 + x[t * kChannels + 2];   // a large mean
+    x[t * kChannels] = 0.1;                           // constant
+    x[t * kChannels + 1] = t == 17 ? 30 : 0.25;       // one spike
+    x[t * kChannels + 2] = 8 + x[t * kChannels + 2];  // a large mean
   }
   x = round_bf16(x);
   const Tensor moments = device.zeros({Backend::kMoments, kChannels}, DType::F64);
@@ -186,16 +186,16 @@ TEST_CASE("site statistics: weights are taken over the rows of all linears of a 
   LayerResult layer;
   for (const models::LinearShape& shape : shapes)
     layer.linears.push_back(plain_linear(rng, shape.n, shape.k));
-  for (const models::Site site : {models::kAttentionSite, models::kOutputSite, models::kMlpSite,
-                                  models::kDownSite}) {
+  for (const models::Site site :
+       {models::kAttentionSite, models::kOutputSite, models::kMlpSite, models::kDownSite}) {
     const models::WeightStatistics weights = models::weight_statistics(config, layer, site);
     for (size_t c = 0; c < weights.mean.size(); ++c) {
       double sum = 0, most = 0;
       int64_t rows = 0;
       for (size_t i = 0; i < shapes.size(); ++i)
         for (int64_t n = 0; shapes[i].site == site && n < shapes[i].n; ++n, ++rows) {
-          const double w = std::abs(
-              layer.linears[i].master[static_cast<size_t>(n * shapes[i].k) + c]);
+          const double w =
+              std::abs(layer.linears[i].master[static_cast<size_t>(n * shapes[i].k) + c]);
           sum += w;
           most = std::max(most, w);
         }

@@ -21,47 +21,7 @@ using autograd::Var;
 using models::LayerResult;
 using models::LinearResult;
 using models::QuantLinear;
-using quant::ChannelOrder;
 using quant::LinearFormat;
-using quant::SplitSide;
-using Channels = std::vector<int32_t>;
-
-// What an order does to an input; `outliers` in groups.
-struct Layout {
-  const char* name;
-  int group;
-  int outliers;
-  double split;
-  SplitSide side;
-  bool hadamard;
-};
-constexpr Layout kLayouts[] = {
-    {"split weights", 32, 0, 0.2, SplitSide::Weight, false},
-    {"split activations", 32, 0, 0.2, SplitSide::Activation, false},
-    {"outliers", 32, 1, 0.2, SplitSide::Weight, false},
-    {"rotated", 32, 0, 0, SplitSide::Weight, true},
-    {"rotated behind outliers and pairs", 32, 1, 0.2, SplitSide::Activation, true},
-    {"padded", 128, 0, 0.1, SplitSide::Weight, false},
-    {"padded and rotated", 64, 0, 0, SplitSide::Weight, true},
-};
-
-// Every third channel is an outlier, every other of the rest is split, as far as they are wanted.
-void lay_out(LinearFormat& format, const Layout& layout) {
-  const auto wanted = static_cast<size_t>(layout.outliers * layout.group);
-  const auto pairs = static_cast<size_t>(layout.split * static_cast<double>(format.k));
-  Channels outliers, split;
-  for (int32_t c = 0; c < format.k; ++c) {
-    if (c % 3 != 1 && outliers.size() < wanted)
-      outliers.push_back(c);
-    else if (c % 2 == 1 && split.size() < pairs)
-      split.push_back(c);
-  }
-  format.weight.group = layout.group;
-  format.input.hadamard = layout.hadamard;
-  format.input.outliers = static_cast<int>(outliers.size());
-  format.order = std::make_shared<ChannelOrder>(format.k, layout.group, outliers, split,
-                                                layout.side);
-}
 
 engine::PackedWeight pack(Backend& device, const LinearResult& result) {
   return engine::upload_packed(device, result.format, [&](const quant::StoredTensor& t) {
@@ -125,13 +85,12 @@ TEST_CASE("split layer: in full precision a block computes what it did without a
   write_tiny_model(dir.path(), config, 3);
   const auto source = models::open_checkpoint(dir.path());
   const LayerResult original = models::full_precision(*source, 1);
-  const Tensor inv_freq = models::upload_as(device, models::rope_inv_freq(config),
-                                            {config.head_dim / 2}, DType::F32);
+  const Tensor inv_freq =
+      models::upload_as(device, models::rope_inv_freq(config), {config.head_dim / 2}, DType::F32);
   const Var x = input(device, 11, config.d_model);
   const auto output = [&](models::LlamaBlock& block) {
     Tape tape(device, TapeMode::Inference);
-    return values_of(device,
-                     block.forward(tape, x, nullptr, models::Recompute::None).value());
+    return values_of(device, block.forward(tape, x, nullptr, models::Recompute::None).value());
   };
   models::LlamaBlock exact(device, config, 1, inv_freq);
   exact.set_float(original);
@@ -147,8 +106,8 @@ TEST_CASE("split layer: in full precision a block computes what it did without a
     set.allocate();
     autograd::WeightQuantizer quantizer(set, layout.group);
     block.bind_parameters(quantizer, formats);
-    block.set_masters(models::start_stage(config, original, formats, {},
-                                          quant::RangeRule::MinMax, 0));
+    block.set_masters(
+        models::start_stage(config, original, formats, {}, quant::RangeRule::MinMax, 0));
     quantizer.prepare();
     // The products are summed in another order, through four sites. In bf16 operands and halves
     // are exact, but for rotated values, which are rounded once.
@@ -212,12 +171,12 @@ TEST_CASE("split layer: products of quantized activations are exact but for thei
           std::vector<double> identity(static_cast<size_t>(columns * columns), 0.0);
           for (int64_t i = 0; i < columns; ++i) identity[i * columns + i] = 1;
           const auto transposed = values_of(
-              device, pair.trained
-                          .forward(tape,
-                                   input_of(Var(make(device, {columns, columns}, device.act(),
-                                                     identity))),
-                                   Var())
-                          .value());
+              device,
+              pair.trained
+                  .forward(tape,
+                           input_of(Var(make(device, {columns, columns}, device.act(), identity))),
+                           Var())
+                  .value());
           int64_t packed_worse = 0, training_worse = 0;
           for (int64_t m = 0; m < rows; ++m)
             for (int64_t n = 0; n < format.n; ++n) {

@@ -248,6 +248,27 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
   }
 }
 
+TEST_CASE("train config: the command refuses options that exclude each other, by name",
+          "[config]") {
+  const std::pair<tools::Arguments, const char*> wrong[] = {
+      {{"--schedule", "D"}, "--schedule"},
+      {{"--schedule", "B"}, "--to w2a2"},
+      {{"--schedule", "A", "--stages", "w2a16"}, "--schedule and --stages"},
+      {{"--schedule", "A", "--to", "w4a4"}, "--to"},
+      {{"--e2e-stages", "w2a2"}, "--e2e-stages is 'w2a2'"},
+      {{"--ocs-ratio", "2"}, "--ocs-ratio is '2'"},
+      {{"--split-side", "left"}, "--split-side is 'left'"},
+      {{"--any-precision", "8,7"}, "--any-precision is '8,7'"},
+  };
+  for (const auto& [options, message] : wrong) {
+    CAPTURE(message);
+    tools::Arguments arguments = {"--model", "absent", "--data", "absent", "--out", "absent"};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    CHECK_THROWS_AS(tools::train_command(arguments), UsageError);
+    CHECK_THROWS_WITH(tools::train_command(arguments), Contains(message));
+  }
+}
+
 TEST_CASE("train config: values that a program sets must obey the options' rules", "[config]") {
   const auto resolved = [](auto change) {
     TrainConfig config;

@@ -341,20 +341,24 @@ TEST_CASE("a run that skips every step fails and says so", "[train]") {
 
 TEST_CASE("snapping starts from the model that block training produced", "[train]") {
   const Fixture fixture;
-  TrainConfig blocks = fixture.both_phases("blocks");
-  blocks.e2e_steps = 0;
-  TrainConfig snapped = fixture.both_phases("snapped");
-  snapped.e2e_snap = train::Snap::On;
-  snapped.e2e_steps = 1;
-  snapped.e2e_lr = {1e-30};  // moves nothing
-  std::vector<std::string> weights;
-  for (const TrainConfig& config : {blocks, snapped}) {
-    fixture.run(config);
-    train::export_run(backend(), *fixture.source, FileTokenizer(), config.out, config.out + "_out",
-                      ExportFormat::Packed);
-    weights.push_back(data::read_file(config.out + "_out/model.safetensors"));
+  for (const char* range : {"minmax", "search"}) {
+    CAPTURE(range);
+    TrainConfig blocks = fixture.both_phases(cat("blocks_", range));
+    blocks.e2e_steps = 0;
+    TrainConfig snapped = fixture.both_phases(cat("snapped_", range));
+    snapped.e2e_snap = train::Snap::On;
+    snapped.e2e_steps = 1;
+    snapped.e2e_lr = {1e-30};  // moves nothing
+    std::vector<std::string> weights;
+    for (TrainConfig config : {blocks, snapped}) {
+      set_option(config, "range", range);
+      fixture.run(config);
+      train::export_run(backend(), *fixture.source, FileTokenizer(), config.out,
+                        config.out + "_out", ExportFormat::Packed);
+      weights.push_back(data::read_file(config.out + "_out/model.safetensors"));
+    }
+    CHECK((weights[0] == weights[1]));
   }
-  CHECK(weights[0] == weights[1]);
 }
 
 TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train]") {

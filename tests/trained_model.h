@@ -57,8 +57,7 @@ struct TrainedModel {
       formats.push_back(linear->format());
     return formats;
   }
-  double write(const std::string& path,
-               models::ExportFormat format = models::ExportFormat::Packed,
+  double write(const std::string& path, models::ExportFormat format = models::ExportFormat::Packed,
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
         path, source, FileTokenizer(), [this](int64_t i) { return formats(i); }, format,

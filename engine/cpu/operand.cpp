@@ -18,13 +18,15 @@ static host::QuantizedRows<T> quantized(const OperandRows& rows) {
 
 static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
 
-// Operands of rows that make_row(T* row, int64_t index) computes, one at a time: a scratch of all rows
-// would be memory that a plan does not see.
+// Operands of rows that make_row(T* row, int64_t index) computes, one at a time: a scratch of all
+// rows would be memory that a plan does not see.
 template <typename T, typename MakeRow>
 static void operand_of_rows(const OperandRows& out, host::Rows rows, const OperandSpec& spec,
                             const MakeRow& make_row) {
   const int64_t columns = spec.view.stored_k, groups = columns / spec.view.group;
-  const auto from = [](auto* data, int64_t offset) { return data == nullptr ? data : data + offset; };
+  const auto from = [](auto* data, int64_t offset) {
+    return data == nullptr ? data : data + offset;
+  };
   std::vector<T> x(static_cast<size_t>(spec.view.k));
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     make_row(x.data(), row);
@@ -52,8 +54,8 @@ void CpuBackend<T>::do_rms_norm_operand(const OperandRows& out, const Tensor& in
   const int64_t d = x.dim(1);
   parallel_for(x.dim(0), row_grain(d), [&](int64_t begin, int64_t end) {
     operand_of_rows<T>(out, {begin, end}, spec, [&](T* normed, int64_t row) {
-      inv_rms.data<T>()[row] = rms_norm_row(normed, x.data<T>() + row * d, w.data<T>(), d,
-                                            static_cast<T>(eps));
+      inv_rms.data<T>()[row] =
+          rms_norm_row(normed, x.data<T>() + row * d, w.data<T>(), d, static_cast<T>(eps));
     });
   });
 }
