@@ -10,6 +10,7 @@
 #include "tests/tiny_run.h"
 #include "tests/trained_model.h"
 #include "train/recipe.h"
+#include "train/statistics.h"
 
 namespace bbb::tests {
 namespace {
@@ -38,8 +39,8 @@ TrainConfig make_config(const Fixture& fixture, const std::string& name, const O
   return with(std::move(config), options);
 }
 
-// Ends at these steps, counted over the whole run from 1, each in a process of its own.
-// Step `at` of the run is the at-th call of either observer in a run that is not killed.
+// Kills the block phase after each of these steps in turn, then lets it end. number() counts the
+// steps of the whole phase, from 1.
 void run_with_kills(
     const Fixture& fixture, TrainConfig config, const std::vector<int64_t>& kills,
     const std::function<int64_t(int64_t block, int64_t stage, int64_t step)>& number) {
@@ -481,6 +482,35 @@ TEST_CASE("method: down-projections above the kurtosis take 4-bit activations", 
   }
 }
 
+TEST_CASE("method: split side auto takes each site from one of the two sides", "[method]") {
+  const Fixture fixture;
+  std::map<std::string, std::vector<models::LayerStatistics>> statistics;
+  for (const char* side : {"weight", "activation", "auto"}) {
+    const TrainConfig config = train::resolve(make_config(fixture, side,
+                                                          {{"stages", "w2a2"},
+                                                           {"ocs-ratio", "0.25"},
+                                                           {"act-outliers", "32"},
+                                                           {"rotate", "group"},
+                                                           {"range", "search"},
+                                                           {"split-side", side}}),
+                                              tiny_config(), engine::DeviceType::Cpu);
+    statistics[side] = train::collect_statistics(backend(), *fixture.source, fixture.windows,
+                                                 config, [](int64_t) {});
+  }
+  for (size_t layer : {0, 1})
+    for (size_t site = 0; site < models::kSites; ++site) {
+      const auto of = [&](const char* side) { return statistics[side][layer][site]; };
+      const models::SiteStatistics chosen = of("auto");
+      const bool weight = chosen.side == quant::SplitSide::Weight;
+      const models::SiteStatistics same = of(weight ? "weight" : "activation");
+      CAPTURE(layer, site, weight);
+      CHECK(chosen.kurtosis == same.kurtosis);
+      CHECK(chosen.outliers == same.outliers);
+      CHECK(chosen.split == same.split);
+      CHECK(chosen.energy == same.energy);  // halving is exact
+    }
+}
+
 TEST_CASE("method: scales train over a channel order", "[method]") {
   const Fixture fixture;
   const TrainConfig config = make_config(fixture, "run",
@@ -605,6 +635,8 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
       {{{"stages", "w8a16"}, {"any-precision", "4,2"}}, "--any-precision"},
       {{{"stages", "w2a16"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"range", "search"}}, "--range search"},
+      {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"input-stream", "mix"}}, "--input-stream"},
+      {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"e2e-stages", "w4a16:1"}}, "not w4a16"},
   };
   for (const auto& [options, message] : wrong) {
     CAPTURE(message);

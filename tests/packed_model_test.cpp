@@ -175,6 +175,7 @@ std::vector<LinearFormat> mixed_formats(const models::LlamaConfig& config, int64
       case models::kAttentionSite:
         break;
       case models::kOutputSite:
+        if (layer == 1) formats[i].input = {};  // 16 bits, among searched ranges
         outliers.resize(32);
         std::iota(outliers.begin(), outliers.end(), 7);
         break;
@@ -245,7 +246,8 @@ TEST_CASE("packed model: what a linear has of its own is an override, and is rea
     }
   const ordered_json overrides =
       ordered_json::parse(checkpoint->config_json())["quantization_config"]["overrides"];
-  CHECK(overrides.size() == 6);  // gate, up and down of each layer
+  CHECK(overrides.size() == 7);  // gate, up and down of each layer, o_proj of one
+  CHECK(overrides["model.layers.1.self_attn.o_proj"] == ordered_json{{"activation_bits", 16}});
   CHECK(overrides["model.layers.1.mlp.down_proj"] == ordered_json{{"activation_bits", 4}});
   CHECK(overrides["model.layers.0.mlp.down_proj"] == ordered_json{{"bits", 4}});
   CHECK(overrides["model.layers.0.mlp.up_proj"] == ordered_json{{"split_side", "activation"}});
@@ -257,9 +259,9 @@ TEST_CASE("packed model: what a linear has of its own is an override, and is rea
 
   // Bits per activation: each site once. All split 3 channels; o_proj has 32 outliers.
   double codes = 0, channels = 0;
-  for (const bool down_at_4 : {false, true}) {
-    codes += 2 * (64 + 3) + (2 * (256 + 3 - 32) + 8 * 32) + 2 * (64 + 3) +
-             (down_at_4 ? 4 : 2) * (96 + 3);
+  for (const bool last : {false, true}) {
+    codes += 2 * (64 + 3) + (last ? 16 * (256 + 3) : 2 * (256 + 3 - 32) + 8 * 32) + 2 * (64 + 3) +
+             (last ? 4 : 2) * (96 + 3);
     channels += 64 + 256 + 64 + 96;
   }
   CHECK(checkpoint->bits_per_activation().codes == Approx(codes / channels));
