@@ -183,6 +183,29 @@ TEST_CASE("recompute: channel orders, searched ranges and quantized activations 
     }
 }
 
+TEST_CASE("recompute: several precisions at once use the predicted memory, and give the same bytes",
+          "[train][recompute]") {
+  WideRun run;
+  set_option(run.config, "any-precision", "8,4,2");
+  set_option(run.config, "ocs-ratio", "0.2");
+  for (const bool blocks : {true, false}) {
+    std::map<std::string, std::string> expected;
+    run.config.stages = train::parse_stages(blocks ? "w8a16" : "");
+    run.config.e2e_steps = blocks ? 0 : 2;
+    for (const Recompute recompute : kModes) {
+      CAPTURE(blocks, models::to_string(recompute));
+      run.config.memory.recompute = recompute;
+      const int64_t predicted =
+          blocks ? run.plan_blocks().device_bytes
+                 : train::plan_end_to_end_memory(backend(), run.model, run.resolved()).device_bytes;
+      check_prediction(predicted, run.measured_bytes(cat(blocks, models::to_string(recompute))));
+      const auto files = results(run.config.out);
+      if (recompute == Recompute::None) expected = files;
+      CHECK((files == expected));
+    }
+  }
+}
+
 TEST_CASE("recompute: the statistics of input sites use the predicted memory",
           "[train][recompute]") {
   WideRun run;
