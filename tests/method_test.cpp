@@ -256,6 +256,15 @@ TEST_CASE("method: a run starts from another's result", "[method]") {
   kill_whole(fixture, killed, 1, 3);
   fixture.run(killed);
   check_same_run(killed.out, changed.out);
+
+  // Algorithm 2 starts from it, too; blocks that are not switched yet are merged.
+  const TrainConfig scheduled = make_config(fixture, "scheduled",
+                                            {{"stages", "w3a16,w2a16"},
+                                             {"block-schedule", "prefix"},
+                                             {"first-ratio", "0.5"},
+                                             {"from", first.out}});
+  fixture.run(scheduled);
+  CHECK_FALSE(format_of(*models::open_checkpoint(export_of(fixture, scheduled)), 0, 0).order);
 }
 
 TEST_CASE("method: what a run cannot start from is refused", "[method]") {
@@ -509,6 +518,95 @@ TEST_CASE("method: split side auto takes each site from one of the two sides", "
       CHECK(chosen.split == same.split);
       CHECK(chosen.energy == same.energy);  // halving is exact
     }
+}
+
+TEST_CASE("method: energies are those of the operand, by stored position", "[method]") {
+  const Fixture fixture;
+  const auto energies = [&](const char* name, const Options& options) {
+    const TrainConfig config = train::resolve(
+        make_config(fixture, name, Options{{"stages", "w2a16"}, {"range", "search"}} + options),
+        tiny_config(), engine::DeviceType::Cpu);
+    return train::collect_statistics(backend(), *fixture.source, fixture.windows, config,
+                                     [](int64_t) {})[0][models::kAttentionSite];
+  };
+  // The first site's input is the normed embedding.
+  const models::LlamaConfig model = tiny_config();
+  const auto d = static_cast<size_t>(model.d_model);
+  const auto table =
+      fixture.source->load("model.embed_tokens.weight", {model.vocab, model.d_model});
+  const auto norm = fixture.source->load("model.layers.0.input_layernorm.weight", {model.d_model});
+  std::vector<double> expected(d, 0.0);
+  const size_t tokens = static_cast<size_t>(fixture.config.samples * Fixture::kSeqLen);
+  for (size_t t = 0; t < tokens; ++t) {
+    const float* row = table.data() + static_cast<size_t>(fixture.windows.ids[t]) * d;
+    double squares = 0;
+    for (size_t i = 0; i < d; ++i) squares += double(row[i]) * row[i];
+    const double r2 = 1 / (squares / static_cast<double>(d) + model.rms_eps);
+    for (size_t i = 0; i < d; ++i)
+      expected[i] += r2 * std::pow(double(row[i]) * norm[i], 2) / static_cast<double>(tokens);
+  }
+  const auto near = [](double value) { return Approx(value).epsilon(on_cuda() ? 1e-2 : 1e-5); };
+  const auto plain = energies("plain", {}).energy;
+  REQUIRE(plain.size() == d);
+  for (size_t i = 0; i < d; ++i) CHECK(plain[i] == near(expected[i]));
+
+  for (const char* side : {"weight", "activation"}) {
+    CAPTURE(side);
+    const double factor = *side == 'w' ? 1 : 0.25;
+    const models::SiteStatistics site =
+        energies(side, {{"ocs-ratio", "0.25"}, {"act-outliers", "32"}, {"split-side", side}});
+    const quant::ChannelOrder order(model.d_model, 32, site.outliers, site.split, site.side);
+    REQUIRE(site.energy.size() == static_cast<size_t>(order.stored_k()));
+    for (int64_t p = 0; p < order.stored_k(); ++p) {
+      const int32_t channel = order.channels()[static_cast<size_t>(p)];
+      const bool pair = p >= order.pairs_begin() && p < order.pairs_end();
+      CHECK(site.energy[static_cast<size_t>(p)] ==
+            near(channel < 0 ? 0 : expected[static_cast<size_t>(channel)] * (pair ? factor : 1)));
+    }
+  }
+  // x' = 2^-3 H x keeps half of a group's energy, and spreads it.
+  const auto rotated = energies("rotated", {{"rotate", "group"}}).energy;
+  for (size_t g = 0; g < d; g += 32) {
+    double sum = 0, before = 0;
+    for (size_t i = g; i < g + 32; ++i) sum += rotated[i], before += expected[i];
+    CHECK(sum == near(before / 2));
+  }
+}
+
+TEST_CASE("method: all channels of an input may be outliers or split", "[method]") {
+  const Fixture fixture;
+  const TrainConfig config = make_config(fixture, "run",
+                                         {{"stages", "w2a2"},
+                                          {"ocs-ratio", "0.6"},
+                                          {"epochs", "1"},
+                                          {"act-outliers", "32"},
+                                          {"rotate", "group"}});
+  fixture.run(config);
+  const LinearFormat format = format_of(*models::open_checkpoint(export_of(fixture, config)), 1, 0);
+  CHECK(format.order->split().size() == 32);
+  CHECK(format.order->rotated_begin() == format.order->rotated_end());
+}
+
+TEST_CASE("method: damaged or foreign statistics are refused", "[method]") {
+  const Fixture fixture;
+  const TrainConfig config = make_config(fixture, "run", kGrid + Options{{"stages", "w2a16"}});
+  train::Observer observer;
+  observer.after_block = [](int64_t) { throw Killed(); };
+  CHECK_THROWS_AS(fixture.run(config, observer), Killed);
+  const std::string file = config.out + "/statistics.safetensors", good = data::read_file(file);
+  for (const size_t at : {size_t{9}, good.size() / 2, good.size() - 1}) {
+    std::string bytes = good;
+    bytes[at] ^= 4;
+    data::write_file_atomic(file, bytes);
+    CHECK_THROWS_WITH(fixture.run(config), Contains("statistics.safetensors"));
+  }
+  const TrainConfig other =
+      with(make_config(fixture, "other", kGrid + Options{{"stages", "w2a16"}}), {{"seed", "1"}});
+  CHECK_THROWS_AS(fixture.run(other, observer), Killed);
+  data::write_file_atomic(file, data::read_file(other.out + "/statistics.safetensors"));
+  CHECK_THROWS_WITH(fixture.run(config), Contains("is of another run"));
+  data::write_file_atomic(file, good);
+  fixture.run(config);
 }
 
 TEST_CASE("method: scales train over a channel order", "[method]") {
