@@ -291,6 +291,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     const LinearSettings& settings = own == overrides_.end() ? settings_ : own->second;
     quant::LinearFormat format{.n = l.n, .k = l.k, .weight = grid_, .input = settings.input};
     if (!grid_.nested) format.weight.bits = settings.bits;
+    if (format.input.bits == 16) format.input.range = quant::RangeRule::MinMax;  // has none
     const std::vector<int32_t> outliers = channels(l.name + ".outlier_channels"),
                                split = channels(l.name + ".split_channels");
     format.input.outliers = static_cast<int>(outliers.size());

@@ -19,7 +19,7 @@ namespace {
 // The fourth central moment over the squared variance, from raw moments per token.
 double kurtosis_of(double m1, double m2, double m3, double m4) {
   const double variance = m2 - m1 * m1;
-  if (variance <= 0) return 0;
+  if (variance <= 1e-12 * m2) return 0;  // constant, but for rounding
   const double fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1 * m1 * m1 * m1;
   return fourth / (variance * variance);
 }

@@ -398,7 +398,7 @@ struct TrainedBlock {
   std::vector<std::vector<double>> masters;
 
   TrainedBlock(Backend& backend, int64_t window, int bits, engine::Rounding rounding,
-               GradientPasses passes)
+               GradientPasses passes, const Layout* layout = nullptr)
       : device(backend),
         config(tiny_config()),
         set(backend, passes),
@@ -406,10 +406,13 @@ struct TrainedBlock {
               models::upload_as(backend, models::rope_inv_freq(config), {config.head_dim / 2},
                                 DType::F32)) {
     config.sliding_window = window;
-    block.declare_parameters(set, block_formats(config, bits));
+    std::vector<quant::LinearFormat> formats = block_formats(config, bits);
+    for (quant::LinearFormat& format : formats)
+      if (layout != nullptr) lay_out(format, *layout);
+    block.declare_parameters(set, formats);
     set.allocate();
-    quantizer.emplace(set, 32, quant::RangeRule::MinMax, rounding);
-    block.bind_parameters(*quantizer, block_formats(config, bits));
+    quantizer.emplace(set, formats[0].weight.group, quant::RangeRule::MinMax, rounding);
+    block.bind_parameters(*quantizer, formats);
     Rng rng(12);
     for (auto& parameter : set.parameters()) {
       const bool is_norm = parameter->master.rank() == 1;
@@ -447,8 +450,12 @@ struct TrainedBlock {
 }  // namespace
 
 TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
-  for (const int64_t window : {0, 3}) {
-    TrainedBlock trained(oracle_f64(), window, 2, engine::Rounding::Identity, GradientPasses::One);
+  std::vector<std::pair<const Layout*, int64_t>> cases = {{nullptr, 0}, {nullptr, 3}};
+  for (const Layout& layout : kLayouts) cases.push_back({&layout, 0});
+  for (const auto& [layout, window] : cases) {
+    CAPTURE(layout == nullptr ? "no order" : layout->name, window);
+    TrainedBlock trained(oracle_f64(), window, 2, engine::Rounding::Identity, GradientPasses::One,
+                         layout);
     const Shape shape{2, 5, trained.config.d_model};
     Rng rng(13);
     const std::vector<double> x = normal(rng, engine::numel_of(shape));
@@ -474,7 +481,7 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
 
     for (size_t i = 0; i < trained.masters.size(); ++i) {
       autograd::Parameter& parameter = *trained.set.parameters()[i];
-      CAPTURE(parameter.name, window);
+      CAPTURE(parameter.name);
       const std::vector<double> along = normal(rng, trained.masters[i].size());
       double ends[2];
       for (const int side : {0, 1}) {

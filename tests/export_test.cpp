@@ -10,6 +10,7 @@
 #include "tests/model_files.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
+#include "tests/trained_model.h"
 
 using namespace bbb;
 using namespace bbb::tests;
@@ -21,54 +22,27 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// A tokenizer of which an export uses only the files.
-class FileTokenizer : public data::Tokenizer {
- public:
-  std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
-  std::string piece(int32_t, bool) const override { return ""; }
-  std::string decode(const std::vector<int32_t>&) const override { return ""; }
-  std::optional<int32_t> find(std::string_view) const override { return std::nullopt; }
-  int64_t vocab_size() const override { return 53; }
-  std::vector<std::pair<std::string, std::string>> export_files() const override {
-    return {{"tokenizer.json", "{\"a\": 1}"}};
-  }
-};
-
-// A model whose blocks are fake-quantized for training, ready to export.
+// The same with a model directory of its own.
 struct Trained {
   TempDir directory;
   models::LlamaConfig config;
   std::unique_ptr<models::Checkpoint> source;
-  std::unique_ptr<Llama> model;
-  autograd::ParameterSet set;
-  std::optional<autograd::WeightQuantizer> quantizer;
+  std::optional<TrainedModel> quantized;
+  Llama* model = nullptr;
 
-  Trained(Backend& device, bool tied, int bits)
-      : config(tiny_config()), set(device, autograd::GradientPasses::One) {
+  Trained(Backend& device, bool tied, int bits) : config(tiny_config()) {
     config.tied_head = tied;
     fs::create_directory(directory / "source");
     write_tiny_model(directory / "source", config, 1);
     source = models::open_checkpoint(directory / "source");
-    model = std::make_unique<Llama>(device, *source, models::HeadRounding::BFloat16);
-    for (auto& block : model->blocks()) block->declare_parameters(set, block_formats(config, bits));
-    set.allocate();
-    quantizer.emplace(set, 32);
-    for (auto& block : model->blocks()) {
-      block->bind_parameters(*quantizer, block_formats(config, bits));
-      block->set_masters(models::full_precision(*source, block->layer()));
-    }
-    quantizer->prepare();
+    quantized.emplace(
+        device, *source, [&](int64_t) { return block_formats(config, bits); },
+        [&](int64_t layer) { return models::full_precision(*source, layer); });
+    model = quantized->model.get();
   }
 
-  LayerResult layer(int64_t i) {
-    return model->blocks()[static_cast<size_t>(i)]->result(models::LinearContent::Stored);
-  }
-  std::vector<quant::LinearFormat> formats(int64_t i) {
-    std::vector<quant::LinearFormat> formats;
-    for (const auto* linear : model->blocks()[static_cast<size_t>(i)]->linears())
-      formats.push_back(linear->format());
-    return formats;
-  }
+  LayerResult layer(int64_t i) { return quantized->layer(i); }
+  std::vector<quant::LinearFormat> formats(int64_t i) { return quantized->formats(i); }
 
   double write(const std::string& name, ExportFormat format,
                int64_t shard_bytes = models::kMaxShardBytes) {
@@ -85,12 +59,6 @@ struct Trained {
     return n;
   }
 };
-
-std::unique_ptr<Llama> reload(Backend& device, const models::Checkpoint& checkpoint) {
-  auto model = std::make_unique<Llama>(device, checkpoint, models::HeadRounding::None);
-  model->load_blocks(checkpoint);
-  return model;
-}
 
 }  // namespace
 
@@ -109,7 +77,7 @@ TEST_CASE("export: packed logits equal those of the training forward", "[export]
       CHECK(checkpoint->kind() == models::CheckpointKind::Packed);
       CHECK(checkpoint->bits_per_weight() == bits_per_weight);
       CHECK(has_tensor(*checkpoint, "lm_head.weight") == !tied);
-      const auto packed = reload(device, *checkpoint);
+      const auto packed = load_model(device, *checkpoint);
       // 3 rows use the packed product; 20 rows unpack the layer.
       for (const int64_t rows : {3, 20}) {
         const std::vector<int32_t> ids = random_tokens(3, rows, trained.config.vocab);
@@ -132,7 +100,7 @@ TEST_CASE("export: the Hugging Face format holds the same model", "[export]") {
   const std::vector<int32_t> ids = random_tokens(3, 20, trained.config.vocab);
   const double tolerance =
       device.act() == DType::BF16 ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32);
-  CHECK(relative_error(logits_of(*reload(device, *checkpoint), ids),
+  CHECK(relative_error(logits_of(*load_model(device, *checkpoint), ids),
                        logits_of(*trained.model, ids)) < tolerance);
 }
 
@@ -178,7 +146,8 @@ TEST_CASE("export: a single file, or shards with an index", "[export]") {
   trained.write("single", ExportFormat::Packed);
   const auto sharded = models::open_checkpoint(path);
   const auto single = models::open_checkpoint(trained.directory / "single");
-  CHECK(logits_of(*reload(oracle(), *sharded), ids) == logits_of(*reload(oracle(), *single), ids));
+  CHECK(logits_of(*load_model(oracle(), *sharded), ids) ==
+        logits_of(*load_model(oracle(), *single), ids));
 
   // Exporting the same model again gives the same bytes.
   trained.write("again", ExportFormat::Packed);

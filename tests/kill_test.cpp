@@ -26,6 +26,7 @@ using Milliseconds = std::chrono::duration<double, std::milli>;
 constexpr const char* kOutVariable = "BBB_KILL_TEST_OUT";
 constexpr const char* kSaveVariable = "BBB_KILL_TEST_SAVE_EVERY";
 constexpr const char* kFileLimitVariable = "BBB_KILL_TEST_FILE_BYTES";
+constexpr const char* kGridVariable = "BBB_KILL_TEST_GRID";  // set: a grid with a channel order
 constexpr const char* kChildTest = "[.kill-child]";
 constexpr double kPatience_ms = 60'000;
 constexpr int64_t kNoLimit = 0;
@@ -134,6 +135,14 @@ TEST_CASE("the run that is killed", "[.kill-child]") {
   config.out = out;
   config.model = "model";
   config.e2e_steps = 12;
+  if (std::getenv(kGridVariable) != nullptr) {
+    for (const auto& [option, text] : {std::pair{"ocs-ratio", "0.25"},
+                                       {"range", "search"},
+                                       {"rotate", "group"},
+                                       {"act-outliers", "32"},
+                                       {"e2e-stages", "w2a16:1,w2a2:2"}})
+      set_option(config, option, text);
+  }
   config.lr.back() = 1;  // training gets worse: the best weights are not the newest ones
   config.save_every = std::atoll(std::getenv(kSaveVariable));
   const int64_t file_bytes = std::atoll(std::getenv(kFileLimitVariable));
@@ -151,8 +160,7 @@ TEST_CASE("the run that is killed", "[.kill-child]") {
   }
 }
 
-TEST_CASE("a run killed at random moments ends with the same bytes", "[train][kill]") {
-  const int wanted = on_cuda() ? 5 : 30, wanted_inside = on_cuda() ? 1 : 5;
+static void kill_at_random(int wanted, int wanted_inside, size_t files) {
   const TempDir dir;
   const std::string whole = dir / "whole";
   const auto start = Clock::now();
@@ -162,7 +170,7 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
   REQUIRE(in_block_ms > 0);
   const auto expected = results(whole);
   const auto expected_log = log_lines(whole, "");
-  REQUIRE(expected.size() == 6);  // run.json, two stages of two blocks, the final file
+  REQUIRE(expected.size() == files);
 
   // When a run reaches its end, a new one starts, so that kills fall into every part of a run.
   // Every second run gets its first kill inside a stage of a block: on a GPU that part is short.
@@ -190,6 +198,18 @@ TEST_CASE("a run killed at random moments ends with the same bytes", "[train][ki
       "inside a stage of a block, %d end to end; %d while a file was written\n",
       kills, static_cast<int>(kSeed), duration_ms, counts.nothing, counts.between,
       counts.block_state, counts.end_to_end, counts.half_written);
+}
+
+TEST_CASE("a run killed at random moments ends with the same bytes", "[train][kill]") {
+  // run.json, two stages of two blocks, the final file
+  kill_at_random(on_cuda() ? 5 : 30, on_cuda() ? 1 : 5, 6);
+}
+
+TEST_CASE("a run with a channel order and stages of the whole model, killed at random moments",
+          "[train][kill]") {
+  setenv(kGridVariable, "1", 1);
+  kill_at_random(on_cuda() ? 5 : 20, on_cuda() ? 1 : 3, 8);  // statistics and a stage more
+  unsetenv(kGridVariable);
 }
 
 TEST_CASE("a full disk is one error, and the run resumes when there is room", "[train][kill]") {

@@ -59,7 +59,8 @@ struct Trained {
     const std::vector<double> x = round_bf16(normal(rng, kM * kK));
     const std::vector<double> dy = round_bf16(normal(rng, kM * kN));
     Tape tape(device, TapeMode::Training);
-    const Var y = linear.forward(tape, input_of(Var(make(device, {kM, kK}, device.act(), x))), Var());
+    const Var y =
+        linear.forward(tape, input_of(Var(make(device, {kM, kK}, device.act(), x))), Var());
     tape.backward(y, make(device, {kM, kN}, device.act(), dy));
     linear.finish_backward();
     std::vector<double> dw(static_cast<size_t>(kN * kK), 0.0);
@@ -328,7 +329,8 @@ struct TwoLinears {
   // Call prepare() or quantize() first.
   void pass_and_update() {
     Tape tape(device, TapeMode::Training);
-    const Var y = first.forward(tape, input_of(second.forward(tape, input_of(Var(x)), Var())), Var());
+    const Var y =
+        first.forward(tape, input_of(second.forward(tape, input_of(Var(x)), Var())), Var());
     const Tensor seed = device.empty(dy.shape(), dy.dtype());
     device.copy(seed, dy);
     tape.backward(y, seed);

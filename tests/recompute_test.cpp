@@ -10,6 +10,7 @@
 #include "tests/tiny_run.h"
 #include "train/end_to_end.h"
 #include "train/memory_plan.h"
+#include "train/statistics.h"
 
 namespace bbb::tests {
 namespace {
@@ -138,6 +139,91 @@ TEST_CASE("recompute: the end-to-end phase uses the predicted memory, and gives 
               result_bytes_of(files.at("e2e/final.safetensors")));
       }
     }
+}
+
+TEST_CASE("recompute: channel orders, searched ranges and quantized activations are counted, too",
+          "[train][recompute]") {
+  WideRun run;
+  for (const auto& [option, text] :
+       std::initializer_list<std::pair<const char*, const char*>>{{"range", "search"},
+                                                                  {"rotate", "group"},
+                                                                  {"act-outliers", "32"},
+                                                                  {"act-range", "search"}})
+    set_option(run.config, option, text);
+  const auto statistics = [&] {
+    return train::count_statistics_memory(backend(), run.model, run.resolved());
+  };
+  for (const char* ratio : {"0.25", "0.4,0.1"})
+    for (const bool blocks : {true, false}) {
+      set_option(run.config, "ocs-ratio", ratio);
+      std::map<std::string, std::string> expected;
+      run.config.stages = train::parse_stages(blocks ? "w4a16,w2a2" : "");
+      run.config.e2e_steps = blocks ? 0 : train::TrainConfig::kAutoSteps;
+      if (!blocks) set_option(run.config, "e2e-stages", "w2a16:1,w2a2:1");
+      for (const Recompute recompute : kModes) {
+        if (recompute != Recompute::None && ratio[3] == ',') continue;
+        CAPTURE(ratio, blocks, models::to_string(recompute), statistics());
+        run.config.memory.recompute = recompute;
+        const int64_t predicted =
+            blocks
+                ? run.plan_blocks().device_bytes
+                : train::plan_end_to_end_memory(backend(), run.model, run.resolved()).device_bytes;
+        const int64_t measured =
+            run.measured_bytes(cat(ratio, blocks, models::to_string(recompute)));
+        check_prediction(std::max(predicted, statistics()), measured);
+        const auto files = results(run.config.out);
+        if (recompute == Recompute::None) expected = files;
+        CHECK((files == expected));
+        int64_t bytes = 0;
+        for (const auto& [name, content] : files)
+          if (name.ends_with(".safetensors") && name != "statistics.safetensors")
+            bytes += result_bytes_of(content);
+        CHECK(train::result_bytes(run.model, run.resolved()) == bytes);
+      }
+    }
+}
+
+TEST_CASE("recompute: several precisions at once use the predicted memory, and give the same bytes",
+          "[train][recompute]") {
+  WideRun run;
+  set_option(run.config, "any-precision", "8,4,2");
+  set_option(run.config, "ocs-ratio", "0.2");
+  for (const bool blocks : {true, false}) {
+    std::map<std::string, std::string> expected;
+    run.config.stages = train::parse_stages(blocks ? "w8a16" : "");
+    run.config.e2e_steps = blocks ? 0 : 2;
+    for (const Recompute recompute : kModes) {
+      CAPTURE(blocks, models::to_string(recompute));
+      run.config.memory.recompute = recompute;
+      const int64_t predicted =
+          blocks ? run.plan_blocks().device_bytes
+                 : train::plan_end_to_end_memory(backend(), run.model, run.resolved()).device_bytes;
+      check_prediction(predicted, run.measured_bytes(cat(blocks, models::to_string(recompute))));
+      const auto files = results(run.config.out);
+      if (recompute == Recompute::None) expected = files;
+      CHECK((files == expected));
+    }
+  }
+}
+
+TEST_CASE("recompute: the statistics of input sites use the predicted memory",
+          "[train][recompute]") {
+  WideRun run;
+  for (const auto& [side, ratio] : {std::pair{"weight", "0.25"},
+                                    {"auto", "0.25"},
+                                    {"weight", "0.4,0.1"},
+                                    {"auto", "0.4,0.1"}}) {
+    CAPTURE(side, ratio);
+    set_option(run.config, "ocs-ratio", ratio);
+    set_option(run.config, "split-side", side);
+    run.config.stages = train::parse_stages("w2a4");
+    const train::TrainConfig config = run.resolved();
+    backend().reset_memory_peak();
+    const int64_t before = backend().memory_peak_bytes();
+    train::collect_statistics(backend(), *run.source, run.windows, config, [](int64_t) {});
+    check_prediction(train::count_statistics_memory(backend(), run.model, config),
+                     backend().memory_peak_bytes() - before);
+  }
 }
 
 TEST_CASE("recompute: micro-batches that add gradients use the predicted memory",

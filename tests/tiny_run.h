@@ -90,6 +90,8 @@ struct Fixture {
   train::TrainConfig config;
 };
 
+struct Killed {};  // thrown by an observer: the run ends there
+
 // The content of every result file, by path relative to the run's directory. Two files are left
 // out: the log, which contains times, and the lock.
 inline std::map<std::string, std::string> results(const std::string& run) {

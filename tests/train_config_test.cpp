@@ -39,13 +39,13 @@ std::map<std::string, std::string> texts(const TrainConfig& config) {
   return all;
 }
 
-std::string train_help() {
+std::string help_of(int (*command)(const tools::Arguments&)) {
   const TempDir scratch;
   std::fflush(stdout);
   const int console = dup(STDOUT_FILENO);
   const int file = open((scratch / "help").c_str(), O_WRONLY | O_CREAT, 0600);
   dup2(file, STDOUT_FILENO);
-  const int code = tools::train_command({"--help"});
+  const int code = command({"--help"});
   std::fflush(stdout);
   dup2(console, STDOUT_FILENO);
   close(console);
@@ -84,7 +84,7 @@ TEST_CASE("train config: every stored field survives run.json, and a missing one
 }
 
 TEST_CASE("train config: bbb train --help lists every option once", "[config]") {
-  const std::string help = train_help();
+  const std::string help = help_of(tools::train_command);
   const TrainConfig config;
   train::visit(config, [&](const auto&, const Field& f) {
     if (f.group == nullptr) return;
@@ -95,6 +95,23 @@ TEST_CASE("train config: bbb train --help lists every option once", "[config]") 
     CHECK(help.find(option, at + 1) == std::string::npos);
     if (*f.group != '\0') CHECK_THAT(help, Contains(cat(" ", f.group, " options:\n")));
   });
+}
+
+TEST_CASE("train config: bbb export --help lists the options of the grid", "[config]") {
+  const std::string help = help_of(tools::export_command);
+  const TrainConfig config;
+  int found = 0;
+  train::visit(config, [&](const auto&, const Field& f) {
+    if (f.group == nullptr || f.group != std::string(train::kGrid)) return;
+    CAPTURE(f.name);
+    CHECK_THAT(help, Contains(cat("--", f.name, " arg")));
+    ++found;
+  });
+  CHECK(found == 10);
+  for (const char* option : {"--act-bits arg", "--data arg", "--samples arg", "--rtn"})
+    CHECK_THAT(help, Contains(option));
+  for (const char* option : {"--schedule arg", "--to arg", "--from arg", "--e2e-stages arg"})
+    CHECK_THAT(help_of(tools::train_command), Contains(option));
 }
 
 TEST_CASE("train config: every option word selects its enumerator", "[config]") {
@@ -110,6 +127,26 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
   };
   check("input-stream", c.input_stream,
         {{"same", InputStream::Same}, {"higher", InputStream::Higher}, {"mix", InputStream::Mix}});
+  check("range", c.range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
+  check("act-range", c.act_range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
+  check("rotate", c.rotate, {{"none", Rotate::None}, {"group", Rotate::Group}});
+  check("ocs-metric", c.ocs_metric,
+        {{"l2-mean", SplitMetric::L2Mean},
+         {"l2-max", SplitMetric::L2Max},
+         {"act-max", SplitMetric::ActivationMax},
+         {"weight-max", SplitMetric::WeightMax},
+         {"kurtosis", SplitMetric::Kurtosis}});
+  check("split-side", c.split_side,
+        {{"weight", SplitSideChoice::Weight},
+         {"activation", SplitSideChoice::Activation},
+         {"auto", SplitSideChoice::Auto}});
+  check("nested-dequant", c.nested_dequant,
+        {{"middle", NestedDequant::Middle}, {"floor", NestedDequant::Floor}});
+  check("target", c.target, {{"full", Target::Full}, {"follow", Target::Follow}});
+  check("block-schedule", c.block_schedule,
+        {{"all", BlockSchedule::All},
+         {"stochastic", BlockSchedule::Stochastic},
+         {"prefix", BlockSchedule::Prefix}});
   check("e2e-loss", c.e2e_loss,
         {{"kl", EndToEndLoss::Kl},
          {"ce", EndToEndLoss::CrossEntropy},
@@ -130,6 +167,14 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
   set_option(c, "stages", "w4a16,w2a16");
   CHECK(c.stages == std::vector<train::Stage>{{4, 16}, {2, 16}});
   set_option(c, "stages", "");
+  set_option(c, "e2e-stages", "w2a16:6,w2a2:4");
+  CHECK(c.e2e_stages == std::vector<train::ModelStage>{{{2, 16}, 6}, {{2, 2}, 4}});
+  set_option(c, "ocs-ratio", "0.05,0.15");
+  CHECK(c.ocs_ratio == std::vector<double>{0.05, 0.15});
+  set_option(c, "ocs-ratio", "none");
+  CHECK(c.ocs_ratio.empty());
+  set_option(c, "any-precision", "8,4,2");
+  CHECK(c.any_precision == std::vector<int>{8, 4, 2});
   CHECK(c.stages.empty());
   set_option(c, "e2e-jsd-beta", "0.25");
   CHECK(c.e2e_jsd_beta == 0.25);
@@ -174,12 +219,53 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
                                                        {"e2e-micro-batch", "0"},
                                                        {"stages", "w5x"},
                                                        {"stages", ","},
+                                                       {"e2e-stages", "w2a16"},
+                                                       {"e2e-stages", "w2a16:0"},
+                                                       {"e2e-stages", "w2a16:1,"},
+                                                       {"ocs-ratio", "0"},
+                                                       {"ocs-ratio", "1"},
+                                                       {"ocs-ratio", "0.1,2"},
+                                                       {"ocs-metric", "l1"},
+                                                       {"split-side", "both"},
+                                                       {"range", "mean"},
+                                                       {"act-range", ""},
+                                                       {"rotate", "rows"},
+                                                       {"act-outliers", "-1"},
+                                                       {"down-kurtosis", "-1"},
+                                                       {"any-precision", "8,5"},
+                                                       {"nested-dequant", "top"},
+                                                       {"target", "half"},
+                                                       {"block-schedule", "random"},
+                                                       {"first-ratio", "0"},
+                                                       {"first-ratio", "1.5"},
+                                                       {"depth-bias", "-0.5"},
                                                        {"extrapolate", ""}};
   for (const auto& [option, text] : wrong) {
     CAPTURE(option, text);
     CHECK_THROWS_AS(set_option(c, option, text), UsageError);
     CHECK_THROWS_WITH(set_option(c, option, text),
                       Contains(cat("--", option, " is '", text, "'; it takes ")));
+  }
+}
+
+TEST_CASE("train config: the command refuses options that exclude each other, by name",
+          "[config]") {
+  const std::pair<tools::Arguments, const char*> wrong[] = {
+      {{"--schedule", "D"}, "--schedule"},
+      {{"--schedule", "B"}, "--to w2a2"},
+      {{"--schedule", "A", "--stages", "w2a16"}, "--schedule and --stages"},
+      {{"--schedule", "A", "--to", "w4a4"}, "--to"},
+      {{"--e2e-stages", "w2a2"}, "--e2e-stages is 'w2a2'"},
+      {{"--ocs-ratio", "2"}, "--ocs-ratio is '2'"},
+      {{"--split-side", "left"}, "--split-side is 'left'"},
+      {{"--any-precision", "8,7"}, "--any-precision is '8,7'"},
+  };
+  for (const auto& [options, message] : wrong) {
+    CAPTURE(message);
+    tools::Arguments arguments = {"--model", "absent", "--data", "absent", "--out", "absent"};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    CHECK_THROWS_AS(tools::train_command(arguments), UsageError);
+    CHECK_THROWS_WITH(tools::train_command(arguments), Contains(message));
   }
 }
 

@@ -14,6 +14,7 @@
 #include "models/synthetic_checkpoint.h"
 #include "tests/support.h"
 #include "tests/tiny_run.h"
+#include "tests/trained_model.h"
 #include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/saved_state.h"
@@ -29,21 +30,6 @@ using train::TrainConfig;
 
 constexpr int64_t kSeqLen = Fixture::kSeqLen;
 const int32_t kPoisoned = Fixture::kPoisoned;
-
-// A tokenizer that is only passed to exports.
-class NoTokenizer : public data::Tokenizer {
- public:
-  std::vector<int32_t> encode(std::string_view, data::SpecialText) const override { return {}; }
-  std::string piece(int32_t, bool) const override { return ""; }
-  std::string decode(const std::vector<int32_t>&) const override { return ""; }
-  std::optional<int32_t> find(std::string_view) const override { return std::nullopt; }
-  int64_t vocab_size() const override { return tiny_config().vocab; }
-  std::vector<std::pair<std::string, std::string>> export_files() const override {
-    return {{"tokenizer.json", "{}"}};
-  }
-};
-
-struct Killed {};
 
 }  // namespace
 
@@ -273,7 +259,7 @@ TEST_CASE("one process at a time trains in a directory; others may read it", "[t
 
   train::RunDirectory run(config.out);
   run.lock();
-  train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
+  train::export_run(backend(), *fixture.source, FileTokenizer(), config.out, config.out + "_out",
                     ExportFormat::Packed);
   CHECK(fs::exists(config.out + "_out"));
 }
@@ -355,20 +341,24 @@ TEST_CASE("a run that skips every step fails and says so", "[train]") {
 
 TEST_CASE("snapping starts from the model that block training produced", "[train]") {
   const Fixture fixture;
-  TrainConfig blocks = fixture.both_phases("blocks");
-  blocks.e2e_steps = 0;
-  TrainConfig snapped = fixture.both_phases("snapped");
-  snapped.e2e_snap = train::Snap::On;
-  snapped.e2e_steps = 1;
-  snapped.e2e_lr = {1e-30};  // moves nothing
-  std::vector<std::string> weights;
-  for (const TrainConfig& config : {blocks, snapped}) {
-    fixture.run(config);
-    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, config.out + "_out",
-                      ExportFormat::Packed);
-    weights.push_back(data::read_file(config.out + "_out/model.safetensors"));
+  for (const char* range : {"minmax", "search"}) {
+    CAPTURE(range);
+    TrainConfig blocks = fixture.both_phases(cat("blocks_", range));
+    blocks.e2e_steps = 0;
+    TrainConfig snapped = fixture.both_phases(cat("snapped_", range));
+    snapped.e2e_snap = train::Snap::On;
+    snapped.e2e_steps = 1;
+    snapped.e2e_lr = {1e-30};  // moves nothing
+    std::vector<std::string> weights;
+    for (TrainConfig config : {blocks, snapped}) {
+      set_option(config, "range", range);
+      fixture.run(config);
+      train::export_run(backend(), *fixture.source, FileTokenizer(), config.out,
+                        config.out + "_out", ExportFormat::Packed);
+      weights.push_back(data::read_file(config.out + "_out/model.safetensors"));
+    }
+    CHECK((weights[0] == weights[1]));
   }
-  CHECK(weights[0] == weights[1]);
 }
 
 TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train]") {
@@ -378,9 +368,9 @@ TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train
     set_option(config, "e2e-train", what);
     fixture.run(config);
     const std::string packed = config.out + "_packed", plain = config.out + "_plain";
-    const double bits = train::export_run(backend(), *fixture.source, NoTokenizer(), config.out,
+    const double bits = train::export_run(backend(), *fixture.source, FileTokenizer(), config.out,
                                           packed, ExportFormat::Packed);
-    train::export_run(backend(), *fixture.source, NoTokenizer(), config.out, plain,
+    train::export_run(backend(), *fixture.source, FileTokenizer(), config.out, plain,
                       ExportFormat::HuggingFace);
     CHECK(bits == Approx(2.3125).margin(0.1));  // rows of zero points are padded to whole bytes
 
@@ -400,7 +390,7 @@ TEST_CASE("a finished run exports to a checkpoint of the trained model", "[train
   const std::string rounded = fixture.dir / "rounded";
   TrainConfig grid;
   grid.bits = 2;
-  CHECK(train::export_rtn(backend(), *fixture.source, NoTokenizer(), grid, rounded,
+  CHECK(train::export_rtn(backend(), *fixture.source, FileTokenizer(), grid, rounded,
                           ExportFormat::Packed) == Approx(2.3125).margin(0.1));
   CHECK(models::open_checkpoint(rounded)->kind() == models::CheckpointKind::Packed);
 }
@@ -412,7 +402,7 @@ TEST_CASE("an unfinished run, or another model's, is not exported", "[train]") {
   observer.after_block = [](int64_t) { throw Killed(); };
   CHECK_THROWS_AS(fixture.run(config, observer), Killed);
   const auto export_it = [&](const models::Checkpoint& source) {
-    train::export_run(backend(), source, NoTokenizer(), config.out, config.out + "_out",
+    train::export_run(backend(), source, FileTokenizer(), config.out, config.out + "_out",
                       ExportFormat::Packed);
   };
   CHECK_THROWS_WITH(export_it(*fixture.source), Contains("not finished"));
@@ -428,7 +418,7 @@ TEST_CASE("a model that differs from the run's is refused, and the differing par
           "[train]") {
   const Fixture fixture;
   const TrainConfig config = fixture.both_phases("run");
-  const NoTokenizer tokenizer;
+  const FileTokenizer tokenizer;
   const auto run_with = [&](const models::Checkpoint& source, const data::Tokenizer& made_by) {
     train::Observer quiet;
     quiet.quiet = true;
@@ -473,7 +463,7 @@ TEST_CASE("a model that differs from the run's is refused, and the differing par
   check("generation_config.json", tokenizer);
   fs::remove(other + "/generation_config.json");
 
-  class OtherTokenizer final : public NoTokenizer {
+  class OtherTokenizer final : public FileTokenizer {
     std::vector<std::pair<std::string, std::string>> export_files() const override {
       return {{"tokenizer.json", "{\"model\": {}}"}};
     }
@@ -534,7 +524,7 @@ TEST_CASE("export and resume name a damaged file, and deleting it repairs the ru
   blocks.e2e_steps = 0;
   fixture.run(blocks);
   const auto export_it = [&](const TrainConfig& c) {
-    train::export_run(backend(), *fixture.source, NoTokenizer(), c.out, c.out + "_out",
+    train::export_run(backend(), *fixture.source, FileTokenizer(), c.out, c.out + "_out",
                       ExportFormat::Packed);
   };
   const auto check = [&](const TrainConfig& c, const std::string& name, const std::string& advice,
@@ -612,7 +602,7 @@ TEST_CASE("a run of another version of bbb is refused by training and by export"
   record["checksum"] = data::hex(data::checksum64(record.dump()));
   data::write_file_atomic(config.out + "/run.json", record.dump(2) + "\n");
   CHECK_THROWS_WITH(fixture.run(config), Contains("bbb 0.0.1"));
-  CHECK_THROWS_WITH(train::export_run(backend(), *fixture.source, NoTokenizer(), config.out,
+  CHECK_THROWS_WITH(train::export_run(backend(), *fixture.source, FileTokenizer(), config.out,
                                       config.out + "_out", ExportFormat::Packed),
                     Contains("holds a run of bbb 0.0.1"));
 }

@@ -74,8 +74,10 @@ class BlockPhase {
   // Allocates the most that run() holds. The second block's teacher is allocated while the recorded
   // steps of the first block are kept.
   void rehearse() {
-    // The last layers have the most stored positions.
-    for (int64_t layer = std::max<int64_t>(0, model_.layers - 2); layer < model_.layers; ++layer) {
+    // The two layers with the most stored positions.
+    const int64_t first = std::max<int64_t>(
+        0, std::min(Recipe::widest_layer(config_, model_), model_.layers - 2));
+    for (int64_t layer = first; layer < std::min(first + 2, model_.layers); ++layer) {
       const LayerResult weights = full_precision(layer);
       enter(layer);
       advance_teacher(layer, weights, streams_.target(), target_input(0));

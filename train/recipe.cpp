@@ -64,7 +64,8 @@ std::vector<WholeStage> algorithm2(const TrainConfig& config, const LlamaConfig&
             ? 1
             : config.first_ratio +
                   (1 - config.first_ratio) * static_cast<double>(t) / std::max(1.0, count - 1);
-    const auto switched = static_cast<size_t>(ratio * static_cast<double>(layers));
+    // A hair more, so that a ratio such as 0.29 of 100 blocks gives 29.
+    const auto switched = static_cast<size_t>(ratio * static_cast<double>(layers) + 1e-9);
     std::vector<size_t> chosen(switched);
     std::iota(chosen.begin(), chosen.end(), 0);
     if (config.block_schedule == BlockSchedule::Stochastic)
@@ -150,6 +151,11 @@ autograd::NestedPrecisions Recipe::nested() const {
   for (const int bits : config_.any_precision)
     if (bits < quant::kNestedBits) nested.bits.push_back(bits);
   return nested;
+}
+
+int64_t Recipe::widest_layer(const TrainConfig& config, const LlamaConfig& model) {
+  const bool falls = config.ocs_ratio.size() == 2 && config.ocs_ratio[0] > config.ocs_ratio[1];
+  return falls ? 0 : model.layers - 1;
 }
 
 int Recipe::lowest_bits() const {

@@ -52,6 +52,8 @@ class Recipe {
   // The lower precisions that train together with 8 bits; none without --any-precision.
   autograd::NestedPrecisions nested() const;
   size_t precisions() const { return std::max<size_t>(1, config_.any_precision.size()); }
+  // A layer, the first or the last one, with the most stored positions.
+  static int64_t widest_layer(const TrainConfig& config, const models::LlamaConfig& model);
   // The bits of the lowest precision that trains; 0 if only one does.
   int lowest_bits() const;
 

@@ -1,6 +1,7 @@
 #include "train/statistics.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "models/llama.h"
 #include "quant/host.h"
@@ -55,10 +56,15 @@ class Collector {
       const auto inputs = models::ChannelStatistics::from_moments(sums(linear.site), tokens_);
       site.kurtosis = inputs.site_kurtosis;
       site.outliers = models::choose_outliers(inputs, config_.act_outliers);
-      if (!config_.ocs_ratio.empty() && backend_.computes())
+      const int64_t split = Recipe::split_count(config_, model_, layer, linear.k);
+      if (backend_.computes() && split > 0) {
         site.split = models::choose_split(
             inputs, models::weight_statistics(model_, original, linear.site), config_.ocs_metric,
-            Recipe::split_count(config_, model_, layer, linear.k), site.outliers);
+            split, site.outliers);
+      } else {  // a rehearsal needs their number alone
+        site.split.resize(static_cast<size_t>(split));
+        std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(config_.act_outliers));
+      }
       site.side = config_.split_side == SplitSideChoice::Activation
                       ? quant::SplitSide::Activation
                       : quant::SplitSide::Weight;
@@ -262,7 +268,8 @@ std::vector<LayerStatistics> collect_statistics(
 
 void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
                          const TrainConfig& config) {
-  Collector(backend, source, data::Windows(), config).layer(0);
+  Collector(backend, source, data::Windows(), config)
+      .layer(Recipe::widest_layer(config, source.config()));
 }
 
 }  // namespace bbb::train

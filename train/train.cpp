@@ -206,6 +206,12 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
+  std::optional<EarlierRun> from;
+  if (!config.from.empty()) {
+    from.emplace(config.from, model);
+    const std::string part = difference(from->identity(), identity);
+    BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
+  }
   // A run that cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
   BlockMemory memory;
@@ -242,8 +248,6 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   tune_for(steps, 1, whole.recorded_bytes);
   if (config.e2e_snap == Snap::On && !observer.quiet)
     std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-  std::optional<EarlierRun> from;
-  if (!config.from.empty()) from.emplace(config.from, model);
   const auto start = [&](int64_t layer) {
     if (from) return from->result(layer);
     return block_stages(config) > 0

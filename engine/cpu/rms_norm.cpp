@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "engine/cpu/cpu_backend.h"
-#include "engine/cpu/vector_math.h"
+#include "engine/cpu/row_ops.h"
 
 namespace bbb::engine {
 namespace {
@@ -22,14 +22,9 @@ void CpuBackend<T>::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Te
   const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, d));
   const T* weight = data(w);
   parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      const T* in = data(x) + m * d;
-      T* out = data(y) + m * d;
-      const T mean = lane_sum<T>(d, [=](int64_t i) { return in[i] * in[i]; }) / static_cast<T>(d);
-      const T r = T{1} / std::sqrt(mean + static_cast<T>(eps));
-      data(inv_rms)[m] = r;
-      for (int64_t i = 0; i < d; ++i) out[i] = in[i] * r * weight[i];
-    }
+    for (int64_t m = begin; m < end; ++m)
+      data(inv_rms)[m] =
+          rms_norm_row(data(y) + m * d, data(x) + m * d, weight, d, static_cast<T>(eps));
   });
 }
 

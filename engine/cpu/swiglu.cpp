@@ -2,7 +2,7 @@
 //
 //     dup = dh silu(gate);  dgate = dh up s (1 + gate (1 - s))
 #include "engine/cpu/cpu_backend.h"
-#include "engine/cpu/vector_math.h"
+#include "engine/cpu/row_ops.h"
 
 namespace bbb::engine {
 
@@ -11,10 +11,7 @@ void CpuBackend<T>::do_swiglu(const Tensor& h, const Tensor& gate, const Tensor&
   const T *g = data(gate), *u = data(up);
   T* out = data(h);
   parallel_for(h.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T s = T{1} / (T{1} + vector_exp(-g[i]));
-      out[i] = g[i] * s * u[i];
-    }
+    swiglu_run(out + begin, g + begin, u + begin, end - begin);
   });
 }
 
@@ -24,12 +21,7 @@ void CpuBackend<T>::do_swiglu_backward(const Tensor& dgate, const Tensor& dup, c
   const T *d = data(dh), *g = data(gate), *u = data(up);
   T *dg = data(dgate), *du = data(dup);
   parallel_for(dh.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T grad = d[i], x = g[i], s = T{1} / (T{1} + vector_exp(-x));
-      const T upward = u[i];
-      du[i] = grad * x * s;
-      dg[i] = grad * upward * s * (T{1} + x * (T{1} - s));
-    }
+    swiglu_backward_run(dg + begin, du + begin, d + begin, g + begin, u + begin, end - begin);
   });
 }
 

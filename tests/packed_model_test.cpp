@@ -1,0 +1,323 @@
+// Exports with channel orders, rotation and quantized activations: what is read back is what was
+// trained, and what does not fit together is refused.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "tests/formats.h"
+#include "tests/tiny_run.h"
+#include "tests/trained_model.h"
+#include "train/recipe.h"
+
+namespace bbb::tests {
+namespace {
+
+using Catch::Matchers::Contains;
+using models::LayerResult;
+using models::Llama;
+using nlohmann::ordered_json;
+using quant::ChannelOrder;
+using quant::LinearFormat;
+using quant::SplitSide;
+using train::TrainConfig;
+using Options = std::vector<std::pair<const char*, const char*>>;
+
+// Trains and exports the fixture's model, and makes the model that training held at its end.
+struct Exported {
+  const Fixture& fixture;
+  TrainConfig config;
+  train::RunDirectory run;
+  std::optional<train::Recipe> recipe;
+  std::optional<TrainedModel> trained;
+  std::unique_ptr<models::Checkpoint> checkpoint;
+  std::unique_ptr<Llama> packed;
+
+  Exported(const Fixture& of, const std::string& name, const Options& options)
+      : fixture(of), config(of.config), run(of.dir / name) {
+    config.out = run.path();
+    config.lr = {1e-3};
+    for (const auto& [option, text] : options) set_option(config, option, text);
+    fixture.run(config);
+    config = run.identity().config;
+    recipe.emplace(config, fixture.source->config(), run.statistics(fixture.source->config()));
+    trained.emplace(
+        backend(), *fixture.source, [&](int64_t i) { return recipe->result_formats(i); },
+        [&](int64_t i) { return run.result(i, *recipe, fixture.source->config()); }, config.range);
+    const std::string path = run.path() + "_packed";
+    train::export_run(backend(), *fixture.source, FileTokenizer(), run.path(), path,
+                      models::ExportFormat::Packed);
+    checkpoint = models::open_checkpoint(path);
+    packed = load_model(backend(), *checkpoint);
+  }
+
+  void check_formats() const {
+    for (int64_t layer = 0; layer < fixture.source->config().layers; ++layer) {
+      const std::vector<LinearFormat> formats = recipe->result_formats(layer);
+      const auto shapes = models::block_linears(fixture.source->config());
+      for (size_t i = 0; i < shapes.size(); ++i) {
+        CAPTURE(layer, shapes[i].name);
+        CHECK(*checkpoint->packed_format(models::layer_name(layer, shapes[i].name), shapes[i].n,
+                                         shapes[i].k) == formats[i]);
+      }
+    }
+  }
+  double nll(Llama& model) const {
+    const std::vector<int32_t> text(fixture.windows.ids.begin(),
+                                    fixture.windows.ids.begin() + 8 * Fixture::kSeqLen);
+    return models::perplexity(model, text, 8, Fixture::kSeqLen, nullptr).nll;
+  }
+};
+
+// The mean NLL of each token given those before it, from logits (T, V).
+double nll_of(const std::vector<double>& logits, const std::vector<int32_t>& ids) {
+  const size_t vocab = logits.size() / ids.size();
+  double sum = 0;
+  for (size_t t = 0; t + 1 < ids.size(); ++t) {
+    double total = 0;
+    for (size_t v = 0; v < vocab; ++v) total += std::exp(logits[t * vocab + v]);
+    sum += std::log(total) - logits[t * vocab + static_cast<size_t>(ids[t + 1])];
+  }
+  return sum / static_cast<double>(ids.size() - 1);
+}
+
+const Options kEverything = {{"stages", "w4a16,w2a2"}, {"ocs-ratio", "0.2"},
+                             {"act-outliers", "32"},   {"rotate", "group"},
+                             {"range", "search"},      {"act-range", "search"}};
+const Options kCases[] = {
+    kEverything,
+    {{"stages", "w2a16"}, {"ocs-ratio", "0.1,0.3"}},
+    {{"stages", "w2a4"}, {"ocs-ratio", "0.25"}, {"split-side", "activation"}},
+    {{"stages", "w2a16"}, {"rotate", "group"}, {"group-size", "64"}},
+    {{"stages", "w3a8"}, {"group-size", "128"}, {"range", "search"}},
+};
+
+}  // namespace
+
+TEST_CASE("packed model: formats and logits are those of training", "[packed_model]") {
+  const Fixture fixture;
+  for (size_t i = 0; i < std::size(kCases); ++i) {
+    CAPTURE(i);
+    const Exported exported(fixture, cat("run_", i), kCases[i]);
+    exported.check_formats();
+    const std::vector<int32_t> ids = random_tokens(5, 21, tiny_config().vocab);
+    // Many rows: both multiply the same values.
+    const std::vector<double> packed = logits_of(*exported.packed, ids),
+                              trained = logits_of(*exported.trained->model, ids);
+    CHECK(relative_error(packed, trained) <
+          (on_cuda() ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32)));
+    CHECK(exported.nll(*exported.packed) ==
+          Approx(exported.nll(*exported.trained->model)).epsilon(2e-3));
+    // Few rows: products read packed codes. With quantized activations a code near a threshold may
+    // differ.
+    const std::vector<int32_t> few(ids.begin(), ids.begin() + 7);
+    CHECK(nll_of(logits_of(*exported.packed, few), few) ==
+          Approx(nll_of(logits_of(*exported.trained->model, few), few)).epsilon(2e-3));
+  }
+}
+
+TEST_CASE("packed model: the Hugging Face format sums pairs and undoes rotations",
+          "[packed_model]") {
+  const Fixture fixture;
+  for (const size_t i : {1, 3}) {
+    CAPTURE(i);
+    const Exported exported(fixture, cat("run_", i), kCases[i]);
+    const std::string path = exported.run.path() + "_plain";
+    train::export_run(backend(), *fixture.source, FileTokenizer(), exported.run.path(), path,
+                      models::ExportFormat::HuggingFace);
+    const auto plain = load_model(backend(), *models::open_checkpoint(path));
+    const std::vector<int32_t> ids = random_tokens(5, 21, tiny_config().vocab);
+    const double error = relative_error(logits_of(*plain, ids), logits_of(*exported.packed, ids));
+    // Sums of pairs have few bits; rotated weights are rounded to bf16, in seven linears a block.
+    if (exported.config.rotate == train::Rotate::None && !on_cuda())
+      CHECK(error < 64 * epsilon_of(DType::F32));
+    else
+      CHECK(error < 4 * epsilon_of(DType::BF16));
+  }
+}
+
+TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[packed_model]") {
+  const Fixture fixture;
+  for (size_t i = 0; i < std::size(kCases); ++i) {
+    CAPTURE(i);
+    const Exported exported(fixture, cat("run_", i), kCases[i]);
+    Backend& device = backend();
+    const int32_t tokens = 24;
+    const std::vector<int32_t> ids = random_tokens(6, tokens, tiny_config().vocab);
+    const std::vector<double> whole = logits_of(*exported.packed, ids);
+    models::KvCache cache(device, exported.packed->config(), tokens);
+    std::vector<double> steps;
+    for (int32_t t = 0; t < tokens; ++t) {
+      device.upload(cache.start, &t);
+      const std::vector<double> step =
+          logits_of(*exported.packed, {ids[static_cast<size_t>(t)]}, &cache);
+      steps.insert(steps.end(), step.begin(), step.end());
+    }
+    const bool exact = exported.config.act_bits == 16;
+    if (exact) CHECK(relative_error(steps, whole) < (on_cuda() ? 0.02 : 1e-4));
+    CHECK(nll_of(steps, ids) ==
+          Approx(nll_of(whole, ids)).epsilon(exact && !on_cuda() ? 1e-5 : 2e-3));
+  }
+}
+
+namespace {
+
+// Formats of both layers with every kind of override, and a model in them.
+std::vector<LinearFormat> mixed_formats(const models::LlamaConfig& config, int64_t layer) {
+  std::vector<LinearFormat> formats = block_formats(config, 2);
+  const auto shapes = models::block_linears(config);
+  for (size_t i = 0; i < formats.size(); ++i) {
+    formats[i].input = {.bits = 2, .range = quant::RangeRule::Search};
+    std::vector<int32_t> outliers;
+    SplitSide side = SplitSide::Weight;
+    switch (shapes[i].site) {
+      case models::kAttentionSite:
+        break;
+      case models::kOutputSite:
+        if (layer == 1) formats[i].input = {};  // 16 bits, among searched ranges
+        outliers.resize(32);
+        std::iota(outliers.begin(), outliers.end(), 7);
+        break;
+      case models::kMlpSite:
+        side = SplitSide::Activation;
+        break;
+      case models::kDownSite:
+        if (layer == 1) formats[i].input.bits = 4;
+        if (layer == 0) formats[i].weight.bits = 4;
+        break;
+    }
+    formats[i].input.outliers = static_cast<int>(outliers.size());
+    formats[i].order = std::make_shared<ChannelOrder>(formats[i].k, 32, outliers,
+                                                      std::vector<int32_t>{2, 5, 50}, side);
+  }
+  return formats;
+}
+
+struct MixedExport {
+  TempDir dir;
+  std::unique_ptr<models::Checkpoint> source;
+  std::optional<TrainedModel> trained;
+  std::string path;
+
+  MixedExport() {
+    const models::LlamaConfig config = tiny_config();
+    std::filesystem::create_directory(dir / "source");
+    write_tiny_model(dir / "source", config, 1);
+    source = models::open_checkpoint(dir / "source");
+    const auto formats = [&](int64_t layer) { return mixed_formats(config, layer); };
+    trained.emplace(backend(), *source, formats, [&](int64_t layer) {
+      return models::start_stage(config, models::full_precision(*source, layer), formats(layer), {},
+                                 quant::RangeRule::MinMax, 0);
+    });
+    path = dir / "packed";
+    trained->write(path);
+  }
+
+  // Opens the export with another quantization_config.
+  void open_with(const std::function<void(ordered_json& quantization)>& change) const {
+    const std::string file = path + "/config.json", before = data::read_file(file);
+    ordered_json config = ordered_json::parse(before);
+    change(config["quantization_config"]);
+    data::write_file_atomic(file, config.dump());
+    const auto restore = [&] { data::write_file_atomic(file, before); };
+    try {
+      models::open_checkpoint(path);
+    } catch (...) {
+      restore();
+      throw;
+    }
+    restore();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("packed model: what a linear has of its own is an override, and is read back",
+          "[packed_model]") {
+  const MixedExport mixed;
+  const auto checkpoint = models::open_checkpoint(mixed.path);
+  const auto shapes = models::block_linears(tiny_config());
+  for (int64_t layer = 0; layer < tiny_config().layers; ++layer)
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      CAPTURE(layer, shapes[i].name);
+      CHECK(*checkpoint->packed_format(models::layer_name(layer, shapes[i].name), shapes[i].n,
+                                       shapes[i].k) == mixed_formats(tiny_config(), layer)[i]);
+    }
+  const ordered_json overrides =
+      ordered_json::parse(checkpoint->config_json())["quantization_config"]["overrides"];
+  CHECK(overrides.size() == 7);  // gate, up and down of each layer, o_proj of one
+  CHECK(overrides["model.layers.1.self_attn.o_proj"] == ordered_json{{"activation_bits", 16}});
+  CHECK(overrides["model.layers.1.mlp.down_proj"] == ordered_json{{"activation_bits", 4}});
+  CHECK(overrides["model.layers.0.mlp.down_proj"] == ordered_json{{"bits", 4}});
+  CHECK(overrides["model.layers.0.mlp.up_proj"] == ordered_json{{"split_side", "activation"}});
+
+  const std::vector<int32_t> ids = random_tokens(3, 20, tiny_config().vocab);
+  CHECK(relative_error(logits_of(*load_model(backend(), *checkpoint), ids),
+                       logits_of(*mixed.trained->model, ids)) <
+        (on_cuda() ? epsilon_of(DType::BF16) : 64 * epsilon_of(DType::F32)));
+
+  // Bits per activation: each site once. All split 3 channels; o_proj has 32 outliers.
+  double codes = 0, channels = 0;
+  for (const bool last : {false, true}) {
+    codes += 2 * (64 + 3) + (last ? 16 * (256 + 3) : 2 * (256 + 3 - 32) + 8 * 32) + 2 * (64 + 3) +
+             (last ? 4 : 2) * (96 + 3);
+    channels += 64 + 256 + 64 + 96;
+  }
+  CHECK(checkpoint->bits_per_activation().codes == Approx(codes / channels));
+}
+
+TEST_CASE("packed model: formats that do not fit together are refused", "[packed_model]") {
+  const MixedExport mixed;
+  const auto overrides = [&](const char* linear, const ordered_json& own) {
+    mixed.open_with([&](ordered_json& q) { q["overrides"][linear] = own; });
+  };
+  CHECK_NOTHROW(mixed.open_with([](ordered_json&) {}));
+  const std::string k_proj = "model.layers.0.self_attn.k_proj";
+  for (const ordered_json& own :
+       {ordered_json{{"activation_bits", 4}}, ordered_json{{"split_side", "activation"}},
+        ordered_json{{"rotate", "group"}}, ordered_json{{"activation_range", "minmax"}}})
+    CHECK_THROWS_WITH(overrides(k_proj.c_str(), own),
+                      Contains("read one input, but their channel orders or activations differ") &&
+                          Contains(k_proj));
+  CHECK_THROWS_WITH(overrides(k_proj.c_str(), {{"group_size", 64}}),
+                    Contains("overrides of '" + k_proj + "': unknown key 'group_size'"));
+  CHECK_THROWS_WITH(overrides(k_proj.c_str(), {{"split_side", "both"}}),
+                    Contains("unsupported split_side \"both\""));
+  CHECK_THROWS_WITH(overrides("model.layers.2.mlp.up_proj", ordered_json::object()),
+                    Contains("no linear of the model"));
+  CHECK_THROWS_WITH(overrides("model.layers.0.mlp.down_proj", {{"bits", 2}}),
+                    Contains("down_proj.qweight' has shape"));
+  CHECK_THROWS_WITH(models::open_checkpoint(mixed.path, 2), Contains("--bits reads fewer bits"));
+
+  // Lists of channels: another type, and channels that cannot be. The header's length stays.
+  const std::string file = mixed.path + "/model.safetensors", before = data::read_file(file);
+  const std::string name = "model.layers.0.self_attn.q_proj.split_channels";
+  const auto broken = [&](const char* from, const char* to, const char* message) {
+    std::string bytes = before;
+    const size_t at = bytes.find(from, bytes.find('"' + name + '"'));
+    bytes.replace(at, std::strlen(from), to);
+    data::write_file_atomic(file, bytes);
+    CHECK_THROWS_WITH(models::open_checkpoint(mixed.path), Contains(message));
+    data::write_file_atomic(file, before);
+  };
+  broken("I32", "F32", "split_channels' is F32 (3), not a list of I32 channels");
+  const uint8_t* begin = reinterpret_cast<const uint8_t*>(before.data());
+  const int64_t at =
+      data::parse_safetensors(begin, static_cast<int64_t>(before.size()), file).at(name).data -
+      begin;
+  const auto with_channel = [&](int64_t i, int32_t channel, const char* message) {
+    std::string bytes = before;
+    std::memcpy(bytes.data() + at + 4 * i, &channel, sizeof channel);
+    data::write_file_atomic(file, bytes);
+    CHECK_THROWS_WITH(models::open_checkpoint(mixed.path), Contains(message));
+    data::write_file_atomic(file, before);
+  };
+  with_channel(2, 64, "split channels are not ascending within [0, 64): 64 after 5");
+  with_channel(1, 2, "split channels are not ascending");
+  with_channel(0, -1, "split channels are not ascending");
+  with_channel(2, 51, "read one input, but their channel orders or activations differ");
+  CHECK_NOTHROW(models::open_checkpoint(mixed.path));
+}
+
+}  // namespace bbb::tests
