@@ -852,4 +852,31 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
   do_adamw(w, m, v, g, control, table, q, spec);
 }
 
+void Backend::average(const Tensor& average, const Tensor& w, double rate) {
+  const Op op(*this, "average");
+  op.dtype("w", w, real());
+  op.like("average", average, real(), w.shape());
+  do_average(average, w, rate);
+}
+
+void Backend::dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q, double rate) {
+  const Op op(*this, "dampen");
+  op.flat("w", w, w.numel());
+  op.flat_gradient("g", g, w.numel());
+  op.quantizer(q, w.numel());
+  do_dampen(g, w, q, rate);
+}
+
+void Backend::freeze_flips(const Tensor& state, const Tensor& g, const Tensor& w, const Tensor& m,
+                           const QuantizedWeights& q, const Tensor& control) {
+  const Op op(*this, "freeze_flips");
+  op.flat("w", w, w.numel());
+  op.flat_gradient("g", g, w.numel());
+  op.is("m", m, act(), {w.numel()});
+  op.is("state", state, DType::U8, {w.numel()});
+  op.quantizer(q, w.numel());
+  op.is("control", control, real(), {kControlSize});
+  do_freeze_flips(state, g, w, m, q, control);
+}
+
 }  // namespace bbb::engine

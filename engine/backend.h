@@ -428,6 +428,22 @@ class Backend {
              const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
              const AdamWSpec& spec);
 
+  // average += rate (w - average).   both real, same shape.
+  void average(const Tensor& average, const Tensor& w, double rate);
+  // Codes that oscillate between two neighbours (Nagel et al., "Overcoming oscillations in
+  // quantization-aware training", 2022). Call both between the gradients and adamw, on weights that
+  // fake_quant has just quantized.
+  // Pulls masters to the middle of their bins: g += rate (w - S wq), except where w is clipped.
+  // g act or real (P).
+  void dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q, double rate);
+  // Counts the changes of every code and freezes the weights that change too often: their g and m
+  // become 0 and w the middle of its bin, from then on in every call. `state` U8 (P), 0 at the start:
+  // bit 0 is set once frozen, bits 1-3 hold the count, bits 4-7 q - z mod 16. The count is halved in
+  // every kFlipWindow-th step of `control`. At 7 the weight freezes.
+  void freeze_flips(const Tensor& state, const Tensor& g, const Tensor& w, const Tensor& m,
+                    const QuantizedWeights& q, const Tensor& control);
+  static constexpr int kFlipWindow = 32;
+
  private:
   // Undefined if the op needs no scratch.
   Tensor make_scratch(int64_t bytes) { return bytes > 0 ? do_empty({bytes}, DType::U8) : Tensor(); }

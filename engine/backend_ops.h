@@ -60,6 +60,9 @@ using Arg = const Tensor&;
 #define BBB_OP_unpack Arg, const PackedWeight&
 #define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
 #define BBB_OP_quantized_gemv Arg, const OperandRows&, const PackedWeight&, Arg
+#define BBB_OP_average Arg, Arg, double
+#define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double
+#define BBB_OP_freeze_flips Arg, Arg, Arg, Arg, const QuantizedWeights&, Arg
 #define BBB_OP_step_control Arg, Arg, Arg, Arg, const Schedule&, Arg
 #define BBB_OP_adamw Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&, \
   const AdamWSpec&
@@ -75,7 +78,8 @@ using Arg = const Tensor&;
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
-  OP(scale_codes_backward) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw)
+  OP(scale_codes_backward) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw) \
+  OP(average) OP(dampen) OP(freeze_flips)
 // clang-format on
 #define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;
 #define BBB_OVERRIDE_OP(name) void do_##name(BBB_OP_##name) override;

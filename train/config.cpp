@@ -231,6 +231,8 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     return (blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
   });
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
+  want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
+       "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
   if (c.e2e_snap == Snap::Auto)
     c.e2e_snap = all && blocks && !algorithm2 && !c.e2e_stages.empty() &&
                          c.e2e_lr[0] >= kSnapFrom.at(model.d_model)

@@ -51,6 +51,7 @@ using quant::NestedDequant;
 using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
+enum class Freeze { None, Flips };
 enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
 // the last bits. Heuristic: takes the library's first suggestion.
@@ -122,6 +123,10 @@ struct TrainConfig {
   EndToEndTrain e2e_train = EndToEndTrain::All;
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
+  // Codes that oscillate (Backend::average, dampen, freeze_flips).
+  double e2e_average = 0;  // decay of a running average of the masters, which is the result; 0: none
+  double e2e_damping = 0;  // 0: none
+  Freeze e2e_freeze = Freeze::None;
 
   std::optional<int32_t> doc_end;  // token id; empty: the vocabulary's own end of document
   int64_t save_every = 0;          // steps between saved states; 0: by the clock

@@ -42,11 +42,15 @@ struct Field {
   const char* unset = nullptr;  // the option's text for T{}; null: write(T{})
 };
 
-inline constexpr Rule kModelStageList{"stages and passes such as w2a16:6, with commas between them"};
+inline constexpr Rule kModelStageList{
+    "stages and passes such as w2a16:6, with commas between them"};
 inline constexpr Rule kRatios{"a ratio above 0 and below 1, or two with a comma between them",
                               [](double x) { return x > 0 && x < 1; }};
+inline constexpr Rule kFraction{"a number of at least 0, below 1",
+                                [](double x) { return x >= 0 && x < 1; }};
 inline constexpr Rule kNotNegative{"a number of at least 0", [](double x) { return x >= 0; }};
-inline constexpr Rule kRatio{"a ratio above 0, at most 1", [](double x) { return x > 0 && x <= 1; }};
+inline constexpr Rule kRatio{"a ratio above 0, at most 1",
+                             [](double x) { return x > 0 && x <= 1; }};
 inline constexpr Rule kPrecisions{
     "8 and fewer of 4, 3 and 2 bits, in this order, with commas between them",
     [](double x) { return x == 8 || x == 4 || x == 3 || x == 2; }};
@@ -77,32 +81,35 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.bits, {"bits"});
   v(c.act_bits, {"act-bits"});
   v(c.group, {"group-size", kRun, "input features that share a scale: 32, 64 or 128", kGroupSize});
-  v(c.range, {"range", kGrid,
-              "of weights: minmax, or search (weighted by the input's energy)", kRangeWords});
-  v(c.rotate, {"rotate", kGrid, "none, or group: a Hadamard transform inside every group",
-               {"none, group"}});
+  v(c.range, {"range", kGrid, "of weights: minmax, or search (weighted by the input's energy)",
+              kRangeWords});
+  v(c.rotate,
+    {"rotate", kGrid, "none, or group: a Hadamard transform inside every group", {"none, group"}});
   v(c.ocs_ratio,
     {"ocs-ratio", kGrid,
      "channels to split: the mean ratio (half of it in the first block, one and a half in the "
      "last), or FIRST,LAST",
      kRatios, "none"});
-  v(c.ocs_metric, {"ocs-metric", kGrid, "of the channels to split",
+  v(c.ocs_metric, {"ocs-metric",
+                   kGrid,
+                   "of the channels to split",
                    {"l2-mean, l2-max, act-max, weight-max, kurtosis"}});
-  v(c.split_side, {"split-side", kGrid, "what a split halves: weight, activation or auto",
+  v(c.split_side, {"split-side",
+                   kGrid,
+                   "what a split halves: weight, activation or auto",
                    {"weight, activation, auto"}});
   v(c.act_range, {"act-range", kGrid, "of activations: minmax or search", kRangeWords});
-  v(c.act_outliers,
-    {"act-outliers", kGrid, "channels of every input that keep 8 bits; rounded up to groups",
-     kNatural});
+  v(c.act_outliers, {"act-outliers", kGrid,
+                     "channels of every input that keep 8 bits; rounded up to groups", kNatural});
   v(c.down_kurtosis,
     {"down-kurtosis", kGrid,
      "down-projections whose input's kurtosis is above it take 4-bit activations; 0: none",
      kNotNegative});
-  v(c.any_precision, {"any-precision", kGrid,
-                      "bits of weights to train at once, as one nested code: 8,4,2", kPrecisions,
-                      "none"});
-  v(c.nested_dequant, {"nested-dequant", kGrid, "middle or floor of a nested code's bin",
-                       {"middle, floor"}});
+  v(c.any_precision,
+    {"any-precision", kGrid, "bits of weights to train at once, as one nested code: 8,4,2",
+     kPrecisions, "none"});
+  v(c.nested_dequant,
+    {"nested-dequant", kGrid, "middle or floor of a nested code's bin", {"middle, floor"}});
   v(c.from, {"from", kRun, "a finished run whose result is the start"});
   v(c.samples, {"samples", kRun, "training windows", kPositive});
   v(c.seq_len, {"seq-len", kRun, "tokens a window", kTwoOrMore});
@@ -113,18 +120,20 @@ void visit_stored(Config& c, const Visitor& v) {
     {"lr", kBlocks, "one rate, or one a stage; default: by the model's width", kRates, "auto"});
   v(c.input_stream,
     {"input-stream", kBlocks, "what a stage is fed: same, higher or mix", {"same, higher, mix"}});
-  v(c.target, {"target", kBlocks,
+  v(c.target, {"target",
+               kBlocks,
                "the full-precision output on the full-precision stream (full: corrects the error "
                "of earlier blocks) or on the block's own input (follow)",
                {"full, follow"}});
   v(c.block_schedule,
-    {"block-schedule", kBlocks,
+    {"block-schedule",
+     kBlocks,
      "all: block by block; stochastic, prefix: the whole model end to end, a stage switches some "
      "blocks, drawn or the first ones",
      {"all, stochastic, prefix"}});
-  v(c.first_ratio, {"first-ratio", kBlocks,
-                    "stochastic, prefix: the part of the blocks that the first stage switches",
-                    kRatio});
+  v(c.first_ratio,
+    {"first-ratio", kBlocks,
+     "stochastic, prefix: the part of the blocks that the first stage switches", kRatio});
   v(c.depth_bias, {"depth-bias", kBlocks,
                    "stochastic: block j of B is drawn with weight (B + 1 - j)^X", kNotNegative});
   v(c.seed, {"seed", kRun, "of every shuffle", kNatural});
@@ -148,10 +157,20 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.e2e_jsd_beta,
     {"e2e-jsd-beta", kEndToEnd, "of jsd: the full-precision model's share of the mixture", kShare});
   v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
-  v(c.e2e_lr,
-    {"e2e-lr", kEndToEnd, "one rate, or one a stage; default: by the model's width", kRates, "auto"});
+  v(c.e2e_lr, {"e2e-lr", kEndToEnd, "one rate, or one a stage; default: by the model's width",
+               kRates, "auto"});
   v(c.e2e_snap, {"e2e-snap", kEndToEnd,
                  "masters to the middle of their bins first: auto, on or off", kSnapWords});
+  v(c.e2e_average,
+    {"e2e-average", kEndToEnd,
+     "decay of a running average of the weights, which is the result; 0: none", kFraction});
+  v(c.e2e_damping,
+    {"e2e-damping", kEndToEnd, "rate of a gradient that pulls weights to the middle of their bins",
+     kNotNegative});
+  v(c.e2e_freeze, {"e2e-freeze",
+                   kEndToEnd,
+                   "none, or flips: weights whose code keeps changing stop",
+                   {"none, flips"}});
   v(c.save_every,
     {"save-every", kRun,
      "steps between states from which a killed run continues; default: by the clock, at most a "

@@ -51,6 +51,9 @@ class EndToEnd {
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
     if (recipe.precisions() > 1) weights_.emplace(backend, recipe.precisions(), steps_);
+    const Tensor& masters = student_.parameters().masters();
+    if (config.e2e_average > 0) average_ = backend.empty(masters.shape(), backend.real());
+    if (config.e2e_freeze == Freeze::Flips) flips_ = backend.zeros(masters.shape(), DType::U8);
     upload_windows(windows);
   }
 
@@ -59,6 +62,8 @@ class EndToEnd {
     at.stage = static_cast<int64_t>(stage_);
     if (config_.e2e_snap == Snap::On && stage_ == 0) student_.snap();  // sets the ratios, too
     if (std::filesystem::exists(run_.e2e_state_file())) at = load_state();
+    if (at.step == 0 && average_.defined())
+      backend_.copy(average_, student_.parameters().masters());
     rewind(at.step);
     const std::string& name = recipe_.whole_stages()[stage_].name;
     const auto number = static_cast<int64_t>(stage_);
@@ -140,9 +145,8 @@ class EndToEnd {
     backend_.upload(ids_, ids.data());
     backend_.upload(targets_, targets.data());
 
-    const std::vector<int32_t> order =
-        sample_order(sub_seed(config_.seed, kOrderSeed, stage_), config_.samples,
-                     config_.e2e_batch, steps_);
+    const std::vector<int32_t> order = sample_order(sub_seed(config_.seed, kOrderSeed, stage_),
+                                                    config_.samples, config_.e2e_batch, steps_);
     order_ = backend_.empty({static_cast<int64_t>(order.size())}, DType::I32);
     backend_.upload(order_, order.data());
     cursor_ = backend_.empty({1}, DType::I32);
@@ -157,7 +161,16 @@ class EndToEnd {
     if (last < StepPart::Backward) return;
     student_.finish_backward();
     if (last == StepPart::Backward) return;
+    autograd::ParameterSet& parameters = student_.parameters();
+    const Tensor& masters = parameters.masters();
+    if (config_.e2e_damping > 0)
+      backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
+                      config_.e2e_damping);
+    if (flips_.defined())
+      backend_.freeze_flips(flips_, parameters.grads(), masters, parameters.m(),
+                            student_.quantizer()->weights(), optimizer_->control());
     optimizer_->step(loss_);
+    if (average_.defined()) backend_.average(average_, masters, 1 - config_.e2e_average);
     loop_->end_step(*optimizer_);
   }
 
@@ -203,7 +216,12 @@ class EndToEnd {
     }
   }
 
-  NamedTensors state() const { return optimizer_state(student_.parameters(), *optimizer_); }
+  NamedTensors state() const {
+    NamedTensors state = optimizer_state(student_.parameters(), *optimizer_);
+    if (average_.defined()) state.emplace_back("average", average_);
+    if (flips_.defined()) state.emplace_back("flips", flips_);
+    return state;
+  }
 
   Position load_state() const {
     const SavedState saved(run_.e2e_state_file(), run_.checksum());
@@ -215,6 +233,7 @@ class EndToEnd {
   }
 
   void write_result() {
+    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     student_.prepare();
     const models::LinearContent content = final_content(config_);
     std::vector<data::SafeTensorsWriter::Entry> entries;
@@ -245,6 +264,8 @@ class EndToEnd {
   Tensor order_;          // I32 (steps * e2e_batch): the windows of all steps
   Tensor cursor_;         // I32 (1): the micro-batch, counted over all steps
   Tensor loss_;           // real (1): the loss of the whole step, over all precisions
+  Tensor average_;        // real: of the masters; undefined without --e2e-average
+  Tensor flips_;          // U8: of the masters (Backend::freeze_flips); undefined without it
   std::optional<LossWeights> weights_;  // of several precisions
   Tensor step_weights_;                 // real (precisions): those of the step that is recorded
 };

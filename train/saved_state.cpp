@@ -26,6 +26,8 @@ FileDType file_dtype(const Tensor& tensor) {
       return FileDType::F64;
     case DType::BF16:
       return FileDType::BF16;
+    case DType::U8:
+      return FileDType::U8;
     default:
       BBB_ASSERT(tensor.dtype() == DType::F32);
       return FileDType::F32;
