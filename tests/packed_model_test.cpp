@@ -110,10 +110,11 @@ TEST_CASE("packed model: formats and logits are those of training", "[packed_mod
     CHECK(exported.nll(*exported.packed) ==
           Approx(exported.nll(*exported.trained->model)).epsilon(2e-3));
     // Few rows: products read packed codes. With quantized activations a code near a threshold may
-    // differ.
+    // differ, which weighs more in seven tokens, and happens more often where act is bf16.
     const std::vector<int32_t> few(ids.begin(), ids.begin() + 7);
     CHECK(nll_of(logits_of(*exported.packed, few), few) ==
-          Approx(nll_of(logits_of(*exported.trained->model, few), few)).epsilon(2e-3));
+          Approx(nll_of(logits_of(*exported.trained->model, few), few))
+              .epsilon(on_cuda() ? 2e-2 : 2e-3));
   }
 }
 

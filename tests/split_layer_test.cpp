@@ -189,7 +189,7 @@ TEST_CASE("split layer: products of quantized activations are exact but for thei
               // Sums of groups are exact integers; those, and S at the end, round. A product of
               // values rounds every sum. The output is then rounded to act.
               const auto off = [&](double y, int64_t roundings) {
-                const double output = std::abs(sum) * epsilon_of(device.act()) / 2;
+                const double output = std::abs(sum) * epsilon_of(device.act());
                 return std::abs(y - sum) >
                        std::exp2(-24) * static_cast<double>(roundings) * magnitudes + output;
               };

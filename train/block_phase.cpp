@@ -84,7 +84,7 @@ class BlockPhase {
       for (size_t t = 0; t < config_.stages.size(); ++t) {
         trainer_->load(t, start_stage(layer, t, weights));
         trainer_->rehearse(layer, t);
-        advance_stage(t);
+        if (layer + 1 < model_.layers) advance_stage(t);  // no block follows the last
       }
     }
   }

@@ -38,8 +38,8 @@ struct Anchor {
 constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
-constexpr Anchor kAllFromRounding{1e-3, 2e-5};
-constexpr Anchor kAllLater{4e-4, 1e-5};  // behind a stage of the whole model, or another run
+constexpr Anchor kAllFromRounding{2e-3, 2e-5};
+constexpr Anchor kAllLater{1e-3, 1e-5};  // behind a stage of the whole model, or another run
 constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
 // steps would flip them all at once and destroy the model, unless the masters are snapped first.
@@ -199,7 +199,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
                      1};
     if (!c.any_precision.empty()) stage.weight_bits = quant::kNestedBits;
     stage.passes = c.e2e_steps == TrainConfig::kAutoSteps
-                       ? (blocks ? 2 : 4)
+                       ? (blocks ? 2 : 6)
                        : (c.e2e_steps + pass_steps - 1) / pass_steps;
     c.e2e_stages = {stage};
   }

@@ -144,7 +144,7 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.e2e_steps,
     {"e2e-steps", kEndToEnd,
      "most optimizer steps of a stage; 0: none; auto: its passes, or without --e2e-stages two "
-     "passes after blocks, four without",
+     "passes after blocks, six without",
      kNatural, "auto"});
   v(c.e2e_batch, {"e2e-batch", kEndToEnd, "windows a step", kPositive});
   v(c.e2e_micro_batch,
