@@ -359,12 +359,12 @@ Var add(Tape& tape, const Var& a, const Var& b) {
 Var weighted(Tape& tape, const Var& x, const Tensor& weight) {
   Var out = tape.output(x.value(), {x});
   if (!out.requires_grad()) return out;
-  tape.record([&backend = tape.backend(), weight, x = x.gradient_only(),
-               out = out.gradient_only()] {
-    if (!out.has_grad()) return;
-    backend.scale(out.grad(), weight);
-    x.give_grad(backend, out.grad());
-  });
+  tape.record(
+      [&backend = tape.backend(), weight, x = x.gradient_only(), out = out.gradient_only()] {
+        if (!out.has_grad()) return;
+        backend.scale(out.grad(), weight);
+        x.give_grad(backend, out.grad());
+      });
   return out;
 }
 

@@ -15,8 +15,8 @@ Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Va
 // x (..., D), w real (D).
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
 Var swiglu(Tape& tape, const Var& gate, const Var& up);
-// Operands (..., K') of x (..., K), of rms_norm(x, w) and of swiglu(gate, up). Gradients go straight
-// through the quantizer, except where it clipped.
+// Operands (..., K') of x (..., K), of rms_norm(x, w) and of swiglu(gate, up). Gradients go
+// straight through the quantizer, except where it clipped.
 Var operand(Tape& tape, const Var& x, const engine::OperandSpec& spec);
 Var rms_norm_operand(Tape& tape, const Var& x, const Var& w, double eps,
                      const engine::OperandSpec& spec);

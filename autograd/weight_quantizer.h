@@ -15,10 +15,10 @@ namespace bbb::autograd {
 
 // One quantized parameter (N, K), views of the quantizer's buffers: W^ = S wq.
 struct QuantizedParameter {
-  Tensor wq;    // act (N, K)
-  Tensor e, z;  // U8 (N, K/G)
-  Tensor s;     // real (1)
-  Tensor ratios;  // U8 (N, K/G), if ranges are searched
+  Tensor wq;                   // act (N, K)
+  Tensor e, z;                 // U8 (N, K/G)
+  Tensor s;                    // real (1)
+  Tensor ratios;               // U8 (N, K/G), if ranges are searched
   std::vector<Tensor> nested;  // act (N, K): wq at each of the quantizer's lower precisions
 };
 
@@ -30,8 +30,8 @@ struct NestedPrecisions {
 
 class WeightQuantizer {
  public:
-  // `parameters` must be allocated and must outlive the quantizer. With RangeRule::Search every group
-  // has a ratio, 1 at the start, which the owner of the masters sets.
+  // `parameters` must be allocated and must outlive the quantizer. With RangeRule::Search every
+  // group has a ratio, 1 at the start, which the owner of the masters sets.
   WeightQuantizer(ParameterSet& parameters, int group,
                   quant::RangeRule range = quant::RangeRule::MinMax,
                   engine::Rounding rounding = engine::Rounding::Nearest,

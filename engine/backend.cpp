@@ -852,11 +852,12 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
   do_adamw(w, m, v, g, control, table, q, spec);
 }
 
-void Backend::average(const Tensor& average, const Tensor& w, double rate) {
+void Backend::average(const Tensor& average, const Tensor& w, const Tensor& control, double decay) {
   const Op op(*this, "average");
   op.dtype("w", w, real());
   op.like("average", average, real(), w.shape());
-  do_average(average, w, rate);
+  op.is("control", control, real(), {kControlSize});
+  do_average(average, w, control, decay);
 }
 
 void Backend::dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q, double rate) {
@@ -867,16 +868,15 @@ void Backend::dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q
   do_dampen(g, w, q, rate);
 }
 
-void Backend::freeze_flips(const Tensor& state, const Tensor& g, const Tensor& w, const Tensor& m,
+void Backend::freeze_flips(const Tensor& state, const Tensor& g, const Tensor& m,
                            const QuantizedWeights& q, const Tensor& control) {
   const Op op(*this, "freeze_flips");
-  op.flat("w", w, w.numel());
-  op.flat_gradient("g", g, w.numel());
-  op.is("m", m, act(), {w.numel()});
-  op.is("state", state, DType::U8, {w.numel()});
-  op.quantizer(q, w.numel());
+  op.flat_gradient("g", g, g.numel());
+  op.is("m", m, act(), {g.numel()});
+  op.is("state", state, DType::U8, {g.numel()});
+  op.quantizer(q, g.numel());
   op.is("control", control, real(), {kControlSize});
-  do_freeze_flips(state, g, w, m, q, control);
+  do_freeze_flips(state, g, m, q, control);
 }
 
 }  // namespace bbb::engine

@@ -108,8 +108,9 @@ OperandSpec upload_operand(Backend& backend, const quant::LinearFormat& format);
 
 // An operand of M rows. An op writes the defined tensors.
 struct OperandRows {
-  Tensor x;        // act (M, K')
-  Tensor clipped;  // U8 (M, K'/8): bit i % 8 of byte i / 8 is set where position i takes no gradient
+  Tensor x;  // act (M, K')
+  Tensor
+      clipped;  // U8 (M, K'/8): bit i % 8 of byte i / 8 is set where position i takes no gradient
   // The same as integers, x = (codes - zeros) scales: U8 (M, K'), U8 (M, K'/G), real (M, K'/G);
   // scales hold e S_row. Only if the operand is quantized.
   Tensor codes, zeros, scales;
@@ -267,9 +268,9 @@ class Backend {
   // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i].
   // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined (0).
   void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
-  // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x, w);
-  // from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value is
-  // rounded to act once, if it is not quantized.
+  // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x,
+  // w); from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value
+  // is rounded to act once, if it is not quantized.
   void operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec);
   void rms_norm_operand(const OperandRows& out, const Tensor& inv_rms, const Tensor& x,
                         const Tensor& w, double eps, const OperandSpec& spec);
@@ -379,9 +380,9 @@ class Backend {
   // its wq, e, z and clipped bits are there already. Rounding::Identity (gradient checks) leaves
   // codes unrounded and unclipped: wq = w / S.
   void fake_quant(const QuantizedWeights& q, const Tensor& w);
-  // Nested codes (numerics.md section 4) at fewer bits: wq = (q' - z) e, q' the middle or floor of the
-  // 8-bit codes whose top `bits` bits are those of w's code. wq act (P). Call it after fake_quant, for
-  // weights of 8 bits.
+  // Nested codes (numerics.md section 4) at fewer bits: wq = (q' - z) e, q' the middle or floor of
+  // the 8-bit codes whose top `bits` bits are those of w's code. wq act (P). Call it after
+  // fake_quant, for weights of 8 bits.
   void nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w, int bits,
                      quant::NestedDequant dequant);
   // q = clamp(round(w / s) + z, 0, 2^b - 1), one code a byte. codes U8 (N, K).
@@ -428,8 +429,9 @@ class Backend {
              const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
              const AdamWSpec& spec);
 
-  // average += rate (w - average).   both real, same shape.
-  void average(const Tensor& average, const Tensor& w, double rate);
+  // average += rate (w - average), rate = max(1 - decay, 1 / t) in step t = control[kStep] of the
+  // schedule: at first the plain mean of all steps.   both real, same shape.
+  void average(const Tensor& average, const Tensor& w, const Tensor& control, double decay);
   // Codes that oscillate between two neighbours (Nagel et al., "Overcoming oscillations in
   // quantization-aware training", 2022). Call both between the gradients and adamw, on weights that
   // fake_quant has just quantized.
@@ -437,10 +439,10 @@ class Backend {
   // g act or real (P).
   void dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q, double rate);
   // Counts the changes of every code and freezes the weights that change too often: their g and m
-  // become 0 and w the middle of its bin, from then on in every call. `state` U8 (P), 0 at the start:
-  // bit 0 is set once frozen, bits 1-3 hold the count, bits 4-7 q - z mod 16. The count is halved in
-  // every kFlipWindow-th step of `control`. At 7 the weight freezes.
-  void freeze_flips(const Tensor& state, const Tensor& g, const Tensor& w, const Tensor& m,
+  // become 0, from then on in every call. For weights of at most 4 bits. `state` U8 (P), 0 at the
+  // start: bit 0 is set once frozen, bits 1-3 hold the count, bits 4-7 q - z mod 16. The count is
+  // halved in every kFlipWindow-th step of `control`. At 7 the weight freezes.
+  void freeze_flips(const Tensor& state, const Tensor& g, const Tensor& m,
                     const QuantizedWeights& q, const Tensor& control);
   static constexpr int kFlipWindow = 32;
 

@@ -60,9 +60,9 @@ using Arg = const Tensor&;
 #define BBB_OP_unpack Arg, const PackedWeight&
 #define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
 #define BBB_OP_quantized_gemv Arg, const OperandRows&, const PackedWeight&, Arg
-#define BBB_OP_average Arg, Arg, double
+#define BBB_OP_average Arg, Arg, Arg, double
 #define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double
-#define BBB_OP_freeze_flips Arg, Arg, Arg, Arg, const QuantizedWeights&, Arg
+#define BBB_OP_freeze_flips Arg, Arg, Arg, const QuantizedWeights&, Arg
 #define BBB_OP_step_control Arg, Arg, Arg, Arg, const Schedule&, Arg
 #define BBB_OP_adamw Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&, \
   const AdamWSpec&

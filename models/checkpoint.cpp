@@ -297,8 +297,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     format.input.outliers = static_cast<int>(outliers.size());
     try {
       if (!outliers.empty() || !split.empty() || l.k % grid_.group != 0)
-        format.order = std::make_shared<quant::ChannelOrder>(l.k, grid_.group, outliers, split,
-                                                             settings.side);
+        format.order =
+            std::make_shared<quant::ChannelOrder>(l.k, grid_.group, outliers, split, settings.side);
     } catch (const Error& error) {
       throw Error(cat(path_, ": linear '", l.name, "': ", error.what()));
     }
@@ -368,8 +368,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
               ": --bits reads fewer bits of a nested export (--any-precision), and this is none");
     if (load_bits > 0) grid_.bits = load_bits;
     // The keys of a linear, with the settings of the whole file as their defaults.
-    const auto read_linear = [&](const json& from, const std::string& in,
-                                 LinearSettings settings) {
+    const auto read_linear = [&](const json& from, const std::string& in, LinearSettings settings) {
       if (from.contains("activation_bits"))
         settings.input.bits =
             choose(from, in, "activation_bits", {16, 8, 4, 3, 2}, false).get<int>();
@@ -417,10 +416,9 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       }
     }
     static const std::set<std::string> kKnown = {
-        "quant_method",   "format_version", "scale_dtype", "symmetric",
-        "nested",         "nested_dequant", "overrides",   "activation_bits",
-        "rotate",         "bits",           "group_size",  "activation_range",
-        "modules_to_not_convert"};
+        "quant_method",   "format_version",   "scale_dtype",           "symmetric", "nested",
+        "nested_dequant", "overrides",        "activation_bits",       "rotate",    "bits",
+        "group_size",     "activation_range", "modules_to_not_convert"};
     for (const auto& [key, value] : q.items())
       BBB_CHECK(kKnown.count(key), where, ": unknown key '", printable(key), "'");
   }

@@ -125,8 +125,7 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
     if (file.contains(layer_name(layer, name + ".weight"))) {
       linear.master = floats(name + ".weight", {format.n, format.stored_k()});
       if (file.contains(layer_name(layer, name + kRatios))) {
-        const SafeTensor& tensor =
-            find(name + kRatios, {format.n, format.groups()}, FileDType::U8);
+        const SafeTensor& tensor = find(name + kRatios, {format.n, format.groups()}, FileDType::U8);
         linear.ratios.assign(tensor.data, tensor.data + tensor.bytes);
       }
       continue;

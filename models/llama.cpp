@@ -91,8 +91,8 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const engine::AttentionSpec spec{config_.sliding_window};
 
   // The gradients of several precisions are of different weights.
-  norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() && !x.requires_grad() &&
-                           input_norm_.parameter != nullptr;
+  norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() &&
+                           !x.requires_grad() && input_norm_.parameter != nullptr;
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
       tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
@@ -194,8 +194,7 @@ void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                                  const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(declared_.size() == all.size() + 2 && formats.size() == all.size());
-  for (size_t i = 0; i < all.size(); ++i)
-    all[i]->set_trained(quantizer, *declared_[i], formats[i]);
+  for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], formats[i]);
   set_operands(formats, false);
   input_norm_.set_parameter(*declared_[all.size()]);
   post_norm_.set_parameter(*declared_[all.size() + 1]);

@@ -56,13 +56,14 @@ class LlamaBlock {
   void load(const Checkpoint& source, const Tensor& buffer);
   void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
 
-  // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated yet.
+  // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
+  // yet.
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats);
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);
-  // Uploads the masters of a result in the block's formats. In the input norm zeros become 2^-60: its gradient may be
-  // found by dividing by its weight, so an exact zero could never train again.
+  // Uploads the masters of a result in the block's formats. In the input norm zeros become 2^-60:
+  // its gradient may be found by dividing by its weight, so an exact zero could never train again.
   void set_masters(const LayerResult& result);
   // The layer as it is now: masters, or the quantized linears (QuantLinear::quantized), and norms.
   LayerResult result(LinearContent content);
@@ -95,7 +96,7 @@ class LlamaBlock {
   int64_t layer_;
   Tensor inv_freq_;
   NormWeight input_norm_, post_norm_;
-  bool nested_ = false;  // trains several precisions
+  bool nested_ = false;                 // trains several precisions
   bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;

@@ -2,8 +2,8 @@
 //
 //   q, k, v  <- RMSNorm      o <- attention      gate, up <- RMSNorm      down <- SwiGLU
 //
-// Gathered by the linears' channel order, rotated and quantized, fused with the RMSNorm or SwiGLU in
-// front. Where the format asks for none of that, the operand is the input itself.
+// Gathered by the linears' channel order, rotated and quantized, fused with the RMSNorm or SwiGLU
+// in front. Where the format asks for none of that, the operand is the input itself.
 #pragma once
 
 #include <optional>
@@ -24,8 +24,8 @@ class Operand {
   using Tape = autograd::Tape;
   using Var = autograd::Var;
 
-  // `packed`: the site's linears are packed. All of them have this input side. As long as the channel
-  // order stays, its device copy keeps its address, so that recorded steps stay valid.
+  // `packed`: the site's linears are packed. All of them have this input side. As long as the
+  // channel order stays, its device copy keeps its address, so that recorded steps stay valid.
   void set(engine::Backend& backend, const quant::LinearFormat& format, bool packed);
 
   // x (..., K), w real (K).
@@ -45,7 +45,7 @@ class Operand {
   LinearInput codes(Tape& tape, const engine::Tensor& x, const Write& write) const;
   bool takes_codes(const Tape& tape, const engine::Tensor& x) const;
 
-  std::optional<engine::OperandSpec> spec_;  // none: exact
+  std::optional<engine::OperandSpec> spec_;   // none: exact
   std::optional<quant::ChannelOrder> order_;  // of spec_
   bool packed_ = false;
 };

@@ -176,7 +176,7 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
   }
 }
 
-// quantization_config (format.md). What linears have of their own stands in `overrides`.
+// quantization_config (format.md). What linears have of their own is stored in `overrides`.
 ordered_json quantization_config(const LlamaConfig& config, const Formats& formats) {
   const quant::LinearFormat common = formats(0)[0];
   const auto range_of = [](const quant::LinearFormat& f) {
@@ -218,8 +218,7 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
   return q;
 }
 
-std::string exported_config(const Checkpoint& source, const Formats& formats,
-                            ExportFormat format) {
+std::string exported_config(const Checkpoint& source, const Formats& formats, ExportFormat format) {
   ordered_json config = data::parse_ordered_json(source.config_json(), source.path());
   config.erase("quantization_config");
   if (!source.config().tied_head && config.contains("tie_word_embeddings"))

@@ -116,8 +116,12 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_);
   BBB_ASSERT(buffer.numel() >= n_ * weight.format.stored_k());
   format_ = weight.format;
-  quantized_ = {
-      .wq = {}, .e = {}, .z = {}, .s = backend_.empty({1}, backend_.real()), .ratios = {}, .nested = {}};
+  quantized_ = {.wq = {},
+                .e = {},
+                .z = {},
+                .s = backend_.empty({1}, backend_.real()),
+                .ratios = {},
+                .nested = {}};
   backend_.cast(quantized_.s, weight[StoredPart::MasterScale]);
   dweight_ = Tensor();
   leaf_ = Var();
@@ -193,7 +197,7 @@ LinearResult QuantLinear::quantized() const {
 }
 
 void QuantLinear::snap() {
-  BBB_ASSERT(format_.weight.bits < kNoQuantizer);
+  if (format_.weight.bits == kNoQuantizer) return;  // no bins
   LinearResult result = master();
   const float master_scale = download_floats(backend_, quantized_.s)[0];
   uint8_t* const ratios = result.ratios.empty() ? nullptr : result.ratios.data();
@@ -208,8 +212,9 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
   if (const auto* packed = std::get_if<PackedLinear>(&state_))
     return forward_packed(tape, x, residual, *packed);
   BBB_ASSERT(leaf_.defined());
-  return linear(tape, x.x, precision_ == 0 ? leaf_ : nested_leaves_[precision_ - 1], multiplier(),
-                residual);
+  // A weight of 16 bits is the same at every precision.
+  const bool own = precision_ == 0 || !format_.weight.nested;
+  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual);
 }
 
 Var QuantLinear::forward_packed(Tape& tape, const LinearInput& x, const Var& residual,

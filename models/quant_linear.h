@@ -72,8 +72,8 @@ class QuantLinear {
   // TrainedWeight or FrozenCodes: another format with the same stored positions. The width of a
   // TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps too.
   void set_format(const quant::LinearFormat& format);
-  // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`, or at
-  // its own for 0. The gradients of all precisions add up; a step's first one is 0.
+  // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`,
+  // or at its own for 0. The gradients of all precisions add up; a step's first one is 0.
   void select_precision(size_t i) { precision_ = i; }
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   void set_master(const LinearResult& result);
@@ -120,8 +120,8 @@ class QuantLinear {
   Var forward_packed(Tape& tape, const LinearInput& x, const Var& residual,
                      const PackedLinear& packed);
   int64_t columns() const { return format_.stored_k(); }  // K'
-  Tensor current_codes() const;  // U8 (N, K')
-  void fresh_leaf();             // leaf_ becomes a Var without a written gradient
+  Tensor current_codes() const;                           // U8 (N, K')
+  void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
   std::string name_;

@@ -29,9 +29,8 @@ std::vector<int32_t> largest(const std::vector<double>& values, int64_t count,
                              const std::vector<int32_t>& excluded) {
   std::vector<int32_t> order(values.size());
   std::iota(order.begin(), order.end(), 0);
-  std::erase_if(order, [&](int32_t i) {
-    return std::binary_search(excluded.begin(), excluded.end(), i);
-  });
+  std::erase_if(order,
+                [&](int32_t i) { return std::binary_search(excluded.begin(), excluded.end(), i); });
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
     return values[static_cast<size_t>(a)] > values[static_cast<size_t>(b)];
   });
@@ -133,9 +132,8 @@ void walk(const std::vector<LayerStatistics>& layers, const Visit& visit) {
       const auto name = [&](const char* part) {
         return site_name(static_cast<int64_t>(layer), i, part);
       };
-      const std::vector<float> scalars = {
-          static_cast<float>(site.kurtosis),
-          site.side == quant::SplitSide::Activation ? 1.0f : 0.0f};
+      const std::vector<float> scalars = {static_cast<float>(site.kurtosis),
+                                          site.side == quant::SplitSide::Activation ? 1.0f : 0.0f};
       shown(name("kurtosis_side"), FileDType::F32, scalars);
       shown(name("energy"), FileDType::F32, site.energy);
       shown(name("outliers"), FileDType::I32, site.outliers);
@@ -198,7 +196,8 @@ bool same_operand(const LinearFormat& a, const LinearFormat& b) {
 
 class StageStarter {
  public:
-  StageStarter(quant::RangeRule range, int lowest_bits) : range_(range), lowest_bits_(lowest_bits) {}
+  StageStarter(quant::RangeRule range, int lowest_bits)
+      : range_(range), lowest_bits_(lowest_bits) {}
 
   LinearResult operator()(const LinearResult& from, const LinearFormat& format,
                           const std::vector<float>& energy) {
@@ -208,6 +207,7 @@ class StageStarter {
     const quant::ChannelOrder order = format.channel_order();
     const bool searched = range_ == quant::RangeRule::Search;
     if (same_operand(from.format, format) && from.format.code_bits() == format.code_bits() &&
+        from.format.weight.nested == format.weight.nested &&
         from.master.size() == static_cast<size_t>(format.n * order.stored_k()) &&
         (!searched || !from.ratios.empty())) {
       to.master = from.master;

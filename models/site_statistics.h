@@ -1,6 +1,7 @@
-// SiteStatistics: what the calibration text says of the input sites of a layer (numerics.md sections
-// 2 and 5). It decides which channels are outliers or split, and weighs the search of ranges. Taken
-// once, from the full-precision model; a run saves it, so that a resume repeats every decision.
+// SiteStatistics: what the calibration text says of the input sites of a layer (numerics.md
+// sections 2 and 5). It decides which channels are outliers or split, and weighs the search of
+// ranges. Taken once, from the full-precision model; a run saves it, so that a resume repeats every
+// decision.
 #pragma once
 
 #include <array>
@@ -52,20 +53,20 @@ std::vector<int32_t> choose_split(const ChannelStatistics& inputs, const WeightS
                                   SplitMetric metric, int64_t count,
                                   const std::vector<int32_t>& outliers);
 
-// All layers in one file: F32 energies and kurtosis, I32 channels. The entries in the order in which
-// add_statistics() adds them.
+// All layers in one file: F32 energies and kurtosis, I32 channels. The entries in the order in
+// which add_statistics() adds them.
 std::vector<data::SafeTensorsWriter::Entry> declare_statistics(
     const std::vector<LayerStatistics>& layers);
 void add_statistics(data::SafeTensorsWriter& writer, const std::vector<LayerStatistics>& layers);
 std::vector<LayerStatistics> read_statistics(const data::SafeTensors& file,
                                              const LlamaConfig& config);
 
-// The masters of a linear or of a layer, in new formats, from which a stage starts. Where an operand or the width of weights
-// changes, weights are merged, gathered, rotated and split again, and ranges are searched again;
-// else masters and ratios go on as they are. `lowest_bits`: of precisions that train at once, or 0.
+// The masters of a linear or of a layer, in new formats, from which a stage starts. Where an
+// operand or the width of weights changes, weights are merged, gathered, rotated and split again,
+// and ranges are searched again; else masters and ratios continue unchanged. `lowest_bits`: of
+// precisions that train at once, or 0.
 LinearResult start_stage(const LinearResult& from, const quant::LinearFormat& format,
-                         const std::vector<float>& energy, quant::RangeRule range,
-                         int lowest_bits);
+                         const std::vector<float>& energy, quant::RangeRule range, int lowest_bits);
 LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
                         const std::vector<quant::LinearFormat>& formats,
                         const LayerStatistics& statistics, quant::RangeRule range, int lowest_bits);

@@ -31,8 +31,8 @@ void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8
                        uint8_t* clipped, float* s, const float* w, const uint8_t* ratios,
                        const float* max_range, const float* prequantized, const WeightTile* tiles,
                        int64_t tile_count, const int32_t* bits, int group, Rounding rounding);
-// wq at the top `bits` bits of nested codes, after launch_fake_quant; parameters of other widths are
-// left alone.
+// wq at the top `bits` bits of nested codes, after launch_fake_quant; parameters of other widths
+// are left alone.
 void launch_nested_levels(cudaStream_t stream, __nv_bfloat16* wq, const float* w, const uint8_t* e,
                           const uint8_t* z, const float* s, const WeightTile* tiles,
                           int64_t tile_count, const int32_t* widths, int group, int bits,

@@ -35,17 +35,23 @@ std::vector<StoredTensor> LinearFormat::tensors() const {
                {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
                {StoredPart::Zeros, ".zeros", FileDType::U8, {n, groups()}}};
   else
-    tensors = {{StoredPart::Codes, ".qweight", FileDType::U8,
-                {n, code_row_bytes(columns, weight.bits)}},
-               {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
-               {StoredPart::Zeros, ".zeros", FileDType::U8,
-                {n, zero_row_bytes(columns, weight.group, weight.bits)}}};
+    tensors = {
+        {StoredPart::Codes, ".qweight", FileDType::U8, {n, code_row_bytes(columns, weight.bits)}},
+        {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
+        {StoredPart::Zeros,
+         ".zeros",
+         FileDType::U8,
+         {n, zero_row_bytes(columns, weight.group, weight.bits)}}};
   tensors.push_back({StoredPart::MasterScale, ".master_scale", FileDType::F32, {1}});
   if (order && !order->split().empty())
-    tensors.push_back({StoredPart::SplitChannels, ".split_channels", FileDType::I32,
+    tensors.push_back({StoredPart::SplitChannels,
+                       ".split_channels",
+                       FileDType::I32,
                        {static_cast<int64_t>(order->split().size())}});
   if (order && !order->outliers().empty())
-    tensors.push_back({StoredPart::OutlierChannels, ".outlier_channels", FileDType::I32,
+    tensors.push_back({StoredPart::OutlierChannels,
+                       ".outlier_channels",
+                       FileDType::I32,
                        {static_cast<int64_t>(order->outliers().size())}});
   return tensors;
 }

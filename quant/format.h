@@ -3,7 +3,8 @@
 //
 //   W[n, p] = S e[n, g] (q[n, p] - z[n, g])      p a stored position, g = p / G its group
 //
-//   Codes            .qweight           U8 (N, K' b / 8)              q, a bit stream a row (pack.h)
+//   Codes            .qweight           U8 (N, K' b / 8)              q, a bit stream a row
+//   (pack.h)
 //     nested                            U8 (8, N, K' / 8)             bit planes, highest first
 //   Scales           .scales            F8_E4M3 (N, K' / G)           e
 //   Zeros            .zeros             U8 (N, ceil(K' / G b / 8))    z, packed as the codes are
@@ -84,10 +85,10 @@ struct OperandView {
   const int32_t* positions;  // (K): the first position of each channel; null likewise
   int64_t k;
   int64_t stored_k;
-  int64_t outliers;                   // positions [0, outliers)
-  int64_t pairs_end;                  // positions [outliers, pairs_end) hold pairs
+  int64_t outliers;                    // positions [0, outliers)
+  int64_t pairs_end;                   // positions [outliers, pairs_end) hold pairs
   int64_t rotated_begin, rotated_end;  // positions; equal: none
-  float pair_factor;                  // of a copy: 1, or 1/2 if the activation is halved
+  float pair_factor;                   // of a copy: 1, or 1/2 if the activation is halved
   int group;
   InputGrid grid;
 };

@@ -159,9 +159,8 @@ static void doubled_levels(int32_t* out, const PackedView& w, int64_t row) {
   const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, w.grid.nested ? 8 : bits);
   for (int64_t i = 0; i < w.k; ++i) {
     const int z = packed_code(zeros, i / group, w.grid.nested ? 8 : bits);
-    out[i] = w.grid.nested
-                 ? nested_level_doubled(nested_code(w, row, i), z, bits, w.grid.dequant)
-                 : 2 * (packed_code(stream, i, bits) - z);
+    out[i] = w.grid.nested ? nested_level_doubled(nested_code(w, row, i), z, bits, w.grid.dequant)
+                           : 2 * (packed_code(stream, i, bits) - z);
   }
 }
 
@@ -240,8 +239,8 @@ void packed_gemv(Real* y, const QuantizedRows<Real>& x, const PackedView& w, con
         for (int i = 0; i < group; ++i)
           sum += weight[static_cast<size_t>(g * group + i)] * (codes[i] - zero);
         // The scale is exact: two significands of 4 bits. Halving undoes the doubled levels.
-        total += Real(sum) * (Real(e4m3_decode(w.scales[n * groups + g])) / 2 *
-                              x.scales[m * groups + g]);
+        total += Real(sum) *
+                 (Real(e4m3_decode(w.scales[n * groups + g])) / 2 * x.scales[m * groups + g]);
       }
       Real result = Real(*w.master_scale) * total;
       if (addend != nullptr) result += addend[m * w.n + n];
@@ -339,8 +338,8 @@ void operand(Real* out, uint8_t* clipped, const QuantizedRows<Real>& codes, cons
       const bool outlier = g * v.group < v.outliers;
       const int bits = outlier ? kOutlierBits : v.grid.bits;
       const Real scale = outlier ? outlier_scale : master_scale;
-      const GroupParams p = outlier ? outlier_params(range_of(in, v.group), scale)
-                                    : activation_params(in, v, scale);
+      const GroupParams p =
+          outlier ? outlier_params(range_of(in, v.group), scale) : activation_params(in, v, scale);
       const Real step = step_of(p.e, scale);
       if (codes.codes != nullptr) {
         codes.zeros[row * groups + g] = p.z;
@@ -508,8 +507,7 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
       float from[kLargestGroup];
       std::copy_n(halves + at, group, from);
       GroupStart trial(from, group, splits ? within(order.pairs_begin()) : 0,
-                       splits ? within(order.pairs_end()) : 0, bits,
-                       std::ldexp(0.25f, shift));
+                       splits ? within(order.pairs_end()) : 0, bits, std::ldexp(0.25f, shift));
       int best = 0;
       if (searched) {
         float least = 0.0f;
@@ -527,26 +525,26 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
   return most;
 }
 
-#define BBB_INSTANTIATE(Real)                                                                     \
-  template Real group_range_max(const Real*, const uint8_t*, Rows, int64_t, int);                 \
-  template Real largest(const Real*, int64_t);                                                    \
-  template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, const uint8_t*,      \
-                           Rows, int64_t, Real, WeightGrid, Rounding);                            \
-  template void snap(Real*, uint8_t*, Rows, int64_t, Real, WeightGrid);                           \
-  template void nested_levels(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,  \
-                              Real, int, int, NestedDequant);                                     \
-  template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,       \
-                               int64_t, Real, WeightGrid);                                        \
-  template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,   \
-                            int64_t, Real, WeightGrid);                                           \
-  template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,    \
-                                     int64_t, WeightGrid, bool);                                  \
-  template void unpack(Real*, const PackedView&, Rows);                                           \
-  template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);   \
-  template void packed_gemv(Real*, const QuantizedRows<Real>&, const PackedView&, const Real*,    \
-                            Rows, int64_t);                                                       \
-  template void operand(Real*, uint8_t*, const QuantizedRows<Real>&, const Real*, Rows,           \
-                        const OperandView&, Rounding);                                            \
+#define BBB_INSTANTIATE(Real)                                                                      \
+  template Real group_range_max(const Real*, const uint8_t*, Rows, int64_t, int);                  \
+  template Real largest(const Real*, int64_t);                                                     \
+  template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, const uint8_t*, Rows, \
+                           int64_t, Real, WeightGrid, Rounding);                                   \
+  template void snap(Real*, uint8_t*, Rows, int64_t, Real, WeightGrid);                            \
+  template void nested_levels(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,   \
+                              Real, int, int, NestedDequant);                                      \
+  template void quantize_codes(uint8_t*, const Real*, const uint8_t*, const uint8_t*, Rows,        \
+                               int64_t, Real, WeightGrid);                                         \
+  template void scale_codes(Real*, uint8_t*, const uint8_t*, const uint8_t*, const Real*, Rows,    \
+                            int64_t, Real, WeightGrid);                                            \
+  template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,     \
+                                     int64_t, WeightGrid, bool);                                   \
+  template void unpack(Real*, const PackedView&, Rows);                                            \
+  template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);    \
+  template void packed_gemv(Real*, const QuantizedRows<Real>&, const PackedView&, const Real*,     \
+                            Rows, int64_t);                                                        \
+  template void operand(Real*, uint8_t*, const QuantizedRows<Real>&, const Real*, Rows,            \
+                        const OperandView&, Rounding);                                             \
   template void operand_backward(Real*, const Real*, const uint8_t*, Rows, const OperandView&)
 
 BBB_INSTANTIATE(float);

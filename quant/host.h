@@ -77,8 +77,8 @@ void packed_gemv(Real* y, const QuantizedRows<Real>& x, const PackedView& w, con
                  Rows rows, int64_t m_total);
 
 // The operand of input rows x (M, K): gathered by the channel order, rotated, quantized. Null
-// outputs are not written. out (M, K'); clipped (M, K'/8). v.grid.bits 16: nothing is quantized, and
-// only `out` may be asked for.
+// outputs are not written. out (M, K'); clipped (M, K'/8). v.grid.bits 16: nothing is quantized,
+// and only `out` may be asked for.
 template <typename Real>
 void operand(Real* out, uint8_t* clipped, const QuantizedRows<Real>& codes, const Real* x,
              Rows rows, const OperandView& v, Rounding rounding);

@@ -1,7 +1,8 @@
-// Nested codes at fewer bits (numerics.md section 4): wq = (q' - z) e from the masters of 8-bit codes.
+// Nested codes at fewer bits (numerics.md section 4): wq = (q' - z) e from the masters of 8-bit
+// codes.
 //
-// A block takes one tile (quant/tiles.h), four consecutive elements a thread at a time, which are in
-// one group. Bytes moved: 4 read and 2 written an element, 2 read a group.
+// A block takes one tile (quant/tiles.h), four consecutive elements a thread at a time, which are
+// in one group. Bytes moved: 4 read and 2 written an element, 2 read a group.
 #include <cuda_bf16.h>
 
 #include "quant/cuda_kernels.h"

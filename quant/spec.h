@@ -34,9 +34,9 @@ struct InputGrid {
 // The side of a product that the two copies of a split channel halve.
 enum class SplitSide { Weight, Activation };
 
-constexpr int kNoQuantizer = 16;   // bits of a weight that trains in full precision
-constexpr int kNestedBits = 8;     // of nested codes
-constexpr int kOutlierBits = 8;    // of the activations of outlier channels
+constexpr int kNoQuantizer = 16;  // bits of a weight that trains in full precision
+constexpr int kNestedBits = 8;    // of nested codes
+constexpr int kOutlierBits = 8;   // of the activations of outlier channels
 constexpr int kLargestGroup = 128;
 
 enum class Rounding {

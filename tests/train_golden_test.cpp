@@ -49,9 +49,9 @@ TEST_CASE("a run's losses equal those of an independent implementation", "[train
   quiet.quiet = true;
   train::train_windows(backend(), *models::open_checkpoint(folder), tokens, config, quiet);
 
-  // A run is one more sample of the spread; the golden has the largest of 8, some 1.4 deviations. Of
-  // a hundred values one may well be twice as far off: three times is 4.3 deviations. The run's own
-  // sums have further roundings, a few epsilons of F32.
+  // A run is one more sample of the spread; the golden has the largest of 8, some 1.4 deviations.
+  // Of a hundred values one may well be twice as far off: three times is 4.3 deviations. The run's
+  // own sums have further roundings, a few epsilons of F32.
   const Json& spread = golden.at("spread").at(backend().act() == DType::BF16 ? "bf16" : "f32");
   for (const auto& [key, phase, in_log] : {std::tuple{"loss", "block", "loss"},
                                            {"grad_norm", "block", "grad_norm"},

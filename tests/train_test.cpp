@@ -689,7 +689,7 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 1e-3});
   CHECK(staged.e2e_lr.at(0) == Approx(1e-5));
   CHECK(staged.e2e_snap == train::Snap::Off);
-  CHECK(resolved(small, "", keep).e2e_lr.at(0) == Approx(1e-3));
+  CHECK(resolved(small, "", keep).e2e_lr.at(0) == Approx(2e-3));
   CHECK(resolved(small, "", keep).e2e_snap == train::Snap::Off);
   const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
   CHECK(wide.lr[0] == Approx(1e-5));

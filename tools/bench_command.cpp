@@ -60,8 +60,7 @@ int bench_train_command(const Arguments& arguments) {
   train::visit(defaults, [&](const auto& value, const train::Field& f) {
     if (!is_grid_option(f)) return;
     const std::string text = train::option_text(value, f);
-    line.options("Grid")(f.name, f.help,
-                         cxxopts::value<std::string>()->default_value(text));
+    line.options("Grid")(f.name, f.help, cxxopts::value<std::string>()->default_value(text));
   });
   line.options("Grid")("widths", "of weights and activations, such as w2a2",
                        cxxopts::value<std::string>()->default_value("w2a16"));

@@ -303,8 +303,8 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
 
 int decode_command(const Arguments& arguments) {
   CommandLine line("decode", "Generate text from any checkpoint, or time a synthetic one");
-  line.options()                                                          //
-      ("model", "directory or GGUF file", cxxopts::value<std::string>())  //
+  line.options()                                                             //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
       ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
       ("prompt", "text to continue; special tokens in it are plain text without --special",
        cxxopts::value<std::string>())                                                  //

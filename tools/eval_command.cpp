@@ -102,7 +102,7 @@ int eval_command(const Arguments& arguments) {
   CommandLine line("eval", summary);
   line.options()                                                                   //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())           //
-      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())               //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())        //
       ("data", "directory of the tasks' files", cxxopts::value<std::string>())     //
       ("tasks", "separated by commas; default: all with a file in the directory",  //
        cxxopts::value<std::string>())                                              //

@@ -26,9 +26,9 @@ int export_command(const Arguments& arguments) {
       ("rtn", "round --model to the nearest code, without training")                           //
       ("bits", "with --rtn: 2, 3, 4 or 8", cxxopts::value<std::string>()->default_value("2"))  //
       ("group-size", "with --rtn: 32, 64 or 128",
-       cxxopts::value<std::string>()->default_value("32"))         //
+       cxxopts::value<std::string>()->default_value("32"))  //
       ("act-bits", "with --rtn: bits of activations, 16, 8, 4, 3 or 2",
-       cxxopts::value<std::string>()->default_value("16"))  //
+       cxxopts::value<std::string>()->default_value("16"))         //
       ("out", "directory to make", cxxopts::value<std::string>())  //
       ("format", "bbb: packed; hf: dequantized BF16 safetensors",
        cxxopts::value<std::string>()->default_value("bbb"));
@@ -38,8 +38,7 @@ int export_command(const Arguments& arguments) {
     if (!rounds_with(f)) return;
     const std::string text = train::option_text(value, f);
     const auto option = cxxopts::value<std::string>();
-    line.options("With --rtn")(f.name, f.help,
-                               text.empty() ? option : option->default_value(text));
+    line.options("With --rtn")(f.name, f.help, text.empty() ? option : option->default_value(text));
   });
   if (!line.parse(arguments)) return 0;
   const std::string out = line.required("out");
@@ -50,6 +49,10 @@ int export_command(const Arguments& arguments) {
 
   double bits_per_weight = 0;
   if (line.has("run")) {
+    train::visit(config, [&](const auto&, const train::Field& f) {
+      if (rounds_with(f) && line.has(f.name))
+        fmt::print(stderr, "--{} is unused: the run decides it\n", f.name);
+    });
     bits_per_weight =
         train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
   } else {
@@ -58,7 +61,11 @@ int export_command(const Arguments& arguments) {
     });
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128}, act_bits[] = {16, 8, 4, 3, 2};
     config.bits = bits[line.choice("bits", {"2", "3", "4", "8"})];
-    if (!config.any_precision.empty()) config.bits = quant::kNestedBits;
+    if (!config.any_precision.empty()) {
+      if (line.has("bits") && config.bits != quant::kNestedBits)
+        throw UsageError("--any-precision nests codes of 8 bits: --bits is 8, or left out");
+      config.bits = quant::kNestedBits;
+    }
     config.group = groups[line.choice("group-size", {"32", "64", "128"})];
     config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
     const std::string path = line.required("model");
@@ -67,6 +74,8 @@ int export_command(const Arguments& arguments) {
     bits_per_weight =
         train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, format);
   }
+  if (format == models::ExportFormat::HuggingFace)
+    fmt::print("split pairs are summed, rotations undone, and weights rounded once to BF16\n");
   fmt::print("{}: {:.4f} bits per weight, read from the file\n", out, bits_per_weight);
   return 0;
 }

@@ -17,7 +17,7 @@ int ppl_command(const Arguments& arguments) {
   CommandLine line("ppl", "Perplexity of a checkpoint (Hugging Face, GGUF or exported) on a text");
   line.options()                                                                            //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
-      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())               //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())                 //
       ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
       ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
       ("max-windows", "stop after this many; 0: all",
@@ -58,15 +58,16 @@ int ppl_command(const Arguments& arguments) {
       "{:.3f} bits per activation ({:.3f} with scales)  {:.0f} tokens/s on {}\n",
       result.perplexity, result.nll, result.nll_stderr, result.windows, seq_len,
       source->bits_per_weight(), activations.codes, activations.all,
-      static_cast<double>(result.windows * seq_len) / seconds,
-      backend->device_name());
+      static_cast<double>(result.windows * seq_len) / seconds, backend->device_name());
   if (line.has("json")) {
-    const nlohmann::ordered_json json = {
-        {"perplexity", result.perplexity}, {"nll", result.nll},
-        {"nll_stderr", result.nll_stderr}, {"windows", result.windows},
-        {"tokens", result.tokens},         {"bits_per_weight", source->bits_per_weight()},
-        {"bits_per_activation", activations.codes},
-        {"bits_per_activation_with_scales", activations.all}};
+    const nlohmann::ordered_json json = {{"perplexity", result.perplexity},
+                                         {"nll", result.nll},
+                                         {"nll_stderr", result.nll_stderr},
+                                         {"windows", result.windows},
+                                         {"tokens", result.tokens},
+                                         {"bits_per_weight", source->bits_per_weight()},
+                                         {"bits_per_activation", activations.codes},
+                                         {"bits_per_activation_with_scales", activations.all}};
     data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
   }
   return 0;

@@ -1,8 +1,12 @@
 // bbb train: blocks, stage by stage, then the whole model end to end.
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <map>
 
 #include "tools/cli.h"
 #include "train/config_table.h"
+#include "train/run_directory.h"
 #include "train/train.h"
 
 namespace bbb::tools {
@@ -11,14 +15,45 @@ namespace {
 
 // Defaults that other options exclude give way: nobody typed them.
 void adapt_defaults(train::TrainConfig& config, const CommandLine& line) {
-  const bool staged = line.has("stages") || line.has("schedule");
-  if (!config.any_precision.empty()) {  // nested codes have 8 bits, whose ranges are not searched
-    if (!line.has("range")) config.range = train::RangeRule::MinMax;
-    if (!staged && line.text("e2e-steps") == "0")
-      config.stages = {{.weight_bits = quant::kNestedBits}};
-  } else if (!staged && (line.text("e2e-steps") == "0" || line.has("block-schedule"))) {
-    config.stages = {train::Stage{}};
-  }
+  const bool nested = !config.any_precision.empty();
+  if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
+  if (line.has("stages") || line.has("schedule")) return;
+  if (line.text("e2e-steps") == "0" || config.block_schedule != train::BlockSchedule::All)
+    config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
+}
+
+// A run that starts from another one keeps its grid, except for what was typed.
+void inherit_grid(train::TrainConfig& config, const CommandLine& line) {
+  const train::TrainConfig earlier = train::RunDirectory(config.from).identity().config;
+  std::map<std::string, std::string> texts;
+  train::visit(earlier, [&](const auto& value, const train::Field& f) {
+    texts[f.name] = train::option_text(value, f);
+  });
+  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+    const bool grid = f.group != nullptr &&
+                      (f.group == std::string(train::kGrid) || f.name == std::string("group-size"));
+    // Ranges of activations are the last stage's own affair.
+    if (grid && !line.has(f.name) && f.name != std::string("act-range") && !texts[f.name].empty())
+      value = train::parse<T>(texts[f.name], f);
+  });
+}
+
+// Names typed options of a phase that the run does not have.
+void name_unused(const train::TrainConfig& config, const CommandLine& line) {
+  const bool blocks = train::block_stages(config) > 0;
+  train::visit(config, [&](const auto&, const train::Field& f) {
+    if (f.group == nullptr || !line.has(f.name)) return;
+    const std::string name = f.name, group = f.group;
+    if (group == train::kEndToEnd && config.e2e_steps == 0 && name != "e2e-steps" &&
+        (name != "e2e-batch" || !train::trains_whole(config)))
+      fmt::print(stderr, "--{} is unused: there is no end-to-end phase\n", name);
+    const bool of_algorithm2 = name == "stages" || name == "block-schedule" || name == "lr" ||
+                               name == "epochs" || name == "first-ratio" || name == "depth-bias";
+    if (group == train::kBlocks && !blocks && name != "stages" && name != "block-schedule" &&
+        !(of_algorithm2 && train::trains_whole(config) && !config.stages.empty()) &&
+        name != "batch")
+      fmt::print(stderr, "--{} is unused: there is no block phase\n", name);
+  });
 }
 
 int lowest_activation_bits(const train::TrainConfig& config) {
@@ -60,6 +95,8 @@ int train_command(const Arguments& arguments) {
     if (f.group != nullptr && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
   });
   adapt_defaults(config, line);
+  const bool starts_from = !config.from.empty();
+  if (starts_from) inherit_grid(config, line);
   if (line.has("synthetic")) {
     if (line.has("model")) throw UsageError("give one of --model and --synthetic");
     config.model = cat(data::kSyntheticPrefix, line.text("synthetic"));
@@ -70,16 +107,20 @@ int train_command(const Arguments& arguments) {
   if (line.text("e2e-steps") == "auto") config.e2e_steps = train::TrainConfig::kAutoSteps;
   if (line.has("schedule")) {
     if (line.has("stages")) throw UsageError("give one of --schedule and --stages");
-    config.stages = train::scheduled_stages("ABC"[line.choice("schedule", {"A", "B", "C"})],
-                                            {2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2});
+    config.stages = train::scheduled_stages("ABC" [line.choice("schedule", {"A", "B", "C"})], {
+      2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2
+    });
   }
-  // One outlier group halves the perplexity of 2-bit activations.
-  if (!line.has("act-outliers") && lowest_activation_bits(config) < 4)
-    config.act_outliers = config.group;
   config.threads = line.threads();
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
 
+  name_unused(config, line);
   const auto source = models::open_checkpoint(config.model);
+  // One outlier group halves the perplexity of 2-bit activations.
+  const int64_t narrowest = std::min(source->config().d_model, source->config().hidden);
+  if (!line.has("act-outliers") && !starts_from && lowest_activation_bits(config) < 4 &&
+      config.group < narrowest)
+    config.act_outliers = config.group;
   const auto tokenizer = data::load_tokenizer(config.model);
   train::train(*line.make_backend(), *source, *tokenizer, config);
   return 0;

@@ -75,8 +75,8 @@ class BlockPhase {
   // steps of the first block are kept.
   void rehearse() {
     // The two layers with the most stored positions.
-    const int64_t first = std::max<int64_t>(
-        0, std::min(Recipe::widest_layer(config_, model_), model_.layers - 2));
+    const int64_t first =
+        std::max<int64_t>(0, std::min(Recipe::widest_layer(config_, model_), model_.layers - 2));
     for (int64_t layer = first; layer < std::min(first + 2, model_.layers); ++layer) {
       const LayerResult weights = full_precision(layer);
       enter(layer);
@@ -192,9 +192,8 @@ class BlockPhase {
       }
       if (config_.target == Target::Follow)
         advance_teacher(layer, original, streams_.target(), streams_.stage(t));
-      timed(backend_, time_.weights_s, [&] {
-        trainer_->load(t, start_stage(layer, t, t == 0 ? original : *results.back()));
-      });
+      timed(backend_, time_.weights_s,
+            [&] { trainer_->load(t, start_stage(layer, t, t == 0 ? original : *results.back())); });
       results.push_back(train_stage(layer, t));
     }
     if (layer + 1 == model_.layers) return;
@@ -241,9 +240,9 @@ class BlockPhase {
   void show(const Position& at) {
     if (!progress_) return;
     const int64_t stages = at.block * block_stages(config_) + at.stage;
-    progress_->set(stages * steps_per_stage(config_) + at.step,
-                   cat("block ", at.block + 1, "/", model_.layers, " ",
-                       recipe_.stage_name(at.stage)));
+    progress_->set(
+        stages * steps_per_stage(config_) + at.step,
+        cat("block ", at.block + 1, "/", model_.layers, " ", recipe_.stage_name(at.stage)));
   }
 
   Backend& backend_;

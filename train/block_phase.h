@@ -3,7 +3,8 @@
 //
 //   y = block_fp(stream_0);  for each stage t = 1, 2, ..: minimise mean (block_t(x) - y)^2
 //
-// With Target::Follow y = block_fp(stream_t), and stream_0 is only the place where it is stored. x is stream_t (same), stream_{t-1} (higher) or both in rotation (mix). Streams are act (N, T, D):
+// With Target::Follow y = block_fp(stream_t), and stream_0 is only the place where it is stored. x
+// is stream_t (same), stream_{t-1} (higher) or both in rotation (mix). Streams are act (N, T, D):
 // stream_0 in full precision and one per stage (stream_set.h). With `same`, y replaces stream_0.
 #pragma once
 

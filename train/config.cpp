@@ -142,8 +142,8 @@ void check_stage(const Stage& s, const char* option) {
   const auto trainable = [](int bits) {
     return bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16;
   };
-  want(trainable(s.weight_bits), cat(option, ": weights of ", s.weight_bits,
-                                     " bits; 2, 3, 4, 8 and 16 can be trained"));
+  want(trainable(s.weight_bits),
+       cat(option, ": weights of ", s.weight_bits, " bits; 2, 3, 4, 8 and 16 can be trained"));
   want(trainable(s.activation_bits), cat(option, ": activations of ", s.activation_bits,
                                          " bits; 2, 3, 4, 8 and 16 can be trained"));
 }
@@ -154,8 +154,7 @@ void spread_rates(std::vector<double>& lr, size_t stages, const char* option,
   if (lr.size() == 1) lr.resize(stages, lr[0]);
   if (lr.empty())
     for (size_t t = 0; t < stages; ++t) lr.push_back(by_default(t));
-  want(lr.size() == stages,
-       cat(option, " has ", lr.size(), " values for ", stages, " stages"));
+  want(lr.size() == stages, cat(option, " has ", lr.size(), " values for ", stages, " stages"));
 }
 
 void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
@@ -165,13 +164,13 @@ void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
                                         linear.k, " input features of ", linear.name));
   want(c.ocs_ratio.size() <= 2, "--ocs-ratio takes a mean, or the first and the last ratio");
   if (c.ocs_ratio.size() == 1)
-    want(c.ocs_ratio[0] < 2.0 / 3, cat("--ocs-ratio ", c.ocs_ratio[0],
-                                       " would split all channels of the last block"));
+    want(c.ocs_ratio[0] < 2.0 / 3,
+         cat("--ocs-ratio ", c.ocs_ratio[0], " would split all channels of the last block"));
   if (c.any_precision.empty()) return;
-  want(c.any_precision[0] == quant::kNestedBits &&
-           std::ranges::adjacent_find(c.any_precision, std::less_equal<>()) ==
-               c.any_precision.end(),
-       "--any-precision takes 8 first, then fewer bits");
+  want(
+      c.any_precision[0] == quant::kNestedBits &&
+          std::ranges::adjacent_find(c.any_precision, std::less_equal<>()) == c.any_precision.end(),
+      "--any-precision takes 8 first, then fewer bits");
   want(c.range == RangeRule::MinMax,
        "--any-precision nests codes of 8 bits, whose ranges are not searched: no --range search");
   want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
@@ -180,8 +179,7 @@ void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
        "--any-precision gives every precision its own stream: it needs --input-stream same and "
        "--target full");
   const auto nested = [&](const Stage& s) {
-    want(s.weight_bits == quant::kNestedBits,
-         cat("--any-precision trains stages of w8, not ", s));
+    want(s.weight_bits == quant::kNestedBits, cat("--any-precision trains stages of w8, not ", s));
   };
   for (const Stage& s : c.stages) nested(s);
   for (const ModelStage& s : c.e2e_stages) nested(s);
@@ -195,8 +193,8 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   const int64_t pass_steps = std::max<int64_t>(1, c.samples / c.e2e_batch);
   if (c.e2e_steps == 0) c.e2e_stages.clear();
   if (c.e2e_steps != 0 && c.e2e_stages.empty()) {
-    ModelStage stage{c.stages.empty() ? Stage{c.bits == 0 ? 2 : c.bits, c.act_bits} : c.stages.back(),
-                     1};
+    ModelStage stage{
+        c.stages.empty() ? Stage{c.bits == 0 ? 2 : c.bits, c.act_bits} : c.stages.back(), 1};
     if (!c.any_precision.empty()) stage.weight_bits = quant::kNestedBits;
     stage.passes = c.e2e_steps == TrainConfig::kAutoSteps
                        ? (blocks ? 2 : 6)
@@ -209,10 +207,11 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     c.e2e_steps = passes * pass_steps;
   }
   for (const ModelStage& s : c.e2e_stages) check_stage(s, "--e2e-stages");
-  want(all || (c.e2e_stages.size() == 1 && !algorithm2),
-       "--e2e-train scales freezes codes: it takes one end-to-end stage, behind blocks or rounding");
   const bool whole = algorithm2 || !c.e2e_stages.empty();
   if (!whole) return;
+  want(
+      all || (c.e2e_stages.size() == 1 && !algorithm2),
+      "--e2e-train scales freezes codes: it takes one end-to-end stage, behind blocks or rounding");
   want(c.e2e_batch <= c.samples,
        cat("--e2e-batch is ", c.e2e_batch, ", but must be between 1 and --samples ", c.samples));
   if (c.e2e_micro_batch == 0) {
@@ -223,8 +222,8 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     c.e2e_micro_batch = std::clamp<int64_t>(tokens / c.seq_len, 1, c.e2e_batch);
     while (c.e2e_batch % c.e2e_micro_batch != 0) --c.e2e_micro_batch;
   }
-  want(c.e2e_batch % c.e2e_micro_batch == 0, cat("--e2e-micro-batch ", c.e2e_micro_batch,
-                                                 " does not divide --e2e-batch ", c.e2e_batch));
+  want(c.e2e_batch % c.e2e_micro_batch == 0,
+       cat("--e2e-micro-batch ", c.e2e_micro_batch, " does not divide --e2e-batch ", c.e2e_batch));
   spread_rates(c.e2e_lr, c.e2e_stages.size(), "--e2e-lr", [&](size_t t) {
     if (!all) return kScales.at(model.d_model);
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
@@ -233,6 +232,9 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
        "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
+  for (const ModelStage& s : c.e2e_stages)
+    want(s.weight_bits <= 4 || (c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
+         "--e2e-damping and --e2e-freeze are for weights of at most 4 bits");
   if (c.e2e_snap == Snap::Auto)
     c.e2e_snap = all && blocks && !algorithm2 && !c.e2e_stages.empty() &&
                          c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
@@ -261,7 +263,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
     c.lr.clear();
   } else {
     want(!blocks || c.val_samples > 0, "--val-samples must be at least 1");
-    want(c.batch <= c.samples,
+    want(!blocks || c.batch <= c.samples,
          cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
     spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
       const bool low = c.stages[t].weight_bits <= 2;

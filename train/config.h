@@ -41,8 +41,8 @@ enum class InputStream { Same, Higher, Mix };
 // What a block is to reproduce. Full: its full-precision output on the full-precision stream, which
 // corrects the error of the blocks before it. Follow: that on its own input.
 enum class Target { Full, Follow };
-// All: block by block. Stochastic, Prefix: the whole model end to end, and a stage switches only some
-// blocks to its widths: drawn, with a bias to the first ones, or the first ones (Algorithm 2).
+// All: block by block. Stochastic, Prefix: the whole model end to end, and a stage switches only
+// some blocks to its widths: drawn, with a bias to the first ones, or the first ones (Algorithm 2).
 enum class BlockSchedule { All, Stochastic, Prefix };
 enum class Rotate { None, Group };
 enum class SplitSideChoice { Weight, Activation, Auto };
@@ -52,7 +52,7 @@ using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
 enum class Freeze { None, Flips };
-enum class Snap { Auto, On, Off };         // moves masters to the middle of their bins at the start
+enum class Snap { Auto, On, Off };  // moves masters to the middle of their bins at the start
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
 // the last bits. Heuristic: takes the library's first suggestion.
 enum class GemmAlgorithms { Timed, Heuristic };
@@ -82,8 +82,8 @@ struct TrainConfig {
   std::string out;
 
   std::vector<Stage> stages;  // empty: no block phase, end to end from round to nearest
-  int bits = 0;       // of the result's weights; 0: the last stage's, or 2
-  int act_bits = 16;  // of its activations
+  int bits = 0;               // of the result's weights; 0: the last stage's, or 2
+  int act_bits = 16;          // of its activations
   int group = 32;
   RangeRule range = RangeRule::MinMax;  // of weights
   Rotate rotate = Rotate::None;
@@ -93,8 +93,8 @@ struct TrainConfig {
   SplitMetric ocs_metric = SplitMetric::L2Mean;
   SplitSideChoice split_side = SplitSideChoice::Weight;
   RangeRule act_range = RangeRule::MinMax;
-  int64_t act_outliers = 0;  // channels of every input at 8 bits, a multiple of the group
-  double down_kurtosis = 0;  // down-projections above it take 4-bit activations; 0: none
+  int64_t act_outliers = 0;        // channels of every input at 8 bits, a multiple of the group
+  double down_kurtosis = 0;        // down-projections above it take 4-bit activations; 0: none
   std::vector<int> any_precision;  // bits of weights that train at once, from 8 down; empty: one
   NestedDequant nested_dequant = NestedDequant::Middle;
   std::string from;  // a finished run whose result is the start; "": the model
@@ -124,7 +124,8 @@ struct TrainConfig {
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
   // Codes that oscillate (Backend::average, dampen, freeze_flips).
-  double e2e_average = 0;  // decay of a running average of the masters, which is the result; 0: none
+  double e2e_average =
+      0;  // decay of a running average of the masters, which is the result; 0: none
   double e2e_damping = 0;  // 0: none
   Freeze e2e_freeze = Freeze::None;
 

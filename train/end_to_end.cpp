@@ -167,10 +167,11 @@ class EndToEnd {
       backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
                       config_.e2e_damping);
     if (flips_.defined())
-      backend_.freeze_flips(flips_, parameters.grads(), masters, parameters.m(),
+      backend_.freeze_flips(flips_, parameters.grads(), parameters.m(),
                             student_.quantizer()->weights(), optimizer_->control());
     optimizer_->step(loss_);
-    if (average_.defined()) backend_.average(average_, masters, 1 - config_.e2e_average);
+    if (average_.defined())
+      backend_.average(average_, masters, optimizer_->control(), config_.e2e_average);
     loop_->end_step(*optimizer_);
   }
 

@@ -24,8 +24,8 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
                       models::Recompute recompute, const RunDirectory& run,
                       const Observer& observer);
 
-// Allocates on `backend` the most that a stage will hold, without training. Returns the bytes that the
-// recorded step keeps.
+// Allocates on `backend` the most that a stage will hold, without training. Returns the bytes that
+// the recorded step keeps.
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute);
 

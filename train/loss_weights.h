@@ -1,6 +1,6 @@
 // LossWeights: how much the loss of each precision counts when several train at once (numerics.md
-// section 4). The first always counts 1; the others start at 0.1 and ramp linearly to 1. The weights
-// of all steps are on the device, so that a recorded step finds its own.
+// section 4). The first always counts 1; the others start at 0.1 and ramp linearly to 1. The
+// weights of all steps are on the device, so that a recorded step finds its own.
 #pragma once
 
 #include <numeric>
@@ -18,7 +18,8 @@ class LossWeights {
     const auto count = static_cast<int64_t>(precisions);
     std::vector<float> weights;
     for (int64_t step = 0; step < steps; ++step) {
-      const double done = steps > 1 ? static_cast<double>(step) / static_cast<double>(steps - 1) : 1;
+      const double done =
+          steps > 1 ? static_cast<double>(step) / static_cast<double>(steps - 1) : 1;
       for (int64_t p = 0; p < count; ++p)
         weights.push_back(static_cast<float>(p == 0 ? 1 : kStart + (1 - kStart) * done));
     }

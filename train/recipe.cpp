@@ -24,10 +24,10 @@ LayerStatistics nominal_statistics(const TrainConfig& config, const LlamaConfig&
   LayerStatistics statistics;
   for (const LinearShape& linear : models::block_linears(model)) {
     models::SiteStatistics& site = statistics[static_cast<size_t>(linear.site)];
+    if (config.split_side == SplitSideChoice::Activation) site.side = quant::SplitSide::Activation;
     site.outliers.resize(static_cast<size_t>(config.act_outliers));
     std::iota(site.outliers.begin(), site.outliers.end(), 0);
-    site.split.resize(
-        static_cast<size_t>(Recipe::split_count(config, model, layer, linear.k)));
+    site.split.resize(static_cast<size_t>(Recipe::split_count(config, model, layer, linear.k)));
     std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(config.act_outliers));
   }
   return statistics;
@@ -59,11 +59,11 @@ std::vector<WholeStage> algorithm2(const TrainConfig& config, const LlamaConfig&
   engine::Rng rng(sub_seed(config.seed, kDrawSeed, 0));
   std::vector<Stage> widths(layers, Stage{16, 16});
   for (size_t t = 0; t < config.stages.size(); ++t) {
-    const double ratio =
-        t + 1 == config.stages.size()
-            ? 1
-            : config.first_ratio +
-                  (1 - config.first_ratio) * static_cast<double>(t) / std::max(1.0, count - 1);
+    const double ratio = t + 1 == config.stages.size()
+                             ? 1
+                             : config.first_ratio + (1 - config.first_ratio) *
+                                                        static_cast<double>(t) /
+                                                        std::max(1.0, count - 1);
     // A hair more, so that a ratio such as 0.29 of 100 blocks gives 29.
     const auto switched = static_cast<size_t>(ratio * static_cast<double>(layers) + 1e-9);
     std::vector<size_t> chosen(switched);
@@ -101,7 +101,8 @@ Recipe::Recipe(const TrainConfig& config, const LlamaConfig& model,
     const ModelStage& stage = config.e2e_stages[t];
     whole_stages_.push_back(
         {std::vector<Stage>(static_cast<size_t>(model.layers), stage),
-         std::min(config.e2e_steps, stage.passes * std::max<int64_t>(1, config.samples / config.e2e_batch)),
+         std::min(config.e2e_steps,
+                  stage.passes * std::max<int64_t>(1, config.samples / config.e2e_batch)),
          config.e2e_lr[t], to_string({stage})});
   }
 }
@@ -137,9 +138,8 @@ int64_t Recipe::split_count(const TrainConfig& config, const LlamaConfig& model,
   const double mean = config.ocs_ratio[0];
   const bool range = config.ocs_ratio.size() == 2;
   const double first = range ? mean : mean / 2, last = range ? config.ocs_ratio[1] : mean * 3 / 2;
-  const double depth = model.layers > 1 ? static_cast<double>(layer) /
-                                              static_cast<double>(model.layers - 1)
-                                        : 0.5;
+  const double depth =
+      model.layers > 1 ? static_cast<double>(layer) / static_cast<double>(model.layers - 1) : 0.5;
   // A hair less, so that a ratio such as 0.05 of 100 channels gives 5.
   const double count = (first + (last - first) * depth) * static_cast<double>(k) - 1e-9;
   return std::min(static_cast<int64_t>(std::ceil(count)), k - config.act_outliers);
@@ -176,12 +176,13 @@ std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) con
       format.weight.nested = true;
       format.weight.dequant = config_.nested_dequant;
     }
-    format.input = {.bits = stage.activation_bits,
-                    .outliers = format.order ? static_cast<int>(format.order->outliers().size()) : 0,
-                    .range = stage.activation_bits < 16 ? config_.act_range : RangeRule::MinMax,
-                    .hadamard = config_.rotate == Rotate::Group};
-    if (linear.site == models::kDownSite && config_.down_kurtosis > 0 &&
-        format.input.bits < 4 && statistics_[at][site].kurtosis > config_.down_kurtosis)
+    format.input = {
+        .bits = stage.activation_bits,
+        .outliers = format.order ? static_cast<int>(format.order->outliers().size()) : 0,
+        .range = stage.activation_bits < 16 ? config_.act_range : RangeRule::MinMax,
+        .hadamard = config_.rotate == Rotate::Group};
+    if (linear.site == models::kDownSite && config_.down_kurtosis > 0 && format.input.bits < 4 &&
+        statistics_[at][site].kurtosis > config_.down_kurtosis)
       format.input.bits = 4;
   }
   return formats;

@@ -1,7 +1,8 @@
 // Recipe: the format of every linear in every stage. Training, saving and export ask it.
 //
 //   stages of the block phase          0 .. stages - 1
-//   stages of the whole model          those of Algorithm 2, if it replaces the block phase, then the
+//   stages of the whole model          those of Algorithm 2, if it replaces the block phase, then
+//   the
 //                                      end-to-end phase's
 #pragma once
 

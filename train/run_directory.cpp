@@ -373,8 +373,9 @@ bool trains_whole(const TrainConfig& config) {
 }
 
 std::string RunDirectory::whole_stage_file(const Recipe& recipe, size_t stage) const {
-  return stage + 1 == recipe.whole_stages().size() ? final_file()
-                                                   : cat(path_, "/e2e/stage_", stage, ".safetensors");
+  return stage + 1 == recipe.whole_stages().size()
+             ? final_file()
+             : cat(path_, "/e2e/stage_", stage, ".safetensors");
 }
 
 std::vector<models::LayerStatistics> RunDirectory::statistics(
@@ -385,13 +386,22 @@ std::vector<models::LayerStatistics> RunDirectory::statistics(
       model);
 }
 
+std::vector<models::LayerStatistics> RunDirectory::finished_statistics(
+    const TrainConfig& config, const models::LlamaConfig& model) const {
+  std::vector<models::LayerStatistics> layers = statistics(model);
+  BBB_CHECK(!layers.empty() || !Recipe::needs_statistics(config), statistics_file(),
+            ": is missing; delete the run's directory to train it again");
+  return layers;
+}
+
 models::LayerResult RunDirectory::result(int64_t layer, const Recipe& recipe,
                                          const models::LlamaConfig& model) const {
   if (recipe.whole_stages().empty())
     return stage_result(layer, recipe.block_stages() - 1, recipe, model);
-  const data::SafeTensors file = open_run_file(
-      final_file(), checksum(), "delete it, and the run trains end to end again");
-  return models::read_layer(file, layer, model, recipe.result_formats(layer));
+  if (!final_)
+    final_.emplace(
+        open_run_file(final_file(), checksum(), "delete it, and the run trains end to end again"));
+  return models::read_layer(*final_, layer, model, recipe.result_formats(layer));
 }
 
 models::LinearContent final_content(const TrainConfig& config) {

@@ -99,8 +99,11 @@ class RunDirectory {
   std::string statistics_file() const { return path_ + "/statistics.safetensors"; }
   // The result of a stage of the whole model; that of the last stage is final_file().
   std::string whole_stage_file(const Recipe& recipe, size_t stage) const;
-  // The statistics that the run has saved; empty if it has none.
+  // The statistics that the run has saved; empty if it has none yet.
   std::vector<models::LayerStatistics> statistics(const models::LlamaConfig& model) const;
+  // Those of a finished run: empty if its configuration needs none. Throws if they are missing.
+  std::vector<models::LayerStatistics> finished_statistics(const TrainConfig& config,
+                                                           const models::LlamaConfig& model) const;
   // The result of a finished run: of its last stage. Throws if a file is missing or damaged.
   models::LayerResult result(int64_t layer, const Recipe& recipe,
                              const models::LlamaConfig& model) const;
@@ -129,6 +132,7 @@ class RunDirectory {
  private:
   std::string path_;
   std::unique_ptr<FileLock> lock_;
+  mutable std::optional<data::SafeTensors> final_;  // opened and checked once, by result()
 };
 
 // The stages of the block phase; 0 if Algorithm 2 replaces it.

@@ -200,7 +200,8 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   loop_->end_step(*stages_[t].optimizer);
 }
 
-// loss = sum over the precisions of their weight times the mean squared error.
+// The loss is the sum of the precisions' mean squared errors; its gradient counts each by its
+// weight.
 void StageTrainer::step_together(size_t t, StepPart last) {
   const std::vector<Stream*> inputs = streams_.inputs(t);
   const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());

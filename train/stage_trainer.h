@@ -1,8 +1,8 @@
 // StageTrainer: trains one block in one stage. It minimises mean (block(x) - y)^2 over the training
 // windows and keeps the masters of the best validation loss.
 //
-// One LlamaBlock serves all blocks of the same formats in turn. Its tensors keep their addresses, so
-// that the step of a stage is recorded once and replayed for every block.
+// One LlamaBlock serves all blocks of the same formats in turn. Its tensors keep their addresses,
+// so that the step of a stage is recorded once and replayed for every block.
 #pragma once
 
 #include <memory>
@@ -28,9 +28,9 @@ class StageTrainer {
   // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
   // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-               StageFormats formats, autograd::NestedPrecisions nested,
-               models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
-               const RunDirectory& run, const Observer& observer, StepHooks hooks);
+               StageFormats formats, autograd::NestedPrecisions nested, models::Recompute recompute,
+               StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
+               const Observer& observer, StepHooks hooks);
 
   const StageFormats& formats() const { return formats_; }
   // Sets the block's formats to those of stage t, and its masters to a result in them.
@@ -87,9 +87,9 @@ class StageTrainer {
   Tensor order_;                     // I32 (steps * batch): stream rows of all steps of a stage
   std::vector<int32_t> host_order_;  // the same, on the host
   std::optional<StepLoop> loop_;
-  Tensor validation_;  // real (1)
+  Tensor validation_;                   // real (1)
   std::optional<LossWeights> weights_;  // of several precisions
-  Tensor loss_;                         // real (1): their sum
+  Tensor loss_;                         // real (1): the sum of their losses
   std::vector<Stage> stages_;
   std::unique_ptr<StepFeed> feed_;
 };

@@ -54,20 +54,19 @@ class Collector {
     for (const LinearShape& linear : models::block_linears(model_)) {
       models::SiteStatistics& site = statistics[static_cast<size_t>(linear.site)];
       const auto inputs = models::ChannelStatistics::from_moments(sums(linear.site), tokens_);
-      site.kurtosis = inputs.site_kurtosis;
+      site.kurtosis = static_cast<float>(inputs.site_kurtosis);  // as it is stored
       site.outliers = models::choose_outliers(inputs, config_.act_outliers);
       const int64_t split = Recipe::split_count(config_, model_, layer, linear.k);
       if (backend_.computes() && split > 0) {
-        site.split = models::choose_split(
-            inputs, models::weight_statistics(model_, original, linear.site), config_.ocs_metric,
-            split, site.outliers);
+        site.split =
+            models::choose_split(inputs, models::weight_statistics(model_, original, linear.site),
+                                 config_.ocs_metric, split, site.outliers);
       } else {  // a rehearsal needs their number alone
         site.split.resize(static_cast<size_t>(split));
         std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(config_.act_outliers));
       }
-      site.side = config_.split_side == SplitSideChoice::Activation
-                      ? quant::SplitSide::Activation
-                      : quant::SplitSide::Weight;
+      site.side = config_.split_side == SplitSideChoice::Activation ? quant::SplitSide::Activation
+                                                                    : quant::SplitSide::Weight;
     }
 
     // The operands in 16 bits: gathered and rotated alone.
@@ -134,7 +133,8 @@ class Collector {
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
-      take(rows, block.forward(tape, x, nullptr, models::Recompute::None).value().view(rows.shape()));
+      take(rows,
+           block.forward(tape, x, nullptr, models::Recompute::None).value().view(rows.shape()));
     }
   }
 
@@ -203,13 +203,17 @@ class Collector {
     quant::LinearFormat format = operand_format(shape, site);
     format.order = std::make_shared<quant::ChannelOrder>(shape.k, config_.group, site.outliers,
                                                          site.split, side);
-    format.weight.bits = config_.bits;
-    format.input.bits = config_.act_bits;
+    // Of several precisions, the lowest: at 8 bits both sides are nearly exact.
+    const int bits = config_.any_precision.empty() ? config_.bits : config_.any_precision.back();
+    format.weight.bits = bits;
+    format.input.bits = shape.site == models::kDownSite && config_.down_kurtosis > 0 &&
+                                config_.act_bits < 4 && site.kurtosis > config_.down_kurtosis
+                            ? 4
+                            : config_.act_bits;
     format.input.outliers = static_cast<int>(site.outliers.size());
     format.input.range = config_.act_range;
-    const models::LinearResult start = models::start_stage(
-        original, format, energy_of(site, side), config_.range,
-        config_.any_precision.empty() ? 0 : config_.any_precision.back());
+    const models::LinearResult start =
+        models::start_stage(original, format, energy_of(site, side), config_.range, 0);
     if (trial.weights.empty()) {
       trial.operand = engine::upload_operand(backend_, format);
       trial.error = backend_.zeros({1}, backend_.real());
@@ -223,12 +227,12 @@ class Collector {
       wq.resize(count);
       const uint8_t* ratios = start.ratios.empty() ? nullptr : start.ratios.data();
       const quant::host::Rows rows{0, format.n};
-      s = quant::master_scale_of(quant::raw_scale(
-          quant::host::group_range_max(start.master.data(), ratios, rows, format.stored_k(),
-                                       config_.group),
-          config_.bits));
+      s = quant::master_scale_of(
+          quant::raw_scale(quant::host::group_range_max(start.master.data(), ratios, rows,
+                                                        format.stored_k(), config_.group),
+                           bits));
       quant::host::fake_quant(wq.data(), e.data(), z.data(), clipped.data(), start.master.data(),
-                              ratios, rows, format.stored_k(), s, {config_.bits, config_.group},
+                              ratios, rows, format.stored_k(), s, {bits, config_.group},
                               engine::Rounding::Nearest);
     }
     trial.weights.push_back(

@@ -20,8 +20,8 @@ class Student {
   Student(engine::Backend& backend, const models::Checkpoint& source, const TrainConfig& config,
           const Recipe& recipe, size_t stage);
 
-  // Makes the parameters from the masters of start(layer), in any format. loaded(layers): layers done
-  // so far.
+  // Makes the parameters from the masters of start(layer), in any format. loaded(layers): layers
+  // done so far.
   void load(const std::function<models::LayerResult(int64_t layer)>& start,
             const std::function<void(int64_t layers)>& loaded);
   models::Llama& model() { return model_; }

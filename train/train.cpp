@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <optional>
 
 #include "data/files.h"
@@ -106,7 +107,7 @@ class EarlierRun {
       : run_(path),
         identity_(run_.identity()),
         model_(model),
-        recipe_(identity_.config, model, run_.statistics(model)) {
+        recipe_(identity_.config, model, run_.finished_statistics(identity_.config, model)) {
     BBB_CHECK(run_.finished(identity_.config, model.layers), path,
               ": the run is not finished; the same `bbb train` command continues it");
     BBB_CHECK(final_content(identity_.config) == models::LinearContent::Masters, path,
@@ -124,9 +125,12 @@ class EarlierRun {
   Recipe recipe_;
 };
 
-std::string from_checksum(const TrainConfig& config) {
+// The checksum of the run that this one starts from. Once that run is gone, the one that this run
+// has recorded: only its first stage reads it.
+std::string from_checksum(const TrainConfig& config, const RunDirectory& own) {
   if (config.from.empty()) return "";
   const RunDirectory run(config.from);
+  if (!run.exists() && own.exists()) return own.identity().from_checksum;
   run.identity();  // checks the record
   return data::hex(run.checksum());
 }
@@ -194,7 +198,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                              model_parts(source),
                              tokenizer != nullptr ? tokenizer_parts(*tokenizer) : Parts(),
                              data_checksum(windows),
-                             from_checksum(config)};
+                             from_checksum(config, run)};
   if (!observer.quiet) std::printf("%s", identity.summary().c_str());
   if (finished) {
     run.check_identity(identity);
@@ -207,7 +211,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     return;
   }
   std::optional<EarlierRun> from;
-  if (!config.from.empty()) {
+  const Recipe nominal(config, model);
+  if (!config.from.empty() && !std::filesystem::exists(run.whole_stage_file(nominal, 0))) {
     from.emplace(config.from, model);
     const std::string part = difference(from->identity(), identity);
     BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
@@ -237,7 +242,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
   };
-  const Recipe recipe(config, model, statistics_of(backend, source, windows, config, run, observer));
+  const Recipe recipe(config, model,
+                      statistics_of(backend, source, windows, config, run, observer));
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
     train_blocks(backend, source, windows, config, recipe, memory, run, observer);
@@ -341,15 +347,15 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
             " was trained from: ", part, " differs");
 
-  const Recipe recipe(config, model, run.statistics(model));
+  const Recipe recipe(config, model, run.finished_statistics(config, model));
   const Quantizer quantizer(backend, model, config, recipe);
   const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
   const auto layer = [&](int64_t i) { return quantizer(i, run.result(i, recipe, model)); };
   engine::Progress progress("export", 2 * model.layers);
-  return models::export_model(out_directory, source, tokenizer, formats, format, layer,
-                              export_record(Json::parse(data::read_file(run.run_file())), recipe,
-                                            model),
-                              [&](int64_t done) { progress.set(done); });
+  return models::export_model(
+      out_directory, source, tokenizer, formats, format, layer,
+      export_record(Json::parse(data::read_file(run.run_file())), recipe, model),
+      [&](int64_t done) { progress.set(done); });
 }
 
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,

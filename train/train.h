@@ -61,7 +61,8 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
                   models::ExportFormat format);
 
 // Exports `source` rounded to nearest, without training: config.bits and act_bits, group and the
-// options of the grid. config.data is read only if they need statistics. Returns the bits per weight.
+// options of the grid. config.data is read only if they need statistics. Returns the bits per
+// weight.
 double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
                   TrainConfig config, const std::string& out_directory,
                   models::ExportFormat format);

@@ -1,6 +1,7 @@
 // Averages of masters, and codes that oscillate: damped or frozen (engine/backend.h).
 #include "quant/oscillation.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "engine/cpu/cpu_backend.h"
@@ -15,10 +16,11 @@ static bool is_quantized(int bits) {
 }
 
 template <typename T>
-void CpuBackend<T>::do_average(const Tensor& average, const Tensor& w, double rate) {
+void CpuBackend<T>::do_average(const Tensor& average, const Tensor& w, const Tensor& control,
+                               double decay) {
   T* const sums = data(average);
   const T* const masters = data(w);
-  const T by = static_cast<T>(rate);
+  const T by = std::max(static_cast<T>(1 - decay), 1 / std::max(data(control)[kStep], T{1}));
   parallel_for(w.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) sums[i] += by * (masters[i] - sums[i]);
   });
@@ -56,23 +58,21 @@ void CpuBackend<T>::do_dampen(const Tensor& g, const Tensor& w, const QuantizedW
 }
 
 template <typename T>
-void CpuBackend<T>::do_freeze_flips(const Tensor& state, const Tensor& g, const Tensor& w,
-                                    const Tensor& m, const QuantizedWeights& q,
-                                    const Tensor& control) {
-  T *gradient = data(g), *masters = data(w), *moment = data(m);
+void CpuBackend<T>::do_freeze_flips(const Tensor& state, const Tensor& g, const Tensor& m,
+                                    const QuantizedWeights& q, const Tensor& control) {
+  T *gradient = data(g), *moment = data(m);
   const T* const levels = data(q.wq);
   auto* const states = state.data<uint8_t>();
   const auto step = static_cast<int64_t>(data(control)[kStep]);
   const bool first = step == 0, halve = step % kFlipWindow == 0;
   over_quantized<T>(
       q, [this](int64_t n, const auto& fn) { parallel_for(n, 4, fn); },
-      [=](int64_t i, T s, uint8_t e) {
+      [=](int64_t i, T, uint8_t e) {
         const T level = levels[i] / static_cast<T>(quant::e4m3_decode(e));
         states[i] = quant::next_flip_state(states[i], static_cast<int>(level), halve, first);
         if ((states[i] & 1) == 0) return;
         gradient[i] = 0;
         moment[i] = 0;
-        masters[i] = s * levels[i];
       });
 }
 

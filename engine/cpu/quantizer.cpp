@@ -32,9 +32,8 @@ void CpuBackend<T>::do_max_group_range(const QuantizedWeights& q, const Tensor& 
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (bits[tiles[i].slot] != quant::kNotQuantized)
-        parts[static_cast<size_t>(i)] =
-            host::group_range_max(w.data<T>(), q.ratios.data<uint8_t>(), groups_of(tiles[i], q.group),
-                                  q.group, q.group);
+        parts[static_cast<size_t>(i)] = host::group_range_max(
+            w.data<T>(), q.ratios.data<uint8_t>(), groups_of(tiles[i], q.group), q.group, q.group);
   });
   T* max_range = q.max_range.data<T>();
   std::fill_n(max_range, q.max_range.numel(), T(0));
@@ -66,8 +65,8 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
       }
       host::fake_quant(q.wq.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                        q.clipped.data<uint8_t>(), w.data<T>(), q.ratios.data<uint8_t>(),
-                       groups_of(tile, q.group), q.group,
-                       q.s.data<T>()[tile.slot], {width, q.group}, q.rounding);
+                       groups_of(tile, q.group), q.group, q.s.data<T>()[tile.slot],
+                       {width, q.group}, q.rounding);
     }
   });
 }
