@@ -6,6 +6,7 @@
 
 #include "tools/cli.h"
 #include "train/config_table.h"
+#include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/train.h"
 
@@ -54,6 +55,15 @@ void name_unused(const train::TrainConfig& config, const CommandLine& line) {
         name != "batch")
       fmt::print(stderr, "--{} is unused: there is no block phase\n", name);
   });
+}
+
+// Whether the end-to-end phase fits, with as much recomputed as can be.
+bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source,
+                      const train::TrainConfig& config) {
+  const train::TrainConfig resolved = train::resolve(config, source.config(), backend.device());
+  return train::count_end_to_end_memory(backend, source.config(), resolved,
+                                        models::Recompute::Block)
+             .device_bytes <= train::tensor_room(backend, config.memory);
 }
 
 int lowest_activation_bits(const train::TrainConfig& config) {
@@ -122,7 +132,18 @@ int train_command(const Arguments& arguments) {
       config.group < narrowest)
     config.act_outliers = config.group;
   const auto tokenizer = data::load_tokenizer(config.model);
-  train::train(*line.make_backend(), *source, *tokenizer, config);
+  const auto backend = line.make_backend();
+  const bool by_default = !line.has("stages") && !line.has("schedule") && !line.has("e2e-stages") &&
+                          line.text("e2e-steps") == "auto" && !starts_from;
+  const train::RunDirectory run(config.out);
+  // A run that exists has decided this already.
+  if (by_default && (run.exists() ? run.identity().config.e2e_steps == 0
+                                  : !whole_model_fits(*backend, *source, config))) {
+    fmt::print("the whole model does not fit for end-to-end training: blocks alone are trained\n");
+    config.stages = {train::Stage{}};
+    config.e2e_steps = 0;
+  }
+  train::train(*backend, *source, *tokenizer, config);
   return 0;
 }
 
