@@ -5,7 +5,8 @@
 #
 # MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
 # perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
-# directory) come from the environment. SAMPLES caps every run's windows: a quick look.
+# directory) come from the environment. For a quick look, SAMPLES caps every run's windows, OPTIONS
+# are added to every bbb train, and EVALUATION to every bbb ppl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 table=${1:?TABLE: components, recipe, widths, precisions or end-to-end} seed=${2:-0}
@@ -29,7 +30,7 @@ evaluate() {
   local label=$1 seconds=$2 directory=$3 line="" text
   shift 3
   for text in ${texts//,/ }; do
-    line+=" | $("$bbb" ppl --model "$directory" --text "$text" "$@" | awk '{print $2}')"
+    line+=" | $("$bbb" ppl --model "$directory" --text "$text" ${EVALUATION:-} "$@" | awk '{print $2}')"
   done
   if [ -n "${TASKS:-}" ]; then
     "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" >/dev/null
@@ -46,7 +47,7 @@ run() {
   local label=$1 text=$2 begin=$SECONDS
   shift 2
   rm -rf "$out/run" "$out/export"
-  "$bbb" train --model "$model" --data "$text" --out "$out/run" --seed "$seed" "$@" >"$out/log" 2>&1 ||
+  "$bbb" train --model "$model" --data "$text" --out "$out/run" --seed "$seed" "$@" ${OPTIONS:-} >"$out/log" 2>&1 ||
     { echo "| $label | failed: $(tail -n 1 "$out/log") |"; return; }
   local seconds=$((SECONDS - begin))
   "$bbb" export --run "$out/run" --out "$out/export" >/dev/null 2>&1
