@@ -124,9 +124,13 @@ class Generator {
   std::unique_ptr<engine::Replay> step_;
 };
 
-// Bytes of a linear's weight as it is held: the tensors of its format, or act elements.
+// Bytes of a linear's weight as it is held: the tensors that a load reads, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
-  if (linear.holds<models::PackedLinear>()) return linear.format().bytes();
+  if (linear.holds<models::PackedLinear>()) {
+    int64_t bytes = 0;
+    for (const quant::StoredTensor& t : linear.format().loaded_tensors()) bytes += t.bytes();
+    return bytes;
+  }
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
