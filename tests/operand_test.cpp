@@ -597,11 +597,12 @@ TEST_CASE("rms_norm_operand is the operand of the normed row", "[operand][fused]
       for (int64_t i = 0; i < rows; ++i)
         for (const int32_t position : positions)
           normed.push_back(gathered[static_cast<size_t>(i * plain.stored_k() + position)]);
-      int64_t off = 0;
+      int64_t off = 0, far = 0;  // counted: an assertion for every element would fill the report
       for (size_t i = 0; i < normed.size(); ++i) {
-        REQUIRE(std::abs(normed[i] - want[i]) <= 2 * epsilon_of(b.act()) * std::abs(want[i]));
+        far += std::abs(normed[i] - want[i]) > 2 * epsilon_of(b.act()) * std::abs(want[i]);
         off += normed[i] != want[i];
       }
+      CHECK(far == 0);
       CHECK(off <= static_cast<int64_t>(normed.size()) / 100 + 1);
       CHECK(relative_error(values_of(b, r.tensor()), values_of(b, inv_rms)) <=
             4 * epsilon_of(b.real()));
