@@ -27,19 +27,18 @@ windows() { echo "--samples $((${SAMPLES:-$1} < $1 ? ${SAMPLES:-$1} : $1))"; }
 
 # evaluate LABEL SECONDS DIRECTORY [--bits B]: perplexities, task average and bits.
 evaluate() {
-  local label=$1 seconds=$2 directory=$3 line="" text
+  local label=$1 seconds=$2 directory=$3 line="" text result bits=""
   shift 3
   for text in ${texts//,/ }; do
-    line+=" | $("$bbb" ppl --model "$directory" --text "$text" ${EVALUATION:-} "$@" | awk '{print $2}')"
+    result=$("$bbb" ppl --model "$directory" --text "$text" ${EVALUATION:-} "$@" 2>/dev/null)
+    line+=" | $(awk '{print $2}' <<<"$result")"
+    bits=$(grep -o '[0-9.]* bits per' <<<"$result" | cut -d' ' -f1 | paste -sd'/')
   done
   if [ -n "${TASKS:-}" ]; then
-    "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" >/dev/null
+    "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" >/dev/null 2>&1
     line+=" | $(grep -o '"average": [0-9.]*' "$out/eval.json" | cut -d' ' -f2)"
   fi
-  local bits
-  bits=$("$bbb" inspect --model "$directory" | grep -o '[0-9.]* bits per weight\|[0-9.]* bits of codes' |
-    cut -d' ' -f1 | paste -sd'/')
-  echo "| $label | ${seconds} s | $bits$line | $(du -sm "$directory" | cut -f1) MB |"
+  echo "| $label | $seconds s | $bits$line | $(du -sm "$directory" | cut -f1) MB |"
 }
 
 # run LABEL DATA OPTIONS...: one run with this seed, exported and evaluated.
