@@ -68,6 +68,9 @@ int export_command(const Arguments& arguments) {
     }
     config.group = groups[line.choice("group-size", {"32", "64", "128"})];
     config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
+    if (config.act_outliers % config.group != 0)
+      fmt::print("--act-outliers {} is rounded up to whole groups of {}\n", config.act_outliers,
+                 config.group);
     const std::string path = line.required("model");
     const auto source = models::open_checkpoint(path);
     const auto tokenizer = data::load_tokenizer(path);

@@ -125,6 +125,9 @@ int train_command(const Arguments& arguments) {
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
 
   name_unused(config, line);
+  if (config.act_outliers % config.group != 0)
+    fmt::print("--act-outliers {} is rounded up to whole groups of {}\n", config.act_outliers,
+               config.group);
   const auto source = models::open_checkpoint(config.model);
   // One outlier group halves the perplexity of 2-bit activations.
   const int64_t narrowest = std::min(source->config().d_model, source->config().hidden);
