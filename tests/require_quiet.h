@@ -1,5 +1,5 @@
-// REQUIRE for loops over millions of elements. A report stores every assertion, so this makes one only
-// where it fails.
+// REQUIRE for loops over millions of elements. A report stores every assertion, so this makes one
+// only where it fails.
 #pragma once
 
 #include <catch2/catch.hpp>
