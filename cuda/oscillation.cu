@@ -24,10 +24,6 @@ __global__ void average_kernel(float* __restrict__ average, const float* __restr
   if (i < n) average[i] += rate * (w[i] - average[i]);
 }
 
-__device__ bool is_quantized(int bits) {
-  return bits != quant::kNotQuantized && bits != quant::kNoQuantizer;
-}
-
 template <typename T>
 __global__ void dampen_kernel(T* __restrict__ g, const float* __restrict__ w,
                               const bf16* __restrict__ wq, const uint8_t* __restrict__ clipped,
@@ -35,7 +31,7 @@ __global__ void dampen_kernel(T* __restrict__ g, const float* __restrict__ w,
                               const quant::WeightTile* __restrict__ tiles,
                               const int32_t* __restrict__ bits, float rate) {
   const quant::WeightTile tile = tiles[blockIdx.x];
-  if (!is_quantized(bits[tile.slot])) return;
+  if (!quant::has_codes(bits[tile.slot])) return;
   const float scale = s[tile.slot];
   const int64_t begin = tile.begin * quant::kTileAlign;
   for (int j = threadIdx.x; j < tile.count; j += kThreads) {
@@ -53,7 +49,7 @@ __global__ void freeze_flips_kernel(uint8_t* __restrict__ state, T* __restrict__
                                     const int32_t* __restrict__ bits,
                                     const float* __restrict__ control, int group) {
   const quant::WeightTile tile = tiles[blockIdx.x];
-  if (!is_quantized(bits[tile.slot])) return;
+  if (!quant::has_codes(bits[tile.slot])) return;
   const int step = static_cast<int>(control[engine::kStep]);
   const bool first = step == 0, halve = step % engine::Backend::kFlipWindow == 0;
   const int64_t begin = tile.begin * quant::kTileAlign;

@@ -547,22 +547,33 @@ const uint8_t* Checkpoint::stored(const std::string& name) const {
   throw Error(cat(path_, ": '", printable(name), "' is not packed"));
 }
 
-quant::ActivationBits Checkpoint::bits_per_activation() const {
+quant::ActivationBits bits_per_activation(
+    const LlamaConfig& config,
+    const std::function<std::vector<quant::LinearFormat>(int64_t layer)>& formats) {
   quant::ActivationBits sum;
   double channels = 0;
-  const std::vector<LinearShape> shapes = block_linears(config_);
-  for (int64_t layer = 0; layer < config_.layers; ++layer)
+  const std::vector<LinearShape> shapes = block_linears(config);
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    const std::vector<quant::LinearFormat> linears = formats(layer);
     for (size_t i = 0; i < shapes.size(); ++i) {
-      const LinearShape& shape = shapes[i];
-      if (i > 0 && shape.site == shapes[i - 1].site) continue;
-      const auto format = packed_format(layer_name(layer, shape.name), shape.n, shape.k);
-      const quant::ActivationBits bits =
-          format.value_or(quant::LinearFormat{.n = shape.n, .k = shape.k}).activation_bits();
+      if (i > 0 && shapes[i].site == shapes[i - 1].site) continue;
+      const quant::ActivationBits bits = linears[i].activation_bits();
       sum.codes += bits.codes;
       sum.all += bits.all;
-      channels += static_cast<double>(shape.k);
+      channels += static_cast<double>(shapes[i].k);
     }
+  }
   return {sum.codes / channels, sum.all / channels};
+}
+
+quant::ActivationBits Checkpoint::bits_per_activation() const {
+  return models::bits_per_activation(config_, [this](int64_t layer) {
+    std::vector<quant::LinearFormat> formats;
+    for (const LinearShape& shape : block_linears(config_))
+      formats.push_back(packed_format(layer_name(layer, shape.name), shape.n, shape.k)
+                            .value_or(quant::LinearFormat{.n = shape.n, .k = shape.k}));
+    return formats;
+  });
 }
 
 std::vector<int32_t> Checkpoint::stop_ids() const {

@@ -7,6 +7,7 @@
 //   synthetic:NAME                                 random weights (synthetic_checkpoint.h)
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -69,6 +70,12 @@ class Checkpoint {
   LlamaConfig config_;
   std::string path_;
 };
+
+// Bits of an input channel's activation, averaged over all input sites. formats(layer): of its
+// linears, in the order of block_linears().
+quant::ActivationBits bits_per_activation(
+    const LlamaConfig& config,
+    const std::function<std::vector<quant::LinearFormat>(int64_t layer)>& formats);
 
 // Throws, saying what is wrong, if `path` is none of the kinds, or a tensor is missing, misshapen
 // or unknown. Reads no weights, with one exception: if the config ties the head to the embedding

@@ -6,10 +6,14 @@
 #include <cstdint>
 
 #include "quant/hd.h"
+#include "quant/tiles.h"
 
 namespace bbb::quant {
 
 constexpr int kMaxFlips = 7;
+
+// Whether a parameter of these bits has codes.
+BBB_HD bool has_codes(int bits) { return bits != kNotQuantized && bits != kNoQuantizer; }
 
 // The state after a step in which the weight has this level. The first step only notes the level.
 BBB_HD uint8_t next_flip_state(uint8_t state, int level, bool halve, bool first) {

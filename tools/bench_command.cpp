@@ -7,8 +7,7 @@
 
 #include "data/files.h"
 #include "tools/bench.h"
-#include "tools/cli.h"
-#include "train/config_table.h"
+#include "tools/config_options.h"
 
 namespace bbb::tools {
 
@@ -57,11 +56,7 @@ int bench_train_command(const Arguments& arguments) {
        text())  //
       ("json", "write the result to this file too", text());
   const train::TrainConfig defaults;
-  train::visit(defaults, [&](const auto& value, const train::Field& f) {
-    if (!is_grid_option(f)) return;
-    const std::string text = train::option_text(value, f);
-    line.options("Grid")(f.name, f.help, cxxopts::value<std::string>()->default_value(text));
-  });
+  add_config_options(line, defaults, "Grid", is_grid_option);
   line.options("Grid")("widths", "of weights and activations, such as w2a2",
                        cxxopts::value<std::string>()->default_value("w2a16"));
   if (!line.parse(arguments)) return 0;
@@ -76,9 +71,7 @@ int bench_train_command(const Arguments& arguments) {
   const std::vector<train::Stage> widths = train::parse_stages(line.text("widths"));
   if (widths.size() != 1) throw UsageError("--widths takes one stage, such as w2a2");
   bench.widths = widths[0];
-  train::visit(bench.grid, [&]<typename T>(T& value, const train::Field& f) {
-    if (is_grid_option(f) && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
-  });
+  read_config_options(bench.grid, line, is_grid_option);
   if (line.has("deterministic")) bench.gemm_algorithms = train::GemmAlgorithms::Heuristic;
   if (line.has("gemm") && line.has("deterministic"))
     throw UsageError("--gemm cannot be used with --deterministic");

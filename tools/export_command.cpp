@@ -3,8 +3,7 @@
 #include <fmt/format.h>
 
 #include "models/packed_checkpoint.h"
-#include "tools/cli.h"
-#include "train/config_table.h"
+#include "tools/config_options.h"
 #include "train/statistics.h"
 #include "train/train.h"
 
@@ -34,12 +33,7 @@ int export_command(const Arguments& arguments) {
        cxxopts::value<std::string>()->default_value("bbb"));
   train::TrainConfig config;
   config.samples = train::kStatisticsWindows;
-  train::visit(config, [&](const auto& value, const train::Field& f) {
-    if (!rounds_with(f)) return;
-    const std::string text = train::option_text(value, f);
-    const auto option = cxxopts::value<std::string>();
-    line.options("With --rtn")(f.name, f.help, text.empty() ? option : option->default_value(text));
-  });
+  add_config_options(line, config, "With --rtn", rounds_with);
   if (!line.parse(arguments)) return 0;
   const std::string out = line.required("out");
   const auto format = line.choice("format", {"bbb", "hf"}) == 0 ? models::ExportFormat::Packed
@@ -56,9 +50,7 @@ int export_command(const Arguments& arguments) {
     bits_per_weight =
         train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
   } else {
-    train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-      if (rounds_with(f) && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
-    });
+    read_config_options(config, line, rounds_with);
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128}, act_bits[] = {16, 8, 4, 3, 2};
     config.bits = bits[line.choice("bits", {"2", "3", "4", "8"})];
     if (!config.any_precision.empty()) {

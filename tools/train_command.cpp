@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
-#include "tools/cli.h"
-#include "train/config_table.h"
+#include "tools/config_options.h"
 #include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/train.h"
@@ -39,20 +39,19 @@ void inherit_grid(train::TrainConfig& config, const CommandLine& line) {
   });
 }
 
-// Names typed options of a phase that the run does not have.
+// Names typed options of a phase that the run does not have. Algorithm 2 trains the whole model
+// with the end-to-end phase's options, in the block phase's stages.
 void name_unused(const train::TrainConfig& config, const CommandLine& line) {
-  const bool blocks = train::block_stages(config) > 0;
+  const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
+  std::set<std::string> used = {"stages", "block-schedule", "batch", "e2e-steps"};
+  if (algorithm2) used.insert({"lr", "epochs", "first-ratio", "depth-bias"});
   train::visit(config, [&](const auto&, const train::Field& f) {
-    if (f.group == nullptr || !line.has(f.name)) return;
+    if (f.group == nullptr || !line.has(f.name) || used.count(f.name)) return;
     const std::string name = f.name, group = f.group;
-    if (group == train::kEndToEnd && config.e2e_steps == 0 && name != "e2e-steps" &&
-        (name != "e2e-batch" || !train::trains_whole(config)))
+    const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
+    if (group == train::kEndToEnd && config.e2e_steps == 0 && (!algorithm2 || of_last_stages))
       fmt::print(stderr, "--{} is unused: there is no end-to-end phase\n", name);
-    const bool of_algorithm2 = name == "stages" || name == "block-schedule" || name == "lr" ||
-                               name == "epochs" || name == "first-ratio" || name == "depth-bias";
-    if (group == train::kBlocks && !blocks && name != "stages" && name != "block-schedule" &&
-        !(of_algorithm2 && train::trains_whole(config) && !config.stages.empty()) &&
-        name != "batch")
+    if (group == train::kBlocks && train::block_stages(config) == 0)
       fmt::print(stderr, "--{} is unused: there is no block phase\n", name);
   });
 }
@@ -82,12 +81,8 @@ int train_command(const Arguments& arguments) {
   train::TrainConfig config;
   config.range = config.act_range = train::RangeRule::Search;
   config.rotate = train::Rotate::Group;
-  train::visit(config, [&](const auto& value, const train::Field& f) {
-    if (f.group == nullptr) return;
-    const std::string text = train::option_text(value, f);
-    const auto option = cxxopts::value<std::string>();
-    line.options(f.group)(f.name, f.help, text.empty() ? option : option->default_value(text));
-  });
+  const auto every = [](const train::Field&) { return true; };
+  add_config_options(line, config, nullptr, every);
   line.options()  //
       ("synthetic",
        "instead of --model: random weights, byte tokens: llama-2-7b, llama-3-8b, llama-3.2-1b, "
@@ -101,9 +96,7 @@ int train_command(const Arguments& arguments) {
       ("deterministic", "no algorithm of a matrix product is chosen by timing");
   if (!line.parse(arguments)) return 0;
 
-  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-    if (f.group != nullptr && line.has(f.name)) value = train::parse<T>(line.text(f.name), f);
-  });
+  read_config_options(config, line, every);
   adapt_defaults(config, line);
   const bool starts_from = !config.from.empty();
   if (starts_from) inherit_grid(config, line);

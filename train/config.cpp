@@ -190,7 +190,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
                         engine::DeviceType device) {
   const bool all = c.e2e_train == EndToEndTrain::All, blocks = !c.stages.empty();
   const bool algorithm2 = c.block_schedule != BlockSchedule::All;
-  const int64_t pass_steps = std::max<int64_t>(1, c.samples / c.e2e_batch);
+  const int64_t pass_steps = steps_per_pass(c);
   if (c.e2e_steps == 0) c.e2e_stages.clear();
   if (c.e2e_steps != 0 && c.e2e_stages.empty()) {
     ModelStage stage{
@@ -244,6 +244,10 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
 }
 
 }  // namespace
+
+int64_t steps_per_pass(const TrainConfig& config) {
+  return std::max<int64_t>(1, config.samples / config.e2e_batch);
+}
 
 TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::DeviceType device) {
   const bool automatic = c.e2e_steps == TrainConfig::kAutoSteps;

@@ -150,6 +150,8 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
+// Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.
+int64_t steps_per_pass(const TrainConfig& config);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.
 TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
                     engine::DeviceType device);

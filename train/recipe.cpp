@@ -64,14 +64,14 @@ std::vector<WholeStage> algorithm2(const TrainConfig& config, const LlamaConfig&
                              : config.first_ratio + (1 - config.first_ratio) *
                                                         static_cast<double>(t) /
                                                         std::max(1.0, count - 1);
-    // A hair more, so that a ratio such as 0.29 of 100 blocks gives 29.
+    // Slightly more, so that a ratio such as 0.29 of 100 blocks gives 29.
     const auto switched = static_cast<size_t>(ratio * static_cast<double>(layers) + 1e-9);
     std::vector<size_t> chosen(switched);
     std::iota(chosen.begin(), chosen.end(), 0);
     if (config.block_schedule == BlockSchedule::Stochastic)
       chosen = draw_layers(rng, layers, switched, config.depth_bias);
     for (const size_t layer : chosen) widths[layer] = config.stages[t];
-    int64_t steps = config.epochs * (config.samples / config.e2e_batch);
+    int64_t steps = config.epochs * steps_per_pass(config);
     if (config.e2e_steps > 0) steps = std::min(steps, config.e2e_steps);
     stages.push_back({widths, steps, config.lr[t], to_string({config.stages[t]})});
   }
@@ -99,11 +99,9 @@ Recipe::Recipe(const TrainConfig& config, const LlamaConfig& model,
   if (config.e2e_steps == 0) return;
   for (size_t t = 0; t < config.e2e_stages.size(); ++t) {
     const ModelStage& stage = config.e2e_stages[t];
-    whole_stages_.push_back(
-        {std::vector<Stage>(static_cast<size_t>(model.layers), stage),
-         std::min(config.e2e_steps,
-                  stage.passes * std::max<int64_t>(1, config.samples / config.e2e_batch)),
-         config.e2e_lr[t], to_string({stage})});
+    whole_stages_.push_back({std::vector<Stage>(static_cast<size_t>(model.layers), stage),
+                             std::min(config.e2e_steps, stage.passes * steps_per_pass(config)),
+                             config.e2e_lr[t], to_string({stage})});
   }
 }
 
@@ -140,9 +138,16 @@ int64_t Recipe::split_count(const TrainConfig& config, const LlamaConfig& model,
   const double first = range ? mean : mean / 2, last = range ? config.ocs_ratio[1] : mean * 3 / 2;
   const double depth =
       model.layers > 1 ? static_cast<double>(layer) / static_cast<double>(model.layers - 1) : 0.5;
-  // A hair less, so that a ratio such as 0.05 of 100 channels gives 5.
+  // Slightly less, so that a ratio such as 0.05 of 100 channels gives 5.
   const double count = (first + (last - first) * depth) * static_cast<double>(k) - 1e-9;
   return std::min(static_cast<int64_t>(std::ceil(count)), k - config.act_outliers);
+}
+
+int Recipe::activation_bits(const TrainConfig& config, models::Site site, double kurtosis,
+                            int bits) {
+  const bool sensitive =
+      site == models::kDownSite && config.down_kurtosis > 0 && kurtosis > config.down_kurtosis;
+  return sensitive ? std::max(bits, 4) : bits;
 }
 
 autograd::NestedPrecisions Recipe::nested() const {
@@ -181,9 +186,8 @@ std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) con
         .outliers = format.order ? static_cast<int>(format.order->outliers().size()) : 0,
         .range = stage.activation_bits < 16 ? config_.act_range : RangeRule::MinMax,
         .hadamard = config_.rotate == Rotate::Group};
-    if (linear.site == models::kDownSite && config_.down_kurtosis > 0 && format.input.bits < 4 &&
-        statistics_[at][site].kurtosis > config_.down_kurtosis)
-      format.input.bits = 4;
+    format.input.bits = activation_bits(config_, linear.site, statistics_[at][site].kurtosis,
+                                        stage.activation_bits);
   }
   return formats;
 }

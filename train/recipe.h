@@ -50,6 +50,10 @@ class Recipe {
   // are no outliers.
   static int64_t split_count(const TrainConfig& config, const models::LlamaConfig& model,
                              int64_t layer, int64_t k);
+  // The activation bits of a site in a stage of `bits`: a down-projection whose input's kurtosis is
+  // above the threshold takes at least 4.
+  static int activation_bits(const TrainConfig& config, models::Site site, double kurtosis,
+                             int bits);
   // The lower precisions that train together with 8 bits; none without --any-precision.
   autograd::NestedPrecisions nested() const;
   size_t precisions() const { return std::max<size_t>(1, config_.any_precision.size()); }

@@ -48,7 +48,7 @@ class Collector {
     for (const LinearShape& linear : models::block_linears(model_))
       moments_[static_cast<size_t>(linear.site)] =
           backend_.empty({Backend::kMoments, linear.k}, DType::F64);
-    pass(block, [this](Site site, const Tensor& x) {
+    pass(block, Advance::No, [this](Site site, const Tensor& x) {
       backend_.channel_moments(moments_[static_cast<size_t>(site)], x);
     });
     for (const LinearShape& linear : models::block_linears(model_)) {
@@ -77,7 +77,8 @@ class Collector {
       moments_[site] = backend_.empty({Backend::kMoments, format.stored_k()}, DType::F64);
       if (!format.exact_input()) operands[site] = engine::upload_operand(backend_, format);
     }
-    pass(block, [&](Site site, const Tensor& x) {
+    const bool chooses = config_.split_side == SplitSideChoice::Auto && !config_.ocs_ratio.empty();
+    pass(block, chooses ? Advance::No : Advance::Yes, [&](Site site, const Tensor& x) {
       const auto at = static_cast<size_t>(site);
       Tensor operand = x;
       if (operands[at]) {
@@ -94,13 +95,13 @@ class Collector {
         statistics[site].energy.push_back(
             static_cast<float>(moments[columns + p] / static_cast<double>(tokens_)));
     }
-    if (config_.split_side == SplitSideChoice::Auto && !config_.ocs_ratio.empty())
-      choose_sides(block, original, statistics);
-    block_forward(block);
+    if (chooses) choose_sides(block, original, statistics);
     return statistics;
   }
 
  private:
+  enum class Advance { No, Yes };
+
   quant::LinearFormat operand_format(const LinearShape& linear,
                                      const models::SiteStatistics& site) const {
     quant::LinearFormat format{.n = linear.n, .k = linear.k};
@@ -111,31 +112,23 @@ class Collector {
     return format;
   }
 
-  // Runs all windows through the block. tap(site, x) gets x as a matrix (M, K).
-  void pass(models::LlamaBlock& block, const std::function<void(Site, const Tensor&)>& tap) {
+  // Runs all windows through the block. tap(site, x) gets x as a matrix (M, K). Advance::Yes: the
+  // stream becomes that behind the block.
+  void pass(models::LlamaBlock& block, Advance advance,
+            const std::function<void(Site, const Tensor&)>& tap) {
     for (const Tensor& moments : moments_) backend_.zero(moments);
     block.set_tap([&](Site site, const Tensor& x) {
       tap(site, x.view({x.numel() / x.dim(-1), x.dim(-1)}));
     });
-    over_batches(block, [](const Tensor&, const Tensor&) {});
-    block.set_tap(nullptr);
-  }
-
-  // The stream behind the block.
-  void block_forward(models::LlamaBlock& block) {
-    over_batches(block, [this](const Tensor& rows, const Tensor& y) { backend_.copy(rows, y); });
-  }
-
-  template <typename Take>
-  void over_batches(models::LlamaBlock& block, const Take& take) {
     for (int64_t begin = 0; begin < windows_; begin += config_.batch) {
       const int64_t count = std::min(config_.batch, windows_ - begin);
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
-      take(rows,
-           block.forward(tape, x, nullptr, models::Recompute::None).value().view(rows.shape()));
+      const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None).value();
+      if (advance == Advance::Yes) backend_.copy(rows, y.view(rows.shape()));
     }
+    block.set_tap(nullptr);
   }
 
   // A site's linears at the widths of the result, split on one side.
@@ -160,7 +153,7 @@ class Collector {
         add_linear(trials[site][side], original.linears[i], shapes[i], statistics[site],
                    kSides[side]);
     }
-    pass(block, [&](Site site, const Tensor& x) {
+    pass(block, Advance::Yes, [&](Site site, const Tensor& x) {
       const auto at = static_cast<size_t>(site);
       for (Trial& trial : trials[at]) {
         const Tensor operand =
@@ -206,10 +199,8 @@ class Collector {
     // Of several precisions, the lowest: at 8 bits both sides are nearly exact.
     const int bits = config_.any_precision.empty() ? config_.bits : config_.any_precision.back();
     format.weight.bits = bits;
-    format.input.bits = shape.site == models::kDownSite && config_.down_kurtosis > 0 &&
-                                config_.act_bits < 4 && site.kurtosis > config_.down_kurtosis
-                            ? 4
-                            : config_.act_bits;
+    format.input.bits =
+        Recipe::activation_bits(config_, shape.site, site.kurtosis, config_.act_bits);
     format.input.outliers = static_cast<int>(site.outliers.size());
     format.input.range = config_.act_range;
     const models::LinearResult start =

@@ -107,7 +107,8 @@ class EarlierRun {
       : run_(path),
         identity_(run_.identity()),
         model_(model),
-        recipe_(identity_.config, model, run_.finished_statistics(identity_.config, model)) {
+        statistics_(run_.finished_statistics(identity_.config, model)),
+        recipe_(identity_.config, model, statistics_) {
     BBB_CHECK(run_.finished(identity_.config, model.layers), path,
               ": the run is not finished; the same `bbb train` command continues it");
     BBB_CHECK(final_content(identity_.config) == models::LinearContent::Masters, path,
@@ -116,12 +117,14 @@ class EarlierRun {
 
   const RunIdentity& identity() const { return identity_; }
   LayerResult result(int64_t layer) const { return run_.result(layer, recipe_, model_); }
-  std::vector<models::LayerStatistics> statistics() const { return run_.statistics(model_); }
+  // Empty if the run needed none.
+  const std::vector<models::LayerStatistics>& statistics() const { return statistics_; }
 
  private:
   RunDirectory run_;
   RunIdentity identity_;
   const models::LlamaConfig& model_;
+  std::vector<models::LayerStatistics> statistics_;
   Recipe recipe_;
 };
 
@@ -148,14 +151,12 @@ std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Check
                                                    const data::Windows& windows,
                                                    const TrainConfig& config,
                                                    const RunDirectory& run,
+                                                   const std::optional<EarlierRun>& from,
                                                    const Observer& observer) {
   if (!Recipe::needs_statistics(config)) return {};
   std::vector<models::LayerStatistics> layers = run.statistics(source.config());
   if (!layers.empty()) return layers;
-  if (!config.from.empty()) {
-    const EarlierRun from(config.from, source.config());
-    if (same_orders(config, from.identity().config)) layers = from.statistics();
-  }
+  if (from && same_orders(config, from->identity().config)) layers = from->statistics();
   if (layers.empty()) {
     std::optional<engine::Progress> progress;
     if (!observer.quiet)
@@ -210,9 +211,12 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
     return;
   }
+  // The earlier run is read for the statistics and for the first stage, until both are saved.
   std::optional<EarlierRun> from;
-  const Recipe nominal(config, model);
-  if (!config.from.empty() && !std::filesystem::exists(run.whole_stage_file(nominal, 0))) {
+  const auto saved = [](const std::string& file) { return std::filesystem::exists(file); };
+  if (!config.from.empty() &&
+      (!saved(run.whole_stage_file(Recipe(config, model), 0)) ||
+       (Recipe::needs_statistics(config) && !saved(run.statistics_file())))) {
     from.emplace(config.from, model);
     const std::string part = difference(from->identity(), identity);
     BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
@@ -243,7 +247,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     tuning.emplace(backend, std::move(own));
   };
   const Recipe recipe(config, model,
-                      statistics_of(backend, source, windows, config, run, observer));
+                      statistics_of(backend, source, windows, config, run, from, observer));
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
     train_blocks(backend, source, windows, config, recipe, memory, run, observer);
@@ -303,21 +307,10 @@ namespace {
 
 // The record of an export: how the weights were made, and the bits of their activations.
 std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model) {
-  quant::ActivationBits bits;
-  double channels = 0;
-  const std::vector<models::LinearShape> shapes = models::block_linears(model);
-  for (int64_t layer = 0; layer < model.layers; ++layer) {
-    const std::vector<quant::LinearFormat> formats = recipe.result_formats(layer);
-    for (size_t i = 0; i < shapes.size(); ++i) {
-      if (i > 0 && shapes[i].site == shapes[i - 1].site) continue;
-      const quant::ActivationBits site = formats[i].activation_bits();
-      bits.codes += site.codes;
-      bits.all += site.all;
-      channels += static_cast<double>(shapes[i].k);
-    }
-  }
-  record["bits_per_activation"] = bits.codes / channels;
-  record["bits_per_activation_with_scales"] = bits.all / channels;
+  const quant::ActivationBits bits = models::bits_per_activation(
+      model, [&](int64_t layer) { return recipe.result_formats(layer); });
+  record["bits_per_activation"] = bits.codes;
+  record["bits_per_activation_with_scales"] = bits.all;
   return record.dump(2) + "\n";
 }
 

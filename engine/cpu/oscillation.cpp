@@ -11,10 +11,6 @@ namespace bbb::engine {
 
 static bool bit_of(const uint8_t* bits, int64_t i) { return bits[i / 8] >> (i % 8) & 1; }
 
-static bool is_quantized(int bits) {
-  return bits != quant::kNotQuantized && bits != quant::kNoQuantizer;
-}
-
 template <typename T>
 void CpuBackend<T>::do_average(const Tensor& average, const Tensor& w, const Tensor& control,
                                double decay) {
@@ -35,7 +31,7 @@ static void over_quantized(const QuantizedWeights& q, Pool&& parallel, const Fn&
   const auto* e = q.e.data<uint8_t>();
   parallel(q.tiles.dim(0), [=](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
-      if (!is_quantized(bits[tiles[tile].slot])) continue;
+      if (!quant::has_codes(bits[tiles[tile].slot])) continue;
       const int64_t begin = tiles[tile].begin * quant::kTileAlign;
       for (int64_t i = begin; i < begin + tiles[tile].count; ++i)
         fn(i, s[tiles[tile].slot], e[i / q.group]);

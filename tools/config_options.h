@@ -1,0 +1,35 @@
+// Fields of TrainConfig as options of a command, and back.
+#pragma once
+
+#include <string>
+
+#include "tools/cli.h"
+#include "train/config_table.h"
+
+namespace bbb::tools {
+
+// Adds an option for each field for which wanted(field), with the value in `defaults` as its
+// default, under `heading` or, if that is null, under the field's own.
+template <typename Wanted>
+void add_config_options(CommandLine& line, const train::TrainConfig& defaults, const char* heading,
+                        const Wanted& wanted) {
+  train::visit(defaults, [&](const auto& value, const train::Field& f) {
+    if (f.group == nullptr || !wanted(f)) return;
+    const std::string text = train::option_text(value, f);
+    const auto option = cxxopts::value<std::string>();
+    line.options(heading != nullptr ? heading : f.group)(
+        f.name, f.help, text.empty() ? option : option->default_value(text));
+  });
+}
+
+// Sets these fields to what was typed; the others stay.
+template <typename Wanted>
+void read_config_options(train::TrainConfig& config, const CommandLine& line,
+                         const Wanted& wanted) {
+  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+    if (f.group != nullptr && wanted(f) && line.has(f.name))
+      value = train::parse<T>(line.text(f.name), f);
+  });
+}
+
+}  // namespace bbb::tools
