@@ -26,6 +26,9 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   int64_t smem_bytes = 0;
+  // The kernel may start while the one in front of it in the stream still runs, and waits for it
+  // itself (programmatic dependent launch, compute capability 9.0).
+  bool early = false;
 };
 
 inline bool sync_launches() {
@@ -49,9 +52,17 @@ void launch(cudaStream_t stream, const LaunchShape& shape, void (*kernel)(Params
     BBB_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shape.smem_bytes)));
-  kernel<<<shape.grid, shape.block, static_cast<size_t>(shape.smem_bytes), stream>>>(
-      static_cast<Params>(args)...);
-  BBB_CUDA(cudaGetLastError());
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = shape.early ? 1 : 0;
+  BBB_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
   if (sync_launches()) BBB_CUDA(cudaStreamSynchronize(stream));
 }
 

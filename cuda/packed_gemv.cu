@@ -1,0 +1,396 @@
+// Products of few rows with 2-bit weights in tiles (quant/packed_tiles.h), on the integer tensor
+// cores:
+//
+//   packed_gemv      y = S x ((q - z) e)^T (+ addend)                     x bf16
+//   quantized_gemv   the same, x = (a - b) scale                          a, b codes of an operand
+//
+// Each octet of lanes makes a sub-group of 32 positions of a row of x into integers and one unit:
+// x = unit v, |v| < 2^15. For bf16, unit is the power of two for which the largest |v| is at least
+// 2^14 - 1: values from 2^-7 of the largest on are exact, the rest are off by at most unit / 2. For
+// codes v = a - b, exact. v = 256 high + low, two signed bytes. The product of 16 rows and 32
+// positions by bytes (mma) gives
+//
+//   I = sum (q - z) v = 256 sum q high + sum q low - z sum v         exact; y = S sum_g e unit I
+//
+// q comes from the tile by a mask and is 4^i too large in sub-group i, as z is; unit is made 4^i
+// smaller. A product has eight columns. For one row of x, column 2i is `high` and 2i + 1 `low` of
+// sub-group i alone; the four products of a tile add up, and a lane gets both sums of one sub-group
+// for two output rows. For up to four rows of x, columns 2i and 2i + 1 are row i's, and a lane
+// scales each product by itself. More rows take more launches.
+//
+// A block takes `tiles` row tiles. Its warps take slices of 128 positions in turn, each for all of
+// these row tiles, and copy them to rings of their own: a slot holds kTiles tiles of one slice. The
+// warps' sums are added in shared memory in a fixed order. Two blocks fit on a multiprocessor, so
+// that the next product's copies overlap this one's end. Bytes moved: those of the tiles; x comes
+// from the L2 cache, once a block.
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "cuda/cuda_backend.h"
+#include "cuda/hopper.h"
+#include "cuda/packed_gemv.h"
+#include "quant/packed_tiles.h"
+
+namespace bbb::cuda {
+
+namespace {
+
+using quant::kTileBytes;
+using quant::kTileColumns;
+using quant::kTileRows;
+
+constexpr int kMaxWarps = 16;   // of a block
+constexpr int kMaxTiles = 8;    // row tiles of a block
+constexpr int kTokens = 4;      // rows of x of a launch
+constexpr unsigned kOnes = 0x01010101u;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Four positions of x as integers: v + 128 in 16 bits each, and the unit of the octet.
+struct Levels {
+  uint32_t low_pair, high_pair;
+  float unit;
+};
+
+// Rows of bf16.
+struct PlainRows {
+  using Raw = uint2;
+  const bf16* x;  // (M, K)
+  int k;
+
+  __device__ Raw load(int row, int at) const {
+    return load_past_l1(reinterpret_cast<const uint2*>(x + int64_t{row} * k + at));
+  }
+  __device__ static Raw zero() { return {0, 0}; }
+  __device__ static Levels levels(const Raw& raw) {
+    uint32_t most = __vmaxu2(raw.x & 0x7FFF7FFFu, raw.y & 0x7FFF7FFFu);
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2)
+      most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, lanes));
+    const uint32_t largest = max(most & 0xFFFFu, most >> 16);
+    // One more in the last place: then v rounds to less than 2^15 - 128, and `high` fits a byte.
+    const uint32_t exponent = max((largest + 1) >> 7, 21u);  // unit / 4^3 is a normal number
+    const float inverse = __uint_as_float((268 - exponent) << 23);
+    // 1.5 2^23 + 128 + v: the low 16 bits are those of v + 128.
+    const auto shifted = [&](uint32_t bits) {
+      return __float_as_uint(fmaf(__uint_as_float(bits), inverse, 12583040.0f));
+    };
+    return {__byte_perm(shifted(raw.x << 16), shifted(raw.x & 0xFFFF0000u), 0x5410),
+            __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410),
+            __uint_as_float(largest < 0x7F80u ? (exponent - 14) << 23 : 0x7FC00000u)};
+  }
+};
+
+// Rows of an operand's codes.
+struct CodedRows {
+  struct Raw {
+    uint32_t codes;
+    uint32_t zero;
+    float scale;
+  };
+  const uint8_t* codes;  // (M, K)
+  const uint8_t* zeros;  // (M, K / G)
+  const float* scales;   // (M, K / G)
+  int k, group;
+
+  __device__ Raw load(int row, int at) const {
+    const int g = row * (k / group) + at / group;
+    return {load_past_l1(reinterpret_cast<const uint32_t*>(codes + int64_t{row} * k + at)),
+            load_past_l1(zeros + g),
+            __uint_as_float(load_past_l1(reinterpret_cast<const uint32_t*>(scales + g)))};
+  }
+  __device__ static Raw zero() { return {0, 0, 0.0f}; }
+  __device__ static Levels levels(const Raw& raw) {
+    const uint32_t shift = ((128 - raw.zero) & 0xFFFFu) * 0x00010001u;
+    return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
+            __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), raw.scale};
+  }
+};
+
+// B's registers of an octet: the lower four lanes have positions 0 .. 15 of the sub-group and column
+// `high`, the upper four 16 .. 31 and column `low`. They exchange halves.
+__device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& levels, int lane) {
+  const uint32_t low = __byte_perm(levels.low_pair, levels.high_pair, 0x6420) ^ 0x80808080u;
+  const uint32_t high = __byte_perm(levels.low_pair, levels.high_pair, 0x7531);
+  const bool upper = lane & 4;
+  const uint32_t kept = upper ? low : high;
+  const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? high : low, 4);
+  b[0] = upper ? received : kept;
+  b[1] = upper ? kept : received;
+}
+
+// 256 high + low of a lane's two columns and its row r.
+__device__ __forceinline__ int joined(int high, int low) { return high * 256 + low; }
+
+// A slice of x as the products take it: B of each sub-group, and a lane's sum of v and unit. They
+// are those of sub-group t of one row of x, or of each sub-group of row t.
+template <typename Input, bool kManyRows>
+struct SliceOperand {
+  static constexpr int kLoads = kManyRows ? 4 : 1;
+  using Raw = typename Input::Raw;
+  uint32_t b[4][2];
+  int sum[kLoads];
+  float unit[kLoads];
+
+  __device__ __forceinline__ static void load(Raw (&raw)[kLoads], const Input& x, int m,
+                                              int slice, int lane) {
+    const int row = kManyRows ? lane / 8 : 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = slice * kTileColumns + (kManyRows ? i * 32 + lane % 8 * 4 : lane * 4);
+      raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
+    }
+  }
+  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
+    const int t = lane % 4;
+    const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const Levels levels = Input::levels(raw[i]);
+      uint32_t columns[2];
+      make_columns(columns, levels, lane);
+      int c[4] = {0, 0, 0, 0};
+      mma_u8_s8(c, ones, columns[0], columns[1]);
+      sum[i] = joined(c[0], c[1]);
+      // Times 4^-i.
+      unit[i] = __shfl_sync(kAllLanes, levels.unit, 8 * t) *
+                __uint_as_float((127 - 2 * (kManyRows ? i : t)) << 23);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if constexpr (kManyRows) {
+          b[i][j] = columns[j];
+        } else {
+#pragma unroll
+          for (int g = 0; g < 4; ++g) b[g][j] = lane / 8 == g ? columns[j] : 0;
+        }
+      }
+    }
+  }
+};
+
+// The values of two E4M3 codes.
+__device__ __forceinline__ float2 decode_pair(uint32_t codes) {
+  const __half2_raw halves =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+  return __half22float2(__half2(halves));
+}
+
+// sum[h] += e unit I of a lane's rows r and r + 8.
+__device__ __forceinline__ void add_group(float (&sum)[2], const int (&c)[4], uint32_t zeros,
+                                          uint32_t zero_mask, float2 e, int sum_v, float unit) {
+  const int first = joined(c[0], c[1]) - static_cast<int>(zeros & zero_mask) * sum_v;
+  const int second = joined(c[2], c[3]) - static_cast<int>(zeros >> 8 & zero_mask) * sum_v;
+  sum[0] = fmaf(static_cast<float>(first), e.x * unit, sum[0]);
+  sum[1] = fmaf(static_cast<float>(second), e.y * unit, sum[1]);
+}
+
+template <typename Input, bool kManyRows>
+__device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned char* tile,
+                                              const SliceOperand<Input, kManyRows>& x, int lane) {
+  const uint4 words = *reinterpret_cast<const uint4*>(tile + lane * 16);
+  const uint32_t zeros =
+      *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2);
+  int c[4] = {0, 0, 0, 0};
+  const auto multiply = [&](int i) {
+    const uint32_t mask = 3 * kOnes << (2 * i);
+    const uint32_t a[4] = {words.x & mask, words.y & mask, words.z & mask, words.w & mask};
+    mma_u8_s8(c, a, x.b[i][0], x.b[i][1]);
+  };
+  if constexpr (kManyRows) {
+    const uint2 scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[0] = c[1] = c[2] = c[3] = 0;
+      multiply(i);
+      const float2 e = decode_pair((i < 2 ? scales.x : scales.y) >> (i % 2 * 16) & 0xFFFFu);
+      add_group(sum, c, zeros, 3u << (2 * i), e, x.sum[i], x.unit[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) multiply(i);
+    const uint32_t scales =
+        *reinterpret_cast<const uint16_t*>(tile + quant::kTileScales + lane * 2);
+    add_group(sum, c, zeros, 3u << (lane % 4 * 2), decode_pair(scales), x.sum[0], x.unit[0]);
+  }
+}
+
+struct GemvShape {
+  int64_t n, k;
+  int m;      // rows of x
+  int tiles;  // row tiles of a block
+  int slots;  // of a warp's ring
+};
+
+// Shared memory: `slots` slots for each warp, then their barriers. At the end the first slot of
+// each warp holds its sums, (tiles of the block, 2, 32 lanes).
+template <typename Input, bool kManyRows, int kTiles, int kParts>
+__global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
+    packed_gemv_kernel(bf16* __restrict__ y_bf16, float* __restrict__ y_f32, Input x,
+                       const uint8_t* __restrict__ weight, const float* __restrict__ master_scale,
+                       const bf16* __restrict__ addend, GemvShape shape) {
+  using Operand = SliceOperand<Input, kManyRows>;
+  constexpr int kSlotBytes = kTiles * kTileBytes;
+  static_assert(kParts * kTiles * 2 * 32 * 4 <= kSlotBytes, "the sums fit in a slot");
+  unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int slices = static_cast<int>(quant::column_slices(shape.k));
+  const int64_t first_tile = int64_t{blockIdx.x} * shape.tiles;
+  const int tiles =
+      static_cast<int>(min(int64_t{shape.tiles}, quant::row_tiles(shape.n) - first_tile));
+  unsigned char* const ring = smem + warp * shape.slots * kSlotBytes;
+  const int ring_bytes = shape.slots * kSlotBytes;
+  // The barrier of the slot at an offset of the ring is at barriers + 8 offset / kSlotBytes.
+  const uint32_t barriers = shared_address(smem + warps * ring_bytes) + warp * shape.slots * 8;
+
+  // The warp's next part of a slice to copy.
+  const uint8_t* source = weight + quant::tile_index(shape.n, warp, first_tile) * kTileBytes;
+  const int64_t source_step = quant::tile_index(shape.n, warps, 0) * kTileBytes;
+  int copy_slice = warp, copy_part = 0;
+  const auto start_copy = [&](int slot, uint32_t barrier) {
+    if (copy_slice >= slices) return;
+    const int bytes = max(min(kTiles, tiles - copy_part * kTiles), 0) * kTileBytes;
+    mbarrier_expect(barrier, bytes);
+    if (kParts == 1 || bytes > 0)
+      copy_bytes(shared_address(ring + slot), source + copy_part * kSlotBytes, bytes, barrier);
+    if (++copy_part == kParts) {
+      copy_part = 0;
+      copy_slice += warps;
+      source += source_step;
+    }
+  };
+  if (lane == 0) {
+    for (int i = 0; i < shape.slots; ++i) mbarrier_init(barriers + i * 8, 1);
+    mbarrier_init_fence();
+    async_proxy_fence();
+    for (int i = 0; i < shape.slots; ++i) start_copy(i * kSlotBytes, barriers + i * 8);
+  }
+  __syncwarp();
+  start_next_kernel();
+  wait_for_previous_kernel();
+
+  float sum[kParts][kTiles][2] = {};
+  typename Input::Raw raw[Operand::kLoads];
+  Operand::load(raw, x, shape.m, warp, lane);
+  int slot = 0, parity = 0;
+  uint32_t barrier = barriers;
+#pragma unroll 1
+  for (int slice = warp; slice < slices; slice += warps) {
+    Operand operand;
+    operand.make(raw, lane);
+    if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      mbarrier_wait(barrier, parity);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        multiply_tile<Input, kManyRows>(sum[part][i], ring + slot + i * kTileBytes, operand, lane);
+      __syncwarp();
+      if (lane == 0) start_copy(slot, barrier);
+      slot += kSlotBytes;
+      barrier += 8;
+      if (slot == ring_bytes) {
+        slot = 0;
+        barrier = barriers;
+        parity ^= 1;
+      }
+    }
+  }
+
+  float* const own = reinterpret_cast<float*>(ring) + lane;
+#pragma unroll
+  for (int i = 0; i < kParts * kTiles; ++i) {
+    own[i * 64] = sum[i / kTiles][i % kTiles][0];
+    own[i * 64 + 32] = sum[i / kTiles][i % kTiles][1];
+  }
+  __syncthreads();
+  // Four threads an output row: one each for a sub-group of one row of x, or for a row of x.
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * 64; i += static_cast<int>(blockDim.x)) {
+    float total = 0.0f;
+    for (int w = 0; w < warps; ++w)
+      total += reinterpret_cast<const float*>(smem + w * shape.slots * kSlotBytes)[i];
+    if constexpr (!kManyRows) {
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+    }
+    const int64_t row = first_tile * kTileRows + i / 4;
+    if (row >= shape.n || i % 4 >= shape.m) continue;
+    const int64_t out = i % 4 * shape.n + row;
+    total *= *master_scale;
+    if (addend != nullptr)
+      total += __uint_as_float(
+          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(addend + out))} << 16);
+    if (y_f32 != nullptr)
+      y_f32[out] = total;
+    else
+      y_bf16[out] = __float2bfloat16_rn(total);
+  }
+}
+
+template <bool kManyRows, int kTiles, int kParts, typename Input>
+void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
+                  const TiledView& w, const bf16* addend, GemvShape shape) {
+  const int64_t slices = quant::column_slices(w.k);
+  const auto warps = static_cast<int>(std::min<int64_t>(slices, kMaxWarps));
+  const int64_t items = (slices + warps - 1) / warps * kParts;
+  const int64_t slot_bytes = int64_t{warps} * (kTiles * kTileBytes + 8);
+  shape.slots = static_cast<int>(std::min(items, at.smem_bytes / slot_bytes));
+  BBB_ASSERT(shape.slots > 0);
+  const int64_t blocks = (quant::row_tiles(w.n) + shape.tiles - 1) / shape.tiles;
+  launch(at.stream,
+         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * warps)),
+          slot_bytes * shape.slots, true},
+         packed_gemv_kernel<Input, kManyRows, kTiles, kParts>, y_bf16, y_f32, x, w.tiles,
+         w.master_scale, addend, shape);
+}
+
+template <bool kManyRows, typename Input>
+void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
+                 const TiledView& w, const bf16* addend, int64_t m) {
+  // As many row tiles a block as give each multiprocessor one block, or the fewest rounds of them.
+  const int64_t tiles = quant::row_tiles(w.n), round = at.processors * int64_t{kMaxTiles};
+  const int64_t rounds = (tiles + round - 1) / round;
+  const int64_t share = (tiles + at.processors * rounds - 1) / (at.processors * rounds);
+  const GemvShape shape{w.n, w.k, static_cast<int>(m), static_cast<int>(share), 0};
+  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, shape); };
+  switch (share) {
+    case 1: return run(launch_shape<kManyRows, 1, 1, Input>);
+    case 2: return run(launch_shape<kManyRows, 2, 1, Input>);
+    case 3: return run(launch_shape<kManyRows, 3, 1, Input>);
+    case 4: return run(launch_shape<kManyRows, 4, 1, Input>);
+    case 5:
+    case 6: return run(launch_shape<kManyRows, 3, 2, Input>);
+    default: return run(launch_shape<kManyRows, 4, 2, Input>);
+  }
+}
+
+PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
+CodedRows rows_from(const CodedRows& x, int64_t row) {
+  const int64_t g = row * (x.k / x.group);
+  return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
+}
+
+template <typename Input>
+void launch_all(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
+                const TiledView& w, const bf16* addend, int64_t m) {
+  if (m == 1) return launch_rows<false>(at, y_bf16, y_f32, x, w, addend, m);
+  for (int64_t row = 0; row < m; row += kTokens) {
+    const auto from = [&](auto* y) { return y == nullptr ? y : y + row * w.n; };
+    launch_rows<true>(at, from(y_bf16), from(y_f32), rows_from(x, row), w, from(addend),
+                      std::min<int64_t>(m - row, kTokens));
+  }
+}
+
+}  // namespace
+
+void launch_packed_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const bf16* x,
+                        const TiledView& w, const bf16* addend, int64_t m) {
+  launch_all(at, y_bf16, y_f32, PlainRows{x, static_cast<int>(w.k)}, w, addend, m);
+}
+
+void launch_quantized_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const uint8_t* codes,
+                           const uint8_t* zeros, const float* scales, const TiledView& w,
+                           const bf16* addend, int64_t m) {
+  launch_all(at, y_bf16, y_f32, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, w, addend, m);
+}
+
+}  // namespace bbb::cuda

@@ -1,0 +1,35 @@
+// Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu), for compute
+// capability 9.0 and later.
+#pragma once
+
+#include "cuda/cuda_backend.h"
+
+namespace bbb::cuda {
+
+struct TiledView {
+  const uint8_t* tiles;  // quant/packed_tiles.h; aligned to 16 bytes
+  const float* master_scale;
+  int64_t n, k;
+  int group;
+};
+
+struct GemvLaunch {
+  cudaStream_t stream;
+  int processors;
+  int64_t smem_bytes;  // a block may use this much, so that two fit on a multiprocessor
+};
+
+// The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
+// that writes tiles may be in flight.
+//
+// y = S x ((q - z) e)^T (+ addend) for m rows of x. y (m, N), bf16 or FP32: the one that is not
+// null is written. addend (m, N) or null. x is aligned to 8 bytes.
+void launch_packed_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const bf16* x,
+                        const TiledView& w, const bf16* addend, int64_t m);
+// The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
+// - zeros) scales.
+void launch_quantized_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const uint8_t* codes,
+                           const uint8_t* zeros, const float* scales, const TiledView& w,
+                           const bf16* addend, int64_t m);
+
+}  // namespace bbb::cuda
