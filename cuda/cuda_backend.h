@@ -82,6 +82,9 @@ class CudaBackend final : public engine::Backend {
   int64_t scratch_bytes(engine::ScratchOp op, const Shape& shape) const override;
   int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                            const AttentionSpec& spec) const override;
+  int64_t repacked_bytes(const quant::LinearFormat& format) const override {
+    return quant::joined_parts(format).bytes;
+  }
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 

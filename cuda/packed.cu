@@ -12,8 +12,12 @@ static void check_aligned(const Tensor& t, const char* what) {
 }
 
 static quant::PackedView view_of(const PackedWeight& w) {
-  check_aligned(w[quant::StoredPart::Codes], "codes");
-  return w.view();
+  check_aligned(w.layout, "layout");
+  return engine::joined_view(w);
+}
+
+void CudaBackend::do_repack(const Tensor& layout, const PackedWeight& file) {
+  engine::join_parts(*this, layout, file);
 }
 
 void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {

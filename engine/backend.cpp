@@ -209,10 +209,17 @@ class Op {
               " has more than ", Backend::kMaxPackedRows, " rows");
   }
 
-  void packed(const PackedWeight& w) const {
+  // A weight in the file's layout.
+  void stored(const PackedWeight& w) const {
     grid({w.format.code_bits(), w.format.weight.group}, w.format.stored_k());
+    BBB_CHECK(!w.repacked(), name_, ": the weight is repacked already");
     for (const quant::StoredTensor& stored : w.format.loaded_tensors())
       like(stored.suffix, w[stored.part], dtype_of(stored), stored.shape);
+  }
+  // A weight in the backend's layout.
+  void repacked(const PackedWeight& w) const {
+    BBB_CHECK(w.repacked(), name_, ": the weight is in the file's layout, call repack first");
+    is("layout", w.layout, DType::U8, {backend_.repacked_bytes(w.format)});
   }
 
  private:
@@ -230,13 +237,28 @@ DType dtype_of(const quant::StoredTensor& tensor) {
 
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes) {
-  PackedWeight weight{format, {}};
+  PackedWeight weight{format, {}, {}};
   for (const quant::StoredTensor& stored : format.loaded_tensors()) {
     Tensor& tensor = weight.tensors[static_cast<size_t>(stored.part)];
     tensor = backend.empty(stored.shape, dtype_of(stored));
     backend.upload(tensor, bytes(stored));
   }
-  return weight;
+  return backend.repack(weight);
+}
+
+void join_parts(Backend& backend, const Tensor& layout, const PackedWeight& file) {
+  const quant::JoinedParts parts = quant::joined_parts(file.format);
+  const std::pair<quant::StoredPart, int64_t> offsets[] = {
+      {quant::StoredPart::Codes, 0},
+      {quant::StoredPart::Scales, parts.scales},
+      {quant::StoredPart::Zeros, parts.zeros}};
+  for (const auto& [part, offset] : offsets)
+    backend.copy(layout.slice(offset, file[part].numel()), file[part]);
+}
+
+quant::PackedView joined_view(const PackedWeight& repacked) {
+  return quant::joined_view(repacked.format, repacked.layout.data<uint8_t>(),
+                            repacked[quant::StoredPart::MasterScale].data<float>());
 }
 
 quant::PackedView PackedWeight::view() const {
@@ -787,9 +809,19 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
 
 // Packed inference.
 
+PackedWeight Backend::repack(const PackedWeight& file) {
+  const Op op(*this, "repack");
+  op.stored(file);
+  PackedWeight repacked{file.format, {}, do_empty({repacked_bytes(file.format)}, DType::U8)};
+  constexpr auto kMasterScale = static_cast<size_t>(quant::StoredPart::MasterScale);
+  repacked.tensors[kMasterScale] = file.tensors[kMasterScale];
+  do_repack(repacked.layout, file);
+  return repacked;
+}
+
 void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   const Op op(*this, "unpack");
-  op.packed(w);
+  op.repacked(w);
   op.is("wq", wq, act(), {w.format.n, w.format.stored_k()});
   do_unpack(wq, w);
 }
@@ -797,7 +829,7 @@ void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
 void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                           const Tensor& addend) {
   const Op op(*this, "packed_gemv");
-  op.packed(w);
+  op.repacked(w);
   op.rank("x", x, 2);
   op.is("x", x, act(), {x.dim(0), w.format.stored_k()});
   op.few_rows("x", x);
@@ -809,7 +841,7 @@ void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& 
 void Backend::quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
                              const Tensor& addend) {
   const Op op(*this, "quantized_gemv");
-  op.packed(w);
+  op.repacked(w);
   op.rank("codes", x.codes, 2);
   const int64_t m = x.codes.dim(0);
   op.is("codes", x.codes, DType::U8, {m, w.format.stored_k()});

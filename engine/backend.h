@@ -80,19 +80,26 @@ struct AttentionSpec {
   int64_t ds_bytes = int64_t{1} << 30;
 };
 
-// A stored linear on the device: the tensors of its format, U8 except for the F32 master scale.
+// A stored linear on the device, in one of two layouts.
 struct PackedWeight {
   quant::LinearFormat format;
+  // As in the file: the tensors of the format, U8 except for the F32 master scale and I32 channels.
+  // Repacked: the master scale alone.
   std::array<Tensor, quant::kStoredParts> tensors;
+  Tensor layout;  // U8: codes, scales and zeros as the backend's products read them; opaque
 
+  bool repacked() const { return layout.defined(); }
   const Tensor& operator[](quant::StoredPart part) const {
     return tensors[static_cast<size_t>(part)];
   }
-  quant::PackedView view() const;  // for kernels
+  quant::PackedView view() const;  // of the file's layout
 };
 DType dtype_of(const quant::StoredTensor& tensor);  // the dtype of its device copy
 class Backend;
-// Uploads a linear. bytes(t) is the content of tensor t of the format.
+// A layout for a backend whose products read the file's bytes as they are: quant::joined_parts.
+void join_parts(Backend& backend, const Tensor& layout, const PackedWeight& file);
+quant::PackedView joined_view(const PackedWeight& repacked);
+// Uploads a linear and repacks it. bytes(t) is the content of tensor t of the format.
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
@@ -398,6 +405,10 @@ class Backend {
                             const Tensor& z, const WeightGrid& spec, Write mode);
 
   // --- packed inference -------------------------------------------------------------------------
+  // The layout that the products below read, from that of the file. Made once, at load.
+  PackedWeight repack(const PackedWeight& file);
+  virtual int64_t repacked_bytes(const quant::LinearFormat& format) const = 0;  // of its `layout`
+  // In all three w is repacked by this backend.
   // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
   // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).

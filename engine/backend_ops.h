@@ -57,6 +57,7 @@ using Arg = const Tensor&;
 #define BBB_OP_quantize_codes Arg, Arg, Arg, Arg, Arg, const WeightGrid&
 #define BBB_OP_scale_codes Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
 #define BBB_OP_scale_codes_backward Arg, Arg, Arg, Arg, const WeightGrid&, Write
+#define BBB_OP_repack Arg, const PackedWeight&
 #define BBB_OP_unpack Arg, const PackedWeight&
 #define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
 #define BBB_OP_quantized_gemv Arg, const OperandRows&, const PackedWeight&, Arg
@@ -78,7 +79,7 @@ using Arg = const Tensor&;
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
-  OP(scale_codes_backward) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw) \
+  OP(scale_codes_backward) OP(repack) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw) \
   OP(average) OP(dampen) OP(freeze_flips)
 // clang-format on
 #define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;

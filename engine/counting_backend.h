@@ -38,6 +38,9 @@ class CountingBackend final : public Backend {
                                            const AttentionSpec& spec) const override {
     return device_.attention_backward_scratch_bytes(q, k, spec);
   }
+  int64_t repacked_bytes(const quant::LinearFormat& format) const override {
+    return device_.repacked_bytes(format);
+  }
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;

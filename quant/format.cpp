@@ -68,6 +68,29 @@ int64_t LinearFormat::bytes() const {
   return bytes;
 }
 
+JoinedParts joined_parts(const LinearFormat& format) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+  const WeightGrid& grid = format.weight;
+  const int64_t codes = format.n * code_row_bytes(format.stored_k(), grid.bits);
+  const int64_t scales = format.n * format.groups();
+  const int64_t zeros =
+      format.n * zero_row_bytes(format.stored_k(), grid.group, format.code_bits());
+  return {aligned(codes), aligned(codes) + aligned(scales),
+          aligned(codes) + aligned(scales) + zeros};
+}
+
+PackedView joined_view(const LinearFormat& format, const uint8_t* buffer,
+                       const float* master_scale) {
+  const JoinedParts parts = joined_parts(format);
+  return {.qweight = buffer,
+          .scales = buffer + parts.scales,
+          .zeros = buffer + parts.zeros,
+          .master_scale = master_scale,
+          .n = format.n,
+          .k = format.stored_k(),
+          .grid = format.weight};
+}
+
 ActivationBits LinearFormat::activation_bits() const {
   const ChannelOrder positions = channel_order();
   const auto used = static_cast<double>(positions.used());

@@ -79,6 +79,16 @@ struct PackedView {
   WeightGrid grid;
 };
 
+// The codes, scales and zeros of a load in one buffer, one after another as in the file, each from
+// a multiple of 256 bytes.
+struct JoinedParts {
+  int64_t scales, zeros;  // offsets; the codes are at 0
+  int64_t bytes;
+};
+JoinedParts joined_parts(const LinearFormat& format);
+PackedView joined_view(const LinearFormat& format, const uint8_t* buffer,
+                       const float* master_scale);
+
 // The operand of a linear (numerics.md section 2), from rows of its input: what kernels take.
 struct OperandView {
   const int32_t* channels;   // (K'): -1 for padding; null: position p holds channel p

@@ -375,5 +375,21 @@ TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
 }
 
+TEST_CASE("products take repacked weights only", "[packed]") {
+  engine::Rng rng(41);
+  Backend& b = backend();
+  const Matrix matrix(rng, 4, 32, {2, 32});
+  const PackedWeight repacked = matrix.on(b);
+  PackedWeight file{repacked.format, {}, {}};
+  for (const quant::StoredTensor& t : file.format.loaded_tensors())
+    file.tensors[static_cast<size_t>(t.part)] = b.zeros(t.shape, engine::dtype_of(t));
+  const Tensor x = b.zeros({1, 32}, b.act()), y = b.empty({1, 4}, b.act());
+  CHECK_THROWS_AS(b.repack(repacked), Error);
+  CHECK_THROWS_AS(b.packed_gemv(y, x, file, Tensor()), Error);
+  CHECK_THROWS_AS(b.unpack(b.empty({4, 32}, b.act()), file), Error);
+  b.packed_gemv(y, x, b.repack(file), Tensor());
+  CHECK(values_of(b, y) == Values(4, 0.0));
+}
+
 }  // namespace
 }  // namespace bbb::tests

@@ -32,23 +32,6 @@ double measure_products(Backend& backend, int64_t copies,
          static_cast<double>(products);
 }
 
-// `copies` tensors of bytes in one allocation, each aligned to 256 bytes.
-class ByteCopies {
- public:
-  ByteCopies(Backend& backend, int64_t copies, engine::Shape shape, int first, int choices)
-      : shape_(std::move(shape)),
-        stride_((engine::numel_of(shape_) + 255) / 256 * 256),
-        all_(random_bytes(backend, copies * stride_, first, choices, 1)) {}
-  Tensor operator[](int64_t copy) const {
-    return all_.slice(copy * stride_, engine::numel_of(shape_)).view(shape_);
-  }
-
- private:
-  engine::Shape shape_;
-  int64_t stride_;
-  Tensor all_;
-};
-
 }  // namespace
 
 GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rotation_bytes) {
@@ -66,20 +49,22 @@ GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rotation_bytes)
   const Tensor y = backend.empty({1, n}, backend.act());
   {
     const int64_t copies = copies_for(packed_bytes, rotation_bytes);
-    std::vector<PackedWeight> weights(static_cast<size_t>(copies));
-    const Tensor one = backend.empty({1}, DType::F32);
-    const float value = 1;
-    backend.upload(one, &value);
+    PackedWeight file{format, {}, {}};
+    const float one = 1;
     for (const quant::StoredTensor& stored : format.tensors()) {
+      Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
       const bool scales = stored.part == quant::StoredPart::Scales;  // E4M3: 1/2 to 15/8
-      const bool bytes = stored.part != quant::StoredPart::MasterScale;
-      const ByteCopies all(backend, copies, stored.shape, scales ? 0x30 : 0, scales ? 16 : 256);
-      for (int64_t i = 0; i < copies; ++i) {
-        PackedWeight& weight = weights[static_cast<size_t>(i)];
-        weight.format = format;
-        weight.tensors[static_cast<size_t>(stored.part)] = bytes ? all[i] : one;
+      if (stored.part != quant::StoredPart::MasterScale) {
+        tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
+                              scales ? 16 : 256, 1)
+                     .view(stored.shape);
+      } else {
+        tensor = backend.empty(stored.shape, DType::F32);
+        backend.upload(tensor, &one);
       }
     }
+    std::vector<PackedWeight> weights;
+    for (int64_t i = 0; i < copies; ++i) weights.push_back(backend.repack(file));
     result.packed_s = measure_products(backend, copies, [&](int64_t i) {
       backend.packed_gemv(y, x, weights[static_cast<size_t>(i)], Tensor());
     });

@@ -54,6 +54,9 @@ class CpuBackend final : public Backend {
                                            const AttentionSpec&) const override {
     return 0;
   }
+  int64_t repacked_bytes(const quant::LinearFormat& format) const override {
+    return quant::joined_parts(format).bytes;
+  }
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 

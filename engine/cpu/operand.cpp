@@ -122,7 +122,7 @@ void CpuBackend<T>::do_channel_moments(const Tensor& moments, const Tensor& x, c
 template <typename T>
 void CpuBackend<T>::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
                                       const Tensor& addend) {
-  const quant::PackedView packed = w.view();
+  const quant::PackedView packed = joined_view(w);
   parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
     host::packed_gemv(y.data<T>(), quantized<T>(x), packed, addend.data<T>(), {begin, end},
                       x.codes.dim(0));

@@ -9,8 +9,13 @@ namespace bbb::engine {
 namespace host = quant::host;
 
 template <typename T>
+void CpuBackend<T>::do_repack(const Tensor& layout, const PackedWeight& file) {
+  join_parts(*this, layout, file);
+}
+
+template <typename T>
 void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
-  const quant::PackedView packed = w.view();
+  const quant::PackedView packed = joined_view(w);
   parallel_for(packed.n, std::max<int64_t>(1, kElementGrain / packed.k),
                [&](int64_t begin, int64_t end) {
                  host::unpack(wq.data<T>(), packed, {begin, end});
@@ -20,7 +25,7 @@ void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
 template <typename T>
 void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                                    const Tensor& addend) {
-  const quant::PackedView packed = w.view();
+  const quant::PackedView packed = joined_view(w);
   const int64_t m = x.dim(0);
   parallel_for(
       packed.n, std::max<int64_t>(1, kElementGrain / packed.k), [&](int64_t begin, int64_t end) {
@@ -28,6 +33,7 @@ void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const Packe
       });
 }
 
+BBB_CPU_INSTANTIATE(repack);
 BBB_CPU_INSTANTIATE(unpack);
 BBB_CPU_INSTANTIATE(packed_gemv);
 
