@@ -82,9 +82,7 @@ class CudaBackend final : public engine::Backend {
   int64_t scratch_bytes(engine::ScratchOp op, const Shape& shape) const override;
   int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                            const AttentionSpec& spec) const override;
-  int64_t repacked_bytes(const quant::LinearFormat& format) const override {
-    return quant::joined_parts(format).bytes;
-  }
+  int64_t repacked_bytes(const quant::LinearFormat& format) const override;
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
@@ -97,6 +95,8 @@ class CudaBackend final : public engine::Backend {
  private:
   // Throws if a kernel found a fault since the last call. The stream's work must be done.
   void check_faults();
+  // Whether packed weights of this format are in tiles (cuda/packed.cu).
+  bool takes_tiles(const quant::LinearFormat& format) const;
 
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;

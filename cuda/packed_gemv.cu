@@ -39,9 +39,9 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;   // of a block
-constexpr int kMaxTiles = 8;    // row tiles of a block
-constexpr int kTokens = 4;      // rows of x of a launch
+constexpr int kMaxWarps = 16;  // of a block
+constexpr int kMaxTiles = 8;   // row tiles of a block
+constexpr int kTokens = 4;     // rows of x of a launch
 constexpr unsigned kOnes = 0x01010101u;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
@@ -106,8 +106,8 @@ struct CodedRows {
   }
 };
 
-// B's registers of an octet: the lower four lanes have positions 0 .. 15 of the sub-group and column
-// `high`, the upper four 16 .. 31 and column `low`. They exchange halves.
+// B's registers of an octet: the lower four lanes have positions 0 .. 15 of the sub-group and
+// column `high`, the upper four 16 .. 31 and column `low`. They exchange halves.
 __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& levels, int lane) {
   const uint32_t low = __byte_perm(levels.low_pair, levels.high_pair, 0x6420) ^ 0x80808080u;
   const uint32_t high = __byte_perm(levels.low_pair, levels.high_pair, 0x7531);
@@ -131,8 +131,8 @@ struct SliceOperand {
   int sum[kLoads];
   float unit[kLoads];
 
-  __device__ __forceinline__ static void load(Raw (&raw)[kLoads], const Input& x, int m,
-                                              int slice, int lane) {
+  __device__ __forceinline__ static void load(Raw (&raw)[kLoads], const Input& x, int m, int slice,
+                                              int lane) {
     const int row = kManyRows ? lane / 8 : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     packed_gemv_kernel(bf16* __restrict__ y_bf16, float* __restrict__ y_f32, Input x,
                        const uint8_t* __restrict__ weight, const float* __restrict__ master_scale,
                        const bf16* __restrict__ addend, GemvShape shape) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = SliceOperand<Input, kManyRows>;
   constexpr int kSlotBytes = kTiles * kTileBytes;
   static_assert(kParts * kTiles * 2 * 32 * 4 <= kSlotBytes, "the sums fit in a slot");
@@ -324,6 +325,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     else
       y_bf16[out] = __float2bfloat16_rn(total);
   }
+#endif
 }
 
 template <bool kManyRows, int kTiles, int kParts, typename Input>
@@ -353,13 +355,19 @@ void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& 
   const GemvShape shape{w.n, w.k, static_cast<int>(m), static_cast<int>(share), 0};
   const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, shape); };
   switch (share) {
-    case 1: return run(launch_shape<kManyRows, 1, 1, Input>);
-    case 2: return run(launch_shape<kManyRows, 2, 1, Input>);
-    case 3: return run(launch_shape<kManyRows, 3, 1, Input>);
-    case 4: return run(launch_shape<kManyRows, 4, 1, Input>);
+    case 1:
+      return run(launch_shape<kManyRows, 1, 1, Input>);
+    case 2:
+      return run(launch_shape<kManyRows, 2, 1, Input>);
+    case 3:
+      return run(launch_shape<kManyRows, 3, 1, Input>);
+    case 4:
+      return run(launch_shape<kManyRows, 4, 1, Input>);
     case 5:
-    case 6: return run(launch_shape<kManyRows, 3, 2, Input>);
-    default: return run(launch_shape<kManyRows, 4, 2, Input>);
+    case 6:
+      return run(launch_shape<kManyRows, 3, 2, Input>);
+    default:
+      return run(launch_shape<kManyRows, 4, 2, Input>);
   }
 }
 
@@ -390,7 +398,8 @@ void launch_packed_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const 
 void launch_quantized_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const uint8_t* codes,
                            const uint8_t* zeros, const float* scales, const TiledView& w,
                            const bf16* addend, int64_t m) {
-  launch_all(at, y_bf16, y_f32, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, w, addend, m);
+  launch_all(at, y_bf16, y_f32, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, w,
+             addend, m);
 }
 
 }  // namespace bbb::cuda

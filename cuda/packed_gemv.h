@@ -1,8 +1,9 @@
-// Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu), for compute
-// capability 9.0 and later.
+// Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu), sm_90a only,
+// and of the tiles themselves (cuda/packed_tiles.cu).
 #pragma once
 
 #include "cuda/cuda_backend.h"
+#include "quant/format.h"
 
 namespace bbb::cuda {
 
@@ -12,6 +13,11 @@ struct TiledView {
   int64_t n, k;
   int group;
 };
+
+// tiles: quant::tiled_bytes(w.n, w.k).
+void launch_repack_tiles(cudaStream_t stream, uint8_t* tiles, const quant::PackedView& w);
+// wq = (q - z) e, (N, K).
+void launch_unpack_tiles(cudaStream_t stream, bf16* wq, const TiledView& w);
 
 struct GemvLaunch {
   cudaStream_t stream;

@@ -71,9 +71,9 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a b for bytes, exact in 32 bits: A (16 x 32) unsigned, B (32 x 8) signed. Registers hold four
-// neighbours along k. a[0] (g, 4t ..)  a[1] (g + 8, 4t ..)  a[2] (g, 4t + 16 ..)  a[3] (g + 8, 4t +
-// 16 ..); b0 (4t .., g)  b1 (4t + 16 .., g); c as above.
+// c += a b for bytes, exact in 32 bits: A (16 x 32) unsigned, B (32 x 8) signed. Registers hold
+// four neighbours along k. a[0] (g, 4t ..)  a[1] (g + 8, 4t ..)  a[2] (g, 4t + 16 ..)  a[3] (g + 8,
+// 4t + 16 ..); b0 (4t .., g)  b1 (4t + 16 .., g); c as above.
 __device__ inline void mma_u8_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -1,4 +1,4 @@
-// The layout of 2-bit codes that GPUs of compute capability 9.0 and later multiply (repack).
+// The layout of 2-bit codes that Hopper GPUs multiply (Backend::repack).
 //
 // A tile holds kTileRows output rows by kTileColumns positions: four sub-groups of 32 positions,
 // which have one scale and zero point a row each. Groups of 64 or 128 repeat theirs. A tile is what
