@@ -18,11 +18,11 @@
 // for two output rows. For up to four rows of x, columns 2i and 2i + 1 are row i's, and a lane
 // scales each product by itself. More rows take more launches.
 //
-// A block takes `tiles` row tiles. Its warps take slices of 128 positions in turn, each for all of
-// these row tiles, and copy them to rings of their own: a slot holds kTiles tiles of one slice. The
-// warps' sums are added in shared memory in a fixed order. Two blocks fit on a multiprocessor, so
-// that the next product's copies overlap this one's end. Bytes moved: those of the tiles; x comes
-// from the L2 cache, once a block.
+// A block takes up to eight row tiles. Its warps take slices of 128 positions in turn, each for all
+// of these row tiles, and copy them to rings of their own: a slot holds kTiles tiles of one slice.
+// The warps' sums are added in shared memory in a fixed order. Two blocks fit on a multiprocessor,
+// so that the next product's copies overlap this one's end. Bytes moved: those of the tiles; x
+// comes from the L2 cache, once a block.
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
@@ -216,7 +216,6 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned ch
 struct GemvShape {
   int64_t n, k;
   int m;      // rows of x
-  int tiles;  // row tiles of a block
   int slots;  // of a warp's ring
 };
 
@@ -235,29 +234,27 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int slices = static_cast<int>(quant::column_slices(shape.k));
-  const int64_t first_tile = int64_t{blockIdx.x} * shape.tiles;
-  const int tiles =
-      static_cast<int>(min(int64_t{shape.tiles}, quant::row_tiles(shape.n) - first_tile));
+  const int64_t all_tiles = quant::row_tiles(shape.n);
+  const int64_t first_tile = blockIdx.x * all_tiles / gridDim.x;
+  const int tiles = static_cast<int>((blockIdx.x + 1) * all_tiles / gridDim.x - first_tile);
   unsigned char* const ring = smem + warp * shape.slots * kSlotBytes;
   const int ring_bytes = shape.slots * kSlotBytes;
   // The barrier of the slot at an offset of the ring is at barriers + 8 offset / kSlotBytes.
   const uint32_t barriers = shared_address(smem + warps * ring_bytes) + warp * shape.slots * 8;
 
-  // The warp's next part of a slice to copy.
-  const uint8_t* source = weight + quant::tile_index(shape.n, warp, first_tile) * kTileBytes;
-  const int64_t source_step = quant::tile_index(shape.n, warps, 0) * kTileBytes;
-  int copy_slice = warp, copy_part = 0;
+  // Parts of slices in the order that the warp takes them; the next one to copy.
+  int item = 0;
   const auto start_copy = [&](int slot, uint32_t barrier) {
-    if (copy_slice >= slices) return;
-    const int bytes = max(min(kTiles, tiles - copy_part * kTiles), 0) * kTileBytes;
+    const int slice = warp + item / kParts * warps, part = item % kParts;
+    if (slice >= slices) return;
+    ++item;
+    const int bytes = max(min(kTiles, tiles - part * kTiles), 0) * kTileBytes;
     mbarrier_expect(barrier, bytes);
     if (kParts == 1 || bytes > 0)
-      copy_bytes(shared_address(ring + slot), source + copy_part * kSlotBytes, bytes, barrier);
-    if (++copy_part == kParts) {
-      copy_part = 0;
-      copy_slice += warps;
-      source += source_step;
-    }
+      copy_bytes(
+          shared_address(ring + slot),
+          weight + quant::tile_index(shape.n, slice, first_tile + part * kTiles) * kTileBytes,
+          bytes, barrier);
   };
   if (lane == 0) {
     for (int i = 0; i < shape.slots; ++i) mbarrier_init(barriers + i * 8, 1);
@@ -329,45 +326,43 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 }
 
 template <bool kManyRows, int kTiles, int kParts, typename Input>
-void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
-                  const TiledView& w, const bf16* addend, GemvShape shape) {
+void launch_blocks(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
+                   const TiledView& w, const bf16* addend, int64_t m, int64_t blocks) {
   const int64_t slices = quant::column_slices(w.k);
-  const auto warps = static_cast<int>(std::min<int64_t>(slices, kMaxWarps));
+  const int64_t warps = std::min<int64_t>(slices, kMaxWarps);
   const int64_t items = (slices + warps - 1) / warps * kParts;
-  const int64_t slot_bytes = int64_t{warps} * (kTiles * kTileBytes + 8);
-  shape.slots = static_cast<int>(std::min(items, at.smem_bytes / slot_bytes));
-  BBB_ASSERT(shape.slots > 0);
-  const int64_t blocks = (quant::row_tiles(w.n) + shape.tiles - 1) / shape.tiles;
+  const int64_t slot_bytes = warps * (kTiles * kTileBytes + 8);
+  const int64_t slots = std::min(items, at.smem_bytes / slot_bytes);
+  BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * warps)),
-          slot_bytes * shape.slots, true},
+          slot_bytes * slots, true},
          packed_gemv_kernel<Input, kManyRows, kTiles, kParts>, y_bf16, y_f32, x, w.tiles,
-         w.master_scale, addend, shape);
+         w.master_scale, addend, GemvShape{w.n, w.k, static_cast<int>(m), static_cast<int>(slots)});
 }
 
 template <bool kManyRows, typename Input>
 void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
                  const TiledView& w, const bf16* addend, int64_t m) {
-  // As many row tiles a block as give each multiprocessor one block, or the fewest rounds of them.
+  // One block a multiprocessor, or more where a block would have too many tiles.
   const int64_t tiles = quant::row_tiles(w.n), round = at.processors * int64_t{kMaxTiles};
   const int64_t rounds = (tiles + round - 1) / round;
-  const int64_t share = (tiles + at.processors * rounds - 1) / (at.processors * rounds);
-  const GemvShape shape{w.n, w.k, static_cast<int>(m), static_cast<int>(share), 0};
-  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, shape); };
-  switch (share) {
+  const int64_t blocks = std::min(tiles, at.processors * rounds);
+  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, m, blocks); };
+  switch ((tiles + blocks - 1) / blocks) {
     case 1:
-      return run(launch_shape<kManyRows, 1, 1, Input>);
+      return run(launch_blocks<kManyRows, 1, 1, Input>);
     case 2:
-      return run(launch_shape<kManyRows, 2, 1, Input>);
+      return run(launch_blocks<kManyRows, 2, 1, Input>);
     case 3:
-      return run(launch_shape<kManyRows, 3, 1, Input>);
+      return run(launch_blocks<kManyRows, 3, 1, Input>);
     case 4:
-      return run(launch_shape<kManyRows, 4, 1, Input>);
+      return run(launch_blocks<kManyRows, 4, 1, Input>);
     case 5:
     case 6:
-      return run(launch_shape<kManyRows, 3, 2, Input>);
+      return run(launch_blocks<kManyRows, 3, 2, Input>);
     default:
-      return run(launch_shape<kManyRows, 4, 2, Input>);
+      return run(launch_blocks<kManyRows, 4, 2, Input>);
   }
 }
 

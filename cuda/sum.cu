@@ -9,6 +9,7 @@ namespace bbb::cuda {
 namespace {
 
 constexpr int kWide = 4;
+constexpr int kInFlight = 4;  // loads of a thread, so that one kernel reads as fast as memory can
 constexpr int kFinishThreads = 1024;
 
 // One partial a block.
@@ -17,7 +18,17 @@ __global__ void sum_kernel(float* __restrict__ partials, const float* __restrict
   __shared__ float shared[32];
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kWidth;
   float sum = 0.0f;
-  for (int64_t i = first_element<kWidth>(); i < n; i += stride) {
+  int64_t i = first_element<kWidth>();
+  for (; i + (kInFlight - 1) * stride + kWidth <= n; i += kInFlight * stride) {
+    float v[kInFlight][kWidth];
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l) load(v[l], x + i + l * stride, kWidth);
+#pragma unroll
+    for (int l = 0; l < kInFlight; ++l)
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum += v[l][j];
+  }
+  for (; i < n; i += stride) {
     float v[kWidth];
     load(v, x + i, n - i);
 #pragma unroll

@@ -69,14 +69,26 @@ TEST_CASE("bench: as many layers as the device holds, at least one") {
 }
 
 TEST_CASE("bench: matrix-vector products, packed and dense") {
-  for (const int64_t rotation : {int64_t{0}, int64_t{1} << 16}) {
-    const tools::GemvResult r = tools::bench_gemv(backend(), {96, 64}, rotation);
-    CHECK(r.packed_s > 0);
-    CHECK(r.dense_s > 0);
-    const double act = static_cast<double>(engine::size_bytes(backend().act()));
-    CHECK(r.dense_bytes == (96 * 64 + 96 + 64) * act);
-    CHECK(r.packed_bytes == 96 * (64 / 4 + 2 + 1) + 4 + (96 + 64) * act);
-  }
+  for (const int64_t rows : {1, 3})
+    for (const int64_t rotation : {int64_t{0}, int64_t{1} << 16}) {
+      const tools::GemvResult r = tools::bench_gemv(backend(), {96, 64}, rows, rotation);
+      for (const tools::TimedProduct* product : {&r.packed, &r.quantized, &r.dense}) {
+        CHECK(product->cold_s > 0);
+        CHECK(product->warm_s > 0);
+      }
+      const auto m = static_cast<double>(rows);
+      const auto act = static_cast<double>(engine::size_bytes(backend().act()));
+      const auto real = static_cast<double>(engine::size_bytes(backend().real()));
+      const double weight = 96 * (64 / 4 + 2 + 1) + 4;
+      CHECK(r.dense.bytes == (96 * 64 + m * (96 + 64)) * act);
+      CHECK(r.packed.bytes == weight + m * (96 + 64) * act);
+      CHECK(r.quantized.bytes == weight + m * (64 + 2 * (1 + real) + 96 * act));
+    }
+}
+
+TEST_CASE("bench: bandwidths of reading and copying") {
+  CHECK(tools::measure_read_bandwidth(backend()) > 0);
+  CHECK(tools::measure_bandwidth(backend()) > 0);
 }
 
 TEST_CASE("bench: a median is the middle, and random tensors fill their shape") {

@@ -63,14 +63,22 @@ struct GemvShape {
   int64_t n, k;
 };
 
-struct GemvResult {
-  GemvShape shape;
-  double packed_s = 0, dense_s = 0;
-  double packed_bytes = 0, dense_bytes = 0;  // weights, x and y
+// One kind of product: what it must read and write, and its time with the weight in memory (cold)
+// and where it fits, in a cache (warm).
+struct TimedProduct {
+  double bytes = 0;
+  double cold_s = 0, warm_s = 0;
 };
 
-// Times one row by packed 2-bit weights, and by act weights (gemm_nt). The products rotate through
+struct GemvResult {
+  TimedProduct packed;     // 2-bit weights, act x: packed_gemv
+  TimedProduct quantized;  // 2-bit weights, 2-bit x: quantized_gemv
+  TimedProduct dense;      // act weights: gemm_nt
+};
+
+// Times products of `rows` rows of x, at most Backend::kMaxPackedRows. Cold products rotate through
 // copies of the weight that fill `rotation_bytes`, so that none is still in a cache.
-GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rotation_bytes);
+GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rows,
+                      int64_t rotation_bytes);
 
 }  // namespace bbb::tools

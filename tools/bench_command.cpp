@@ -17,9 +17,9 @@ using nlohmann::ordered_json;
 namespace {
 
 constexpr int64_t kGpuRotationBytes = 256 << 20;  // several times any L2
-constexpr GemvShape kGemvShapes[] = {{576, 576},   {192, 576},    {1536, 576},
-                                     {576, 1536},  {2048, 2048},  {8192, 2048},
-                                     {4096, 4096}, {14336, 4096}, {4096, 14336}};
+constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
+                                     {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
+                                     {1536, 576},   {576, 1536}};
 
 // Refuses a file that cannot be written, before the work starts.
 void check_writable(const CommandLine& line, const char* option) {
@@ -137,34 +137,42 @@ int bench_train_command(const Arguments& arguments) {
 }
 
 int bench_gemv_command(const Arguments& arguments) {
-  CommandLine line("bench gemv", "Time one row times a packed 2-bit matrix, and times a dense one");
-  line.options()("json", "write the result to this file too", cxxopts::value<std::string>());
+  CommandLine line("bench gemv", "Time a few rows times a 2-bit matrix, and times a dense one");
+  line.options()("rows", "of x", cxxopts::value<std::string>()->default_value("1"))(
+      "json", "write the result to this file too", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   check_writable(line, "json");
+  const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
   const auto backend = line.make_backend();
   const bool gpu = backend->device() == engine::DeviceType::Cuda;
-  const double bandwidth = measure_bandwidth(*backend);
-  fmt::print("{}: {:.0f} GB/s by copying\n", backend->device_name(), bandwidth / 1e9);
-  fmt::print("{:>14}  {:>9} {:>7} {:>6}   {:>9} {:>7} {:>6}   {:>7}\n", "N x K", "packed us",
-             "GB/s", "%", "dense us", "GB/s", "%", "speedup");
-  ordered_json json = {{"device", backend->device_name()}, {"device_gb_per_s", bandwidth / 1e9}};
+  const double bandwidth = measure_read_bandwidth(*backend);
+  fmt::print("{}: reads {:.0f} GB/s; rows of x: {}; us, and percent of that bandwidth\n",
+             backend->device_name(), bandwidth / 1e9, rows);
+  fmt::print("{:>14} {:>7}  {:>17}  {:>17}  {:>17}\n", "N x K", "floor", "w2a16 cold   warm",
+             "w2a2 cold   warm", "dense cold   warm");
+  ordered_json json = {
+      {"device", backend->device_name()}, {"read_gb_per_s", bandwidth / 1e9}, {"rows", rows}};
   for (const GemvShape& shape : kGemvShapes) {
-    const GemvResult r = bench_gemv(*backend, shape, gpu ? kGpuRotationBytes : 0);
-    const double packed = r.packed_bytes / r.packed_s, dense = r.dense_bytes / r.dense_s;
-    fmt::print("{:>14}  {:9.2f} {:7.0f} {:6.1f}   {:9.2f} {:7.0f} {:6.1f}   {:7.2f}\n",
-               fmt::format("{} x {}", shape.n, shape.k), 1e6 * r.packed_s, packed / 1e9,
-               100 * packed / bandwidth, 1e6 * r.dense_s, dense / 1e9, 100 * dense / bandwidth,
-               r.dense_s / r.packed_s);
-    json["shapes"].push_back({{"n", shape.n},
-                              {"k", shape.k},
-                              {"packed_us", 1e6 * r.packed_s},
-                              {"packed_bytes", r.packed_bytes},
-                              {"packed_gb_per_s", packed / 1e9},
-                              {"packed_bandwidth_fraction", packed / bandwidth},
-                              {"dense_us", 1e6 * r.dense_s},
-                              {"dense_bytes", r.dense_bytes},
-                              {"dense_gb_per_s", dense / 1e9},
-                              {"dense_bandwidth_fraction", dense / bandwidth}});
+    const GemvResult r = bench_gemv(*backend, shape, rows, gpu ? kGpuRotationBytes : 0);
+    const auto fraction = [&](const TimedProduct& p, double seconds) {
+      return p.bytes / seconds / bandwidth;
+    };
+    ordered_json row = {{"n", shape.n}, {"k", shape.k}};
+    std::string text;
+    for (const auto& [name, product] :
+         {std::pair{"w2a16", &r.packed}, {"w2a2", &r.quantized}, {"dense", &r.dense}}) {
+      const double cold = fraction(*product, product->cold_s);
+      text += fmt::format("  {:6.2f} {:3.0f}% {:6.2f}", 1e6 * product->cold_s, 100 * cold,
+                          1e6 * product->warm_s);
+      row[name] = {{"bytes", product->bytes},
+                   {"cold_us", 1e6 * product->cold_s},
+                   {"cold_bandwidth_fraction", cold},
+                   {"warm_us", 1e6 * product->warm_s},
+                   {"warm_bandwidth_fraction", fraction(*product, product->warm_s)}};
+    }
+    fmt::print("{:>14} {:7.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k),
+               1e6 * r.packed.bytes / bandwidth, text);
+    json["shapes"].push_back(row);
   }
   write_json(line, json);
   return 0;

@@ -1,5 +1,5 @@
-// Times one row times a matrix, packed and dense, with cold caches. A recorded graph holds many
-// products, each with the next copy of the weight.
+// Times a few rows times a matrix, packed and dense. A recorded graph holds many products. Cold:
+// each takes the next copy of the weight.
 #include <algorithm>
 
 #include "tools/bench.h"
@@ -13,7 +13,7 @@ using engine::Tensor;
 
 namespace {
 
-constexpr int64_t kMinProducts = 48;  // in a graph
+constexpr int64_t kMinProducts = 512;  // in a graph: far more time than its launch
 constexpr int64_t kMaxCopies = 4096;
 
 int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
@@ -32,46 +32,72 @@ double measure_products(Backend& backend, int64_t copies,
          static_cast<double>(products);
 }
 
+void time_product(TimedProduct& timed, Backend& backend, int64_t copies, int64_t bytes,
+                  const std::function<void(int64_t copy)>& product) {
+  timed.bytes = static_cast<double>(bytes);
+  timed.cold_s = measure_products(backend, copies, product);
+  timed.warm_s = measure_products(backend, 1, product);
+}
+
+// A stored matrix of random codes, with scales from 1/2 to 15/8.
+PackedWeight random_weight(Backend& backend, const quant::LinearFormat& format) {
+  PackedWeight file{format, {}, {}};
+  const float one = 1;
+  for (const quant::StoredTensor& stored : format.tensors()) {
+    Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
+    const bool scales = stored.part == quant::StoredPart::Scales;
+    if (stored.part != quant::StoredPart::MasterScale) {
+      tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
+                            scales ? 16 : 256, 1)
+                   .view(stored.shape);
+    } else {
+      tensor = backend.empty(stored.shape, DType::F32);
+      backend.upload(tensor, &one);
+    }
+  }
+  return file;
+}
+
+// Rows of 2-bit codes.
+engine::OperandRows random_operand(Backend& backend, int64_t rows, int64_t k, int64_t groups) {
+  engine::OperandRows operand;
+  operand.codes = random_bytes(backend, rows * k, 0, 4, 2).view({rows, k});
+  operand.zeros = random_bytes(backend, rows * groups, 0, 4, 3).view({rows, groups});
+  operand.scales = random_normal(backend, {rows, groups}, backend.real(), 4);
+  return operand;
+}
+
 }  // namespace
 
-GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rotation_bytes) {
+GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t rotation_bytes) {
   const auto [n, k] = shape;
   const quant::LinearFormat format{.n = n, .k = k};
   const int64_t act = engine::size_bytes(backend.act());
+  const int64_t real = engine::size_bytes(backend.real());
   const int64_t packed_bytes = format.bytes(), dense_bytes = n * k * act;
-  const int64_t vectors = (n + k) * act;
+  const int64_t x_bytes = rows * k * act, y_bytes = rows * n * act;
+  const int64_t operand_bytes = rows * (k + format.groups() * (1 + real));
 
   GemvResult result;
-  result.shape = shape;
-  result.packed_bytes = static_cast<double>(packed_bytes + vectors);
-  result.dense_bytes = static_cast<double>(dense_bytes + vectors);
-  const Tensor x = random_activations(backend, {1, k}, 1);
-  const Tensor y = backend.empty({1, n}, backend.act());
+  const Tensor x = random_activations(backend, {rows, k}, 1);
+  const Tensor y = backend.empty({rows, n}, backend.act());
   {
+    const engine::OperandRows operand = random_operand(backend, rows, k, format.groups());
+    const PackedWeight file = random_weight(backend, format);
     const int64_t copies = copies_for(packed_bytes, rotation_bytes);
-    PackedWeight file{format, {}, {}};
-    const float one = 1;
-    for (const quant::StoredTensor& stored : format.tensors()) {
-      Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
-      const bool scales = stored.part == quant::StoredPart::Scales;  // E4M3: 1/2 to 15/8
-      if (stored.part != quant::StoredPart::MasterScale) {
-        tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
-                              scales ? 16 : 256, 1)
-                     .view(stored.shape);
-      } else {
-        tensor = backend.empty(stored.shape, DType::F32);
-        backend.upload(tensor, &one);
-      }
-    }
     std::vector<PackedWeight> weights;
     for (int64_t i = 0; i < copies; ++i) weights.push_back(backend.repack(file));
-    result.packed_s = measure_products(backend, copies, [&](int64_t i) {
-      backend.packed_gemv(y, x, weights[static_cast<size_t>(i)], Tensor());
-    });
+    const auto weight = [&](int64_t i) -> const PackedWeight& {
+      return weights[static_cast<size_t>(i)];
+    };
+    time_product(result.packed, backend, copies, packed_bytes + x_bytes + y_bytes,
+                 [&](int64_t i) { backend.packed_gemv(y, x, weight(i), Tensor()); });
+    time_product(result.quantized, backend, copies, packed_bytes + operand_bytes + y_bytes,
+                 [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
   }
   const int64_t copies = copies_for(dense_bytes, rotation_bytes);
   const Tensor weights = random_activations(backend, {copies * n, k}, 2);
-  result.dense_s = measure_products(backend, copies, [&](int64_t i) {
+  time_product(result.dense, backend, copies, dense_bytes + x_bytes + y_bytes, [&](int64_t i) {
     backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor());
   });
   return result;

@@ -76,8 +76,24 @@ double measure_bandwidth(Backend& backend) {
   return 2.0 * static_cast<double>(bytes) / seconds;
 }
 
+double measure_read_bandwidth(Backend& backend) {
+  const bool gpu = is_gpu(backend);
+  const int64_t bytes =
+      std::min<int64_t>(gpu ? int64_t{4} << 30 : 1 << 28, backend.memory_available_bytes() / 4);
+  const int64_t size = engine::size_bytes(backend.real());
+  const Tensor x = random_normal(backend, {bytes / size}, backend.real(), 1);
+  const Tensor total = backend.empty({1}, backend.real());
+  const auto replay = backend.record([&] { backend.sum(total, x, 1.0, engine::Write::Overwrite); });
+  const double seconds = measure_seconds(backend, Repeats(), [&] { replay->run(); });
+  return static_cast<double>(x.numel() * size) / seconds;
+}
+
 Tensor random_activations(Backend& backend, engine::Shape shape, uint64_t seed) {
-  const Tensor out = backend.empty(std::move(shape), backend.act());
+  return random_normal(backend, std::move(shape), backend.act(), seed);
+}
+
+Tensor random_normal(Backend& backend, engine::Shape shape, DType dtype, uint64_t seed) {
+  const Tensor out = backend.empty(std::move(shape), dtype);
   const Tensor flat = out.view({out.numel()});
   const int64_t drawn = std::min(out.numel(), kStretch);
   engine::Rng rng(seed);

@@ -23,9 +23,14 @@ double measure_seconds(engine::Backend& backend, const Repeats& repeats,
 
 // Bytes per second, read plus written, of a copy far larger than any cache.
 double measure_bandwidth(engine::Backend& backend);
+// Bytes per second of a sum over a tensor far larger than any cache.
+double measure_read_bandwidth(engine::Backend& backend);
 
-// Random normal values in act, repeated after the first 2^20: a GPU's clock depends on its data.
+// Random normal values in act, or in `dtype`, repeated after the first 2^20: a GPU's clock depends
+// on its data.
 engine::Tensor random_activations(engine::Backend& backend, engine::Shape shape, uint64_t seed);
+engine::Tensor random_normal(engine::Backend& backend, engine::Shape shape, engine::DType dtype,
+                             uint64_t seed);
 // U8 (count): random bytes from `first` to `first + choices - 1`.
 engine::Tensor random_bytes(engine::Backend& backend, int64_t count, int first, int choices,
                             uint64_t seed);
