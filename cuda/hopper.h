@@ -211,6 +211,42 @@ __device__ inline void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// --- clusters -----------------------------------------------------------------------------------
+// A cluster's barrier: every thread of every block arrives, and waits before it arrives again. It
+// need not wait before it ends.
+
+__device__ inline int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ inline int cluster_blocks() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+__device__ inline void cluster_arrive() {
+  stress_pause_warp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  stress_pause();
+}
+
+// Writes to the shared memory of another block of the cluster, which has arrived once. `address` is
+// that of the same object in this block.
+__device__ inline void store_to_block(uint32_t address, int rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.f32 [remote], %2;\n"
+      "}" ::"r"(address),
+      "r"(rank), "f"(value)
+      : "memory");
+}
+
 // --- kernels that start early (LaunchShape::early)
 // ------------------------------------------------ Such a kernel runs beside the kernel in front of
 // it in the stream until it waits. Before the wait it may read only what no kernel in flight
@@ -225,6 +261,10 @@ __device__ inline void start_next_kernel() {
 // Waits until the kernel in front has ended and its writes are visible.
 __device__ inline void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ inline void prefetch_to_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 
 __device__ inline uint2 load_past_l1(const uint2* p) {

@@ -229,14 +229,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = SliceOperand<Input, kManyRows>;
   constexpr int kSlotBytes = kTiles * kTileBytes;
-  static_assert(kParts * kTiles * 2 * 32 * 4 <= kSlotBytes, "the sums fit in a slot");
+  static_assert(kParts * kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
+  constexpr bool kCanSplit = kParts == 1;
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  const int slices = static_cast<int>(quant::column_slices(shape.k));
+  const unsigned split = kCanSplit ? cluster_blocks() : 1, rank = kCanSplit ? cluster_rank() : 0;
+  const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
+  const int first_slice = static_cast<int>(rank * all_slices / split) + warp;
+  const int slices = static_cast<int>((rank + 1) * all_slices / split);  // the end of this block's
   const int64_t all_tiles = quant::row_tiles(shape.n);
-  const int64_t first_tile = blockIdx.x * all_tiles / gridDim.x;
-  const int tiles = static_cast<int>((blockIdx.x + 1) * all_tiles / gridDim.x - first_tile);
+  const unsigned share = blockIdx.x / split, shares = gridDim.x / split;
+  const int64_t first_tile = share * all_tiles / shares;
+  const int tiles = static_cast<int>((share + 1) * all_tiles / shares - first_tile);
   unsigned char* const ring = smem + warp * shape.slots * kSlotBytes;
   const int ring_bytes = shape.slots * kSlotBytes;
   // The barrier of the slot at an offset of the ring is at barriers + 8 offset / kSlotBytes.
@@ -245,7 +250,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   // Parts of slices in the order that the warp takes them; the next one to copy.
   int item = 0;
   const auto start_copy = [&](int slot, uint32_t barrier) {
-    const int slice = warp + item / kParts * warps, part = item % kParts;
+    const int slice = first_slice + item / kParts * warps, part = item % kParts;
     if (slice >= slices) return;
     ++item;
     const int bytes = max(min(kTiles, tiles - part * kTiles), 0) * kTileBytes;
@@ -263,16 +268,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     for (int i = 0; i < shape.slots; ++i) start_copy(i * kSlotBytes, barriers + i * 8);
   }
   __syncwarp();
+  if (split > 1) cluster_arrive();
+  if (threadIdx.x == 0) prefetch_to_l2(master_scale);
   start_next_kernel();
   wait_for_previous_kernel();
 
   float sum[kParts][kTiles][2] = {};
   typename Input::Raw raw[Operand::kLoads];
-  Operand::load(raw, x, shape.m, warp, lane);
+  if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
   int slot = 0, parity = 0;
   uint32_t barrier = barriers;
 #pragma unroll 1
-  for (int slice = warp; slice < slices; slice += warps) {
+  for (int slice = first_slice; slice < slices; slice += warps) {
     Operand operand;
     operand.make(raw, lane);
     if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
@@ -294,6 +301,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     }
   }
 
+  const float s = *master_scale;
   float* const own = reinterpret_cast<float*>(ring) + lane;
 #pragma unroll
   for (int i = 0; i < kParts * kTiles; ++i) {
@@ -301,11 +309,28 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     own[i * 64 + 32] = sum[i / kTiles][i % kTiles][1];
   }
   __syncthreads();
-  // Four threads an output row: one each for a sub-group of one row of x, or for a row of x.
-  for (int i = static_cast<int>(threadIdx.x); i < tiles * 64; i += static_cast<int>(blockDim.x)) {
+  // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
+  const auto sum_of_warps = [&](int i) {
     float total = 0.0f;
     for (int w = 0; w < warps; ++w)
-      total += reinterpret_cast<const float*>(smem + w * shape.slots * kSlotBytes)[i];
+      total += reinterpret_cast<const float*>(smem + w * ring_bytes)[i];
+    return total;
+  };
+  // The second block's sums, in the shared memory of the first.
+  float* const second = reinterpret_cast<float*>(smem + warps * (ring_bytes + shape.slots * 8));
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  if (split > 1) {
+    cluster_wait();  // both run
+    if (rank > 0)
+      for (int i = thread; i < tiles * 64; i += threads)
+        store_to_block(shared_address(second + i), 0, sum_of_warps(i));
+    cluster_arrive();
+    if (rank > 0) return;
+    cluster_wait();
+  }
+  for (int i = thread; i < tiles * 64; i += threads) {
+    float total = sum_of_warps(i);
+    if (split > 1) total += second[i];
     if constexpr (!kManyRows) {
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
@@ -313,7 +338,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     const int64_t row = first_tile * kTileRows + i / 4;
     if (row >= shape.n || i % 4 >= shape.m) continue;
     const int64_t out = i % 4 * shape.n + row;
-    total *= *master_scale;
+    total *= s;
     if (addend != nullptr)
       total += __uint_as_float(
           uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(addend + out))} << 16);
@@ -325,18 +350,46 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 #endif
 }
 
+// How a matrix is divided: into `shares` of at most `tiles` row tiles, each taken by a cluster of
+// `split` blocks of `warps` warps.
+struct Division {
+  Division(const TiledView& w, int processors, int split) : split(split) {
+    // One block a multiprocessor, or more where a share would have too many tiles.
+    const int64_t all = quant::row_tiles(w.n);
+    const int64_t clusters = std::max(processors / split, 1);
+    const int64_t rounds = (all + clusters * kMaxTiles - 1) / (clusters * kMaxTiles);
+    shares = std::min(all, clusters * rounds);
+    tiles = (all + shares - 1) / shares;
+    const int64_t slices = (quant::column_slices(w.k) + split - 1) / split;
+    warps = std::min<int64_t>(slices, kMaxWarps);
+    rounds_of_warps = (slices + warps - 1) / warps;
+  }
+  // Instructions of a warp, as counted in machine code; for a split, the time of its barrier.
+  int64_t cost() const { return rounds_of_warps * (100 + 42 * tiles) + (split > 1 ? 70 : 0); }
+
+  int split;
+  int64_t shares, tiles, warps;
+  int64_t rounds_of_warps;  // slices of a warp
+};
+
+Division divide(const TiledView& w, int processors) {
+  const Division whole(w, processors, 1), halves(w, processors, 2);
+  const bool can_split = processors > 1 && quant::column_slices(w.k) > 1 && halves.tiles <= 4;
+  return can_split && halves.cost() < whole.cost() ? halves : whole;
+}
+
 template <bool kManyRows, int kTiles, int kParts, typename Input>
-void launch_blocks(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
-                   const TiledView& w, const bf16* addend, int64_t m, int64_t blocks) {
-  const int64_t slices = quant::column_slices(w.k);
-  const int64_t warps = std::min<int64_t>(slices, kMaxWarps);
-  const int64_t items = (slices + warps - 1) / warps * kParts;
-  const int64_t slot_bytes = warps * (kTiles * kTileBytes + 8);
-  const int64_t slots = std::min(items, at.smem_bytes / slot_bytes);
+void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
+                  const TiledView& w, const bf16* addend, int64_t m, const Division& by) {
+  const int64_t items = by.rounds_of_warps * kParts;
+  const int64_t slot_bytes = by.warps * (kTiles * kTileBytes + 8);
+  const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
+  const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
-         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * warps)),
-          slot_bytes * slots, true},
+         {dim3(static_cast<unsigned>(by.shares * by.split)),
+          dim3(static_cast<unsigned>(32 * by.warps)), slot_bytes * slots + second_bytes, true,
+          static_cast<unsigned>(by.split)},
          packed_gemv_kernel<Input, kManyRows, kTiles, kParts>, y_bf16, y_f32, x, w.tiles,
          w.master_scale, addend, GemvShape{w.n, w.k, static_cast<int>(m), static_cast<int>(slots)});
 }
@@ -344,25 +397,22 @@ void launch_blocks(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input
 template <bool kManyRows, typename Input>
 void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
                  const TiledView& w, const bf16* addend, int64_t m) {
-  // One block a multiprocessor, or more where a block would have too many tiles.
-  const int64_t tiles = quant::row_tiles(w.n), round = at.processors * int64_t{kMaxTiles};
-  const int64_t rounds = (tiles + round - 1) / round;
-  const int64_t blocks = std::min(tiles, at.processors * rounds);
-  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, m, blocks); };
-  switch ((tiles + blocks - 1) / blocks) {
+  const Division by = divide(w, at.processors);
+  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, m, by); };
+  switch (by.tiles) {
     case 1:
-      return run(launch_blocks<kManyRows, 1, 1, Input>);
+      return run(launch_shape<kManyRows, 1, 1, Input>);
     case 2:
-      return run(launch_blocks<kManyRows, 2, 1, Input>);
+      return run(launch_shape<kManyRows, 2, 1, Input>);
     case 3:
-      return run(launch_blocks<kManyRows, 3, 1, Input>);
+      return run(launch_shape<kManyRows, 3, 1, Input>);
     case 4:
-      return run(launch_blocks<kManyRows, 4, 1, Input>);
+      return run(launch_shape<kManyRows, 4, 1, Input>);
     case 5:
     case 6:
-      return run(launch_blocks<kManyRows, 3, 2, Input>);
+      return run(launch_shape<kManyRows, 3, 2, Input>);
     default:
-      return run(launch_blocks<kManyRows, 4, 2, Input>);
+      return run(launch_shape<kManyRows, 4, 2, Input>);
   }
 }
 

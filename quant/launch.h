@@ -29,6 +29,7 @@ struct LaunchShape {
   // The kernel may start while the one in front of it in the stream still runs, and waits for it
   // itself (programmatic dependent launch, compute capability 9.0).
   bool early = false;
+  unsigned cluster = 1;  // blocks, along x
 };
 
 inline bool sync_launches() {
@@ -52,16 +53,23 @@ void launch(cudaStream_t stream, const LaunchShape& shape, void (*kernel)(Params
     BBB_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shape.smem_bytes)));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = shape.early ? 1 : 0;
+  config.attrs = attributes;
+  if (shape.early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster, 1, 1};
+  }
   BBB_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
   if (sync_launches()) BBB_CUDA(cudaStreamSynchronize(stream));
 }
