@@ -39,9 +39,10 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;  // of a block
-constexpr int kMaxTiles = 8;   // row tiles of a block
-constexpr int kTokens = 4;     // rows of x of a launch
+constexpr int kMaxWarps = 16;      // of a block
+constexpr int kMaxSplitTiles = 4;  // where clusters halve K
+constexpr int kMaxTiles = 8;       // row tiles of a block
+constexpr int kTokens = 4;         // rows of x of a launch
 constexpr unsigned kOnes = 0x01010101u;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
@@ -213,6 +214,10 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned ch
   }
 }
 
+// A warp takes the row tiles of a slice in one or two parts, each of which fills a slot.
+constexpr int parts_of(int tiles) { return tiles > 4 ? 2 : 1; }
+constexpr int slot_tiles(int tiles) { return (tiles + parts_of(tiles) - 1) / parts_of(tiles); }
+
 struct GemvShape {
   int64_t n, k;
   int m;      // rows of x
@@ -221,16 +226,18 @@ struct GemvShape {
 
 // Shared memory: `slots` slots for each warp, then their barriers. At the end the first slot of
 // each warp holds its sums, (tiles of the block, 2, 32 lanes).
-template <typename Input, bool kManyRows, int kTiles, int kParts>
+// kTiles: row tiles of a block.
+template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     packed_gemv_kernel(bf16* __restrict__ y_bf16, float* __restrict__ y_f32, Input x,
                        const uint8_t* __restrict__ weight, const float* __restrict__ master_scale,
                        const bf16* __restrict__ addend, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = SliceOperand<Input, kManyRows>;
-  constexpr int kSlotBytes = kTiles * kTileBytes;
-  static_assert(kParts * kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
-  constexpr bool kCanSplit = kParts == 1;
+  constexpr int kParts = parts_of(kTiles), kSlotTiles = slot_tiles(kTiles);
+  constexpr int kSlotBytes = kSlotTiles * kTileBytes;
+  static_assert(kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
+  constexpr bool kCanSplit = kTiles <= kMaxSplitTiles;
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -253,12 +260,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     const int slice = first_slice + item / kParts * warps, part = item % kParts;
     if (slice >= slices) return;
     ++item;
-    const int bytes = max(min(kTiles, tiles - part * kTiles), 0) * kTileBytes;
+    const int bytes = max(min(kSlotTiles, tiles - part * kSlotTiles), 0) * kTileBytes;
     mbarrier_expect(barrier, bytes);
     if (kParts == 1 || bytes > 0)
       copy_bytes(
           shared_address(ring + slot),
-          weight + quant::tile_index(shape.n, slice, first_tile + part * kTiles) * kTileBytes,
+          weight + quant::tile_index(shape.n, slice, first_tile + part * kSlotTiles) * kTileBytes,
           bytes, barrier);
   };
   if (lane == 0) {
@@ -273,7 +280,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   start_next_kernel();
   wait_for_previous_kernel();
 
-  float sum[kParts][kTiles][2] = {};
+  float sum[kTiles][2] = {};
   typename Input::Raw raw[Operand::kLoads];
   if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
   int slot = 0, parity = 0;
@@ -287,8 +294,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     for (int part = 0; part < kParts; ++part) {
       mbarrier_wait(barrier, parity);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-        multiply_tile<Input, kManyRows>(sum[part][i], ring + slot + i * kTileBytes, operand, lane);
+      for (int i = 0; i < kSlotTiles && part * kSlotTiles + i < kTiles; ++i)
+        multiply_tile<Input, kManyRows>(sum[part * kSlotTiles + i], ring + slot + i * kTileBytes,
+                                        operand, lane);
       __syncwarp();
       if (lane == 0) start_copy(slot, barrier);
       slot += kSlotBytes;
@@ -304,9 +312,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const float s = *master_scale;
   float* const own = reinterpret_cast<float*>(ring) + lane;
 #pragma unroll
-  for (int i = 0; i < kParts * kTiles; ++i) {
-    own[i * 64] = sum[i / kTiles][i % kTiles][0];
-    own[i * 64 + 32] = sum[i / kTiles][i % kTiles][1];
+  for (int i = 0; i < kTiles; ++i) {
+    own[i * 64] = sum[i][0];
+    own[i * 64 + 32] = sum[i][1];
   }
   __syncthreads();
   // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
@@ -374,15 +382,16 @@ struct Division {
 
 Division divide(const TiledView& w, int processors) {
   const Division whole(w, processors, 1), halves(w, processors, 2);
-  const bool can_split = processors > 1 && quant::column_slices(w.k) > 1 && halves.tiles <= 4;
+  const bool can_split =
+      processors > 1 && quant::column_slices(w.k) > 1 && halves.tiles <= kMaxSplitTiles;
   return can_split && halves.cost() < whole.cost() ? halves : whole;
 }
 
-template <bool kManyRows, int kTiles, int kParts, typename Input>
+template <bool kManyRows, int kTiles, typename Input>
 void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
                   const TiledView& w, const bf16* addend, int64_t m, const Division& by) {
-  const int64_t items = by.rounds_of_warps * kParts;
-  const int64_t slot_bytes = by.warps * (kTiles * kTileBytes + 8);
+  const int64_t items = by.rounds_of_warps * parts_of(kTiles);
+  const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
   const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
@@ -390,8 +399,8 @@ void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input&
          {dim3(static_cast<unsigned>(by.shares * by.split)),
           dim3(static_cast<unsigned>(32 * by.warps)), slot_bytes * slots + second_bytes, true,
           static_cast<unsigned>(by.split)},
-         packed_gemv_kernel<Input, kManyRows, kTiles, kParts>, y_bf16, y_f32, x, w.tiles,
-         w.master_scale, addend, GemvShape{w.n, w.k, static_cast<int>(m), static_cast<int>(slots)});
+         packed_gemv_kernel<Input, kManyRows, kTiles>, y_bf16, y_f32, x, w.tiles, w.master_scale,
+         addend, GemvShape{w.n, w.k, static_cast<int>(m), static_cast<int>(slots)});
 }
 
 template <bool kManyRows, typename Input>
@@ -399,20 +408,24 @@ void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& 
                  const TiledView& w, const bf16* addend, int64_t m) {
   const Division by = divide(w, at.processors);
   const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, m, by); };
+  static_assert(kMaxTiles == 8);
   switch (by.tiles) {
     case 1:
-      return run(launch_shape<kManyRows, 1, 1, Input>);
+      return run(launch_shape<kManyRows, 1, Input>);
     case 2:
-      return run(launch_shape<kManyRows, 2, 1, Input>);
+      return run(launch_shape<kManyRows, 2, Input>);
     case 3:
-      return run(launch_shape<kManyRows, 3, 1, Input>);
+      return run(launch_shape<kManyRows, 3, Input>);
     case 4:
-      return run(launch_shape<kManyRows, 4, 1, Input>);
+      return run(launch_shape<kManyRows, 4, Input>);
     case 5:
+      return run(launch_shape<kManyRows, 5, Input>);
     case 6:
-      return run(launch_shape<kManyRows, 3, 2, Input>);
+      return run(launch_shape<kManyRows, 6, Input>);
+    case 7:
+      return run(launch_shape<kManyRows, 7, Input>);
     default:
-      return run(launch_shape<kManyRows, 4, 2, Input>);
+      return run(launch_shape<kManyRows, 8, Input>);
   }
 }
 
