@@ -16,7 +16,7 @@ using nlohmann::ordered_json;
 
 namespace {
 
-constexpr int64_t kGpuRotationBytes = 256 << 20;  // several times any L2
+constexpr int64_t kRotationBytes = 256 << 20;  // several times any L2
 constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
                                      {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
                                      {1536, 576},   {576, 1536}};
@@ -144,7 +144,6 @@ int bench_gemv_command(const Arguments& arguments) {
   check_writable(line, "json");
   const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
   const auto backend = line.make_backend();
-  const bool gpu = backend->device() == engine::DeviceType::Cuda;
   const double bandwidth = measure_read_bandwidth(*backend);
   fmt::print("{}: reads {:.0f} GB/s; rows of x: {}; us, and percent of that bandwidth\n",
              backend->device_name(), bandwidth / 1e9, rows);
@@ -153,7 +152,7 @@ int bench_gemv_command(const Arguments& arguments) {
   ordered_json json = {
       {"device", backend->device_name()}, {"read_gb_per_s", bandwidth / 1e9}, {"rows", rows}};
   for (const GemvShape& shape : kGemvShapes) {
-    const GemvResult r = bench_gemv(*backend, shape, rows, gpu ? kGpuRotationBytes : 0);
+    const GemvResult r = bench_gemv(*backend, shape, rows, kRotationBytes);
     const auto fraction = [&](const TimedProduct& p, double seconds) {
       return p.bytes / seconds / bandwidth;
     };
