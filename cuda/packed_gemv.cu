@@ -224,9 +224,9 @@ struct GemvShape {
   int slots;  // of a warp's ring
 };
 
-// Shared memory: `slots` slots for each warp, then their barriers. At the end the first slot of
-// each warp holds its sums, (tiles of the block, 2, 32 lanes).
-// kTiles: row tiles of a block.
+// kTiles: the most row tiles of a block. Shared memory: `slots` slots for each warp, their
+// barriers, and in a cluster the second block's sums (kTiles, 2, 32 lanes). At the end the first
+// slot of each warp holds its sums in the same order.
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     packed_gemv_kernel(bf16* __restrict__ y_bf16, float* __restrict__ y_f32, Input x,
@@ -269,9 +269,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
           bytes, barrier);
   };
   if (lane == 0) {
+#pragma unroll 1
     for (int i = 0; i < shape.slots; ++i) mbarrier_init(barriers + i * 8, 1);
     mbarrier_init_fence();
     async_proxy_fence();
+#pragma unroll 1
     for (int i = 0; i < shape.slots; ++i) start_copy(i * kSlotBytes, barriers + i * 8);
   }
   __syncwarp();
@@ -295,6 +297,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
       mbarrier_wait(barrier, parity);
 #pragma unroll
       for (int i = 0; i < kSlotTiles && part * kSlotTiles + i < kTiles; ++i)
+        // Tiles that the block lacks are computed from whatever is there, and not written.
         multiply_tile<Input, kManyRows>(sum[part * kSlotTiles + i], ring + slot + i * kTileBytes,
                                         operand, lane);
       __syncwarp();
