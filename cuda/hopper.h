@@ -21,6 +21,11 @@
 
 #include "cuda/ptx.h"
 
+// On other architectures the kernels that include this are empty, and what they use is unused.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma nv_diag_suppress 177
+#endif
+
 namespace bbb::cuda {
 
 constexpr int kWarpgroup = 128;  // threads
