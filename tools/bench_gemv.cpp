@@ -13,7 +13,7 @@ using engine::Tensor;
 
 namespace {
 
-constexpr int64_t kMinProducts = 512;  // in a graph: far more time than its launch
+constexpr int64_t kMinProducts = 2048;  // in a graph: far more time than its launch
 constexpr int64_t kMaxCopies = 4096;
 
 int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
