@@ -9,6 +9,10 @@
 
 namespace bbb::quant::host {
 
+// The codes are read this many bytes after their prefetch. So far ahead of the end of a panel's
+// codes are its scales and zeros, and the next panel.
+constexpr int64_t kAhead = 2048;
+
 // kRows rows of activations from row `m`.
 template <typename V, int kRows>
 static void panel_rows(float* y, const SplitRows& x, const PanelView& w, const PanelLayout& layout,
@@ -35,6 +39,7 @@ static void panel_rows(float* y, const SplitRows& x, const PanelView& w, const P
         int64_t k = g * w.grid.group;
         for (int word = 0; word < words; ++word, codes += 4 * kPanelRows) {
           const Ints packed = V::load(codes);
+          __builtin_prefetch(codes + kAhead);
           for (int i = 0; i < 4; ++i, k += 4) {
             const Ints code = V::mask(V::shift_right(packed, 2 * i), 0x03030303);
             for (int r = 0; r < kRows; ++r) {

@@ -14,8 +14,8 @@ namespace host = quant::host;
 
 namespace {
 
-constexpr int64_t kLeastWeights = 1 << 15;  // of one task; less is not worth waking a thread
-constexpr int64_t kTasksPerThread = 4;      // evens out threads of unequal speed
+constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
+constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
 
 host::PanelView panel_view(const PackedWeight& w) {
   return {w.layout.data<uint8_t>(), w[quant::StoredPart::MasterScale].data<float>(), w.format.n,

@@ -59,22 +59,22 @@ void ThreadPool::parallel_for(int64_t n, int64_t grain, const Range& fn) {
   }
   const auto ranges = static_cast<uint64_t>((n - 1) / grain + 1);
   BBB_ASSERT(ranges < kClosed);
-  const uint64_t loop = (ticket_ >> kIndexBits) + 1;
-  ticket_ = loop << kIndexBits | kClosed;
-  fn_ = &fn;
-  n_ = n;
-  grain_ = grain;
-  ranges_ = ranges;
-  done_ = 0;
-  failed_ = false;
+  // A worker that reads one of the new values also sees that its old ticket is gone.
+  constexpr auto kRelease = std::memory_order_release;
+  const uint64_t loop = (ticket_.load(std::memory_order_relaxed) >> kIndexBits) + 1;
+  ticket_.store(loop << kIndexBits | kClosed, kRelease);
+  fn_.store(&fn, kRelease);
+  n_.store(n, kRelease);
+  grain_.store(grain, kRelease);
+  ranges_.store(ranges, kRelease);
+  done_.store(0, kRelease);
+  failed_.store(false, kRelease);
   error_ = nullptr;
   ticket_ = loop << kIndexBits;
-  bool asleep = false;
-  {
-    const std::lock_guard lock(mutex_);
-    asleep = sleeping_ > 0;
+  if (sleeping_ > 0) {
+    const std::lock_guard lock(mutex_);  // a worker does not miss this between test and sleep
+    started_.notify_all();
   }
-  if (asleep) started_.notify_all();
   take_ranges();
   const auto finished = [&] { return done_ == ranges; };
   if (!spin(kSpin, finished)) {
@@ -85,7 +85,11 @@ void ThreadPool::parallel_for(int64_t n, int64_t grain, const Range& fn) {
 }
 
 void ThreadPool::work() {
-  const auto started = [this] { return stop_ || (ticket_ & kClosed) < ranges_; };
+  uint64_t seen = kClosed;
+  const auto started = [&] {
+    const uint64_t ticket = ticket_;
+    return stop_ || (ticket != seen && (ticket & kClosed) != kClosed);
+  };
   for (;;) {
     if (!spin(kSpin, started)) {
       std::unique_lock lock(mutex_);
@@ -94,17 +98,18 @@ void ThreadPool::work() {
       --sleeping_;
     }
     if (stop_) return;
-    take_ranges();
+    seen = take_ranges();
   }
 }
 
-void ThreadPool::take_ranges() {
+uint64_t ThreadPool::take_ranges() {
+  constexpr auto kAcquire = std::memory_order_acquire;
   inside_loop = true;
   uint64_t ticket = ticket_;
   for (;;) {
-    const Range* const fn = fn_;
-    const int64_t n = n_, grain = grain_;
-    const uint64_t ranges = ranges_, index = ticket & kClosed;
+    const Range* const fn = fn_.load(kAcquire);
+    const int64_t n = n_.load(kAcquire), grain = grain_.load(kAcquire);
+    const uint64_t ranges = ranges_.load(kAcquire), index = ticket & kClosed;
     if (index >= ranges) break;
     // Fails if another thread took the range, or if the loop is over.
     if (!ticket_.compare_exchange_weak(ticket, ticket + 1)) continue;
@@ -123,6 +128,7 @@ void ThreadPool::take_ranges() {
     ticket = ticket_;
   }
   inside_loop = false;
+  return ticket;
 }
 
 }  // namespace bbb::engine

@@ -42,28 +42,30 @@ class ThreadPool {
 
  private:
   void work();
-  void take_ranges();
+  uint64_t take_ranges();  // returns a ticket with no range left
 
   static constexpr std::chrono::microseconds kSpin{100};
   // A ticket is a loop's number, above, and the index of its next range, below. kClosed: the loop
   // is being set up.
   static constexpr int kIndexBits = 32;
   static constexpr uint64_t kClosed = (uint64_t{1} << kIndexBits) - 1;
+  static constexpr size_t kLine = 64;  // bytes that a core takes from another's cache at once
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable started_, finished_;
-  int sleeping_ = 0;  // workers that need started_ to wake
-  std::atomic<bool> stop_{false};
+  std::exception_ptr error_;
+  std::atomic<bool> stop_{false}, failed_{false};
+  std::atomic<int> sleeping_{0};  // workers that need started_ to wake
 
+  // Waiting workers read the ticket alone.
+  alignas(kLine) std::atomic<uint64_t> ticket_{kClosed};
   // The current loop. A worker may read these while the next loop is set up: its ticket is then
   // out of date, and it takes no range.
-  std::atomic<uint64_t> ticket_{kClosed};
-  std::atomic<const Range*> fn_{nullptr};
+  alignas(kLine) std::atomic<const Range*> fn_{nullptr};
   std::atomic<int64_t> n_{0}, grain_{1};
-  std::atomic<uint64_t> ranges_{0}, done_{0};
-  std::atomic<bool> failed_{false};
-  std::exception_ptr error_;
+  std::atomic<uint64_t> ranges_{0};
+  alignas(kLine) std::atomic<uint64_t> done_{0};
 };
 
 }  // namespace bbb::engine
