@@ -65,6 +65,11 @@ class Op {
               name_of(backend_.real()), " ", to_string(Shape(dims)), ", got ", describe(t));
   }
 
+  // The dtype to expect of a constant that may be BF16 on every backend.
+  DType bf16_or_act(const Tensor& t) const {
+    return t.dtype() == DType::BF16 ? DType::BF16 : backend_.act();
+  }
+
   // A parameter's gradient: it must be real if the op adds to it.
   void gradient(const char* what, const Tensor& t, Dims dims, Write mode) const {
     is_act_or_real(what, t, dims);
@@ -346,7 +351,7 @@ void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   op.rank("out", out, 2);
   op.rank("table", table, 2);
   op.is("ids", ids, DType::I32, {out.dim(0)});
-  op.is("table", table, act(), {table.dim(0), out.dim(1)});
+  op.is("table", table, op.bf16_or_act(table), {table.dim(0), out.dim(1)});
   op.dtype("out", out, act());
   do_embed(out, ids, table);
 }
@@ -381,7 +386,7 @@ void Backend::gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const T
   op.rank("x", x, 2);
   op.rank("w", w, 2);
   op.dtype("x", x, act());
-  op.is("w", w, act(), {w.dim(0), x.dim(1)});
+  op.is("w", w, op.bf16_or_act(w), {w.dim(0), x.dim(1)});
   op.is_act_or_real("y", y, {x.dim(0), w.dim(0)});
   op.is_or_undefined("alpha", alpha, real(), {1});
   op.is_or_undefined("addend", addend, act(), {x.dim(0), w.dim(0)});

@@ -224,7 +224,7 @@ class Backend {
   virtual void overlap(const std::function<void()>& side, const std::function<void()>& main) = 0;
 
   // --- embedding, rows --------------------------------------------------------------------------
-  // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
+  // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V, D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
   // out = the rows of a batch of count = out.dim(0); `batch` has an order. out's and src's rows
   // have the same dtype and number of elements.
@@ -236,8 +236,8 @@ class Backend {
 
   // --- matrix products --------------------------------------------------------------------------
   // FP32 accumulation (F64 on the F64 reference). alpha: real (1) on the device, undefined means 1.
-  // y = alpha * x w^T (+ addend).   y act or real (M, N); x act (M, K); w act (N, K); addend:
-  // undefined or act (M, N).
+  // y = alpha * x w^T (+ addend).   y act or real (M, N); x act (M, K); w act or BF16 (N, K);
+  // addend: undefined or act (M, N).
   void gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor& alpha,
                const Tensor& addend);
   // dx (+)= alpha * dy w.           dx act or real (M, K); dy act (M, N); w act (N, K).

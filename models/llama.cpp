@@ -272,8 +272,12 @@ Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(
 Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
     : Llama(backend, source.config()) {
   const Shape shape{config_.vocab, config_.d_model};
+  // A packed checkpoint's tables are bf16 (format.md): half of what F32 reads for a token.
+  const bool packed = source.kind() == CheckpointKind::Packed;
   const auto load_table = [&](const char* name) {
-    Tensor table = upload_as(backend_, source.load(name, shape), shape, backend_.act());
+    Tensor table =
+        upload_as(backend_, source.load(name, shape), shape, packed ? DType::BF16 : backend_.act());
+    if (packed) return table;
     if (rounding == HeadRounding::BFloat16 && backend_.act() != DType::BF16) {
       Tensor rounded = backend_.empty(shape, DType::BF16);
       backend_.cast(rounded, table);
@@ -311,8 +315,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
     const int64_t tile_rows = std::min<int64_t>(config.vocab, 256);
     std::vector<float> values(static_cast<size_t>(tile_rows * config.d_model));
     for (float& value : values) value = static_cast<float>(0.02 * rng.normal());
-    const Tensor tile = upload_as(backend, values, {tile_rows, config.d_model}, backend.act());
-    Tensor out = backend.empty({config.vocab, config.d_model}, backend.act());
+    const Tensor tile = upload_as(backend, values, {tile_rows, config.d_model}, DType::BF16);
+    Tensor out = backend.empty({config.vocab, config.d_model}, DType::BF16);
     for (int64_t row = 0; row < config.vocab; row += tile_rows) {
       const int64_t rows = std::min(tile_rows, config.vocab - row);
       backend.copy(out.rows(row, rows), tile.rows(0, rows));

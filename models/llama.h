@@ -130,8 +130,9 @@ class Llama {
   Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }
   std::vector<std::unique_ptr<LlamaBlock>>& blocks() { return blocks_; }
-  const Tensor& embedding() const { return embedding_; }  // act (V, D)
-  const Tensor& head() const { return head_; }            // act (V, D)
+  // act (V, D); BF16 if the source is packed.
+  const Tensor& embedding() const { return embedding_; }
+  const Tensor& head() const { return head_; }
   NormWeight& norm() { return norm_; }
   Tensor inv_freq() const { return inv_freq_; }
 

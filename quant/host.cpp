@@ -144,23 +144,28 @@ void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, co
   }
 }
 
-// Code k of a row of nested bit planes: its top `bits` bits.
-static int nested_code(const PackedView& w, int64_t row, int64_t k) {
-  int code = 0;
-  for (int plane = 0; plane < w.grid.bits; ++plane)
-    code = 2 * code + (w.qweight[(plane * w.n + row) * (w.k / 8) + k / 8] >> (k % 8) & 1);
-  return code;
+void row_codes(uint8_t* codes, const PackedView& w, int64_t row) {
+  if (!w.grid.nested)
+    return unpack_codes(codes, w.qweight + row * code_row_bytes(w.k, w.grid.bits), w.k,
+                        w.grid.bits);
+  for (int64_t k = 0; k < w.k; ++k) {
+    int code = 0;
+    for (int plane = 0; plane < w.grid.bits; ++plane)
+      code = 2 * code + (w.qweight[(plane * w.n + row) * (w.k / 8) + k / 8] >> (k % 8) & 1);
+    codes[k] = static_cast<uint8_t>(code);
+  }
 }
 
 // Twice the integer level of each weight of a row: 2 (q - z).
 static void doubled_levels(int32_t* out, const PackedView& w, int64_t row) {
   const int bits = w.grid.bits, group = w.grid.group;
-  const uint8_t* stream = w.qweight + row * code_row_bytes(w.k, bits);
-  const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, w.grid.nested ? 8 : bits);
+  const int zero_bits = w.grid.nested ? kNestedBits : bits;
+  const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, zero_bits);
+  std::vector<uint8_t> codes(static_cast<size_t>(w.k));
+  row_codes(codes.data(), w, row);
   for (int64_t i = 0; i < w.k; ++i) {
-    const int z = packed_code(zeros, i / group, w.grid.nested ? 8 : bits);
-    out[i] = w.grid.nested ? nested_level_doubled(nested_code(w, row, i), z, bits, w.grid.dequant)
-                           : 2 * (packed_code(stream, i, bits) - z);
+    const int q = codes[static_cast<size_t>(i)], z = packed_code(zeros, i / group, zero_bits);
+    out[i] = w.grid.nested ? nested_level_doubled(q, z, bits, w.grid.dequant) : 2 * (q - z);
   }
 }
 

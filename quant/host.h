@@ -53,6 +53,8 @@ template <typename Real>
 void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
                           Rows rows, int64_t k, WeightGrid spec, bool accumulate);
 
+// The codes of a row, one a byte: of nested codes the bits that the load reads.
+void row_codes(uint8_t* codes, const PackedView& w, int64_t row);
 // wq = (q - z) e of the rows.
 template <typename Real>
 void unpack(Real* wq, const PackedView& w, Rows rows);

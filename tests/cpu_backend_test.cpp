@@ -3,11 +3,13 @@
 //
 // A central difference with step h = 1e-5 has the error h^2 f''' / 6 + eps |f| / h, about 1e-10.
 // The bound 1e-7 leaves room for outputs of a few tens, but none for a wrong formula.
+#include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <thread>
 
 #include "engine/cpu/thread_pool.h"
 #include "engine/cpu/vector_math.h"
@@ -139,6 +141,21 @@ TEST_CASE("the thread pool covers every index once and passes exceptions on") {
   }
   CHECK_THROWS_WITH(
       pool.parallel_for(100, 1, [](int64_t i, int64_t) { BBB_CHECK(i != 50, "fifty"); }), "fifty");
+}
+
+// Late workers meet the next loop while it is set up, and sleep in the longer pauses.
+TEST_CASE("the thread pool ends every loop before the next one begins") {
+  engine::ThreadPool pool(4);
+  engine::Rng rng(17);
+  for (int loop = 0; loop < 20000; ++loop) {
+    const int64_t n = 1 + rng.below(12), grain = 1 + rng.below(3);
+    std::vector<int> seen(static_cast<size_t>(n));  // not atomic: each index has one writer
+    pool.parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) seen[static_cast<size_t>(i)] += loop + 1;
+    });
+    if (std::count(seen.begin(), seen.end(), loop + 1) != n) FAIL("loop " << loop << " of " << n);
+    if (loop % 400 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
 }
 
 TEST_CASE("the vector exponential is the exponential") {

@@ -217,9 +217,11 @@ TEST_CASE("quant_linear: packed products equal the training forward", "[quant_li
       const Var actual = packed.forward(tape, input_of(x), residual);
       CHECK(actual.value().shape() == expected.value().shape());
       // The same products are summed in another order. Near a tie of bf16 the two sums may round
-      // differently, which is one unit in a few outputs.
-      const double tolerance =
-          device.act() == DType::BF16 ? epsilon_of(DType::BF16) / 4 : 16 * epsilon_of(DType::F32);
+      // differently, which is one unit in a few outputs. The packed product on the CPU rounds
+      // activations to 16 bits (numerics.md section 2).
+      const double tolerance = device.act() == DType::BF16       ? epsilon_of(DType::BF16) / 4
+                               : rows <= Backend::kMaxPackedRows ? 1e-4
+                                                                 : 16 * epsilon_of(DType::F32);
       CHECK(relative_error(values_of(device, actual.value()), values_of(device, expected.value())) <
             tolerance);
     }

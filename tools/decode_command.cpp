@@ -137,7 +137,7 @@ int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
 // Bytes that one token reads: the blocks' weights as stored, norms, and the head.
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
-  int64_t bytes = c.vocab * c.d_model * engine::size_bytes(backend.act());
+  int64_t bytes = model.head().bytes();
   for (auto& block : model.blocks()) {
     bytes += 2 * c.d_model * engine::size_bytes(backend.real());
     for (models::QuantLinear* linear : block->linears()) bytes += linear_bytes(*linear, backend);

@@ -177,9 +177,9 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
     return data(t) + b * capacity * ldk + kv * d;
   };
   if (time == 1) {  // decoding: the heads of a group are the rows of one product
-    // Below some thousand scores in total, waking the pool costs more than the work.
+    // For fewer scores in total, the pool costs more than the work.
     const int64_t tasks = batch * kv_heads;
-    const int64_t grain = tasks * (first + 1) * group < 4096 ? tasks : 1;
+    const int64_t grain = tasks * (first + 1) * group < 512 ? tasks : 1;
     parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / kv_heads, kv = task % kv_heads, at = task * group * d;

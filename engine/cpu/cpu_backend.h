@@ -54,9 +54,7 @@ class CpuBackend final : public Backend {
                                            const AttentionSpec&) const override {
     return 0;
   }
-  int64_t repacked_bytes(const quant::LinearFormat& format) const override {
-    return quant::joined_parts(format).bytes;
-  }
+  int64_t repacked_bytes(const quant::LinearFormat& format) const override;
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
@@ -83,6 +81,10 @@ class CpuBackend final : public Backend {
     return total;
   }
 
+  // Activations: rows of T, or a quantized operand's.
+  template <typename Activations>
+  void packed_product(const Tensor& y, const Activations& x, int64_t m, const PackedWeight& w,
+                      const Tensor& addend);
   // The row indices of a batch of `count`, all checked to be rows of src. `op` is for errors.
   static const int32_t* order_of(const char* op, const Rows& batch, int64_t count);
 
@@ -93,6 +95,8 @@ class CpuBackend final : public Backend {
   void do_download(void* dst, const Tensor& src) override;
   BBB_BACKEND_OPS(BBB_OVERRIDE_OP)
 
+  // Packed weights: panels and integer products, or exact loops (packed.cpp).
+  static constexpr bool kPanels = std::is_same_v<T, float>;
   static constexpr int64_t kSumGrain = 32768;
 
   ThreadPool pool_;

@@ -1,6 +1,7 @@
-// out[m] = table[ids[m]]: a copy of rows.
-#include <cstring>
+// out[m] = table[ids[m]]: a copy of rows, widened where the table is bf16.
+#include <algorithm>
 
+#include "engine/bf16.h"
 #include "engine/cpu/cpu_backend.h"
 
 namespace bbb::engine {
@@ -12,8 +13,12 @@ void CpuBackend<T>::do_embed(const Tensor& out, const Tensor& ids, const Tensor&
   for (int64_t m = 0; m < out.dim(0); ++m) {
     BBB_CHECK(id[m] >= 0 && id[m] < vocabulary, "embed: id ", id[m], " is not in [0, ", vocabulary,
               ")");
-    std::memcpy(data(out) + m * width, data(table) + id[m] * width,
-                static_cast<size_t>(width) * sizeof(T));
+    T* const to = data(out) + m * width;
+    if (table.dtype() == DType::BF16)
+      std::transform(table.data<uint16_t>() + id[m] * width,
+                     table.data<uint16_t>() + (id[m] + 1) * width, to, from_bf16);
+    else
+      std::copy_n(data(table) + id[m] * width, width, to);
   }
 }
 

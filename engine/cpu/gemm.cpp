@@ -6,10 +6,14 @@
 //
 // The longer side of the output is cut into strips; each is one single-threaded BLAS call. One row
 // of output (decoding) is a matrix-vector product, bound by reading w once.
+//
+// A bf16 w is read as it is for few rows of x. For more rows a block of it is widened first.
 #include <algorithm>
 
+#include "engine/bf16.h"
 #include "engine/cpu/blas.h"
 #include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/vector_math.h"
 
 namespace bbb::engine {
 namespace {
@@ -32,6 +36,32 @@ T alpha_of(const Tensor& alpha) {
   return alpha.defined() ? *alpha.data<T>() : T{1};
 }
 
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kWidenedRows = 128;  // of w at a time: the block stays in the cache
+
+// Columns [begin, end) of y (m, n) = scale x w^T + beta y, with bf16 w (n, k).
+template <typename T>
+void gemm_nt_bf16(T* y, const T* x, const uint16_t* w, int64_t m, int64_t n, int64_t k, T scale,
+                  T beta, int64_t begin, int64_t end) {
+  if (m <= kFewRows) {
+    for (int64_t j = begin; j < end; ++j)
+      for (int64_t i = 0; i < m; ++i) {
+        const T* a = x + i * k;
+        const uint16_t* b = w + j * k;
+        const T sum = lane_sum<T>(k, [=](int64_t c) { return a[c] * T{from_bf16(b[c])}; });
+        T& out = y[i * n + j];
+        out = beta == T{0} ? scale * sum : scale * sum + beta * out;
+      }
+    return;
+  }
+  std::vector<T> block(static_cast<size_t>(kWidenedRows * k));
+  for (int64_t j = begin; j < end; j += kWidenedRows) {
+    const int64_t rows = std::min(kWidenedRows, end - j);
+    std::transform(w + j * k, w + (j + rows) * k, block.begin(), from_bf16);
+    blas_gemm(CblasNoTrans, CblasTrans, m, rows, k, scale, x, k, block.data(), k, beta, y + j, n);
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -43,7 +73,12 @@ void CpuBackend<T>::do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w
   if (k == 0 && !addend.defined()) do_zero(y);
   if (m == 0 || n == 0 || k == 0) return;
   T* out = data(y);
-  const T *a = data(x), *b = data(w);
+  const T* a = data(x);
+  if (w.dtype() == DType::BF16)
+    return parallel_for(n, strip_length(n, 2 * m * k, threads()), [&](int64_t begin, int64_t end) {
+      gemm_nt_bf16(out, a, w.data<uint16_t>(), m, n, k, scale, beta, begin, end);
+    });
+  const T* b = data(w);
   if (m == 1) {
     parallel_for(n, strip_length(n, 2 * k, threads()), [&](int64_t begin, int64_t end) {
       blas_gemv(end - begin, k, scale, b + begin * k, a, beta, out + begin);

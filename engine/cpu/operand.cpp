@@ -11,11 +11,6 @@ namespace bbb::engine {
 
 namespace host = quant::host;
 
-template <typename T>
-static host::QuantizedRows<T> quantized(const OperandRows& rows) {
-  return {rows.codes.data<uint8_t>(), rows.zeros.data<uint8_t>(), rows.scales.data<T>()};
-}
-
 static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
 
 // Operands of rows that make_row(T* row, int64_t index) computes, one at a time: a scratch of all
@@ -42,7 +37,7 @@ static void operand_of_rows(const OperandRows& out, host::Rows rows, const Opera
 template <typename T>
 void CpuBackend<T>::do_operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec) {
   parallel_for(x.dim(0), row_grain(spec.view.stored_k), [&](int64_t begin, int64_t end) {
-    host::operand(out.x.data<T>(), out.clipped.data<uint8_t>(), quantized<T>(out), x.data<T>(),
+    host::operand(out.x.data<T>(), out.clipped.data<uint8_t>(), quantized_rows<T>(out), x.data<T>(),
                   {begin, end}, spec.view, spec.rounding);
   });
 }
@@ -119,22 +114,11 @@ void CpuBackend<T>::do_channel_moments(const Tensor& moments, const Tensor& x, c
   });
 }
 
-template <typename T>
-void CpuBackend<T>::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
-                                      const Tensor& addend) {
-  const quant::PackedView packed = joined_view(w);
-  parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
-    host::packed_gemv(y.data<T>(), quantized<T>(x), packed, addend.data<T>(), {begin, end},
-                      x.codes.dim(0));
-  });
-}
-
 BBB_CPU_INSTANTIATE(operand);
 BBB_CPU_INSTANTIATE(rms_norm_operand);
 BBB_CPU_INSTANTIATE(swiglu_operand);
 BBB_CPU_INSTANTIATE(operand_backward);
 BBB_CPU_INSTANTIATE(swiglu_operand_backward);
 BBB_CPU_INSTANTIATE(channel_moments);
-BBB_CPU_INSTANTIATE(quantized_gemv);
 
 }  // namespace bbb::engine

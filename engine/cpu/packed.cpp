@@ -1,40 +1,103 @@
-// Products with packed weights (format.md): quant/host.cpp, a range of rows per task.
+// Products with packed weights, a range of rows per task.
+//
+//     CpuBackend<float>   panels of 16 rows, integer products (quant/host_panels.h)
+//     CpuBackend<double>  the file's bytes, exact loops (quant/host.h): the oracle
 #include <algorithm>
 
 #include "engine/cpu/cpu_backend.h"
-#include "quant/host.h"
+#include "engine/cpu/row_ops.h"
+#include "quant/host_panels.h"
 
 namespace bbb::engine {
 
 namespace host = quant::host;
 
+namespace {
+
+constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
+constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
+
+host::PanelView panel_view(const PackedWeight& w) {
+  return {w.layout.data<uint8_t>(), w[quant::StoredPart::MasterScale].data<float>(), w.format.n,
+          w.format.stored_k(), w.format.weight};
+}
+
+// Panels of one task.
+int64_t panel_grain(const host::PanelView& w, int threads) {
+  const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * w.k;
+  return std::max((w.count() + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
+}
+
+int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
+
+}  // namespace
+
+template <typename T>
+int64_t CpuBackend<T>::repacked_bytes(const quant::LinearFormat& format) const {
+  return kPanels ? host::panels_bytes(format.n, format.stored_k(), format.weight)
+                 : quant::joined_parts(format).bytes;
+}
+
 template <typename T>
 void CpuBackend<T>::do_repack(const Tensor& layout, const PackedWeight& file) {
-  join_parts(*this, layout, file);
+  if constexpr (kPanels)
+    parallel_for(panel_view(file).count(), 1, [&](int64_t begin, int64_t end) {
+      host::make_panels(layout.data<uint8_t>(), file.view(), {begin, end});
+    });
+  else
+    join_parts(*this, layout, file);
 }
 
 template <typename T>
 void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
-  const quant::PackedView packed = joined_view(w);
-  parallel_for(packed.n, std::max<int64_t>(1, kElementGrain / packed.k),
-               [&](int64_t begin, int64_t end) {
-                 host::unpack(wq.data<T>(), packed, {begin, end});
-               });
+  if constexpr (kPanels) {
+    const host::PanelView panels = panel_view(w);
+    parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
+      host::unpack_panels(data(wq), panels, {begin, end});
+    });
+  } else {
+    const quant::PackedView packed = joined_view(w);
+    parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
+      host::unpack(data(wq), packed, {begin, end});
+    });
+  }
+}
+
+template <typename T>
+template <typename Activations>
+void CpuBackend<T>::packed_product(const Tensor& y, const Activations& x, int64_t m,
+                                   const PackedWeight& w, const Tensor& addend) {
+  if constexpr (kPanels) {
+    const host::PanelView panels = panel_view(w);
+    const host::SplitRows rows = host::split_rows(x, m, panels.k, panels.grid.group);
+    parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
+      host::panel_gemv(data(y), rows, panels, data(addend), {begin, end}, host::fastest_set());
+    });
+  } else {
+    const quant::PackedView packed = joined_view(w);
+    parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
+      host::packed_gemv(data(y), x, packed, data(addend), {begin, end}, m);
+    });
+  }
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
                                    const Tensor& addend) {
-  const quant::PackedView packed = joined_view(w);
-  const int64_t m = x.dim(0);
-  parallel_for(
-      packed.n, std::max<int64_t>(1, kElementGrain / packed.k), [&](int64_t begin, int64_t end) {
-        host::packed_gemv(y.data<T>(), x.data<T>(), packed, addend.data<T>(), {begin, end}, m);
-      });
+  packed_product(y, static_cast<const T*>(data(x)), x.dim(0), w, addend);
 }
 
+template <typename T>
+void CpuBackend<T>::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
+                                      const Tensor& addend) {
+  packed_product(y, quantized_rows<T>(x), x.codes.dim(0), w, addend);
+}
+
+template int64_t CpuBackend<float>::repacked_bytes(const quant::LinearFormat&) const;
+template int64_t CpuBackend<double>::repacked_bytes(const quant::LinearFormat&) const;
 BBB_CPU_INSTANTIATE(repack);
 BBB_CPU_INSTANTIATE(unpack);
 BBB_CPU_INSTANTIATE(packed_gemv);
+BBB_CPU_INSTANTIATE(quantized_gemv);
 
 }  // namespace bbb::engine

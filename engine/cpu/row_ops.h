@@ -3,7 +3,9 @@
 
 #include <cmath>
 
+#include "engine/backend.h"
 #include "engine/cpu/vector_math.h"
+#include "quant/host.h"
 
 namespace bbb::engine {
 
@@ -14,6 +16,11 @@ T rms_norm_row(T* out, const T* in, const T* weight, int64_t d, T eps) {
   const T r = T{1} / std::sqrt(mean + eps);
   for (int64_t i = 0; i < d; ++i) out[i] = in[i] * r * weight[i];
   return r;
+}
+
+template <typename T>
+quant::host::QuantizedRows<T> quantized_rows(const OperandRows& rows) {
+  return {rows.codes.data<uint8_t>(), rows.zeros.data<uint8_t>(), rows.scales.data<T>()};
 }
 
 template <typename T>

@@ -1,0 +1,269 @@
+#include "quant/host_panels.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "quant/check.h"
+#include "quant/e4m3.h"
+#include "quant/host_panels_kernel.h"
+#include "quant/host_panels_sets.h"
+#include "quant/pack.h"
+
+namespace bbb::quant::host {
+namespace {
+
+constexpr uint8_t kPanelNan = 0xFF;
+constexpr float kLargestInteger = 32639;  // 256 * 127 + 127: both parts fit in 8 bits
+
+// Plain loops over the lanes.
+struct Portable {
+  using Ints = std::array<int32_t, 16>;
+  using Floats = std::array<float, 16>;
+  using Dots = Ints;
+  static constexpr int kLanes = 16;
+
+  template <typename Out, typename Fn>
+  static Out each(const Fn& fn) {
+    Out out;
+    for (size_t i = 0; i < out.size(); ++i) out[i] = fn(i);
+    return out;
+  }
+  // Sums wrap: a partial sum may leave 32 bits, a group's sum does not.
+  static int32_t wrapped(uint32_t x) { return static_cast<int32_t>(x); }
+
+  static Ints load(const uint8_t* from) {
+    Ints out;
+    std::memcpy(out.data(), from, sizeof out);
+    return out;
+  }
+  static Ints splat(int32_t x) {
+    return each<Ints>([=](size_t) { return x; });
+  }
+  static Ints shift_right(const Ints& x, int by) {
+    return each<Ints>([&](size_t i) { return wrapped(uint32_t(x[i]) >> by); });
+  }
+  static Ints shift_left(const Ints& x, int by) {
+    return each<Ints>([&](size_t i) { return wrapped(uint32_t(x[i]) << by); });
+  }
+  static Ints mask(const Ints& x, int32_t bits) {
+    return each<Ints>([&](size_t i) { return x[i] & bits; });
+  }
+  static Ints add(const Ints& a, const Ints& b) {
+    return each<Ints>([&](size_t i) { return wrapped(uint32_t(a[i]) + uint32_t(b[i])); });
+  }
+  static Ints subtract(const Ints& a, const Ints& b) {
+    return each<Ints>([&](size_t i) { return wrapped(uint32_t(a[i]) - uint32_t(b[i])); });
+  }
+  static Ints multiply(const Ints& a, const Ints& b) {
+    return each<Ints>([&](size_t i) { return wrapped(uint32_t(a[i]) * uint32_t(b[i])); });
+  }
+  static Dots no_dots() { return splat(0); }
+  static Dots dot(const Dots& sum, const Ints& codes, const int8_t* x) {
+    return each<Ints>([&](size_t i) {
+      int32_t out = sum[i];
+      for (int j = 0; j < 4; ++j) out += (codes[i] >> (8 * j) & 0xFF) * x[j];
+      return out;
+    });
+  }
+  static Ints total(const Dots& sum) { return sum; }
+  static Ints bytes(const uint8_t* from) {
+    return each<Ints>([=](size_t i) { return int32_t{from[i]}; });
+  }
+  static Ints zeros_of_2_bits(const uint8_t* from, int) {
+    return each<Ints>([=](size_t i) { return from[i / 4] >> (2 * (i % 4)) & 3; });
+  }
+  static Floats scales(const uint8_t* from) {
+    return each<Floats>([=](size_t i) { return e4m3_decode(from[i]) * 0x1p-8f; });
+  }
+  static Floats no_floats() { return {}; }
+  static Floats to_float(const Ints& x) {
+    return each<Floats>([&](size_t i) { return static_cast<float>(x[i]); });
+  }
+  static Floats multiply_add(const Floats& x, const Floats& e, float scale, const Floats& sum) {
+    return each<Floats>([&](size_t i) { return std::fma(x[i], e[i] * scale, sum[i]); });
+  }
+  static void store(float* to, const Floats& x) { std::copy(x.begin(), x.end(), to); }
+};
+
+}  // namespace
+
+PanelLayout::PanelLayout(int64_t k, const WeightGrid& grid)
+    : planes(grid.bits <= 2   ? 1
+             : grid.bits <= 4 ? 2
+                              : 4),
+      zero_bits(grid.bits == 2 && !grid.nested ? 2 : 8),
+      factor(grid.nested ? 2 << (kNestedBits - grid.bits) : 2),
+      offset(grid.nested ? nested_level_doubled(0, 0, grid.bits, grid.dequant) : 0) {
+  const int64_t groups = k / grid.group;
+  scales = planes * k * kPanelRows / 4;
+  zeros = scales + groups * kPanelRows;
+  bytes = (zeros + groups * 2 * zero_bits + 63) / 64 * 64;
+}
+
+int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid) {
+  return (n + kPanelRows - 1) / kPanelRows * PanelLayout(k, grid).bytes;
+}
+
+void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
+  const PanelLayout layout(file.k, file.grid);
+  const int group = file.grid.group, zero_width = file.grid.nested ? kNestedBits : file.grid.bits;
+  const int64_t groups = file.k / group;
+  std::vector<uint8_t> codes(static_cast<size_t>(file.k)), zeros(static_cast<size_t>(groups));
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    uint8_t* const base = out + panel * layout.bytes;
+    std::memset(base, 0, static_cast<size_t>(layout.bytes));
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      const int64_t row = panel * kPanelRows + r;
+      if (row >= file.n) break;
+      row_codes(codes.data(), file, row);
+      unpack_codes(zeros.data(), file.zeros + row * zero_row_bytes(file.k, group, zero_width),
+                   groups, zero_width);
+      for (int64_t k = 0; k < file.k; ++k) {
+        const int64_t words = group / 16, word = k % group / 16, shift = k / 4 % 4 * 2,
+                      byte = k % 4;
+        for (int plane = 0; plane < layout.planes; ++plane)
+          base[((k / group * layout.planes + plane) * words + word) * 4 * kPanelRows + 4 * r +
+               byte] |=
+              static_cast<uint8_t>((codes[static_cast<size_t>(k)] >> (2 * plane) & 3) << shift);
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t e = file.scales[row * groups + g], z = zeros[static_cast<size_t>(g)];
+        base[layout.scales + g * kPanelRows + r] = (e & 0x7F) == kE4m3Nan ? kPanelNan : e;
+        if (layout.zero_bits == 8)
+          base[layout.zeros + g * kPanelRows + r] = z;
+        else
+          base[layout.zeros + (g * kPanelRows + r) / 4] |= static_cast<uint8_t>(z << (2 * (r % 4)));
+      }
+    }
+  }
+}
+
+void unpack_panels(float* wq, const PanelView& w, Rows panels) {
+  const PanelLayout layout(w.k, w.grid);
+  const int group = w.grid.group;
+  const int64_t words = group / 16;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const uint8_t* const base = w.panels + panel * layout.bytes;
+    for (int64_t r = 0; r < kPanelRows && panel * kPanelRows + r < w.n; ++r) {
+      float* out = wq + (panel * kPanelRows + r) * w.k;
+      for (int64_t g = 0; g < w.k / group; ++g, out += group) {
+        const float half = e4m3_decode(base[layout.scales + g * kPanelRows + r]) / 2;
+        const int64_t at = g * kPanelRows + r;
+        const int32_t z = layout.zero_bits == 8 ? base[layout.zeros + at]
+                                                : base[layout.zeros + at / 4] >> (2 * (r % 4)) & 3;
+        for (int64_t word = 0; word < words; ++word) {
+          int32_t codes[16] = {};
+          for (int plane = 0; plane < layout.planes; ++plane) {
+            uint32_t packed;
+            std::memcpy(
+                &packed,
+                base + ((g * layout.planes + plane) * words + word) * 4 * kPanelRows + 4 * r, 4);
+            for (int i = 0; i < 16; ++i)
+              codes[i] |= static_cast<int32_t>(packed >> (i % 4 * 8 + i / 4 * 2) & 3)
+                          << (2 * plane);
+          }
+          for (int i = 0; i < 16; ++i)
+            out[16 * word + i] =
+                static_cast<float>(layout.factor * codes[i] + layout.offset - 2 * z) * half;
+        }
+      }
+    }
+  }
+}
+
+static SplitRows empty_rows(int64_t m, int64_t k, int group) {
+  const int64_t groups = k / group;
+  return {m,
+          k,
+          groups,
+          std::vector<int8_t>(static_cast<size_t>(2 * m * k)),
+          std::vector<int32_t>(static_cast<size_t>(m * groups)),
+          std::vector<float>(static_cast<size_t>(m * groups))};
+}
+
+// Writes both parts of the integers of a group and returns their sum. integer(i) is number i.
+template <typename Integer>
+static int32_t split_group(int8_t* high, int8_t* low, int group, const Integer& integer) {
+  int32_t sum = 0;
+  for (int i = 0; i < group; ++i) {
+    const int32_t a = integer(i);
+    high[i] = static_cast<int8_t>((a + 128) >> 8);
+    low[i] = static_cast<int8_t>(a);
+    sum += 256 * high[i] + low[i];
+  }
+  return sum;
+}
+
+SplitRows split_rows(const float* x, int64_t m, int64_t k, int group) {
+  SplitRows out = empty_rows(m, k, group);
+  for (int64_t g = 0; g < m * out.groups; ++g) {
+    const float* const from = x + g * group;
+    // Of the bits without a sign the largest integer is the largest magnitude, or a NaN.
+    uint32_t most = 0;
+    for (int i = 0; i < group; ++i)
+      most = std::max(most, std::bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu);
+    const float largest = std::bit_cast<float>(most);
+    const float inverse = most == 0 ? 0 : kLargestInteger / largest;
+    out.scales[static_cast<size_t>(g)] = largest / kLargestInteger;
+    int8_t* const high = out.parts.data() + g / out.groups * 2 * k + g % out.groups * group;
+    out.sums[static_cast<size_t>(g)] = split_group(high, high + k, group, [&](int i) {
+      // In 1.5 * 2^23 + a the lowest bits are those of a, rounded to nearest even.
+      return int32_t{
+          static_cast<int16_t>(std::bit_cast<uint32_t>(from[i] * inverse + 12582912.0f))};
+    });
+  }
+  return out;
+}
+
+SplitRows split_rows(const QuantizedRows<float>& x, int64_t m, int64_t k, int group) {
+  SplitRows out = empty_rows(m, k, group);
+  for (int64_t g = 0; g < m * out.groups; ++g) {
+    const uint8_t* const codes = x.codes + g * group;
+    const int zero = x.zeros[g];
+    out.scales[static_cast<size_t>(g)] = x.scales[g];
+    int8_t* const high = out.parts.data() + g / out.groups * 2 * k + g % out.groups * group;
+    out.sums[static_cast<size_t>(g)] =
+        split_group(high, high + k, group, [&](int i) { return int32_t{codes[i]} - zero; });
+  }
+  return out;
+}
+
+bool runs(VectorSet set) {
+#if defined(__x86_64__)
+  if (set == VectorSet::Avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  if (set == VectorSet::Avx512Vnni)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+  return set == VectorSet::Portable;
+}
+
+VectorSet fastest_set() {
+  static const VectorSet fastest = runs(VectorSet::Avx512Vnni) ? VectorSet::Avx512Vnni
+                                   : runs(VectorSet::Avx2)     ? VectorSet::Avx2
+                                                               : VectorSet::Portable;
+  return fastest;
+}
+
+void panel_gemv(float* y, const SplitRows& x, const PanelView& w, const float* addend, Rows panels,
+                VectorSet set) {
+  switch (set) {
+    case VectorSet::Portable:
+      return panel_gemv_on<Portable>(y, x, w, addend, panels);
+#if defined(__x86_64__)
+    case VectorSet::Avx2:
+      return panel_gemv_avx2(y, x, w, addend, panels);
+    case VectorSet::Avx512Vnni:
+      return panel_gemv_avx512(y, x, w, addend, panels);
+#endif
+    default:
+      BBB_ASSERT(!"a vector set of this CPU");
+  }
+}
+
+}  // namespace bbb::quant::host

@@ -1,0 +1,83 @@
+// Products of few rows with packed weights on a CPU, from 2-bit codes and 8-bit activations.
+//
+// A panel is 16 rows of W; rows beyond N hold zeros. In memory, a panel after another:
+//
+//     codes   for each group and plane, G/16 vectors of 64 bytes; 32-bit word r is row r's
+//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN
+//     zeros   for each group, 16 zero points of 2 bits (plain 2-bit codes) or of 8
+//
+// A plane holds two bits of every code, lowest first: 1 plane for 2 bits, 2 for 3 or 4, 4 for 8. In
+// word w of a group, bits 2 i of byte j belong to position 16 w + 4 i + j. So a shift and a mask
+// make 4 codes of 16 rows, each a byte. Plain 2-bit codes take as many bytes as in the file.
+//
+// An activation is a 16-bit integer A times its group's scale, split into two 8-bit integers:
+//
+//     A = 256 high + low,  x = A scale:   scale = max|x| / 32639, A = round(x / scale), error at
+//                                         most scale / 2: 2e-5 of RMS(x) for normal values
+//     quantized operands:                 A = code - zero, exact
+//
+// With the doubled level of a weight, L = f q + c - 2 z (f = 2, c = 0; nested codes: spec.h), a
+// group's sum is the exact integer
+//
+//     D[g] = f (256 sum q high + sum q low) + (c - 2 z) sum A,   |D| < 2^31 for every grid
+//     y = S sum_g D[g] (e[g] / 2 * scale[g])                     in FP32, groups in order
+//
+// All instruction sets give the same bits. One pass over the packed bytes; per 16 weights two
+// products of 4 bytes each and one shift and mask.
+#pragma once
+
+#include <vector>
+
+#include "quant/host.h"
+
+namespace bbb::quant::host {
+
+inline constexpr int64_t kPanelRows = 16;
+
+// The sizes in a panel of rows of K' codes.
+struct PanelLayout {
+  PanelLayout(int64_t k, const WeightGrid& grid);
+
+  int planes;
+  int zero_bits;                 // 2 or 8
+  int64_t scales, zeros, bytes;  // offsets and size of a panel, a multiple of 64
+  int32_t factor, offset;        // f and c
+};
+
+// A repacked linear.
+struct PanelView {
+  const uint8_t* panels;
+  const float* master_scale;
+  int64_t n;
+  int64_t k;  // stored positions
+  WeightGrid grid;
+
+  int64_t count() const { return (n + kPanelRows - 1) / kPanelRows; }
+};
+
+int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid);
+// Of panels [begin, end), as all below.
+void make_panels(uint8_t* out, const PackedView& file, Rows panels);
+// wq = (q - z) e of their rows.
+void unpack_panels(float* wq, const PanelView& w, Rows panels);
+
+// Rows of activations as integers.
+struct SplitRows {
+  int64_t m, k, groups;
+  std::vector<int8_t> parts;  // (M, 2, K): high, low
+  std::vector<int32_t> sums;  // (M, K/G): of A
+  std::vector<float> scales;  // (M, K/G)
+};
+SplitRows split_rows(const float* x, int64_t m, int64_t k, int group);
+SplitRows split_rows(const QuantizedRows<float>& x, int64_t m, int64_t k, int group);
+
+enum class VectorSet { Portable, Avx2, Avx512Vnni };
+bool runs(VectorSet set);  // on this CPU
+VectorSet fastest_set();
+
+// y[m, n] = S sum_k x[m, k] wq[n, k] (+ addend[m, n]) for the rows n of the panels. y, addend (M,
+// N); addend may be null. A NaN or infinity in x makes its row of y NaN or infinite.
+void panel_gemv(float* y, const SplitRows& x, const PanelView& w, const float* addend, Rows panels,
+                VectorSet set);
+
+}  // namespace bbb::quant::host
