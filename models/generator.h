@@ -23,6 +23,8 @@ class Generator {
  public:
   // Every sequence has `capacity_tokens` positions. `model` must outlive the Generator.
   Generator(Llama& model, int64_t batch, int64_t capacity_tokens, const engine::SampleSpec& spec);
+  Generator(const Generator&) = delete;
+  Generator& operator=(const Generator&) = delete;
 
   // Makes `tokens` the content of sequence b and returns the token after them. Keys and values of a
   // prefix that the sequence holds already are kept. The draws depend on `seed` and the tokens'

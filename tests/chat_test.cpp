@@ -43,17 +43,21 @@ struct ChatModel {
   }
 };
 
-// Runs `work` with stdout in a file and returns what it wrote.
+// Runs `work` with stdout in a file and returns what it wrote. stderr is dropped.
 std::string stdout_of(const std::function<void()>& work) {
-  std::FILE* file = std::tmpfile();
-  REQUIRE(file != nullptr);
+  std::FILE *file = std::tmpfile(), *dropped = std::fopen("/dev/null", "w");
+  REQUIRE((file != nullptr && dropped != nullptr));
   std::fflush(stdout);
-  const int saved = dup(STDOUT_FILENO);
+  const int out = dup(STDOUT_FILENO), error = dup(STDERR_FILENO);
   dup2(fileno(file), STDOUT_FILENO);
+  dup2(fileno(dropped), STDERR_FILENO);
   const auto restore = [&] {
     std::fflush(stdout);
-    dup2(saved, STDOUT_FILENO);
-    close(saved);
+    dup2(out, STDOUT_FILENO);
+    dup2(error, STDERR_FILENO);
+    close(out);
+    close(error);
+    std::fclose(dropped);
   };
   try {
     work();
@@ -63,6 +67,7 @@ std::string stdout_of(const std::function<void()>& work) {
     throw;
   }
   restore();
+  std::fseek(file, 0, SEEK_END);
   std::string text(static_cast<size_t>(std::ftell(file)), '\0');
   std::rewind(file);
   CHECK(std::fread(text.data(), 1, text.size(), file) == text.size());
@@ -83,7 +88,9 @@ json decode(const ChatModel& model, tools::Arguments arguments) {
        {std::string("--model"), model.directory.path(), std::string("--device"), std::string("cpu"),
         std::string("--max-tokens"), std::string("6"), std::string("--json"), path})
     arguments.push_back(one);
-  stdout_of([&] { REQUIRE(tools::decode_command(arguments) == 0); });
+  int code = -1;
+  stdout_of([&] { code = tools::decode_command(arguments); });
+  REQUIRE(code == 0);
   return json::parse(data::read_file(path));
 }
 

@@ -77,7 +77,8 @@ TEST_CASE("generator: greedy tokens are the largest logits of one forward", "[ge
   const Ids prompt = random_tokens(3, 9, 53);
   const int64_t count = 12;
   Ids all = prompt;
-  for (const int32_t id : generate(*fixture.model, {prompt}, {0}, count, {})[0]) all.push_back(id);
+  const Ids chosen = generate(*fixture.model, {prompt}, {0}, count, {})[0];
+  all.insert(all.end(), chosen.begin(), chosen.end());
   const std::vector<double> logits = logits_of(*fixture.model, all);
   double spread = 0;
   for (const double x : logits) spread = std::max(spread, std::abs(x));
