@@ -23,7 +23,7 @@ using engine::kLastSampleKey;
 using Sum64 = unsigned long long;  // as atomicAdd takes it
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = 16;
+constexpr int kPerThread = 8;
 constexpr int kSegment = kThreads * kPerThread;
 
 // Level l of the search counts keys by key >> shift_of(l).
@@ -72,11 +72,31 @@ struct SampleArgs {
   double top_p;
 };
 
+// The logits of kCount tokens from `first` on, `step` apart, after the penalty; 0 past the
+// vocabulary. All loads are issued before the first one is used.
+template <int kCount>
+__device__ void load_logits(float (&x)[kCount], const SampleArgs& args, int row, int64_t first,
+                            int step) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t token = first + i * step;
+    x[i] = token < args.vocab ? args.logits[row * args.vocab + token] : 0.0f;
+  }
+  if (args.penalty == 1.0f) return;
+  unsigned bits[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t token = first + i * step;
+    bits[i] = token < args.vocab ? args.seen[row * args.seen_bytes + token / 8] >> token % 8 : 0u;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (bits[i] & 1) x[i] = engine::penalized(x[i], args.penalty);
+}
 __device__ float logit_of(const SampleArgs& args, int row, int64_t token) {
-  const float logit = args.logits[row * args.vocab + token];
-  if (args.penalty == 1.0f) return logit;
-  const uint8_t bits = args.seen[row * args.seen_bytes + token / 8];
-  return bits >> token % 8 & 1 ? engine::penalized(logit, args.penalty) : logit;
+  float x[1];
+  load_logits(x, args, row, token, 1);
+  return x[0];
 }
 
 // A token's rank as an integer: larger logits first, then lower ids. A logit that is NaN or
@@ -146,18 +166,16 @@ __device__ Sum64 best_of_row(const SampleArgs& args, int row) {
   return block_max(best);
 }
 
-__device__ float relative_probability(const SampleArgs& args, int row, int64_t token, float most) {
-  return engine::relative_probability(logit_of(args, row, token) - most, args.temperature);
-}
-
-// Calls each(token) for this thread's tokens of the block's segment.
+// Calls each(token, logit) for this thread's tokens of a segment.
 template <typename Each>
-__device__ void for_segment(const SampleArgs& args, int segment, const Each& each) {
+__device__ void for_segment(const SampleArgs& args, int row, int segment, const Each& each) {
   const int64_t first = int64_t{segment} * kSegment + threadIdx.x;
-#pragma unroll 4
+  float x[kPerThread];
+  load_logits(x, args, row, first, kThreads);
+#pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int64_t token = first + i * kThreads;
-    if (token < args.vocab) each(token);
+    if (token < args.vocab) each(token, x[i]);
   }
 }
 
@@ -168,8 +186,8 @@ __global__ void sample_best_kernel(const SampleArgs args) {
     for (int i = segment * kThreads + threadIdx.x; i < kBins; i += args.segments * kThreads)
       args.bins[int64_t{row} * kBins + i] = 0;
   Sum64 best = 0;
-  for_segment(args, segment,
-              [&](int64_t token) { best = max(best, ranked(logit_of(args, row, token), token)); });
+  for_segment(args, row, segment,
+              [&](int64_t token, float logit) { best = max(best, ranked(logit, token)); });
   best = block_max(best);
   if (threadIdx.x == 0) args.best[blockIdx.x] = best;
 }
@@ -242,8 +260,8 @@ __global__ void sample_histogram_kernel(const SampleArgs args) {
   const Cut cut = cut_before(args, row, segment, kLevel);
   __syncthreads();
   const float most = logit_of(best);
-  for_segment(args, segment, [&](int64_t token) {
-    const float e = relative_probability(args, row, token, most);
+  for_segment(args, row, segment, [&](int64_t, float logit) {
+    const float e = engine::relative_probability(logit - most, args.temperature);
     const unsigned key = engine::sample_key(e);
     if (key > kLastSampleKey) return;
     unsigned bin = key >> shift_of(kLevel);
@@ -277,8 +295,8 @@ __global__ void sample_sums_kernel(const SampleArgs args) {
       args.top_p < 1 ? cut_before(args, row, segment, kLevels).prefix : kLastSampleKey;
   const float most = logit_of(best);
   Sums own{}, total;
-  for_segment(args, segment, [&](int64_t token) {
-    add(own, sums_of(relative_probability(args, row, token, most), last_key));
+  for_segment(args, row, segment, [&](int64_t, float logit) {
+    add(own, sums_of(engine::relative_probability(logit - most, args.temperature), last_key));
   });
   sums_before(own, &total);
   if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
@@ -311,7 +329,10 @@ __device__ int32_t drawn_token(const SampleArgs& args, int row, float most) {
   const int64_t first = int64_t{segment.item} * kSegment;
   const Crossing token = find_crossing(
       static_cast<int>(min(int64_t{kSegment}, args.vocab - first)),
-      [&](int i) { return sums_of(relative_probability(args, row, first + i, most), last_key); },
+      [&](int i) {
+        const float below = logit_of(args, row, first + i) - most;
+        return sums_of(engine::relative_probability(below, args.temperature), last_key);
+      },
       [&](Sums sums, const Sums&) {
         add(sums, segment.before);
         return weight_of(sums) > drawn;

@@ -267,13 +267,14 @@ TEST_CASE("attention over a cache equals attention, token by token and in pieces
     };
     const Tensor k_cache = cache(), v_cache = cache();
     for (int64_t t = 0, n = 70; t < kTime; t += n, n = 1) {
-      const Tensor start = make_ids(b, {1}, {static_cast<int32_t>(t)});
+      const Tensor start =
+          make_ids(b, {kBatch}, std::vector<int32_t>(kBatch, static_cast<int32_t>(t)));
       const Tensor o = empty64({kBatch, n, kHeads, kDim});
       b.append_kv(k_cache, v_cache, cut(k, t, n), cut(v, t, n), start);
       b.attention_cached(o, cut(q, t, n), k_cache, v_cache, start, spec);
       CHECK(relative_error(values_of(b, o), values_of(b, cut(whole, t, n))) < 1e-14);
     }
-    const Tensor full = make_ids(b, {1}, {kCapacity});
+    const Tensor full = make_ids(b, {kBatch}, {0, kCapacity});
     CHECK_THROWS_WITH(b.append_kv(k_cache, v_cache, cut(k, 0, 1), cut(v, 0, 1), full),
                       "positions 100 to 100 of a key-value cache of 100");
   }
