@@ -72,7 +72,7 @@ struct ForwardArgs {
   const __nv_bfloat16* q;  // (B, T, H, d)
   const __nv_bfloat16* k;  // (B, Tmax, K, d)
   const __nv_bfloat16* v;  // (B, Tmax, K, d)
-  const int* start;        // position of query 0, on the device; null: 0
+  const int* start;        // (B): position of query 0, on the device; null: 0
   int batch, t, t_max, heads, kv_heads, d;
   int window;  // window_of()
 };
@@ -104,7 +104,7 @@ int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms);
 void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
                                void* scratch);
 
-// Query t sees keys max(0, start + t - window + 1) .. start + t.
+// Query t of sequence b sees keys max(0, start[b] + t - window + 1) .. start[b] + t.
 void attention_forward(cudaStream_t stream, const ForwardArgs& args);
 
 constexpr int kChunk = 8;  // bf16 values in 16 bytes, the unit of a copy

@@ -1,7 +1,7 @@
 // Attention against a cache of keys and values, and appending to it.
 //
-// Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 on the device. Nothing on the host
-// depends on start, so a captured graph serves every position.
+// Shapes: q, o (B, T, H, d); caches (B, Tmax, K, d); start I32 (B) on the device. Nothing on the
+// host depends on start, so a captured graph serves every position.
 // Several queries (prefill): the forward kernel, with its queries at start. One query (decode): the
 // cache is cut into splits of 128 keys, or 64 where d is over 128, as many as Tmax holds; blocks
 // outside the visible keys return at once. A block takes one split for up to 16 query heads of one
@@ -40,9 +40,10 @@ __device__ inline bool in_cache(int start, int t, int t_max) {
   return start >= 0 && start <= t_max - t;
 }
 
-__global__ void check_positions_kernel(CacheFault* fault, const int* __restrict__ start, int t,
-                                       int t_max) {
-  if (!in_cache(*start, t, t_max)) *fault = {*start, t, t_max};
+__global__ void check_positions_kernel(CacheFault* fault, const int* __restrict__ start, int batch,
+                                       int t, int t_max) {
+  const int b = blockIdx.x * blockDim.x + threadIdx.x;
+  if (b < batch && !in_cache(start[b], t, t_max)) *fault = {start[b], t, t_max};
 }
 
 template <int D>
@@ -60,15 +61,16 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   const int g = lane / 4;
   const int pair = lane % 4 * 2;
   const int split = blockIdx.x;
-  if (!in_cache(*args.start, 1, args.t_max)) {
-    if (split == 0 && threadIdx.x == 0) *args.fault = {*args.start, 1, args.t_max};
+  const int b = blockIdx.z;
+  const int start = args.start[b];
+  if (!in_cache(start, 1, args.t_max)) {
+    if (split == 0 && threadIdx.x == 0) *args.fault = {start, 1, args.t_max};
     return;
   }
-  const int length = *args.start + 1;
+  const int length = start + 1;
   const int first_key = max(0, length - args.window);
   if (split * kSplitKeys >= length || (split + 1) * kSplitKeys <= first_key) return;
 
-  const int b = blockIdx.z;
   const int group = args.heads / args.kv_heads;
   const int row_blocks = (group + kQueryRows - 1) / kQueryRows;
   const int kv_head = blockIdx.y / row_blocks;
@@ -198,14 +200,15 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
 // o = sum over splits of weight * o / sum over splits of weight * sum.   block (d, kGroups)
 template <int kGroups, int kSplitKeys>
 __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs args) {
-  if (!in_cache(*args.start, 1, args.t_max)) return;
+  const int64_t head = blockIdx.x;  // (b, h)
+  const int start = args.start[head / args.heads];
+  if (!in_cache(start, 1, args.t_max)) return;
   const int d = args.d;
   float* group_o = reinterpret_cast<float*>(dynamic_smem());              // (groups, d)
   float2* group_stat = reinterpret_cast<float2*>(group_o + kGroups * d);  // (groups)
-  const int64_t head = blockIdx.x;                                        // (b, h)
   const int column = threadIdx.x;
   const int group = threadIdx.y;
-  const int length = *args.start + 1;
+  const int length = start + 1;
   const int first = max(0, length - args.window) / kSplitKeys;
   const int end = (length - 1) / kSplitKeys + 1;
   const float scale_log2 = score_scale(d) * kLog2E;
@@ -245,13 +248,14 @@ __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict_
                                  int64_t count, int row_chunks, int t, int t_max) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= count) return;
-  if (!in_cache(*start, t, t_max)) {
-    if (i == 0) *fault = {*start, t, t_max};
+  const int64_t row = i / row_chunks;
+  const int64_t b = row / t;
+  const int first = start[b];
+  if (!in_cache(first, t, t_max)) {
+    if (i % row_chunks == 0 && row % t == 0) *fault = {first, t, t_max};
     return;
   }
-  const int64_t row = i / row_chunks;
-  const int64_t position = *start + row % t;
-  const int64_t to = (row / t * t_max + position) * row_chunks + i % row_chunks;
+  const int64_t to = (b * t_max + first + row % t) * row_chunks + i % row_chunks;
   k_cache[to] = k[i];
   v_cache[to] = v[i];
 }
@@ -288,8 +292,8 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
   const int d = checked_int(q.dim(3)), window = window_of(spec.window);
   BBB_ASSERT(aligned(o, q, k_cache, v_cache));
   if (t > 1) {
-    launch(stream_, {1, 1}, check_positions_kernel, cache_fault_.get(), start.data<int32_t>(), t,
-           t_max);
+    launch(stream_, {blocks_for(batch, 128, 1), 128}, check_positions_kernel, cache_fault_.get(),
+           start.data<int32_t>(), batch, t, t_max);
     attention_forward(stream_,
                       {bf16_of(o), nullptr, bf16_of(q), bf16_of(k_cache), bf16_of(v_cache),
                        start.data<int32_t>(), batch, t, t_max, heads, kv_heads, d, window});

@@ -167,6 +167,8 @@ CudaBackend::CudaBackend(int device) {
   void* fault = nullptr;
   BBB_CUDA(cudaMallocHost(&fault, sizeof(CacheFault)));
   cache_fault_.reset(new (fault) CacheFault{});
+  BBB_CUDA(cudaMallocHost(&fault, sizeof(LogitFault)));
+  logit_fault_.reset(new (fault) LogitFault{});
 }
 
 // Members are destroyed in reverse order, the stream last.
@@ -214,6 +216,8 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
       return input_scale_gradient_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::ChannelMoments:
       return channel_moments_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::Sample:
+      return sample_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::AttentionCached:
       return shape[1] > 1 ? 0
                           : attention_cached_scratch_bytes(shape[0], shape[2], shape[3], shape[4]);
@@ -228,8 +232,11 @@ void CudaBackend::synchronize() {
 
 void CudaBackend::check_faults() {
   const CacheFault fault = std::exchange(*cache_fault_, CacheFault{});
+  const LogitFault logit = std::exchange(*logit_fault_, LogitFault{});
   BBB_CHECK(fault.t == 0, "positions ", fault.start, " to ", int64_t{fault.start} + fault.t - 1,
             " of a key-value cache of ", fault.capacity);
+  BBB_CHECK(!logit.found, "the logit of token ", logit.token, " is ", logit.logit,
+            ": no next token can be chosen");
 }
 
 std::string CudaBackend::gemm_library() const {

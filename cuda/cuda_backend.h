@@ -40,6 +40,8 @@ using engine::Replay;
 using engine::Rotation;
 using engine::Rounding;
 using engine::Rows;
+using engine::SampleRows;
+using engine::SampleSpec;
 using engine::Schedule;
 using engine::Shape;
 using engine::Tensor;
@@ -56,6 +58,13 @@ bool is_capturing(cudaStream_t stream);                 // a step is being recor
 // Positions start .. start + t - 1 lie outside of a key-value cache of `capacity`. t 0: no fault.
 struct CacheFault {
   int start, t, capacity;
+};
+
+// A logit from which no token can be chosen.
+struct LogitFault {
+  bool found;
+  int token;
+  float logit;
 };
 
 class GemmPlanner;  // cuda/gemm.h
@@ -110,7 +119,9 @@ class CudaBackend final : public engine::Backend {
   std::weak_ptr<RecordingPools> recordings_;  // contain pool_ while recording; held by the Replays
   std::unique_ptr<GemmPlanner> gemm_;
   std::unique_ptr<engine::Transfers> transfers_;
-  Handle<CacheFault*, cudaFreeHost> cache_fault_;  // page-locked: kernels write it
+  // Page-locked: kernels write them.
+  Handle<CacheFault*, cudaFreeHost> cache_fault_;
+  Handle<LogitFault*, cudaFreeHost> logit_fault_;
 };
 
 // Scratch of ops by their shapes (engine::ScratchOp), each defined with its kernels.
@@ -118,6 +129,7 @@ int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
 int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
+int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
 // Calls fn with the data pointer of a tensor whose dtype is act or real.

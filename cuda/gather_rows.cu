@@ -31,7 +31,10 @@ __global__ void gather_rows_kernel(Unit* __restrict__ out, const Unit* __restric
   }
 }
 
-__global__ void advance_kernel(int32_t* cursor) { cursor[0] += 1; }
+__global__ void advance_kernel(int32_t* cursor, int64_t count) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < count) cursor[i] += 1;
+}
 
 __global__ void log_control_kernel(float* __restrict__ log, const float* __restrict__ control,
                                    const int32_t* __restrict__ cursor, int64_t rows) {
@@ -65,7 +68,8 @@ void CudaBackend::do_gather_rows(const Tensor& out, const Rows& batch) {
 }
 
 void CudaBackend::do_advance(const Tensor& cursor) {
-  launch(stream_, {dim3(1), dim3(1)}, advance_kernel, cursor.data<int32_t>());
+  launch(stream_, {blocks_for(cursor.numel(), kThreads, 1), dim3(kThreads)}, advance_kernel,
+         cursor.data<int32_t>(), cursor.numel());
 }
 
 void CudaBackend::do_log_control(const Tensor& log, const Tensor& control, const Tensor& cursor) {

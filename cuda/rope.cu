@@ -1,7 +1,7 @@
 // Rotary positions, halves layout, in place: for the pair (a, b) = (x[i], x[i + d/2]) of a head at
-// position p = start + t, with angle p inv_freq[i],
+// position p = start[b] + t, with angle p inv_freq[i],
 //     a' = a cos - b sin,   b' = b cos + a sin        (backward: the same with -sin).
-// x bf16 (B, T, H, d); inv_freq F32 (d/2); start I32 (1) or nullptr for 0.
+// x bf16 (B, T, H, d); inv_freq F32 (d/2); start I32 (B) or nullptr for 0.
 //
 // A block takes kTokens tokens. Its threads first write the rotation of each (token, i) to shared
 // memory, then walk the pairs of all heads, up to eight neighbouring pairs a thread and step.
@@ -24,10 +24,10 @@ __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_
   extern __shared__ float2 rotations[];  // (kTokens, d/2)
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int64_t count = min(kTokens, tokens - first);
-  const int64_t begin = start == nullptr ? 0 : start[0];
   for (int64_t j = threadIdx.x; j < count * half; j += kThreads) {
-    const int64_t position = begin + (first + j / half) % t_count;
-    rotations[j] = rotation(position, inv_freq[j % half], sign);
+    const int64_t token = first + j / half;
+    const int64_t begin = start == nullptr ? 0 : start[token / t_count];
+    rotations[j] = rotation(begin + token % t_count, inv_freq[j % half], sign);
   }
   __syncthreads();
 

@@ -365,7 +365,8 @@ void Backend::gather_rows(const Tensor& out, const Rows& batch) {
 
 void Backend::advance(const Tensor& cursor) {
   const Op op(*this, "advance");
-  op.is("cursor", cursor, DType::I32, {1});
+  op.rank("cursor", cursor, 1);
+  op.dtype("cursor", cursor, DType::I32);
   do_advance(cursor);
 }
 
@@ -551,7 +552,7 @@ void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
   op.rank("x", x, 4);
   op.dtype("x", x, act());
   op.pairs(x, inv_freq);
-  op.is_or_undefined("start", start, DType::I32, {1});
+  op.is_or_undefined("start", start, DType::I32, {x.dim(0)});
   do_rope(x, inv_freq, start, direction);
 }
 
@@ -602,7 +603,7 @@ void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tens
   op.rank("k_cache", k_cache, 4);
   op.is("k_cache", k_cache, act(), {k.dim(0), k_cache.dim(1), k.dim(2), k.dim(3)});
   op.like("v_cache", v_cache, act(), k_cache.shape());
-  op.is("start", start, DType::I32, {1});
+  op.is("start", start, DType::I32, {k.dim(0)});
   do_append_kv(k_cache, v_cache, k, v, start);
 }
 
@@ -612,10 +613,39 @@ void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k
   const Op op(*this, "attention_cached");
   op.heads(q, k_cache, v_cache, spec);
   op.like("o", o, act(), q.shape());
-  op.is("start", start, DType::I32, {1});
+  op.is("start", start, DType::I32, {q.dim(0)});
   const Shape sizes{q.dim(0), q.dim(1), q.dim(2), q.dim(3), k_cache.dim(1)};
   do_attention_cached(o, q, k_cache, v_cache, start, spec,
                       make_scratch(ScratchOp::AttentionCached, sizes));
+}
+
+// Sampling.
+
+void Backend::sample(const Tensor& ids, const Tensor& logits, const SampleRows& rows,
+                     const SampleSpec& spec) {
+  const Op op(*this, "sample");
+  op.rank("logits", logits, 2);
+  const int64_t m = logits.dim(0), v = logits.dim(1);
+  op.is("logits", logits, real(), {m, v});
+  op.is("ids", ids, DType::I32, {m});
+  BBB_CHECK(v > 0 && v <= INT32_MAX, "sample: a vocabulary of ", v);
+  BBB_CHECK(
+      spec.temperature >= 0 && spec.top_p >= 0 && spec.top_p <= 1 && spec.repetition_penalty > 0,
+      "sample: temperature ", spec.temperature, ", top-p ", spec.top_p, ", repetition penalty ",
+      spec.repetition_penalty);
+  if (spec.temperature > 0) {
+    op.is("seeds", rows.seeds, DType::I32, {m, 2});
+    op.is("positions", rows.positions, DType::I32, {m});
+  }
+  if (spec.repetition_penalty != 1) op.here("seen", rows.seen);
+  op.is_or_undefined("seen", rows.seen, DType::U8, {m, (v + 7) / 8});
+  if (rows.log.defined()) {
+    op.rank("log", rows.log, 2);
+    op.is("log", rows.log, DType::I32, {rows.log.dim(0), m});
+    BBB_CHECK(rows.log.dim(0) > 0, "sample: log has no rows");
+    op.is("cursor", rows.cursor, DType::I32, {1});
+  }
+  do_sample(ids, logits, rows, spec, make_scratch(ScratchOp::Sample, logits.shape()));
 }
 
 // Losses.

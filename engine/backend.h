@@ -50,6 +50,7 @@ enum class ScratchOp {
   InputScaleGradient,  // (N, K)
   ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
+  Sample,              // (M, V)
 };
 enum class Rotation { Forward, Inverse };
 
@@ -78,6 +79,23 @@ struct AttentionSpec {
   // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
   // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
+};
+
+// How sample() chooses a token (engine/sampling.h).
+struct SampleSpec {
+  double temperature = 0;  // 0: the largest logit, ties to the lower id
+  double top_p = 1;        // the fewest most likely tokens whose probabilities reach top_p
+  double repetition_penalty = 1;
+};
+// What sample() needs of each row. Tensors that it does not need may be undefined.
+struct SampleRows {
+  Tensor seeds = {};      // I32 (M, 2): low and high half of a seed; needed if temperature > 0
+  Tensor positions = {};  // I32 (M): a draw depends on seed and position alone
+  // U8 (M, ceil(V / 8)): bit v % 8 of byte v / 8 is set if token v has occurred; needed if the
+  // repetition penalty is not 1.
+  Tensor seen = {};
+  Tensor log = {};     // I32 (n, M): row cursor % n gets the tokens
+  Tensor cursor = {};  // I32 (1)
 };
 
 // A stored linear on the device, in one of two layouts.
@@ -229,7 +247,7 @@ class Backend {
   // out = the rows of a batch of count = out.dim(0); `batch` has an order. out's and src's rows
   // have the same dtype and number of elements.
   void gather_rows(const Tensor& out, const Rows& batch);
-  // cursor += 1, I32 (1).
+  // cursor += 1, I32 (n).
   void advance(const Tensor& cursor);
   // log[cursor] = control, real (n, kControlSize) and (kControlSize).
   void log_control(const Tensor& log, const Tensor& control, const Tensor& cursor);
@@ -272,8 +290,8 @@ class Backend {
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
                        const Tensor& up);
-  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start + t) * inv_freq[i].
-  // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (1) on the device or undefined (0).
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i].
+  // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (B) on the device or undefined (0).
   void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
   // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x,
   // w); from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value
@@ -313,15 +331,22 @@ class Backend {
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
-  // cache[b, start + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (1) on
+  // cache[b, start[b] + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (B) on
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
   // device knows `start`, so the next upload, download or synchronize() throws.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& start);
-  // Query t is at position start + t and sees keys 0 .. start + t of the cache, within the window.
-  // o, q act (B, T, H, d).
+  // Query t of sequence b is at position start[b] + t and sees keys 0 .. start[b] + t of its cache,
+  // within the window. o, q act (B, T, H, d).
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                         const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
+
+  // --- sampling ---------------------------------------------------------------------------------
+  // ids[m] = a token chosen by row m of logits (engine/sampling.h), which also becomes a seen one.
+  // A logit that is NaN or infinite throws. On a GPU the next upload, download or synchronize()
+  // throws; until then the row's id is 0, and -1 in the log.   ids I32 (M); logits real (M, V).
+  void sample(const Tensor& ids, const Tensor& logits, const SampleRows& rows,
+              const SampleSpec& spec);
 
   // --- losses -----------------------------------------------------------------------------------
   // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x act; dx act or undefined; y

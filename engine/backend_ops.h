@@ -41,6 +41,7 @@ using Arg = const Tensor&;
   const AttentionSpec&, Arg
 #define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg
 #define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
+#define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
 #define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double
 #define BBB_OP_kl_divergence Arg, Arg, Arg, Arg, Arg, double
@@ -74,7 +75,7 @@ using Arg = const Tensor&;
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
   OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add) OP(attention)         \
-  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(mse) OP(cross_entropy)            \
+  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \

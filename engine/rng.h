@@ -8,7 +8,17 @@
 #include <utility>
 #include <vector>
 
+#include "quant/hd.h"
+
 namespace bbb::engine {
+
+// Output n of the generator splitmix64 is splitmix64(seed + kSplitmixStep (n + 1)).
+constexpr uint64_t kSplitmixStep = 0x9e3779b97f4a7c15ull;
+BBB_HD uint64_t splitmix64(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
 
 // A seed from names or numbers: FNV-1a. It must never change, as random draws depend on it.
 inline uint64_t seed_from(const void* data, size_t bytes) {
@@ -21,13 +31,7 @@ inline uint64_t seed_from(const void* data, size_t bytes) {
 class Rng {
  public:
   explicit Rng(uint64_t seed) {
-    for (uint64_t& s : state_) {
-      seed += 0x9e3779b97f4a7c15ull;
-      uint64_t z = seed;
-      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-      z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-      s = z ^ (z >> 31);
-    }
+    for (uint64_t& s : state_) s = splitmix64(seed += kSplitmixStep);
   }
 
   uint64_t next() {

@@ -15,16 +15,18 @@
 
 namespace bbb::models {
 
-// Keys and values of one sequence for every layer, and the position of the next token. forward()
-// writes from `start` on and does not change `start`. The caller advances it, with Backend::advance
-// inside a recorded step.
+// Keys and values of B sequences for every layer, and the position of each sequence's next token.
+// forward() writes from `start` on and does not change `start`. The caller advances it, with
+// Backend::advance inside a recorded step.
 struct KvCache {
-  KvCache(Backend& backend, const LlamaConfig& config, int64_t capacity_tokens);
+  KvCache(Backend& backend, const LlamaConfig& config, int64_t batch, int64_t capacity_tokens);
+  KvCache sequence(int64_t b) const;  // sequence b alone; shares the memory
 
-  Backend& backend;
-  std::vector<Tensor> k, v;  // per layer, act (1, capacity, K, d)
-  Tensor start;              // I32 (1) on the device
-  int64_t capacity;
+  std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d)
+  Tensor start;              // I32 (B) on the device
+
+ private:
+  KvCache() = default;
 };
 
 // An RMSNorm weight, trainable or not.

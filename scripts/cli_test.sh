@@ -42,6 +42,9 @@ expect 2 'stages' "$bbb" train --model "$model" --data "$work/short.txt" --out "
 expect 2 'smollm2-135m' "$bbb" decode --synthetic gpt-9 --device cpu
 expect 2 'deterministic' "$bbb" bench train --synthetic smollm2-135m --device cpu --deterministic --gemm "$work/gemm.json"
 expect 2 'prompt' "$bbb" decode --model "$model"
+expect 2 'batch.*from 1 to 64' "$bbb" decode --model "$model" --prompt x --batch 65
+expect 2 'top-p' "$bbb" decode --model "$model" --prompt x --top-p 1.5
+expect 2 'model is missing' "$bbb" chat --system x
 expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
 expect 1 'nowhere' "$bbb" bench train --synthetic smollm2-135m --device cpu --gemm "$work/nowhere/gemm.json"
 expect 1 'nowhere' "$bbb" bench gemv --device cpu --json "$work/nowhere/gemv.json"
@@ -52,6 +55,8 @@ expect 1 'cut2.gguf' "$bbb" inspect --model "$work/cut2.gguf"
 expect 1 'empty' "$bbb" ppl --model "$model" --text "$work/empty.txt" --device cpu
 expect 1 'window|token' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cpu
 expect 1 'text|line 1' "$bbb" ppl --model "$model" --text "$work/bad.jsonl" --device cpu
+expect 1 'bad.jsonl:1' "$bbb" decode --model "$model" --prompts "$work/bad.jsonl" --device cpu
+expect 1 'empty.txt: no prompt' "$bbb" decode --model "$model" --prompts "$work/empty.txt" --device cpu
 expect 1 'window|token' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu
 expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu
 expect 2 'data is missing' "$bbb" eval --model "$model"
@@ -69,6 +74,17 @@ if [ -e "$work/run/run.json" ] || [ -e "$work/x" ]; then
   echo "FAILED: a refused command left files behind"
   bad=1
 fi
+
+# A chat of two messages without a terminal: an answer a line, and /exit ends it.
+printf 'Say hi.\n/exit\nSay bye.\n' |
+  "$bbb" chat --model "$model" --max-tokens 8 --device cpu >"$work/out" 2>"$work/err"
+if [ ! -s "$work/out" ] || [ -s "$work/err" ]; then
+  echo "FAILED: chat wrote '$(cat "$work/out")', stderr: $(cat "$work/err")"
+  bad=1
+fi
+printf 'Say hi.\n' >"$work/chat.txt"
+expect 0 'context of 20 tokens is full' \
+  bash -c "'$bbb' chat --model '$model' --context 20 --device cpu <'$work/chat.txt'"
 
 # One process at a time trains in a directory.
 seq 1 2000 >"$work/numbers.txt"

@@ -11,7 +11,14 @@ using engine::AttentionSpec;
 
 struct CachedCase {
   int64_t b, t, t_max, h, k, d, window;
-  int start;
+  int start;  // of the first sequence
+
+  // A later sequence starts a few positions before.
+  std::vector<int32_t> starts() const {
+    std::vector<int32_t> starts;
+    for (int i = 0; i < b; ++i) starts.push_back(std::max(0, start - 70 * i));
+    return starts;
+  }
 };
 
 // One query: the first position, the end of a split of 128 keys and past it, one to twenty query
@@ -34,8 +41,9 @@ struct Inputs {
     v = activations(rng, cache);
     // Keys and values past the last position must not affect the result.
     const int64_t row = c.k * c.d;
+    const std::vector<int32_t> starts = c.starts();
     for (int64_t i = 0; i < cache; ++i)
-      if (i / row % c.t_max >= c.start + c.t)
+      if (i / row % c.t_max >= starts[static_cast<size_t>(i / row / c.t_max)] + c.t)
         k[static_cast<size_t>(i)] = v[static_cast<size_t>(i)] =
             std::numeric_limits<double>::quiet_NaN();
   }
@@ -46,7 +54,7 @@ std::vector<double> run(Backend& b, const CachedCase& c, const Inputs& in) {
   const Shape queries = {c.b, c.t, c.h, c.d}, cache = {c.b, c.t_max, c.k, c.d};
   const Guarded o(b, queries, b.act());
   b.attention_cached(o.tensor(), make(b, queries, b.act(), in.q), make(b, cache, b.act(), in.k),
-                     make(b, cache, b.act(), in.v), make_ids(b, {1}, {c.start}),
+                     make(b, cache, b.act(), in.v), make_ids(b, {c.b}, c.starts()),
                      AttentionSpec{c.window});
   CHECK(o.untouched());
   return values_of(b, o.tensor());
@@ -98,13 +106,18 @@ TEST_CASE("append_kv writes its rows and no others", "[attention_cached]") {
   auto v_expected = activations(rng, batch * t_max * row);
   b.copy(k_cache.tensor(), make(b, cache, b.act(), k_expected));
   b.copy(v_cache.tensor(), make(b, cache, b.act(), v_expected));
-  for (const auto& [start, t] : {std::pair<int, int64_t>{0, 1}, {1, 7}, {8, 12}, {19, 1}}) {
-    CAPTURE(start, t);
+  struct Append {
+    std::vector<int32_t> starts;
+    int64_t t;
+  };
+  for (const auto& [starts, t] : {Append{{0, 0}, 1}, {{1, 5}, 7}, {{8, 0}, 12}, {{3, 19}, 1}}) {
+    CAPTURE(starts, t);
     const auto k = activations(rng, batch * t * row), v = activations(rng, batch * t * row);
     b.append_kv(k_cache.tensor(), v_cache.tensor(), make(b, {batch, t, heads, d}, b.act(), k),
-                make(b, {batch, t, heads, d}, b.act(), v), make_ids(b, {1}, {start}));
+                make(b, {batch, t, heads, d}, b.act(), v), make_ids(b, {batch}, starts));
     for (int64_t i = 0; i < batch * t * row; ++i) {
-      const int64_t to = (i / (t * row) * t_max + start) * row + i % (t * row);
+      const int64_t one = i / (t * row), start = starts[static_cast<size_t>(one)];
+      const int64_t to = (one * t_max + start) * row + i % (t * row);
       k_expected[static_cast<size_t>(to)] = k[static_cast<size_t>(i)];
       v_expected[static_cast<size_t>(to)] = v[static_cast<size_t>(i)];
     }
@@ -162,6 +175,24 @@ TEST_CASE("positions past a key-value cache throw, and none of its bytes change"
   };
   CHECK_NOTHROW(step());
   CHECK_THROWS_WITH(step(), Catch::Contains("positions 20 to 20"));
+
+  // One sequence of several.
+  for (const int64_t t : {1, 3}) {
+    const Shape pair = {2, t, heads, d};
+    const Tensor y = make(b, pair, b.act(), activations(rng, 2 * t * heads * d));
+    const Tensor o = b.empty(pair, b.act()), starts = make_ids(b, {2}, {0, 21});
+    const Tensor both = b.zeros({2, t_max, heads, d}, b.act());
+    const auto attend = [&] {
+      b.attention_cached(o, y, both, both, starts, AttentionSpec{});
+      b.synchronize();
+    };
+    CHECK_THROWS_WITH(attend(), Catch::Contains(cat("positions 21 to ", 20 + t)));
+    const auto append = [&] {
+      b.append_kv(both, both, y, y, starts);
+      b.synchronize();
+    };
+    CHECK_THROWS_WITH(append(), Catch::Contains(cat("positions 21 to ", 20 + t)));
+  }
 }
 
 TEST_CASE("a recorded attention_cached reads start at every replay", "[attention_cached]") {

@@ -76,7 +76,10 @@ TEST_CASE("a wrong call names its op and the shapes") {
        [&] {
          b.gather_rows(a({2, 2}), {a({4, 3}), i({4}), i({1})});
        }},
-      {"advance", "cursor must be I32 (1)", [&] { b.advance(i({2})); }},
+      {"advance", "cursor must have 1 dimensions",
+       [&] {
+         b.advance(i({2, 1}));
+       }},
       {"log_control", "control",
        [&] {
          b.log_control(r({4, kControlSize}), r({3}), i({1}));
@@ -127,6 +130,30 @@ TEST_CASE("a wrong call names its op and the shapes") {
       {"add", "(4, 2)",
        [&] {
          b.add(a({2, 4}), a({2, 4}), a({4, 2}));
+       }},
+      {"sample", "ids must be I32 (2)",
+       [&] {
+         b.sample(i({3}), r({2, 9}), {}, {});
+       }},
+      {"sample", "seeds is undefined",
+       [&] {
+         b.sample(i({2}), r({2, 9}), {}, {.temperature = 1});
+       }},
+      {"sample", "seen is undefined",
+       [&] {
+         b.sample(i({2}), r({2, 9}), {}, {.repetition_penalty = 1.1});
+       }},
+      {"sample", "seen must be U8 (2, 2)",
+       [&] {
+         b.sample(i({2}), r({2, 9}), {.seen = u({2, 1})}, {.repetition_penalty = 1.1});
+       }},
+      {"sample", "cursor is undefined",
+       [&] {
+         b.sample(i({2}), r({2, 9}), {.log = i({4, 2})}, {});
+       }},
+      {"sample", "top-p 1.5",
+       [&] {
+         b.sample(i({2}), r({2, 9}), {}, {.top_p = 1.5});
        }},
       {"attention", "3 query heads are not a multiple of 2",
        [&] {

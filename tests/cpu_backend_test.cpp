@@ -284,13 +284,14 @@ TEST_CASE("attention over a cache equals attention, token by token and in pieces
     };
     const Tensor k_cache = cache(), v_cache = cache();
     for (int64_t t = 0, n = 70; t < kTime; t += n, n = 1) {
-      const Tensor start = make_ids(b, {1}, {static_cast<int32_t>(t)});
+      const Tensor start =
+          make_ids(b, {kBatch}, std::vector<int32_t>(kBatch, static_cast<int32_t>(t)));
       const Tensor o = empty64({kBatch, n, kHeads, kDim});
       b.append_kv(k_cache, v_cache, cut(k, t, n), cut(v, t, n), start);
       b.attention_cached(o, cut(q, t, n), k_cache, v_cache, start, spec);
       CHECK(relative_error(values_of(b, o), values_of(b, cut(whole, t, n))) < 1e-14);
     }
-    const Tensor full = make_ids(b, {1}, {kCapacity});
+    const Tensor full = make_ids(b, {kBatch}, {0, kCapacity});
     CHECK_THROWS_WITH(b.append_kv(k_cache, v_cache, cut(k, 0, 1), cut(v, 0, 1), full),
                       "positions 100 to 100 of a key-value cache of 100");
   }
@@ -373,7 +374,7 @@ TEST_CASE("rope rotates pairs by their position, and its gradient rotates back")
   Backend& b = oracle_f64();
   const Shape shape{2, 5, 3, 4};
   const Tensor freq = make(b, {2}, DType::F32, {1.0, 0.125});
-  const Tensor start = make_ids(b, {1}, {7});
+  const Tensor start = make_ids(b, {2}, {7, 3});
   const auto rotated = [&](const Tensor& x, Rotation direction) {
     const Tensor y = empty64(shape);
     b.copy(y, x);
@@ -386,7 +387,7 @@ TEST_CASE("rope rotates pairs by their position, and its gradient rotates back")
         return Tensors{rotated(dout, Rotation::Inverse)};
       });
   const Tensor one = make(b, {1, 1, 1, 4}, DType::F64, {1, 2, 3, 4});
-  b.rope(one, freq, start, Rotation::Forward);
+  b.rope(one, freq, start.rows(0, 1), Rotation::Forward);
   const double c0 = std::cos(7.0), s0 = std::sin(7.0), c1 = std::cos(0.875), s1 = std::sin(0.875);
   CHECK(relative_error(values_of(b, one),
                        {c0 - 3 * s0, 2 * c1 - 4 * s1, 3 * c0 + s0, 4 * c1 + 2 * s1}) < 1e-15);

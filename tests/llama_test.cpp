@@ -56,7 +56,7 @@ TEST_CASE("llama: T tokens at once equal prefill and T decode steps", "[llama]")
       const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
       const std::vector<double> expected = logits_of(*tiny.model, ids);
       const int64_t prefill = 4;
-      KvCache kv(device, config, 16);
+      KvCache kv(device, config, 1, 16);
       std::vector<double> actual =
           logits_of(*tiny.model, {ids.begin(), ids.begin() + prefill}, &kv);
       const auto start = static_cast<int32_t>(prefill);

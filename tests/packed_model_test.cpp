@@ -147,7 +147,7 @@ TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[pa
     const int32_t tokens = 24;
     const std::vector<int32_t> ids = random_tokens(6, tokens, tiny_config().vocab);
     const std::vector<double> whole = logits_of(*exported.packed, ids);
-    models::KvCache cache(device, exported.packed->config(), tokens);
+    models::KvCache cache(device, exported.packed->config(), 1, tokens);
     std::vector<double> steps;
     for (int32_t t = 0; t < tokens; ++t) {
       device.upload(cache.start, &t);

@@ -128,6 +128,7 @@ constexpr Command kCommands[] = {
     {"eval", "zero-shot accuracy of any checkpoint on multiple-choice tasks", eval_command},
     {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
     {"decode", "generate text, and measure how fast", decode_command},
+    {"chat", "talk to a model", chat_command},
     {"bench", "time training steps, or packed matrix-vector products", bench_command},
     {"tokenize", "token ids of a text", tokenize_command},
 };

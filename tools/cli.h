@@ -54,6 +54,7 @@ int ppl_command(const Arguments& arguments);
 int eval_command(const Arguments& arguments);
 int inspect_command(const Arguments& arguments);
 int decode_command(const Arguments& arguments);
+int chat_command(const Arguments& arguments);
 int bench_command(const Arguments& arguments);
 int tokenize_command(const Arguments& arguments);
 

@@ -1,128 +1,39 @@
-// bbb decode: reads a prompt, streams text, then reports times and bandwidth.
+// bbb decode: reads prompts, streams text, then reports times and bandwidth.
 //
-// Prefill runs the prompt through the model once and fills the key-value cache. After that, each
-// run of one recorded step makes a token: embed, blocks, head, logits, position + 1. The host only
-// samples. Bytes per token: every weight of the blocks and the head as stored, plus the keys and
-// values so far. The device's bandwidth is measured by a large copy, not taken from a data sheet.
+// Prefill runs a prompt through the model once and fills its part of the key-value cache. After
+// that, each run of one recorded step makes a token of every sequence (models/generator.h). A
+// sequence that ends gives its place to the next prompt. Bytes per step: every weight of the blocks
+// and the head as stored, plus the keys and values so far. The device's bandwidth is measured by a
+// large copy, not taken from a data sheet.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
-#include "data/chat_format.h"
 #include "data/files.h"
-#include "data/tokenizer.h"
-#include "engine/progress.h"
-#include "models/llama.h"
-#include "tools/cli.h"
+#include "data/json.h"
+#include "models/generator.h"
+#include "tools/generation.h"
 #include "tools/measure.h"
-#include "tools/sampler.h"
 
 namespace bbb::tools {
 
-using autograd::Tape;
-using autograd::TapeMode;
-using autograd::Var;
+using data::ChatMessage;
+using data::SpecialText;
 using engine::Backend;
-using engine::DType;
-using engine::Tensor;
+using nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 
 namespace {
 
+constexpr int64_t kMaxBatch = 64;
+constexpr int64_t kDefaultBatch = 8;  // of --prompts: the rows that packed products take
+
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
-
-// The length of the longest prefix of `bytes` that ends with a whole UTF-8 character. The rest
-// waits for more bytes.
-size_t complete_utf8(const std::string& bytes) {
-  size_t end = bytes.size();
-  for (size_t back = 1; back <= std::min<size_t>(3, end); ++back) {
-    const unsigned char c = static_cast<unsigned char>(bytes[end - back]);
-    if ((c & 0xC0) == 0x80) continue;  // a continuation byte: look further left for its lead
-    const size_t need = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : c >= 0xC0 ? 2 : 1;
-    return need > back ? end - back : end;
-  }
-  return end;
-}
-
-// Streams pieces to stdout, whole characters at a time.
-class TextStream {
- public:
-  void put(const std::string& piece) {
-    text_ += piece;
-    pending_ += piece;
-    const size_t n = complete_utf8(pending_);
-    std::fwrite(pending_.data(), 1, n, stdout);
-    std::fflush(stdout);
-    pending_.erase(0, n);
-  }
-  void finish() {
-    std::fwrite(pending_.data(), 1, pending_.size(), stdout);
-    pending_.clear();
-    std::fputc('\n', stdout);
-  }
-  const std::string& text() const { return text_; }
-
- private:
-  std::string text_, pending_;
-};
-
-// A model and its cache: prefill once, then one recorded step per token.
-class Generator {
- public:
-  Generator(Backend& backend, models::Llama& model, int64_t capacity_tokens)
-      : backend_(backend),
-        model_(model),
-        kv_(backend, model.config(), capacity_tokens),
-        token_(backend.zeros({1, 1}, DType::I32)),
-        logits_(backend.zeros({1, model.config().vocab}, backend.real())),
-        host_logits_(static_cast<size_t>(model.config().vocab)) {
-    step_ = backend.record([this] {
-      Tape tape(backend_, TapeMode::Inference);
-      const Var h = model_.forward(tape, token_, &kv_, models::Recompute::None);
-      backend_.copy(logits_, model_.logits(h.value().view({1, model_.config().d_model})));
-      backend_.advance(kv_.start);
-    });
-  }
-
-  // Runs the prompt and returns the logits after its last token.
-  const std::vector<float>& prefill(const std::vector<int32_t>& prompt) {
-    const int64_t n = static_cast<int64_t>(prompt.size());
-    const Tensor ids = backend_.empty({1, n}, DType::I32);
-    backend_.upload(ids, prompt.data());
-    Tape tape(backend_, TapeMode::Inference);
-    const Var h = model_.forward(tape, ids, &kv_, models::Recompute::None);
-    const Tensor last = h.value().view({n, model_.config().d_model}).rows(n - 1, 1);
-    backend_.copy(logits_, model_.logits(last));
-    set_position(n);
-    return fetch();
-  }
-  void set_position(int64_t position) {
-    const int32_t start = static_cast<int32_t>(position);
-    backend_.upload(kv_.start, &start);
-  }
-  const std::vector<float>& next(int32_t token) {
-    backend_.upload(token_, &token);
-    step_->run();
-    return fetch();
-  }
-
- private:
-  const std::vector<float>& fetch() {
-    backend_.download(host_logits_.data(), logits_);
-    return host_logits_;
-  }
-
-  Backend& backend_;
-  models::Llama& model_;
-  models::KvCache kv_;
-  Tensor token_, logits_;
-  std::vector<float> host_logits_;
-  std::unique_ptr<engine::Replay> step_;
-};
 
 // Bytes of a linear's weight as it is held: the tensors that a load reads, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
@@ -149,82 +60,135 @@ int64_t kv_bytes_per_token(const models::LlamaConfig& c, Backend& backend) {
   return 2 * c.layers * c.kv_heads * c.head_dim * engine::size_bytes(backend.act());
 }
 
+// A prompt and what follows it.
+struct Sequence {
+  std::vector<int32_t> prompt;
+  int64_t limit = 0;  // tokens to generate at most
+  int64_t generated = 0;
+  std::string text = {};
+  std::string stopped = {};  // why; empty while it runs
+};
+
 struct Report {
+  std::vector<Sequence> sequences;
+  int64_t batch = 1;
   int64_t prompt_tokens = 0, generated = 0;
   double prefill_s = 0;
   std::vector<double> step_s;
-  double bytes_per_token = 0;
-  std::string text, stopped = "max-tokens";
+  int64_t step_tokens = 0;                // that the steps made, without those of ended sequences
+  double weight_bytes = 0, kv_bytes = 0;  // of a step; of a token's keys and values so far
+
+  double step() const { return median(step_s); }
+  double tokens_per_step() const {
+    return step_s.empty() ? 0
+                          : static_cast<double>(step_tokens) / static_cast<double>(step_s.size());
+  }
 };
 
 void print_report(const Report& r, Backend& backend, const CommandLine& line) {
-  const double step = median(r.step_s);
-  const double bandwidth = measure_bandwidth(backend);
-  const double rate = step > 0 ? r.bytes_per_token / step : 0;
+  const double step = r.step(), bandwidth = measure_bandwidth(backend);
+  const double rate = step > 0 ? (r.weight_bytes + r.tokens_per_step() * r.kv_bytes) / step : 0;
+  const double tokens_per_s = step > 0 ? r.tokens_per_step() / step : 0;
   if (r.prompt_tokens > 0)
     fmt::print(stderr, "prefill {} tokens in {:.2f} ms ({:.0f} tokens/s)\n", r.prompt_tokens,
                1e3 * r.prefill_s, static_cast<double>(r.prompt_tokens) / r.prefill_s);
   if (step > 0)
     fmt::print(stderr,
-               "decode {} tokens, median {:.3f} ms a token, {:.1f} tokens/s, {:.1f} GB/s of {:.0f} "
-               "measured by copying ({:.1f} %) on {}\n",
-               r.step_s.size(), 1e3 * step, 1 / step, rate / 1e9, bandwidth / 1e9,
+               "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
+               "{:.0f} measured by copying ({:.1f} %) on {}\n",
+               r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
                100 * rate / bandwidth, backend.device_name());
   if (!line.has("json")) return;
-  const nlohmann::ordered_json json = {{"text", r.text},
-                                       {"stopped", r.stopped},
-                                       {"prompt_tokens", r.prompt_tokens},
-                                       {"generated_tokens", r.generated},
-                                       {"prefill_ms", 1e3 * r.prefill_s},
-                                       {"decode_ms_per_token", 1e3 * step},
-                                       {"tokens_per_s", step > 0 ? 1 / step : 0},
-                                       {"gb_per_s", rate / 1e9},
-                                       {"device_gb_per_s", bandwidth / 1e9},
-                                       {"bandwidth_fraction", rate / bandwidth},
-                                       {"device", backend.device_name()}};
-  data::write_file_atomic(
-      line.text("json"), json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  ordered_json json;
+  if (r.sequences.size() == 1) {
+    json["text"] = r.sequences[0].text;
+    json["stopped"] = r.sequences[0].stopped;
+  } else {
+    for (const Sequence& one : r.sequences)
+      json["sequences"].push_back({{"text", one.text},
+                                   {"stopped", one.stopped},
+                                   {"prompt_tokens", one.prompt.size()},
+                                   {"generated_tokens", one.generated}});
+  }
+  json["batch"] = r.batch;
+  json["prompt_tokens"] = r.prompt_tokens;
+  json["generated_tokens"] = r.generated;
+  json["prefill_ms"] = 1e3 * r.prefill_s;
+  json["decode_ms_per_step"] = 1e3 * step;
+  json["decode_ms_per_token"] = tokens_per_s > 0 ? 1e3 / tokens_per_s : 0;
+  json["tokens_per_s"] = tokens_per_s;
+  json["gb_per_s"] = rate / 1e9;
+  json["device_gb_per_s"] = bandwidth / 1e9;
+  json["bandwidth_fraction"] = rate / bandwidth;
+  json["device"] = backend.device_name();
+  data::write_file_atomic(line.text("json"),
+                          json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
 }
+
+// Times the steps of a run. A device may be ahead of the host, so a step's time is the time between
+// the arrivals of two tokens.
+class StepTimes {
+ public:
+  explicit StepTimes(Report& report) : report_(report) {}
+  void arrived(int64_t tokens) {
+    report_.step_s.push_back(seconds_since(last_));
+    report_.step_tokens += tokens;
+    last_ = Clock::now();
+  }
+
+ private:
+  Report& report_;
+  Clock::time_point last_ = Clock::now();
+};
 
 Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
   const int64_t context = line.integer("context", 1, config.max_position);
-  const auto model = models::Llama::synthetic(backend, config, engine::WeightGrid{},
-                                              static_cast<uint64_t>(line.integer("seed", 0)));
-  Generator generator(backend, *model, context + max_tokens);
-  generator.set_position(context);
+  const auto model =
+      models::Llama::synthetic(backend, config, engine::WeightGrid{}, sample_seed(line));
   Report report;
-  for (int64_t i = 0; i < max_tokens; ++i) {
-    const auto start = Clock::now();
-    generator.next(static_cast<int32_t>(i % config.vocab));
-    report.step_s.push_back(seconds_since(start));
-  }
-  report.generated = max_tokens;
-  report.bytes_per_token =
-      static_cast<double>(weight_bytes(*model, backend) +
-                          kv_bytes_per_token(config, backend) * (context + max_tokens / 2));
+  report.batch = line.integer("batch", 1, kMaxBatch);
+  models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line));
+  generator.assume(context);
+  StepTimes times(report);
+  generator.run(max_tokens, [&](const std::vector<int32_t>&) {
+    times.arrived(report.batch);
+    return true;
+  });
+  report.sequences.resize(static_cast<size_t>(report.batch));
+  for (Sequence& one : report.sequences) one.generated = max_tokens, one.stopped = "max-tokens";
+  report.generated = report.batch * max_tokens;
+  report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
+  report.kv_bytes =
+      static_cast<double>(kv_bytes_per_token(config, backend) * (context + max_tokens / 2));
   return report;
 }
 
-// Checks that exactly one of --prompt, --chat and --messages is given, and the options of each.
+// Checks that there is exactly one source of prompts, and the options of each.
 void check_prompt_options(const CommandLine& line) {
-  if (line.has("prompt") + line.has("chat") + line.has("messages") != 1)
-    throw UsageError("give one of --prompt, --chat, --messages and --synthetic");
-  if (line.has("special") && !line.has("prompt")) throw UsageError("--special needs --prompt");
+  if (line.has("prompt") + line.has("chat") + line.has("messages") + line.has("prompts") != 1)
+    throw UsageError("give one of --prompt, --prompts, --chat, --messages and --synthetic");
+  if (line.has("special") && !line.has("prompt") && !line.has("prompts"))
+    throw UsageError("--special needs --prompt or --prompts");
   if (line.has("system") && !line.has("chat")) throw UsageError("--system needs --chat");
   if (line.texts("chat").size() % 2 == 0 && line.has("chat"))
     throw UsageError("the last --chat is an assistant's; give the user's next message too");
 }
 
+// A JSON list of messages that ends with the user's.
+std::vector<ChatMessage> user_messages(const std::string& text, const std::string& where) {
+  std::vector<ChatMessage> messages = data::parse_messages(text, where);
+  BBB_CHECK(messages.back().role == "user", where, ": the last message must be the user's");
+  return messages;
+}
+
 // The messages of --messages, or of --system and all --chat.
-std::vector<data::ChatMessage> chat_messages(const CommandLine& line) {
-  std::vector<data::ChatMessage> messages;
+std::vector<ChatMessage> chat_messages(const CommandLine& line) {
   if (line.has("messages")) {
     const std::string path = line.required("messages");
-    messages = data::parse_messages(data::read_file(path), path);
-    BBB_CHECK(messages.back().role == "user", path, ": the last message must be the user's");
-    return messages;
+    return user_messages(data::read_file(path), path);
   }
+  std::vector<ChatMessage> messages;
   if (line.has("system")) messages.push_back({"system", line.text("system")});
   bool user = false;
   for (const std::string& text : line.texts("chat"))
@@ -232,74 +196,129 @@ std::vector<data::ChatMessage> chat_messages(const CommandLine& line) {
   return messages;
 }
 
-std::vector<int32_t> prompt_ids(const CommandLine& line, const data::Tokenizer& tokenizer) {
-  if (line.has("prompt"))
-    return tokenizer.encode(line.text("prompt"), line.has("special") ? data::SpecialText::Parse
-                                                                     : data::SpecialText::AsText);
-  return tokenizer.encode(data::render_chat(tokenizer, chat_messages(line), line.required("model")),
-                          data::SpecialText::Parse);
+// The prompts of a file, one a line: {"prompt": ..} or {"messages": [..]} in a .jsonl, else plain
+// text. Empty lines are skipped.
+std::vector<std::vector<int32_t>> file_prompts(const std::string& path, const ModelFiles& files,
+                                               SpecialText special) {
+  std::vector<std::vector<int32_t>> prompts;
+  std::istringstream lines(data::read_file(path));
+  int64_t number = 0;
+  for (std::string line; std::getline(lines, line);) {
+    const std::string where = cat(path, ":", ++number);
+    if (line.ends_with('\r')) line.pop_back();
+    if (line.find_first_not_of(" \t") == std::string::npos) continue;
+    if (!path.ends_with(".jsonl")) {
+      prompts.push_back(files.text_ids(line, special));
+      continue;
+    }
+    const nlohmann::json object = data::parse_json(line, where);
+    const auto has = [&](const char* key) { return object.is_object() && object.contains(key); };
+    BBB_CHECK(
+        has("prompt") != has("messages") && (!has("prompt") || object.at("prompt").is_string()),
+        where, ": not {\"prompt\": \"text\"} or {\"messages\": [..]}");
+    prompts.push_back(has("prompt")
+                          ? files.text_ids(object.at("prompt").get<std::string>(), special)
+                          : files.chat_ids(user_messages(object.at("messages").dump(), where)));
+  }
+  BBB_CHECK(!prompts.empty(), path, ": no prompt");
+  return prompts;
+}
+
+std::vector<std::vector<int32_t>> prompt_ids(const CommandLine& line, const ModelFiles& files) {
+  const SpecialText special = line.has("special") ? SpecialText::Parse : SpecialText::AsText;
+  if (line.has("prompts")) return file_prompts(line.required("prompts"), files, special);
+  // --batch of one prompt: so many continuations.
+  return {static_cast<size_t>(line.integer("batch", 1, kMaxBatch)),
+          line.has("prompt") ? files.text_ids(line.text("prompt"), special)
+                             : files.chat_ids(chat_messages(line))};
+}
+
+// Generates text after every prompt of the report. The text of one sequence appears as it is made,
+// that of several as soon as a sequence and all before it have ended.
+void generate(Report& report, models::Generator& generator, const ModelFiles& files,
+              uint64_t seed) {
+  std::vector<Sequence>& sequences = report.sequences;
+  const std::vector<int32_t> stops = files.stop_ids();
+  TextStream stream(stdout);
+  size_t printed = 0;
+  const auto append = [&](Sequence& to, int32_t token) {
+    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+      to.stopped = "end-of-turn";
+    } else {
+      const std::string piece = files.tokenizer->piece(token, false);
+      to.text += piece;
+      if (sequences.size() == 1) stream.put(piece);
+      if (++to.generated == to.limit) to.stopped = "max-tokens";
+    }
+    if (sequences.size() == 1) return;
+    for (; printed < sequences.size() && !sequences[printed].stopped.empty(); ++printed)
+      fmt::print("[{}] {}\n", printed, sequences[printed].text);
+  };
+
+  std::vector<Sequence*> places(static_cast<size_t>(report.batch), nullptr);
+  size_t next = 0;
+  for (;;) {
+    int64_t steps = INT64_MAX, running = 0;
+    for (size_t b = 0; b < places.size(); ++b) {
+      while (places[b] == nullptr && next < sequences.size()) {
+        Sequence& fresh = sequences[next];
+        const auto start = Clock::now();
+        const int32_t token =
+            generator.prefill(static_cast<int64_t>(b), fresh.prompt, seed + next++);
+        report.prefill_s += seconds_since(start);
+        append(fresh, token);
+        if (fresh.stopped.empty()) places[b] = &fresh;
+      }
+      if (places[b] == nullptr) {
+        generator.clear(static_cast<int64_t>(b));
+        continue;
+      }
+      ++running;
+      steps = std::min(steps, places[b]->limit - places[b]->generated);
+    }
+    if (running == 0) break;
+    StepTimes times(report);
+    generator.run(steps, [&](const std::vector<int32_t>& tokens) {
+      times.arrived(std::ranges::count_if(places, [](Sequence* s) { return s != nullptr; }));
+      bool all = true;
+      for (size_t b = 0; b < places.size(); ++b) {
+        if (places[b] == nullptr) continue;
+        append(*places[b], tokens[b]);
+        if (!places[b]->stopped.empty()) places[b] = nullptr, all = false;
+      }
+      return all;
+    });
+  }
+  if (sequences.size() == 1) stream.finish();
 }
 
 Report decode_model(const CommandLine& line, Backend& backend, int64_t max_tokens) {
-  const std::string path = line.required("model");
   check_prompt_options(line);
-  SamplerSpec sampling;
-  sampling.temperature = line.real("temperature", 0, 100);
-  sampling.top_p = line.real("top-p", 0, 1);
-  sampling.seed = static_cast<uint64_t>(line.integer("seed", 0));
-
-  const auto source = models::open_checkpoint(path, line.nested_bits());
-  backend.check_head_size(source->config().head_dim);
-  const auto tokenizer = data::load_tokenizer(path);
-  std::vector<int32_t> prompt = prompt_ids(line, *tokenizer);
-  const auto bos = tokenizer->bos();
-  if (tokenizer->add_bos() && bos && (prompt.empty() || prompt.front() != *bos))
-    prompt.insert(prompt.begin(), *bos);
-  BBB_CHECK(!prompt.empty(), "the prompt is empty and this model has no BOS token to start from");
-
-  const int64_t n = static_cast<int64_t>(prompt.size()), positions = source->config().max_position;
-  BBB_CHECK(n < positions, "the prompt has ", n, " tokens, but the model knows ", positions,
-            " positions");
-  for (const int32_t id : prompt)
-    BBB_CHECK(id < source->config().vocab, path, ": token ", id, " ('",
-              data::printable(tokenizer->piece(id, true)), "') of the prompt has no row in the ",
-              "embedding of ", source->config().vocab);
-  source->check_finite();  // last: it reads every weight
-  max_tokens = std::min(max_tokens, positions - n);
-  models::Llama model(backend, *source, models::HeadRounding::None);
-  {
-    engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
-    model.load_blocks(*source, [&](int64_t done) { progress.set(done); });
-  }
-  Generator generator(backend, model, n + max_tokens);
+  const engine::SampleSpec sampling = sample_spec(line);
+  const ModelFiles files(line, backend);
+  const int64_t positions = files.source->config().max_position;
   Report report;
-  report.prompt_tokens = n;
-  auto start = Clock::now();
-  const std::vector<float>* logits = &generator.prefill(prompt);
-  report.prefill_s = seconds_since(start);
-
-  std::vector<int32_t> stops = tokenizer->end_of_turn();
-  for (const int32_t id : source->stop_ids()) stops.push_back(id);
-  Sampler sampler(sampling);
-  TextStream out;
-  while (report.generated < max_tokens) {
-    const int32_t token = sampler.next(*logits);
-    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
-      report.stopped = "end-of-turn";
-      break;
-    }
-    ++report.generated;
-    out.put(tokenizer->piece(token, false));
-    if (report.generated == max_tokens) break;
-    start = Clock::now();
-    logits = &generator.next(token);
-    report.step_s.push_back(seconds_since(start));
+  int64_t capacity = 0;
+  for (std::vector<int32_t>& prompt : prompt_ids(line, files)) {
+    const int64_t n = static_cast<int64_t>(prompt.size());
+    BBB_CHECK(n < positions, "the prompt has ", n, " tokens, but the model knows ", positions,
+              " positions");
+    const int64_t limit = std::min(max_tokens, positions - n);
+    report.prompt_tokens += n;
+    capacity = std::max(capacity, n + limit);
+    report.sequences.push_back({.prompt = std::move(prompt), .limit = limit});
   }
-  out.finish();
-  report.text = out.text();
-  report.bytes_per_token =
-      static_cast<double>(weight_bytes(model, backend) +
-                          kv_bytes_per_token(model.config(), backend) * (n + report.generated / 2));
+  const int64_t count = static_cast<int64_t>(report.sequences.size());
+  report.batch =
+      std::min(count, line.has("batch") ? line.integer("batch", 1, kMaxBatch) : kDefaultBatch);
+
+  const auto model = files.load(backend);  // last: it reads every weight
+  models::Generator generator(*model, report.batch, capacity, sampling);
+  generate(report, generator, files, sample_seed(line));
+  for (const Sequence& one : report.sequences) report.generated += one.generated;
+  report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
+  report.kv_bytes = static_cast<double>(kv_bytes_per_token(model->config(), backend) *
+                                        (report.prompt_tokens + report.generated / 2) / count);
   return report;
 }
 
@@ -311,28 +330,32 @@ int decode_command(const Arguments& arguments) {
       ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
       ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
       ("prompt", "text to continue; special tokens in it are plain text without --special",
+       cxxopts::value<std::string>())  //
+      ("prompts",
+       "a file of prompts, one a line; of a .jsonl file {\"prompt\": ..} or {\"messages\": [..]}",
        cxxopts::value<std::string>())                                                  //
-      ("special", "special tokens in the text of --prompt, such as </s>, are parsed")  //
+      ("special", "special tokens in the text of a prompt, such as </s>, are parsed")  //
       ("chat",
        "a user's message, in the model's chat format; repeated: the turns of user, assistant, "
        "user, ...",
        cxxopts::value<std::string>())                                              //
       ("system", "with --chat: the system prompt", cxxopts::value<std::string>())  //
       ("messages", "a chat as a JSON file: [{\"role\": \"user\", \"content\": \"Hi\"}, ..]",
-       cxxopts::value<std::string>())                                                          //
+       cxxopts::value<std::string>())  //
+      ("batch",
+       "sequences at a time, 1 to 64: of --prompts (8 if not given), else so many continuations "
+       "of the prompt",
+       cxxopts::value<std::string>()->default_value("1"))                                      //
       ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
-      ("temperature", "0: always the most likely token",
-       cxxopts::value<std::string>()->default_value("0"))                               //
-      ("top-p", "nucleus sampling", cxxopts::value<std::string>()->default_value("1"))  //
-      ("seed", "of the sampler", cxxopts::value<std::string>()->default_value("0"))     //
-      ("json", "write text and timings to this file", cxxopts::value<std::string>())    //
+      ("json", "write text and timings to this file", cxxopts::value<std::string>())           //
       ("synthetic", "random 2-bit weights: smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b",
        cxxopts::value<std::string>())  //
       ("context", "with --synthetic: tokens already in the cache",
        cxxopts::value<std::string>()->default_value("1024"));
+  add_sampling_options(line);
   if (!line.parse(arguments)) return 0;
   const int64_t max_tokens = line.integer("max-tokens", 1, 1 << 20);
-  for (const char* name : {"model", "prompt", "special", "chat", "system", "messages"})
+  for (const char* name : {"model", "prompt", "prompts", "special", "chat", "system", "messages"})
     if (line.has("synthetic") && line.has(name))
       throw UsageError(cat("--synthetic takes no --", name));
   const auto backend = line.make_backend();

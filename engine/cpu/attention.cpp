@@ -12,6 +12,7 @@
 // and k are rotated back at the end, in place.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "engine/cpu/blas.h"
@@ -68,6 +69,15 @@ void attend(T* o, T* lse, const T* q, int64_t ldq, const T* k, const T* v, int64
   }
   blas_gemm(CblasNoTrans, CblasNoTrans, rows, d, width, T{1}, scores, width, v + low * ldk, ldk,
             T{0}, o, ldq);
+}
+
+// Of every sequence, positions start .. start + time - 1 must be in its cache.
+void check_positions(const Tensor& start, int64_t time, int64_t capacity) {
+  for (int64_t b = 0; b < start.numel(); ++b) {
+    const int64_t first = start.data<int32_t>()[b];
+    BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time - 1,
+              " of a key-value cache of ", capacity);
+  }
 }
 
 }  // namespace
@@ -154,11 +164,11 @@ template <typename T>
 void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                  const Tensor& v, const Tensor& start) {
   const int64_t batch = k.dim(0), time = k.dim(1), capacity = k_cache.dim(1);
-  const int64_t width = k.dim(2) * k.dim(3), first = *start.data<int32_t>();
-  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time - 1,
-            " of a key-value cache of ", capacity);
+  const int64_t width = k.dim(2) * k.dim(3);
+  const int32_t* first = start.data<int32_t>();
+  check_positions(start, time, capacity);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t to = (b * capacity + first) * width, from = b * time * width;
+    const int64_t to = (b * capacity + first[b]) * width, from = b * time * width;
     std::copy_n(data(k) + from, time * width, data(k_cache) + to);
     std::copy_n(data(v) + from, time * width, data(v_cache) + to);
   }
@@ -170,21 +180,22 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
                                         const AttentionSpec& spec, const Tensor&) {
   const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), d = q.dim(3);
   const int64_t capacity = k_cache.dim(1), kv_heads = k_cache.dim(2), group = heads / kv_heads;
-  const int64_t ldq = heads * d, ldk = kv_heads * d, first = *start.data<int32_t>();
-  BBB_CHECK(first >= 0 && first + time <= capacity, "positions ", first, " to ", first + time - 1,
-            " of a key-value cache of ", capacity);
+  const int64_t ldq = heads * d, ldk = kv_heads * d;
+  const int32_t* first = start.data<int32_t>();
+  check_positions(start, time, capacity);
   const auto cache = [&](const Tensor& t, int64_t b, int64_t kv) {
     return data(t) + b * capacity * ldk + kv * d;
   };
   if (time == 1) {  // decoding: the heads of a group are the rows of one product
     // For fewer scores in total, the pool costs more than the work.
     const int64_t tasks = batch * kv_heads;
-    const int64_t grain = tasks * (first + 1) * group < 512 ? tasks : 1;
+    const int64_t keys = std::accumulate(first, first + batch, batch);
+    const int64_t grain = keys * heads < 512 ? tasks : 1;
     parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / kv_heads, kv = task % kv_heads, at = task * group * d;
         attend<T>(data(o) + at, nullptr, data(q) + at, d, cache(k_cache, b, kv),
-                  cache(v_cache, b, kv), ldk, group, d, first, 0, spec);
+                  cache(v_cache, b, kv), ldk, group, d, first[b], 0, spec);
       }
     });
     return;
@@ -195,8 +206,8 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
     const int64_t h = task % heads, b = task / heads % batch;
     const int64_t at = (b * time + t) * ldq + h * d;
     attend<T>(data(o) + at, nullptr, data(q) + at, ldq, cache(k_cache, b, h / group),
-              cache(v_cache, b, h / group), ldk, std::min(kQueryBlock, time - t), d, first + t, 1,
-              spec);
+              cache(v_cache, b, h / group), ldk, std::min(kQueryBlock, time - t), d, first[b] + t,
+              1, spec);
   });
 }
 

@@ -30,7 +30,7 @@ void CpuBackend<T>::do_gather_rows(const Tensor& out, const Rows& batch) {
 
 template <typename T>
 void CpuBackend<T>::do_advance(const Tensor& cursor) {
-  ++*cursor.data<int32_t>();
+  for (int64_t i = 0; i < cursor.numel(); ++i) ++cursor.data<int32_t>()[i];
 }
 
 template <typename T>

@@ -1,9 +1,9 @@
 // Rotary positions, in place, on x (B, T, H, d): the pair (x[i], x[i + d/2]) of every head is
-// rotated by the angle (start + t) * inv_freq[i], or by its negative for Rotation::Inverse, which
-// is the gradient.
+// rotated by the angle (start[b] + t) * inv_freq[i], or by its negative for Rotation::Inverse,
+// which is the gradient.
 //
-// The angle is a product in T, as on the GPU. Its sine and cosine are computed in double, once per
-// position, for all batch rows and heads.
+// The angle is a product in T, as on the GPU. Its sine and cosine are computed in double, once for
+// all heads of a token, and where all sequences start at 0, once for all sequences too.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -16,24 +16,27 @@ template <typename T>
 void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
                             Rotation direction) {
   const int64_t batch = x.dim(0), time = x.dim(1), heads = x.dim(2), d = x.dim(3), half = d / 2;
-  const int64_t first = start.defined() ? *start.data<int32_t>() : 0;
+  const int32_t* first = start.data<int32_t>();
+  const int64_t tokens = first != nullptr ? batch * time : time;  // with their own angles
   const double sign = direction == Rotation::Forward ? 1.0 : -1.0;
   const float* freq = inv_freq.data<float>();
-  std::vector<T> cosine(static_cast<size_t>(time * half)), sine(cosine.size());
+  std::vector<T> cosine(static_cast<size_t>(tokens * half)), sine(cosine.size());
   const int64_t angle_grain = std::max<int64_t>(1, 512 / std::max<int64_t>(1, half));
-  parallel_for(time, angle_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
+  parallel_for(tokens, angle_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t position = token % time + (first != nullptr ? first[token / time] : 0);
       for (int64_t i = 0; i < half; ++i) {
-        const double angle = static_cast<T>(first + t) * static_cast<T>(freq[i]);
-        const auto at = static_cast<size_t>(t * half + i);
+        const double angle = static_cast<T>(position) * static_cast<T>(freq[i]);
+        const auto at = static_cast<size_t>(token * half + i);
         cosine[at] = static_cast<T>(std::cos(angle));
         sine[at] = static_cast<T>(sign * std::sin(angle));
       }
+    }
   });
   const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, heads * d));
   parallel_for(batch * time, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T *c = cosine.data() + row % time * half, *s = sine.data() + row % time * half;
+      const T *c = cosine.data() + row % tokens * half, *s = sine.data() + row % tokens * half;
       for (int64_t h = 0; h < heads; ++h) {
         T *low = data(x) + (row * heads + h) * d, *high = low + half;
         for (int64_t i = 0; i < half; ++i) {

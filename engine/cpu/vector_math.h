@@ -7,13 +7,16 @@
 #include <cstdint>
 #include <limits>
 
+#include "quant/hd.h"
+
 namespace bbb::engine {
 
 // e^x within 2 ulp. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is its Taylor polynomial of degree 7
 // (remainder 2^-27 of e^r); 2^n is made from bits, as two factors so that n = 128 does not
 // overflow.
-// Results below the smallest normal are 0.
-inline float vector_exp(float x) {
+// Results below the smallest normal are 0. The same bits on every device: no product that is added
+// to is left to the compiler to fuse.
+BBB_HD float vector_exp(float x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.72283f;  // ln of the smallest normal, FLT_MAX
   constexpr float kMagic = 12582912.0f;                        // 1.5 * 2^23: adding it rounds
   const float bounded = x < kLowest ? kLowest : (x > kHighest ? kHighest : x);

@@ -1,0 +1,228 @@
+// bbb chat and bbb decode on a tiny chat model: turns in the cache, batches, files of prompts.
+#include "tools/chat.h"
+
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "data/files.h"
+#include "tests/tiny_model.h"
+
+namespace bbb::tests {
+namespace {
+
+using data::ChatMessage;
+using nlohmann::json;
+
+const std::string kChats = golden_folder() + "/chat/";
+
+// A random model with the tokenizer of the chat goldens and the chat format of SmolLM2.
+struct ChatModel {
+  TempDir directory;
+  models::LlamaConfig config = tiny_config();
+
+  ChatModel() {
+    config.vocab = data::load_tokenizer(kChats)->vocab_size();
+    config.max_position = 512;
+    write_tiny_model(directory.path(), config, 1);
+    data::write_file_atomic(directory / "tokenizer.json",
+                            data::read_file(kChats + "tokenizer.json"));
+    json settings = json::parse(data::read_file(kChats + "tokenizer_config.json"));
+    settings["chat_template"] = data::read_file(kChats + "smollm2.jinja");
+    data::write_file_atomic(directory / "tokenizer_config.json", settings.dump());
+  }
+
+  tools::ModelFiles files() const {
+    tools::CommandLine line("chat", "");
+    line.options()("model", "", cxxopts::value<std::string>())("bits", "",
+                                                               cxxopts::value<std::string>());
+    REQUIRE(line.parse({"--model", directory.path()}));
+    return tools::ModelFiles(line, backend());
+  }
+};
+
+// Runs `work` with stdout in a file and returns what it wrote. stderr is dropped.
+std::string stdout_of(const std::function<void()>& work) {
+  std::FILE *file = std::tmpfile(), *dropped = std::fopen("/dev/null", "w");
+  REQUIRE((file != nullptr && dropped != nullptr));
+  std::fflush(stdout);
+  const int out = dup(STDOUT_FILENO), error = dup(STDERR_FILENO);
+  dup2(fileno(file), STDOUT_FILENO);
+  dup2(fileno(dropped), STDERR_FILENO);
+  const auto restore = [&] {
+    std::fflush(stdout);
+    dup2(out, STDOUT_FILENO);
+    dup2(error, STDERR_FILENO);
+    close(out);
+    close(error);
+    std::fclose(dropped);
+  };
+  try {
+    work();
+  } catch (...) {
+    restore();
+    std::fclose(file);
+    throw;
+  }
+  restore();
+  std::fseek(file, 0, SEEK_END);
+  std::string text(static_cast<size_t>(std::ftell(file)), '\0');
+  std::rewind(file);
+  CHECK(std::fread(text.data(), 1, text.size(), file) == text.size());
+  std::fclose(file);
+  return text;
+}
+
+// What chat() writes to `out`.
+std::string chat_text(models::Generator& generator, const tools::ModelFiles& files,
+                      std::vector<ChatMessage>& messages, const std::string& lines) {
+  std::istringstream in(lines);
+  return stdout_of([&] { tools::chat(generator, files, 8, 3, messages, in, stdout); });
+}
+
+json decode(const ChatModel& model, tools::Arguments arguments) {
+  const std::string path = model.directory / "out.json";
+  for (const std::string& one :
+       {std::string("--model"), model.directory.path(), std::string("--device"), std::string("cpu"),
+        std::string("--max-tokens"), std::string("6"), std::string("--json"), path})
+    arguments.push_back(one);
+  int code = -1;
+  stdout_of([&] { code = tools::decode_command(arguments); });
+  REQUIRE(code == 0);
+  return json::parse(data::read_file(path));
+}
+
+TEST_CASE("chat: a turn in the cache answers like the whole chat decoded anew", "[chat]") {
+  const ChatModel model;
+  const tools::ModelFiles files = model.files();
+  const auto llama = files.load(backend());
+  const engine::SampleSpec spec{.temperature = 0.7, .top_p = 0.95, .repetition_penalty = 1.2};
+  models::Generator generator(*llama, 1, 400, spec);
+  std::vector<ChatMessage> messages = {{"system", "Be brief."}};
+  const std::string first = chat_text(generator, files, messages, "Hi there\n\n");
+  REQUIRE(messages.size() == 3);
+  CHECK(messages[1].content == "Hi there");
+  CHECK(first == messages[2].content + "\n");
+
+  std::vector<ChatMessage> next = messages;
+  next.push_back({"user", "Tell me more"});
+  const std::vector<int32_t> ids = files.chat_ids(next);
+  // At least the first turn up to the answer is not run again.
+  const auto before = files.chat_ids({messages.begin(), messages.begin() + 2});
+  CHECK(generator.kept(0, ids) >= static_cast<int64_t>(before.size()));
+  const std::string second =
+      chat_text(generator, files, messages, "Tell me more\n/exit\nNobody reads this\n");
+  REQUIRE(messages.size() == 5);
+  CHECK(second == messages[4].content + "\n");
+
+  if (on_cuda()) return;  // a longer prefill rounds differently in bf16
+  models::Generator fresh(*llama, 1, 400, spec);
+  std::vector<ChatMessage> anew(messages.begin(), messages.begin() + 3);
+  CHECK(chat_text(fresh, files, anew, "Tell me more") == second);
+}
+
+TEST_CASE("chat: ends when the context is full", "[chat]") {
+  const ChatModel model;
+  const tools::ModelFiles files = model.files();
+  const auto llama = files.load(backend());
+  const int64_t n = static_cast<int64_t>(files.chat_ids({{"user", "Hi"}}).size());
+  // Room for no prompt, for the first token, for less than an answer, and for one answer.
+  for (const auto& [capacity, turns] :
+       {std::pair<int64_t, size_t>{n - 1, 1}, {n, 1}, {n + 3, 1}, {n + 7, 2}}) {
+    CAPTURE(capacity - n);
+    models::Generator generator(*llama, 1, capacity, {});
+    std::vector<ChatMessage> messages;
+    const std::string text = chat_text(generator, files, messages, "Hi\nHi\nHi\n");
+    CHECK(messages.size() == 2 * turns);
+    CHECK(text.empty() == (capacity < n));
+  }
+}
+
+TEST_CASE("text is written in whole characters", "[chat]") {
+  const std::string text = "a\u00e9\u65e5\U0001f600!";
+  std::string bytes = stdout_of([&] {
+    tools::TextStream stream(stdout);
+    for (const char byte : text) {
+      const long before = std::ftell(stdout);
+      stream.put(std::string(1, byte));
+      const size_t written = static_cast<size_t>(std::ftell(stdout));
+      // After the last byte of a character everything is written, before it nothing new.
+      const size_t at = stream.text().size();
+      const bool whole = at == text.size() || (static_cast<unsigned char>(text[at]) & 0xC0) != 0x80;
+      CHECK(written == (whole ? at : static_cast<size_t>(before)));
+    }
+    stream.put("\xe6");  // cut: written at the end
+    stream.finish();
+    CHECK(stream.text() == text + "\xe6");
+  });
+  CHECK(bytes == text + "\xe6\n");
+}
+
+TEST_CASE("decode: a batch gives every prompt the text that it gets alone", "[chat]") {
+  const ChatModel model;
+  const tools::Arguments sampling = {"--temperature",        "0.8", "--top-p", "0.9",
+                                     "--repetition-penalty", "1.1"};
+  const auto with = [](tools::Arguments arguments, const tools::Arguments& more) {
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  };
+  const std::vector<std::string> prompts = {"one", "a much longer prompt, with words", "three"};
+  data::write_file_atomic(model.directory / "prompts.txt",
+                          prompts[0] + "\r\n\n" + prompts[1] + "\n" + prompts[2]);
+  const json together = decode(
+      model, with({"--prompts", model.directory / "prompts.txt", "--batch", "2", "--seed", "5"},
+                  sampling));
+  CHECK(together.at("batch") == 2);
+  CHECK(together.at("tokens_per_s") > 0);
+  REQUIRE(together.at("sequences").size() == 3);
+  int64_t generated = 0, prompt_tokens = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    const json one =
+        decode(model, with({"--prompt", prompts[i], "--seed", std::to_string(5 + i)}, sampling));
+    const json& sequence = together.at("sequences")[i];
+    for (const char* key : {"text", "stopped", "prompt_tokens", "generated_tokens"})
+      CHECK(sequence.at(key) == one.at(key));
+    generated += one.at("generated_tokens").get<int64_t>();
+    prompt_tokens += one.at("prompt_tokens").get<int64_t>();
+  }
+  CHECK(together.at("generated_tokens") == generated);
+  CHECK(together.at("prompt_tokens") == prompt_tokens);
+
+  // Several continuations of one prompt have seeds of their own.
+  const json three =
+      decode(model, with({"--prompt", "one", "--batch", "3", "--seed", "5"}, sampling));
+  REQUIRE(three.at("sequences").size() == 3);
+  CHECK(three.at("sequences")[0] == together.at("sequences")[0]);
+  CHECK(three.at("sequences")[0].at("text") != three.at("sequences")[1].at("text"));
+}
+
+TEST_CASE("decode: prompts and chats of a JSON-lines file", "[chat]") {
+  const ChatModel model;
+  const std::string path = model.directory / "prompts.jsonl";
+  data::write_file_atomic(path,
+                          "{\"prompt\": \"one\"}\n\n"
+                          "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n");
+  const json together = decode(model, {"--prompts", path});
+  CHECK(together.at("batch") == 2);
+  CHECK(together.at("sequences")[0].at("text") == decode(model, {"--prompt", "one"}).at("text"));
+  CHECK(together.at("sequences")[1].at("text") == decode(model, {"--chat", "Hi"}).at("text"));
+
+  for (const std::string bad :
+       {"{\"prompt\": 3}", "{}", "[]", "{\"prompt\": \"a\", \"messages\": []}",
+        "{\"messages\": [{\"role\": \"assistant\", \"content\": \"Hi\"}]}", "{\"prompt\": "}) {
+    CAPTURE(bad);
+    data::write_file_atomic(path, "{\"prompt\": \"one\"}\n" + bad + "\n");
+    CHECK_THROWS_WITH(decode(model, {"--prompts", path}), Catch::Contains("prompts.jsonl:2"));
+  }
+  data::write_file_atomic(path, "\n");
+  CHECK_THROWS_WITH(decode(model, {"--prompts", path}), Catch::Contains("no prompt"));
+  CHECK_THROWS_WITH(decode(model, {"--prompts", path, "--prompt", "a"}),
+                    Catch::Contains("give one of"));
+  CHECK_THROWS_WITH(decode(model, {"--prompt", "a", "--batch", "65"}),
+                    Catch::Contains("--batch takes"));
+}
+
+}  // namespace
+}  // namespace bbb::tests
