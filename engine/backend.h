@@ -50,6 +50,7 @@ enum class ScratchOp {
   InputScaleGradient,  // (N, K)
   ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
+  EmbedBackward,       // (M, V)
 };
 enum class Rotation { Forward, Inverse };
 
@@ -219,6 +220,9 @@ class Backend {
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act (V, D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
+  // dtable[ids[m]] (+)= dx[m], in the order of m; Overwrite zeroes the rows of all other ids.
+  // dtable real (V, D); dx act (M, D); ids I32 (M), each in [0, V).
+  void embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids, Write mode);
   // out = the rows of a batch of count = out.dim(0); `batch` has an order. out's and src's rows
   // have the same dtype and number of elements.
   void gather_rows(const Tensor& out, const Rows& batch);
