@@ -42,17 +42,21 @@ class HeadLoss {
  public:
   struct TokenRows {
     Tensor losses;
-    Tensor dh;  // undefined: not computed
+    Tensor dh;        // undefined: not computed
+    Var::Slot dhead;  // its gradient undefined: not computed
     Tensor h, teacher_h, targets;
+
+    bool backward() const { return dh.defined() || dhead.grad.defined(); }
   };
 
   HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, double jsd_beta,
-           HeadChunks chunks, TapeMode mode)
+           const Tensor& weight, HeadChunks chunks, TapeMode mode)
       : backend_(backend),
         kind_(kind),
         head_(head),
         scale_(scale),
         jsd_beta_(jsd_beta),
+        weight_(weight),
         words_(chunks.vocab) {
     // In training logits are act, and their gradient takes their place. A loss that is only
     // measured needs more digits than act has.
@@ -94,7 +98,7 @@ class HeadLoss {
 
   void run_whole(const TokenRows& rows) const {
     const Logits logits = logits_of(rows, 0);
-    const Tensor dlogits = rows.dh.defined() ? logits.student : Tensor();
+    const Tensor dlogits = rows.backward() ? logits.student : Tensor();
     if (kind_ == LossKind::JensenShannon)
       backend_.jensen_shannon(rows.losses, dlogits, logits.student, logits.teacher, rows.targets,
                               jsd_beta_, scale_);
@@ -103,7 +107,17 @@ class HeadLoss {
                              scale_);
     else
       backend_.cross_entropy(rows.losses, dlogits, logits.student, rows.targets, scale_);
-    if (rows.dh.defined()) backend_.gemm_nn(rows.dh, dlogits, head_, Tensor(), Write::Overwrite);
+    if (rows.backward()) add_gradients(rows, rows.dh, dlogits, 0, Write::Overwrite);
+  }
+
+  // dh (+)= dlogits head;  dhead (+)= dlogits^T h, of the words from `first` on.
+  void add_gradients(const TokenRows& rows, const Tensor& dh, const Tensor& dlogits, int64_t first,
+                     Write mode) const {
+    const int64_t words = dlogits.dim(1);
+    if (dh.defined()) backend_.gemm_nn(dh, dlogits, head_.rows(first, words), Tensor(), mode);
+    if (!rows.dhead.grad.defined()) return;
+    if (weight_.defined()) backend_.scale(dlogits, weight_);
+    backend_.gemm_tn(rows.dhead.grad.rows(first, words), dlogits, rows.h, rows.dhead.mode);
   }
 
   // The gradient of a logit needs sums over its whole row. So a first sweep over the chunks finds
@@ -134,9 +148,9 @@ class HeadLoss {
         backend_.jensen_shannon_chunk(rows.losses, student_kl, logits.student, logits.teacher,
                                       state, rows.targets, jsd_beta_, mode);
       });
-    if (!rows.dh.defined()) return;
+    if (!rows.backward()) return;
 
-    const Tensor dh_sum = dh_sum_.rows(0, m);
+    const Tensor dh_sum = rows.dh.defined() ? dh_sum_.rows(0, m) : Tensor();
     sweep([&](Write mode) {
       const Tensor& dlogits = logits.student;
       if (kind_ == LossKind::JensenShannon)
@@ -148,15 +162,16 @@ class HeadLoss {
       else
         backend_.cross_entropy_chunk_backward(dlogits, logits.student, state, rows.targets, first,
                                               scale_);
-      backend_.gemm_nn(dh_sum, dlogits, head_.rows(first, dlogits.dim(1)), Tensor(), mode);
+      add_gradients(rows, dh_sum, dlogits, first, mode);
     });
-    backend_.cast(rows.dh, dh_sum);
+    if (rows.dh.defined()) backend_.cast(rows.dh, dh_sum);
   }
 
   Backend& backend_;
   const LossKind kind_;
   const Tensor head_;
   const double scale_, jsd_beta_;
+  const Tensor weight_;
   const int64_t words_;                 // in a chunk
   Tensor logits_, teacher_;             // of a chunk
   Tensor state_, student_kl_, dh_sum_;  // running values over the chunks, where there are several
@@ -377,13 +392,21 @@ Var reshape(Tape& tape, const Var& x, Shape shape) {
   return out;
 }
 
-Var embed(Tape& tape, const Tensor& ids, const Tensor& table) {
+Var embed(Tape& tape, const Tensor& ids, const Var& table) {
   Backend& backend = tape.backend();
   Shape shape = ids.shape();
-  shape.push_back(table.dim(1));
-  Tensor out = backend.empty(shape, backend.act());
-  backend.embed(matrix(out), ids.view({ids.numel()}), table);
-  return tape.output(out, {});
+  shape.push_back(table.value().dim(1));
+  Tensor x = backend.empty(shape, backend.act());
+  const Tensor flat = ids.view({ids.numel()});
+  backend.embed(matrix(x), flat, table.value());
+  Var out = tape.output(x, {table});
+  if (!out.requires_grad()) return out;
+  tape.record([&backend, flat, table = table.gradient_only(), out = out.gradient_only()] {
+    if (!out.has_grad()) return;
+    const Var::Slot slot = table.grad_slot(backend);
+    backend.embed_backward(slot.grad, matrix(out.grad()), flat, slot.mode);
+  });
+  return out;
 }
 
 Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
@@ -396,30 +419,35 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
   return out;
 }
 
-Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
+Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
               const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
-              double jsd_beta) {
+              double jsd_beta, const Tensor& weight) {
   Backend& backend = tape.backend();
   const int64_t m = h.value().dim(0);
-  chunks = within(chunks, m, head.dim(0));
+  chunks = within(chunks, m, head.value().dim(0));
   BBB_ASSERT(chunks.rows > 0 && chunks.vocab > 0);
   BBB_ASSERT(has_teacher(kind) == teacher_h.defined());
 
   Tensor loss = backend.empty({1}, backend.real());
-  Var out = tape.output(loss, {h});
-  const bool backward = out.requires_grad();
-  HeadLoss chunk(backend, kind, head, scale, jsd_beta, chunks,
+  Var out = tape.output(loss, {h, head});
+  const bool backward = out.requires_grad(), of_h = backward && h.requires_grad();
+  HeadLoss chunk(backend, kind, head.value(), scale, jsd_beta, weight, chunks,
                  backward ? TapeMode::Training : TapeMode::Inference);
-  Tensor dh = backward ? backend.empty(h.value().shape(), backend.act()) : Tensor();
+  const Tensor dh = of_h ? backend.empty(h.value().shape(), backend.act()) : Tensor();
+  Var::Slot dhead{Tensor(), Write::Overwrite};
+  if (backward && head.requires_grad()) dhead = head.grad_slot(backend);
   Tensor losses = row_loss.defined() ? row_loss : backend.empty({m}, backend.real());
   for (int64_t begin = 0; begin < m; begin += chunks.rows) {
     const auto rows = [&](const Tensor& t) {
       return t.defined() ? t.rows(begin, std::min(chunks.rows, m - begin)) : Tensor();
     };
-    chunk.run({rows(losses), rows(dh), rows(h.value()), rows(teacher_h), rows(targets)});
+    chunk.run({rows(losses), rows(dh), dhead, rows(h.value()), rows(teacher_h), rows(targets)});
+    dhead.mode = Write::Add;
   }
   backend.sum(loss, losses, scale, Write::Overwrite);
-  if (backward) record_loss(tape, out, h, dh);
+  if (!of_h) return out;
+  if (weight.defined()) backend.scale(dh, weight);
+  record_loss(tape, out, h, dh);
   return out;
 }
 

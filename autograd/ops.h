@@ -31,8 +31,8 @@ Var add(Tape& tape, const Var& a, const Var& b);
 Var weighted(Tape& tape, const Var& x, const Tensor& weight);
 // Same elements, other shape.
 Var reshape(Tape& tape, const Var& x, engine::Shape shape);
-// ids I32 (B, T) -> (B, T, D); the table is a constant.
-Var embed(Tape& tape, const Tensor& ids, const Tensor& table);
+// ids I32 (B, T), table (V, D) -> (B, T, D). A gradient of the table is real.
+Var embed(Tape& tape, const Tensor& ids, const Var& table);
 // mean((x - y)^2), real (1); y is a constant: of x's shape, or a batch of x.dim(0) rows.
 Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
@@ -47,11 +47,14 @@ struct HeadChunks {
 // The loss of a language model's head, without ever holding all logits: logits and the gradient of
 // h are computed chunk by chunk. If a chunk is less than the whole vocabulary, the gradient
 // computes the logits a second time, except for one chunk. JensenShannon computes them once more.
-// h (M, D); head act (V, D), a constant; targets I32 (M), -1 ignored; teacher_h undefined for
-// CrossEntropy, otherwise (M, D). Returns scale times the sum of the rows' losses, real (1).
-// row_loss: undefined, or real (M), which receives the unscaled losses. jsd_beta: of JensenShannon.
-Var head_loss(Tape& tape, LossKind kind, const Var& h, const Tensor& head, const Tensor& targets,
+// h (M, D); head act (V, D); targets I32 (M), -1 ignored; teacher_h undefined for CrossEntropy,
+// otherwise (M, D). Returns scale times the sum of the rows' losses, real (1). row_loss: undefined,
+// or real (M), which receives the unscaled losses. jsd_beta: of JensenShannon. weight: undefined,
+// or real (1) on the device, a factor of the gradients.
+// A gradient of the head is real: chunks are added to it. They are added in this call, not in
+// Tape::backward(), because only here are the logits held.
+Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
               const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
-              double jsd_beta = 0.5);
+              double jsd_beta = 0.5, const Tensor& weight = Tensor());
 
 }  // namespace bbb::autograd

@@ -130,6 +130,7 @@ int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
 int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
 int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);
+int64_t embed_backward_scratch_bytes(int64_t rows, int64_t vocabulary);
 
 inline bf16* bf16_of(const Tensor& t) { return static_cast<bf16*>(t.raw()); }
 // Calls fn with the data pointer of a tensor whose dtype is act or real.

@@ -356,6 +356,18 @@ void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   do_embed(out, ids, table);
 }
 
+void Backend::embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids,
+                             Write mode) {
+  const Op op(*this, "embed_backward");
+  op.rank("dtable", dtable, 2);
+  op.rank("dx", dx, 2);
+  op.is("ids", ids, DType::I32, {dx.dim(0)});
+  op.dtype("dx", dx, act());
+  op.is("dtable", dtable, real(), {dtable.dim(0), dx.dim(1)});
+  do_embed_backward(dtable, dx, ids, mode,
+                    make_scratch(ScratchOp::EmbedBackward, {dx.dim(0), dtable.dim(0)}));
+}
+
 void Backend::gather_rows(const Tensor& out, const Rows& batch) {
   const Op op(*this, "gather_rows");
   op.here("out", out);

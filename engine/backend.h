@@ -51,6 +51,7 @@ enum class ScratchOp {
   ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax)
   Sample,              // (M, V)
+  EmbedBackward,       // (M, V)
 };
 enum class Rotation { Forward, Inverse };
 
@@ -244,6 +245,9 @@ class Backend {
   // --- embedding, rows --------------------------------------------------------------------------
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V, D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
+  // dtable[ids[m]] (+)= dx[m], in the order of m; Overwrite zeroes the rows of all other ids.
+  // dtable real (V, D); dx act (M, D); ids I32 (M), each in [0, V).
+  void embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids, Write mode);
   // out = the rows of a batch of count = out.dim(0); `batch` has an order. out's and src's rows
   // have the same dtype and number of elements.
   void gather_rows(const Tensor& out, const Rows& batch);

@@ -99,21 +99,31 @@ void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig
   add(kPostNorm, result.post_norm);
 }
 
+static const SafeTensor& find_tensor(const data::SafeTensors& file, const std::string& name,
+                                     const Shape& shape, FileDType dtype) {
+  const SafeTensor& tensor = file.at(name);
+  BBB_CHECK(tensor.shape == shape && tensor.dtype == dtype, name, ": ", name_of(tensor.dtype), " ",
+            engine::to_string(tensor.shape), ", but the model wants ", name_of(dtype), " ",
+            engine::to_string(shape));
+  return tensor;
+}
+
+static std::vector<float> read_floats(const data::SafeTensors& file, const std::string& name,
+                                      const Shape& shape) {
+  const SafeTensor& tensor = find_tensor(file, name, shape, FileDType::F32);
+  std::vector<float> values(static_cast<size_t>(tensor.numel()));
+  data::to_float(values.data(), tensor, name);
+  return values;
+}
+
 LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const LlamaConfig& config,
                        const std::vector<LinearFormat>& formats) {
   const auto find = [&](const std::string& name, const Shape& shape,
                         FileDType dtype) -> const SafeTensor& {
-    const SafeTensor& tensor = file.at(layer_name(layer, name));
-    BBB_CHECK(tensor.shape == shape && tensor.dtype == dtype, layer_name(layer, name), ": ",
-              name_of(tensor.dtype), " ", engine::to_string(tensor.shape), ", but the model wants ",
-              name_of(dtype), " ", engine::to_string(shape));
-    return tensor;
+    return find_tensor(file, layer_name(layer, name), shape, dtype);
   };
   const auto floats = [&](const std::string& name, const Shape& shape) {
-    const SafeTensor& tensor = find(name, shape, FileDType::F32);
-    std::vector<float> values(static_cast<size_t>(tensor.numel()));
-    data::to_float(values.data(), tensor, layer_name(layer, name));
-    return values;
+    return read_floats(file, layer_name(layer, name), shape);
   };
   LayerResult result;
   const std::vector<LinearShape> shapes = block_linears(config);
@@ -151,6 +161,36 @@ LayerResult full_precision(const Checkpoint& source, int64_t layer) {
   result.input_norm = source.load(layer_name(layer, kInputNorm), {config.d_model});
   result.post_norm = source.load(layer_name(layer, kPostNorm), {config.d_model});
   return result;
+}
+
+std::vector<OuterWeight> outer_weights(const LlamaConfig& config) {
+  const Shape table{config.vocab, config.d_model};
+  std::vector<OuterWeight> weights = {{kEmbedding, table}, {kFinalNorm, {config.d_model}}};
+  if (!config.tied_head) weights.push_back({kHead, table});
+  return weights;
+}
+
+LoadOuter outer_of(const Checkpoint& source) {
+  return [&source](const OuterWeight& weight) { return source.load(weight.name, weight.shape); };
+}
+
+LoadOuter outer_of(const data::SafeTensors& file) {
+  if (!file.contains(kEmbedding)) return nullptr;
+  return
+      [&file](const OuterWeight& weight) { return read_floats(file, weight.name, weight.shape); };
+}
+
+void declare_outer(std::vector<data::SafeTensorsWriter::Entry>& entries,
+                   const LlamaConfig& config) {
+  for (const OuterWeight& weight : outer_weights(config))
+    entries.push_back({weight.name, FileDType::F32, weight.shape});
+}
+
+void add_outer(data::SafeTensorsWriter& writer, const LlamaConfig& config, const LoadOuter& load) {
+  for (const OuterWeight& weight : outer_weights(config)) {
+    const std::vector<float> values = load(weight);
+    writer.add(weight.name, values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+  }
 }
 
 }  // namespace bbb::models

@@ -6,9 +6,12 @@
 //   model.layers.L.self_attn.q_proj.ratios      U8 (N, K' / G)    its range ratios, if searched
 //   or model.layers.L.self_attn.q_proj.qweight  ..          the tensors of the linear's format
 //   model.layers.L.input_layernorm.weight       F32 (D)
+//
+// A file may also hold the weights outside of the layers, F32 under their own names.
 #pragma once
 
 #include <array>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -60,5 +63,20 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
                        const std::vector<quant::LinearFormat>& formats);
 // The full-precision weights of a layer, as masters with bits = kNoQuantizer.
 LayerResult full_precision(const Checkpoint& source, int64_t layer);
+
+// A weight outside of the layers.
+struct OuterWeight {
+  std::string name;
+  engine::Shape shape;
+};
+// Embedding, final norm and, if it is not tied, head.
+std::vector<OuterWeight> outer_weights(const LlamaConfig& config);
+// Loads one of them.
+using LoadOuter = std::function<std::vector<float>(const OuterWeight& weight)>;
+// Both read from their argument, which must outlive the result. Of a file that holds none: null.
+LoadOuter outer_of(const Checkpoint& source);
+LoadOuter outer_of(const data::SafeTensors& file);
+void declare_outer(std::vector<data::SafeTensorsWriter::Entry>& entries, const LlamaConfig& config);
+void add_outer(data::SafeTensorsWriter& writer, const LlamaConfig& config, const LoadOuter& load);
 
 }  // namespace bbb::models

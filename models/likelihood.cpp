@@ -62,7 +62,7 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
     backend.embed(scored_h, upload_ids(backend, {scored}, rows),
                   h.value().view({count * length, width}));
   }
-  head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), model.head(),
+  head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), Var(model.head()),
             upload_ids(backend, {scored}, targets), Tensor(), 1.0,
             head_chunks(head_budget(backend), scored, vocab, backend.real()), losses);
   return download_floats(backend, losses);

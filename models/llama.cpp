@@ -269,26 +269,39 @@ Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(
     blocks_.push_back(std::make_unique<LlamaBlock>(backend_, config_, layer, inv_freq_));
 }
 
+void round_table(Backend& backend, const Tensor& table, const Tensor& values,
+                 HeadRounding rounding) {
+  if (rounding == HeadRounding::None || table.dtype() == DType::BF16)
+    return backend.cast(table, values);
+  const Tensor rounded = backend.empty(table.shape(), DType::BF16);
+  backend.cast(rounded, values);
+  backend.cast(table, rounded);
+}
+
 Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
     : Llama(backend, source.config()) {
   const Shape shape{config_.vocab, config_.d_model};
   // A packed checkpoint's tables are bf16 (format.md): half of what F32 reads for a token.
-  const bool packed = source.kind() == CheckpointKind::Packed;
-  const auto load_table = [&](const char* name) {
-    Tensor table =
-        upload_as(backend_, source.load(name, shape), shape, packed ? DType::BF16 : backend_.act());
-    if (packed) return table;
-    if (rounding == HeadRounding::BFloat16 && backend_.act() != DType::BF16) {
-      Tensor rounded = backend_.empty(shape, DType::BF16);
-      backend_.cast(rounded, table);
-      backend_.cast(table, rounded);
-    }
-    return table;
-  };
-  embedding_ = load_table(kEmbedding);
-  head_ = config_.tied_head ? embedding_ : load_table(kHead);
-  norm_.set_constant(upload_as(backend_, source.load(kFinalNorm, {config_.d_model}),
-                               {config_.d_model}, backend_.real()));
+  const DType dtype = source.kind() == CheckpointKind::Packed ? DType::BF16 : backend.act();
+  embedding_ = Var(backend.empty(shape, dtype));
+  head_ = config_.tied_head ? embedding_ : Var(backend.empty(shape, dtype));
+  norm_.set_constant(backend.empty({config_.d_model}, backend.real()));
+  load_outer(outer_of(source), rounding);
+}
+
+void Llama::load_outer(const LoadOuter& load, HeadRounding rounding) {
+  for (const OuterWeight& weight : outer_weights(config_)) {
+    if (weight.name == kFinalNorm)
+      upload_into(backend_, norm_.value, load(weight));
+    else
+      round_table(backend_, weight.name == kHead ? head() : embedding(),
+                  upload_as(backend_, load(weight), weight.shape, backend_.real()), rounding);
+  }
+}
+
+void Llama::set_tables(Var embedding, Var head) {
+  embedding_ = std::move(embedding);
+  head_ = std::move(head);
 }
 
 void Llama::load_blocks(const Checkpoint& source,
@@ -323,8 +336,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
     }
     return out;
   };
-  model->embedding_ = table();
-  model->head_ = config.tied_head ? model->embedding_ : table();
+  model->embedding_ = Var(table());
+  model->head_ = config.tied_head ? model->embedding_ : Var(table());
   const auto ones = [&] {
     const std::vector<float> values(static_cast<size_t>(config.d_model), 1.0f);
     return upload_as(backend, values, {config.d_model}, backend.real());
@@ -375,7 +388,7 @@ Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompu
 
 Tensor Llama::logits(const Tensor& h) const {
   Tensor out = backend_.empty({h.dim(0), config_.vocab}, backend_.real());
-  backend_.gemm_nt(out, h, head_, Tensor(), Tensor());
+  backend_.gemm_nt(out, h, head(), Tensor(), Tensor());
   return out;
 }
 

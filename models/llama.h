@@ -110,6 +110,10 @@ class LlamaBlock {
 // values (format.md). Norms are never rounded. If act is BF16, embedding and head are BF16 anyway.
 enum class HeadRounding { None, BFloat16 };
 
+// table act (V, D) = values real (V, D), rounded.
+void round_table(Backend& backend, const Tensor& table, const Tensor& values,
+                 HeadRounding rounding);
+
 class Llama {
  public:
   // Loads embedding, final norm and head; the blocks have no weights yet.
@@ -133,8 +137,13 @@ class Llama {
   const LlamaConfig& config() const { return config_; }
   std::vector<std::unique_ptr<LlamaBlock>>& blocks() { return blocks_; }
   // act (V, D); BF16 if the source is packed.
-  const Tensor& embedding() const { return embedding_; }
-  const Tensor& head() const { return head_; }
+  const Tensor& embedding() const { return embedding_.value(); }
+  const Tensor& head() const { return head_.value(); }
+  const Var& head_var() const { return head_; }
+  // Embedding and head of forward() from now on. They are constants unless these take gradients.
+  void set_tables(Var embedding, Var head);
+  // Replaces the values of embedding, head and final norm.
+  void load_outer(const LoadOuter& load, HeadRounding rounding);
   NormWeight& norm() { return norm_; }
   Tensor inv_freq() const { return inv_freq_; }
 
@@ -143,7 +152,8 @@ class Llama {
   Tensor packed_buffer(int64_t numel) const { return backend_.empty({numel}, backend_.act()); }
   Backend& backend_;
   LlamaConfig config_;
-  Tensor embedding_, head_, inv_freq_;
+  Var embedding_, head_;
+  Tensor inv_freq_;
   NormWeight norm_;
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
 };

@@ -102,12 +102,20 @@ class ShardedWriter {
 
 using Formats = std::function<std::vector<quant::LinearFormat>(int64_t layer)>;
 
+// Embedding or head, not the norm. The embedding is written before the layers, the others behind.
+bool is_table(const OuterWeight& weight) { return weight.shape.size() == 2; }
+
 std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Formats& formats,
                                            ExportFormat format) {
   std::vector<SafeTensorsWriter::Entry> entries;
-  const Shape table{config.vocab, config.d_model}, norm{config.d_model};
+  const Shape norm{config.d_model};
   const std::vector<LinearShape> shapes = block_linears(config);
-  entries.push_back({kEmbedding, FileDType::BF16, table});
+  const auto declare = [&](const OuterWeight& weight) {
+    entries.push_back(
+        {weight.name, is_table(weight) ? FileDType::BF16 : FileDType::F32, weight.shape});
+  };
+  const std::vector<OuterWeight> outer = outer_weights(config);
+  declare(outer[0]);
   for (int64_t i = 0; i < config.layers; ++i) {
     entries.push_back({layer_name(i, kInputNorm), FileDType::F32, norm});
     entries.push_back({layer_name(i, kPostNorm), FileDType::F32, norm});
@@ -121,8 +129,7 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
           entries.push_back({name + t.suffix, t.dtype, t.shape});
     }
   }
-  entries.push_back({kFinalNorm, FileDType::F32, norm});
-  if (!config.tied_head) entries.push_back({kHead, FileDType::BF16, table});
+  std::for_each(outer.begin() + 1, outer.end(), declare);
   return entries;
 }
 
@@ -143,11 +150,34 @@ void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
   }
 }
 
+void write_outer(ShardedWriter& writer, const OuterWeight& weight, const LoadOuter& outer) {
+  if (is_table(weight))
+    writer.add(weight.name, to_bf16(outer(weight)));
+  else
+    writer.add(weight.name, outer(weight));
+}
+
+std::vector<float> rounded(std::vector<float> values) {
+  for (float& value : values) value = engine::from_bf16(engine::to_bf16(value));
+  return values;
+}
+
+void check_equal(bool equal, const Checkpoint& written, const std::string& name) {
+  BBB_CHECK(equal, written.path(), ": ", name, " read back differs from what was trained");
+}
+
+void compare_outer(const Checkpoint& written, const OuterWeight& weight, const LoadOuter& outer) {
+  const std::vector<float> given = outer(weight);
+  check_equal(
+      written.load(weight.name, weight.shape) == (is_table(weight) ? rounded(given) : given),
+      written, weight.name);
+}
+
 void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t index,
                    ExportFormat format) {
   const LlamaConfig& config = written.config();
   const auto check = [&](bool equal, const std::string& name) {
-    BBB_CHECK(equal, written.path(), ": ", name, " read back differs from what was trained");
+    check_equal(equal, written, name);
   };
   const auto check_floats = [&](const std::string& name, const Shape& shape,
                                 const std::vector<float>& given) {
@@ -161,9 +191,7 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
     const LinearResult& linear = layer.linears[j];
     const int64_t n = shapes[j].n, k = shapes[j].k;
     if (format == ExportFormat::HuggingFace) {
-      std::vector<float> expected = linear.dequantize();
-      for (float& value : expected) value = engine::from_bf16(engine::to_bf16(value));
-      check_floats(name + ".weight", {n, k}, expected);
+      check_floats(name + ".weight", {n, k}, rounded(linear.dequantize()));
       continue;
     }
     check(written.packed_format(name, n, k) == linear.format, name + "'s format");
@@ -232,22 +260,22 @@ std::string exported_config(const Checkpoint& source, const Formats& formats, Ex
 
 double export_model(const std::string& directory, const Checkpoint& source,
                     const data::Tokenizer& tokenizer, const Formats& formats, ExportFormat format,
-                    const std::function<LayerResult(int64_t)>& layer, const std::string& bbb_json,
-                    const std::function<void(int64_t done)>& progress, int64_t max_shard_bytes) {
+                    const LoadOuter& outer, const std::function<LayerResult(int64_t)>& layer,
+                    const std::string& bbb_json, const std::function<void(int64_t done)>& progress,
+                    int64_t max_shard_bytes) {
   const LlamaConfig& config = source.config();
   data::AtomicDirectory output(directory);
   const std::string& path = output.temporary();
 
   ShardedWriter writer(path, plan(config, formats, format), max_shard_bytes);
-  const Shape table{config.vocab, config.d_model};
-  writer.add(kEmbedding, to_bf16(source.load(kEmbedding, table)));
+  const std::vector<OuterWeight> weights = outer_weights(config);
+  write_outer(writer, weights[0], outer);
   for (int64_t i = 0; i < config.layers; ++i) {
     const LayerResult given = layer(i);
     write_layer(writer, given, i, config, format);
     if (progress) progress(i + 1);
   }
-  writer.add(kFinalNorm, source.load(kFinalNorm, {config.d_model}));
-  if (!config.tied_head) writer.add(kHead, to_bf16(source.load(kHead, table)));
+  for (size_t i = 1; i < weights.size(); ++i) write_outer(writer, weights[i], outer);
   writer.finish();
 
   data::write_file_atomic(path + "/config.json", exported_config(source, formats, format));
@@ -260,6 +288,7 @@ double export_model(const std::string& directory, const Checkpoint& source,
   double bits_per_weight = 0;
   {
     const std::unique_ptr<Checkpoint> written = open_checkpoint(path);
+    for (const OuterWeight& weight : weights) compare_outer(*written, weight, outer);
     for (int64_t i = 0; i < config.layers; ++i) {
       compare_layer(*written, layer(i), i, format);
       if (progress) progress(config.layers + i + 1);

@@ -218,8 +218,8 @@ TEST_CASE("head_loss: the value, against a softmax written out", "[autograd]") {
   Tape tape(device, TapeMode::Inference);
   const Var loss =
       head_loss(tape, autograd::LossKind::CrossEntropy, Var(make(device, {m, d}, device.act(), h)),
-                make(device, {v, d}, device.act(), w), make_ids(device, {m}, targets), Tensor(),
-                0.5, {2, v}, row_loss);
+                Var(make(device, {v, d}, device.act(), w)), make_ids(device, {m}, targets),
+                Tensor(), 0.5, {2, v}, row_loss);
   // Inputs are exact in act; logits and the loss are FP32: a dozen roundings.
   const double tolerance = 16 * epsilon_of(DType::F32);
   CHECK(relative_error(values_of(device, row_loss), expected_rows) < tolerance);
@@ -265,7 +265,7 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
     Tape tape(b, mode);
     const Var x = Var::input(h);
     const Var out =
-        head_loss(tape, c.kind, x, table, targets, teacher, 0.125, chunks, row_loss.tensor());
+        head_loss(tape, c.kind, x, Var(table), targets, teacher, 0.125, chunks, row_loss.tensor());
     b.copy(loss, out.value());
     if (mode == TapeMode::Inference) return;
     tape.backward(out);
@@ -338,8 +338,8 @@ TEST_CASE("head_loss: its memory does not grow with a vocabulary in chunks", "[a
       b.reset_memory_peak();
       const int64_t before = b.memory_peak_bytes();
       Tape tape(b, TapeMode::Training);
-      tape.backward(head_loss(tape, kind, Var::input(h), table, targets, teacher, 1.0, {256, 8192},
-                              Tensor()));
+      tape.backward(head_loss(tape, kind, Var::input(h), Var(table), targets, teacher, 1.0,
+                              {256, 8192}, Tensor()));
       held.push_back(b.memory_peak_bytes() - before);
     }
     CHECK(held[0] == held[1]);

@@ -48,7 +48,8 @@ struct Trained {
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
         directory / name, *source, FileTokenizer(), [this](int64_t i) { return formats(i); },
-        format, [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
+        format, models::outer_of(*source), [this](int64_t i) { return layer(i); },
+        "{\"seed\": 1}\n", nullptr, shard_bytes);
   }
 
   // The number of files and directories next to the source.
@@ -164,7 +165,7 @@ TEST_CASE("export: a failure leaves nothing behind", "[export]") {
                          const std::function<LayerResult(int64_t)>& layer) {
     models::export_model(
         path, *trained.source, FileTokenizer(), [&](int64_t i) { return trained.formats(i); },
-        ExportFormat::Packed, layer, "{}", nullptr);
+        ExportFormat::Packed, models::outer_of(*trained.source), layer, "{}", nullptr);
   };
   SECTION("the layer throws") {
     CHECK_THROWS_WITH(write(trained.directory / "out",

@@ -61,7 +61,8 @@ struct TrainedModel {
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
         path, source, FileTokenizer(), [this](int64_t i) { return formats(i); }, format,
-        [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n", nullptr, shard_bytes);
+        models::outer_of(source), [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n",
+        nullptr, shard_bytes);
   }
 
   const models::Checkpoint& source;

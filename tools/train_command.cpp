@@ -51,6 +51,8 @@ void name_unused(const train::TrainConfig& config, const CommandLine& line) {
     const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
     if (group == train::kEndToEnd && config.e2e_steps == 0 && (!algorithm2 || of_last_stages))
       fmt::print(stderr, "--{} is unused: there is no end-to-end phase\n", name);
+    else if (name == "e2e-embedding" && config.e2e_train == train::EndToEndTrain::Scales)
+      fmt::print(stderr, "--{} is unused: --e2e-train scales trains scales alone\n", name);
     if (group == train::kBlocks && train::block_stages(config) == 0)
       fmt::print(stderr, "--{} is unused: there is no block phase\n", name);
   });

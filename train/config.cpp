@@ -208,6 +208,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   }
   for (const ModelStage& s : c.e2e_stages) check_stage(s, "--e2e-stages");
   const bool whole = algorithm2 || !c.e2e_stages.empty();
+  if (!whole || !all) c.e2e_embedding = EmbeddingTrain::Keep;
   if (!whole) return;
   want(
       all || (c.e2e_stages.size() == 1 && !algorithm2),

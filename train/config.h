@@ -50,7 +50,8 @@ using models::SplitMetric;
 using quant::NestedDequant;
 using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
-enum class EndToEndTrain { Scales, All };  // All: the blocks' linears and norms
+enum class EndToEndTrain { Scales, All };   // All: the blocks' linears and norms
+enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
 enum class Freeze { None, Flips };
 enum class Snap { Auto, On, Off };  // moves masters to the middle of their bins at the start
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
@@ -121,6 +122,7 @@ struct TrainConfig {
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
   double e2e_jsd_beta = 0.5;  // of JensenShannon: the teacher's share of the mixture
   EndToEndTrain e2e_train = EndToEndTrain::All;
+  EmbeddingTrain e2e_embedding = EmbeddingTrain::Keep;  // resolved: Keep if there is no use for it
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
   // Codes that oscillate (Backend::average, dampen, freeze_flips).

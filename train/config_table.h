@@ -157,6 +157,10 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.e2e_jsd_beta,
     {"e2e-jsd-beta", kEndToEnd, "of jsd: the full-precision model's share of the mixture", kShare});
   v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
+  v(c.e2e_embedding, {"e2e-embedding",
+                      kEndToEnd,
+                      "of --e2e-train all: keep embedding, head and final norm, or train them too",
+                      {"keep, train"}});
   v(c.e2e_lr, {"e2e-lr", kEndToEnd, "one rate, or one a stage; default: by the model's width",
                kRates, "auto"});
   v(c.e2e_snap, {"e2e-snap", kEndToEnd,

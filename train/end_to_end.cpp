@@ -11,7 +11,6 @@
 #include "train/sample_order.h"
 #include "train/step_loop.h"
 #include "train/step_probe.h"
-#include "train/student.h"
 
 namespace bbb::train {
 namespace {
@@ -32,7 +31,7 @@ constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
 class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-           const TrainConfig& config, const Recipe& recipe, size_t stage, const StartOfLayer& start,
+           const TrainConfig& config, const Recipe& recipe, size_t stage, const StartOfModel& start,
            models::Recompute recompute, const RunDirectory& run, const Observer& observer)
       : backend_(backend),
         config_(config),
@@ -115,7 +114,7 @@ class EndToEnd {
 
  private:
   // Loads the student and, unless the loss is cross-entropy, the teacher.
-  void load(const Checkpoint& source, const StartOfLayer& start) {
+  void load(const Checkpoint& source, const StartOfModel& start) {
     const bool has_teacher = config_.e2e_loss != EndToEndLoss::CrossEntropy;
     std::optional<engine::Progress> progress;
     if (!observer_.quiet)
@@ -201,16 +200,15 @@ class EndToEnd {
                               {tokens, model_.d_model});
       };
       backend_.overlap(teacher_forward, student_forward);
-      if (weights_)
-        h = autograd::weighted(tape, h, step_weights_.slice(static_cast<int64_t>(p), 1));
       const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
                             : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
                                                                    : LossKind::JensenShannon;
       const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
       const Var loss = autograd::head_loss(
-          tape, kind, h, student_.model().head(), targets.view({tokens}), teacher_h, scale,
+          tape, kind, h, student_.model().head_var(), targets.view({tokens}), teacher_h, scale,
           models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
-          Tensor(), config_.e2e_jsd_beta);
+          Tensor(), config_.e2e_jsd_beta,
+          weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());
       if (last == StepPart::Forward) continue;
       tape.backward(loss);
       backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
@@ -241,9 +239,12 @@ class EndToEnd {
     for (int64_t layer = 0; layer < model_.layers; ++layer)
       models::declare_layer(entries, layer, model_, recipe_.whole_formats(layer, stage_), content,
                             config_.range);
+    const models::LoadOuter outer = student_.outer();
+    if (outer) models::declare_outer(entries, model_);
     RunFileWriter writer(run_.whole_stage_file(recipe_, stage_), run_.checksum(), entries);
     for (auto& block : student_.model().blocks())
       models::add_layer(writer, block->layer(), model_, block->result(content), content);
+    if (outer) models::add_outer(writer, model_, outer);
     writer.finish();
   }
 
@@ -285,10 +286,9 @@ int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& 
   quiet.quiet = true;
   int64_t recorded_bytes = 0;
   for (size_t stage = 0; stage < recipe.whole_stages().size(); ++stage) {
-    EndToEnd phase(
-        backend, source, windows, config, recipe, stage,
-        [&](int64_t layer) { return models::full_precision(source, layer); }, recompute, run,
-        quiet);
+    EndToEnd phase(backend, source, windows, config, recipe, stage,
+                   {[&](int64_t layer) { return models::full_precision(source, layer); }, nullptr},
+                   recompute, run, quiet);
     phase.student().prepare();
     const auto step = phase.record(StepPart::Optimizer);
     step->run();
@@ -312,8 +312,8 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
   held->recipe.emplace(held->config, source.config());
   held->phase.emplace(
       backend, source, windows, held->config, *held->recipe, 0,
-      [&](int64_t layer) { return models::full_precision(source, layer); }, memory.recompute,
-      held->run, held->observer);
+      StartOfModel{[&](int64_t layer) { return models::full_precision(source, layer); }, nullptr},
+      memory.recompute, held->run, held->observer);
   held->phase->student().prepare();
   held->phase->rewind(0);
   return {[held](StepPart last) { return held->phase->record(last); },
@@ -329,7 +329,7 @@ static void remove_state_of(const RunDirectory& run, size_t stage) {
 }
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, const Recipe& recipe, const StartOfLayer& start,
+                      const TrainConfig& config, const Recipe& recipe, const StartOfModel& start,
                       models::Recompute recompute, const RunDirectory& run,
                       const Observer& observer) {
   const size_t stages = recipe.whole_stages().size();
@@ -342,12 +342,12 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
     if (stage > 0)
       before.emplace(open_run_file(run.whole_stage_file(recipe, stage - 1), run.checksum(),
                                    "delete it, and the run trains from there again"));
-    const auto start_of_layer = [&](int64_t layer) {
-      return before ? models::read_layer(*before, layer, source.config(),
-                                         recipe.whole_formats(layer, stage - 1))
-                    : start(layer);
+    const auto layer_before = [&](int64_t layer) {
+      return models::read_layer(*before, layer, source.config(),
+                                recipe.whole_formats(layer, stage - 1));
     };
-    EndToEnd(backend, source, windows, config, recipe, stage, start_of_layer, recompute, run,
+    EndToEnd(backend, source, windows, config, recipe, stage,
+             before ? StartOfModel{layer_before, models::outer_of(*before)} : start, recompute, run,
              observer)
         .run();
   }

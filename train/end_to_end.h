@@ -10,17 +10,15 @@
 
 #include "engine/counting_backend.h"
 #include "train/run_directory.h"
+#include "train/student.h"
 #include "train/train.h"
 
 namespace bbb::train {
 
-// The masters from which the stages of the whole model start, in any format.
-using StartOfLayer = std::function<models::LayerResult(int64_t layer)>;
-
 // Runs or resumes the stages of the whole model, each from the result of the one before, and writes
 // their files.
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                      const TrainConfig& config, const Recipe& recipe, const StartOfLayer& start,
+                      const TrainConfig& config, const Recipe& recipe, const StartOfModel& start,
                       models::Recompute recompute, const RunDirectory& run,
                       const Observer& observer);
 

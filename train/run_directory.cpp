@@ -346,7 +346,8 @@ uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b) {
   return engine::seed_from(words, sizeof words);
 }
 
-int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config) {
+int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config,
+                     OuterStart start) {
   const Recipe recipe(config, model);
   std::vector<data::SafeTensorsWriter::Entry> entries;
   for (int64_t layer = 0; layer < model.layers; ++layer) {
@@ -357,6 +358,8 @@ int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config
       models::declare_layer(entries, layer, model, recipe.whole_formats(layer, t),
                             final_content(config), config.range);
   }
+  if (config.e2e_embedding == EmbeddingTrain::Train || start == OuterStart::EarlierRun)
+    for (size_t t = 0; t < recipe.whole_stages().size(); ++t) models::declare_outer(entries, model);
   int64_t bytes = 0;
   for (const data::SafeTensorsWriter::Entry& entry : entries)
     bytes += engine::numel_of(entry.shape) * data::size_bytes(entry.dtype);
@@ -398,10 +401,18 @@ models::LayerResult RunDirectory::result(int64_t layer, const Recipe& recipe,
                                          const models::LlamaConfig& model) const {
   if (recipe.whole_stages().empty())
     return stage_result(layer, recipe.block_stages() - 1, recipe, model);
+  return models::read_layer(final_result(), layer, model, recipe.result_formats(layer));
+}
+
+models::LoadOuter RunDirectory::outer(const Recipe& recipe) const {
+  return recipe.whole_stages().empty() ? nullptr : models::outer_of(final_result());
+}
+
+const data::SafeTensors& RunDirectory::final_result() const {
   if (!final_)
     final_.emplace(
         open_run_file(final_file(), checksum(), "delete it, and the run trains end to end again"));
-  return models::read_layer(*final_, layer, model, recipe.result_formats(layer));
+  return *final_;
 }
 
 models::LinearContent final_content(const TrainConfig& config) {

@@ -107,6 +107,9 @@ class RunDirectory {
   // The result of a finished run: of its last stage. Throws if a file is missing or damaged.
   models::LayerResult result(int64_t layer, const Recipe& recipe,
                              const models::LlamaConfig& model) const;
+  // The weights outside of the layers of a finished run; null if they are the source's. Reads from
+  // this object.
+  models::LoadOuter outer(const Recipe& recipe) const;
   // The number of stages, over all blocks in order, before the first one without a file.
   int64_t finished_stages(const TrainConfig& config, int64_t layers) const;
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
@@ -130,9 +133,11 @@ class RunDirectory {
   void keep_log(const std::function<bool(const Json& line)>& keep) const;
 
  private:
+  const data::SafeTensors& final_result() const;
+
   std::string path_;
   std::unique_ptr<FileLock> lock_;
-  mutable std::optional<data::SafeTensors> final_;  // opened and checked once, by result()
+  mutable std::optional<data::SafeTensors> final_;  // opened and checked once, by final_result()
 };
 
 // The stages of the block phase; 0 if Algorithm 2 replaces it.
@@ -148,7 +153,10 @@ uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
 // What the final file holds of each linear.
 models::LinearContent final_content(const TrainConfig& config);
+// What holds the weights outside of the layers at the start of the end-to-end phase.
+enum class OuterStart { Source, EarlierRun };
 // The size of a finished run's tensors, without file headers and the log.
-int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config);
+int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config,
+                     OuterStart start = OuterStart::Source);
 
 }  // namespace bbb::train

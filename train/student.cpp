@@ -1,15 +1,19 @@
 #include "train/student.h"
 
+#include <algorithm>
+
 namespace bbb::train {
 
 using autograd::GradientPasses;
 using models::LayerResult;
 using models::LlamaBlock;
+using models::OuterWeight;
 using models::QuantLinear;
 
 Student::Student(engine::Backend& backend, const models::Checkpoint& source,
                  const TrainConfig& config, const Recipe& recipe, size_t stage)
     : backend_(backend),
+      source_(source),
       config_(config),
       recipe_(recipe),
       stage_(stage),
@@ -18,8 +22,7 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
                                ? GradientPasses::One
                                : GradientPasses::Several) {}
 
-void Student::load(const std::function<LayerResult(int64_t layer)>& start,
-                   const std::function<void(int64_t layers)>& loaded) {
+void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
@@ -32,14 +35,24 @@ void Student::load(const std::function<LayerResult(int64_t layer)>& start,
       sigmas_.push_back(
           &parameters_.add(named[i]->name() + ".sigma", {linears[i].n, linears[i].groups()}));
   }
+  if (config_.e2e_embedding == EmbeddingTrain::Train)
+    for (const OuterWeight& weight : models::outer_weights(model_.config()))
+      outer_.push_back(&parameters_.add(
+          weight.name, weight.shape,
+          {.lr_factor = weight.name == models::kFinalNorm ? 1.0 : kEmbeddingRate}));
   parameters_.allocate();
+  start_outer_ = start.outer;
+  if (!outer_.empty())
+    bind_outer(start.outer ? start.outer : models::outer_of(source_));
+  else if (start.outer)
+    model_.load_outer(start.outer, models::HeadRounding::BFloat16);
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
                        recipe_.nested());
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     const LayerResult result =
-        models::start_stage(model_.config(), start(layer), formats(*block),
+        models::start_stage(model_.config(), start.layer(layer), formats(*block),
                             recipe_.statistics(layer), config_.range, recipe_.lowest_bits());
     if (all) {
       block->bind_parameters(*quantizer_, formats(*block));
@@ -49,6 +62,40 @@ void Student::load(const std::function<LayerResult(int64_t layer)>& start,
     }
     loaded(layer + 1);
   }
+}
+
+void Student::bind_outer(const models::LoadOuter& load) {
+  const std::vector<OuterWeight> weights = models::outer_weights(model_.config());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    autograd::Parameter& parameter = *outer_[i];
+    models::upload_into(backend_, parameter.master, load(weights[i]));
+    if (weights[i].name == models::kFinalNorm) {
+      model_.norm().set_parameter(parameter);
+      continue;
+    }
+    const bool wide = parameter.grad.dtype() == backend_.real();
+    tables_.push_back({&parameter,
+                       weights[i].name == models::kHead ? model_.head() : model_.embedding(),
+                       wide ? parameter.grad : backend_.empty(weights[i].shape, backend_.real()),
+                       {}});
+  }
+}
+
+void Student::prepare_tables() {
+  for (Table& table : tables_) {
+    models::round_table(backend_, table.value, table.parameter->master,
+                        models::HeadRounding::BFloat16);
+    table.leaf = autograd::Var::leaf(table.value, table.gradient, engine::Write::Overwrite);
+  }
+  if (!tables_.empty()) model_.set_tables(tables_.front().leaf, tables_.back().leaf);
+}
+
+models::LoadOuter Student::outer() const {
+  if (outer_.empty()) return start_outer_;
+  return [this](const OuterWeight& weight) {
+    const auto named = [&](const autograd::Parameter* p) { return p->name == weight.name; };
+    return models::download_floats(backend_, (*std::ranges::find_if(outer_, named))->master);
+  };
 }
 
 // The block's masters live only in this function, until its codes are frozen.
@@ -67,13 +114,15 @@ void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
 }
 
 void Student::prepare() {
+  prepare_tables();
   if (quantizer_) return quantizer_->prepare();
   for (auto& block : model_.blocks()) block->prepare_scales();
 }
 
 void Student::quantize() {
-  if (quantizer_) return quantizer_->quantize();
-  prepare();
+  if (!quantizer_) return prepare();
+  prepare_tables();
+  quantizer_->quantize();
 }
 
 void Student::select_precision(size_t i) {
@@ -82,6 +131,12 @@ void Student::select_precision(size_t i) {
 
 void Student::finish_backward() {
   for (auto& block : model_.blocks()) block->finish_backward();
+  model_.norm().finish_backward(backend_);
+  for (const Table& table : tables_) {
+    BBB_ASSERT(table.leaf.has_grad());
+    if (table.parameter->grad.dtype() != table.gradient.dtype())
+      backend_.cast(table.parameter->grad, table.gradient);
+  }
 }
 
 void Student::snap() {

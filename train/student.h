@@ -1,6 +1,8 @@
 // Student: the quantized model that the end-to-end phase trains, and its parameters.
 //
-//   all      the blocks' linears, behind the quantizer, and their norms
+//   all      the blocks' linears, behind the quantizer, and their norms. With --e2e-embedding train
+//            also embedding, head and final norm; forward() reads embedding and head rounded to
+//            BF16, as they are exported
 //   scales   one sigma per group over frozen codes; norms are constant
 #pragma once
 
@@ -13,17 +15,25 @@
 
 namespace bbb::train {
 
+// From what a stage of the whole model starts: the masters of every layer, in any format, and the
+// weights outside of the layers; null: the source's.
+struct StartOfModel {
+  std::function<models::LayerResult(int64_t layer)> layer;
+  models::LoadOuter outer;
+};
+
+// The learning rate of embedding and head, as a part of the stage's: they are trained already, and
+// a row that few tokens use takes as large a step of AdamW as any other.
+inline constexpr double kEmbeddingRate = 0.25;
+
 class Student {
  public:
-  // For a stage of the whole model. Embedding, final norm and head are the source's, and constant.
-  // config and recipe must outlive the student.
+  // For a stage of the whole model. source, config and recipe must outlive the student.
   Student(engine::Backend& backend, const models::Checkpoint& source, const TrainConfig& config,
           const Recipe& recipe, size_t stage);
 
-  // Makes the parameters from the masters of start(layer), in any format. loaded(layers): layers
-  // done so far.
-  void load(const std::function<models::LayerResult(int64_t layer)>& start,
-            const std::function<void(int64_t layers)>& loaded);
+  // Makes the parameters. start.outer must outlive the student. loaded(layers): layers done so far.
+  void load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded);
   models::Llama& model() { return model_; }
   autograd::ParameterSet& parameters() { return parameters_; }
   const autograd::ParameterSet& parameters() const { return parameters_; }
@@ -39,14 +49,27 @@ class Student {
   void select_precision(size_t i);
   void finish_backward();
   void snap();  // moves masters to the middle of their bins; only if all train
+  // The weights outside of the layers as they are now; null if they are the source's own.
+  models::LoadOuter outer() const;
 
  private:
+  // Embedding or head, if they train.
+  struct Table {
+    autograd::Parameter* parameter;
+    engine::Tensor value;     // act (V, D): the master, rounded
+    engine::Tensor gradient;  // real (V, D): the sum over a step, which is rounded once
+    autograd::Var leaf;       // of both
+  };
+
+  void bind_outer(const models::LoadOuter& load);
+  void prepare_tables();
   std::vector<quant::LinearFormat> formats(const models::LlamaBlock& block) const {
     return recipe_.whole_formats(block.layer(), stage_);
   }
   void load_scales(models::LlamaBlock& block, const models::LayerResult& start);
 
   engine::Backend& backend_;
+  const models::Checkpoint& source_;
   const TrainConfig& config_;
   const Recipe& recipe_;
   const size_t stage_;
@@ -54,6 +77,9 @@ class Student {
   autograd::ParameterSet parameters_;
   std::optional<autograd::WeightQuantizer> quantizer_;
   std::vector<autograd::Parameter*> sigmas_;  // of all linears in order, if scales train
+  std::vector<autograd::Parameter*> outer_;   // in the order of outer_weights(), if they train
+  std::vector<Table> tables_;                 // of outer_: the embedding first, the head last
+  models::LoadOuter start_outer_;
 };
 
 }  // namespace bbb::train

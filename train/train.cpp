@@ -32,7 +32,7 @@ const char* describe(models::Recompute recompute) {
 }
 
 void print_plan(const Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-                const BlockMemory* blocks, const PhaseMemory* end_to_end) {
+                OuterStart outer, const BlockMemory* blocks, const PhaseMemory* end_to_end) {
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
     const StreamPlan& streams = blocks->streams;
@@ -52,7 +52,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
                 gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
                 describe(end_to_end->recompute));
-  std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config)),
+  std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config, outer)),
               config.out.c_str());
   std::fflush(stdout);  // so that the plan is seen before training starts
 }
@@ -117,6 +117,7 @@ class EarlierRun {
 
   const RunIdentity& identity() const { return identity_; }
   LayerResult result(int64_t layer) const { return run_.result(layer, recipe_, model_); }
+  models::LoadOuter outer() const { return run_.outer(recipe_); }
   // Empty if the run needed none.
   const std::vector<models::LayerStatistics>& statistics() const { return statistics_; }
 
@@ -214,9 +215,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   // The earlier run is read for the statistics and for the first stage, until both are saved.
   std::optional<EarlierRun> from;
   const auto saved = [](const std::string& file) { return std::filesystem::exists(file); };
-  if (!config.from.empty() &&
-      (!saved(run.whole_stage_file(Recipe(config, model), 0)) ||
-       (Recipe::needs_statistics(config) && !saved(run.statistics_file())))) {
+  const std::string first_stage = run.whole_stage_file(Recipe(config, model), 0);
+  if (!config.from.empty() && (!saved(first_stage) || (Recipe::needs_statistics(config) &&
+                                                       !saved(run.statistics_file())))) {
     from.emplace(config.from, model);
     const std::string part = difference(from->identity(), identity);
     BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
@@ -230,9 +231,12 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (Recipe::needs_statistics(config))
     check_memory(backend, count_statistics_memory(backend, model, config), config.memory,
                  "the statistics of the input sites", "lower --batch or --seq-len");
+  const bool earlier_outer =
+      from ? from->outer() != nullptr
+           : saved(first_stage) && data::SafeTensors(first_stage).contains(models::kEmbedding);
   if (!observer.quiet)
-    print_plan(backend, model, config, blocks ? &memory : nullptr,
-               trains_whole(config) ? &whole : nullptr);
+    print_plan(backend, model, config, earlier_outer ? OuterStart::EarlierRun : OuterStart::Source,
+               blocks ? &memory : nullptr, trains_whole(config) ? &whole : nullptr);
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
@@ -258,13 +262,14 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   tune_for(steps, 1, whole.recorded_bytes);
   if (config.e2e_snap == Snap::On && !observer.quiet)
     std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-  const auto start = [&](int64_t layer) {
+  const auto start_layer = [&](int64_t layer) {
     if (from) return from->result(layer);
     return block_stages(config) > 0
                ? run.stage_result(layer, recipe.block_stages() - 1, recipe, model)
                : models::full_precision(source, layer);
   };
-  train_end_to_end(backend, source, windows, config, recipe, start, whole.recompute, run, observer);
+  train_end_to_end(backend, source, windows, config, recipe,
+                   {start_layer, from ? from->outer() : nullptr}, whole.recompute, run, observer);
 }
 
 namespace {
@@ -344,9 +349,11 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const Quantizer quantizer(backend, model, config, recipe);
   const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
   const auto layer = [&](int64_t i) { return quantizer(i, run.result(i, recipe, model)); };
+  const models::LoadOuter trained = run.outer(recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, formats, format, layer,
+      out_directory, source, tokenizer, formats, format,
+      trained ? trained : models::outer_of(source), layer,
       export_record(Json::parse(data::read_file(run.run_file())), recipe, model),
       [&](int64_t done) { progress.set(done); });
 }
@@ -390,6 +397,7 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
       out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, format,
+      models::outer_of(source),
       [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
       export_record(record, recipe, model), [&](int64_t done) { progress.set(done); });
 }
