@@ -102,6 +102,15 @@ PanelLayout::PanelLayout(int64_t k, const WeightGrid& grid)
   bytes = (zeros + groups * 2 * zero_bits + 63) / 64 * 64;
 }
 
+// In a word of codes, the lower bit of its position i.
+static constexpr int position_shift(int i) { return i % 4 * 8 + i / 4 * 2; }
+
+// Of a vector of words in a panel; `words` a group.
+static int64_t word_offset(const PanelLayout& layout, int64_t words, int64_t group, int plane,
+                           int64_t word) {
+  return ((group * layout.planes + plane) * words + word) * 4 * kPanelRows;
+}
+
 int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid) {
   return (n + kPanelRows - 1) / kPanelRows * PanelLayout(k, grid).bytes;
 }
@@ -109,7 +118,7 @@ int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid) {
 void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
   const PanelLayout layout(file.k, file.grid);
   const int group = file.grid.group, zero_width = file.grid.nested ? kNestedBits : file.grid.bits;
-  const int64_t groups = file.k / group;
+  const int64_t groups = file.k / group, words = group / 16;
   std::vector<uint8_t> codes(static_cast<size_t>(file.k)), zeros(static_cast<size_t>(groups));
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     uint8_t* const base = out + panel * layout.bytes;
@@ -120,14 +129,15 @@ void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
       row_codes(codes.data(), file, row);
       unpack_codes(zeros.data(), file.zeros + row * zero_row_bytes(file.k, group, zero_width),
                    groups, zero_width);
-      for (int64_t k = 0; k < file.k; ++k) {
-        const int64_t words = group / 16, word = k % group / 16, shift = k / 4 % 4 * 2,
-                      byte = k % 4;
-        for (int plane = 0; plane < layout.planes; ++plane)
-          base[((k / group * layout.planes + plane) * words + word) * 4 * kPanelRows + 4 * r +
-               byte] |=
-              static_cast<uint8_t>((codes[static_cast<size_t>(k)] >> (2 * plane) & 3) << shift);
-      }
+      const uint8_t* code = codes.data();
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t word = 0; word < words; ++word, code += 16)
+          for (int plane = 0; plane < layout.planes; ++plane) {
+            uint32_t packed = 0;
+            for (int i = 0; i < 16; ++i)
+              packed |= static_cast<uint32_t>(code[i] >> (2 * plane) & 3) << position_shift(i);
+            std::memcpy(base + word_offset(layout, words, g, plane, word) + 4 * r, &packed, 4);
+          }
       for (int64_t g = 0; g < groups; ++g) {
         const uint8_t e = file.scales[row * groups + g], z = zeros[static_cast<size_t>(g)];
         base[layout.scales + g * kPanelRows + r] = (e & 0x7F) == kE4m3Nan ? kPanelNan : e;
@@ -157,12 +167,9 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels) {
           int32_t codes[16] = {};
           for (int plane = 0; plane < layout.planes; ++plane) {
             uint32_t packed;
-            std::memcpy(
-                &packed,
-                base + ((g * layout.planes + plane) * words + word) * 4 * kPanelRows + 4 * r, 4);
+            std::memcpy(&packed, base + word_offset(layout, words, g, plane, word) + 4 * r, 4);
             for (int i = 0; i < 16; ++i)
-              codes[i] |= static_cast<int32_t>(packed >> (i % 4 * 8 + i / 4 * 2) & 3)
-                          << (2 * plane);
+              codes[i] |= static_cast<int32_t>(packed >> position_shift(i) & 3) << (2 * plane);
           }
           for (int i = 0; i < 16; ++i)
             out[16 * word + i] =

@@ -22,8 +22,9 @@
 //     D[g] = f (256 sum q high + sum q low) + (c - 2 z) sum A,   |D| < 2^31 for every grid
 //     y = S sum_g D[g] (e[g] / 2 * scale[g])                     in FP32, groups in order
 //
-// All instruction sets give the same bits. One pass over the packed bytes; per 16 weights two
-// products of 4 bytes each and one shift and mask.
+// Every instruction set gives the same bits. The packed bytes are read once for up to 4 rows of
+// activations. 4 positions of 16 rows take a shift, a mask and, for each row of activations, two
+// products of bytes.
 #pragma once
 
 #include <vector>

@@ -48,10 +48,10 @@ Tensor alpha_of(Backend& b, bool given) {
 }
 
 std::vector<double> run_nt(Backend& b, const GemmCase& c, const Inputs& in, DType out,
-                           bool with_alpha, bool with_addend) {
+                           bool with_alpha, bool with_addend, bool bf16_weight = false) {
   const Guarded y(b, {c.m, c.n}, out);
-  b.gemm_nt(y.tensor(), make(b, {c.m, c.k}, b.act(), in.x), make(b, {c.n, c.k}, b.act(), in.w),
-            alpha_of(b, with_alpha),
+  b.gemm_nt(y.tensor(), make(b, {c.m, c.k}, b.act(), in.x),
+            make(b, {c.n, c.k}, bf16_weight ? DType::BF16 : b.act(), in.w), alpha_of(b, with_alpha),
             with_addend ? make(b, {c.m, c.n}, b.act(), in.addend) : Tensor());
   CHECK(y.untouched());
   return values_of(b, y.tensor());
@@ -90,6 +90,22 @@ TEST_CASE("gemm_nt is alpha x w^T + addend", "[gemm]") {
           const auto want = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, with_addend);
           CHECK(relative_error(got, want) <= tolerance(out, c.k));
         }
+  }
+}
+
+TEST_CASE("gemm_nt takes a bf16 weight on every backend", "[gemm]") {
+  for (const GemmCase& c : kCases) {
+    Inputs in(c);
+    in.w = round_bf16(in.w);
+    for (const bool with_alpha : {false, true})
+      for (const bool with_addend : {false, true}) {
+        CAPTURE(c.m, c.n, c.k, with_alpha, with_addend);
+        const auto want = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, with_addend);
+        const auto got = run_nt(backend(), c, in, backend().act(), with_alpha, with_addend, true);
+        CHECK(relative_error(got, want) <= tolerance(backend().act(), c.k));
+        const auto f64 = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, with_addend, true);
+        CHECK(relative_error(f64, want) < 1e-14);
+      }
   }
 }
 

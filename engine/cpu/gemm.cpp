@@ -9,6 +9,7 @@
 //
 // A bf16 w is read as it is for few rows of x. For more rows a block of it is widened first.
 #include <algorithm>
+#include <vector>
 
 #include "engine/bf16.h"
 #include "engine/cpu/blas.h"

@@ -15,9 +15,13 @@ namespace {
 // system would grant it and kill the process later.
 constexpr int64_t kCheckedBytes = int64_t{64} << 20;
 
-// Tensors of at least this size ask for pages of this size: a head of 57 MB is then read at 31 GB/s
-// in place of 25 (two cores of an EPYC). Advice: without such pages nothing else changes.
-constexpr int64_t kHugePage = int64_t{2} << 20;
+// Blocks of at least kHugePage ask for pages of this size, and so do slabs, from which blocks of at
+// least kSlabbed are cut. Two cores of an EPYC in a virtual machine read such pages at 56 to 61
+// GB/s, and pages of 4 KiB at 33 to 41. Advice: without such pages nothing else changes.
+constexpr int64_t kHugePage = int64_t{2} << 20, kSlabbed = int64_t{32} << 10;
+constexpr int64_t kSlab = int64_t{16} << 20;
+
+bool is_slabbed(int64_t size) { return size >= kSlabbed && size < kHugePage; }
 
 void* aligned_block(int64_t size) {
   const bool huge = size >= kHugePage;
@@ -29,7 +33,10 @@ void* aligned_block(int64_t size) {
 
 }  // namespace
 
-HostMemory::~HostMemory() { drop_cache(); }
+HostMemory::~HostMemory() {
+  drop_cache();
+  for (void* slab : slabs_) std::free(slab);
+}
 
 int64_t HostMemory::block_bytes(int64_t bytes) {
   const auto size = static_cast<uint64_t>(std::max<int64_t>(bytes, 1));
@@ -49,7 +56,7 @@ std::shared_ptr<Storage> HostMemory::allocate(int64_t bytes) {
       cached_bytes_ -= size;
     } else {
       if (size >= kCheckedBytes && size > available_bytes()) drop_cache();
-      if (size < kCheckedBytes || size <= available_bytes()) block = aligned_block(size);
+      if (size < kCheckedBytes || size <= available_bytes()) block = new_block(size);
       if (block == nullptr) {
         drop_cache();
         throw Error(cat("out of memory: a tensor of ", bytes, " bytes, with ", available_bytes(),
@@ -67,7 +74,7 @@ void HostMemory::release(void* block, int64_t block_bytes) {
   static const auto cap = static_cast<int64_t>(kCacheShare * static_cast<double>(total_bytes()));
   const std::lock_guard lock(mutex_);
   held_bytes_ -= block_bytes;
-  if (cached_bytes_ + block_bytes > cap) {
+  if (!is_slabbed(block_bytes) && cached_bytes_ + block_bytes > cap) {
     std::free(block);
     return;
   }
@@ -75,11 +82,26 @@ void HostMemory::release(void* block, int64_t block_bytes) {
   cached_bytes_ += block_bytes;
 }
 
+void* HostMemory::new_block(int64_t size) {
+  if (!is_slabbed(size)) return aligned_block(size);
+  if (slabs_.empty() || slab_used_bytes_ + size > kSlab) {
+    void* const slab = aligned_block(kSlab);
+    if (slab == nullptr) return nullptr;
+    slabs_.push_back(slab);
+    slab_used_bytes_ = 0;
+  }
+  void* const block = static_cast<uint8_t*>(slabs_.back()) + slab_used_bytes_;
+  slab_used_bytes_ += size;
+  return block;
+}
+
 void HostMemory::drop_cache() {
-  for (auto& [size, blocks] : free_)
+  for (auto& [size, blocks] : free_) {
+    if (is_slabbed(size)) continue;
     for (void* block : blocks) std::free(block);
-  free_.clear();
-  cached_bytes_ = 0;
+    cached_bytes_ -= size * static_cast<int64_t>(blocks.size());
+    blocks.clear();
+  }
 }
 
 int64_t HostMemory::peak_bytes() const {

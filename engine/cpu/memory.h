@@ -2,7 +2,8 @@
 //
 // A training step allocates the same sizes again and again. A block returned to the system would
 // cost a page fault for every 4 KiB the next time. So freed blocks are kept in a list per size, in
-// total at most kCacheShare of the machine's memory.
+// total at most kCacheShare of the machine's memory. Blocks of medium size are cut from slabs,
+// which live as long as the HostMemory.
 #pragma once
 
 #include <cstdint>
@@ -38,11 +39,14 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
  private:
   static constexpr double kCacheShare = 0.25;
 
+  void* new_block(int64_t size);  // null if the system refuses
   void release(void* block, int64_t block_bytes);
   void drop_cache();
 
   mutable std::mutex mutex_;
   std::map<int64_t, std::vector<void*>> free_;  // block size -> blocks
+  std::vector<void*> slabs_;                    // blocks are cut from the last
+  int64_t slab_used_bytes_ = 0;
   int64_t held_bytes_ = 0;
   int64_t peak_bytes_ = 0;
   int64_t cached_bytes_ = 0;
