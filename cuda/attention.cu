@@ -1,11 +1,11 @@
 // Causal attention, forward: o = softmax(q k^T / sqrt(d)) v and lse = log sum exp of the scores,
 // by the online softmax of FlashAttention-2 (Dao, 2023).
 //
-// Shapes: q, o (B, T, H, d); k, v (B, Tmax, K, d); lse (B, H, T). Query t is at position start[b] +
-// t. Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp. Keys and
-// values come in tiles of 64, double-buffered by cp.async. Where d is over 128, all three numbers
-// are halved. A warp keeps its scores, row maximum, row sum and output in registers. Only tiles
-// that cross the diagonal or the window's edge are masked; a warp skips tiles that it does not see.
+// Shapes: q, o (B, T, H, d); k, v (B, Tmax, K, d); lse (B, H, T). Query t is at position start + t.
+// Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp. Keys and values
+// come in tiles of 64, double-buffered by cp.async. Where d is over 128, all three numbers are
+// halved. A warp keeps its scores, row maximum, row sum and output in registers. Only tiles that
+// cross the diagonal or the window's edge are masked; a warp skips tiles that it does not see.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 #include "cuda/attention.h"

@@ -31,6 +31,10 @@ namespace {
 constexpr int64_t kMaxBatch = 64;
 constexpr int64_t kDefaultBatch = 8;  // of --prompts: the rows that packed products take
 
+int64_t batch_of(const CommandLine& line, int64_t otherwise) {
+  return line.has("batch") ? line.integer("batch", 1, kMaxBatch) : otherwise;
+}
+
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
@@ -147,7 +151,7 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
   const auto model =
       models::Llama::synthetic(backend, config, engine::WeightGrid{}, sample_seed(line));
   Report report;
-  report.batch = line.integer("batch", 1, kMaxBatch);
+  report.batch = batch_of(line, 1);
   models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line));
   generator.assume(context);
   StepTimes times(report);
@@ -228,9 +232,9 @@ std::vector<std::vector<int32_t>> prompt_ids(const CommandLine& line, const Mode
   const SpecialText special = line.has("special") ? SpecialText::Parse : SpecialText::AsText;
   if (line.has("prompts")) return file_prompts(line.required("prompts"), files, special);
   // --batch of one prompt: so many continuations.
-  return {static_cast<size_t>(line.integer("batch", 1, kMaxBatch)),
-          line.has("prompt") ? files.text_ids(line.text("prompt"), special)
-                             : files.chat_ids(chat_messages(line))};
+  return {static_cast<size_t>(batch_of(line, 1)), line.has("prompt")
+                                                      ? files.text_ids(line.text("prompt"), special)
+                                                      : files.chat_ids(chat_messages(line))};
 }
 
 // Generates text after every prompt of the report. The text of one sequence appears as it is made,
@@ -309,8 +313,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
     report.sequences.push_back({.prompt = std::move(prompt), .limit = limit});
   }
   const int64_t count = static_cast<int64_t>(report.sequences.size());
-  report.batch =
-      std::min(count, line.has("batch") ? line.integer("batch", 1, kMaxBatch) : kDefaultBatch);
+  report.batch = std::min(count, batch_of(line, kDefaultBatch));
 
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling);
@@ -345,7 +348,7 @@ int decode_command(const Arguments& arguments) {
       ("batch",
        "sequences at a time, 1 to 64: of --prompts (8 if not given), else so many continuations "
        "of the prompt",
-       cxxopts::value<std::string>()->default_value("1"))                                      //
+       cxxopts::value<std::string>())                                                          //
       ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
       ("json", "write text and timings to this file", cxxopts::value<std::string>())           //
       ("synthetic", "random 2-bit weights: smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b",
