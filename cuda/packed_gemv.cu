@@ -6,9 +6,9 @@
 //
 // Each octet of lanes makes a sub-group of 32 positions of a row of x into integers and one unit:
 // x = unit v, |v| < 2^15. For bf16, unit is the power of two for which the largest |v| is at least
-// 2^14 - 1: values from 2^-7 of the largest on are exact, the rest are off by at most unit / 2. For
-// codes v = a - b, exact. v = 256 high + low, two signed bytes. The product of 16 rows and 32
-// positions by bytes (mma) gives
+// 2^14 (1 - 2^-8): values from about 2^-7 of the largest on are exact, the rest are off by at most
+// unit / 2. For codes v = a - b, exact. v = 256 high + low, two signed bytes. The product of 16
+// rows and 32 positions by bytes (mma) gives
 //
 //   I = sum (q - z) v = 256 sum q high + sum q low - z sum v         exact; y = S sum_g e unit I
 //
@@ -19,10 +19,13 @@
 // scales each product by itself. More rows take more launches.
 //
 // A block takes up to eight row tiles. Its warps take slices of 128 positions in turn, each for all
-// of these row tiles, and copy them to rings of their own: a slot holds kTiles tiles of one slice.
-// The warps' sums are added in shared memory in a fixed order. Two blocks fit on a multiprocessor,
-// so that the next product's copies overlap this one's end. Bytes moved: those of the tiles; x
-// comes from the L2 cache, once a block.
+// of these row tiles, and copy them to rings of their own: a slot holds up to four tiles of a
+// slice. The warps' sums are added in shared memory in a fixed order. Where that leaves the warps
+// less to do, a cluster of two blocks takes twice the row tiles and each block half of the slices:
+// then fewer warps make the same integers of x.
+//
+// Two blocks fit on a multiprocessor. So the next product's copies start while this one still runs.
+// Bytes moved: those of the tiles; x comes from the L2 cache, once a block or cluster.
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
@@ -40,7 +43,7 @@ using quant::kTileColumns;
 using quant::kTileRows;
 
 constexpr int kMaxWarps = 16;      // of a block
-constexpr int kMaxSplitTiles = 4;  // where clusters halve K
+constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
 constexpr int kMaxTiles = 8;       // row tiles of a block
 constexpr int kTokens = 4;         // rows of x of a launch
 constexpr unsigned kOnes = 0x01010101u;
