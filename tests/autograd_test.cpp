@@ -170,8 +170,8 @@ constexpr autograd::LossKind kLossKinds[] = {
 
 TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd]") {
   Rng rng(9);
-  const Input h = random_input(rng, {7, 6});
-  const std::vector<double> other = normal(rng, 42), table = normal(rng, 11 * 6);
+  const Input h = random_input(rng, {7, 6}), table = random_input(rng, {11, 6});
+  const std::vector<double> other = normal(rng, 42);
   const std::vector<int32_t> ids = {3, -1, 0, 10, 5, -1, 2};
   check_gradients(
       {h},
@@ -183,14 +183,93 @@ TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd
     for (const HeadChunks chunks :
          {HeadChunks{3, 11}, {100, 100}, {100, 4}, {3, 4}, {2, 1}})  // 11 words: 4, 4 and 3
       check_gradients(
-          {h},
+          {h, table},
           [&](Tape& tape, const std::vector<Var>& in) {
             Backend& cpu = oracle_f64();
-            return head_loss(
-                tape, kind, in[0], make(cpu, {11, 6}, DType::F64, table), make_ids(cpu, {7}, ids),
-                kind == autograd::LossKind::CrossEntropy ? Tensor()
-                                                         : make(cpu, {7, 6}, DType::F64, other),
-                0.2, chunks, Tensor(), 0.3);
+            return head_loss(tape, kind, in[0], in[1], make_ids(cpu, {7}, ids),
+                             kind == autograd::LossKind::CrossEntropy
+                                 ? Tensor()
+                                 : make(cpu, {7, 6}, DType::F64, other),
+                             0.2, chunks, Tensor(), 0.3);
+          },
+          true);
+}
+
+TEST_CASE("embed: the gradient of a table, and of one that is the head, too", "[autograd]") {
+  Rng rng(13);
+  const Input table = random_input(rng, {11, 6});
+  const std::vector<int32_t> ids = {3, 3, 0, 10, 5, 3, 0, 2}, targets = {3, 0, 10, -1, 3, 0, 2, 8};
+  const std::vector<double> other = normal(rng, 48);
+  Backend& cpu = oracle_f64();
+  const auto embedded = [&](Tape& tape, const Var& rows) {
+    return reshape(tape, embed(tape, make_ids(cpu, {2, 4}, ids), rows), {8, 6});
+  };
+  check_gradients({table},
+                  [&](Tape& tape, const std::vector<Var>& in) { return embedded(tape, in[0]); });
+  for (const autograd::LossKind kind : kLossKinds)
+    for (const HeadChunks chunks : {HeadChunks{100, 100}, {3, 11}, {3, 4}})
+      check_gradients(
+          {table},
+          [&](Tape& tape, const std::vector<Var>& in) {
+            return head_loss(tape, kind, embedded(tape, in[0]), in[0], make_ids(cpu, {8}, targets),
+                             kind == autograd::LossKind::CrossEntropy
+                                 ? Tensor()
+                                 : make(cpu, {8, 6}, DType::F64, other),
+                             0.2, chunks, Tensor());
+          },
+          true);
+}
+
+TEST_CASE("head_loss: a weight is a factor of both gradients, not of the value", "[autograd]") {
+  Backend& cpu = oracle_f64();
+  Rng rng(14);
+  const Tensor h = make(cpu, {7, 6}, DType::F64, normal(rng, 42)),
+               table = make(cpu, {11, 6}, DType::F64, normal(rng, 66)),
+               targets = make_ids(cpu, {7}, {3, -1, 0, 10, 5, -1, 2});
+  for (const HeadChunks chunks : {HeadChunks{100, 100}, {3, 11}, {3, 4}}) {
+    std::vector<std::vector<double>> loss, dh, dtable;
+    for (const Tensor& weight : {Tensor(), make(cpu, {1}, DType::F64, {0.25})}) {
+      Tape tape(cpu, TapeMode::Training);
+      const Var x = Var::input(h), head = Var::input(table);
+      const Var out = head_loss(tape, autograd::LossKind::CrossEntropy, x, head, targets, Tensor(),
+                                0.2, chunks, Tensor(), 0.5, weight);
+      tape.backward(out);
+      loss.push_back(values_of(cpu, out.value()));
+      dh.push_back(values_of(cpu, x.grad()));
+      dtable.push_back(values_of(cpu, head.grad()));
+    }
+    CHECK(loss[0] == loss[1]);
+    for (auto* gradients : {&dh, &dtable}) {
+      for (double& g : (*gradients)[0]) g *= 0.25;  // a power of two: exact
+      CHECK((*gradients)[0] == (*gradients)[1]);
+    }
+  }
+}
+
+TEST_CASE("llama: gradients of embedding and head through the whole model", "[autograd]") {
+  Backend& cpu = oracle_f64();
+  models::LlamaConfig config = tiny_config();
+  config.vocab = 19;
+  const TempDir directory;
+  write_tiny_model(directory.path(), config, 1);
+  const auto source = models::open_checkpoint(directory.path());
+  models::Llama model(cpu, *source, models::HeadRounding::None);
+  model.load_blocks(*source);
+  Rng rng(15);
+  const Shape shape{config.vocab, config.d_model};
+  const Input embedding = random_input(rng, shape), head = random_input(rng, shape, 0.1);
+  const std::vector<int32_t> ids = random_tokens(3, 10, config.vocab),
+                             targets = random_tokens(4, 10, config.vocab);
+  for (const Recompute recompute : {Recompute::None, Recompute::Attention, Recompute::Block})
+    for (const bool tied : {false, true})
+      check_gradients(
+          tied ? std::vector<Input>{head} : std::vector<Input>{embedding, head},
+          [&](Tape& tape, const std::vector<Var>& in) {
+            model.set_tables(in.front(), in.back());
+            const Var h = model.forward(tape, make_ids(cpu, {2, 5}, ids), nullptr, recompute);
+            return head_loss(tape, autograd::LossKind::CrossEntropy,
+                             reshape(tape, h, {10, config.d_model}), model.head_var(),
+                             make_ids(cpu, {10}, targets), Tensor(), 0.1, {4, 7}, Tensor());
           },
           true);
 }
@@ -247,7 +326,7 @@ struct HeadCase {
 };
 
 struct HeadResult {
-  std::vector<double> loss, row_loss, dh;  // dh: in training
+  std::vector<double> loss, row_loss, dh, dhead;  // dh, dhead: in training
 };
 
 enum class Call { Direct, Recorded };
@@ -261,11 +340,12 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
   const Tensor targets = make_ids(b, {HeadCase::kRows}, c.targets);
   const Guarded row_loss(b, {HeadCase::kRows}, b.real());
   const Tensor loss = b.empty({1}, b.real()), dh = b.empty(rows, b.act());
+  const Guarded dhead(b, table.shape(), b.real());
   const auto step = [&] {
     Tape tape(b, mode);
-    const Var x = Var::input(h);
+    const Var x = Var::input(h), head = Var::leaf(table, dhead.tensor(), Write::Overwrite);
     const Var out =
-        head_loss(tape, c.kind, x, Var(table), targets, teacher, 0.125, chunks, row_loss.tensor());
+        head_loss(tape, c.kind, x, head, targets, teacher, 0.125, chunks, row_loss.tensor());
     b.copy(loss, out.value());
     if (mode == TapeMode::Inference) return;
     tape.backward(out);
@@ -275,9 +355,13 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
     b.record(step)->run();
   else
     step();
-  HeadResult result{values_of(b, loss), values_of(b, row_loss.tensor()), {}};
-  if (mode == TapeMode::Training) result.dh = values_of(b, dh);
+  HeadResult result{values_of(b, loss), values_of(b, row_loss.tensor()), {}, {}};
+  if (mode == TapeMode::Training) {
+    result.dh = values_of(b, dh);
+    result.dhead = values_of(b, dhead.tensor());
+  }
   CHECK(row_loss.untouched());
+  CHECK(dhead.untouched());
   return result;
 }
 
@@ -310,6 +394,8 @@ TEST_CASE("head_loss: chunks of the vocabulary give the result of the whole", "[
           // The relative error of a logit's gradient is at most the error of the logit. The
           // gradient and the sum are each rounded once.
           CHECK(relative_error(got.dh, exact.dh) <= logit_error + 2 * epsilon_of(backend().act()));
+          CHECK(relative_error(got.dhead, exact.dhead) <=
+                logit_error + 2 * epsilon_of(backend().act()));
           for (int64_t i = 0; i < HeadCase::kRows; ++i)
             for (int64_t j = 0; j < HeadCase::kWidth && c.targets[i] < 0; ++j)
               CHECK(got.dh[i * HeadCase::kWidth + j] == 0);
@@ -320,6 +406,7 @@ TEST_CASE("head_loss: chunks of the vocabulary give the result of the whole", "[
           CHECK(again.row_loss == got.row_loss);
           CHECK(again.loss == got.loss);
           CHECK(again.dh == got.dh);
+          CHECK(again.dhead == got.dhead);
         }
       }
     }

@@ -72,6 +72,14 @@ TEST_CASE("a wrong call names its op and the shapes") {
        [&] {
          b.embed(a({4, 7}), i({4}), a({9, 8}));
        }},
+      {"embed_backward", "ids must be I32 (4)",
+       [&] {
+         b.embed_backward(r({9, 8}), a({4, 8}), i({5}), Write::Add);
+       }},
+      {"embed_backward", "(9, 8)",
+       [&] {
+         b.embed_backward(r({9, 7}), a({4, 8}), i({4}), Write::Add);
+       }},
       {"gather_rows", "(4, 3)",
        [&] {
          b.gather_rows(a({2, 2}), {a({4, 3}), i({4}), i({1})});

@@ -1,4 +1,4 @@
-// embed copies rows exactly.
+// embed copies rows exactly; its backward adds the rows of each id in their order.
 #include <catch2/catch.hpp>
 
 #include "tests/op_test.h"
@@ -27,6 +27,41 @@ TEST_CASE("embed gathers rows of the table", "[embed]") {
         want.insert(want.end(), rows.begin() + id * d, rows.begin() + (id + 1) * d);
       CHECK(values_of(b, out.tensor()) == want);
     }
+}
+
+TEST_CASE("embed_backward adds the rows of an id in their order", "[embed]") {
+  Backend& b = backend();
+  for (const int64_t d : {1, 31, 64, 577, 576})
+    for (const int64_t m : {1, 7, 33, 2000})
+      for (const int64_t v : {1, 2, 41, 49152}) {
+        if (v > 41 && d > 64) continue;
+        CAPTURE(d, m, v);
+        engine::Rng rng(23);
+        const std::vector<double> dx = activations(rng, m * d);
+        // Every third position has id 0: longer runs of one id than a warp has lanes.
+        std::vector<int32_t> ids(static_cast<size_t>(m));
+        for (size_t i = 0; i < ids.size(); ++i)
+          ids[i] = i % 3 == 0 ? 0 : static_cast<int32_t>(rng.below(v));
+        ids.back() = static_cast<int32_t>(v - 1);
+        const Tensor rows = make(b, {m, d}, b.act(), dx), positions = make_ids(b, {m}, ids);
+        std::vector<float> want(static_cast<size_t>(v * d), 0.0f);
+        const auto add_rows = [&] {
+          for (int64_t i = 0; i < m; ++i)
+            for (int64_t j = 0; j < d; ++j)
+              want[ids[i] * d + j] += static_cast<float>(dx[i * d + j]);
+        };
+        const Guarded dtable(b, {v, d}, b.real());  // poisoned: rows of no id must become 0
+        for (const engine::Write mode : {engine::Write::Overwrite, engine::Write::Add}) {
+          add_rows();
+          if (mode == engine::Write::Overwrite)
+            b.embed_backward(dtable.tensor(), rows, positions, mode);
+          else
+            b.record([&] { b.embed_backward(dtable.tensor(), rows, positions, mode); })->run();
+          const std::vector<double> got = values_of(b, dtable.tensor());
+          CHECK(std::equal(got.begin(), got.end(), want.begin(), want.end()));
+          CHECK(dtable.untouched());
+        }
+      }
 }
 
 }  // namespace bbb::tests

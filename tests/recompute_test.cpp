@@ -122,15 +122,17 @@ TEST_CASE("recompute: the end-to-end phase uses the predicted memory, and gives 
   run.config.e2e_steps = 2;
   std::map<std::string, std::string> expected;
   for (const char* loss : {"kl", "ce"})
-    for (const char* what : {"all", "scales"}) {
+    for (const auto& [what, embedding] :
+         {std::pair{"all", "keep"}, {"scales", "keep"}, {"all", "train"}}) {
       set_option(run.config, "e2e-loss", loss);
       set_option(run.config, "e2e-train", what);
+      set_option(run.config, "e2e-embedding", embedding);
       for (const Recompute recompute : kModes) {
-        CAPTURE(loss, what, models::to_string(recompute));
+        CAPTURE(loss, what, embedding, models::to_string(recompute));
         run.config.memory.recompute = recompute;
         const train::PhaseMemory memory =
             train::plan_end_to_end_memory(backend(), run.model, run.resolved());
-        const std::string out = cat(loss, what, models::to_string(recompute));
+        const std::string out = cat(loss, what, embedding, models::to_string(recompute));
         check_prediction(memory.device_bytes, run.measured_bytes(out));
         const auto files = results(run.config.out);
         if (recompute == Recompute::None) expected = files;
@@ -192,6 +194,7 @@ TEST_CASE("recompute: several precisions at once use the predicted memory, and g
     std::map<std::string, std::string> expected;
     run.config.stages = train::parse_stages(blocks ? "w8a16" : "");
     run.config.e2e_steps = blocks ? 0 : 2;
+    set_option(run.config, "e2e-embedding", "train");
     for (const Recompute recompute : kModes) {
       CAPTURE(blocks, models::to_string(recompute));
       run.config.memory.recompute = recompute;
@@ -232,13 +235,15 @@ TEST_CASE("recompute: micro-batches that add gradients use the predicted memory"
   run.config.stages.clear();
   run.config.e2e_steps = 2;
   run.config.e2e_micro_batch = 4;
-  for (const char* what : {"all", "scales"}) {
-    CAPTURE(what);
-    set_option(run.config, "e2e-train", what);
-    const train::PhaseMemory memory =
-        train::plan_end_to_end_memory(backend(), run.model, run.resolved());
-    check_prediction(memory.device_bytes, run.measured_bytes(what));
-  }
+  for (const char* what : {"all", "scales"})
+    for (const char* embedding : {"keep", "train"}) {
+      CAPTURE(what, embedding);
+      set_option(run.config, "e2e-train", what);
+      set_option(run.config, "e2e-embedding", embedding);
+      const train::PhaseMemory memory =
+          train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+      check_prediction(memory.device_bytes, run.measured_bytes(cat(what, embedding)));
+    }
 }
 
 TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repeats its bytes",
@@ -261,14 +266,16 @@ TEST_CASE("recompute: a vocabulary in chunks uses the predicted memory and repea
   const autograd::HeadChunks chunks =
       models::head_chunks(models::head_budget(backend()), tokens, run.model.vocab, backend().act());
   CHECK(chunks.vocab < run.model.vocab);
-  for (const char* loss : {"kl", "ce", "jsd"}) {
-    CAPTURE(loss);
+  for (const auto& [loss, embedding] :
+       {std::pair{"kl", "keep"}, {"kl", "train"}, {"ce", "keep"}, {"jsd", "train"}}) {
+    CAPTURE(loss, embedding);
     set_option(run.config, "e2e-loss", loss);
+    set_option(run.config, "e2e-embedding", embedding);
     const train::PhaseMemory memory =
         train::plan_end_to_end_memory(backend(), run.model, run.resolved());
-    check_prediction(memory.device_bytes, run.measured_bytes(cat(loss, "1")));
+    check_prediction(memory.device_bytes, run.measured_bytes(cat(loss, embedding, "1")));
     const auto files = results(run.config.out);
-    run.measured_bytes(cat(loss, "2"));
+    run.measured_bytes(cat(loss, embedding, "2"));
     CHECK(results(run.config.out) == files);
     for (const train::Json& line : log_lines(run.config.out, "e2e"))
       CHECK(std::isfinite(line["loss"].get<double>()));

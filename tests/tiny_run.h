@@ -34,9 +34,9 @@ struct Fixture {
   static inline const int32_t kPoisoned =
       static_cast<int32_t>(tiny_config().vocab) - 1;  // a token in no window of the fixture
 
-  Fixture() {
+  explicit Fixture(const models::LlamaConfig& model = tiny_config()) {
     std::filesystem::create_directory(dir / "model");
-    write_tiny_model(dir / "model", tiny_config(), 7);
+    write_tiny_model(dir / "model", model, 7);
     source = models::open_checkpoint(dir / "model");
     windows.count = 24;
     windows.seq_len = kSeqLen;

@@ -152,6 +152,8 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
          {"ce", EndToEndLoss::CrossEntropy},
          {"jsd", EndToEndLoss::JensenShannon}});
   check("e2e-train", c.e2e_train, {{"scales", EndToEndTrain::Scales}, {"all", EndToEndTrain::All}});
+  check("e2e-embedding", c.e2e_embedding,
+        {{"train", EmbeddingTrain::Train}, {"keep", EmbeddingTrain::Keep}});
   check("e2e-snap", c.e2e_snap, {{"auto", Snap::Auto}, {"on", Snap::On}, {"off", Snap::Off}});
   check("gemm-algorithms", c.gemm_algorithms,
         {{"timed", GemmAlgorithms::Timed}, {"heuristic", GemmAlgorithms::Heuristic}});
@@ -278,6 +280,17 @@ TEST_CASE("train config: values that a program sets must obey the options' rules
     return train::resolve(config, tiny_config(), engine::DeviceType::Cpu);
   };
   CHECK(resolved([](TrainConfig&) {}).e2e_lr.at(0) > 0);
+  // There is nothing for which embedding and head would train.
+  for (const auto& [train, steps, used] :
+       {std::tuple{"all", 1, true}, {"scales", 1, false}, {"all", 0, false}}) {
+    const TrainConfig config = resolved([&](TrainConfig& c) {
+      c.e2e_steps = steps;
+      c.stages = train::parse_stages("w2a16");
+      set_option(c, "e2e-train", train);
+      set_option(c, "e2e-embedding", "train");
+    });
+    CHECK((config.e2e_embedding == train::EmbeddingTrain::Train) == used);
+  }
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.samples = 0; }), Contains("--samples is '0'"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.group = 16; }), Contains("32, 64 or 128"));
   CHECK_THROWS_WITH(resolved([](TrainConfig& c) { c.e2e_lr = {NAN}; }), Contains("--e2e-lr"));
