@@ -49,11 +49,12 @@ class HeadLoss {
     bool backward() const { return dh.defined() || dhead.grad.defined(); }
   };
 
-  HeadLoss(Backend& backend, LossKind kind, const Tensor& head, double scale, double jsd_beta,
-           const Tensor& weight, HeadChunks chunks, TapeMode mode)
+  HeadLoss(Backend& backend, LossKind kind, const Tensor& head, const Tensor& teacher_head,
+           double scale, double jsd_beta, const Tensor& weight, HeadChunks chunks, TapeMode mode)
       : backend_(backend),
         kind_(kind),
         head_(head),
+        teacher_head_(teacher_head),
         scale_(scale),
         jsd_beta_(jsd_beta),
         weight_(weight),
@@ -84,15 +85,14 @@ class HeadLoss {
 
   // The logits of words [first, min(first + words_, V)), in the scratch.
   Logits logits_of(const TokenRows& rows, int64_t first) const {
-    const Tensor words = head_.rows(first, std::min(words_, head_.dim(0) - first));
-    const Shape shape{rows.h.dim(0), words.dim(0)};
-    const auto product = [&](const Tensor& scratch, const Tensor& h) {
+    const Shape shape{rows.h.dim(0), std::min(words_, head_.dim(0) - first)};
+    const auto product = [&](const Tensor& scratch, const Tensor& h, const Tensor& head) {
       const Tensor logits = scratch.slice(0, engine::numel_of(shape)).view(shape);
-      backend_.gemm_nt(logits, h, words, Tensor(), Tensor());
+      backend_.gemm_nt(logits, h, head.rows(first, shape[1]), Tensor(), Tensor());
       return logits;
     };
-    Logits logits{product(logits_, rows.h), Tensor()};
-    if (has_teacher(kind_)) logits.teacher = product(teacher_, rows.teacher_h);
+    Logits logits{product(logits_, rows.h, head_), Tensor()};
+    if (has_teacher(kind_)) logits.teacher = product(teacher_, rows.teacher_h, teacher_head_);
     return logits;
   }
 
@@ -169,7 +169,7 @@ class HeadLoss {
 
   Backend& backend_;
   const LossKind kind_;
-  const Tensor head_;
+  const Tensor head_, teacher_head_;
   const double scale_, jsd_beta_;
   const Tensor weight_;
   const int64_t words_;                 // in a chunk
@@ -420,18 +420,19 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
 }
 
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
+              const Teacher& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
               double jsd_beta, const Tensor& weight) {
   Backend& backend = tape.backend();
   const int64_t m = h.value().dim(0);
   chunks = within(chunks, m, head.value().dim(0));
   BBB_ASSERT(chunks.rows > 0 && chunks.vocab > 0);
-  BBB_ASSERT(has_teacher(kind) == teacher_h.defined());
+  BBB_ASSERT(has_teacher(kind) == teacher.h.defined());
+  if (has_teacher(kind)) BBB_ASSERT(teacher.head.shape() == head.value().shape());
 
   Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {h, head});
   const bool backward = out.requires_grad(), of_h = backward && h.requires_grad();
-  HeadLoss chunk(backend, kind, head.value(), scale, jsd_beta, weight, chunks,
+  HeadLoss chunk(backend, kind, head.value(), teacher.head, scale, jsd_beta, weight, chunks,
                  backward ? TapeMode::Training : TapeMode::Inference);
   const Tensor dh = of_h ? backend.empty(h.value().shape(), backend.act()) : Tensor();
   Var::Slot dhead{Tensor(), Write::Overwrite};
@@ -441,7 +442,7 @@ Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Te
     const auto rows = [&](const Tensor& t) {
       return t.defined() ? t.rows(begin, std::min(chunks.rows, m - begin)) : Tensor();
     };
-    chunk.run({rows(losses), rows(dh), dhead, rows(h.value()), rows(teacher_h), rows(targets)});
+    chunk.run({rows(losses), rows(dh), dhead, rows(h.value()), rows(teacher.h), rows(targets)});
     dhead.mode = Write::Add;
   }
   backend.sum(loss, losses, scale, Write::Overwrite);

@@ -44,17 +44,21 @@ struct HeadChunks {
   int64_t vocab = 0;
 };
 
+// The hidden states h (M, D) and the head act (V, D) whose logits a loss compares with, constants.
+struct Teacher {
+  Tensor h, head;
+};
+
 // The loss of a language model's head, without ever holding all logits: logits and the gradient of
 // h are computed chunk by chunk. If a chunk is less than the whole vocabulary, the gradient
 // computes the logits a second time, except for one chunk. JensenShannon computes them once more.
-// h (M, D); head act (V, D); targets I32 (M), -1 ignored; teacher_h undefined for CrossEntropy,
-// otherwise (M, D). Returns scale times the sum of the rows' losses, real (1). row_loss: undefined,
-// or real (M), which receives the unscaled losses. jsd_beta: of JensenShannon. weight: undefined,
-// or real (1) on the device, a factor of the gradients.
-// A gradient of the head is real: chunks are added to it. They are added in this call, not in
-// Tape::backward(), because only here are the logits held.
+// h (M, D); head act (V, D); targets I32 (M), -1 ignored; no teacher for CrossEntropy. Returns
+// scale times the sum of the rows' losses, real (1). row_loss: undefined, or real (M), which
+// receives the unscaled losses. jsd_beta: of JensenShannon. weight: undefined, or real (1) on the
+// device, a factor of the gradients. A gradient of the head is real: chunks are added to it. They
+// are added in this call, not in Tape::backward(), because only here are the logits held.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
-              const Tensor& teacher_h, double scale, HeadChunks chunks, const Tensor& row_loss,
+              const Teacher& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
               double jsd_beta = 0.5, const Tensor& weight = Tensor());
 
 }  // namespace bbb::autograd

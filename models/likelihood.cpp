@@ -63,7 +63,7 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
                   h.value().view({count * length, width}));
   }
   head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), Var(model.head()),
-            upload_ids(backend, {scored}, targets), Tensor(), 1.0,
+            upload_ids(backend, {scored}, targets), {}, 1.0,
             head_chunks(head_budget(backend), scored, vocab, backend.real()), losses);
   return download_floats(backend, losses);
 }

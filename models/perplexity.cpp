@@ -62,7 +62,7 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     Tape tape(backend, autograd::TapeMode::Inference);
     const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
-              Var(model.head()), targets, Tensor(), 1.0,
+              Var(model.head()), targets, {}, 1.0,
               head_chunks(head_budget(backend), rows, vocab, backend.real()), losses);
 
     const std::vector<float> host = download_floats(backend, losses);

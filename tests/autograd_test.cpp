@@ -168,6 +168,15 @@ TEST_CASE("attention: gradients with grouped queries, a window and rotary positi
 constexpr autograd::LossKind kLossKinds[] = {
     autograd::LossKind::CrossEntropy, autograd::LossKind::Kl, autograd::LossKind::JensenShannon};
 
+// A teacher (F64) of `rows` hidden states of width 6, with a head of its own of 11 words.
+static autograd::Teacher teacher_of(autograd::LossKind kind, int64_t rows) {
+  if (kind == autograd::LossKind::CrossEntropy) return {};
+  Rng rng(16);
+  Backend& cpu = oracle_f64();
+  const auto drawn = [&](int64_t n) { return make(cpu, {n, 6}, DType::F64, normal(rng, n * 6)); };
+  return {drawn(rows), drawn(11)};
+}
+
 TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd]") {
   Rng rng(9);
   const Input h = random_input(rng, {7, 6}), table = random_input(rng, {11, 6});
@@ -186,10 +195,7 @@ TEST_CASE("losses: gradients, rows in chunks, rows without a target", "[autograd
           {h, table},
           [&](Tape& tape, const std::vector<Var>& in) {
             Backend& cpu = oracle_f64();
-            return head_loss(tape, kind, in[0], in[1], make_ids(cpu, {7}, ids),
-                             kind == autograd::LossKind::CrossEntropy
-                                 ? Tensor()
-                                 : make(cpu, {7, 6}, DType::F64, other),
+            return head_loss(tape, kind, in[0], in[1], make_ids(cpu, {7}, ids), teacher_of(kind, 7),
                              0.2, chunks, Tensor(), 0.3);
           },
           true);
@@ -199,7 +205,6 @@ TEST_CASE("embed: the gradient of a table, and of one that is the head, too", "[
   Rng rng(13);
   const Input table = random_input(rng, {11, 6});
   const std::vector<int32_t> ids = {3, 3, 0, 10, 5, 3, 0, 2}, targets = {3, 0, 10, -1, 3, 0, 2, 8};
-  const std::vector<double> other = normal(rng, 48);
   Backend& cpu = oracle_f64();
   const auto embedded = [&](Tape& tape, const Var& rows) {
     return reshape(tape, embed(tape, make_ids(cpu, {2, 4}, ids), rows), {8, 6});
@@ -212,10 +217,7 @@ TEST_CASE("embed: the gradient of a table, and of one that is the head, too", "[
           {table},
           [&](Tape& tape, const std::vector<Var>& in) {
             return head_loss(tape, kind, embedded(tape, in[0]), in[0], make_ids(cpu, {8}, targets),
-                             kind == autograd::LossKind::CrossEntropy
-                                 ? Tensor()
-                                 : make(cpu, {8, 6}, DType::F64, other),
-                             0.2, chunks, Tensor());
+                             teacher_of(kind, 8), 0.2, chunks, Tensor());
           },
           true);
 }
@@ -231,8 +233,8 @@ TEST_CASE("head_loss: a weight is a factor of both gradients, not of the value",
     for (const Tensor& weight : {Tensor(), make(cpu, {1}, DType::F64, {0.25})}) {
       Tape tape(cpu, TapeMode::Training);
       const Var x = Var::input(h), head = Var::input(table);
-      const Var out = head_loss(tape, autograd::LossKind::CrossEntropy, x, head, targets, Tensor(),
-                                0.2, chunks, Tensor(), 0.5, weight);
+      const Var out = head_loss(tape, autograd::LossKind::CrossEntropy, x, head, targets, {}, 0.2,
+                                chunks, Tensor(), 0.5, weight);
       tape.backward(out);
       loss.push_back(values_of(cpu, out.value()));
       dh.push_back(values_of(cpu, x.grad()));
@@ -269,7 +271,7 @@ TEST_CASE("llama: gradients of embedding and head through the whole model", "[au
             const Var h = model.forward(tape, make_ids(cpu, {2, 5}, ids), nullptr, recompute);
             return head_loss(tape, autograd::LossKind::CrossEntropy,
                              reshape(tape, h, {10, config.d_model}), model.head_var(),
-                             make_ids(cpu, {10}, targets), Tensor(), 0.1, {4, 7}, Tensor());
+                             make_ids(cpu, {10}, targets), {}, 0.1, {4, 7}, Tensor());
           },
           true);
 }
@@ -297,8 +299,8 @@ TEST_CASE("head_loss: the value, against a softmax written out", "[autograd]") {
   Tape tape(device, TapeMode::Inference);
   const Var loss =
       head_loss(tape, autograd::LossKind::CrossEntropy, Var(make(device, {m, d}, device.act(), h)),
-                Var(make(device, {v, d}, device.act(), w)), make_ids(device, {m}, targets),
-                Tensor(), 0.5, {2, v}, row_loss);
+                Var(make(device, {v, d}, device.act(), w)), make_ids(device, {m}, targets), {}, 0.5,
+                {2, v}, row_loss);
   // Inputs are exact in act; logits and the loss are FP32: a dozen roundings.
   const double tolerance = 16 * epsilon_of(DType::F32);
   CHECK(relative_error(values_of(device, row_loss), expected_rows) < tolerance);
@@ -334,9 +336,10 @@ enum class Call { Direct, Recorded };
 HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chunks, Call call) {
   const Shape rows{HeadCase::kRows, HeadCase::kWidth};
   const Tensor h = make(b, rows, b.act(), c.h);
-  const Tensor teacher =
-      c.kind == autograd::LossKind::CrossEntropy ? Tensor() : make(b, rows, b.act(), c.teacher);
   const Tensor table = make(b, {HeadCase::kWords, HeadCase::kWidth}, b.act(), c.table);
+  autograd::Teacher teacher;
+  if (c.kind != autograd::LossKind::CrossEntropy)
+    teacher = {make(b, rows, b.act(), c.teacher), table};
   const Tensor targets = make_ids(b, {HeadCase::kRows}, c.targets);
   const Guarded row_loss(b, {HeadCase::kRows}, b.real());
   const Tensor loss = b.empty({1}, b.real()), dh = b.empty(rows, b.act());
@@ -418,10 +421,11 @@ TEST_CASE("head_loss: its memory does not grow with a vocabulary in chunks", "[a
   const Tensor h = b.zeros({m, d}, b.act());
   const Tensor targets = b.zeros({m}, DType::I32);
   for (const autograd::LossKind kind : kLossKinds) {
-    const Tensor teacher = kind == autograd::LossKind::CrossEntropy ? Tensor() : h;
     std::vector<int64_t> held;
     for (const int64_t v : {int64_t{16384}, int64_t{32768}, int64_t{50000}}) {
       const Tensor table = b.zeros({v, d}, b.act());
+      autograd::Teacher teacher;
+      if (kind != autograd::LossKind::CrossEntropy) teacher = {h, table};
       b.reset_memory_peak();
       const int64_t before = b.memory_peak_bytes();
       Tape tape(b, TapeMode::Training);

@@ -206,9 +206,10 @@ TEST_CASE("embedding: the next run starts from it, and keeps it if it does not t
 TEST_CASE("embedding: its rate is a part of the stage's, the final norm's is the whole",
           "[train][embedding]") {
   const Fixture fixture;
+  const models::LlamaConfig model = tiny_config();
   const TrainConfig config = train::resolve(
-      make_config(fixture, "run", {{"e2e-stages", "w2a16:1"}}), tiny_config(), backend().device());
-  const train::Recipe recipe(config, tiny_config());
+      make_config(fixture, "run", {{"e2e-stages", "w2a16:1"}}), model, backend().device());
+  const train::Recipe recipe(config, model);
   train::Student student(backend(), *fixture.source, config, recipe, 0);
   // Masters that BF16 does not hold.
   const auto outer = [&](const models::OuterWeight& weight) {

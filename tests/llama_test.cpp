@@ -214,7 +214,7 @@ TEST_CASE("llama: perplexity over a vocabulary that is too wide for the budget",
                                     models::Recompute::None);
   const Var whole =
       head_loss(tape, autograd::LossKind::CrossEntropy, Var(h.value().view({rows, config.d_model})),
-                Var(tiny.model->head()), make_ids(device, {rows}, next), Tensor(),
+                Var(tiny.model->head()), make_ids(device, {rows}, next), {},
                 1.0 / (count * (seq_len - 1)), {32, config.vocab}, Tensor());
   const models::Perplexity result = models::perplexity(*tiny.model, ids, count, seq_len, nullptr);
   // The same products in other shapes. Losses are about 12, with the error of a long sum.
@@ -245,7 +245,7 @@ TEST_CASE("llama: end to end, recomputing blocks gives the same gradients", "[ll
     const Var rows = reshape(tape, h, {2 * t, config.d_model});
     const Var loss =
         head_loss(tape, autograd::LossKind::CrossEntropy, rows, Var(tiny.model->head()), targets,
-                  Tensor(), 1.0 / (2 * t), {5, config.vocab}, Tensor());
+                  {}, 1.0 / (2 * t), {5, config.vocab}, Tensor());
     losses.push_back(values_of(device, loss.value()));
     tape.backward(loss);
     for (auto& block : tiny.model->blocks()) block->finish_backward();

@@ -203,9 +203,11 @@ class EndToEnd {
       const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
                             : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
                                                                    : LossKind::JensenShannon;
+      autograd::Teacher teacher;
+      if (teacher_) teacher = {teacher_h, teacher_->head()};
       const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
       const Var loss = autograd::head_loss(
-          tape, kind, h, student_.model().head_var(), targets.view({tokens}), teacher_h, scale,
+          tape, kind, h, student_.model().head_var(), targets.view({tokens}), teacher, scale,
           models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
           Tensor(), config_.e2e_jsd_beta,
           weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());

@@ -22,8 +22,8 @@ struct StartOfModel {
   models::LoadOuter outer;
 };
 
-// The learning rate of embedding and head, as a part of the stage's: they are trained already, and
-// a row that few tokens use takes as large a step of AdamW as any other.
+// The learning rate of embedding and head, as a part of the stage's. They have 16 bits, so a step
+// need not reach the threshold between two codes.
 inline constexpr double kEmbeddingRate = 0.25;
 
 class Student {
