@@ -35,7 +35,8 @@ struct Anchor {
     return at_576 * std::pow(at_4096 / at_576, position);
   }
 };
-constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more, nested codes too; of either phase
+constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more; of either phase
+constexpr Anchor kNested{1e-3, 1e-5};     // several precisions at once, end to end
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
 constexpr Anchor kAllFromRounding{2e-3, 2e-5};
@@ -227,6 +228,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
        cat("--e2e-micro-batch ", c.e2e_micro_batch, " does not divide --e2e-batch ", c.e2e_batch));
   spread_rates(c.e2e_lr, c.e2e_stages.size(), "--e2e-lr", [&](size_t t) {
     if (!all) return kScales.at(model.d_model);
+    if (!c.any_precision.empty()) return kNested.at(model.d_model);
     if (c.e2e_stages[t].weight_bits > 2) return kStageHigh.at(model.d_model);
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
     return (blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
