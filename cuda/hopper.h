@@ -252,11 +252,11 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
-// --- kernels that start early (LaunchShape::early)
-// ------------------------------------------------ Such a kernel runs beside the kernel in front of
-// it in the stream until it waits. Before the wait it may read only what no kernel in flight
-// writes. After it, it reads what they wrote past L1, which may hold older lines. Every block
-// waits, so that a kernel ends after all those before it.
+// Kernels that start early (LaunchShape::early).
+//
+// Such a kernel runs beside the kernel in front of it in the stream until it waits. Before the wait
+// it may read only what no kernel in flight writes. After it, it reads what they wrote past L1,
+// which may hold older lines. Every block waits, so that a kernel ends after all those before it.
 
 // Lets the kernel behind this one start, once every block has called this.
 __device__ inline void start_next_kernel() {
