@@ -83,7 +83,9 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
 // 2^-14 / (1 - 2^-7) of that value.
 double half_unit(const WeightGrid& grid) {
   if (!on_cuda()) return 1.01 / (2 * 32639);
-  return quant::has_tiles(grid) ? 0x1.03p-15 : 0.0;
+  const quant::LinearFormat format{.n = 1, .k = 128, .weight = grid};
+  const bool tiles = backend().repacked_bytes(format) == quant::tiled_bytes(1, 128);
+  return tiles && quant::has_tiles(grid) ? 0x1.03p-15 : 0.0;
 }
 
 // y = S x W^T + addend in F64, the largest sum of the terms' magnitudes, and for each output the
