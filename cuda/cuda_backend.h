@@ -32,6 +32,8 @@ using engine::DType;
 using engine::MemoryPool;
 using engine::OperandRows;
 using engine::OperandSpec;
+using engine::PackedProduct;
+using engine::PackedProducts;
 using engine::PackedWeight;
 using engine::ParameterTable;
 using engine::QuantizedWeights;
@@ -106,6 +108,9 @@ class CudaBackend final : public engine::Backend {
   void check_faults();
   // Whether packed weights of this format are in tiles (cuda/packed.cu).
   bool takes_tiles(const quant::LinearFormat& format) const;
+  template <typename Tiled, typename Other>
+  void packed_products(const PackedProducts& products, const Tiled& tiled,
+                       const Other& other) const;
 
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
