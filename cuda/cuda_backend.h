@@ -102,6 +102,10 @@ class CudaBackend final : public engine::Backend {
   // Whether the kernels for sm_90a are built in and run on this GPU. BBB_GENERIC_KERNELS in the
   // environment turns them off, so that one GPU can test both.
   bool has_warpgroup_products() const;
+  // Whether the small kernels of a step of so many rows start early (cuda/early_start.h).
+  bool starts_early(int64_t rows) const {
+    return has_warpgroup_products() && rows <= kMaxPackedRows;
+  }
 
  private:
   // Throws if a kernel found a fault since the last call. The stream's work must be done.

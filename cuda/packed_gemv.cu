@@ -36,6 +36,7 @@
 #include <span>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
 #include "quant/packed_tiles.h"
