@@ -12,6 +12,7 @@
 // next waits for the device (CacheFault). Bytes: the visible keys and values once.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/mma.h"
 #include "cuda/vector.h"
 
@@ -56,13 +57,15 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
   constexpr int kWarpKeys = warp_keys(D), kSplitKeys = split_keys(D);
   // A warp's part of shared memory: its keys and values, later its results.
   constexpr int kWarpBytes = 2 * kWarpKeys * D * 2;
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int g = lane / 4;
   const int pair = lane % 4 * 2;
   const int split = blockIdx.x;
   const int b = blockIdx.z;
-  const int start = args.start[b];
+  const int start = load_past_l1(args.start + b);
   if (!in_cache(start, 1, args.t_max)) {
     if (split == 0 && threadIdx.x == 0) *args.fault = {start, 1, args.t_max};
     return;
@@ -99,9 +102,10 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
     for (int i = 0; i < 4; ++i) {
       const int row = g + i % 2 * 8;
       const int column = kk * 16 + pair + i / 2 * 8;
-      queries[kk][i] = row < rows && column < d
-                           ? *reinterpret_cast<const uint32_t*>(args.q + (head0 + row) * d + column)
-                           : 0u;
+      queries[kk][i] =
+          row < rows && column < d
+              ? load_past_l1(reinterpret_cast<const uint32_t*>(args.q + (head0 + row) * d + column))
+              : 0u;
     }
 
   cp_async_wait<1>();
@@ -200,8 +204,10 @@ __global__ __launch_bounds__(32 * kWarps) void attention_decode_kernel(const Dec
 // o = sum over splits of weight * o / sum over splits of weight * sum.   block (d, kGroups)
 template <int kGroups, int kSplitKeys>
 __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs args) {
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t head = blockIdx.x;  // (b, h)
-  const int start = args.start[head / args.heads];
+  const int start = load_past_l1(args.start + head / args.heads);
   if (!in_cache(start, 1, args.t_max)) return;
   const int d = args.d;
   float* group_o = reinterpret_cast<float*>(dynamic_smem());              // (groups, d)
@@ -217,8 +223,8 @@ __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs 
 #pragma unroll 4
   for (int split = first + group; split < end; split += kGroups) {
     const int64_t at = head * args.splits + split;
-    const float2 stat = args.partial_stat[at];
-    const float part = args.partial_o[at * d + column];
+    const float2 stat = load_past_l1(args.partial_stat + at);
+    const float part = load_past_l1(args.partial_o + at * d + column);
     const float larger = fmaxf(maximum, stat.x);
     const float old_weight = exp2_approx((maximum - larger) * scale_log2);
     const float weight = exp2_approx((stat.x - larger) * scale_log2);
@@ -246,18 +252,20 @@ __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict_
                                  CacheFault* fault, const uint4* __restrict__ k,
                                  const uint4* __restrict__ v, const int* __restrict__ start,
                                  int64_t count, int row_chunks, int t, int t_max) {
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const int64_t row = i / row_chunks;
   const int64_t b = row / t;
-  const int first = start[b];
+  const int first = load_past_l1(start + b);
   if (!in_cache(first, t, t_max)) {
     if (i % row_chunks == 0 && row % t == 0) *fault = {first, t, t_max};
     return;
   }
   const int64_t to = (b * t_max + first + row % t) * row_chunks + i % row_chunks;
-  k_cache[to] = k[i];
-  v_cache[to] = v[i];
+  k_cache[to] = load_past_l1(k + i);
+  v_cache[to] = load_past_l1(v + i);
 }
 
 }  // namespace
@@ -270,7 +278,9 @@ void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, con
   BBB_CHECK(row_values % kChunk == 0, "append_kv on the GPU takes rows of a multiple of ", kChunk,
             " values, not ", row_values);
   const int64_t count = k.numel() / kChunk;
-  launch(stream_, {static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads},
+  launch(stream_,
+         {static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0,
+          starts_early(k.dim(0) * k.dim(1))},
          append_kv_kernel, static_cast<uint4*>(k_cache.raw()), static_cast<uint4*>(v_cache.raw()),
          cache_fault_.get(), static_cast<const uint4*>(k.raw()), static_cast<const uint4*>(v.raw()),
          start.data<int32_t>(), count, row_values / kChunk, checked_int(k.dim(1)),
@@ -324,12 +334,14 @@ void CudaBackend::do_attention_cached(const Tensor& o, const Tensor& q, const Te
     launch(stream_,
            {{static_cast<unsigned>(splits), row_blocks, static_cast<unsigned>(batch)},
             32 * kWarps,
-            kDecodeSmemBytes<D>},
+            kDecodeSmemBytes<D>,
+            starts_early(batch)},
            attention_decode_kernel<D>, args);
     launch(stream_,
            {static_cast<unsigned>(batch * heads),
             {static_cast<unsigned>(d), kGroups},
-            kGroups * (d * int64_t{sizeof(float)} + int64_t{sizeof(float2)})},
+            kGroups * (d * int64_t{sizeof(float)} + int64_t{sizeof(float2)}),
+            starts_early(batch)},
            attention_combine_kernel<kGroups, split_keys(D)>, bf16_of(o), args);
   });
 }

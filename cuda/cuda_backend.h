@@ -32,6 +32,8 @@ using engine::DType;
 using engine::MemoryPool;
 using engine::OperandRows;
 using engine::OperandSpec;
+using engine::PackedProduct;
+using engine::PackedProducts;
 using engine::PackedWeight;
 using engine::ParameterTable;
 using engine::QuantizedWeights;
@@ -100,12 +102,19 @@ class CudaBackend final : public engine::Backend {
   // Whether the kernels for sm_90a are built in and run on this GPU. BBB_GENERIC_KERNELS in the
   // environment turns them off, so that one GPU can test both.
   bool has_warpgroup_products() const;
+  // Whether the small kernels of a step of so many rows start early (cuda/early_start.h).
+  bool starts_early(int64_t rows) const {
+    return has_warpgroup_products() && rows <= kMaxPackedRows;
+  }
 
  private:
   // Throws if a kernel found a fault since the last call. The stream's work must be done.
   void check_faults();
   // Whether packed weights of this format are in tiles (cuda/packed.cu).
   bool takes_tiles(const quant::LinearFormat& format) const;
+  template <typename Tiled, typename Other>
+  void packed_products(const PackedProducts& products, const Tiled& tiled,
+                       const Other& other) const;
 
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;

@@ -14,6 +14,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {
@@ -30,12 +31,14 @@ template <int kWidth>
 __global__ void embed_kernel(bf16* __restrict__ out, const int32_t* __restrict__ ids,
                              const bf16* __restrict__ table, int64_t rows, int64_t d) {
   using Chunk = Vector<bf16, kWidth>;
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t m = int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / 32;
   if (m >= rows) return;
-  const bf16* const from = table + ids[m] * d;
+  const bf16* const from = table + load_past_l1(ids + m) * d;
   bf16* const to = out + m * d;
   for (int64_t i = threadIdx.x % 32 * kWidth; i < d; i += 32 * kWidth)
-    *reinterpret_cast<Chunk*>(to + i) = *reinterpret_cast<const Chunk*>(from + i);
+    *reinterpret_cast<Chunk*>(to + i) = load_past_l1(reinterpret_cast<const Chunk*>(from + i));
 }
 
 __global__ void make_entries_kernel(uint64_t* __restrict__ entries, const int32_t* __restrict__ ids,
@@ -105,7 +108,7 @@ int64_t embed_backward_scratch_bytes(int64_t rows, int64_t vocabulary) {
 void CudaBackend::do_embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   const int64_t rows = ids.numel(), d = table.dim(1);
   const bool wide = d % kWide == 0 && aligned(out, table);
-  launch(stream_, {blocks_for(rows, kRowsPerBlock, 1), dim3(kThreads)},
+  launch(stream_, {blocks_for(rows, kRowsPerBlock, 1), dim3(kThreads), 0, starts_early(rows)},
          wide ? embed_kernel<kWide> : embed_kernel<1>, bf16_of(out), ids.data<int32_t>(),
          bf16_of(table), rows, d);
 }

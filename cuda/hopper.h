@@ -1,5 +1,5 @@
-// Building blocks of the kernels for Hopper: barriers in shared memory, the tensor copy engine
-// (TMA) and early starts (sm_90 and later); warpgroup products (wgmma, sm_90a only).
+// Building blocks of the kernels for Hopper: barriers in shared memory and the tensor copy engine
+// (TMA; sm_90 and later); warpgroup products (wgmma, sm_90a only).
 //
 // A tile of bf16 in shared memory is panels of 64 columns (head sizes 64 and 128) or 32 (96). A
 // panel holds its rows one after another, 128 or 64 bytes each. The 16-byte chunks of a row are
@@ -250,56 +250,6 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       "}" ::"r"(address),
       "r"(rank), "f"(value)
       : "memory");
-}
-
-// Kernels that start early (LaunchShape::early).
-//
-// Such a kernel runs beside the kernel in front of it in the stream until it waits. Before the wait
-// it may read only what no kernel in flight writes. After it, it reads what they wrote past L1,
-// which may hold older lines. Every block waits, so that a kernel ends after all those before it.
-
-// Lets the kernel behind this one start, once every block has called this.
-__device__ inline void start_next_kernel() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Waits until the kernel in front has ended and its writes are visible.
-__device__ inline void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-__device__ inline void prefetch_to_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
-}
-
-__device__ inline uint2 load_past_l1(const uint2* p) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(__cvta_generic_to_global(p))
-               : "memory");
-  return v;
-}
-__device__ inline uint32_t load_past_l1(const uint32_t* p) {
-  uint32_t v;
-  asm volatile("ld.global.cg.u32 %0, [%1];"
-               : "=r"(v)
-               : "l"(__cvta_generic_to_global(p))
-               : "memory");
-  return v;
-}
-__device__ inline uint16_t load_past_l1(const uint16_t* p) {
-  uint16_t v;
-  asm volatile("ld.global.cg.u16 %0, [%1];"
-               : "=h"(v)
-               : "l"(__cvta_generic_to_global(p))
-               : "memory");
-  return v;
-}
-__device__ inline uint8_t load_past_l1(const uint8_t* p) {
-  uint32_t v;
-  asm volatile("ld.global.cg.u8 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
-  return static_cast<uint8_t>(v);
 }
 
 // --- registers ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/ptx.h"
 #include "cuda/reduce.h"
 #include "cuda/swiglu.h"
@@ -75,10 +76,11 @@ struct RowLayout {
   // Elements [column, column + kWide) of a row; 0 from K on.
   __device__ Piece load(const bf16* row, int column) const {
     if (column >= k) return {0, 0, 0, 0};
-    if (wide) return *reinterpret_cast<const Piece*>(row + column);
+    if (wide) return load_past_l1(reinterpret_cast<const Piece*>(row + column));
     float x[kWide];
 #pragma unroll
-    for (int j = 0; j < kWide; ++j) x[j] = column + j < k ? to_float(row[column + j]) : 0.0f;
+    for (int j = 0; j < kWide; ++j)
+      x[j] = column + j < k ? to_float(load_past_l1(row + column + j)) : 0.0f;
     return pack(x);
   }
   template <typename T>
@@ -417,6 +419,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows, OperandShape shape) {
   __shared__ unsigned maxima[2][2][kMaxWarps];  // of alternate rows
   __shared__ float sums[32];
+  start_next_kernel();
+  wait_for_previous_kernel();
   constexpr int kInputs = Rows::kInputs;
   const int threads = static_cast<int>(blockDim.x), pieces = shape.pieces;
   const int columns = static_cast<int>(v.stored_k), k = from.layout.k;
@@ -615,7 +619,7 @@ struct RowShape {
 // Launches as many blocks as the GPU holds at once, each for every so many rows.
 template <typename... Params, typename... Args>
 void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads, int64_t smem_bytes,
-                 void (*kernel)(Params...), Args&&... args) {
+                 bool early, void (*kernel)(Params...), Args&&... args) {
   int64_t blocks = rows;
   if (rows > processors) {
     int resident = 1;
@@ -629,7 +633,8 @@ void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads,
     blocks = std::min(rows, int64_t{processors} * std::max(resident, 1));
   }
   launch(stream,
-         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), smem_bytes},
+         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), smem_bytes,
+          early},
          kernel, std::forward<Args>(args)...);
 }
 
@@ -642,7 +647,7 @@ void check_aligned(const char* op, std::initializer_list<const Tensor*> tensors)
 
 template <typename Source>
 void launch_operand(cudaStream_t stream, int processors, const OperandRows& out, const Source& from,
-                    const OperandSpec& spec, int64_t rows) {
+                    const OperandSpec& spec, int64_t rows, bool early) {
   check_aligned("operand", {&out.x, &out.codes, &spec.channels});
   const OperandView& view = spec.view;
   const OperandOutputs outputs{bf16_of(out.x), out.clipped.data<uint8_t>(),
@@ -659,8 +664,8 @@ void launch_operand(cudaStream_t stream, int processors, const OperandRows& out,
   shape.copies = shape.copies && smem_bytes + copy_bytes <= kMaxSmemBytes;
   if (shape.copies) smem_bytes += copy_bytes;
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, smem_bytes, operand_kernel<Source, group>,
-                outputs, from, view, rows, shape);
+    launch_rows(stream, processors, rows, row.threads, smem_bytes, early,
+                operand_kernel<Source, group>, outputs, from, view, rows, shape);
   });
 }
 
@@ -673,7 +678,7 @@ void launch_operand_backward(cudaStream_t stream, int processors, const Gradient
   const RowShape row(view.stored_k);
   const int64_t words = view.positions != nullptr ? padded(view.stored_k) + 1 : 0;
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)},
+    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)}, false,
                 operand_backward_kernel<Gradient, group>, to, bf16_of(dout),
                 clipped.data<uint8_t>(), view, rows, row.pieces);
   });
@@ -688,7 +693,7 @@ RowLayout layout_of(const OperandSpec& spec, const Tensors&... tensors) {
 
 void CudaBackend::do_operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec) {
   launch_operand(stream_, properties_.multiProcessorCount, out,
-                 PlainRows{layout_of(spec, x), bf16_of(x)}, spec, x.dim(0));
+                 PlainRows{layout_of(spec, x), bf16_of(x)}, spec, x.dim(0), starts_early(x.dim(0)));
 }
 
 void CudaBackend::do_rms_norm_operand(const OperandRows& out, const Tensor& inv_rms,
@@ -697,14 +702,14 @@ void CudaBackend::do_rms_norm_operand(const OperandRows& out, const Tensor& inv_
   launch_operand(stream_, properties_.multiProcessorCount, out,
                  NormRows{layout_of(spec, x, w), bf16_of(x), w.data<float>(), inv_rms.data<float>(),
                           static_cast<float>(eps)},
-                 spec, x.dim(0));
+                 spec, x.dim(0), starts_early(x.dim(0)));
 }
 
 void CudaBackend::do_swiglu_operand(const OperandRows& out, const Tensor& gate, const Tensor& up,
                                     const OperandSpec& spec) {
   launch_operand(stream_, properties_.multiProcessorCount, out,
                  SwigluRows{layout_of(spec, gate, up), bf16_of(gate), bf16_of(up)}, spec,
-                 gate.dim(0));
+                 gate.dim(0), starts_early(gate.dim(0)));
 }
 
 void CudaBackend::do_operand_backward(const Tensor& dx, const Tensor& dout, const Tensor& clipped,

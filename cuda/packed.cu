@@ -54,34 +54,51 @@ void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {
   quant::launch_unpack(stream_, bf16_of(wq), view_of(w));
 }
 
-void CudaBackend::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
-                                 const Tensor& addend) {
-  check_aligned(x, "x");
-  const bool narrow = y.dtype() == DType::BF16;
-  bf16* const y_bf16 = narrow ? bf16_of(y) : nullptr;
-  float* const y_f32 = narrow ? nullptr : y.data<float>();
-  if (takes_tiles(w.format))
-    launch_packed_gemv(gemv_launch(stream_, properties_), y_bf16, y_f32, bf16_of(x), tiles_of(w),
-                       bf16_of(addend), x.dim(0));
-  else
-    quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(w), bf16_of(addend),
-                              x.dim(0));
+// Calls tiled(products in tiles) once if there are any, and other(product, y_bf16, y_f32) for each
+// of the others. Of y_bf16 and y_f32 one is null.
+template <typename Tiled, typename Other>
+void CudaBackend::packed_products(const PackedProducts& products, const Tiled& tiled,
+                                  const Other& other) const {
+  std::vector<TiledProduct> in_tiles;
+  for (const PackedProduct& product : products) {
+    const bool narrow = product.y.dtype() == DType::BF16;
+    bf16* const y_bf16 = narrow ? bf16_of(product.y) : nullptr;
+    float* const y_f32 = narrow ? nullptr : product.y.data<float>();
+    if (takes_tiles(product.weight.format))
+      in_tiles.push_back({y_bf16, y_f32, tiles_of(product.weight), bf16_of(product.addend)});
+    else
+      other(product, y_bf16, y_f32);
+  }
+  if (!in_tiles.empty()) tiled(in_tiles);
 }
 
-void CudaBackend::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
-                                    const Tensor& addend) {
+void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
+  check_aligned(x, "x");
+  packed_products(
+      products,
+      [&](const std::vector<TiledProduct>& tiled) {
+        launch_packed_gemv(gemv_launch(stream_, properties_), tiled, bf16_of(x), x.dim(0));
+      },
+      [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
+        quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
+                                  bf16_of(product.addend), x.dim(0));
+      });
+}
+
+void CudaBackend::do_quantized_gemv(const PackedProducts& products, const OperandRows& x) {
   check_aligned(x.codes, "codes of activations");
-  const bool narrow = y.dtype() == DType::BF16;
-  bf16* const y_bf16 = narrow ? bf16_of(y) : nullptr;
-  float* const y_f32 = narrow ? nullptr : y.data<float>();
+  const int64_t m = x.codes.dim(0);
   const auto *codes = x.codes.data<uint8_t>(), *zeros = x.zeros.data<uint8_t>();
   const float* const scales = x.scales.data<float>();
-  if (takes_tiles(w.format))
-    launch_quantized_gemv(gemv_launch(stream_, properties_), y_bf16, y_f32, codes, zeros, scales,
-                          tiles_of(w), bf16_of(addend), x.codes.dim(0));
-  else
-    quant::launch_quantized_gemv(stream_, y_bf16, y_f32, codes, zeros, scales, view_of(w),
-                                 bf16_of(addend), x.codes.dim(0));
+  packed_products(
+      products,
+      [&](const std::vector<TiledProduct>& tiled) {
+        launch_quantized_gemv(gemv_launch(stream_, properties_), tiled, codes, zeros, scales, m);
+      },
+      [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
+        quant::launch_quantized_gemv(stream_, y_bf16, y_f32, codes, zeros, scales,
+                                     view_of(product.weight), bf16_of(product.addend), m);
+      });
 }
 
 }  // namespace bbb::cuda

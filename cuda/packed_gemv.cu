@@ -4,6 +4,8 @@
 //   packed_gemv      y = S x ((q - z) e)^T (+ addend)                     x bf16
 //   quantized_gemv   the same, x = (a - b) scale                          a, b codes of an operand
 //
+// A launch takes up to three products of the same x, such as those of q, k and v.
+//
 // Each octet of lanes makes a sub-group of 32 positions of a row of x into integers and one unit:
 // x = unit v, |v| < 2^15. For bf16, unit is the power of two for which the largest |v| is at least
 // 2^14 (1 - 2^-8): values from about 2^-7 of the largest on are exact, the rest are off by at most
@@ -18,18 +20,23 @@
 // for two output rows. For up to four rows of x, columns 2i and 2i + 1 are row i's, and a lane
 // scales each product by itself. More rows take more launches.
 //
-// A block takes up to eight row tiles. Its warps take slices of 128 positions in turn, each for all
-// of these row tiles, and copy them to rings of their own: a slot holds up to four tiles of a
-// slice. The warps' sums are added in shared memory in a fixed order. Where that leaves the warps
-// less to do, a cluster of two blocks takes twice the row tiles and each block half of the slices:
-// then fewer warps make the same integers of x.
+// A block takes up to eight row tiles of one of the matrices. Its warps take slices of 128
+// positions in turn, each for all of these row tiles, and copy them to rings of their own: a slot
+// holds up to four tiles of a slice. The warps' sums are added in shared memory in a fixed order.
+// Where that leaves the warps less to do, a cluster of two blocks takes twice the row tiles and
+// each block half of the slices: then fewer warps make the same integers of x.
 //
 // Two blocks fit on a multiprocessor. So the next product's copies start while this one still runs.
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block or cluster.
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <algorithm>
+#include <numeric>
+#include <span>
+
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
 #include "quant/packed_tiles.h"
@@ -46,6 +53,7 @@ constexpr int kMaxWarps = 16;      // of a block
 constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
 constexpr int kMaxTiles = 8;       // row tiles of a block
 constexpr int kTokens = 4;         // rows of x of a launch
+constexpr int kMaxProducts = 3;    // of a launch
 constexpr unsigned kOnes = 0x01010101u;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
@@ -222,9 +230,18 @@ constexpr int parts_of(int tiles) { return tiles > 4 ? 2 : 1; }
 constexpr int slot_tiles(int tiles) { return (tiles + parts_of(tiles) - 1) / parts_of(tiles); }
 
 struct GemvShape {
-  int64_t n, k;
+  int64_t k;
   int m;      // rows of x
   int slots;  // of a warp's ring
+};
+
+// The products of a launch: clusters of blocks take the shares of the first, then of the next.
+struct ProductList {
+  struct Product {
+    TiledProduct of;
+    int64_t shares;
+  };
+  Product items[kMaxProducts];
 };
 
 // kTiles: the most row tiles of a block. Shared memory: `slots` slots for each warp, their
@@ -232,9 +249,7 @@ struct GemvShape {
 // slot of each warp holds its sums in the same order.
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
-    packed_gemv_kernel(bf16* __restrict__ y_bf16, float* __restrict__ y_f32, Input x,
-                       const uint8_t* __restrict__ weight, const float* __restrict__ master_scale,
-                       const bf16* __restrict__ addend, GemvShape shape) {
+    packed_gemv_kernel(const __grid_constant__ ProductList products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = SliceOperand<Input, kManyRows>;
   constexpr int kParts = parts_of(kTiles), kSlotTiles = slot_tiles(kTiles);
@@ -248,8 +263,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
   const int first_slice = static_cast<int>(rank * all_slices / split) + warp;
   const int slices = static_cast<int>((rank + 1) * all_slices / split);  // the end of this block's
-  const int64_t all_tiles = quant::row_tiles(shape.n);
-  const unsigned share = blockIdx.x / split, shares = gridDim.x / split;
+  int64_t share = blockIdx.x / split;
+  int p = 0;
+#pragma unroll 1
+  for (; share >= products.items[p].shares; ++p) share -= products.items[p].shares;
+  const TiledProduct& product = products.items[p].of;
+  const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
+  const int64_t shares = products.items[p].shares;
   const int64_t first_tile = share * all_tiles / shares;
   const int tiles = static_cast<int>((share + 1) * all_tiles / shares - first_tile);
   unsigned char* const ring = smem + warp * shape.slots * kSlotBytes;
@@ -266,10 +286,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     const int bytes = max(min(kSlotTiles, tiles - part * kSlotTiles), 0) * kTileBytes;
     mbarrier_expect(barrier, bytes);
     if (kParts == 1 || bytes > 0)
-      copy_bytes(
-          shared_address(ring + slot),
-          weight + quant::tile_index(shape.n, slice, first_tile + part * kSlotTiles) * kTileBytes,
-          bytes, barrier);
+      copy_bytes(shared_address(ring + slot),
+                 product.w.tiles +
+                     quant::tile_index(n, slice, first_tile + part * kSlotTiles) * kTileBytes,
+                 bytes, barrier);
   };
   if (lane == 0) {
 #pragma unroll 1
@@ -281,7 +301,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   }
   __syncwarp();
   if (split > 1) cluster_arrive();
-  if (threadIdx.x == 0) prefetch_to_l2(master_scale);
+  if (threadIdx.x == 0) prefetch_to_l2(product.w.master_scale);
   start_next_kernel();
   wait_for_previous_kernel();
 
@@ -315,7 +335,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     }
   }
 
-  const float s = *master_scale;
+  const float s = *product.w.master_scale;
   float* const own = reinterpret_cast<float*>(ring) + lane;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -350,70 +370,101 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
       total += __shfl_xor_sync(kAllLanes, total, 2);
     }
     const int64_t row = first_tile * kTileRows + i / 4;
-    if (row >= shape.n || i % 4 >= shape.m) continue;
-    const int64_t out = i % 4 * shape.n + row;
+    if (row >= n || i % 4 >= shape.m) continue;
+    const int64_t out = i % 4 * n + row;
     total *= s;
-    if (addend != nullptr)
+    if (product.addend != nullptr)
       total += __uint_as_float(
-          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(addend + out))} << 16);
-    if (y_f32 != nullptr)
-      y_f32[out] = total;
+          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
+    if (product.y_f32 != nullptr)
+      product.y_f32[out] = total;
     else
-      y_bf16[out] = __float2bfloat16_rn(total);
+      product.y_bf16[out] = __float2bfloat16_rn(total);
   }
 #endif
 }
 
-// How a matrix is divided: into `shares` of at most `tiles` row tiles, each taken by a cluster of
-// `split` blocks of `warps` warps.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+using Products = std::span<const TiledProduct>;
+
+// How matrices are divided: each into shares of at most `tiles` row tiles, each taken by a cluster
+// of `split` blocks of `warps` warps.
 struct Division {
-  Division(const TiledView& w, int processors, int split) : split(split) {
+  Division(Products products, int processors, int split) : split(split) {
+    int64_t all = 0;
+    for (const TiledProduct& product : products) all += quant::row_tiles(product.w.n);
     // One block a multiprocessor, or more where a share would have too many tiles.
-    const int64_t all = quant::row_tiles(w.n);
     const int64_t clusters = std::max(processors / split, 1);
-    const int64_t rounds = (all + clusters * kMaxTiles - 1) / (clusters * kMaxTiles);
-    shares = std::min(all, clusters * rounds);
-    tiles = (all + shares - 1) / shares;
-    const int64_t slices = (quant::column_slices(w.k) + split - 1) / split;
+    const int64_t most = clusters * ceil_div(divide_rows(products, kMaxTiles), clusters);
+    tiles = ceil_div(all, most);
+    while (divide_rows(products, tiles) > most) ++tiles;
+    shares[0] = std::min(quant::row_tiles(products[0].w.n),
+                         shares[0] + most - divide_rows(products, tiles));
+    const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
     warps = std::min<int64_t>(slices, kMaxWarps);
-    rounds_of_warps = (slices + warps - 1) / warps;
+    rounds_of_warps = ceil_div(slices, warps);
   }
+  // Sets the shares of each matrix, of at most `most` row tiles. Returns their sum.
+  int64_t divide_rows(Products products, int64_t most) {
+    int64_t sum = 0;
+    for (size_t i = 0; i < products.size(); ++i)
+      sum += shares[i] = ceil_div(quant::row_tiles(products[i].w.n), most);
+    return sum;
+  }
+  int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
   // Instructions of a warp, as counted in machine code; for a split, the time of its barrier.
   int64_t cost() const { return rounds_of_warps * (100 + 42 * tiles) + (split > 1 ? 70 : 0); }
 
   int split;
-  int64_t shares, tiles, warps;
+  int64_t shares[kMaxProducts] = {};
+  int64_t tiles, warps;
   int64_t rounds_of_warps;  // slices of a warp
 };
 
-Division divide(const TiledView& w, int processors) {
-  const Division whole(w, processors, 1), halves(w, processors, 2);
+Division divide(Products products, int processors) {
+  const Division whole(products, processors, 1), halves(products, processors, 2);
   const bool can_split =
-      processors > 1 && quant::column_slices(w.k) > 1 && halves.tiles <= kMaxSplitTiles;
+      processors > 1 && quant::column_slices(products[0].w.k) > 1 && halves.tiles <= kMaxSplitTiles;
   return can_split && halves.cost() < whole.cost() ? halves : whole;
 }
 
 template <bool kManyRows, int kTiles, typename Input>
-void launch_shape(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
-                  const TiledView& w, const bf16* addend, int64_t m, const Division& by) {
+void launch_shape(const GemvLaunch& at, const ProductList& products, const Input& x, int64_t m,
+                  const Division& by) {
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
   const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
-         {dim3(static_cast<unsigned>(by.shares * by.split)),
+         {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
           dim3(static_cast<unsigned>(32 * by.warps)), slot_bytes * slots + second_bytes, true,
           static_cast<unsigned>(by.split)},
-         packed_gemv_kernel<Input, kManyRows, kTiles>, y_bf16, y_f32, x, w.tiles, w.master_scale,
-         addend, GemvShape{w.n, w.k, static_cast<int>(m), static_cast<int>(slots)});
+         packed_gemv_kernel<Input, kManyRows, kTiles>, products, x,
+         GemvShape{x.k, static_cast<int>(m), static_cast<int>(slots)});
 }
 
+PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
+CodedRows rows_from(const CodedRows& x, int64_t row) {
+  const int64_t g = row * (x.k / x.group);
+  return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
+}
+
+// Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
 template <bool kManyRows, typename Input>
-void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
-                 const TiledView& w, const bf16* addend, int64_t m) {
-  const Division by = divide(w, at.processors);
-  const auto run = [&](auto launch_it) { launch_it(at, y_bf16, y_f32, x, w, addend, m, by); };
+void launch_rows(const GemvLaunch& at, Products products, const Input& x, int64_t row, int64_t m) {
+  const Division by = divide(products, at.processors);
+  ProductList list{};
+  for (size_t i = 0; i < products.size(); ++i) {
+    TiledProduct product = products[i];
+    const auto from_row = [&](auto*& y) { y = y == nullptr ? y : y + row * product.w.n; };
+    from_row(product.y_bf16);
+    from_row(product.y_f32);
+    from_row(product.addend);
+    list.items[i] = {product, by.shares[i]};
+  }
+  const auto run = [&](auto launch_it) { launch_it(at, list, rows_from(x, row), m, by); };
   static_assert(kMaxTiles == 8);
   switch (by.tiles) {
     case 1:
@@ -435,35 +486,33 @@ void launch_rows(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& 
   }
 }
 
-PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
-CodedRows rows_from(const CodedRows& x, int64_t row) {
-  const int64_t g = row * (x.k / x.group);
-  return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
-}
-
 template <typename Input>
-void launch_all(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const Input& x,
-                const TiledView& w, const bf16* addend, int64_t m) {
-  if (m == 1) return launch_rows<false>(at, y_bf16, y_f32, x, w, addend, m);
-  for (int64_t row = 0; row < m; row += kTokens) {
-    const auto from = [&](auto* y) { return y == nullptr ? y : y + row * w.n; };
-    launch_rows<true>(at, from(y_bf16), from(y_f32), rows_from(x, row), w, from(addend),
-                      std::min<int64_t>(m - row, kTokens));
+void launch_all(const GemvLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
+                int64_t m) {
+  for (size_t i = 0; i < all.size(); i += kMaxProducts) {
+    const Products products =
+        Products(all).subspan(i, std::min<size_t>(all.size() - i, kMaxProducts));
+    if (m == 1) {
+      launch_rows<false>(at, products, x, 0, m);
+      continue;
+    }
+    for (int64_t row = 0; row < m; row += kTokens)
+      launch_rows<true>(at, products, x, row, std::min<int64_t>(m - row, kTokens));
   }
 }
 
 }  // namespace
 
-void launch_packed_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const bf16* x,
-                        const TiledView& w, const bf16* addend, int64_t m) {
-  launch_all(at, y_bf16, y_f32, PlainRows{x, static_cast<int>(w.k)}, w, addend, m);
+void launch_packed_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+                        const bf16* x, int64_t m) {
+  launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
 }
 
-void launch_quantized_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const uint8_t* codes,
-                           const uint8_t* zeros, const float* scales, const TiledView& w,
-                           const bf16* addend, int64_t m) {
-  launch_all(at, y_bf16, y_f32, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, w,
-             addend, m);
+void launch_quantized_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+                           const uint8_t* codes, const uint8_t* zeros, const float* scales,
+                           int64_t m) {
+  const TiledView& w = products[0].w;
+  launch_all(at, products, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, m);
 }
 
 }  // namespace bbb::cuda

@@ -2,6 +2,8 @@
 // and of the tiles themselves (cuda/packed_tiles.cu).
 #pragma once
 
+#include <vector>
+
 #include "cuda/cuda_backend.h"
 #include "quant/format.h"
 
@@ -19,6 +21,14 @@ void launch_repack_tiles(cudaStream_t stream, uint8_t* tiles, const quant::Packe
 // wq = (q - z) e, (N, K).
 void launch_unpack_tiles(cudaStream_t stream, bf16* wq, const TiledView& w);
 
+// y = S x ((q - z) e)^T (+ addend), y (m, N), bf16 or FP32: the one that is not null is written.
+struct TiledProduct {
+  bf16* y_bf16;
+  float* y_f32;
+  TiledView w;
+  const bf16* addend;  // (m, N) or null
+};
+
 struct GemvLaunch {
   cudaStream_t stream;
   int processors;
@@ -28,14 +38,13 @@ struct GemvLaunch {
 // The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
 // that writes tiles may be in flight.
 //
-// y = S x ((q - z) e)^T (+ addend) for m rows of x. y (m, N), bf16 or FP32: the one that is not
-// null is written. addend (m, N) or null. x is aligned to 8 bytes.
-void launch_packed_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const bf16* x,
-                        const TiledView& w, const bf16* addend, int64_t m);
+// Products of m rows x with weights of the same K and group. x is aligned to 8 bytes.
+void launch_packed_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+                        const bf16* x, int64_t m);
 // The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
 // - zeros) scales.
-void launch_quantized_gemv(const GemvLaunch& at, bf16* y_bf16, float* y_f32, const uint8_t* codes,
-                           const uint8_t* zeros, const float* scales, const TiledView& w,
-                           const bf16* addend, int64_t m);
+void launch_quantized_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+                           const uint8_t* codes, const uint8_t* zeros, const float* scales,
+                           int64_t m);
 
 }  // namespace bbb::cuda

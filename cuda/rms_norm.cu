@@ -8,8 +8,10 @@
 // is summed, so that the memory never waits for a sum. Wider rows, and those that do not split into
 // 16 bytes, are read twice, the second time from the cache, with dw in shared memory. A block
 // writes a partial sum of dw; a second kernel adds them in order. Bytes moved an element: 4
-// forward; 6 backward, 8 if it adds to dx.
+// forward; 6 backward, 8 if it adds to dx. Forward may start early: no kernel that writes w lets
+// the next one do so, so w may be read at any time.
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
 
@@ -62,11 +64,17 @@ class Walk {
   // A thread without a row in this turn, or without this piece of it, loads another one and ignores
   // it. Without conditions, all loads of a turn are in flight together.
   __device__ int64_t row_to_load(int turn) const { return has(turn) ? row(turn) : begin_; }
+  __device__ const Piece* piece_to_load(const bf16* from, int turn, int piece) const {
+    return reinterpret_cast<const Piece*>(from + row_to_load(turn) * d_ +
+                                          (holds(piece) ? column(piece) : 0));
+  }
   __device__ void load_row(Piece (&out)[kPieces], const bf16* from, int turn) const {
-    from += row_to_load(turn) * d_;
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p)
-      out[p] = *reinterpret_cast<const Piece*>(from + (holds(p) ? column(p) : 0));
+    for (int p = 0; p < kPieces; ++p) out[p] = *piece_to_load(from, turn, p);
+  }
+  __device__ void load_row_past_l1(Piece (&out)[kPieces], const bf16* from, int turn) const {
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) out[p] = load_past_l1(piece_to_load(from, turn, p));
   }
   __device__ void store_row(bf16* to, int turn, int piece, const float (&x)[kWide]) const {
     store(to + row(turn) * d_ + column(piece), x, kWide);
@@ -112,14 +120,19 @@ __global__ void __launch_bounds__(kBlockThreads<kPieces>, kBlocksPerSm<kPieces>)
                     int64_t chunk_rows) {
   __shared__ float shared[2][32];
   const Walk<kPieces> walk(rows, d, row_warps, chunk_rows);
+  start_next_kernel();
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p)
+    if (walk.holds(p)) prefetch_to_l2(w + walk.column(p));
+  wait_for_previous_kernel();
   float g[kPieces][kWide];
   walk.load_weight(g, w);
   Piece in[kPieces], next[kPieces];
-  walk.load_row(next, x, 0);
+  walk.load_row_past_l1(next, x, 0);
   for (int turn = 0; turn < walk.turns(); ++turn) {
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) in[p] = next[p];
-    if (turn + 1 < walk.turns()) walk.load_row(next, x, turn + 1);
+    if (turn + 1 < walk.turns()) walk.load_row_past_l1(next, x, turn + 1);
     float v[kWide], sum = 0.0f;
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
@@ -231,18 +244,20 @@ __global__ void __launch_bounds__(kThreads)
                         const bf16* __restrict__ x, const float* __restrict__ w, int64_t d,
                         float eps) {
   __shared__ float shared[32];
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t m = blockIdx.x, begin = threadIdx.x * kWidth;
   const bf16* const row = x + m * d;
   float v[kWidth], g[kWidth];
   float sum = 0.0f;
   for (int64_t i = begin; i < d; i += kThreads * kWidth) {
-    load(v, row + i, d - i);
+    load_past_l1(v, row + i, d - i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum += v[j] * v[j];
   }
   const float r = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(d) + eps);
   for (int64_t i = begin; i < d; i += kThreads * kWidth) {
-    load(v, row + i, d - i);
+    load_past_l1(v, row + i, d - i);
     load(g, w + i, d - i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) v[j] = v[j] * r * g[j];
@@ -357,13 +372,14 @@ void CudaBackend::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tens
   const bool wide = d % kWide == 0 && aligned(y, x, w);
   const RowShape shape(d, wide);
   if (shape.pieces == 0) {
-    launch(stream_, {blocks_for(rows, 1, 1), shape.block()},
+    launch(stream_, {blocks_for(rows, 1, 1), shape.block(), 0, starts_early(rows)},
            wide ? rms_norm_any_kernel<kWide> : rms_norm_any_kernel<1>, bf16_of(y),
            inv_rms.data<float>(), bf16_of(x), w.data<float>(), d, eps);
     return;
   }
   const int64_t chunk_rows = shape.chunk_rows(rows, kForwardChunks, 1);
-  launch(stream_, {blocks_for(ceil_div(rows, chunk_rows), 1, 1), shape.block()},
+  launch(stream_,
+         {blocks_for(ceil_div(rows, chunk_rows), 1, 1), shape.block(), 0, starts_early(rows)},
          shape.pieces == 1 ? rms_norm_kernel<1> : rms_norm_kernel<2>, bf16_of(y),
          inv_rms.data<float>(), bf16_of(x), w.data<float>(), rows, d, eps, shape.warps, chunk_rows);
 }

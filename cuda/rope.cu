@@ -7,6 +7,7 @@
 // memory, then walk the pairs of all heads, up to eight neighbouring pairs a thread and step.
 // 4 bytes moved an element.
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/rotation.h"
 #include "cuda/vector.h"
 
@@ -22,11 +23,13 @@ __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_
                             const int32_t* __restrict__ start, int64_t tokens, int64_t t_count,
                             int64_t heads, int64_t half, float sign) {
   extern __shared__ float2 rotations[];  // (kTokens, d/2)
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int64_t count = min(kTokens, tokens - first);
   for (int64_t j = threadIdx.x; j < count * half; j += kThreads) {
     const int64_t token = first + j / half;
-    const int64_t begin = start == nullptr ? 0 : start[token / t_count];
+    const int64_t begin = start == nullptr ? 0 : load_past_l1(start + token / t_count);
     rotations[j] = rotation(begin + token % t_count, inv_freq[j % half], sign);
   }
   __syncthreads();
@@ -38,8 +41,8 @@ __global__ void rope_kernel(bf16* __restrict__ x, const float* __restrict__ inv_
     bf16* const low = x + (first * heads + row) * 2 * half + i;
     const float2* const r = rotations + row / heads * half + i;
     float a[kWidth], b[kWidth];
-    load(a, low, kWidth);
-    load(b, low + half, kWidth);
+    load_past_l1(a, low, kWidth);
+    load_past_l1(b, low + half, kWidth);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) rotate(a[k], b[k], r[k]);
     store(low, a, kWidth);
@@ -55,7 +58,8 @@ void CudaBackend::do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor&
   const int64_t tokens = x.dim(0) * t_count;
   const bool wide = half % kWide == 0 && aligned(x);
   const int64_t smem_bytes = kTokens * half * int64_t{sizeof(float2)};
-  launch(stream_, {blocks_for(tokens, kTokens, 1), dim3(kThreads), smem_bytes},
+  launch(stream_,
+         {blocks_for(tokens, kTokens, 1), dim3(kThreads), smem_bytes, starts_early(tokens)},
          wide ? rope_kernel<kWide> : rope_kernel<1>, bf16_of(x), inv_freq.data<float>(),
          start.defined() ? start.data<int32_t>() : nullptr, tokens, t_count, heads, half,
          direction == Rotation::Forward ? 1.0f : -1.0f);

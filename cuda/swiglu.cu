@@ -3,6 +3,7 @@
 //
 // A flat launch, eight neighbouring elements a thread; 6 bytes an element forward, 10 backward.
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/swiglu.h"
 #include "cuda/vector.h"
 
@@ -15,11 +16,13 @@ constexpr int kWide = 8;
 template <int kWidth>
 __global__ void swiglu_kernel(bf16* __restrict__ h, const bf16* __restrict__ gate,
                               const bf16* __restrict__ up, int64_t n) {
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int64_t i = first_element<kWidth>();
   if (i >= n) return;
   float g[kWidth], u[kWidth];
-  load(g, gate + i, n - i);
-  load(u, up + i, n - i);
+  load_past_l1(g, gate + i, n - i);
+  load_past_l1(u, up + i, n - i);
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) g[j] = swiglu_of(g[j], u[j]);
   store(h + i, g, n - i);
@@ -46,8 +49,10 @@ __global__ void swiglu_backward_kernel(bf16* dgate, bf16* dup, const bf16* dh, c
 void CudaBackend::do_swiglu(const Tensor& h, const Tensor& gate, const Tensor& up) {
   const int64_t n = h.numel();
   const bool wide = aligned(h, gate, up);
-  launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
-         wide ? swiglu_kernel<kWide> : swiglu_kernel<1>, bf16_of(h), bf16_of(gate), bf16_of(up), n);
+  launch(
+      stream_,
+      {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads), 0, starts_early(n / h.dim(-1))},
+      wide ? swiglu_kernel<kWide> : swiglu_kernel<1>, bf16_of(h), bf16_of(gate), bf16_of(up), n);
 }
 
 void CudaBackend::do_swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh,

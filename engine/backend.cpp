@@ -226,6 +226,22 @@ class Op {
     BBB_CHECK(w.repacked(), name_, ": the weight is in the file's layout, call repack first");
     is("layout", w.layout, DType::U8, {backend_.repacked_bytes(w.format)});
   }
+  // Products of the same m rows. Returns the format of the first weight: all have its K and group.
+  const quant::LinearFormat& products(const PackedProducts& products, int64_t m) const {
+    BBB_CHECK(!products.empty(), name_, ": no product");
+    const quant::LinearFormat& first = products[0].weight.format;
+    for (const PackedProduct& product : products) {
+      const quant::LinearFormat& format = product.weight.format;
+      BBB_CHECK(format.stored_k() == first.stored_k() && format.weight.group == first.weight.group,
+                name_, ": weights of ", format.stored_k(), " columns in groups of ",
+                format.weight.group, " and of ", first.stored_k(), " in groups of ",
+                first.weight.group);
+      repacked(product.weight);
+      is_act_or_real("y", product.y, {m, format.n});
+      is_or_undefined("addend", product.addend, backend_.act(), {m, format.n});
+    }
+    return first;
+  }
 
  private:
   const Backend& backend_;
@@ -874,31 +890,25 @@ void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   do_unpack(wq, w);
 }
 
-void Backend::packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
-                          const Tensor& addend) {
+void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
   const Op op(*this, "packed_gemv");
-  op.repacked(w);
   op.rank("x", x, 2);
-  op.is("x", x, act(), {x.dim(0), w.format.stored_k()});
   op.few_rows("x", x);
-  op.is_act_or_real("y", y, {x.dim(0), w.format.n});
-  op.is_or_undefined("addend", addend, act(), {x.dim(0), w.format.n});
-  do_packed_gemv(y, x, w, addend);
+  const quant::LinearFormat& format = op.products(products, x.dim(0));
+  op.is("x", x, act(), {x.dim(0), format.stored_k()});
+  do_packed_gemv(products, x);
 }
 
-void Backend::quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
-                             const Tensor& addend) {
+void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& x) {
   const Op op(*this, "quantized_gemv");
-  op.repacked(w);
   op.rank("codes", x.codes, 2);
-  const int64_t m = x.codes.dim(0);
-  op.is("codes", x.codes, DType::U8, {m, w.format.stored_k()});
-  op.is("zeros", x.zeros, DType::U8, {m, w.format.groups()});
-  op.is("scales", x.scales, real(), {m, w.format.groups()});
   op.few_rows("codes", x.codes);
-  op.is_act_or_real("y", y, {m, w.format.n});
-  op.is_or_undefined("addend", addend, act(), {m, w.format.n});
-  do_quantized_gemv(y, x, w, addend);
+  const int64_t m = x.codes.dim(0);
+  const quant::LinearFormat& format = op.products(products, m);
+  op.is("codes", x.codes, DType::U8, {m, format.stored_k()});
+  op.is("zeros", x.zeros, DType::U8, {m, format.groups()});
+  op.is("scales", x.scales, real(), {m, format.groups()});
+  do_quantized_gemv(products, x);
 }
 
 // Optimizer.

@@ -122,6 +122,14 @@ quant::PackedView joined_view(const PackedWeight& repacked);
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
+// One of several products of the same rows.
+struct PackedProduct {
+  Tensor y;  // act or real (M, N)
+  const PackedWeight& weight;
+  Tensor addend;  // undefined or act (M, N)
+};
+using PackedProducts = std::vector<PackedProduct>;
+
 // The operand of the linears of an input site (quant/format.h): gathered by their channel order,
 // rotated, quantized. view.channels and view.positions are the tensors' memory.
 struct OperandSpec {
@@ -243,7 +251,8 @@ class Backend {
   virtual void overlap(const std::function<void()>& side, const std::function<void()>& main) = 0;
 
   // --- embedding, rows --------------------------------------------------------------------------
-  // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V, D).
+  // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V,
+  // D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
   // dtable[ids[m]] (+)= dx[m], in the order of m; Overwrite zeroes the rows of all other ids.
   // dtable real (V, D); dx act (M, D); ids I32 (M), each in [0, V).
@@ -440,14 +449,20 @@ class Backend {
   // In all three w is repacked by this backend.
   // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
-  // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows).
-  // y act or real (M, N); x act (M, K); addend undefined or act (M, N). With 2-bit codes a Hopper
+  // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows) and for
+  // each of the weights, which have the same K and group. x act (M, K). With 2-bit codes a Hopper
   // GPU takes x as pairs of bytes: y is within 1e-4 relative RMS before it is rounded (numerics.md
   // section 2), and an infinity in x makes its row of y NaN.
-  void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend);
+  void packed_gemv(const PackedProducts& products, const Tensor& x);
+  void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
+    packed_gemv({{y, w, addend}}, x);
+  }
   // The same from the codes of an operand: each group's sum is an exact integer.
+  void quantized_gemv(const PackedProducts& products, const OperandRows& x);
   void quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
-                      const Tensor& addend);
+                      const Tensor& addend) {
+    quantized_gemv({{y, w, addend}}, x);
+  }
   static constexpr int64_t kMaxPackedRows = 8;
 
   // --- optimizer --------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ using Arg = const Tensor&;
 #define BBB_OP_scale_codes_backward Arg, Arg, Arg, Arg, const WeightGrid&, Write
 #define BBB_OP_repack Arg, const PackedWeight&
 #define BBB_OP_unpack Arg, const PackedWeight&
-#define BBB_OP_packed_gemv Arg, Arg, const PackedWeight&, Arg
-#define BBB_OP_quantized_gemv Arg, const OperandRows&, const PackedWeight&, Arg
+#define BBB_OP_packed_gemv const PackedProducts&, Arg
+#define BBB_OP_quantized_gemv const PackedProducts&, const OperandRows&
 #define BBB_OP_average Arg, Arg, Arg, double
 #define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double
 #define BBB_OP_freeze_flips Arg, Arg, Arg, const QuantizedWeights&, Arg

@@ -96,13 +96,14 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
       tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
-  const auto heads = [&](QuantLinear& linear, int64_t count) {
-    return reshape(tape, linear.forward(tape, h, Var()), {b, t, count, d});
-  };
-  const Var q = heads(q_, config_.heads);
-  const Var k = heads(k_, config_.kv_heads);
-  const Var v = heads(v_, config_.kv_heads);
+  const std::vector<Var> projected = QuantLinear::forward(tape, {&q_, &k_, &v_}, h);
   h = LinearInput();
+  const auto heads = [&](const Var& rows, int64_t count) {
+    return reshape(tape, rows, {b, t, count, d});
+  };
+  const Var q = heads(projected[0], config_.heads);
+  const Var k = heads(projected[1], config_.kv_heads);
+  const Var v = heads(projected[2], config_.kv_heads);
 
   Var out;
   if (kv) {
@@ -122,9 +123,10 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
 Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
   LinearInput g =
       tapped(kMlpSite, operands_[kMlpSite].rms_norm(tape, x, post_norm_.var(), config_.rms_eps));
-  const Var gate = gate_.forward(tape, g, Var()), up = up_.forward(tape, g, Var());
+  const std::vector<Var> hidden = QuantLinear::forward(tape, {&gate_, &up_}, g);
   g = LinearInput();
-  return down_.forward(tape, tapped(kDownSite, operands_[kDownSite].swiglu(tape, gate, up)), x);
+  return down_.forward(
+      tape, tapped(kDownSite, operands_[kDownSite].swiglu(tape, hidden[0], hidden[1])), x);
 }
 
 Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute) {

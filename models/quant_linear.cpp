@@ -1,5 +1,6 @@
 #include "models/quant_linear.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "engine/cpu/thread_pool.h"
@@ -209,33 +210,54 @@ void QuantLinear::snap() {
 }
 
 Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) {
-  if (const auto* packed = std::get_if<PackedLinear>(&state_))
-    return forward_packed(tape, x, residual, *packed);
+  if (multiplies_codes(x)) return forward_packed(tape, {this}, x, residual)[0];
+  if (const auto* packed = std::get_if<PackedLinear>(&state_)) {
+    BBB_ASSERT(!tape.recording());
+    const Tensor weight = packed->buffer.slice(0, n_ * columns()).view({n_, columns()});
+    backend_.unpack(weight, packed->weight);
+    return linear(tape, x.x, Var(weight), quantized_.s, residual);
+  }
   BBB_ASSERT(leaf_.defined());
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
   return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual);
 }
 
-Var QuantLinear::forward_packed(Tape& tape, const LinearInput& x, const Var& residual,
-                                const PackedLinear& packed) {
+std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*>& site,
+                                      const LinearInput& x) {
+  const auto in_one = [&](const QuantLinear* linear) {
+    return linear->multiplies_codes(x) &&
+           linear->format_.weight.group == site[0]->format_.weight.group;
+  };
+  if (std::ranges::all_of(site, in_one)) return forward_packed(tape, site, x, Var());
+  std::vector<Var> outputs;
+  for (QuantLinear* linear : site) outputs.push_back(linear->forward(tape, x, Var()));
+  return outputs;
+}
+
+bool QuantLinear::multiplies_codes(const LinearInput& x) const {
+  return holds<PackedLinear>() && engine::numel_of(x.shape) / columns() <= Backend::kMaxPackedRows;
+}
+
+std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
+                                             const LinearInput& x, const Var& residual) {
   BBB_ASSERT(!tape.recording());
+  Backend& backend = tape.backend();
   Shape shape = x.shape;
-  const int64_t m = engine::numel_of(shape) / columns();
-  shape.back() = n_;
-  if (m > Backend::kMaxPackedRows) {
-    const Tensor weight = packed.buffer.slice(0, n_ * columns()).view({n_, columns()});
-    backend_.unpack(weight, packed.weight);
-    return linear(tape, x.x, Var(weight), quantized_.s, residual);
+  const int64_t k = shape.back(), m = engine::numel_of(shape) / k;
+  std::vector<Var> outputs;
+  engine::PackedProducts products;
+  for (const QuantLinear* linear : site) {
+    const int64_t n = shape.back() = linear->n_;
+    outputs.emplace_back(backend.empty(shape, backend.act()));
+    products.push_back({outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight,
+                        residual.defined() ? residual.value().view({m, n}) : Tensor()});
   }
-  Tensor y = backend_.empty(shape, backend_.act());
-  const Tensor out = y.view({m, n_});
-  const Tensor addend = residual.defined() ? residual.value().view({m, n_}) : Tensor();
   if (x.codes.codes.defined())
-    backend_.quantized_gemv(out, x.codes, packed.weight, addend);
+    backend.quantized_gemv(products, x.codes);
   else
-    backend_.packed_gemv(out, x.x.value().view({m, columns()}), packed.weight, addend);
-  return Var(y);
+    backend.packed_gemv(products, x.x.value().view({m, k}));
+  return outputs;
 }
 
 }  // namespace bbb::models

@@ -95,6 +95,9 @@ class QuantLinear {
   // again, they give the same S, e, z and codes. TrainedWeight only, after prepare().
   void snap();
   Var forward(Tape& tape, const LinearInput& x, const Var& residual);
+  // The outputs of all linears of a site. Few rows of packed weights are one op.
+  static std::vector<Var> forward(Tape& tape, const std::vector<QuantLinear*>& site,
+                                  const LinearInput& x);
   // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits) or FrozenCodes, after
   // prepare() or prepare_scales() and before the next optimizer step.
   LinearResult quantized() const;
@@ -118,8 +121,9 @@ class QuantLinear {
   // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
   // nothing is trained.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
-  Var forward_packed(Tape& tape, const LinearInput& x, const Var& residual,
-                     const PackedLinear& packed);
+  bool multiplies_codes(const LinearInput& x) const;  // a packed weight of few rows
+  static std::vector<Var> forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
+                                         const LinearInput& x, const Var& residual);
   int64_t columns() const { return format_.stored_k(); }  // K'
   Tensor current_codes() const;                           // U8 (N, K')
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient

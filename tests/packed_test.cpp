@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <deque>
 #include <tuple>
 #include <vector>
 
@@ -290,6 +291,109 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
         CHECK(std::count_if(values->begin(), values->end(),
                             [](double v) { return !(std::abs(v) < 1e4); }) == 0);
     }
+}
+
+// A random weight of a format.
+PackedWeight random_weight(engine::Rng& rng, Backend& b, int64_t n, int64_t k, WeightGrid grid) {
+  const float master_scale = 0x1p-5f;
+  std::vector<Bytes> parts;
+  return engine::upload_packed(
+      b, {.n = n, .k = k, .weight = grid}, [&](const quant::StoredTensor& t) -> const void* {
+        if (t.part == quant::StoredPart::MasterScale) return &master_scale;
+        Bytes& bytes = parts.emplace_back();
+        for (int64_t i = 0; i < t.bytes(); ++i)
+          bytes.push_back(static_cast<uint8_t>(
+              t.part == quant::StoredPart::Scales ? 0x30 + rng.below(16) : rng.below(256)));
+        return bytes.data();
+      });
+}
+
+// Several products in one op against one op each.
+void check_products(engine::Rng& rng, const std::vector<WeightGrid>& grids,
+                    const std::vector<int64_t>& rows, int64_t k, int64_t m, DType y_dtype) {
+  Backend& b = backend();
+  const int group = grids[0].group;
+  CAPTURE(rows, k, m, grids[0].bits, grids.back().bits, group, y_dtype == DType::BF16);
+  std::vector<PackedWeight> weights;
+  std::vector<Tensor> addends;
+  std::deque<Guarded> together, coded_together;
+  engine::PackedProducts products, coded_products;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    weights.push_back(random_weight(rng, b, rows[i], k, grids[i % grids.size()]));
+    addends.push_back(
+        i % 2 == 0 ? Tensor() : make(b, {m, rows[i]}, b.act(), activations(rng, m * rows[i], 4.0)));
+    together.emplace_back(b, engine::Shape{m, rows[i]}, y_dtype);
+    coded_together.emplace_back(b, engine::Shape{m, rows[i]}, y_dtype);
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    products.push_back({together[i].tensor(), weights[i], addends[i]});
+    coded_products.push_back({coded_together[i].tensor(), weights[i], addends[i]});
+  }
+  const Tensor x = make(b, {m, k}, b.act(), activations(rng, m * k));
+  Bytes codes(static_cast<size_t>(m * k)), zeros(static_cast<size_t>(m * k / group));
+  for (Bytes* bytes : {&codes, &zeros})
+    for (uint8_t& code : *bytes) code = static_cast<uint8_t>(rng.below(4));
+  engine::OperandRows coded;
+  coded.codes = make_bytes(b, {m, k}, codes);
+  coded.zeros = make_bytes(b, {m, k / group}, zeros);
+  coded.scales = make(b, {m, k / group}, b.real(), Values(zeros.size(), 0.375));
+  b.packed_gemv(products, x);
+  b.quantized_gemv(coded_products, coded);
+  // On a GPU the blocks take other parts of the sums: order as in check_gemv.
+  const double order = static_cast<double>(k) / 32 + 16;
+  const double bound = on_cuda() ? order * epsilon_of(DType::F32) +
+                                       2 * (y_dtype == DType::BF16) * epsilon_of(y_dtype)
+                                 : 0.0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    CAPTURE(i);
+    const Tensor alone = b.empty({m, rows[i]}, y_dtype),
+                 coded_alone = b.empty({m, rows[i]}, y_dtype);
+    b.packed_gemv(alone, x, weights[i], addends[i]);
+    b.quantized_gemv(coded_alone, coded, weights[i], addends[i]);
+    CHECK((together[i].untouched() && coded_together[i].untouched()));
+    CHECK(relative_error(values_of(b, together[i].tensor()), values_of(b, alone)) <= bound);
+    CHECK(relative_error(values_of(b, coded_together[i].tensor()), values_of(b, coded_alone)) <=
+          bound);
+  }
+}
+
+TEST_CASE("products of the same rows in one op equal one op each",
+          "[packed][quantized_gemv][products]") {
+  engine::Rng rng(46);
+  Backend& b = backend();
+  for (const auto& rows : std::vector<std::vector<int64_t>>{
+           {1}, {33, 5}, {64, 16, 16}, {5, 300, 90}, {40, 7, 130, 17}, {2300, 576, 576}})
+    for (const int64_t k : {32, 96, 640, 2080})
+      for (const int64_t m : {1, 2, 4, 5, 8}) {
+        if (rows[0] * k * m > 2'000'000) continue;
+        check_products(rng, {{2, 32}}, rows, k, m, m % 2 == 0 ? b.real() : b.act());
+      }
+  for (const int64_t m : {1, 6}) {
+    check_products(rng, {{2, 64}}, {48, 33, 16}, 640, m, b.real());
+    check_products(rng, {{4, 32}, {2, 32}}, {33, 65, 48, 17}, 576, m, b.real());
+    check_products(rng, {{3, 128}}, {33, 65}, 640, m, b.act());
+  }
+}
+
+TEST_CASE("products of the same rows in one op: matrices of models",
+          "[packed][quantized_gemv][products][large]") {
+  engine::Rng rng(47);
+  check_products(rng, {{2, 32}}, {4096, 1024, 1024}, 4096, 1, backend().real());
+  check_products(rng, {{2, 32}}, {8192, 8192}, 2048, 1, backend().act());
+  if (on_cuda()) check_products(rng, {{2, 32}}, {14336, 14336}, 4096, 1, backend().act());
+}
+
+TEST_CASE("products in one op have weights of one width and group", "[packed][products]") {
+  engine::Rng rng(48);
+  Backend& b = backend();
+  const PackedWeight first = random_weight(rng, b, 16, 128, {2, 32});
+  const Tensor x = b.zeros({1, 128}, b.act()), y = b.empty({1, 16}, b.act());
+  for (const auto& [k, group] : std::vector<std::pair<int64_t, int>>{{64, 32}, {128, 64}}) {
+    const PackedWeight other = random_weight(rng, b, 16, k, {2, group});
+    const Tensor second = b.empty({1, 16}, b.act());
+    CHECK_THROWS_AS(b.packed_gemv({{y, first, {}}, {second, other, {}}}, x), Error);
+  }
+  CHECK_THROWS_AS(b.packed_gemv({}, x), Error);
 }
 
 // Kernels of products may start before those in front of them have ended.

@@ -83,8 +83,7 @@ class CpuBackend final : public Backend {
 
   // Activations: rows of T, or a quantized operand's.
   template <typename Activations>
-  void packed_product(const Tensor& y, const Activations& x, int64_t m, const PackedWeight& w,
-                      const Tensor& addend);
+  void packed_products(const PackedProducts& products, const Activations& x, int64_t m);
   // The row indices of a batch of `count`, all checked to be rows of src. `op` is for errors.
   static const int32_t* order_of(const char* op, const Rows& batch, int64_t count);
 

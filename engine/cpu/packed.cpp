@@ -65,32 +65,36 @@ void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
 
 template <typename T>
 template <typename Activations>
-void CpuBackend<T>::packed_product(const Tensor& y, const Activations& x, int64_t m,
-                                   const PackedWeight& w, const Tensor& addend) {
+void CpuBackend<T>::packed_products(const PackedProducts& products, const Activations& x,
+                                    int64_t m) {
   if constexpr (kPanels) {
-    const host::PanelView panels = panel_view(w);
-    const host::SplitRows rows = host::split_rows(x, m, panels.k, panels.grid.group);
-    parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
-      host::panel_gemv(data(y), rows, panels, data(addend), {begin, end}, host::fastest_set());
-    });
+    const quant::LinearFormat& format = products[0].weight.format;
+    const host::SplitRows rows = host::split_rows(x, m, format.stored_k(), format.weight.group);
+    for (const PackedProduct& product : products) {
+      const host::PanelView panels = panel_view(product.weight);
+      parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
+        host::panel_gemv(data(product.y), rows, panels, data(product.addend), {begin, end},
+                         host::fastest_set());
+      });
+    }
   } else {
-    const quant::PackedView packed = joined_view(w);
-    parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
-      host::packed_gemv(data(y), x, packed, data(addend), {begin, end}, m);
-    });
+    for (const PackedProduct& product : products) {
+      const quant::PackedView packed = joined_view(product.weight);
+      parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
+        host::packed_gemv(data(product.y), x, packed, data(product.addend), {begin, end}, m);
+      });
+    }
   }
 }
 
 template <typename T>
-void CpuBackend<T>::do_packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w,
-                                   const Tensor& addend) {
-  packed_product(y, static_cast<const T*>(data(x)), x.dim(0), w, addend);
+void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
+  packed_products(products, static_cast<const T*>(data(x)), x.dim(0));
 }
 
 template <typename T>
-void CpuBackend<T>::do_quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
-                                      const Tensor& addend) {
-  packed_product(y, quantized_rows<T>(x), x.codes.dim(0), w, addend);
+void CpuBackend<T>::do_quantized_gemv(const PackedProducts& products, const OperandRows& x) {
+  packed_products(products, quantized_rows<T>(x), x.codes.dim(0));
 }
 
 template int64_t CpuBackend<float>::repacked_bytes(const quant::LinearFormat&) const;
