@@ -15,7 +15,7 @@ expect() {
   local code=$1 pattern=$2 got=0
   shift 2
   "$@" >"$work/out" 2>"$work/err" || got=$?
-  grep -vE '^(ppl|export|loading|blocks) \[' "$work/err" >"$work/lines" || true
+  grep -vE '^(ppl|export|loading|statistics|blocks) \[' "$work/err" >"$work/lines" || true
   if [ "$got" != "$code" ] || [ "$(wc -l <"$work/lines")" != 1 ] || ! grep -qiE "$pattern" "$work/lines"; then
     echo "FAILED: $* -> exit code $got, expected $code and one line like /$pattern/; stderr:"
     cat "$work/err"
