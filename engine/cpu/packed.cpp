@@ -28,8 +28,6 @@ int64_t panel_grain(const host::PanelView& w, int threads) {
   return std::max((w.count() + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
 }
 
-int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
-
 }  // namespace
 
 template <typename T>
