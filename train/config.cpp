@@ -38,8 +38,7 @@ struct Anchor {
 constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more; of either phase
 constexpr Anchor kNested{1e-3, 1e-5};     // several precisions at once, end to end
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
-constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
-constexpr Anchor kAllFromRounding{2e-3, 2e-5};
+constexpr Anchor kAllFirst{2e-3, 2e-5};   // 2 bits, from rounding or from snapped blocks
 constexpr Anchor kAllLater{1e-3, 1e-5};  // behind a stage of the whole model, or another run
 constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
@@ -231,7 +230,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     if (!c.any_precision.empty()) return kNested.at(model.d_model);
     if (c.e2e_stages[t].weight_bits > 2) return kStageHigh.at(model.d_model);
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
-    return (blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
+    return kAllFirst.at(model.d_model);
   });
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
