@@ -3,7 +3,8 @@
 // A panel is 16 rows of W; rows beyond N hold zeros. In memory, a panel after another:
 //
 //     codes   for each group and plane, G/16 vectors of 64 bytes; 32-bit word r is row r's
-//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN
+//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN; no others with a sign, which a
+//             checkpoint refuses
 //     zeros   for each group, 16 zero points of 2 bits (plain 2-bit codes) or of 8
 //
 // A plane holds two bits of every code, lowest first: 1 plane for 2 bits, 2 for 3 or 4, 4 for 8. In
