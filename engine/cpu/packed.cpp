@@ -15,6 +15,7 @@ namespace host = quant::host;
 namespace {
 
 constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
+constexpr int64_t kSplitElements = 8192;    // of x that one task splits: 4 us
 constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
 
 host::PanelView panel_view(const PackedWeight& w) {
@@ -67,7 +68,11 @@ void CpuBackend<T>::packed_product(const Tensor& y, const Activations& x, int64_
                                    const PackedWeight& w, const Tensor& addend) {
   if constexpr (kPanels) {
     const host::PanelView panels = panel_view(w);
-    const host::SplitRows rows = host::split_rows(x, m, panels.k, panels.grid.group);
+    host::SplitRows rows(m, panels.k, panels.grid.group);
+    parallel_for(m * rows.groups, kSplitElements / panels.grid.group,
+                 [&](int64_t begin, int64_t end) {
+                   host::split_rows(rows, x, {begin, end});
+                 });
     parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
       host::panel_gemv(data(y), rows, panels, data(addend), {begin, end}, host::fastest_set());
     });
