@@ -30,7 +30,7 @@ using Clock = std::chrono::steady_clock;
 namespace {
 
 constexpr int64_t kMaxBatch = 64;
-constexpr int64_t kDefaultBatch = 8;  // of --prompts: the rows that packed products take
+constexpr int64_t kDefaultBatch = Backend::kMaxPackedRows;  // of --prompts
 
 int64_t batch_of(const CommandLine& line, int64_t otherwise) {
   return line.has("batch") ? line.integer("batch", 1, kMaxBatch) : otherwise;
@@ -40,7 +40,7 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Bytes of a linear's weight as it is held: the tensors that a load reads, or act elements.
+// Bytes of a linear's weight: as in the file, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   if (linear.holds<models::PackedLinear>()) {
     int64_t bytes = 0;
@@ -50,7 +50,8 @@ int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
-// Bytes that one token reads: the blocks' weights as stored, norms, and the head.
+// The least bytes that a step reads: the blocks' weights, norms, and the head. A step of more rows
+// than packed products take unpacks every weight, and moves more.
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
   int64_t bytes = model.head().bytes();
