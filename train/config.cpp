@@ -274,7 +274,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
          cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
     spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
       const bool low = c.stages[t].weight_bits <= 2;
-      if (!blocks) return (low ? kAllFromRounding : kStageHigh).at(model.d_model);
+      if (!blocks) return (low ? kAllFirst : kStageHigh).at(model.d_model);
       return (low ? kStageLow : kStageHigh).at(model.d_model);
     });
     want(c.target == Target::Full || c.input_stream == InputStream::Same,
