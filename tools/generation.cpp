@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "data/files.h"
-#include "engine/progress.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -63,11 +63,7 @@ ModelFiles::ModelFiles(const CommandLine& line, const engine::Backend& backend)
 }
 
 std::unique_ptr<models::Llama> ModelFiles::load(engine::Backend& backend) const {
-  source->check_finite();
-  auto model = std::make_unique<models::Llama>(backend, *source, models::HeadRounding::None);
-  engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
-  model->load_blocks(*source, [&](int64_t done) { progress.set(done); });
-  return model;
+  return load_model(backend, *source);
 }
 
 std::vector<int32_t> ModelFiles::text_ids(const std::string& text, SpecialText special) const {
