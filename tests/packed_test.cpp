@@ -436,9 +436,13 @@ TEST_CASE("the ops of a decode step see each other's results", "[packed][product
       }
       b.advance(start), done();
     };
+    // The tokens before the first step differ, so that every step's attention does.
+    const Tensor past = make(b, {m, kCapacity, kKvHeads, kHeadDim}, b.act(),
+                             activations(rng, m * kCapacity * kKvHeads * kHeadDim));
+    const Tensor tokens_before = make_ids(b, {m}, std::vector<int>(static_cast<size_t>(m), 40));
     const auto restart = [&] {
-      b.zero(start);
-      for (const Tensor& cache : caches) b.zero(cache);
+      b.copy(start, tokens_before);
+      for (const Tensor& cache : caches) b.copy(cache, past);
     };
     std::vector<Values> want;
     restart();
@@ -605,13 +609,14 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
   const Values got = values_of(b, y.tensor());
   for (int64_t i = 0; i < m * n; ++i) {
     double sum = 0, size = 0;
-    for (int64_t g = 0; g < k / group; ++g) {
+    for (int64_t from = 0; from < k; from += 32) {
+      const int64_t g = i / n * (k / group) + from / group;  // of the operand's zeros and scales
       double part = 0;
-      for (int64_t j = g * group; j < (g + 1) * group; ++j)
+      for (int64_t j = from; j < from + 32; ++j)
         part += levels[static_cast<size_t>(i % n * k + j)] *
                 (double(x.codes[static_cast<size_t>(i / n * k + j)]) -
-                 x.zeros[static_cast<size_t>(i / n * (k / group) + g)]);
-      part *= master_scale * x.scales[static_cast<size_t>(i / n * (k / group) + g)];
+                 x.zeros[static_cast<size_t>(g)]);
+      part *= master_scale * x.scales[static_cast<size_t>(g)];
       sum += part;
       size += std::abs(part);
     }
