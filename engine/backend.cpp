@@ -663,7 +663,8 @@ void Backend::sample(const Tensor& ids, const Tensor& logits, const SampleRows& 
   const int64_t m = logits.dim(0), v = logits.dim(1);
   op.is("logits", logits, real(), {m, v});
   op.is("ids", ids, DType::I32, {m});
-  BBB_CHECK(v > 0 && v <= INT32_MAX, "sample: a vocabulary of ", v);
+  // Sums of weights of engine::kWeightBits (39) bits fit in 64.
+  BBB_CHECK(v > 0 && v <= int64_t{1} << 24, "sample: a vocabulary of ", v);
   BBB_CHECK(
       spec.temperature >= 0 && spec.top_p >= 0 && spec.top_p <= 1 && spec.repetition_penalty > 0,
       "sample: temperature ", spec.temperature, ", top-p ", spec.top_p, ", repetition penalty ",

@@ -451,9 +451,9 @@ class Backend {
   // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
   // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows) and for
-  // each of the weights, which have the same K and group. x act (M, K). With 2-bit codes a Hopper
-  // GPU takes x as pairs of bytes: y is within 1e-4 relative RMS before it is rounded (numerics.md
-  // section 2), and an infinity in x makes its row of y NaN.
+  // each of the weights, which have the same K and group. x act (M, K). The F32 CPU backend (all
+  // widths) and a Hopper GPU (2-bit codes) take x as 16-bit integers: y is within 1e-4 relative RMS
+  // before rounding (numerics.md section 2), and an infinity in x makes its row of y NaN.
   void packed_gemv(const PackedProducts& products, const Tensor& x);
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
     packed_gemv({{y, w, addend}}, x);

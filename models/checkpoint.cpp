@@ -15,6 +15,7 @@
 #include "data/tokenizer.h"
 #include "models/synthetic_checkpoint.h"
 #include "quant/check.h"
+#include "quant/e4m3.h"
 
 namespace bbb::models {
 namespace {
@@ -261,6 +262,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
           names.push_back(linear + t.suffix);
     }
     DirectoryCheckpoint::check_finite(names);
+    for (const auto& [linear, format] : formats_)
+      if (format) check_signs(linear + ".scales");
   }
   std::optional<quant::LinearFormat> packed_format(const std::string& linear, int64_t,
                                                    int64_t) const override {
@@ -274,6 +277,22 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   }
 
  private:
+  // The scales of groups have no sign.
+  void check_signs(const std::string& name) const {
+    const SafeTensor& t = tensors_.at(name);
+    const int64_t groups = t.shape[1];
+    for (int64_t row = 0; row < t.shape[0]; ++row) {
+      const uint8_t* const codes = t.data + row * groups;
+      uint8_t any = 0;
+      for (int64_t g = 0; g < groups; ++g) any |= codes[g];
+      if (any < 0x80) continue;
+      const int64_t g =
+          std::find_if(codes, codes + groups, [](int c) { return c >= 0x80; }) - codes;
+      throw Error(cat(path_, ": ", printable(name), "[", row, ", ", g, "] is ",
+                      quant::e4m3_decode(codes[g]), ": a scale has no sign"));
+    }
+  }
+
   std::vector<int32_t> channels(const std::string& name) const {
     if (!tensors_.contains(name)) return {};
     const SafeTensor& t = tensors_.at(name);

@@ -4,7 +4,8 @@
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
-//   PackedLinear   the exported bytes; one buffer, shared by all layers, holds an unpacked weight
+//   PackedLinear   the stored weight as Backend::repack made it; one buffer, shared by all layers,
+//                  holds an unpacked weight
 //
 // One optimizer step:
 //

@@ -4,7 +4,6 @@
 //   W[n, p] = S e[n, g] (q[n, p] - z[n, g])      p a stored position, g = p / G its group
 //
 //   Codes            .qweight           U8 (N, K' b / 8)              q, a bit stream a row
-//   (pack.h)
 //     nested                            U8 (8, N, K' / 8)             bit planes, highest first
 //   Scales           .scales            F8_E4M3 (N, K' / G)           e
 //   Zeros            .zeros             U8 (N, ceil(K' / G b / 8))    z, packed as the codes are
@@ -12,6 +11,7 @@
 //   MasterScale      .master_scale      F32 (1)                       S, a power of two
 //   SplitChannels    .split_channels    I32 (r)                       only if channels are split
 //   OutlierChannels  .outlier_channels  I32 (o)                       only if there are outliers
+// Bit streams are those of quant/pack.h.
 #pragma once
 
 #include <array>

@@ -15,7 +15,8 @@ namespace bbb::quant::host {
 namespace {
 
 constexpr uint8_t kPanelNan = 0xFF;
-constexpr float kLargestInteger = 32639;  // 256 * 127 + 127: both parts fit in 8 bits
+constexpr float kLargestInteger = 32639;     // 256 * 127 + 127: both parts fit in 8 bits
+constexpr float kSmallestSplit = 0x1p-113f;  // below it kLargestInteger / max|x| may be infinite
 
 // Plain loops over the lanes.
 struct Portable {
@@ -180,19 +181,21 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels) {
   }
 }
 
-static SplitRows empty_rows(int64_t m, int64_t k, int group) {
-  const int64_t groups = k / group;
-  return {m,
-          k,
-          groups,
-          std::vector<int8_t>(static_cast<size_t>(2 * m * k)),
-          std::vector<int32_t>(static_cast<size_t>(m * groups)),
-          std::vector<float>(static_cast<size_t>(m * groups))};
-}
+SplitRows::SplitRows(int64_t m, int64_t k, int group)
+    : m(m),
+      k(k),
+      group(group),
+      groups(k / group),
+      parts(static_cast<size_t>(2 * m * k)),
+      sums(static_cast<size_t>(m * groups)),
+      scales(static_cast<size_t>(m * groups)) {}
 
-// Writes both parts of the integers of a group and returns their sum. integer(i) is number i.
+// Writes a group: both parts of its integers, their sum and the scale. integer(i) is number i.
 template <typename Integer>
-static int32_t split_group(int8_t* high, int8_t* low, int group, const Integer& integer) {
+static void split_group(SplitRows& out, int64_t g, float scale, const Integer& integer) {
+  const int group = out.group;  // a copy: to the compiler, a write of an int8_t may change out
+  int8_t* const high = out.parts.data() + g / out.groups * 2 * out.k + g % out.groups * group;
+  int8_t* const low = high + out.k;
   int32_t sum = 0;
   for (int i = 0; i < group; ++i) {
     const int32_t a = integer(i);
@@ -200,41 +203,35 @@ static int32_t split_group(int8_t* high, int8_t* low, int group, const Integer& 
     low[i] = static_cast<int8_t>(a);
     sum += 256 * high[i] + low[i];
   }
-  return sum;
+  out.sums[static_cast<size_t>(g)] = sum;
+  out.scales[static_cast<size_t>(g)] = scale;
 }
 
-SplitRows split_rows(const float* x, int64_t m, int64_t k, int group) {
-  SplitRows out = empty_rows(m, k, group);
-  for (int64_t g = 0; g < m * out.groups; ++g) {
+void split_rows(SplitRows& out, const float* x, Rows groups) {
+  const int group = out.group;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     const float* const from = x + g * group;
     // Of the bits without a sign the largest integer is the largest magnitude, or a NaN.
     uint32_t most = 0;
     for (int i = 0; i < group; ++i)
       most = std::max(most, std::bit_cast<uint32_t>(from[i]) & 0x7FFFFFFFu);
     const float largest = std::bit_cast<float>(most);
-    const float inverse = most == 0 ? 0 : kLargestInteger / largest;
-    out.scales[static_cast<size_t>(g)] = largest / kLargestInteger;
-    int8_t* const high = out.parts.data() + g / out.groups * 2 * k + g % out.groups * group;
-    out.sums[static_cast<size_t>(g)] = split_group(high, high + k, group, [&](int i) {
+    const float inverse = largest < kSmallestSplit ? 0 : kLargestInteger / largest;
+    split_group(out, g, largest / kLargestInteger, [&](int i) {
       // In 1.5 * 2^23 + a the lowest bits are those of a, rounded to nearest even.
       return int32_t{
           static_cast<int16_t>(std::bit_cast<uint32_t>(from[i] * inverse + 12582912.0f))};
     });
   }
-  return out;
 }
 
-SplitRows split_rows(const QuantizedRows<float>& x, int64_t m, int64_t k, int group) {
-  SplitRows out = empty_rows(m, k, group);
-  for (int64_t g = 0; g < m * out.groups; ++g) {
+void split_rows(SplitRows& out, const QuantizedRows<float>& x, Rows groups) {
+  const int group = out.group;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
     const uint8_t* const codes = x.codes + g * group;
     const int zero = x.zeros[g];
-    out.scales[static_cast<size_t>(g)] = x.scales[g];
-    int8_t* const high = out.parts.data() + g / out.groups * 2 * k + g % out.groups * group;
-    out.sums[static_cast<size_t>(g)] =
-        split_group(high, high + k, group, [&](int i) { return int32_t{codes[i]} - zero; });
+    split_group(out, g, x.scales[g], [&](int i) { return int32_t{codes[i]} - zero; });
   }
-  return out;
 }
 
 bool runs(VectorSet set) {

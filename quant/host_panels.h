@@ -3,7 +3,8 @@
 // A panel is 16 rows of W; rows beyond N hold zeros. In memory, a panel after another:
 //
 //     codes   for each group and plane, G/16 vectors of 64 bytes; 32-bit word r is row r's
-//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN
+//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN; no others with a sign, which a
+//             checkpoint refuses
 //     zeros   for each group, 16 zero points of 2 bits (plain 2-bit codes) or of 8
 //
 // A plane holds two bits of every code, lowest first: 1 plane for 2 bits, 2 for 3 or 4, 4 for 8. In
@@ -13,7 +14,8 @@
 // An activation is a 16-bit integer A times its group's scale, split into two 8-bit integers:
 //
 //     A = 256 high + low,  x = A scale:   scale = max|x| / 32639, A = round(x / scale), error at
-//                                         most scale / 2: 2e-5 of RMS(x) for normal values
+//                                         most scale / 2: 2e-5 of RMS(x) for normal values. If
+//                                         max|x| < 2^-113, A = 0
 //     quantized operands:                 A = code - zero, exact
 //
 // With the doubled level of a weight, L = f q + c - 2 z (f = 2, c = 0; nested codes: spec.h), a
@@ -62,15 +64,20 @@ void make_panels(uint8_t* out, const PackedView& file, Rows panels);
 // wq = (q - z) e of their rows.
 void unpack_panels(float* wq, const PanelView& w, Rows panels);
 
-// Rows of activations as integers.
+// Rows of activations as integers, which split_rows() writes.
 struct SplitRows {
-  int64_t m, k, groups;
+  SplitRows(int64_t m, int64_t k, int group);
+
+  int64_t m, k;
+  int group;
+  int64_t groups;             // of a row
   std::vector<int8_t> parts;  // (M, 2, K): high, low
   std::vector<int32_t> sums;  // (M, K/G): of A
   std::vector<float> scales;  // (M, K/G)
 };
-SplitRows split_rows(const float* x, int64_t m, int64_t k, int group);
-SplitRows split_rows(const QuantizedRows<float>& x, int64_t m, int64_t k, int group);
+// Groups [begin, end) of the M K/G of all rows.
+void split_rows(SplitRows& out, const float* x, Rows groups);
+void split_rows(SplitRows& out, const QuantizedRows<float>& x, Rows groups);
 
 enum class VectorSet { Portable, Avx2, Avx512Vnni };
 bool runs(VectorSet set);  // on this CPU

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Repeats the README's tables of the method: trains, exports, evaluates, one line a run.
 #
-#   scripts/ablation.sh TABLE [SEED]     TABLE: components | recipe | widths | precisions | end-to-end
+#   scripts/ablation.sh TABLE [SEED]
+#
+# TABLE: defaults | components | recipe | widths | precisions | end-to-end
 #
 # MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
 # perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
@@ -9,7 +11,7 @@
 # are added to every bbb train, and EVALUATION to every bbb ppl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?TABLE: components, recipe, widths, precisions or end-to-end} seed=${2:-0}
+table=${1:?TABLE: defaults, components, recipe, widths, precisions or end-to-end} seed=${2:-0}
 bbb=${BBB:-build/bbb}
 model=${MODEL:-demo/SmolLM2-135M-Instruct.Q4_1.gguf}
 data=${DATA:-demo/train.txt}
@@ -57,6 +59,22 @@ run() {
 whole() { run "$1" "$2" --stages "" "${@:3}"; }
 
 case $table in
+  defaults)  # the sweeps behind the defaults
+    few=$(windows 1024) many=$(windows 6144)
+    whole "the default" "$data" $few
+    whole "rate 1e-3" "$data" $few --e2e-lr 1e-3
+    whole "batch 8" "$data" $few --e2e-batch 8
+    whole "cross-entropy" "$data" $few --e2e-loss ce
+    whole "10 % split" "$data" $few --ocs-ratio 0.1
+    run "blocks, then 6 passes" "$data" $few --stages w2a16 --e2e-stages w2a16:6
+    run "blocks, then 2 passes" "$data" $few --stages w2a16
+    whole "embedding trained" "$data" $few --e2e-embedding train
+    whole "6,144 windows, 1 pass" "$all" $many --e2e-stages w2a16:1
+    whole "6,144 windows, 1 pass, embedding trained" "$all" $many --e2e-stages w2a16:1 \
+      --e2e-embedding train
+    whole "2-bit activations, no outliers" "$data" $few --e2e-stages w2a16:3,w2a2:3 \
+      --e2e-lr 2e-3,1e-3 --act-outliers 0
+    ;;
   components)  # the paper's Table 4: what each part of the method adds
     plain="$(windows 1024) --range minmax --rotate none"
     whole "end to end, cross-entropy" "$data" $plain --e2e-loss ce
@@ -89,10 +107,10 @@ case $table in
     done
     ;;
   precisions)  # one file for 8, 4 and 2 bits against a run for each
-    common="$(windows 1024) --range minmax --rotate none"
-    whole "any precision, 8 bits" "$data" $common --e2e-stages w8a16:4 --any-precision 8,4,2
+    common="$(windows 1024) --range minmax"
+    whole "any precision, 8 bits" "$data" $common --e2e-stages w8a16:6 --any-precision 8,4,2
     for bits in 4 2; do evaluate "the same file, $bits bits" - "$out/export" --bits $bits; done
-    for bits in 8 4 2; do whole "w$bits alone" "$data" $common --e2e-stages w${bits}a16:4; done
+    for bits in 8 4 2; do whole "w$bits alone" "$data" $common --e2e-stages w${bits}a16:6; done
     ;;
   end-to-end)  # losses, passes, blocks in front, oscillation
     common="$(windows 1024) --range search --rotate group"

@@ -15,7 +15,7 @@ expect() {
   local code=$1 pattern=$2 got=0
   shift 2
   "$@" >"$work/out" 2>"$work/err" || got=$?
-  grep -vE '^(ppl|export|loading|blocks) \[' "$work/err" >"$work/lines" || true
+  grep -vE '^(ppl|export|loading|statistics|blocks) \[' "$work/err" >"$work/lines" || true
   if [ "$got" != "$code" ] || [ "$(wc -l <"$work/lines")" != 1 ] || ! grep -qiE "$pattern" "$work/lines"; then
     echo "FAILED: $* -> exit code $got, expected $code and one line like /$pattern/; stderr:"
     cat "$work/err"
@@ -25,6 +25,7 @@ expect() {
 
 echo "some text to read" >"$work/short.txt"
 : >"$work/empty.txt"
+(echo short && seq -s ' ' 20000) >"$work/long.txt"
 echo '{"text": 3}' >"$work/bad.jsonl"
 mkdir -p "$work/nokey"
 echo '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}' >"$work/nokey/config.json"
@@ -44,6 +45,10 @@ expect 2 'deterministic' "$bbb" bench train --synthetic smollm2-135m --device cp
 expect 2 'prompt' "$bbb" decode --model "$model"
 expect 2 'batch.*from 1 to 64' "$bbb" decode --model "$model" --prompt x --batch 65
 expect 2 'top-p' "$bbb" decode --model "$model" --prompt x --top-p 1.5
+expect 2 'top-p needs a --temperature' "$bbb" decode --model "$model" --prompt x --top-p 0.5
+expect 2 'seed needs a --temperature' "$bbb" chat --model "$model" --seed 1
+expect 2 'batch of one prompt needs a --temperature' "$bbb" decode --model "$model" --prompt x --batch 2
+expect 2 'context needs --synthetic' "$bbb" decode --model "$model" --prompt x --context 9
 expect 2 'model is missing' "$bbb" chat --system x
 expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
 expect 1 'nowhere' "$bbb" bench train --synthetic smollm2-135m --device cpu --gemm "$work/nowhere/gemm.json"
@@ -56,6 +61,7 @@ expect 1 'empty' "$bbb" ppl --model "$model" --text "$work/empty.txt" --device c
 expect 1 'window|token' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cpu
 expect 1 'text|line 1' "$bbb" ppl --model "$model" --text "$work/bad.jsonl" --device cpu
 expect 1 'bad.jsonl:1' "$bbb" decode --model "$model" --prompts "$work/bad.jsonl" --device cpu
+expect 1 'long.txt:2: the prompt has' "$bbb" decode --model "$model" --prompts "$work/long.txt" --device cpu
 expect 1 'empty.txt: no prompt' "$bbb" decode --model "$model" --prompts "$work/empty.txt" --device cpu
 expect 1 'window|token' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu
 expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu
@@ -76,7 +82,7 @@ if [ -e "$work/run/run.json" ] || [ -e "$work/x" ]; then
 fi
 
 # A chat of two messages without a terminal: an answer a line, and /exit ends it.
-printf 'Say hi.\n/exit\nSay bye.\n' |
+printf 'Say hi.\r\n/exit\r\nSay bye.\r\n' |
   "$bbb" chat --model "$model" --max-tokens 8 --device cpu >"$work/out" 2>"$work/err"
 if [ ! -s "$work/out" ] || grep -qv '^loading \[' "$work/err"; then
   echo "FAILED: chat wrote '$(cat "$work/out")', stderr: $(cat "$work/err")"

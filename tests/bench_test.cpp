@@ -72,10 +72,6 @@ TEST_CASE("bench: matrix-vector products, packed and dense") {
   for (const int64_t rows : {1, 3})
     for (const int64_t rotation : {int64_t{0}, int64_t{1} << 16}) {
       const tools::GemvResult r = tools::bench_gemv(backend(), {96, 64}, rows, rotation);
-      for (const tools::TimedProduct* product : {&r.packed, &r.quantized, &r.dense}) {
-        CHECK(product->cold_s > 0);
-        CHECK(product->warm_s > 0);
-      }
       const auto m = static_cast<double>(rows);
       const auto act = static_cast<double>(engine::size_bytes(backend().act()));
       const auto real = static_cast<double>(engine::size_bytes(backend().real()));
@@ -87,8 +83,11 @@ TEST_CASE("bench: matrix-vector products, packed and dense") {
 }
 
 TEST_CASE("bench: bandwidths of reading and copying") {
-  CHECK(tools::measure_read_bandwidth(backend()) > 0);
-  CHECK(tools::measure_bandwidth(backend()) > 0);
+  // A copy moves at least as many bytes a second as are read alone, within a wide margin.
+  const double reading = tools::measure_read_bandwidth(backend());
+  const double copying = tools::measure_bandwidth(backend());
+  CHECK((reading > 1e8 && reading < 1e14));
+  CHECK((copying > reading / 8 && copying < reading * 8));
 }
 
 TEST_CASE("bench: a median is the middle, and random tensors fill their shape") {

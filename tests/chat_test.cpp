@@ -18,31 +18,6 @@ using nlohmann::json;
 
 const std::string kChats = golden_folder() + "/chat/";
 
-// A random model with the tokenizer of the chat goldens and the chat format of SmolLM2.
-struct ChatModel {
-  TempDir directory;
-  models::LlamaConfig config = tiny_config();
-
-  ChatModel() {
-    config.vocab = data::load_tokenizer(kChats)->vocab_size();
-    config.max_position = 512;
-    write_tiny_model(directory.path(), config, 1);
-    data::write_file_atomic(directory / "tokenizer.json",
-                            data::read_file(kChats + "tokenizer.json"));
-    json settings = json::parse(data::read_file(kChats + "tokenizer_config.json"));
-    settings["chat_template"] = data::read_file(kChats + "smollm2.jinja");
-    data::write_file_atomic(directory / "tokenizer_config.json", settings.dump());
-  }
-
-  tools::ModelFiles files() const {
-    tools::CommandLine line("chat", "");
-    line.options()("model", "", cxxopts::value<std::string>())("bits", "",
-                                                               cxxopts::value<std::string>());
-    REQUIRE(line.parse({"--model", directory.path()}));
-    return tools::ModelFiles(line, backend());
-  }
-};
-
 // Runs `work` with stdout in a file and returns what it wrote. stderr is dropped.
 std::string stdout_of(const std::function<void()>& work) {
   std::FILE *file = std::tmpfile(), *dropped = std::fopen("/dev/null", "w");
@@ -75,6 +50,41 @@ std::string stdout_of(const std::function<void()>& work) {
   return text;
 }
 
+// A random model with the tokenizer of the chat goldens and the chat format of SmolLM2.
+struct ChatModel {
+  TempDir directory;
+  models::LlamaConfig config = tiny_config();
+
+  ChatModel() {
+    config.vocab = data::load_tokenizer(kChats)->vocab_size();
+    config.max_position = 512;
+    write_tiny_model(directory.path(), config, 1);
+    data::write_file_atomic(directory / "tokenizer.json",
+                            data::read_file(kChats + "tokenizer.json"));
+    json settings = json::parse(data::read_file(kChats + "tokenizer_config.json"));
+    settings["chat_template"] = data::read_file(kChats + "smollm2.jinja");
+    data::write_file_atomic(directory / "tokenizer_config.json", settings.dump());
+  }
+
+  // Rounded to packed 2-bit weights.
+  std::string rounded() const {
+    const std::string path = directory / "rounded";
+    stdout_of([&] {
+      REQUIRE(tools::export_command({"--model", directory.path(), "--rtn", "--bits", "2", "--out",
+                                     path, "--device", on_cuda() ? "cuda" : "cpu"}) == 0);
+    });
+    return path;
+  }
+
+  tools::ModelFiles files() const {
+    tools::CommandLine line("chat", "");
+    line.options()("model", "", cxxopts::value<std::string>())("bits", "",
+                                                               cxxopts::value<std::string>());
+    REQUIRE(line.parse({"--model", directory.path()}));
+    return tools::ModelFiles(line, backend());
+  }
+};
+
 // What chat() writes to `out`.
 std::string chat_text(models::Generator& generator, const tools::ModelFiles& files,
                       std::vector<ChatMessage>& messages, const std::string& lines) {
@@ -82,16 +92,24 @@ std::string chat_text(models::Generator& generator, const tools::ModelFiles& fil
   return stdout_of([&] { tools::chat(generator, files, 8, 3, messages, in, stdout); });
 }
 
-json decode(const ChatModel& model, tools::Arguments arguments) {
-  const std::string path = model.directory / "out.json";
-  for (const std::string& one :
-       {std::string("--model"), model.directory.path(), std::string("--device"), std::string("cpu"),
-        std::string("--max-tokens"), std::string("6"), std::string("--json"), path})
-    arguments.push_back(one);
+tools::Arguments with(tools::Arguments arguments, const tools::Arguments& more) {
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return arguments;
+}
+
+// The JSON of `bbb decode` with these arguments, and its stdout as `printed`.
+json decode(const std::string& model, const tools::Arguments& arguments) {
+  const TempDir out;
   int code = -1;
-  stdout_of([&] { code = tools::decode_command(arguments); });
+  const std::string printed = stdout_of([&] {
+    code = tools::decode_command(
+        with(arguments, {"--model", model, "--device", on_cuda() ? "cuda" : "cpu", "--max-tokens",
+                         "6", "--json", out / "out.json"}));
+  });
   REQUIRE(code == 0);
-  return json::parse(data::read_file(path));
+  json result = json::parse(data::read_file(out / "out.json"));
+  result["printed"] = printed;
+  return result;
 }
 
 TEST_CASE("chat: a turn in the cache answers like the whole chat decoded anew", "[chat]") {
@@ -101,7 +119,7 @@ TEST_CASE("chat: a turn in the cache answers like the whole chat decoded anew", 
   const engine::SampleSpec spec{.temperature = 0.7, .top_p = 0.95, .repetition_penalty = 1.2};
   models::Generator generator(*llama, 1, 400, spec);
   std::vector<ChatMessage> messages = {{"system", "Be brief."}};
-  const std::string first = chat_text(generator, files, messages, "Hi there\n\n");
+  const std::string first = chat_text(generator, files, messages, "Hi there\r\n\r\n");
   REQUIRE(messages.size() == 3);
   CHECK(messages[1].content == "Hi there");
   CHECK(first == messages[2].content + "\n");
@@ -113,7 +131,7 @@ TEST_CASE("chat: a turn in the cache answers like the whole chat decoded anew", 
   const auto before = files.chat_ids({messages.begin(), messages.begin() + 2});
   CHECK(generator.kept(0, ids) >= static_cast<int64_t>(before.size()));
   const std::string second =
-      chat_text(generator, files, messages, "Tell me more\n/exit\nNobody reads this\n");
+      chat_text(generator, files, messages, "Tell me more\r\n/exit\r\nNobody reads this\n");
   REQUIRE(messages.size() == 5);
   CHECK(second == messages[4].content + "\n");
 
@@ -144,18 +162,18 @@ TEST_CASE("text is written in whole characters", "[chat]") {
   const std::string text = "a\u00e9\u65e5\U0001f600!";
   std::string bytes = stdout_of([&] {
     tools::TextStream stream(stdout);
+    size_t at = 0;
     for (const char byte : text) {
       const long before = std::ftell(stdout);
       stream.put(std::string(1, byte));
       const size_t written = static_cast<size_t>(std::ftell(stdout));
       // After the last byte of a character everything is written, before it nothing new.
-      const size_t at = stream.text().size();
+      ++at;
       const bool whole = at == text.size() || (static_cast<unsigned char>(text[at]) & 0xC0) != 0x80;
       CHECK(written == (whole ? at : static_cast<size_t>(before)));
     }
     stream.put("\xe6");  // cut: written at the end
     stream.finish();
-    CHECK(stream.text() == text + "\xe6");
   });
   CHECK(bytes == text + "\xe6\n");
 }
@@ -164,38 +182,92 @@ TEST_CASE("decode: a batch gives every prompt the text that it gets alone", "[ch
   const ChatModel model;
   const tools::Arguments sampling = {"--temperature",        "0.8", "--top-p", "0.9",
                                      "--repetition-penalty", "1.1"};
-  const auto with = [](tools::Arguments arguments, const tools::Arguments& more) {
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    return arguments;
-  };
   const std::vector<std::string> prompts = {"one", "a much longer prompt, with words", "three"};
-  data::write_file_atomic(model.directory / "prompts.txt",
-                          prompts[0] + "\r\n\n" + prompts[1] + "\n" + prompts[2]);
-  const json together = decode(
-      model, with({"--prompts", model.directory / "prompts.txt", "--batch", "2", "--seed", "5"},
-                  sampling));
-  CHECK(together.at("batch") == 2);
-  CHECK(together.at("tokens_per_s") > 0);
-  REQUIRE(together.at("sequences").size() == 3);
-  int64_t generated = 0, prompt_tokens = 0;
-  for (size_t i = 0; i < 3; ++i) {
-    const json one =
-        decode(model, with({"--prompt", prompts[i], "--seed", std::to_string(5 + i)}, sampling));
-    const json& sequence = together.at("sequences")[i];
-    for (const char* key : {"text", "stopped", "prompt_tokens", "generated_tokens"})
-      CHECK(sequence.at(key) == one.at(key));
-    generated += one.at("generated_tokens").get<int64_t>();
-    prompt_tokens += one.at("prompt_tokens").get<int64_t>();
-  }
-  CHECK(together.at("generated_tokens") == generated);
-  CHECK(together.at("prompt_tokens") == prompt_tokens);
+  const std::string file = model.directory / "prompts.txt";
+  data::write_file_atomic(file, prompts[0] + "\r\n\n" + prompts[1] + "\n" + prompts[2]);
+  for (const std::string& path : {model.directory.path(), model.rounded()}) {
+    CAPTURE(path);
+    const json together =
+        decode(path, with({"--prompts", file, "--batch", "2", "--seed", "5"}, sampling));
+    CHECK(together.at("batch") == 2);
+    CHECK(together.at("tokens_per_s") > 0);
+    REQUIRE(together.at("sequences").size() == 3);
+    int64_t generated = 0, prompt_tokens = 0;
+    std::string printed;
+    for (size_t i = 0; i < 3; ++i) {
+      // On a GPU a product of as many rows rounds alike, so the prompt is alone in a batch of 2.
+      const json alone = decode(path, with({"--prompt", prompts[i], "--seed", std::to_string(5 + i),
+                                            "--batch", on_cuda() ? "2" : "1"},
+                                           sampling));
+      const json &one = on_cuda() ? alone.at("sequences")[0] : alone,
+                 &sequence = together.at("sequences")[i];
+      for (const char* key : {"text", "stopped", "prompt_tokens", "generated_tokens"})
+        CHECK(sequence.at(key) == one.at(key));
+      generated += one.at("generated_tokens").get<int64_t>();
+      prompt_tokens += one.at("prompt_tokens").get<int64_t>();
+      printed += cat("[", i, "] ", alone.at("printed").get<std::string>());
+    }
+    CHECK(together.at("generated_tokens") == generated);
+    CHECK(together.at("prompt_tokens") == prompt_tokens);
+    if (!on_cuda()) CHECK(together.at("printed").get<std::string>() == printed);
 
-  // Several continuations of one prompt have seeds of their own.
-  const json three =
-      decode(model, with({"--prompt", "one", "--batch", "3", "--seed", "5"}, sampling));
-  REQUIRE(three.at("sequences").size() == 3);
-  CHECK(three.at("sequences")[0] == together.at("sequences")[0]);
-  CHECK(three.at("sequences")[0].at("text") != three.at("sequences")[1].at("text"));
+    // Several continuations of one prompt have seeds of their own.
+    const json three =
+        decode(path, with({"--prompt", "one", "--batch", "3", "--seed", "5"}, sampling));
+    REQUIRE(three.at("sequences").size() == 3);
+    if (!on_cuda()) CHECK(three.at("sequences")[0] == together.at("sequences")[0]);
+    CHECK(three.at("sequences")[0].at("text") != three.at("sequences")[1].at("text"));
+  }
+}
+
+TEST_CASE("decode: a file of prompts makes a list, however many it has", "[chat]") {
+  const ChatModel model;
+  const std::string path = model.directory.path(), file = model.directory / "prompts.txt";
+  data::write_file_atomic(file, "one\n");
+  const json listed = decode(path, {"--prompts", file}), single = decode(path, {"--prompt", "one"});
+  REQUIRE(listed.at("sequences").size() == 1);
+  CHECK(listed.at("sequences")[0].at("text") == single.at("text"));
+  CHECK(!listed.contains("text"));
+  CHECK(!single.contains("sequences"));
+  CHECK(listed.at("printed").get<std::string>() ==
+        "[0] " + single.at("printed").get<std::string>());
+
+  // An error of a prompt names its line.
+  std::string words;
+  for (int64_t i = 0; i < model.config.max_position; ++i) words += " word";
+  data::write_file_atomic(file, "one\n\n" + words + "\n");
+  CHECK_THROWS_WITH(decode(path, {"--prompts", file}),
+                    Catch::Contains("prompts.txt:3: the prompt has "));
+  CHECK_THROWS_WITH(decode(path, {"--prompt", words}),
+                    Catch::Contains("--prompt: the prompt has "));
+}
+
+TEST_CASE("decode: a prompt without tokens, or with one that has no row, names its line",
+          "[chat]") {
+  ChatModel model;
+  const std::string path = model.directory.path(), file = model.directory / "prompts.jsonl";
+  data::write_file_atomic(file, "{\"prompt\": \"one\"}\n{\"prompt\": \"\"}\n");
+  CHECK_THROWS_WITH(decode(path, {"--prompts", file}),
+                    Catch::Contains("prompts.jsonl:2: the prompt is empty"));
+  model.config.vocab = 90;
+  write_tiny_model(path, model.config, 1);
+  data::write_file_atomic(file, "{\"prompt\": \"1\"}\n{\"prompt\": \"the word\"}\n");
+  CHECK_THROWS_WITH(decode(path, {"--prompts", file}),
+                    Catch::Contains("prompts.jsonl:2: ") && Catch::Contains("has no row"));
+}
+
+TEST_CASE("decode: options that would do nothing are refused", "[chat]") {
+  const ChatModel model;
+  const auto refused = [&](const tools::Arguments& arguments, const char* message) {
+    CAPTURE(arguments);
+    CHECK_THROWS_AS(decode(model.directory.path(), arguments), UsageError);
+    CHECK_THROWS_WITH(decode(model.directory.path(), arguments), Catch::Contains(message));
+  };
+  refused({"--prompt", "a", "--top-p", "0.9"}, "--top-p needs a --temperature");
+  refused({"--prompt", "a", "--seed", "3"}, "--seed needs a --temperature");
+  refused({"--prompt", "a", "--seed", "3", "--temperature", "0"}, "--seed needs a --temperature");
+  refused({"--prompt", "a", "--batch", "2"}, "--batch of one prompt needs a --temperature");
+  refused({"--prompt", "a", "--context", "9"}, "--context needs --synthetic");
 }
 
 TEST_CASE("decode: prompts and chats of a JSON-lines file", "[chat]") {
@@ -204,23 +276,30 @@ TEST_CASE("decode: prompts and chats of a JSON-lines file", "[chat]") {
   data::write_file_atomic(path,
                           "{\"prompt\": \"one\"}\n\n"
                           "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n");
-  const json together = decode(model, {"--prompts", path});
+  const json together = decode(model.directory.path(), {"--prompts", path});
   CHECK(together.at("batch") == 2);
-  CHECK(together.at("sequences")[0].at("text") == decode(model, {"--prompt", "one"}).at("text"));
-  CHECK(together.at("sequences")[1].at("text") == decode(model, {"--chat", "Hi"}).at("text"));
+  const json alone[] = {decode(model.directory.path(), {"--prompt", "one"}),
+                        decode(model.directory.path(), {"--chat", "Hi"})};
+  for (size_t i = 0; i < 2; ++i) {
+    CHECK(together.at("sequences")[i].at("prompt_tokens") == alone[i].at("prompt_tokens"));
+    // On a GPU a product of 2 rows rounds differently.
+    if (!on_cuda()) CHECK(together.at("sequences")[i].at("text") == alone[i].at("text"));
+  }
 
   for (const std::string bad :
        {"{\"prompt\": 3}", "{}", "[]", "{\"prompt\": \"a\", \"messages\": []}",
         "{\"messages\": [{\"role\": \"assistant\", \"content\": \"Hi\"}]}", "{\"prompt\": "}) {
     CAPTURE(bad);
     data::write_file_atomic(path, "{\"prompt\": \"one\"}\n" + bad + "\n");
-    CHECK_THROWS_WITH(decode(model, {"--prompts", path}), Catch::Contains("prompts.jsonl:2"));
+    CHECK_THROWS_WITH(decode(model.directory.path(), {"--prompts", path}),
+                      Catch::Contains("prompts.jsonl:2"));
   }
   data::write_file_atomic(path, "\n");
-  CHECK_THROWS_WITH(decode(model, {"--prompts", path}), Catch::Contains("no prompt"));
-  CHECK_THROWS_WITH(decode(model, {"--prompts", path, "--prompt", "a"}),
+  CHECK_THROWS_WITH(decode(model.directory.path(), {"--prompts", path}),
+                    Catch::Contains("no prompt"));
+  CHECK_THROWS_WITH(decode(model.directory.path(), {"--prompts", path, "--prompt", "a"}),
                     Catch::Contains("give one of"));
-  CHECK_THROWS_WITH(decode(model, {"--prompt", "a", "--batch", "65"}),
+  CHECK_THROWS_WITH(decode(model.directory.path(), {"--prompt", "a", "--batch", "65"}),
                     Catch::Contains("--batch takes"));
 }
 

@@ -232,21 +232,27 @@ TEST_CASE("checkpoint: the scales of a GGUF and of an export are checked too") {
                             Contains("m: blk.1.ffn_down.weight[5, 0] is "));
       }
 
-  for (const char* code : {"\x7f", "\xff", "\x7e"}) {
+  struct Scale {
+    const char *code, *message;  // "": no error
+  };
+  for (const Scale& scale :
+       {Scale{"\x7f", "is nan"}, Scale{"\xff", "is nan"}, Scale{"\x7e", ""},
+        Scale{"\xb8", "is -1: a scale has no sign"}, Scale{"\x80", "is -0: a scale has no sign"}}) {
     engine::Rng rng(5);
     std::vector<FileTensor> tensors = tests::tiny_packed(c, 2, 32, rng);
     for (FileTensor& t : tensors)
       if (!t.name.ends_with(".master_scale")) t.bytes.assign(t.bytes.size(), '\0');
-    named(tensors, kQ + ".scales").bytes.replace(2 * 7 + 1, 1, code);
+    named(tensors, kQ + ".scales").bytes.replace(2 * 7 + 1, 1, scale.code);
     for (FileTensor& t : tensors)
       if (t.name.ends_with("weight") && t.dtype == FileDType::U8)
         t.bytes.assign(t.bytes.size(), '\xff');  // codes: any byte is valid
     write_model(dir, tests::packed_config(c), tensors);
     const auto checkpoint = open_checkpoint(dir.path());
-    if (*code == '\x7e')
-      CHECK_NOTHROW(checkpoint->check_finite());
+    if (*scale.message)
+      CHECK_THROWS_WITH(checkpoint->check_finite(),
+                        Contains(": " + kQ + ".scales[7, 1] " + scale.message));
     else
-      CHECK_THROWS_WITH(checkpoint->check_finite(), Contains(kQ + ".scales[7, 1] is nan"));
+      CHECK_NOTHROW(checkpoint->check_finite());
   }
 }
 

@@ -7,10 +7,12 @@
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <thread>
 
+#include "engine/cpu/memory.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/cpu/vector_math.h"
 #include "tests/support.h"
@@ -504,6 +506,32 @@ TEST_CASE("the same bytes from any number of threads, and from any run") {
     results.push_back(all);
   }
   for (const auto& result : results) CHECK(result == results[0]);
+}
+
+TEST_CASE("host memory: freed blocks of any size serve other sizes, and go back to the system") {
+  const auto memory = std::make_shared<engine::HostMemory>();
+  constexpr int64_t kSlab = int64_t{16} << 20;
+  std::vector<std::shared_ptr<engine::Storage>> held;
+  // One block at a time, in many sizes: a slab holds them all.
+  for (int64_t kib = 33; kib < 1920; kib += 32) {
+    held = {memory->allocate(kib << 10)};
+    std::memset(held[0]->data(), 1, static_cast<size_t>(held[0]->bytes()));
+    held.clear();
+    CHECK(memory->cached_bytes() == kSlab);
+  }
+  // Two slabs, of which a block holds the second.
+  for (int i = 0; i < 17; ++i) held.push_back(memory->allocate(int64_t{1} << 20));
+  held.erase(held.begin(), held.end() - 1);
+  held.push_back(memory->allocate(100));
+  held.push_back(memory->allocate(int64_t{4} << 20));
+  const int64_t in_use = int64_t{1} << 20;
+  CHECK(memory->cached_bytes() == 2 * kSlab - in_use);
+  memory->drop_cache();
+  CHECK(memory->cached_bytes() == kSlab - in_use);
+  held.clear();
+  CHECK(memory->cached_bytes() == kSlab + 128 + (int64_t{4} << 20));
+  memory->drop_cache();
+  CHECK(memory->cached_bytes() == 0);
 }
 
 }  // namespace bbb::tests

@@ -104,7 +104,9 @@ TEST_CASE("gemm_nt takes a bf16 weight on every backend", "[gemm]") {
         const auto got = run_nt(backend(), c, in, backend().act(), with_alpha, with_addend, true);
         CHECK(relative_error(got, want) <= tolerance(backend().act(), c.k));
         const auto f64 = run_nt(oracle_f64(), c, in, DType::F64, with_alpha, with_addend, true);
-        CHECK(relative_error(f64, want) < 1e-14);
+        // Each of the two sums rounds K partial sums, the product with alpha and the addition of
+        // the addend, by at most half an epsilon of values that in RMS are no larger than y.
+        CHECK(relative_error(f64, want) <= (static_cast<double>(c.k) + 2) * epsilon_of(DType::F64));
       }
   }
 }

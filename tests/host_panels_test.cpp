@@ -5,9 +5,7 @@
 #include <catch2/catch.hpp>
 #include <cmath>
 
-#include "quant/e4m3.h"
-#include "quant/pack.h"
-#include "tests/op_test.h"
+#include "tests/packed_matrix.h"
 
 namespace bbb::tests {
 namespace {
@@ -16,38 +14,18 @@ namespace host = quant::host;
 using host::VectorSet;
 using quant::WeightGrid;
 
-constexpr float kMasterScale = 0x1p-9f;
+// A random linear in both layouts.
+struct Linear : PackedMatrix {
+  Bytes panels;
 
-std::vector<uint8_t> random_bytes(engine::Rng& rng, int64_t count, int64_t first, int64_t choices) {
-  std::vector<uint8_t> bytes(static_cast<size_t>(count));
-  for (uint8_t& b : bytes) b = static_cast<uint8_t>(first + rng.below(choices));
-  return bytes;
-}
-
-// A random linear in both layouts, and its levels (q - z) e.
-struct Linear {
-  int64_t n, k;
-  WeightGrid grid;
-  std::vector<uint8_t> codes, scales, zeros, panels;
-  std::vector<double> levels;
-
-  Linear(engine::Rng& rng, int64_t n, int64_t k, WeightGrid grid) : n(n), k(k), grid(grid) {
-    const int zero_bits = grid.nested ? quant::kNestedBits : grid.bits;
-    codes = random_bytes(rng, n * quant::code_row_bytes(k, grid.bits), 0, 256);
-    scales = random_bytes(rng, n * (k / grid.group), 1, 0x7E);  // every positive code
-    zeros = random_bytes(rng, n * quant::zero_row_bytes(k, grid.group, zero_bits), 0, 256);
-    levels.resize(static_cast<size_t>(n * k));
+  Linear(engine::Rng& rng, int64_t n, int64_t k, WeightGrid grid) : PackedMatrix(rng, n, k, grid) {
     repack();
-    host::unpack(levels.data(), file(), {0, n});
   }
   void repack() {
     panels.assign(static_cast<size_t>(host::panels_bytes(n, k, grid)), 0xEE);
-    host::make_panels(panels.data(), file(), {0, view().count()});
+    host::make_panels(panels.data(), PackedMatrix::view(), {0, view().count()});
   }
-  quant::PackedView file() const {
-    return {codes.data(), scales.data(), zeros.data(), &kMasterScale, n, k, grid};
-  }
-  host::PanelView view() const { return {panels.data(), &kMasterScale, n, k, grid}; }
+  host::PanelView view() const { return {panels.data(), &master_scale, n, k, grid}; }
 };
 
 const std::vector<WeightGrid>& grids() {
@@ -69,6 +47,13 @@ std::vector<VectorSet> sets() {
   for (const VectorSet set : {VectorSet::Portable, VectorSet::Avx2, VectorSet::Avx512Vnni})
     if (host::runs(set)) out.push_back(set);
   return out;
+}
+
+template <typename Activations>
+host::SplitRows split(const Activations& x, int64_t m, int64_t k, int group) {
+  host::SplitRows rows(m, k, group);
+  host::split_rows(rows, x, {0, m * rows.groups});
+  return rows;
 }
 
 // With a guard element on each side.
@@ -111,14 +96,14 @@ TEST_CASE("panels: products within 1e-4 relative RMS, the same bits on every set
         CAPTURE(grid.bits, grid.group, grid.nested, n, k, m);
         const Linear w(rng, n, k, grid);
         const std::vector<float> x = normal_floats(rng, m * k), addend = normal_floats(rng, m * n);
-        const host::SplitRows rows = host::split_rows(x.data(), m, k, grid.group);
+        const host::SplitRows rows = split(x.data(), m, k, grid.group);
         const std::vector<float> y = product(w, rows, nullptr, VectorSet::Portable);
         double error = 0, size = 0;
         for (int64_t i = 0; i < m; ++i)
           for (int64_t j = 0; j < n; ++j) {
             double want = 0, terms = 0;
             for (int64_t c = 0; c < k; ++c) {
-              const double term = double(kMasterScale) * x[static_cast<size_t>(i * k + c)] *
+              const double term = double(w.master_scale) * x[static_cast<size_t>(i * k + c)] *
                                   w.levels[static_cast<size_t>(j * k + c)];
               want += term;
               terms += term * term;
@@ -145,14 +130,13 @@ TEST_CASE("panels: the sums of a group of a quantized operand are exact", "[pane
       const int64_t n = 37, k = grid.group;
       CAPTURE(grid.bits, grid.group, grid.nested, m);
       const Linear w(rng, n, k, grid);
-      std::vector<uint8_t> codes = random_bytes(rng, m * k, 0, 256),
-                           zeros = random_bytes(rng, m, 0, 256);
+      Bytes codes = random_bytes(rng, m * k, 0, 256), zeros = random_bytes(rng, m, 0, 256);
       std::fill_n(codes.begin(), k, uint8_t{255});  // the largest sums
       zeros[0] = 0;
       std::vector<float> scales(static_cast<size_t>(m));
       for (float& s : scales) s = std::ldexp(8.0f + float(rng.below(8)), -5);
-      const host::SplitRows rows =
-          host::split_rows({codes.data(), zeros.data(), scales.data()}, m, k, grid.group);
+      const host::SplitRows rows = split(
+          host::QuantizedRows<float>{codes.data(), zeros.data(), scales.data()}, m, k, grid.group);
       for (const VectorSet set : sets()) {
         const std::vector<float> y = product(w, rows, nullptr, set);
         for (int64_t i = 0; i < m; ++i)
@@ -162,7 +146,7 @@ TEST_CASE("panels: the sums of a group of a quantized operand are exact", "[pane
               sum +=
                   w.levels[static_cast<size_t>(j * k + c)] *
                   (double(codes[static_cast<size_t>(i * k + c)]) - zeros[static_cast<size_t>(i)]);
-            const double want = kMasterScale * sum * scales[static_cast<size_t>(i)];
+            const double want = w.master_scale * sum * scales[static_cast<size_t>(i)];
             REQUIRE(y[static_cast<size_t>(i * n + j)] == static_cast<float>(want));
           }
       }
@@ -171,26 +155,30 @@ TEST_CASE("panels: the sums of a group of a quantized operand are exact", "[pane
 
 TEST_CASE("panels: split rows", "[panels]") {
   engine::Rng rng(74);
-  const int64_t k = 128;
+  const int64_t k = 192;
   std::vector<float> x = normal_floats(rng, 2 * k);
   std::fill_n(x.begin() + 32, 32, 0.0f);
   for (int i = 64; i < 96; ++i) x[static_cast<size_t>(i)] *= 0x1p-100f;
   x[100] = 1e30f;
-  const host::SplitRows rows = host::split_rows(x.data(), 2, k, 32);
+  // Groups just below the smallest max|x| that is split, and at it.
+  for (size_t i = 128; i < 192; ++i) x[i] = i < 160 ? 0x1.FFFFFEp-114f : 0x1p-113f;
+  const host::SplitRows rows = split(x.data(), 2, k, 32);
   for (int64_t row = 0; row < 2; ++row)
-    for (int64_t g = 0; g < 4; ++g) {
+    for (int64_t g = 0; g < 6; ++g) {
+      const bool tiny = row == 0 && g == 4;
       int32_t sum = 0, most = 0;
       for (int64_t i = 32 * g; i < 32 * (g + 1); ++i) {
         const int32_t a = 256 * rows.parts[static_cast<size_t>(2 * row * k + i)] +
                           rows.parts[static_cast<size_t>((2 * row + 1) * k + i)];
-        const double scale = rows.scales[static_cast<size_t>(4 * row + g)];
+        const double scale = rows.scales[static_cast<size_t>(6 * row + g)];
         // Half a step, and the rounding of the scale and of the quotient.
-        CHECK(std::abs(a * scale - x[static_cast<size_t>(row * k + i)]) <= 0.51 * scale);
+        CHECK(std::abs(a * scale - x[static_cast<size_t>(row * k + i)]) <=
+              (tiny ? 0x1p-113 : 0.51 * scale));
         sum += a;
         most = std::max(most, std::abs(a));
       }
-      CHECK(sum == rows.sums[static_cast<size_t>(4 * row + g)]);
-      CHECK(most == (row == 0 && g == 1 ? 0 : 32639));
+      CHECK(sum == rows.sums[static_cast<size_t>(6 * row + g)]);
+      CHECK(most == ((row == 0 && g == 1) || tiny ? 0 : 32639));
     }
 }
 
@@ -205,7 +193,7 @@ TEST_CASE("panels: a NaN scale stays in its row, a NaN or infinite activation in
   std::vector<float> x = normal_floats(rng, m * k);
   x[static_cast<size_t>(k + 700)] = NAN;
   x[static_cast<size_t>(2 * k + 700)] = -INFINITY;
-  const host::SplitRows rows = host::split_rows(x.data(), m, k, 32);
+  const host::SplitRows rows = split(x.data(), m, k, 32);
   for (const VectorSet set : sets()) {
     const std::vector<float> y = product(w, rows, nullptr, set);
     for (int64_t i = 0; i < m * n; ++i) {
@@ -233,8 +221,8 @@ TEST_CASE("panels: a linear with a channel order and padding", "[panels]") {
       Backend& b = *backends[i];
       const engine::PackedWeight packed =
           engine::upload_packed(b, format, [&](const quant::StoredTensor& t) -> const void* {
-            const void* const parts[] = {w.codes.data(), w.scales.data(), w.zeros.data(),
-                                         &kMasterScale,  split.data(),    outliers.data()};
+            const void* const parts[] = {w.codes.data(),  w.scales.data(), w.zeros.data(),
+                                         &w.master_scale, split.data(),    outliers.data()};
             return parts[static_cast<size_t>(t.part)];
           });
       engine::OperandRows rows;

@@ -9,10 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "quant/e4m3.h"
-#include "quant/pack.h"
 #include "quant/packed_tiles.h"
-#include "tests/op_test.h"
+#include "tests/packed_matrix.h"
 
 namespace bbb::tests {
 namespace {
@@ -20,46 +18,6 @@ namespace {
 using engine::PackedWeight;
 using engine::WeightGrid;
 using Values = std::vector<double>;
-using Bytes = std::vector<uint8_t>;
-
-// A random matrix as the file stores it, and its levels (q - z) e in F64.
-struct Matrix {
-  int64_t n, k;
-  WeightGrid spec;
-  double master_scale = 0x1p-9;
-  Bytes qweight, scales, zeros;
-  Values levels;
-
-  Matrix(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec) : n(n), k(k), spec(spec) {
-    const int64_t groups = k / spec.group;
-    const int64_t row_bytes = quant::code_row_bytes(k, spec.bits);
-    const int64_t zero_bytes = quant::zero_row_bytes(k, spec.group, spec.bits);
-    qweight.resize(static_cast<size_t>(n * row_bytes));
-    zeros.resize(static_cast<size_t>(n * zero_bytes));
-    for (int64_t row = 0; row < n; ++row) {
-      Bytes codes(static_cast<size_t>(k)), z(static_cast<size_t>(groups));
-      for (auto* bytes : {&codes, &z})
-        for (uint8_t& v : *bytes) v = static_cast<uint8_t>(rng.below(int64_t{1} << spec.bits));
-      quant::pack_codes(qweight.data() + row * row_bytes, codes.data(), k, spec.bits);
-      quant::pack_codes(zeros.data() + row * zero_bytes, z.data(), groups, spec.bits);
-      for (int64_t g = 0; g < groups; ++g) {
-        // Any positive scale code: subnormals and every exponent.
-        scales.push_back(static_cast<uint8_t>(1 + rng.below(0x7E)));
-        for (int64_t i = g * spec.group; i < (g + 1) * spec.group; ++i)
-          levels.push_back((double(codes[static_cast<size_t>(i)]) - z[static_cast<size_t>(g)]) *
-                           quant::e4m3_decode(scales.back()));
-      }
-    }
-  }
-
-  PackedWeight on(Backend& b) const {
-    const auto s = static_cast<float>(master_scale);
-    const void* const parts[] = {qweight.data(), scales.data(), zeros.data(), &s};
-    return engine::upload_packed(
-        b, {.n = n, .k = k, .weight = spec},
-        [&](const quant::StoredTensor& t) { return parts[static_cast<size_t>(t.part)]; });
-  }
-};
 
 TEST_CASE("unpacked weights are exact", "[packed]") {
   engine::Rng rng(31);
@@ -68,7 +26,7 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
       for (const int64_t n : {1, 7, 33})
         for (const int64_t k : {128, 640}) {
           CAPTURE(bits, group, n, k);
-          const Matrix matrix(rng, n, k, {bits, group});
+          const PackedMatrix matrix(rng, n, k, {bits, group});
           Guarded wq(backend(), {n, k}, backend().act());
           backend().unpack(wq.tensor(), matrix.on(backend()));
           const bool rounds = backend().act() == DType::BF16 && bits == 8;
@@ -84,7 +42,9 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
 // 2^-14 / (1 - 2^-7) of that value.
 double half_unit(const WeightGrid& grid) {
   if (!on_cuda()) return 1.01 / (2 * 32639);
-  return quant::has_tiles(grid) ? 0x1.03p-15 : 0.0;
+  const quant::LinearFormat format{.n = 1, .k = 128, .weight = grid};
+  const bool tiles = backend().repacked_bytes(format) == quant::tiled_bytes(1, 128);
+  return tiles && quant::has_tiles(grid) ? 0x1.03p-15 : 0.0;
 }
 
 // y = S x W^T + addend in F64, the largest sum of the terms' magnitudes, and for each output the
@@ -94,12 +54,12 @@ struct Product {
   double magnitude = 0;
 };
 
-Product multiply(const Matrix& matrix, const Values& x, const Values& addend, int64_t m) {
+Product multiply(const PackedMatrix& matrix, const Values& x, const Values& addend, int64_t m) {
   Product out;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < matrix.n; ++j) {
       double sum = 0, size = 0, split_error = 0;
-      const int64_t width = on_cuda() ? 32 : matrix.spec.group;
+      const int64_t width = on_cuda() ? 32 : matrix.grid.group;
       for (int64_t begin = 0; begin < matrix.k; begin += width) {
         double largest = 0, levels = 0;
         for (int64_t k = begin; k < begin + width; ++k) {
@@ -110,7 +70,7 @@ Product multiply(const Matrix& matrix, const Values& x, const Values& addend, in
           largest = std::max(largest, std::abs(v));
           levels += std::abs(level);
         }
-        split_error += matrix.master_scale * half_unit(matrix.spec) * largest * levels;
+        split_error += matrix.master_scale * half_unit(matrix.grid) * largest * levels;
       }
       out.split_error.push_back(split_error);
       out.y.push_back(matrix.master_scale * sum +
@@ -124,7 +84,7 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
                 bool with_addend, DType y_dtype) {
   CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
   Backend& b = backend();
-  const Matrix matrix(rng, n, k, spec);
+  const PackedMatrix matrix(rng, n, k, spec);
   const Values x = activations(rng, m * k);
   const Values addend = with_addend ? activations(rng, m * n, 4.0) : Values();
   Guarded y(b, {m, n}, y_dtype);
@@ -183,7 +143,7 @@ TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[pac
     for (const double outlier : {1.0, 30.0}) {
       if (outlier > 1 && k < 1000) continue;  // few terms: chance decides
       CAPTURE(n, k, outlier);
-      const Matrix matrix(rng, n, k, {2, 32});
+      const PackedMatrix matrix(rng, n, k, {2, 32});
       Values x = activations(rng, k);
       for (int64_t i = 0; i < k; i += 41) x[static_cast<size_t>(i)] *= outlier;
       x = b.act() == DType::BF16 ? round_bf16(std::move(x)) : x;
@@ -222,11 +182,6 @@ TEST_CASE("packed_gemv and quantized_gemv of 2-bit weights at the ends of tiles"
 TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
   engine::Rng rng(43);
   Backend& b = backend();
-  const auto random_bytes = [&](int64_t count, int first, int choices) {
-    Bytes bytes(static_cast<size_t>(count));
-    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(first + rng.below(choices));
-    return bytes;
-  };
   // On 132 multiprocessors every number of row tiles a block, rings that wrap, several rounds.
   std::vector<std::pair<int64_t, int64_t>> shapes = {
       {14336, 4096}, {4096, 14336}, {8500, 4224}, {12680, 2176}, {70000, 160}};
@@ -237,16 +192,17 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
       CAPTURE(n, k, m);
       const int64_t groups = k / 32;
       const int64_t zero_bytes = quant::zero_row_bytes(k, 32, 2);
-      const Bytes qweight = random_bytes(n * k / 4, 0, 256);
-      const Bytes scales = random_bytes(n * groups, 0x30, 16);
-      const Bytes zeros = random_bytes(n * zero_bytes, 0, 256);
+      const Bytes qweight = random_bytes(rng, n * k / 4, 0, 256);
+      const Bytes scales = random_bytes(rng, n * groups, 0x30, 16);
+      const Bytes zeros = random_bytes(rng, n * zero_bytes, 0, 256);
       const float master_scale = 0x1p-3f;
       const void* const parts[] = {qweight.data(), scales.data(), zeros.data(), &master_scale};
       const PackedWeight weight = engine::upload_packed(
           b, {.n = n, .k = k},
           [&](const quant::StoredTensor& t) { return parts[static_cast<size_t>(t.part)]; });
       const Values x = activations(rng, m * k);
-      const Bytes codes = random_bytes(m * k, 0, 4), code_zeros = random_bytes(m * groups, 0, 4);
+      const Bytes codes = random_bytes(rng, m * k, 0, 4),
+                  code_zeros = random_bytes(rng, m * groups, 0, 4);
       engine::OperandRows operand;
       operand.codes = make_bytes(b, {m, k}, codes);
       operand.zeros = make_bytes(b, {m, groups}, code_zeros);
@@ -401,9 +357,9 @@ TEST_CASE("products in a row see each other's results", "[packed][tiles]") {
   constexpr int64_t kSize = 384;
   std::vector<PackedWeight> weights;
   for (int i = 0; i < 4; ++i) {
-    Matrix matrix(rng, kSize, kSize, {2, 32});
+    PackedMatrix matrix(rng, kSize, kSize, {2, 32});
     for (uint8_t& scale : matrix.scales) scale = 0x38;  // 1
-    matrix.master_scale = 0x1p-5;                       // so that a product keeps the size of x
+    matrix.master_scale = 0x1p-5f;                      // so that a product keeps the size of x
     weights.push_back(matrix.on(b));
   }
   const Values first = activations(rng, kSize);
@@ -514,15 +470,12 @@ TEST_CASE("tiles of 2-bit codes hold a stored matrix", "[packed][tiles]") {
     for (const int64_t n : {1, 16, 33})
       for (const int64_t k : {128, 640, 32, 96}) {
         if (k % group != 0) continue;
-        const Matrix matrix(rng, n, k, {2, group});
-        const float s = 1;
-        const quant::PackedView view{
-            matrix.qweight.data(), matrix.scales.data(), matrix.zeros.data(), &s, n, k, {2, group}};
+        const PackedMatrix matrix(rng, n, k, {2, group});
         Bytes tiles(static_cast<size_t>(quant::tiled_bytes(n, k)));
         const int64_t rows = quant::row_tiles(n);
         for (size_t i = 0; i < tiles.size(); ++i) {
           const auto tile = static_cast<int64_t>(i) / quant::kTileBytes;
-          tiles[i] = quant::tile_byte(view, tile / rows, tile % rows,
+          tiles[i] = quant::tile_byte(matrix.view(), tile / rows, tile % rows,
                                       static_cast<int>(i % quant::kTileBytes));
         }
         for (int64_t row = 0; row < rows * quant::kTileRows; ++row)
@@ -544,7 +497,7 @@ TEST_CASE("tiles of 2-bit codes hold a stored matrix", "[packed][tiles]") {
 TEST_CASE("packed_gemv repeats bit for bit and propagates NaN", "[packed]") {
   engine::Rng rng(35);
   Backend& b = backend();
-  Matrix matrix(rng, 40, 1536, {2, 32});
+  PackedMatrix matrix(rng, 40, 1536, {2, 32});
   Values x = activations(rng, 1536);
   const auto run = [&] {
     const Tensor y = b.empty({1, 40}, b.act());
@@ -559,42 +512,6 @@ TEST_CASE("packed_gemv repeats bit for bit and propagates NaN", "[packed]") {
   for (const double v : run()) CHECK(std::isnan(v));
 }
 
-// Nested codes, of which a load reads the top planes, and their levels in F64.
-struct NestedMatrix {
-  int64_t n, k;
-  WeightGrid grid;
-  double master_scale = 0x1p-7;
-  Bytes planes, scales, zeros;
-  Values levels;
-
-  NestedMatrix(engine::Rng& rng, int64_t n, int64_t k, WeightGrid grid) : n(n), k(k), grid(grid) {
-    planes.resize(static_cast<size_t>(8 * n * k / 8));
-    const double lowest = std::exp2(8 - grid.bits);  // the value of the lowest bit that is read
-    for (int64_t row = 0; row < n; ++row)
-      for (int64_t i = 0; i < k; ++i) {
-        if (i % grid.group == 0) {
-          scales.push_back(static_cast<uint8_t>(1 + rng.below(0x7E)));
-          zeros.push_back(static_cast<uint8_t>(rng.below(256)));
-        }
-        const auto code = static_cast<int>(rng.below(256));
-        for (int plane = 0; plane < 8; ++plane)
-          planes[static_cast<size_t>((plane * n + row) * (k / 8) + i / 8)] |=
-              static_cast<uint8_t>((code >> (7 - plane) & 1) << (i % 8));
-        const double middle = grid.dequant == quant::NestedDequant::Middle ? (lowest - 1) / 2 : 0;
-        levels.push_back((std::floor(code / lowest) * lowest + middle - zeros.back()) *
-                         quant::e4m3_decode(scales.back()));
-      }
-  }
-
-  PackedWeight on(Backend& b) const {
-    const auto s = static_cast<float>(master_scale);
-    const void* const parts[] = {planes.data(), scales.data(), zeros.data(), &s};
-    return engine::upload_packed(
-        b, {.n = n, .k = k, .weight = grid},
-        [&](const quant::StoredTensor& t) { return parts[static_cast<size_t>(t.part)]; });
-  }
-};
-
 constexpr quant::NestedDequant kDequants[] = {quant::NestedDequant::Middle,
                                               quant::NestedDequant::Floor};
 
@@ -607,7 +524,7 @@ TEST_CASE("nested codes: unpack is exact, and packed_gemv multiplies by it", "[p
         for (const auto& [n, k, m] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
                  {1, 128, 1}, {9, 640, 8}, {33, 1152, 3}}) {
           CAPTURE(bits, dequant == quant::NestedDequant::Middle, group, n, k, m);
-          const NestedMatrix matrix(rng, n, k, {bits, group, true, dequant});
+          const PackedMatrix matrix(rng, n, k, {bits, group, true, dequant});
           const PackedWeight weight = matrix.on(b);
           const Guarded wq(b, {n, k}, b.act()), y(b, {m, n}, b.real());
           b.unpack(wq.tensor(), weight);
@@ -725,7 +642,7 @@ TEST_CASE("quantized_gemv sums each group exactly", "[packed][quantized_gemv]") 
         for (const auto& [n, groups] : std::vector<std::pair<int64_t, int64_t>>{
                  {1, 1}, {7, 3}, {33, 18}, {2300, 2}, {5, 129}}) {
           if (n > 1000 && m > 2) continue;
-          const Matrix matrix(rng, n, groups * group, {bits, group});
+          const PackedMatrix matrix(rng, n, groups * group, {bits, group});
           const int activation_bits[] = {2, 4, 8};
           ++turn;
           check_quantized_gemv(rng, matrix.on(b), matrix.levels, matrix.master_scale, m,
@@ -743,7 +660,7 @@ TEST_CASE("quantized_gemv of nested codes at every width", "[packed][quantized_g
         for (const int64_t m : {1, 3, 8})
           for (const auto& [n, groups] :
                std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {33, 18}, {5, 130}}) {
-            const NestedMatrix matrix(rng, n, groups * group, {bits, group, true, dequant});
+            const PackedMatrix matrix(rng, n, groups * group, {bits, group, true, dequant});
             check_quantized_gemv(rng, matrix.on(b), matrix.levels, matrix.master_scale, m, 2,
                                  m == 3, m == 8 ? b.act() : b.real());
           }
@@ -752,7 +669,7 @@ TEST_CASE("quantized_gemv of nested codes at every width", "[packed][quantized_g
 TEST_CASE("quantized_gemv repeats bit for bit and propagates NaN", "[packed][quantized_gemv]") {
   engine::Rng rng(40);
   Backend& b = backend();
-  Matrix matrix(rng, 40, 1536, {2, 32});
+  PackedMatrix matrix(rng, 40, 1536, {2, 32});
   Codes x(rng, 1, 1536, 32, 2);
   const auto run = [&] {
     const Tensor y = b.empty({1, 40}, b.real());
@@ -770,7 +687,7 @@ TEST_CASE("quantized_gemv repeats bit for bit and propagates NaN", "[packed][qua
 TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   engine::Rng rng(36);
   Backend& b = backend();
-  const Matrix matrix(rng, 4, 32, {2, 32});
+  const PackedMatrix matrix(rng, 4, 32, {2, 32});
   const Tensor x = b.zeros({9, 32}, b.act()), y = b.empty({9, 4}, b.act());
   CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
 }
@@ -778,7 +695,7 @@ TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
 TEST_CASE("products take repacked weights only", "[packed]") {
   engine::Rng rng(41);
   Backend& b = backend();
-  const Matrix matrix(rng, 4, 32, {2, 32});
+  const PackedMatrix matrix(rng, 4, 32, {2, 32});
   const PackedWeight repacked = matrix.on(b);
   PackedWeight file{repacked.format, {}, {}};
   for (const quant::StoredTensor& t : file.format.loaded_tensors())

@@ -57,8 +57,8 @@ Ids run(Backend& b, const Rows& in, const SampleSpec& spec) {
   if (!in.positions.empty()) rows.positions = make_ids(b, {in.m}, in.positions);
   if (!in.seen.empty()) rows.seen = make_bytes(b, {in.m, (in.v + 7) / 8}, bits_of(in));
   b.sample(ids.tensor(), make(b, {in.m, in.v}, b.real(), in.logits), rows, spec);
+  const Ids chosen = ids_of(b, ids.tensor());  // on a GPU, a bad logit throws here
   CHECK(ids.untouched());
-  const Ids chosen = ids_of(b, ids.tensor());
   if (!in.seen.empty()) {
     Rows after = in;
     for (size_t row = 0; row < chosen.size(); ++row) after.seen[row].insert(chosen[row]);

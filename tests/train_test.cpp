@@ -687,8 +687,8 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(small, "w2a16", keep).lr == std::vector<double>{1e-3});
   const TrainConfig staged = resolved(small, "w8a16,w4a16,w2a16", keep);
   CHECK(staged.lr == std::vector<double>{1e-4, 1e-4, 1e-3});
-  CHECK(staged.e2e_lr.at(0) == Approx(1e-5));
-  CHECK(staged.e2e_snap == train::Snap::Off);
+  CHECK(staged.e2e_lr.at(0) == Approx(2e-3));
+  CHECK(staged.e2e_snap == train::Snap::On);
   CHECK(resolved(small, "", keep).e2e_lr.at(0) == Approx(2e-3));
   CHECK(resolved(small, "", keep).e2e_snap == train::Snap::Off);
   const TrainConfig wide = resolved(large, "w8a16,w2a16", keep);
@@ -700,8 +700,8 @@ TEST_CASE("learning rates follow the width, the stage and the start", "[train]")
   CHECK(resolved(middle, "w2a16", keep).lr[0] < 1e-3);
   CHECK(resolved(middle, "w2a16", keep).lr[0] > 2e-5);
   // Only a high rate after block training needs snapping.
-  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = {4e-4}; }).e2e_snap ==
-        train::Snap::On);
+  CHECK(resolved(small, "w2a16", [](TrainConfig& c) { c.e2e_lr = {1e-5}; }).e2e_snap ==
+        train::Snap::Off);
   CHECK(train::to_json(train::config_from_json(train::to_json(wide), "test")) ==
         train::to_json(wide));
 }

@@ -16,7 +16,7 @@ using nlohmann::ordered_json;
 
 namespace {
 
-constexpr int64_t kRotationBytes = 256 << 20;  // several times any L2
+constexpr int64_t kRotationBytes = 256 << 20;  // several times a GPU's L2, or most CPUs' L3
 constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
                                      {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
                                      {1536, 576},   {576, 1536}};

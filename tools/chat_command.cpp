@@ -10,30 +10,28 @@ namespace bbb::tools {
 
 void chat(models::Generator& generator, const ModelFiles& files, int64_t max_tokens, uint64_t seed,
           std::vector<data::ChatMessage>& messages, std::istream& in, std::FILE* out) {
-  const std::vector<int32_t> stops = files.stop_ids();
   const bool terminal = &in == &std::cin && isatty(STDIN_FILENO);
   for (std::string line;;) {
     if (terminal) std::fputs("> ", stderr);
-    if (!std::getline(in, line) || line == "/exit") return;
+    if (!std::getline(in, line)) return;
+    if (line.ends_with('\r')) line.pop_back();
+    if (line == "/exit") return;
     if (line.empty()) continue;
     messages.push_back({"user", line});
     const std::vector<int32_t> ids = files.chat_ids(messages);
-    TextStream answer(out);
-    bool ended = false;  // by the model
-    int64_t left = max_tokens;
+    Answer answer{.limit = max_tokens};
+    TextStream stream(out);
     const auto append = [&](int32_t token) {
-      if (ended) return false;  // a step that had started
-      ended = std::find(stops.begin(), stops.end(), token) != stops.end();
-      if (!ended) answer.put(files.tokenizer->piece(token, false));
-      return !ended && --left > 0;
+      stream.put(answer.append(token, files));
+      return answer.running();
     };
     const bool fits = static_cast<int64_t>(ids.size()) <= generator.capacity();
     if (fits && append(generator.prefill(0, ids, seed)))
-      generator.run(std::min(left, generator.steps_left()),
+      generator.run(std::min(max_tokens - answer.generated, generator.steps_left()),
                     [&](const std::vector<int32_t>& tokens) { return append(tokens[0]); });
-    if (fits) answer.finish();
-    messages.push_back({"assistant", answer.text()});
-    if (!ended && left > 0) {
+    if (fits) stream.finish();
+    messages.push_back({"assistant", answer.text});
+    if (answer.running()) {
       std::fprintf(stderr, "the context of %lld tokens is full\n",
                    static_cast<long long>(generator.capacity()));
       return;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -29,7 +30,7 @@ using Clock = std::chrono::steady_clock;
 namespace {
 
 constexpr int64_t kMaxBatch = 64;
-constexpr int64_t kDefaultBatch = 8;  // of --prompts: the rows that packed products take
+constexpr int64_t kDefaultBatch = Backend::kMaxPackedRows;  // of --prompts
 
 int64_t batch_of(const CommandLine& line, int64_t otherwise) {
   return line.has("batch") ? line.integer("batch", 1, kMaxBatch) : otherwise;
@@ -39,7 +40,7 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Bytes of a linear's weight as it is held: the tensors that a load reads, or act elements.
+// Bytes of a linear's weight: as in the file, or act elements.
 int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   if (linear.holds<models::PackedLinear>()) {
     int64_t bytes = 0;
@@ -49,7 +50,8 @@ int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
-// Bytes that one token reads: the blocks' weights as stored, norms, and the head.
+// The least bytes that a step reads: the blocks' weights, norms, and the head. A step of more rows
+// than packed products take unpacks every weight, and moves more.
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
   int64_t bytes = model.head().bytes();
@@ -64,17 +66,20 @@ int64_t kv_bytes_per_token(const models::LlamaConfig& c, Backend& backend) {
   return 2 * c.layers * c.kv_heads * c.head_dim * engine::size_bytes(backend.act());
 }
 
-// A prompt and what follows it.
+// A prompt's tokens, and where it is from, for errors.
+struct Prompt {
+  std::string where;
+  std::vector<int32_t> ids;
+};
+
 struct Sequence {
   std::vector<int32_t> prompt;
-  int64_t limit = 0;  // tokens to generate at most
-  int64_t generated = 0;
-  std::string text = {};
-  std::string stopped = {};  // why; empty while it runs
+  Answer answer;
 };
 
 struct Report {
-  std::vector<Sequence> sequences;
+  std::vector<Sequence> sequences;  // none of a synthetic model
+  bool listed = false;              // the sequences are a list, even if it has one
   int64_t batch = 1;
   int64_t prompt_tokens = 0, generated = 0;
   double prefill_s = 0;
@@ -104,15 +109,15 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
                100 * rate / bandwidth, backend.device_name());
   if (!line.has("json")) return;
   ordered_json json;
-  if (r.sequences.size() == 1) {
-    json["text"] = r.sequences[0].text;
-    json["stopped"] = r.sequences[0].stopped;
-  } else {
-    for (const Sequence& one : r.sequences)
-      json["sequences"].push_back({{"text", one.text},
-                                   {"stopped", one.stopped},
-                                   {"prompt_tokens", one.prompt.size()},
-                                   {"generated_tokens", one.generated}});
+  for (const auto& [prompt, answer] : r.sequences) {
+    ordered_json one{{"text", answer.text}, {"stopped", answer.stopped}};
+    if (!r.listed) {
+      json = one;
+      continue;
+    }
+    one["prompt_tokens"] = prompt.size();
+    one["generated_tokens"] = answer.generated;
+    json["sequences"].push_back(one);
   }
   json["batch"] = r.batch;
   json["prompt_tokens"] = r.prompt_tokens;
@@ -159,8 +164,6 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
     times.arrived(report.batch);
     return true;
   });
-  report.sequences.resize(static_cast<size_t>(report.batch));
-  for (Sequence& one : report.sequences) one.generated = max_tokens, one.stopped = "max-tokens";
   report.generated = report.batch * max_tokens;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.kv_bytes =
@@ -177,6 +180,9 @@ void check_prompt_options(const CommandLine& line) {
   if (line.has("system") && !line.has("chat")) throw UsageError("--system needs --chat");
   if (line.texts("chat").size() % 2 == 0 && line.has("chat"))
     throw UsageError("the last --chat is an assistant's; give the user's next message too");
+  if (!line.has("prompts") && batch_of(line, 1) > 1 && sample_spec(line).temperature == 0)
+    throw UsageError(
+        "--batch of one prompt needs a --temperature above 0: without it all texts are the same");
 }
 
 // A JSON list of messages that ends with the user's.
@@ -200,11 +206,21 @@ std::vector<ChatMessage> chat_messages(const CommandLine& line) {
   return messages;
 }
 
+// encode() makes the tokens of the prompt; its errors get `where` in front.
+template <typename Encode>
+Prompt prompt_of(std::string where, const Encode& encode) {
+  try {
+    return {where, encode()};
+  } catch (const Error& error) {
+    throw Error(cat(where, ": ", error.what()));
+  }
+}
+
 // The prompts of a file, one a line: {"prompt": ..} or {"messages": [..]} in a .jsonl, else plain
 // text. Empty lines are skipped.
-std::vector<std::vector<int32_t>> file_prompts(const std::string& path, const ModelFiles& files,
-                                               SpecialText special) {
-  std::vector<std::vector<int32_t>> prompts;
+std::vector<Prompt> file_prompts(const std::string& path, const ModelFiles& files,
+                                 SpecialText special) {
+  std::vector<Prompt> prompts;
   std::istringstream lines(data::read_file(path));
   int64_t number = 0;
   for (std::string line; std::getline(lines, line);) {
@@ -212,7 +228,7 @@ std::vector<std::vector<int32_t>> file_prompts(const std::string& path, const Mo
     if (line.ends_with('\r')) line.pop_back();
     if (line.find_first_not_of(" \t") == std::string::npos) continue;
     if (!path.ends_with(".jsonl")) {
-      prompts.push_back(files.text_ids(line, special));
+      prompts.push_back(prompt_of(where, [&] { return files.text_ids(line, special); }));
       continue;
     }
     const nlohmann::json object = data::parse_json(line, where);
@@ -220,46 +236,48 @@ std::vector<std::vector<int32_t>> file_prompts(const std::string& path, const Mo
     BBB_CHECK(
         has("prompt") != has("messages") && (!has("prompt") || object.at("prompt").is_string()),
         where, ": not {\"prompt\": \"text\"} or {\"messages\": [..]}");
-    prompts.push_back(has("prompt")
-                          ? files.text_ids(object.at("prompt").get<std::string>(), special)
-                          : files.chat_ids(user_messages(object.at("messages").dump(), where)));
+    prompts.push_back(
+        has("prompt")
+            ? prompt_of(
+                  where,
+                  [&] { return files.text_ids(object.at("prompt").get<std::string>(), special); })
+            : prompt_of(where, [&, messages = user_messages(object.at("messages").dump(), where)] {
+                return files.chat_ids(messages);
+              }));
   }
   BBB_CHECK(!prompts.empty(), path, ": no prompt");
   return prompts;
 }
 
-std::vector<std::vector<int32_t>> prompt_ids(const CommandLine& line, const ModelFiles& files) {
+std::vector<Prompt> prompts_of(const CommandLine& line, const ModelFiles& files) {
   const SpecialText special = line.has("special") ? SpecialText::Parse : SpecialText::AsText;
   if (line.has("prompts")) return file_prompts(line.required("prompts"), files, special);
+  const Prompt prompt =
+      line.has("prompt")
+          ? prompt_of("--prompt", [&] { return files.text_ids(line.text("prompt"), special); })
+          : prompt_of(line.has("chat") ? "--chat" : line.text("messages"),
+                      [&, messages = chat_messages(line)] { return files.chat_ids(messages); });
   // --batch of one prompt: so many continuations.
-  return {static_cast<size_t>(batch_of(line, 1)), line.has("prompt")
-                                                      ? files.text_ids(line.text("prompt"), special)
-                                                      : files.chat_ids(chat_messages(line))};
+  return std::vector<Prompt>(static_cast<size_t>(batch_of(line, 1)), prompt);
 }
 
-// Generates text after every prompt of the report. The text of one sequence appears as it is made,
-// that of several as soon as a sequence and all before it have ended.
+// Generates text after every prompt of the report. A single text appears as it is made, one of a
+// list as soon as it and all before it have ended.
 void generate(Report& report, models::Generator& generator, const ModelFiles& files,
               uint64_t seed) {
   std::vector<Sequence>& sequences = report.sequences;
-  const std::vector<int32_t> stops = files.stop_ids();
   TextStream stream(stdout);
   size_t printed = 0;
-  const auto append = [&](Sequence& to, int32_t token) {
-    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
-      to.stopped = "end-of-turn";
-    } else {
-      const std::string piece = files.tokenizer->piece(token, false);
-      to.text += piece;
-      if (sequences.size() == 1) stream.put(piece);
-      if (++to.generated == to.limit) to.stopped = "max-tokens";
+  const auto append = [&](Answer& to, int32_t token) {
+    const std::string piece = to.append(token, files);
+    if (!report.listed) return stream.put(piece);
+    for (; printed < sequences.size() && !sequences[printed].answer.running(); ++printed) {
+      fmt::print("[{}] {}\n", printed, sequences[printed].answer.text);
+      std::fflush(stdout);
     }
-    if (sequences.size() == 1) return;
-    for (; printed < sequences.size() && !sequences[printed].stopped.empty(); ++printed)
-      fmt::print("[{}] {}\n", printed, sequences[printed].text);
   };
 
-  std::vector<Sequence*> places(static_cast<size_t>(report.batch), nullptr);
+  std::vector<Answer*> places(static_cast<size_t>(report.batch), nullptr);
   size_t next = 0;
   for (;;) {
     int64_t steps = INT64_MAX, running = 0;
@@ -270,8 +288,8 @@ void generate(Report& report, models::Generator& generator, const ModelFiles& fi
         const int32_t token =
             generator.prefill(static_cast<int64_t>(b), fresh.prompt, seed + next++);
         report.prefill_s += seconds_since(start);
-        append(fresh, token);
-        if (fresh.stopped.empty()) places[b] = &fresh;
+        append(fresh.answer, token);
+        if (fresh.answer.running()) places[b] = &fresh.answer;
       }
       if (places[b] == nullptr) {
         generator.clear(static_cast<int64_t>(b));
@@ -283,17 +301,17 @@ void generate(Report& report, models::Generator& generator, const ModelFiles& fi
     if (running == 0) break;
     StepTimes times(report);
     generator.run(steps, [&](const std::vector<int32_t>& tokens) {
-      times.arrived(std::ranges::count_if(places, [](Sequence* s) { return s != nullptr; }));
+      times.arrived(std::ranges::count_if(places, [](Answer* a) { return a != nullptr; }));
       bool all = true;
       for (size_t b = 0; b < places.size(); ++b) {
         if (places[b] == nullptr) continue;
         append(*places[b], tokens[b]);
-        if (!places[b]->stopped.empty()) places[b] = nullptr, all = false;
+        if (!places[b]->running()) places[b] = nullptr, all = false;
       }
       return all;
     });
   }
-  if (sequences.size() == 1) stream.finish();
+  if (!report.listed) stream.finish();
 }
 
 Report decode_model(const CommandLine& line, Backend& backend, int64_t max_tokens) {
@@ -303,22 +321,23 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const int64_t positions = files.source->config().max_position;
   Report report;
   int64_t capacity = 0;
-  for (std::vector<int32_t>& prompt : prompt_ids(line, files)) {
-    const int64_t n = static_cast<int64_t>(prompt.size());
-    BBB_CHECK(n < positions, "the prompt has ", n, " tokens, but the model knows ", positions,
-              " positions");
+  for (Prompt& prompt : prompts_of(line, files)) {
+    const int64_t n = static_cast<int64_t>(prompt.ids.size());
+    BBB_CHECK(n < positions, prompt.where, ": the prompt has ", n, " tokens, but the model knows ",
+              positions, " positions");
     const int64_t limit = std::min(max_tokens, positions - n);
     report.prompt_tokens += n;
     capacity = std::max(capacity, n + limit);
-    report.sequences.push_back({.prompt = std::move(prompt), .limit = limit});
+    report.sequences.push_back({std::move(prompt.ids), {.limit = limit}});
   }
   const int64_t count = static_cast<int64_t>(report.sequences.size());
   report.batch = std::min(count, batch_of(line, kDefaultBatch));
+  report.listed = line.has("prompts") || report.batch > 1;
 
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling);
   generate(report, generator, files, sample_seed(line));
-  for (const Sequence& one : report.sequences) report.generated += one.generated;
+  for (const Sequence& one : report.sequences) report.generated += one.answer.generated;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.kv_bytes = static_cast<double>(kv_bytes_per_token(model->config(), backend) *
                                         (report.prompt_tokens + report.generated / 2) / count);
@@ -358,9 +377,12 @@ int decode_command(const Arguments& arguments) {
   add_sampling_options(line);
   if (!line.parse(arguments)) return 0;
   const int64_t max_tokens = line.integer("max-tokens", 1, 1 << 20);
-  for (const char* name : {"model", "prompt", "prompts", "special", "chat", "system", "messages"})
+  for (const char* name :
+       {"model", "bits", "prompt", "prompts", "special", "chat", "system", "messages"})
     if (line.has("synthetic") && line.has(name))
       throw UsageError(cat("--synthetic takes no --", name));
+  if (line.has("context") && !line.has("synthetic"))
+    throw UsageError("--context needs --synthetic");
   const auto backend = line.make_backend();
   const Report report = line.has("synthetic") ? decode_synthetic(line, *backend, max_tokens)
                                               : decode_model(line, *backend, max_tokens);

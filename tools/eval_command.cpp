@@ -14,6 +14,7 @@
 #include "models/llama.h"
 #include "tools/cli.h"
 #include "tools/eval_tasks.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -120,18 +121,13 @@ int eval_command(const Arguments& arguments) {
   const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
   const auto tokenizer = data::load_tokenizer(model_path);
-  source->check_finite();  // last: it reads every weight
-  models::Llama model(*backend, *source, models::HeadRounding::None);
-  {
-    engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
-    model.load_blocks(*source, [&](int64_t done) { progress.set(done); });
-  }
+  const auto model = load_model(*backend, *source);  // last: it reads every weight
 
   nlohmann::ordered_json json_tasks = nlohmann::ordered_json::object();
   double average = 0;
   fmt::print("{:<14}{:>7}{:>9}{:>9}{:>10}{:>9}\n", "task", "items", "acc", "+-", "acc_norm", "+-");
   for (const LoadedTask& loaded : tasks) {
-    const TaskResult result = evaluate(model, *tokenizer, loaded);
+    const TaskResult result = evaluate(*model, *tokenizer, loaded);
     fmt::print("{:<14}{:>7}{:>9.4f}{:>9.4f}{:>10.4f}{:>9.4f}\n", loaded.task.name, result.items,
                result.acc, result.acc_stderr, result.acc_norm, result.acc_norm_stderr);
     std::fflush(stdout);  // a task may take minutes
@@ -143,9 +139,8 @@ int eval_command(const Arguments& arguments) {
                                     {"acc_norm_stderr", result.acc_norm_stderr}};
   }
   fmt::print(
-      "average {:.4f} (acc_norm of arc and hellaswag, acc of the others)  {:.4f} bits per weight "
-      "on "
-      "{}\n",
+      "average {:.4f} (acc_norm of arc and hellaswag, acc of the others)  "
+      "{:.4f} bits per weight on {}\n",
       average, source->bits_per_weight(), backend->device_name());
   if (line.has("json")) {
     const nlohmann::ordered_json json = {{"tasks", json_tasks},

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "data/files.h"
-#include "engine/progress.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -38,9 +38,16 @@ void add_sampling_options(CommandLine& line) {
 }
 
 engine::SampleSpec sample_spec(const CommandLine& line) {
-  return {.temperature = line.real("temperature", 0, 100),
-          .top_p = line.real("top-p", 0, 1),
-          .repetition_penalty = line.real("repetition-penalty", 0.01, 100)};
+  const engine::SampleSpec spec{.temperature = line.real("temperature", 0, 100),
+                                .top_p = line.real("top-p", 0, 1),
+                                .repetition_penalty = line.real("repetition-penalty", 0.01, 100)};
+  for (const char* name : {"top-p", "seed"}) {
+    const bool seeds_weights = name == std::string("seed") && line.has("synthetic");
+    if (spec.temperature == 0 && line.has(name) && !seeds_weights)
+      throw UsageError(
+          cat("--", name, " needs a --temperature above 0: without it nothing is drawn"));
+  }
+  return spec;
 }
 
 uint64_t sample_seed(const CommandLine& line) {
@@ -51,14 +58,12 @@ ModelFiles::ModelFiles(const CommandLine& line, const engine::Backend& backend)
     : path(line.required("model")), source(models::open_checkpoint(path, line.nested_bits())) {
   backend.check_head_size(source->config().head_dim);
   tokenizer = data::load_tokenizer(path);
+  stops = tokenizer->end_of_turn();
+  for (const int32_t id : source->stop_ids()) stops.push_back(id);
 }
 
 std::unique_ptr<models::Llama> ModelFiles::load(engine::Backend& backend) const {
-  source->check_finite();
-  auto model = std::make_unique<models::Llama>(backend, *source, models::HeadRounding::None);
-  engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
-  model->load_blocks(*source, [&](int64_t done) { progress.set(done); });
-  return model;
+  return load_model(backend, *source);
 }
 
 std::vector<int32_t> ModelFiles::text_ids(const std::string& text, SpecialText special) const {
@@ -81,14 +86,19 @@ std::vector<int32_t> ModelFiles::checked(std::vector<int32_t> ids) const {
   return ids;
 }
 
-std::vector<int32_t> ModelFiles::stop_ids() const {
-  std::vector<int32_t> ids = tokenizer->end_of_turn();
-  for (const int32_t id : source->stop_ids()) ids.push_back(id);
-  return ids;
+std::string Answer::append(int32_t token, const ModelFiles& files) {
+  if (!running()) return {};
+  if (std::ranges::find(files.stops, token) != files.stops.end()) {
+    stopped = "end-of-turn";
+    return {};
+  }
+  const std::string piece = files.tokenizer->piece(token, false);
+  text += piece;
+  if (++generated == limit) stopped = "max-tokens";
+  return piece;
 }
 
 void TextStream::put(const std::string& piece) {
-  text_ += piece;
   pending_ += piece;
   const size_t n = complete_utf8(pending_);
   std::fwrite(pending_.data(), 1, n, out_);

@@ -1,5 +1,5 @@
-// Shared by `bbb decode` and `bbb chat`: sampling options, loading, prompts as ids, text as it
-// comes.
+// Shared by `bbb decode` and `bbb chat`: sampling options, loading, prompts as ids, answers as they
+// come.
 #pragma once
 
 #include <cstdio>
@@ -14,6 +14,7 @@
 namespace bbb::tools {
 
 void add_sampling_options(CommandLine& line);
+// Throws UsageError if an option of the draws is given, but nothing is drawn.
 engine::SampleSpec sample_spec(const CommandLine& line);
 uint64_t sample_seed(const CommandLine& line);
 
@@ -22,6 +23,7 @@ struct ModelFiles {
   std::string path;
   std::unique_ptr<models::Checkpoint> source;
   std::unique_ptr<data::Tokenizer> tokenizer;
+  std::vector<int32_t> stops;  // tokens that end a turn, and those that the model's config names
 
   // Of --model and --bits; checks that `backend` supports the head size.
   ModelFiles(const CommandLine& line, const engine::Backend& backend);
@@ -32,10 +34,21 @@ struct ModelFiles {
   // in the embedding.
   std::vector<int32_t> text_ids(const std::string& text, data::SpecialText special) const;
   std::vector<int32_t> chat_ids(const std::vector<data::ChatMessage>& messages) const;
-  std::vector<int32_t> stop_ids() const;  // end of a turn, and what the model's config names
 
  private:
   std::vector<int32_t> checked(std::vector<int32_t> ids) const;
+};
+
+// What follows a prompt: it grows until a stop token comes or it has `limit` tokens.
+struct Answer {
+  int64_t limit = 0;  // tokens
+  int64_t generated = 0;
+  std::string text = {};
+  std::string stopped = {};  // why; empty while it runs
+
+  bool running() const { return stopped.empty(); }
+  // Returns the text of the token. Of a stopped answer it is dropped: a step may have started.
+  std::string append(int32_t token, const ModelFiles& files);
 };
 
 // Writes pieces to a file, whole UTF-8 characters at a time.
@@ -43,12 +56,11 @@ class TextStream {
  public:
   explicit TextStream(std::FILE* out) : out_(out) {}
   void put(const std::string& piece);
-  void finish();                                     // writes what is left, and a new line
-  const std::string& text() const { return text_; }  // all pieces
+  void finish();  // writes what is left, and a new line
 
  private:
   std::FILE* out_;
-  std::string text_, pending_;
+  std::string pending_;
 };
 
 }  // namespace bbb::tools

@@ -10,6 +10,7 @@
 #include "engine/progress.h"
 #include "models/llama.h"
 #include "tools/cli.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -36,18 +37,12 @@ int ppl_command(const Arguments& arguments) {
   data::Windows windows = data::make_windows(tokens, seq_len, text_path);
   const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
   windows.ids.resize(static_cast<size_t>(count * seq_len));
-  source->check_finite();  // last: it reads every weight
-
-  models::Llama model(*backend, *source, models::HeadRounding::None);
-  {
-    engine::Progress progress("loading", source->config().layers, engine::Progress::kPatience_s);
-    model.load_blocks(*source, [&](int64_t done) { progress.set(done); });
-  }
+  const auto model = load_model(*backend, *source);  // last: it reads every weight
   const auto start = std::chrono::steady_clock::now();
   models::Perplexity result;
   {
     engine::Progress progress("ppl", count);
-    result = models::perplexity(model, windows.ids, count, seq_len,
+    result = models::perplexity(*model, windows.ids, count, seq_len,
                                 [&](int64_t done) { progress.set(done); });
   }
   const double seconds =

@@ -35,10 +35,10 @@ struct Anchor {
     return at_576 * std::pow(at_4096 / at_576, position);
   }
 };
-constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more, nested codes too; of either phase
+constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more; of either phase
+constexpr Anchor kNested{1e-3, 1e-5};     // several precisions at once, end to end
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
-constexpr Anchor kAllAfterBlocks{1e-5, 1e-6};
-constexpr Anchor kAllFromRounding{2e-3, 2e-5};
+constexpr Anchor kAllFirst{2e-3, 2e-5};   // 2 bits, from rounding or from snapped blocks
 constexpr Anchor kAllLater{1e-3, 1e-5};  // behind a stage of the whole model, or another run
 constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
@@ -227,9 +227,10 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
        cat("--e2e-micro-batch ", c.e2e_micro_batch, " does not divide --e2e-batch ", c.e2e_batch));
   spread_rates(c.e2e_lr, c.e2e_stages.size(), "--e2e-lr", [&](size_t t) {
     if (!all) return kScales.at(model.d_model);
+    if (!c.any_precision.empty()) return kNested.at(model.d_model);
     if (c.e2e_stages[t].weight_bits > 2) return kStageHigh.at(model.d_model);
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
-    return (blocks ? kAllAfterBlocks : kAllFromRounding).at(model.d_model);
+    return kAllFirst.at(model.d_model);
   });
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
@@ -273,7 +274,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
          cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
     spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
       const bool low = c.stages[t].weight_bits <= 2;
-      if (!blocks) return (low ? kAllFromRounding : kStageHigh).at(model.d_model);
+      if (!blocks) return (low ? kAllFirst : kStageHigh).at(model.d_model);
       return (low ? kStageLow : kStageHigh).at(model.d_model);
     });
     want(c.target == Target::Full || c.input_stream == InputStream::Same,

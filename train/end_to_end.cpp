@@ -276,6 +276,11 @@ class EndToEnd {
 
 }  // namespace
 
+// The full-precision model. `source` must outlive the result.
+static StartOfModel start_of(const Checkpoint& source) {
+  return {[&source](int64_t layer) { return models::full_precision(source, layer); }, nullptr};
+}
+
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute) {
   data::Windows windows;
@@ -288,9 +293,8 @@ int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& 
   quiet.quiet = true;
   int64_t recorded_bytes = 0;
   for (size_t stage = 0; stage < recipe.whole_stages().size(); ++stage) {
-    EndToEnd phase(backend, source, windows, config, recipe, stage,
-                   {[&](int64_t layer) { return models::full_precision(source, layer); }, nullptr},
-                   recompute, run, quiet);
+    EndToEnd phase(backend, source, windows, config, recipe, stage, start_of(source), recompute,
+                   run, quiet);
     phase.student().prepare();
     const auto step = phase.record(StepPart::Optimizer);
     step->run();
@@ -312,10 +316,8 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
   };
   const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}, {}});
   held->recipe.emplace(held->config, source.config());
-  held->phase.emplace(
-      backend, source, windows, held->config, *held->recipe, 0,
-      StartOfModel{[&](int64_t layer) { return models::full_precision(source, layer); }, nullptr},
-      memory.recompute, held->run, held->observer);
+  held->phase.emplace(backend, source, windows, held->config, *held->recipe, 0, start_of(source),
+                      memory.recompute, held->run, held->observer);
   held->phase->student().prepare();
   held->phase->rewind(0);
   return {[held](StepPart last) { return held->phase->record(last); },

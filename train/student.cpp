@@ -40,12 +40,12 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
       outer_.push_back(&parameters_.add(
           weight.name, weight.shape,
           {.lr_factor = weight.name == models::kFinalNorm ? 1.0 : kEmbeddingRate}));
-  parameters_.allocate();
   start_outer_ = start.outer;
-  if (!outer_.empty())
-    bind_outer(start.outer ? start.outer : models::outer_of(source_));
-  else if (start.outer)
+  // In front of allocate(): the tables pass through memory in F32, which the masters' then takes.
+  if (outer_.empty() && start.outer)
     model_.load_outer(start.outer, models::HeadRounding::BFloat16);
+  parameters_.allocate();
+  if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
                        recipe_.nested());

@@ -12,6 +12,7 @@
 // (BBB_CPU_INSTANTIATE).
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -105,6 +106,10 @@ class CpuBackend final : public Backend {
 
 // Elements of one range of an elementwise loop: some ten microseconds of work.
 inline constexpr int64_t kElementGrain = 16384;
+// Rows of K elements of such a range.
+inline int64_t row_grain(int64_t k) {
+  return std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, k));
+}
 
 }  // namespace bbb::engine
 

@@ -162,10 +162,6 @@ struct JensenShannonRow {
   }
 };
 
-int64_t row_grain(int64_t vocabulary) {
-  return std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, vocabulary));
-}
-
 }  // namespace
 
 template <typename T>

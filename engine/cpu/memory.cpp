@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kCheckedBytes = int64_t{64} << 20;
 
 // Blocks of at least kHugePage ask for pages of this size, and so do slabs, from which blocks of at
-// least kSlabbed are cut. Two cores of an EPYC in a virtual machine read such pages at 56 to 61
-// GB/s, and pages of 4 KiB at 33 to 41. Advice: without such pages nothing else changes.
+// least kSlabbed are cut (chunks.h). Two cores of an EPYC in a virtual machine read such pages at
+// 56 to 61 GB/s, and pages of 4 KiB at 33 to 41. Advice: without such pages nothing else changes.
 constexpr int64_t kHugePage = int64_t{2} << 20, kSlabbed = int64_t{32} << 10;
 constexpr int64_t kSlab = int64_t{16} << 20;
 
@@ -33,10 +33,7 @@ void* aligned_block(int64_t size) {
 
 }  // namespace
 
-HostMemory::~HostMemory() {
-  drop_cache();
-  for (void* slab : slabs_) std::free(slab);
-}
+HostMemory::~HostMemory() { free_cached(); }
 
 int64_t HostMemory::block_bytes(int64_t bytes) {
   const auto size = static_cast<uint64_t>(std::max<int64_t>(bytes, 1));
@@ -49,19 +46,11 @@ std::shared_ptr<Storage> HostMemory::allocate(int64_t bytes) {
   void* block = nullptr;
   {
     const std::lock_guard lock(mutex_);
-    const auto it = free_.find(size);
-    if (it != free_.end() && !it->second.empty()) {
-      block = it->second.back();
-      it->second.pop_back();
-      cached_bytes_ -= size;
-    } else {
-      if (size >= kCheckedBytes && size > available_bytes()) drop_cache();
-      if (size < kCheckedBytes || size <= available_bytes()) block = new_block(size);
-      if (block == nullptr) {
-        drop_cache();
-        throw Error(cat("out of memory: a tensor of ", bytes, " bytes, with ", available_bytes(),
-                        " bytes available"));
-      }
+    block = is_slabbed(size) ? take_slabbed(size) : take_single(size);
+    if (block == nullptr) {
+      free_cached();
+      throw Error(cat("out of memory: a tensor of ", bytes, " bytes, with ", available_bytes(),
+                      " bytes available"));
     }
     held_bytes_ += size;
     peak_bytes_ = std::max(peak_bytes_, held_bytes_);
@@ -70,38 +59,54 @@ std::shared_ptr<Storage> HostMemory::allocate(int64_t bytes) {
       block, bytes, [self = shared_from_this(), block, size] { self->release(block, size); });
 }
 
+void* HostMemory::take_slabbed(int64_t size) {
+  if (void* const block = slabs_.take(size)) return block;
+  void* const slab = aligned_block(kSlab);
+  if (slab == nullptr) return nullptr;
+  slabs_.add(slab, kSlab);
+  return slabs_.take(size);
+}
+
+void* HostMemory::take_single(int64_t size) {
+  const auto it = singles_.find(size);
+  if (it != singles_.end() && !it->second.empty()) {
+    void* const block = it->second.back();
+    it->second.pop_back();
+    single_bytes_ -= size;
+    return block;
+  }
+  if (size >= kCheckedBytes && size > available_bytes()) {
+    free_cached();
+    if (size > available_bytes()) return nullptr;
+  }
+  return aligned_block(size);
+}
+
 void HostMemory::release(void* block, int64_t block_bytes) {
   static const auto cap = static_cast<int64_t>(kCacheShare * static_cast<double>(total_bytes()));
   const std::lock_guard lock(mutex_);
   held_bytes_ -= block_bytes;
-  if (!is_slabbed(block_bytes) && cached_bytes_ + block_bytes > cap) {
+  if (is_slabbed(block_bytes)) {
+    slabs_.give_back(block);
+  } else if (single_bytes_ + block_bytes > cap) {
     std::free(block);
-    return;
+  } else {
+    singles_[block_bytes].push_back(block);
+    single_bytes_ += block_bytes;
   }
-  free_[block_bytes].push_back(block);
-  cached_bytes_ += block_bytes;
-}
-
-void* HostMemory::new_block(int64_t size) {
-  if (!is_slabbed(size)) return aligned_block(size);
-  if (slabs_.empty() || slab_used_bytes_ + size > kSlab) {
-    void* const slab = aligned_block(kSlab);
-    if (slab == nullptr) return nullptr;
-    slabs_.push_back(slab);
-    slab_used_bytes_ = 0;
-  }
-  void* const block = static_cast<uint8_t*>(slabs_.back()) + slab_used_bytes_;
-  slab_used_bytes_ += size;
-  return block;
 }
 
 void HostMemory::drop_cache() {
-  for (auto& [size, blocks] : free_) {
-    if (is_slabbed(size)) continue;
+  const std::lock_guard lock(mutex_);
+  free_cached();
+}
+
+void HostMemory::free_cached() {
+  for (void* slab : slabs_.remove_free_slabs()) std::free(slab);
+  for (const auto& [size, blocks] : singles_)
     for (void* block : blocks) std::free(block);
-    cached_bytes_ -= size * static_cast<int64_t>(blocks.size());
-    blocks.clear();
-  }
+  singles_.clear();
+  single_bytes_ = 0;
 }
 
 int64_t HostMemory::peak_bytes() const {
@@ -116,7 +121,7 @@ void HostMemory::reset_peak() {
 
 int64_t HostMemory::cached_bytes() const {
   const std::lock_guard lock(mutex_);
-  return cached_bytes_;
+  return single_bytes_ + slabs_.free_bytes();
 }
 
 int64_t HostMemory::total_bytes() {

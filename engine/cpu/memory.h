@@ -2,8 +2,9 @@
 //
 // A training step allocates the same sizes again and again. A block returned to the system would
 // cost a page fault for every 4 KiB the next time. So freed blocks are kept in a list per size, in
-// total at most kCacheShare of the machine's memory. Blocks of medium size are cut from slabs,
-// which live as long as the HostMemory.
+// total at most kCacheShare of the machine's memory. Blocks of medium size are cut from slabs;
+// freed ones merge and serve any medium size. The cache returns to the system, with the slabs that
+// hold no block, when a large block finds too little memory.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <mutex>
 #include <vector>
 
+#include "engine/chunks.h"
 #include "engine/tensor.h"
 
 namespace bbb::engine {
@@ -29,6 +31,7 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
   int64_t peak_bytes() const;
   void reset_peak();
   int64_t cached_bytes() const;
+  void drop_cache();
 
   // The request, rounded up to a multiple of 64 bytes; above 512 bytes to a multiple of 1/8 of the
   // power of two below it. Few sizes, little waste.
@@ -39,17 +42,18 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
  private:
   static constexpr double kCacheShare = 0.25;
 
-  void* new_block(int64_t size);  // null if the system refuses
   void release(void* block, int64_t block_bytes);
-  void drop_cache();
+  // The caller holds the mutex. A block is null if the system refuses it.
+  void* take_slabbed(int64_t size);
+  void* take_single(int64_t size);
+  void free_cached();
 
   mutable std::mutex mutex_;
-  std::map<int64_t, std::vector<void*>> free_;  // block size -> blocks
-  std::vector<void*> slabs_;                    // blocks are cut from the last
-  int64_t slab_used_bytes_ = 0;
+  Chunks slabs_;                                   // the blocks of medium size
+  std::map<int64_t, std::vector<void*>> singles_;  // of the others: size -> free blocks
+  int64_t single_bytes_ = 0;                       // in singles_
   int64_t held_bytes_ = 0;
   int64_t peak_bytes_ = 0;
-  int64_t cached_bytes_ = 0;
 };
 
 }  // namespace bbb::engine

@@ -11,8 +11,6 @@ namespace bbb::engine {
 
 namespace host = quant::host;
 
-static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
-
 // Operands of rows that make_row(T* row, int64_t index) computes, one at a time: a scratch of all
 // rows would be memory that a plan does not see.
 template <typename T, typename MakeRow>

@@ -15,6 +15,7 @@ namespace host = quant::host;
 namespace {
 
 constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
+constexpr int64_t kSplitElements = 8192;    // of x that one task splits: 4 us
 constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
 
 host::PanelView panel_view(const PackedWeight& w) {
@@ -27,8 +28,6 @@ int64_t panel_grain(const host::PanelView& w, int threads) {
   const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * w.k;
   return std::max((w.count() + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
 }
-
-int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
 
 }  // namespace
 
@@ -68,8 +67,13 @@ template <typename Activations>
 void CpuBackend<T>::packed_products(const PackedProducts& products, const Activations& x,
                                     int64_t m) {
   if constexpr (kPanels) {
+    // All products take the same rows: they are split once.
     const quant::LinearFormat& format = products[0].weight.format;
-    const host::SplitRows rows = host::split_rows(x, m, format.stored_k(), format.weight.group);
+    host::SplitRows rows(m, format.stored_k(), format.weight.group);
+    parallel_for(m * rows.groups, kSplitElements / format.weight.group,
+                 [&](int64_t begin, int64_t end) {
+                   host::split_rows(rows, x, {begin, end});
+                 });
     for (const PackedProduct& product : products) {
       const host::PanelView panels = panel_view(product.weight);
       parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {

@@ -12,8 +12,6 @@ namespace host = quant::host;
 
 static constexpr int64_t kTileGrain = kElementGrain / quant::kTileElements;
 
-static int64_t row_grain(int64_t k) { return std::max<int64_t>(1, kElementGrain / k); }
-
 static const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
   return static_cast<const quant::WeightTile*>(q.tiles.raw());
 }

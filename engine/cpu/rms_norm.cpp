@@ -19,9 +19,8 @@ template <typename T>
 void CpuBackend<T>::do_rms_norm(const Tensor& y, const Tensor& inv_rms, const Tensor& x,
                                 const Tensor& w, double eps) {
   const int64_t rows = x.dim(0), d = x.dim(1);
-  const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, d));
   const T* weight = data(w);
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, row_grain(d), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       data(inv_rms)[m] =
           rms_norm_row(data(y) + m * d, data(x) + m * d, weight, d, static_cast<T>(eps));

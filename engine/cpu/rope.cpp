@@ -33,8 +33,7 @@ void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tenso
       }
     }
   });
-  const int64_t grain = std::max<int64_t>(1, kElementGrain / std::max<int64_t>(1, heads * d));
-  parallel_for(batch * time, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(batch * time, row_grain(heads * d), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T *c = cosine.data() + row % tokens * half, *s = sine.data() + row % tokens * half;
       for (int64_t h = 0; h < heads; ++h) {
