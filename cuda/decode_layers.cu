@@ -49,7 +49,6 @@
 #include "cuda/swiglu.h"
 #include "cuda/tile_product.h"
 #include "quant/decode_plan.h"
-#include "quant/group_range.h"
 
 namespace bbb::cuda {
 
@@ -63,7 +62,6 @@ using quant::DecodeShape;
 using quant::kDecodeProducts;
 using quant::kDecodeThreads;
 using quant::kDecodeWarps;
-using quant::kFullWarp;
 using quant::kLayerMatrices;
 using quant::kMaxNormLines;
 using quant::kMaxPartials;
@@ -81,6 +79,7 @@ using quant::WarpShare;
 constexpr int kReadsWithoutPause = 8;
 constexpr unsigned kPauseNs = 40;
 constexpr int kMaxReads = 1 << 22;  // seconds
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr int kKeyLoads = 2;        // keys and values of a lane in flight
 constexpr float kNoScore = -1e30f;  // below every score
 
@@ -408,7 +407,7 @@ class DecodeBlock {
   // Threads of even rows publish theirs and the next row. The whole warp takes part.
   __device__ __forceinline__ void publish_pair(uint64_t* words, int row, float value, bool mine,
                                                uint32_t flag) {
-    const float next = __shfl_down_sync(kFullWarp, value, 1);
+    const float next = __shfl_down_sync(kAllLanes, value, 1);
     if (mine && row % 2 == 0) publish(words + row / 2, pack_bf16(value, next), flag);
   }
 
@@ -576,8 +575,8 @@ class DecodeBlock {
 
       uint32_t most = __vmaxu2(__vmaxu2(pair[0] & 0x7FFF7FFFu, pair[1] & 0x7FFF7FFFu),
                                __vmaxu2(pair[2] & 0x7FFF7FFFu, pair[3] & 0x7FFF7FFFu));
-      most = __vmaxu2(most, __shfl_xor_sync(kFullWarp, most, 1));
-      most = __vmaxu2(most, __shfl_xor_sync(kFullWarp, most, 2));
+      most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, 2));
       const IntegerUnit integers(max(most & 0xFFFFu, most >> 16));
       uint32_t halves[4], sum = 0;  // v + 128 of two positions each
 #pragma unroll
@@ -587,8 +586,8 @@ class DecodeBlock {
         sum += low + high - 2 * IntegerUnit::kShift;
         halves[i] = __byte_perm(low, high, 0x5410);
       }
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
       if (piece >= pieces) continue;
 
       // Word w of a sub-group, positions 4w .. 4w + 3, is lane w % 4's, register w / 4.
@@ -689,8 +688,8 @@ class DecodeBlock {
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[i][half] += __shfl_xor_sync(kFullWarp, sum[i][half], 1);
-        sum[i][half] += __shfl_xor_sync(kFullWarp, sum[i][half], 2);
+        sum[i][half] += __shfl_xor_sync(kAllLanes, sum[i][half], 1);
+        sum[i][half] += __shfl_xor_sync(kAllLanes, sum[i][half], 2);
       }
       // Lane t of a quad sends row r + 8 t.
       const int t = lane_ % 4;
@@ -859,7 +858,7 @@ class DecodeBlock {
         s = fmaf(low_value(k.w), q1.z, s);
         s = fmaf(high_value(k.w), q1.w, s);
 #pragma unroll
-        for (int lanes = 1; lanes < kLanes; lanes *= 2) s += __shfl_xor_sync(kFullWarp, s, lanes);
+        for (int lanes = 1; lanes < kLanes; lanes *= 2) s += __shfl_xor_sync(kAllLanes, s, lanes);
         score[i] = s * scale_log2;
         if (key_of(base, i) < range.end) most = fmaxf(most, score[i]);
       }
@@ -892,16 +891,16 @@ class DecodeBlock {
       float most = head.most;
 #pragma unroll
       for (int lanes = kLanes; lanes < 32; lanes *= 2)
-        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, lanes));
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, lanes));
       const float weight = exp2_approx(head.most - most);
       head.sum *= weight;
 #pragma unroll
       for (int j = 0; j < 8; ++j) head.out[j] *= weight;
 #pragma unroll
       for (int lanes = kLanes; lanes < 32; lanes *= 2) {
-        head.sum += __shfl_xor_sync(kFullWarp, head.sum, lanes);
+        head.sum += __shfl_xor_sync(kAllLanes, head.sum, lanes);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) head.out[j] += __shfl_xor_sync(kFullWarp, head.out[j], lanes);
+        for (int j = 0; j < 8; ++j) head.out[j] += __shfl_xor_sync(kAllLanes, head.out[j], lanes);
       }
       if (lane_ < kLanes) {
         float4* const to =
