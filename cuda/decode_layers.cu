@@ -34,6 +34,7 @@
 // Every wait ends, because all blocks are on the GPU at once; a wait of seconds traps.
 // Bytes moved: tiles, keys and values once.
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -93,7 +94,7 @@ struct DecodeSite {
 };
 
 // A layer's memory.
-struct LayerView {
+struct alignas(16) LayerView {
   const uint8_t* tiles[kLayerMatrices];
   const float* master_scales[kLayerMatrices];
   const float* norms[2];
@@ -118,8 +119,8 @@ struct DecodeArgs {
   const float* inv_freq;
   CacheFault* fault;
   DecodeMemory memory;
-  int layers_count, clusters, ranks;
-  int d_model, hidden, heads, kv_heads, group;  // group of the weights
+  int layers_count, clusters, ranks, rank_shift;  // ranks = 2^rank_shift
+  int d_model, hidden, heads, kv_heads, group;    // group of the weights
   int units, partials, t_max, window;
   float eps;
 };
@@ -127,6 +128,7 @@ struct DecodeArgs {
 // The part of shared memory that depends on the head size alone.
 template <int kD>
 struct SmallMemory {
+  LayerView layers[2];  // this layer and the next one
   ClusterShare shares[kDecodeProducts];
   float sums[kDecodeWarps];
   float2 rotations[kD / 2];
@@ -193,42 +195,35 @@ __device__ __forceinline__ float rounded(float x) {
 // Chunks, each the tiles of a part in one slice, in the order of use. All lanes hold the same.
 class TileStream {
  public:
-  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares,
-                        int warp, int rank)
-      : shares_(shares),
-        entries_(reinterpret_cast<const LayerEntry*>(smem + args.memory.entries)),
-        warp_(warp),
-        rank_(rank),
-        ranks_(args.ranks),
-        layers_(args.layers_count),
-        ring_tiles_(args.memory.ring_tiles),
-        free_(ring_tiles_),
-        ring_(smem + int64_t{warp} * ring_tiles_ * kTileBytes),
-        barriers_(shared_address(smem + args.memory.barriers) + warp * ring_tiles_ * 8) {}
+  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares)
+      : a_(args), smem_(smem), shares_(shares), free_(args.memory.ring_tiles) {}
 
   __device__ void init_barriers(int lane) {
     if (lane == 0) {
 #pragma unroll 1
-      for (int i = 0; i < ring_tiles_; ++i) mbarrier_init(barriers_ + i * 8, 1);
+      for (int i = 0; i < a_.memory.ring_tiles; ++i) mbarrier_init(barrier(i), 1);
       mbarrier_init_fence();
       async_proxy_fence();
     }
     __syncwarp();
   }
 
+  __device__ const LayerEntry& entry(int layer) const {
+    return reinterpret_cast<const LayerEntry*>(smem_ + a_.memory.entries)[layer];
+  }
   // Slices [first, end) of this block.
   __device__ int first_slice(int layer, int product) const {
-    return rank_ * entries_[layer].slices[product] / ranks_;
+    return cluster_rank() * entry(layer).slices[product] >> a_.rank_shift;
   }
   __device__ int end_slice(int layer, int product) const {
-    return (rank_ + 1) * entries_[layer].slices[product] / ranks_;
+    return (cluster_rank() + 1) * entry(layer).slices[product] >> a_.rank_shift;
   }
 
   // Goes to the first chunk of a product, or of one after it.
   __device__ void enter(int layer, int product) {
-    for (; layer < layers_; ++layer, product = 0)
+    for (; layer < a_.layers_count; ++layer, product = 0)
       for (; product < kDecodeProducts; ++product) {
-        const WarpShare& w = shares_[product].warps[warp_];
+        const WarpShare& w = shares_[product].warps[threadIdx.x / 32];
         const int slice = first_slice(layer, product) + w.lane;
         if (w.tiles == 0 || slice >= end_slice(layer, product)) continue;
         const int64_t n = w.matrix_tiles;
@@ -236,30 +231,30 @@ class TileStream {
         end_ = end_slice(layer, product);
         lanes_ = shares_[product].lanes;
         tiles_ = w.tiles;
-        from_ = entries_[layer].tiles[w.matrix] + (slice * n + w.first_tile) * kTileBytes;
+        from_ = entry(layer).tiles[w.matrix] + (slice * n + w.first_tile) * kTileBytes;
         step_bytes_ = lanes_ * n * kTileBytes;
         return;
       }
-    layer_ = layers_;
+    layer_ = a_.layers_count;
   }
 
   // Copies as many chunks as fit.
   __device__ void fill(int lane) {
-    while (layer_ < layers_ && tiles_ <= free_) {
+    const int ring_tiles = a_.memory.ring_tiles;
+    while (layer_ < a_.layers_count && tiles_ <= free_) {
       if (lane == 0) {
-        const uint32_t barrier = barriers_ + write_barrier_ * 8;
-        const int first = min(tiles_, ring_tiles_ - write_);
-        mbarrier_expect(barrier, tiles_ * kTileBytes);
-        copy_bytes(shared_address(ring_ + write_ * kTileBytes), from_, first * kTileBytes, barrier);
+        const uint32_t to = barrier(write_barrier_);
+        const int first = min(tiles_, ring_tiles - write_);
+        mbarrier_expect(to, tiles_ * kTileBytes);
+        copy_bytes(shared_address(ring() + write_ * kTileBytes), from_, first * kTileBytes, to);
         if (first < tiles_)
-          copy_bytes(shared_address(ring_), from_ + first * kTileBytes,
-                     (tiles_ - first) * kTileBytes, barrier);
+          copy_bytes(shared_address(ring()), from_ + first * kTileBytes,
+                     (tiles_ - first) * kTileBytes, to);
       }
-      ++in_flight_;
       free_ -= tiles_;
       write_ += tiles_;
-      if (write_ >= ring_tiles_) write_ -= ring_tiles_;
-      if (++write_barrier_ == ring_tiles_) write_barrier_ = 0;
+      if (write_ >= ring_tiles) write_ -= ring_tiles;
+      if (++write_barrier_ == ring_tiles) write_barrier_ = 0;
       from_ += step_bytes_;
       slice_ += lanes_;
       if (slice_ >= end_) enter(layer_, product_ + 1);
@@ -268,17 +263,17 @@ class TileStream {
 
   // Waits for the next chunk; then its tile i is at tile(i).
   __device__ void wait() const {
-    const uint32_t barrier = barriers_ + read_barrier_ * 8;
-    for (int i = 0; !mbarrier_try_wait(barrier, parity_); ++i)
+    for (int i = 0; !mbarrier_try_wait(barrier(read_barrier_), parity_); ++i)
       if (i >= kMaxReads) give_up("tiles", static_cast<unsigned>(layer_));
   }
   __device__ const unsigned char* tile(int i) const {
     const int at = read_ + i;
-    return ring_ + (at >= ring_tiles_ ? at - ring_tiles_ : at) * kTileBytes;
+    return ring() + (at >= a_.memory.ring_tiles ? at - a_.memory.ring_tiles : at) * kTileBytes;
   }
-  // Waits for the copies in flight.
+  // Waits for all copies, if no chunk has been read yet.
   __device__ void drain() {
-    while (in_flight_ > 0) {
+    int chunks = write_barrier_ == 0 && free_ == 0 ? a_.memory.ring_tiles : write_barrier_;
+    for (; chunks > 0; --chunks) {
       wait();
       release(0);
     }
@@ -286,28 +281,32 @@ class TileStream {
   // The chunk of so many tiles has been read by the whole warp.
   __device__ void release(int tiles) {
     read_ += tiles;
-    if (read_ >= ring_tiles_) read_ -= ring_tiles_;
+    if (read_ >= a_.memory.ring_tiles) read_ -= a_.memory.ring_tiles;
     free_ += tiles;
-    --in_flight_;
-    if (++read_barrier_ == ring_tiles_) {
+    if (++read_barrier_ == a_.memory.ring_tiles) {
       read_barrier_ = 0;
       parity_ ^= 1;
     }
   }
 
  private:
+  __device__ unsigned char* ring() const {
+    return smem_ + static_cast<int>(threadIdx.x / 32) * (a_.memory.ring_tiles * kTileBytes);
+  }
+  __device__ uint32_t barrier(int i) const {
+    return shared_address(smem_ + a_.memory.barriers) +
+           (static_cast<int>(threadIdx.x / 32) * a_.memory.ring_tiles + i) * 8;
+  }
+
+  const DecodeArgs& a_;
+  unsigned char* smem_;
   const ClusterShare* shares_;
-  const LayerEntry* entries_;
-  int warp_, rank_, ranks_, layers_, ring_tiles_;
-  // The next chunk to copy; layer_ == layers_: none.
+  // The next chunk to copy; layer_ == layers_count: none.
   int layer_ = 0, product_ = 0, slice_ = 0, end_ = 0, lanes_ = 0, tiles_ = 0;
   const uint8_t* from_ = nullptr;
   int64_t step_bytes_ = 0;
   int free_, write_ = 0, write_barrier_ = 0;
-  int in_flight_ = 0;  // chunks copied and not yet read
   int read_ = 0, read_barrier_ = 0, parity_ = 0;
-  unsigned char* ring_;
-  uint32_t barriers_;
 };
 
 // --- a block ------------------------------------------------------------------------------------
@@ -323,8 +322,7 @@ class DecodeBlock {
         lane_(thread_ % 32),
         warp_(thread_ / 32),
         rank_(cluster_rank()),
-        cluster_(static_cast<int>(blockIdx.x) / args.ranks),
-        stream_(args, smem, small_.shares, warp_, rank_) {}
+        stream_(args, smem, small_.shares) {}
 
   __device__ void run() {
     load_tables();
@@ -344,7 +342,8 @@ class DecodeBlock {
 
 #pragma unroll 1
     for (int layer = 0; layer < a_.layers_count; ++layer) {
-      const LayerView& view = a_.layers[layer];
+      const LayerView& view = small_.layers[layer % 2];
+      prepare_layer(layer + 1);
       const uint32_t flag = first_flag + 1 + static_cast<uint32_t>(layer);
 #pragma unroll 1
       for (int product = 0; product < kDecodeProducts; ++product) {
@@ -358,6 +357,8 @@ class DecodeBlock {
         finish(layer, product, flag);
         parity_ ^= 1;
       }
+      cp_async_wait<0>();
+      __syncthreads();  // the next layer's view is there, and nobody reads this one
     }
     end_step(first_flag);
   }
@@ -376,12 +377,33 @@ class DecodeBlock {
       for (int p = 0; p < kDecodeProducts; ++p)
         entries[i].slices[p] = (view.sites[p].stored_k + kTileColumns - 1) / kTileColumns;
     }
+    constexpr int kViewWords = sizeof(LayerView) / 4;
+    for (int i = thread_; i < kViewWords; i += kDecodeThreads)
+      reinterpret_cast<int*>(small_.layers)[i] = reinterpret_cast<const int*>(a_.layers)[i];
     constexpr int kWords = sizeof(ClusterShare) / 4;
     for (int i = thread_; i < kDecodeProducts * kWords; i += kDecodeThreads) {
-      const int64_t share = int64_t{i / kWords} * a_.clusters + cluster_;
+      const int64_t share = int64_t{i / kWords} * a_.clusters + cluster();
       reinterpret_cast<int*>(small_.shares)[i] =
           reinterpret_cast<const int*>(a_.shares + share)[i % kWords];
     }
+  }
+
+  // Starts to copy a layer's view; its norms come to L2, a share from each block.
+  __device__ __forceinline__ void prepare_layer(int layer) {
+    constexpr int kCopies = sizeof(LayerView) / 16, kLine = 128 / sizeof(float);
+    static_assert(sizeof(LayerView) % 16 == 0 && kCopies <= 32);
+    if (warp_ != kDecodeWarps - 1 || layer >= a_.layers_count) return;
+    const LayerView* const from = a_.layers + layer;
+    if (lane_ < kCopies) {
+      const int at = lane_ * 16;
+      cp_async_16(shared_address(&small_.layers[layer % 2]) + at,
+                  reinterpret_cast<const unsigned char*>(from) + at, true);
+      cp_async_commit();
+    }
+    const int column =
+        (static_cast<int>(blockIdx.x) + lane_ / 2 * static_cast<int>(gridDim.x)) * kLine;
+    if (column < a_.d_model) prefetch_to_l2(from->norms[lane_ % 2] + column);
+    __syncwarp();
   }
 
   // The tiles copied ahead are waited for: a block must not end while copies into it are in flight.
@@ -390,9 +412,11 @@ class DecodeBlock {
     stream_.drain();
   }
 
+  __device__ int cluster() const { return static_cast<int>(blockIdx.x) >> a_.rank_shift; }
+
   // Rows of a share that a rank finishes, one a thread.
   __device__ int rank_rows(int product) const {
-    return small_.shares[product].tiles * kTileRows / a_.ranks;
+    return small_.shares[product].tiles * kTileRows >> a_.rank_shift;
   }
 
   __device__ void publish_input(uint32_t flag) {
@@ -842,7 +866,7 @@ class DecodeBlock {
     }
 #pragma unroll
     for (int h = 0; h < kUnitHeads; ++h) {
-      if (h >= count) break;
+      if (h >= count) continue;
       const float4 q0 = *reinterpret_cast<const float4*>(small_.q[h] + column);
       const float4 q1 = *reinterpret_cast<const float4*>(small_.q[h] + column + 4);
       float score[kKeyLoads], most = heads[h].most;
@@ -886,7 +910,7 @@ class DecodeBlock {
                                              float* merged) {
 #pragma unroll
     for (int h = 0; h < kUnitHeads; ++h) {
-      if (h >= count) break;
+      if (h >= count) continue;
       RunningHead& head = heads[h];
       float most = head.most;
 #pragma unroll
@@ -914,9 +938,9 @@ class DecodeBlock {
 
   __device__ void attend(const LayerView& view, uint32_t flag) {
     const int group = a_.heads / a_.kv_heads, chunks = (group + kUnitHeads - 1) / kUnitHeads;
-    if (cluster_ >= a_.units * a_.partials) return;
+    if (cluster() >= a_.units * a_.partials) return;
 #pragma unroll 1
-    for (int item = cluster_; item < a_.units * a_.partials; item += a_.clusters) {
+    for (int item = cluster(); item < a_.units * a_.partials; item += a_.clusters) {
       const int unit = item % a_.units, partial = item / a_.units;
       const int kv_head = unit / chunks, chunk = unit % chunks;
       const int head0 = kv_head * group + chunk * kUnitHeads;
@@ -955,7 +979,7 @@ class DecodeBlock {
     __syncthreads();
 
     // A thread adds the warps' results of columns and sends them to the rank that merges them.
-    const int width = kD / a_.ranks;
+    const int width = kD >> a_.rank_shift;
     float* const outputs = small_.outputs[unit_parity_];
     float2(*const stats)[kUnitHeads] = small_.stats[unit_parity_];
     for (int i = thread_; i < heads * kD; i += kDecodeThreads) {
@@ -1011,7 +1035,7 @@ class DecodeBlock {
   const DecodeArgs& a_;
   unsigned char* smem_;
   SmallMemory<kD>& small_;
-  int thread_, lane_, warp_, rank_, cluster_;
+  int thread_, lane_, warp_, rank_;
   TileStream stream_;
   int position_ = 0;
   int parity_ = 0;       // of the exchange buffer
@@ -1149,6 +1173,7 @@ class CudaLayerDecoder final : public engine::LayerDecoder {
     args_.layers_count = checked_int(shape.layers);
     args_.clusters = plan.clusters;
     args_.ranks = plan.ranks;
+    args_.rank_shift = std::countr_zero(static_cast<unsigned>(plan.ranks));
     args_.d_model = checked_int(shape.d_model);
     args_.hidden = checked_int(shape.hidden);
     args_.heads = checked_int(shape.heads);

@@ -10,7 +10,7 @@ namespace bbb::quant {
 namespace {
 
 // Instructions of a warp, counted in machine code: of a slice of a part, and of each of its tiles.
-constexpr int64_t kSliceCost = 60, kTileCost = 42;
+constexpr int64_t kSliceCost = 90, kTileCost = 47;
 constexpr int kLeastRingTiles = 2 * kPartTiles;  // of a warp: one part is read, one is in flight
 constexpr int kMaxLayers = 256;
 
