@@ -99,21 +99,26 @@ __device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
                : "memory");
 }
 
+// Whether the phase of this parity is complete; the hardware waits for it for a short time.
+__device__ inline bool mbarrier_try_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
   stress_pause();
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (done == 0);
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
   stress_pause();
 }
 
@@ -250,6 +255,25 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       "}" ::"r"(address),
       "r"(rank), "f"(value)
       : "memory");
+}
+
+// --- words --------------------------------------------------------------------------------------
+// 8 bytes, written and read as a whole, through L2. They order no other access.
+
+__device__ inline void store_word(uint64_t* to, uint64_t word) {
+  stress_pause();
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(word)
+               : "memory");
+}
+
+// Two words, aligned to 16 bytes; each is read as a whole.
+__device__ inline ulonglong2 load_words(const uint64_t* from) {
+  ulonglong2 words;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(words.x), "=l"(words.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return words;
 }
 
 // --- registers ----------------------------------------------------------------------------------

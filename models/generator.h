@@ -45,6 +45,8 @@ class Generator {
   // Steps that still fit into the cache.
   int64_t steps_left() const;
   int64_t capacity() const { return capacity_; }
+  // Whether a step computes all blocks in one operation.
+  bool fused() const { return kv_.decoder != nullptr; }
 
  private:
   void set_position(const Tensor& start, int64_t position);

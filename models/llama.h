@@ -5,6 +5,7 @@
 #include <array>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,8 @@ struct KvCache {
 
   std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d)
   Tensor start;              // I32 (B) on the device
+  // If there is one, forward() computes the blocks of one token of one sequence with it.
+  std::shared_ptr<engine::LayerDecoder> decoder;
 
  private:
   KvCache() = default;
@@ -80,6 +83,8 @@ class LlamaBlock {
   void prepare_scales();  // after every linear's freeze_codes()
   void finish_backward();
   void snap();
+  // What a LayerDecoder needs; nothing unless all linears are packed.
+  std::optional<engine::DecodeLayer> decode_layer(const KvCache& kv);
 
   std::vector<QuantLinear*> linears();  // in the order of block_linears()
   NormWeight& input_norm() { return input_norm_; }
@@ -132,6 +137,9 @@ class Llama {
   Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);
   // h act (M, D) -> real (M, V).
   Tensor logits(const Tensor& h) const;
+  // A decoder of all blocks for steps of one token with a cache of one sequence. Null: there is
+  // none for this device or these weights.
+  std::unique_ptr<engine::LayerDecoder> layer_decoder(const KvCache& kv);
 
   Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }

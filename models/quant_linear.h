@@ -85,6 +85,8 @@ class QuantLinear {
   // products of more than kMaxPackedRows rows.
   void set_packed(PackedWeight weight, Tensor buffer);
 
+  const PackedWeight* packed() const;  // null unless it holds a PackedLinear
+
   void prepare_scales();  // FrozenCodes only
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
   // from the dW^ since the last finish_backward(). If no pass wrote dW^, returns false and leaves

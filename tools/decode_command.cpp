@@ -85,6 +85,7 @@ struct Report {
   double prefill_s = 0;
   std::vector<double> step_s;
   int64_t step_tokens = 0;                // that the steps made, without those of ended sequences
+  bool fused = false;                     // Generator::fused()
   double weight_bytes = 0, kv_bytes = 0;  // of a step; of a token's keys and values so far
 
   double step() const { return median(step_s); }
@@ -104,9 +105,10 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
   if (step > 0)
     fmt::print(stderr,
                "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
-               "{:.0f} measured by copying ({:.1f} %) on {}\n",
+               "{:.0f} measured by copying ({:.1f} %) on {}, {}\n",
                r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
-               100 * rate / bandwidth, backend.device_name());
+               100 * rate / bandwidth, backend.device_name(),
+               r.fused ? "all layers in one kernel" : "layers op by op");
   if (!line.has("json")) return;
   ordered_json json;
   for (const auto& [prompt, answer] : r.sequences) {
@@ -129,6 +131,7 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
   json["gb_per_s"] = rate / 1e9;
   json["device_gb_per_s"] = bandwidth / 1e9;
   json["bandwidth_fraction"] = rate / bandwidth;
+  json["one_kernel"] = r.fused;
   json["device"] = backend.device_name();
   data::write_file_atomic(line.text("json"),
                           json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
@@ -165,6 +168,7 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
     return true;
   });
   report.generated = report.batch * max_tokens;
+  report.fused = generator.fused();
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.kv_bytes =
       static_cast<double>(kv_bytes_per_token(config, backend) * (context + max_tokens / 2));
@@ -337,6 +341,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling);
   generate(report, generator, files, sample_seed(line));
+  report.fused = generator.fused();
   for (const Sequence& one : report.sequences) report.generated += one.answer.generated;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.kv_bytes = static_cast<double>(kv_bytes_per_token(model->config(), backend) *
