@@ -176,8 +176,8 @@ class Op {
     if (!out.codes.defined()) return here("out", out.x);
     BBB_CHECK(view.grid.bits < 16, name_, ": an operand that is not quantized has no codes");
     is("codes", out.codes, DType::U8, {rows, view.stored_k});
-    is("zeros", out.zeros, DType::U8, {rows, groups});
-    is("scales", out.scales, backend_.real(), {rows, groups});
+    is("zero_points", out.zeros, DType::U8, {rows, groups});
+    is("group_scales", out.scales, backend_.real(), {rows, groups});
   }
   void layout(const OperandSpec& spec) const {
     const quant::OperandView& view = spec.view;
@@ -913,8 +913,8 @@ void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& 
   const int64_t m = x.codes.dim(0);
   const quant::LinearFormat& format = op.products(products, m);
   op.is("codes", x.codes, DType::U8, {m, format.stored_k()});
-  op.is("zeros", x.zeros, DType::U8, {m, format.groups()});
-  op.is("scales", x.scales, real(), {m, format.groups()});
+  op.is("zero_points", x.zeros, DType::U8, {m, format.groups()});
+  op.is("group_scales", x.scales, real(), {m, format.groups()});
   do_quantized_gemv(products, x);
 }
 

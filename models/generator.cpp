@@ -49,8 +49,7 @@ int32_t Generator::prefill(int64_t b, const std::vector<int32_t>& tokens, uint64
 
   KvCache cache = kv_.sequence(b);
   set_position(cache.start, kept);
-  const Tensor ids = backend_.empty({1, fresh}, DType::I32);
-  backend_.upload(ids, tokens.data() + kept);
+  const Tensor ids = upload_ints(backend_, {tokens.begin() + kept, tokens.end()}, {1, fresh});
   Tape tape(backend_, TapeMode::Inference);
   const Var h = model_.forward(tape, ids, &cache, Recompute::None);
   const Tensor last = h.value().view({fresh, model_.config().d_model}).rows(fresh - 1, 1);

@@ -8,8 +8,6 @@
 
 namespace bbb::models {
 
-using engine::DType;
-
 namespace {
 
 // Enough rows for an efficient matrix product, padding included.
@@ -26,12 +24,6 @@ void check_sequence(const ScoredTokens& sequence, int64_t vocab) {
   BBB_ASSERT(sequence.scored > 0 && sequence.scored <= input_length(sequence));
   for (int32_t id : sequence.tokens)
     BBB_CHECK(id >= 0 && id < vocab, "token ", id, " is not in the model's vocabulary of ", vocab);
-}
-
-Tensor upload_ids(Backend& backend, const engine::Shape& shape, const std::vector<int32_t>& ids) {
-  const Tensor tensor = backend.empty(shape, DType::I32);
-  backend.upload(tensor, ids.data());
-  return tensor;
 }
 
 // The losses of the scored tokens of `batch`, one sequence after the other.
@@ -56,14 +48,14 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
   const Tensor scored_h = backend.empty({scored, width}, backend.act());
   Tape tape(backend, autograd::TapeMode::Inference);
   {
-    const Var h =
-        model.forward(tape, upload_ids(backend, {count, length}, inputs), nullptr, Recompute::None);
+    const Var h = model.forward(tape, upload_ints(backend, inputs, {count, length}), nullptr,
+                                Recompute::None);
     // A lookup in the table of all hidden states copies the scored rows.
-    backend.embed(scored_h, upload_ids(backend, {scored}, rows),
+    backend.embed(scored_h, upload_ints(backend, rows, {scored}),
                   h.value().view({count * length, width}));
   }
   head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), Var(model.head()),
-            upload_ids(backend, {scored}, targets), {}, 1.0,
+            upload_ints(backend, targets, {scored}), {}, 1.0,
             head_chunks(head_budget(backend), scored, vocab, backend.real()), losses);
   return download_floats(backend, losses);
 }

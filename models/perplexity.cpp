@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "data/text.h"
 #include "models/llama.h"
 
 namespace bbb::models {
@@ -49,16 +50,9 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
   for (int64_t begin = 0; begin < count; begin += batch_limit) {
     const int64_t batch = std::min(batch_limit, count - begin), rows = batch * seq_len;
     const int32_t* window = ids.data() + begin * seq_len;
-    // Position t predicts token t + 1; the last of a window predicts nothing.
-    std::vector<int32_t> next(window + 1, window + rows);
-    next.push_back(-1);
-    for (int64_t w = 0; w < batch; ++w) next[static_cast<size_t>((w + 1) * seq_len - 1)] = -1;
-
-    Tensor tokens = backend.empty({batch, seq_len}, DType::I32);
-    Tensor targets = backend.empty({rows}, DType::I32);
+    const Tensor tokens = upload_ints(backend, {window, window + rows}, {batch, seq_len});
+    const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
     Tensor losses = backend.empty({rows}, backend.real());
-    backend.upload(tokens, window);
-    backend.upload(targets, next.data());
     Tape tape(backend, autograd::TapeMode::Inference);
     const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),

@@ -28,6 +28,13 @@ Tensor upload_as(Backend& backend, const std::vector<float>& values, Shape shape
   return out;
 }
 
+Tensor upload_ints(Backend& backend, const std::vector<int32_t>& values, Shape shape) {
+  Tensor out = backend.empty(std::move(shape), DType::I32);
+  BBB_ASSERT(out.numel() == static_cast<int64_t>(values.size()));
+  backend.upload(out, values.data());
+  return out;
+}
+
 void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values) {
   const bool wide = dst.dtype() == DType::F32;
   const Tensor staged = wide ? dst : backend.empty(dst.shape(), DType::F32);

@@ -47,6 +47,8 @@ Tensor upload_as(Backend& backend, const std::vector<float>& values, engine::Sha
                  engine::DType dtype);
 void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values);
 std::vector<float> download_floats(Backend& backend, const Tensor& tensor);
+// Host integers, such as token ids, to an I32 tensor.
+Tensor upload_ints(Backend& backend, const std::vector<int32_t>& values, engine::Shape shape);
 
 struct FloatWeight {};
 struct TrainedWeight {
