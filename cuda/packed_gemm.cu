@@ -13,14 +13,14 @@
 // 2^-120 e is the E4M3 code shifted into the bits of a bf16, subnormal codes included. Of NaN it is
 // 480; a sum of the codes' top bits finds it.
 //
-// A block: up to four warpgroups that multiply, and one warp that copies. A stage of its ring holds
-// a slice of 128 positions: the row tiles of all its warpgroups, consecutive in memory, and kTokens
-// rows of x. Each warp makes its own row tile's fragments, two k16 at a time, while those before are
-// multiplied.
+// A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
+// tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
+// fragments of its own row tile, those of a sub-group, A(i), while the one before is multiplied:
 //
-//   copying warp    wait empty | expect bytes, copy tiles, copy x
-//   warpgroup       wait full | make A(0) | issue A(0) | make A(1) | issue A(1) | wait for A(0) | ..
-//                   the stage's last product has ended: each warp arrives at empty
+//     issue A(0) | make A(1) | issue A(1) | wait for A(0) | make A(2) | issue A(2) | wait for A(1) |
+//     make A(3) | issue A(3) | wait full | make the next slice's A(0) | wait for A(3) | arrive empty
+//
+// Thread 0 refills the stage of the slice before behind A(1), once all warps have left it.
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
@@ -50,9 +50,6 @@ constexpr int kGroupRows = kGroupTiles * kTileRows;
 constexpr int kMaxGroups = 4;  // of a block
 constexpr int kMaxSplit = 8;   // blocks of a cluster
 constexpr int kMaxStages = 8;
-constexpr int kMaxTokens = 128;
-constexpr int kMaxThreads = kMaxGroups * kWarpgroup + 32;
-constexpr int kSumsBarrier = 1;  // named, of the warpgroups that multiply
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
@@ -91,7 +88,7 @@ struct GemmShape {
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
 // of x, their tiles, and two barriers a stage; at the end sums (sums_pitch).
 template <int kTokens>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -119,6 +116,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
   const uint32_t full = shared_address(tiles + shape.stages * tile_stage);
   const uint32_t empty = full + shape.stages * 8;
+  // Thread 0 copies.
+  const int64_t first_tile = first_group * kGroupTiles;
+  const int tile_bytes =
+      static_cast<int>(min(int64_t{groups} * kGroupTiles, all_tiles - first_tile)) * kTileBytes;
+  const auto copy_tiles = [&](int i, int stage) {
+    mbarrier_expect(full + stage * 8, tile_bytes + Rows::kBytes);
+    copy_bytes(shared_address(tiles + stage * tile_stage),
+               product.w.tiles + quant::tile_index(n, first_slice + i, first_tile) * kTileBytes,
+               tile_bytes, full + stage * 8);
+  };
+  const auto copy_x = [&](int i, int stage) {
+#pragma unroll
+    for (int panel = 0; panel < Rows::Panel::kPanels; ++panel)
+      copy_box(shared_address(smem + stage * Rows::kBytes + panel * Rows::kPanelBytes), x_map,
+               full + stage * 8, (first_slice + i) * kTileColumns + panel * Rows::Panel::kColumns,
+               first_token);
+  };
+  const int ahead = min(slices, shape.stages);
   if (thread == 0) {
 #pragma unroll 1
     for (int i = 0; i < shape.stages; ++i) {
@@ -126,93 +141,92 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       mbarrier_init(empty + i * 8, groups * kGroupTiles);
     }
     mbarrier_init_fence();
-  }
-  __syncthreads();
-
-  if (group == most_groups) {  // the copying warp
-    if (lane > 0) return;
-    const int64_t first_tile = first_group * kGroupTiles;
-    const int tile_bytes =
-        static_cast<int>(min(int64_t{groups} * kGroupTiles, all_tiles - first_tile)) * kTileBytes;
-    const auto copy_tiles = [&](int i, int stage) {
-      mbarrier_expect(full + stage * 8, tile_bytes + Rows::kBytes);
-      copy_bytes(shared_address(tiles + stage * tile_stage),
-                 product.w.tiles + quant::tile_index(n, first_slice + i, first_tile) * kTileBytes,
-                 tile_bytes, full + stage * 8);
-    };
-    const auto copy_x = [&](int i, int stage) {
-#pragma unroll
-      for (int panel = 0; panel < Rows::Panel::kPanels; ++panel)
-        copy_box(shared_address(smem + stage * Rows::kBytes + panel * Rows::kPanelBytes), x_map,
-                 full + stage * 8,
-                 (first_slice + i) * kTileColumns + panel * Rows::Panel::kColumns, first_token);
-    };
-    const int ahead = min(slices, shape.stages);
+    async_proxy_fence();
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_tiles(i, i);
-    start_next_kernel();
-    wait_for_previous_kernel();
-#pragma unroll 1
-    for (int i = 0; i < ahead; ++i) copy_x(i, i);
-    int stage = 0, parity = 0;
-#pragma unroll 1
-    for (int i = ahead; i < slices; ++i) {
-      mbarrier_wait(empty + stage * 8, parity);
-      copy_tiles(i, stage);
-      copy_x(i, stage);
-      if (++stage == shape.stages) stage = 0, parity ^= 1;
-    }
-    return;
   }
-
+  __syncthreads();
   start_next_kernel();
   wait_for_previous_kernel();
+  if (thread == 0) {
+#pragma unroll 1
+    for (int i = 0; i < ahead; ++i) copy_x(i, i);
+  }
+  __syncwarp();
+
   float d[kTokens / 8][4];
   uint32_t scale_bits = 0;  // bit 7 of a byte: a NaN; bytes 0, 2 are of row r, 1, 3 of row r + 8
   if (group < groups) {
-    int stage = 0, parity = 0, released = 0;
-#pragma unroll 1
-    for (int i = 0; i < slices; ++i) {
+    int stage = 0, parity = 0;
+    // Of the slice at hand: a lane's part of its warp's tile.
+    uint4 words;
+    uint2 scales;
+    uint32_t zeros;
+    uint32_t a[2][2][4];  // of two sub-groups: one is made while the other is multiplied
+    const auto load_tile = [&] {
       mbarrier_wait(full + stage * 8, parity);
       const unsigned char* const tile = tiles + stage * tile_stage + warp * kTileBytes;
-      const uint4 words = *reinterpret_cast<const uint4*>(tile + lane * 16);
-      const uint2 scales =
-          *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-      const uint32_t zeros = __byte_perm(
+      words = *reinterpret_cast<const uint4*>(tile + lane * 16);
+      scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
+      zeros = __byte_perm(
           *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2), 0, 0x4140);
+      scale_bits |= (scales.x + 0x01010101u) | (scales.y + 0x01010101u);
+    };
+    const auto make = [&]<int kSubgroup>() {
+      make_fragments<kSubgroup>(a[kSubgroup % 2], words, kSubgroup < 2 ? scales.x : scales.y,
+                                zeros);
+    };
+    load_tile();
+    make.template operator()<0>();
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) {
+      const uint32_t stage_empty = empty + stage * 8;
       const uint64_t x = Rows::template descriptor<Along::Columns>(
           shared_address(smem + stage * Rows::kBytes));
-      scale_bits |= (scales.x + 0x01010101u) | (scales.y + 0x01010101u);
-      const auto multiply = [&]<int kSubgroup>() {
-        uint32_t a[2][4];
-        make_fragments<kSubgroup>(a, words, kSubgroup < 2 ? scales.x : scales.y, zeros);
-        fragment_fence(a);
+      const auto issue = [&]<int kSubgroup>() {
+        fragment_fence(a[kSubgroup % 2]);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           wgmma<Along::Columns>(
-              d, a[j], x + Rows::template slice_offset<Along::Columns>(kSubgroup * 2 + j),
+              d, a[kSubgroup % 2][j],
+              x + Rows::template slice_offset<Along::Columns>(kSubgroup * 2 + j),
               i + kSubgroup + j > 0);
         wgmma_commit();
-        wgmma_wait<1>();
       };
-      multiply.template operator()<0>();
-      if (i > 0) {
-        mbarrier_arrive_warp(empty + released * 8, lane);
-        if (++released == shape.stages) released = 0;
+      issue.template operator()<0>();
+      make.template operator()<1>();
+      issue.template operator()<1>();
+      if (i > 0 && i - 1 + shape.stages < slices) {
+        if (thread == 0) {  // the stage of the slice before
+          const int last = stage == 0 ? shape.stages - 1 : stage - 1;
+          mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
+          copy_tiles(i - 1 + shape.stages, last);
+          copy_x(i - 1 + shape.stages, last);
+        }
+        __syncwarp();
       }
-      multiply.template operator()<1>();
-      multiply.template operator()<2>();
-      multiply.template operator()<3>();
+      wgmma_wait<1>();
+      make.template operator()<2>();
+      issue.template operator()<2>();
+      wgmma_wait<1>();
+      make.template operator()<3>();
+      issue.template operator()<3>();
+      wgmma_wait<1>();
       if (++stage == shape.stages) stage = 0, parity ^= 1;
+      if (i + 1 < slices) {
+        load_tile();
+        make.template operator()<0>();
+      }
+      wgmma_wait<0>();
+      mbarrier_arrive_warp(stage_empty, lane);
     }
-    wgmma_wait<0>();
     accumulator_fence(d);
   }
 
   // All copies have landed and all products have read them.
-  const int threads = most_groups * kWarpgroup, pitch = sums_pitch(most_groups);
-  named_sync(kSumsBarrier, threads);
+  const int threads = static_cast<int>(blockDim.x), pitch = sums_pitch(most_groups);
+  __syncthreads();
   float* const sums = reinterpret_cast<float*>(smem);
   if (group < groups) {
     const int row = warp * kTileRows + lane / 4, token = lane % 4 * 2;
@@ -231,7 +245,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     cluster_arrive();
     cluster_wait();
   } else {
-    named_sync(kSumsBarrier, threads);
+    __syncthreads();
   }
 
   const float s = *product.w.master_scale;
@@ -330,7 +344,7 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split),
                static_cast<unsigned>(token_tiles)),
-          dim3(static_cast<unsigned>(by.groups * kWarpgroup + 32)), smem_bytes, true,
+          dim3(static_cast<unsigned>(by.groups * kWarpgroup)), smem_bytes, true,
           static_cast<unsigned>(by.split)},
          packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
          GemmShape{k, static_cast<int>(m), static_cast<int>(stages)});
@@ -344,7 +358,7 @@ void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>
                          : m <= 16 ? launch_tokens<16>
                          : m <= 32 ? launch_tokens<32>
                          : m <= 64 ? launch_tokens<64>
-                                   : launch_tokens<kMaxTokens>;
+                                   : launch_tokens<128>;
   for (size_t i = 0; i < all.size(); i += kMaxProducts)
     launch_it(at, Products(all).subspan(i, std::min<size_t>(all.size() - i, kMaxProducts)), x, m);
 }
