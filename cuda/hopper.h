@@ -352,6 +352,17 @@ struct Operand {
     return static_cast<uint64_t>(
         (column / Panel::kColumns * kPanelBytes + column % Panel::kColumns * 2) / 16);
   }
+  // The descriptor of that slice: an address never carries into the upper half.
+  template <Along kAlong>
+  __device__ static uint64_t slice(uint64_t descriptor, int number) {
+    const uint32_t low = static_cast<uint32_t>(descriptor) +
+                         static_cast<uint32_t>(slice_offset<kAlong>(number));
+    uint64_t joined;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(joined)
+        : "r"(low), "r"(static_cast<uint32_t>(descriptor >> 32)));
+    return joined;
+  }
   // Bytes from the tile's start to a 16-byte chunk.
   __device__ static uint32_t chunk_offset(int row, int chunk) {
     constexpr int kChunks = Panel::kColumns / 8;

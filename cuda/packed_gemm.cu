@@ -57,28 +57,49 @@ constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
 // use distinct banks.
 BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
 
-// A of the two k16 products of sub-group kSubgroup. `words`, of a lane; scales: of rows r and r + 8
-// in bytes 0, 1 (even sub-groups) or 2, 3; zeros: of rows r and r + 8, in the halves.
-template <int kSubgroup>
-__device__ __forceinline__ void make_fragments(uint32_t (&a)[2][4], const uint4& words,
-                                               uint32_t scales, uint32_t zeros) {
-  constexpr uint32_t kCode = 0x00300030u, kExponent = 0x7D007D00u, kSign = 0x80008000u;
-  const auto to_place = [](uint32_t x) {  // the sub-group's codes to bits 4, 5 of the halves
-    return kSubgroup < 2 ? x << (4 - 2 * kSubgroup) : x >> (2 * kSubgroup - 4);
-  };
-  const uint32_t e = __byte_perm(scales, 0, kSubgroup % 2 == 0 ? 0x4140 : 0x4342) << 4;
-  const uint32_t offset = mul_bf16x2(mask_or<kCode, kExponent | kSign>(to_place(zeros)), e);
-  const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
-  const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+// A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
+// bytes 1 and 3 into the place of bytes 0 and 2; scales of rows r and r + 8, two sub-groups a word;
+// zero points of rows r and r + 8, in the halves.
+struct LaneTile {
+  uint32_t words[2][4];
+  uint2 scales;
+  uint32_t zeros;
+
+  __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
+    const uint4 all = *reinterpret_cast<const uint4*>(tile + lane * 16);
+    scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
+    zeros = __byte_perm(
+        *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2), 0, 0x4140);
+    const uint32_t word[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+      words[0][i] = word[i];
+      words[1][i] = shifted_down<8>(word[i]);
+    }
+  }
+
+  // A of the two k16 products of sub-group kSubgroup.
+  template <int kSubgroup>
+  __device__ __forceinline__ void make(uint32_t (&a)[2][4]) const {
+    constexpr uint32_t kCode = 0x00300030u, kExponent = 0x7D007D00u, kSign = 0x80008000u;
+    const auto to_place = [](uint32_t x) {  // the sub-group's codes to bits 4, 5 of the halves
+      return kSubgroup < 2 ? x << (4 - 2 * kSubgroup) : x >> (2 * kSubgroup - 4);
+    };
+    const uint32_t e = __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0,
+                                   kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
+                       << 4;
+    const uint32_t offset = mul_bf16x2(mask_or<kCode, kExponent | kSign>(to_place(zeros)), e);
+    const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
+    const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
-      a[i / 2][odd * 2 + i % 2] =
-          fma_bf16x2(mask_or<kCode, kExponent>(to_place(word[i] >> (8 * odd))), e_row[i % 2],
-                     offset_row[i % 2]);
-}
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd)
+        a[i / 2][odd * 2 + i % 2] =
+            fma_bf16x2(mask_or<kCode, kExponent>(to_place(words[odd][i])), e_row[i % 2],
+                       offset_row[i % 2]);
+  }
+};
 
 struct GemmShape {
   int64_t k;
@@ -120,11 +141,12 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
   const int64_t first_tile = first_group * kGroupTiles;
   const int tile_bytes =
       static_cast<int>(min(int64_t{groups} * kGroupTiles, all_tiles - first_tile)) * kTileBytes;
-  const auto copy_tiles = [&](int i, int stage) {
+  const uint8_t* source =  // the next slice's tiles
+      product.w.tiles + quant::tile_index(n, first_slice, first_tile) * kTileBytes;
+  const auto copy_tiles = [&](int stage) {
     mbarrier_expect(full + stage * 8, tile_bytes + Rows::kBytes);
-    copy_bytes(shared_address(tiles + stage * tile_stage),
-               product.w.tiles + quant::tile_index(n, first_slice + i, first_tile) * kTileBytes,
-               tile_bytes, full + stage * 8);
+    copy_bytes(shared_address(tiles + stage * tile_stage), source, tile_bytes, full + stage * 8);
+    source += all_tiles * kTileBytes;
   };
   const auto copy_x = [&](int i, int stage) {
 #pragma unroll
@@ -143,7 +165,7 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
     mbarrier_init_fence();
     async_proxy_fence();
 #pragma unroll 1
-    for (int i = 0; i < ahead; ++i) copy_tiles(i, i);
+    for (int i = 0; i < ahead; ++i) copy_tiles(i);
   }
   __syncthreads();
   start_next_kernel();
@@ -154,28 +176,18 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
   }
   __syncwarp();
 
-  float d[kTokens / 8][4];
+  float d[kTokens / 8][4] = {};
   uint32_t scale_bits = 0;  // bit 7 of a byte: a NaN; bytes 0, 2 are of row r, 1, 3 of row r + 8
   if (group < groups) {
     int stage = 0, parity = 0;
-    // Of the slice at hand: a lane's part of its warp's tile.
-    uint4 words;
-    uint2 scales;
-    uint32_t zeros;
+    LaneTile tile;
     uint32_t a[2][2][4];  // of two sub-groups: one is made while the other is multiplied
     const auto load_tile = [&] {
       mbarrier_wait(full + stage * 8, parity);
-      const unsigned char* const tile = tiles + stage * tile_stage + warp * kTileBytes;
-      words = *reinterpret_cast<const uint4*>(tile + lane * 16);
-      scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-      zeros = __byte_perm(
-          *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2), 0, 0x4140);
-      scale_bits |= (scales.x + 0x01010101u) | (scales.y + 0x01010101u);
+      tile.load(tiles + stage * tile_stage + warp * kTileBytes, lane);
+      scale_bits |= (tile.scales.x + 0x01010101u) | (tile.scales.y + 0x01010101u);
     };
-    const auto make = [&]<int kSubgroup>() {
-      make_fragments<kSubgroup>(a[kSubgroup % 2], words, kSubgroup < 2 ? scales.x : scales.y,
-                                zeros);
-    };
+    const auto make = [&]<int kSubgroup>() { tile.make<kSubgroup>(a[kSubgroup % 2]); };
     load_tile();
     make.template operator()<0>();
 #pragma unroll 1
@@ -188,10 +200,8 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          wgmma<Along::Columns>(
-              d, a[kSubgroup % 2][j],
-              x + Rows::template slice_offset<Along::Columns>(kSubgroup * 2 + j),
-              i + kSubgroup + j > 0);
+          wgmma<Along::Columns>(d, a[kSubgroup % 2][j],
+                                Rows::template slice<Along::Columns>(x, kSubgroup * 2 + j), 1);
         wgmma_commit();
       };
       issue.template operator()<0>();
@@ -201,7 +211,7 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
         if (thread == 0) {  // the stage of the slice before
           const int last = stage == 0 ? shape.stages - 1 : stage - 1;
           mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
-          copy_tiles(i - 1 + shape.stages, last);
+          copy_tiles(last);
           copy_x(i - 1 + shape.stages, last);
         }
         __syncwarp();

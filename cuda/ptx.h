@@ -134,6 +134,14 @@ __device__ inline uint32_t upper_twice(uint32_t pair) {
   return twice;
 }
 
+// x >> kBits, which the compiler does not join with further shifts.
+template <int kBits>
+__device__ inline uint32_t shifted_down(uint32_t x) {
+  uint32_t y;
+  asm("shr.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "n"(kBits));
+  return y;
+}
+
 // (x & kMask) | kBits in one instruction: the compiler makes two of two constants.
 template <uint32_t kMask, uint32_t kBits>
 __device__ inline uint32_t mask_or(uint32_t x) {
