@@ -51,6 +51,10 @@ constexpr int kMaxGroups = 4;  // of a block
 constexpr int kMaxSplit = 8;   // blocks of a cluster
 constexpr int kMaxStages = 8;
 
+// Blocks that fit on a multiprocessor. With two, the next product's copies start while this one
+// still runs.
+constexpr int blocks_of(int tokens) { return tokens <= 32 ? 2 : 1; }
+
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
 // Sums in shared memory: (tokens, pitch) FP32. Four more than rows: the lanes of a fragment's store
@@ -109,7 +113,7 @@ struct GemmShape {
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
 // of x, their tiles, and two barriers a stage; at the end sums (sums_pitch).
 template <int kTokens>
-__global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
+__global__ void __launch_bounds__(kMaxGroups * kWarpgroup, blocks_of(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -193,8 +197,9 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, 1)
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) {
       const uint32_t stage_empty = empty + stage * 8;
+      // From lane 0: then the compiler knows that all lanes have the same.
       const uint64_t x = Rows::template descriptor<Along::Columns>(
-          shared_address(smem + stage * Rows::kBytes));
+          __shfl_sync(0xFFFFFFFFu, shared_address(smem + stage * Rows::kBytes), 0));
       const auto issue = [&]<int kSubgroup>() {
         fragment_fence(a[kSubgroup % 2]);
         wgmma_fence();
@@ -346,11 +351,12 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
   constexpr int64_t kAlignment = 1024;
   const int64_t stage_bytes = x_bytes(kTokens) + by.groups * kGroupTiles * kTileBytes + 16;
   const int64_t slices = ceil_div(quant::column_slices(k), by.split);
+  const int64_t limit_bytes = at.block_bytes(blocks_of(kTokens));
   const int64_t stages =
-      std::min({slices, int64_t{kMaxStages}, (at.smem_bytes - kAlignment) / stage_bytes});
+      std::min({slices, int64_t{kMaxStages}, (limit_bytes - kAlignment) / stage_bytes});
   const int64_t sums_bytes = int64_t{kTokens} * sums_pitch(static_cast<int>(by.groups)) * 4;
   const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, sums_bytes);
-  BBB_ASSERT(stages > 0 && smem_bytes <= at.smem_bytes);
+  BBB_ASSERT((stages > 1 || slices == 1) && smem_bytes <= limit_bytes);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split),
                static_cast<unsigned>(token_tiles)),

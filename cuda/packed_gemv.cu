@@ -427,7 +427,7 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
+  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),

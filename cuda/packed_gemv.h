@@ -58,7 +58,11 @@ __device__ inline int find_product(const ProductList& products, int64_t& share) 
 struct ProductLaunch {
   cudaStream_t stream;
   int processors;
-  int64_t smem_bytes;  // a block may use this much
+  int64_t smem_bytes;      // of a multiprocessor
+  int64_t reserved_bytes;  // of these, for each block
+
+  // What a block may use so that this many fit on a multiprocessor.
+  int64_t block_bytes(int blocks) const { return smem_bytes / blocks - reserved_bytes; }
 };
 
 // The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
