@@ -94,6 +94,9 @@ class CudaBackend final : public engine::Backend {
   int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                            const AttentionSpec& spec) const override;
   int64_t repacked_bytes(const quant::LinearFormat& format) const override;
+  int64_t max_packed_rows(const quant::LinearFormat& format) const override {
+    return takes_tiles(format) ? kAnyRows : kMaxPackedRows;
+  }
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 

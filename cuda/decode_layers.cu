@@ -612,18 +612,24 @@ class DecodeBlock {
       }
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      // Word t of register r has positions P + 16 r of quant/packed_tiles.h: those below 8 of an even
+      // lane and the others of the odd one behind it. The even lane stores words 0 and 1.
+      const int odd = lane_ % 2;
+      uint32_t other[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        other[i] = __shfl_xor_sync(kAllLanes, odd ? halves[i] : halves[2 + i], 1);
       if (piece >= pieces) continue;
 
-      // Word w of a sub-group, positions 4w .. 4w + 3, is lane w % 4's, register w / 4.
       unsigned char* const slice = operand + piece / 16 * kOperandBytes;
       const int group = piece / 4 % 4;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int word = lane_ % 4 * 2 + i;
-        uint32_t* const to =
-            reinterpret_cast<uint32_t*>(slice + group * 64 + word % 4 * 8) + word / 4;
-        to[0] = __byte_perm(halves[2 * i], halves[2 * i + 1], 0x7531);
-        to[8] = __byte_perm(halves[2 * i], halves[2 * i + 1], 0x6420) ^ 0x80808080u;
+        const uint32_t below = odd ? other[i] : halves[i], above = odd ? halves[2 + i] : other[i];
+        uint32_t* const to = reinterpret_cast<uint32_t*>(slice + group * 64 + (2 * odd + i) * 8) +
+                             lane_ % 4 / 2;
+        to[0] = __byte_perm(below, above, 0x7351);
+        to[8] = __byte_perm(below, above, 0x6240) ^ 0x80808080u;
       }
       if (lane_ % 4 == 0)
         *reinterpret_cast<uint2*>(slice + 256 + group * 8) = {

@@ -30,7 +30,6 @@
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block or cluster.
 #include <algorithm>
 #include <numeric>
-#include <span>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
@@ -51,12 +50,15 @@ constexpr int kMaxWarps = 16;      // of a block
 constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
 constexpr int kMaxTiles = 8;       // row tiles of a block
 constexpr int kTokens = 4;         // rows of x of a launch
-constexpr int kMaxProducts = 3;    // of a launch
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Four positions of x as integers: v + 128 in 16 bits each, and the unit of the octet.
+// Positions of a lane of an octet: 2t, 2t + 1, 2t + 8 and 2t + 9, in the upper four lanes 16 more.
+__device__ __forceinline__ int first_position(int lane) { return lane % 4 * 2 + lane % 8 / 4 * 16; }
+constexpr int kSecondPair = 8;  // positions behind the first
+
+// A lane's positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
 struct Levels {
-  uint32_t low_pair, high_pair;
+  uint32_t first_pair, second_pair;
   float unit;
 };
 
@@ -67,7 +69,9 @@ struct PlainRows {
   int k;
 
   __device__ Raw load(int row, int at) const {
-    return load_past_l1(reinterpret_cast<const uint2*>(x + int64_t{row} * k + at));
+    const bf16* const from = x + int64_t{row} * k + at;
+    return {load_past_l1(reinterpret_cast<const uint32_t*>(from)),
+            load_past_l1(reinterpret_cast<const uint32_t*>(from + kSecondPair))};
   }
   __device__ static Raw zero() { return {0, 0}; }
   __device__ static Levels levels(const Raw& raw) {
@@ -97,7 +101,9 @@ struct CodedRows {
 
   __device__ Raw load(int row, int at) const {
     const int g = row * (k / group) + at / group;
-    return {load_past_l1(reinterpret_cast<const uint32_t*>(codes + int64_t{row} * k + at)),
+    const uint8_t* const from = codes + int64_t{row} * k + at;
+    return {load_past_l1(reinterpret_cast<const uint16_t*>(from)) |
+                uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(from + kSecondPair))} << 16,
             load_past_l1(zeros + g),
             __uint_as_float(load_past_l1(reinterpret_cast<const uint32_t*>(scales + g)))};
   }
@@ -112,8 +118,8 @@ struct CodedRows {
 // B's registers of an octet: the lower four lanes have positions 0 .. 15 of the sub-group and
 // column `high`, the upper four 16 .. 31 and column `low`. They exchange halves.
 __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& levels, int lane) {
-  const uint32_t low = __byte_perm(levels.low_pair, levels.high_pair, 0x6420) ^ 0x80808080u;
-  const uint32_t high = __byte_perm(levels.low_pair, levels.high_pair, 0x7531);
+  const uint32_t low = __byte_perm(levels.first_pair, levels.second_pair, 0x6240) ^ 0x80808080u;
+  const uint32_t high = __byte_perm(levels.first_pair, levels.second_pair, 0x7351);
   const bool upper = lane & 4;
   const uint32_t kept = upper ? low : high;
   const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? high : low, 4);
@@ -132,7 +138,8 @@ struct OperandMaker : SliceOperand<kManyRows> {
     const int row = kManyRows ? lane / 8 : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = slice * kTileColumns + (kManyRows ? i * 32 + lane % 8 * 4 : lane * 4);
+      const int at = slice * kTileColumns + (kManyRows ? i : lane / 8) * quant::kSubgroup +
+                     first_position(lane);
       raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
     }
   }
@@ -170,15 +177,6 @@ struct GemvShape {
   int slots;  // of a warp's ring
 };
 
-// The products of a launch: clusters of blocks take the shares of the first, then of the next.
-struct ProductList {
-  struct Product {
-    TiledProduct of;
-    int64_t shares;
-  };
-  Product items[kMaxProducts];
-};
-
 // kTiles: the most row tiles of a block. Shared memory: `slots` slots for each warp, their
 // barriers, and in a cluster the second block's sums (kTiles, 2, 32 lanes). At the end the first
 // slot of each warp holds its sums in the same order.
@@ -199,9 +197,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const int first_slice = static_cast<int>(rank * all_slices / split) + warp;
   const int slices = static_cast<int>((rank + 1) * all_slices / split);  // the end of this block's
   int64_t share = blockIdx.x / split;
-  int p = 0;
-#pragma unroll 1
-  for (; share >= products.items[p].shares; ++p) share -= products.items[p].shares;
+  const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
   const int64_t shares = products.items[p].shares;
@@ -319,10 +315,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 #endif
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-using Products = std::span<const TiledProduct>;
-
 // How matrices are divided: each into shares of at most `tiles` row tiles, each taken by a cluster
 // of `split` blocks of `warps` warps.
 struct Division {
@@ -365,12 +357,12 @@ Division divide(Products products, int processors) {
 }
 
 template <bool kManyRows, int kTiles, typename Input>
-void launch_shape(const GemvLaunch& at, const ProductList& products, const Input& x, int64_t m,
+void launch_shape(const ProductLaunch& at, const ProductList& products, const Input& x, int64_t m,
                   const Division& by) {
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
+  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
@@ -388,7 +380,7 @@ CodedRows rows_from(const CodedRows& x, int64_t row) {
 
 // Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
 template <bool kManyRows, typename Input>
-void launch_rows(const GemvLaunch& at, Products products, const Input& x, int64_t row, int64_t m) {
+void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row, int64_t m) {
   const Division by = divide(products, at.processors);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) {
@@ -422,7 +414,7 @@ void launch_rows(const GemvLaunch& at, Products products, const Input& x, int64_
 }
 
 template <typename Input>
-void launch_all(const GemvLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
+void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
                 int64_t m) {
   for (size_t i = 0; i < all.size(); i += kMaxProducts) {
     const Products products =
@@ -438,12 +430,12 @@ void launch_all(const GemvLaunch& at, const std::vector<TiledProduct>& all, cons
 
 }  // namespace
 
-void launch_packed_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m) {
   launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
 }
 
-void launch_quantized_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m) {
   const TiledView& w = products[0].w;

@@ -114,5 +114,41 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// Pairs of bf16: a b + c rounded once, a b, and the lower or upper half twice.
+__device__ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return fma_bf16x2(a, b, 0x80008000u);  // -0 keeps the sign of a zero
+}
+__device__ inline uint32_t lower_twice(uint32_t pair) {
+  uint32_t twice;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\nmov.b32 %0, {l, l};\n}" : "=r"(twice) : "r"(pair));
+  return twice;
+}
+__device__ inline uint32_t upper_twice(uint32_t pair) {
+  uint32_t twice;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\nmov.b32 %0, {h, h};\n}" : "=r"(twice) : "r"(pair));
+  return twice;
+}
+
+// x >> kBits, which the compiler does not join with further shifts.
+template <int kBits>
+__device__ inline uint32_t shifted_down(uint32_t x) {
+  uint32_t y;
+  asm("shr.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "n"(kBits));
+  return y;
+}
+
+// (x & kMask) | kBits in one instruction: the compiler makes two of two constants.
+template <uint32_t kMask, uint32_t kBits>
+__device__ inline uint32_t mask_or(uint32_t x) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "n"(kMask), "r"(kBits));
+  return y;
+}
+
 }  // namespace bbb::cuda
 #endif

@@ -209,9 +209,9 @@ class Op {
   }
 
   // Of a product that reads packed codes directly.
-  void few_rows(const char* what, const Tensor& x) const {
-    BBB_CHECK(x.dim(0) <= Backend::kMaxPackedRows, name_, ": ", what, " ", to_string(x.shape()),
-              " has more than ", Backend::kMaxPackedRows, " rows");
+  void few_rows(const char* what, const Tensor& x, int64_t most) const {
+    BBB_CHECK(x.dim(0) <= most, name_, ": ", what, " ", to_string(x.shape()), " has more than ",
+              most, " rows");
   }
 
   // A weight in the file's layout.
@@ -900,8 +900,9 @@ void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
 void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
   const Op op(*this, "packed_gemv");
   op.rank("x", x, 2);
-  op.few_rows("x", x);
   const quant::LinearFormat& format = op.products(products, x.dim(0));
+  for (const PackedProduct& product : products)
+    op.few_rows("x", x, max_packed_rows(product.weight.format));
   op.is("x", x, act(), {x.dim(0), format.stored_k()});
   do_packed_gemv(products, x);
 }
@@ -909,7 +910,7 @@ void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
 void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& x) {
   const Op op(*this, "quantized_gemv");
   op.rank("codes", x.codes, 2);
-  op.few_rows("codes", x.codes);
+  op.few_rows("codes", x.codes, kMaxPackedRows);
   const int64_t m = x.codes.dim(0);
   const quant::LinearFormat& format = op.products(products, m);
   op.is("codes", x.codes, DType::U8, {m, format.stored_k()});

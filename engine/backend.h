@@ -22,6 +22,7 @@
 
 #include <array>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -474,24 +475,28 @@ class Backend {
   // The layout that the products below read, from that of the file. Made once, at load.
   PackedWeight repack(const PackedWeight& file);
   virtual int64_t repacked_bytes(const quant::LinearFormat& format) const = 0;  // of its `layout`
-  // In all three w is repacked by this backend.
+  // In all below w is repacked by this backend.
   // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
-  // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows) and for
+  // y = x W^T (+ addend) straight from the packed codes, for up to max_packed_rows() rows and for
   // each of the weights, which have the same K and group. x act (M, K). The F32 CPU backend (all
-  // widths) and a Hopper GPU (2-bit codes) take x as 16-bit integers: y is within 1e-4 relative RMS
-  // before rounding (numerics.md section 2), and an infinity in x makes its row of y NaN.
+  // widths) and a Hopper GPU (2-bit codes, M <= 4) take x as 16-bit integers: y is within 1e-4
+  // relative RMS before rounding (numerics.md section 2), and an infinity in x makes its row of y
+  // NaN.
   void packed_gemv(const PackedProducts& products, const Tensor& x);
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
     packed_gemv({{y, w, addend}}, x);
   }
-  // The same from the codes of an operand: each group's sum is an exact integer.
+  // kAnyRows, or kMaxPackedRows: with more rows a weight is unpacked for a GEMM.
+  virtual int64_t max_packed_rows(const quant::LinearFormat& format) const = 0;
+  static constexpr int64_t kMaxPackedRows = 8, kAnyRows = std::numeric_limits<int64_t>::max();
+  // The same from the codes of an operand, M <= kMaxPackedRows: each group's sum is an exact
+  // integer.
   void quantized_gemv(const PackedProducts& products, const OperandRows& x);
   void quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
                       const Tensor& addend) {
     quantized_gemv({{y, w, addend}}, x);
   }
-  static constexpr int64_t kMaxPackedRows = 8;
   // Made once, at load. Null: this backend computes such layers op by op. A Hopper GPU takes tiled
   // weights of one group size, 16-bit operands, and heads of 64 or 128.
   std::unique_ptr<LayerDecoder> layer_decoder(const DecodeStack& stack);

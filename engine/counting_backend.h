@@ -41,6 +41,9 @@ class CountingBackend final : public Backend {
   int64_t repacked_bytes(const quant::LinearFormat& format) const override {
     return device_.repacked_bytes(format);
   }
+  int64_t max_packed_rows(const quant::LinearFormat& format) const override {
+    return device_.max_packed_rows(format);
+  }
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;

@@ -327,11 +327,11 @@ void Llama::set_tables(Var embedding, Var head) {
 
 void Llama::load_blocks(const Checkpoint& source,
                         const std::function<void(int64_t done)>& progress) {
-  int64_t largest = 0;  // elements of a packed linear
+  int64_t largest = 0;  // elements of an unpacked linear
   for (const auto& block : blocks_)
     for (const QuantLinear* linear : block->linears())
       if (const auto format = source.packed_format(linear->name(), linear->n(), linear->k()))
-        largest = std::max(largest, format->n * format->stored_k());
+        largest = std::max(largest, QuantLinear::buffer_elements(backend_, *format));
   const Tensor buffer = largest > 0 ? packed_buffer(largest) : Tensor();
   for (auto& block : blocks_) {
     block->load(source, buffer);
@@ -371,14 +371,15 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   int64_t stream_bytes = 0, largest = 0;
   for (const LinearShape& shape : block_linears(config)) {
     stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
-    largest = std::max(largest, shape.n * shape.k);
+    largest = std::max(largest, QuantLinear::buffer_elements(
+                                    backend, {.n = shape.n, .k = shape.k, .weight = grid}));
   }
   stream_bytes += kLayerOffset * config.layers;
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
 
-  const Tensor buffer = model->packed_buffer(largest);
+  const Tensor buffer = largest > 0 ? model->packed_buffer(largest) : Tensor();
   std::vector<uint8_t> scales;
   for (auto& block : model->blocks_) {
     const uint8_t* bytes = stream + kLayerOffset * block->layer();

@@ -120,9 +120,14 @@ void QuantLinear::freeze_codes(Parameter& sigma) {
   fresh_leaf();
 }
 
+int64_t QuantLinear::buffer_elements(const Backend& backend, const quant::LinearFormat& format) {
+  return backend.max_packed_rows(format) == Backend::kAnyRows ? 0 : format.n * format.stored_k();
+}
+
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_);
-  BBB_ASSERT(buffer.numel() >= n_ * weight.format.stored_k());
+  const int64_t elements = buffer_elements(backend_, weight.format);
+  BBB_ASSERT(elements == 0 || buffer.numel() >= elements);
   format_ = weight.format;
   quantized_ = {.wq = {},
                 .e = {},
@@ -248,7 +253,10 @@ std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*
 }
 
 bool QuantLinear::multiplies_codes(const LinearInput& x) const {
-  return holds<PackedLinear>() && engine::numel_of(x.shape) / columns() <= Backend::kMaxPackedRows;
+  if (!holds<PackedLinear>()) return false;
+  const int64_t rows = engine::numel_of(x.shape) / columns();
+  return rows <= (x.codes.codes.defined() ? Backend::kMaxPackedRows
+                                          : backend_.max_packed_rows(format_));
 }
 
 std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,

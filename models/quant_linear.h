@@ -4,8 +4,8 @@
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
-//   PackedLinear   the stored weight as Backend::repack made it; one buffer, shared by all layers,
-//                  holds an unpacked weight
+//   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
+//                  take many rows, one buffer, shared by all layers, holds an unpacked weight
 //
 // One optimizer step:
 //
@@ -83,8 +83,9 @@ class QuantLinear {
   LinearResult master() const;
   // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K'/G) starts as its scales.
   void freeze_codes(Parameter& sigma);
-  // `buffer`: act, at least N K' elements, shared by all layers; holds the unpacked weight for
-  // products of more than kMaxPackedRows rows.
+  // `buffer`: act, at least buffer_elements(), shared by all layers; holds the unpacked weight for
+  // products of more rows than the backend takes.
+  static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
 
   const PackedWeight* packed() const;  // null unless it holds a PackedLinear
@@ -125,7 +126,7 @@ class QuantLinear {
   // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
   // nothing is trained.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
-  bool multiplies_codes(const LinearInput& x) const;  // a packed weight of few rows
+  bool multiplies_codes(const LinearInput& x) const;  // a packed weight, straight
   static std::vector<Var> forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
                                          const LinearInput& x, const Var& residual);
   int64_t columns() const { return format_.stored_k(); }  // K'

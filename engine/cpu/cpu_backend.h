@@ -56,6 +56,7 @@ class CpuBackend final : public Backend {
     return 0;
   }
   int64_t repacked_bytes(const quant::LinearFormat& format) const override;
+  int64_t max_packed_rows(const quant::LinearFormat&) const override { return kMaxPackedRows; }
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
