@@ -8,12 +8,15 @@
 // kv head, which are the rows of its mma fragments. Each of its 4 warps takes a quarter of the keys
 // and issues all its loads before it waits. A block writes (max, sum, unnormalized o) in F32; a
 // second kernel combines the splits in a fixed order.
+// Appending with rotation: a block takes up to kAppendThreads items of one token; an item is up to
+// eight neighbouring pairs of a head of q, k or v.
 // Positions outside of the cache are neither written nor read: the backend throws when the host
 // next waits for the device (CacheFault). Bytes: the visible keys and values once.
 #include "cuda/attention.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
 #include "cuda/mma.h"
+#include "cuda/rotation.h"
 #include "cuda/vector.h"
 
 namespace bbb::cuda {
@@ -247,6 +250,63 @@ __global__ void attention_combine_kernel(bf16* __restrict__ o, const DecodeArgs 
   o[head * d + column] = __float2bfloat16(value / sum);
 }
 
+constexpr int kAppendThreads = 128;
+constexpr int kPairs = 8;  // of an item, where a head has a multiple of them
+
+struct AppendArgs {
+  bf16 *q, *k_cache, *v_cache;
+  const bf16 *k, *v;
+  const float* inv_freq;
+  const int* start;
+  CacheFault* fault;
+  int t, t_max, heads, kv_heads, half;
+
+  int items(int width) const { return (heads + 2 * kv_heads) * (half / width); }
+};
+
+// grid (B T, items / kAppendThreads)
+template <int kWidth>
+__global__ void __launch_bounds__(kAppendThreads)
+    append_rotated_kernel(const AppendArgs args, int items) {
+  start_next_kernel();
+  wait_for_previous_kernel();
+  float2* const rotations = reinterpret_cast<float2*>(dynamic_smem());  // (d/2)
+  const int64_t token = blockIdx.x, b = token / args.t;
+  const int first = load_past_l1(args.start + b);
+  if (!in_cache(first, args.t, args.t_max)) {
+    if (threadIdx.x == 0) *args.fault = {first, args.t, args.t_max};
+    return;
+  }
+  const int64_t position = first + token % args.t;
+  for (int i = threadIdx.x; i < args.half; i += kAppendThreads)
+    rotations[i] = rotation(position, args.inv_freq[i], 1.0f);
+  __syncthreads();
+
+  const int item = blockIdx.y * kAppendThreads + threadIdx.x;
+  if (item >= items) return;
+  const int chunks = args.half / kWidth, i = item % chunks * kWidth;
+  const int row = item / chunks;  // a head of q, then of k, then of v
+  const int64_t d = 2 * args.half;
+  bf16* to = args.q + (token * args.heads + row) * d;
+  const bf16* from = to;
+  if (row >= args.heads) {
+    const bool is_v = row - args.heads >= args.kv_heads;
+    const int head = row - args.heads - (is_v ? args.kv_heads : 0);
+    from = (is_v ? args.v : args.k) + (token * args.kv_heads + head) * d;
+    to = (is_v ? args.v_cache : args.k_cache) +
+         ((b * args.t_max + position) * args.kv_heads + head) * d;
+  }
+  float low[kWidth], high[kWidth];
+  load_past_l1(low, from + i, kWidth);
+  load_past_l1(high, from + args.half + i, kWidth);
+  if (row < args.heads + args.kv_heads) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) rotate(low[j], high[j], rotations[i + j]);
+  }
+  store(to + i, low, kWidth);
+  store(to + args.half + i, high, kWidth);
+}
+
 // A thread copies 16 bytes of k and of v.
 __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict__ v_cache,
                                  CacheFault* fault, const uint4* __restrict__ k,
@@ -271,12 +331,38 @@ __global__ void append_kv_kernel(uint4* __restrict__ k_cache, uint4* __restrict_
 }  // namespace
 
 void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                               const Tensor& v, const Tensor& start) {
+                               const Tensor& v, const Tensor& start, const Tensor& q,
+                               const Tensor& inv_freq) {
   constexpr int kThreads = 256;
-  BBB_ASSERT(aligned(k_cache, v_cache, k, v));
+  BBB_ASSERT(aligned(k_cache, v_cache, k, v, q));
   const int row_values = checked_int(k.dim(2) * k.dim(3));
   BBB_CHECK(row_values % kChunk == 0, "append_kv on the GPU takes rows of a multiple of ", kChunk,
             " values, not ", row_values);
+  if (inv_freq.defined()) {
+    const AppendArgs args{bf16_of(q),
+                          bf16_of(k_cache),
+                          bf16_of(v_cache),
+                          bf16_of(k),
+                          bf16_of(v),
+                          inv_freq.data<float>(),
+                          start.data<int32_t>(),
+                          cache_fault_.get(),
+                          checked_int(k.dim(1)),
+                          checked_int(k_cache.dim(1)),
+                          checked_int(q.dim(2)),
+                          checked_int(k.dim(2)),
+                          checked_int(k.dim(3) / 2)};
+    const bool wide = args.half % kPairs == 0;
+    const int items = args.items(wide ? kPairs : 1);
+    const int64_t tokens = k.dim(0) * k.dim(1);
+    launch(stream_,
+           {{static_cast<unsigned>(tokens), blocks_for(items, kAppendThreads, 1).x},
+            kAppendThreads,
+            args.half * int64_t{sizeof(float2)},
+            starts_early(tokens)},
+           wide ? append_rotated_kernel<kPairs> : append_rotated_kernel<1>, args, items);
+    return;
+  }
   const int64_t count = k.numel() / kChunk;
   launch(stream_,
          {static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0,

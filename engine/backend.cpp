@@ -623,7 +623,8 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
 }
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                        const Tensor& v, const Tensor& start) {
+                        const Tensor& v, const Tensor& start, const Tensor& q,
+                        const Tensor& inv_freq) {
   const Op op(*this, "append_kv");
   op.rank("k", k, 4);
   op.dtype("k", k, act());
@@ -632,7 +633,13 @@ void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tens
   op.is("k_cache", k_cache, act(), {k.dim(0), k_cache.dim(1), k.dim(2), k.dim(3)});
   op.like("v_cache", v_cache, act(), k_cache.shape());
   op.is("start", start, DType::I32, {k.dim(0)});
-  do_append_kv(k_cache, v_cache, k, v, start);
+  BBB_CHECK(q.defined() == inv_freq.defined(), "append_kv: q without inv_freq, or the reverse");
+  if (q.defined()) {
+    op.rank("q", q, 4);
+    op.is("q", q, act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
+    op.pairs(q, inv_freq);
+  }
+  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq);
 }
 
 void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,

@@ -346,9 +346,10 @@ class Backend {
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
   // cache[b, start[b] + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (B) on
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
-  // device knows `start`, so the next upload, download or synchronize() throws.
+  // device knows `start`, so the next upload, download or synchronize() throws. With inv_freq,
+  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                 const Tensor& start);
+                 const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {});
   // Query t of sequence b is at position start[b] + t and sees keys 0 .. start[b] + t of its cache,
   // within the window. o, q act (B, T, H, d).
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,

@@ -40,7 +40,7 @@ using Arg = const Tensor&;
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
   const AttentionSpec&, Arg
-#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg
+#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg
 #define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg

@@ -108,9 +108,8 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
-    for (const Var* rotated : {&q, &k})
-      backend_.rope(rotated->value(), inv_freq_, kv->start, engine::Rotation::Forward);
-    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start);
+    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
+                       inv_freq_);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
     backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec);
   } else {

@@ -1,4 +1,5 @@
 // append_kv and attention_cached against the F64 oracle.
+#include <array>
 #include <catch2/catch.hpp>
 #include <limits>
 
@@ -93,6 +94,52 @@ TEST_CASE("attention_cached with every kind of head size", "[attention_cached]")
                                 {2, 33, 100, 4, 2, d, 0, 31},
                                 {1, 130, 300, 2, 1, d, 17, 170}})
       check_case(c);
+}
+
+TEST_CASE("append_kv rotates as rope does", "[attention_cached][rope]") {
+  Backend& b = backend();
+  engine::Rng rng(24);
+  for (const int64_t d : {8, 40, 64, 96, 128, 200, 256})
+    for (const auto& [batch, t, heads, kv_heads] : std::vector<std::array<int64_t, 4>>{
+             {1, 1, 1, 1}, {1, 1, 32, 8}, {3, 1, 9, 3}, {2, 7, 4, 2}})
+      for (const int begin : {0, 5, 1000}) {
+        CAPTURE(d, batch, t, heads, kv_heads, begin);
+        const int64_t t_max = begin + 20;
+        const Shape cache = {batch, t_max, kv_heads, d}, keys = {batch, t, kv_heads, d},
+                    queries = {batch, t, heads, d};
+        std::vector<int32_t> starts;
+        for (int i = 0; i < batch; ++i) starts.push_back(begin + 3 * i);
+        const Tensor start = make_ids(b, {batch}, starts), inv_freq = frequencies(b, d);
+        const auto k = activations(rng, batch * t * kv_heads * d);
+        const auto v = activations(rng, batch * t * kv_heads * d);
+        const auto q = activations(rng, batch * t * heads * d);
+        const auto before = activations(rng, batch * t_max * kv_heads * d);
+        const auto run = [&](bool together) {
+          const Guarded k_cache(b, cache, b.act()), v_cache(b, cache, b.act());
+          const Guarded rotated(b, queries, b.act());
+          b.copy(k_cache.tensor(), make(b, cache, b.act(), before));
+          b.copy(v_cache.tensor(), make(b, cache, b.act(), before));
+          b.copy(rotated.tensor(), make(b, queries, b.act(), q));
+          const Tensor new_k = make(b, keys, b.act(), k), new_v = make(b, keys, b.act(), v);
+          if (together) {
+            b.append_kv(k_cache.tensor(), v_cache.tensor(), new_k, new_v, start, rotated.tensor(),
+                        inv_freq);
+          } else {
+            b.rope(rotated.tensor(), inv_freq, start, engine::Rotation::Forward);
+            b.rope(new_k, inv_freq, start, engine::Rotation::Forward);
+            b.append_kv(k_cache.tensor(), v_cache.tensor(), new_k, new_v, start);
+          }
+          CHECK((k_cache.untouched() && v_cache.untouched() && rotated.untouched()));
+          return std::array{values_of(b, k_cache.tensor()), values_of(b, v_cache.tensor()),
+                            values_of(b, rotated.tensor())};
+        };
+        const auto got = run(true), want = run(false);
+        CHECK(got[1] == want[1]);
+        // The two kernels may contract a product and a sum differently.
+        const double bound = on_cuda() ? act_epsilon() / 16 : 0.0;
+        CHECK(relative_error(got[0], want[0]) <= bound);
+        CHECK(relative_error(got[2], want[2]) <= bound);
+      }
 }
 
 TEST_CASE("append_kv writes its rows and no others", "[attention_cached]") {

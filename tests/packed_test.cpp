@@ -386,6 +386,84 @@ TEST_CASE("products in a row see each other's results", "[packed][tiles]") {
   }
 }
 
+// The ops of decode steps, which reuse the same few buffers in every layer.
+TEST_CASE("the ops of a decode step see each other's results", "[packed][products][early]") {
+  engine::Rng rng(49);
+  Backend& b = backend();
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 64, kHidden = 640, kCapacity = 300;
+  constexpr int64_t kModel = kHeads * kHeadDim, kKeys = kKvHeads * kHeadDim, kLayers = 6;
+  for (const int64_t m : {1, 3}) {
+    CAPTURE(m);
+    std::vector<PackedWeight> w;  // of a layer: q, k, v, o, gate, up, down
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      for (const int64_t n : {kModel, kKeys, kKeys, kModel, kHidden, kHidden})
+        w.push_back(random_weight(rng, b, n, kModel, {2, 32}));
+      w.push_back(random_weight(rng, b, kModel, kHidden, {2, 32}));
+    }
+    const auto act = [&](engine::Shape shape) { return b.empty(std::move(shape), b.act()); };
+    const Tensor x = act({m, kModel}), attended = act({m, kModel}), normed = act({m, kModel}),
+                 o = act({m, kModel});
+    const Tensor q = act({m, kModel}), k = act({m, kKeys}), v = act({m, kKeys});
+    const Tensor gate = act({m, kHidden}), up = act({m, kHidden}), h = act({m, kHidden});
+    const Tensor table = make(b, {50, kModel}, b.act(), activations(rng, 50 * kModel));
+    const Tensor norm = make(b, {kModel}, b.real(), Values(kModel, 0.5));
+    const Tensor inv_rms = b.empty({m}, b.real()), inv_freq = frequencies(b, kHeadDim);
+    const Tensor ids = make_ids(b, {m}, m == 1 ? std::vector{7} : std::vector{7, 30, 41}),
+                 start = b.zeros({m}, DType::I32);
+    std::vector<Tensor> caches;
+    for (int64_t i = 0; i < 2 * kLayers; ++i)
+      caches.push_back(act({m, kCapacity, kKvHeads, kHeadDim}));
+    const auto heads = [&](const Tensor& rows) {
+      return rows.view({m, 1, rows.dim(1) / kHeadDim, kHeadDim});
+    };
+    const auto step = [&](bool wait) {
+      const auto done = [&] {
+        if (wait) b.synchronize();
+      };
+      b.embed(x, ids, table), done();
+      for (size_t layer = 0; layer < kLayers; ++layer) {
+        const PackedWeight* const own = w.data() + 7 * layer;
+        const Tensor &k_cache = caches[2 * layer], &v_cache = caches[2 * layer + 1];
+        b.rms_norm(normed, inv_rms, x, norm, 1e-5), done();
+        b.packed_gemv({{q, own[0], {}}, {k, own[1], {}}, {v, own[2], {}}}, normed), done();
+        b.append_kv(k_cache, v_cache, heads(k), heads(v), start, heads(q), inv_freq), done();
+        b.attention_cached(heads(o), heads(q), k_cache, v_cache, start, {}), done();
+        b.packed_gemv(attended, o, own[3], x), done();
+        b.rms_norm(normed, inv_rms, attended, norm, 1e-5), done();
+        b.packed_gemv({{gate, own[4], {}}, {up, own[5], {}}}, normed), done();
+        b.swiglu(h, gate, up), done();
+        b.packed_gemv(x, h, own[6], attended), done();
+      }
+      b.advance(start), done();
+    };
+    const auto restart = [&] {
+      b.zero(start);
+      for (const Tensor& cache : caches) b.zero(cache);
+    };
+    std::vector<Values> want;
+    restart();
+    for (int i = 0; i < 5; ++i) {
+      step(true);
+      want.push_back(values_of(b, x));
+      REQUIRE(std::ranges::all_of(want.back(), [](double value) { return std::isfinite(value); }));
+      CHECK((i == 0 || want[static_cast<size_t>(i)] != want[static_cast<size_t>(i - 1)]));
+    }
+    restart();
+    for (const Values& values : want) {
+      step(false);
+      CHECK(values_of(b, x) == values);
+    }
+    const auto replay = b.record([&] { step(false); });
+    for (int run = 0; run < 4; ++run) {
+      restart();
+      for (const Values& values : want) {
+        replay->run();
+        CHECK(values_of(b, x) == values);
+      }
+    }
+  }
+}
+
 TEST_CASE("tiles of 2-bit codes hold a stored matrix", "[packed][tiles]") {
   engine::Rng rng(44);
   for (const int group : {32, 64, 128})

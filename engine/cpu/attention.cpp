@@ -162,7 +162,8 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
 
 template <typename T>
 void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                                 const Tensor& v, const Tensor& start) {
+                                 const Tensor& v, const Tensor& start, const Tensor& q,
+                                 const Tensor& inv_freq) {
   const int64_t batch = k.dim(0), time = k.dim(1), capacity = k_cache.dim(1);
   const int64_t width = k.dim(2) * k.dim(3);
   const int32_t* first = start.data<int32_t>();
@@ -171,7 +172,12 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
     const int64_t to = (b * capacity + first[b]) * width, from = b * time * width;
     std::copy_n(data(k) + from, time * width, data(k_cache) + to);
     std::copy_n(data(v) + from, time * width, data(v_cache) + to);
+    if (!inv_freq.defined()) continue;
+    const Tensor rows = k_cache.view({batch * capacity, width}).rows(b * capacity + first[b], time);
+    do_rope(rows.view({1, time, k.dim(2), k.dim(3)}), inv_freq, start.rows(b, 1),
+            Rotation::Forward);
   }
+  if (inv_freq.defined()) do_rope(q, inv_freq, start, Rotation::Forward);
 }
 
 template <typename T>
