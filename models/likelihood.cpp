@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 namespace bbb::models {
 
@@ -36,7 +37,7 @@ Tensor upload_ids(Backend& backend, const engine::Shape& shape, const std::vecto
 
 // The losses of the scored tokens of `batch`, one sequence after the other.
 std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTokens*>& batch,
-                                 int64_t length) {
+                                 int64_t length, quant::KvFormat kv) {
   Backend& backend = model.backend();
   const int64_t count = static_cast<int64_t>(batch.size());
   std::vector<int32_t> inputs(static_cast<size_t>(count * length), 0);
@@ -56,8 +57,10 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
   const Tensor scored_h = backend.empty({scored, width}, backend.act());
   Tape tape(backend, autograd::TapeMode::Inference);
   {
-    const Var h =
-        model.forward(tape, upload_ids(backend, {count, length}, inputs), nullptr, Recompute::None);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), count, length, kv);
+    const Var h = model.forward(tape, upload_ids(backend, {count, length}, inputs),
+                                cache ? &*cache : nullptr, Recompute::None);
     // A lookup in the table of all hidden states copies the scored rows.
     backend.embed(scored_h, upload_ids(backend, {scored}, rows),
                   h.value().view({count * length, width}));
@@ -71,7 +74,8 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
 }  // namespace
 
 std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens>& sequences,
-                                    const std::function<void(int64_t done)>& progress) {
+                                    const std::function<void(int64_t done)>& progress,
+                                    quant::KvFormat kv) {
   for (const ScoredTokens& sequence : sequences) check_sequence(sequence, model.config().vocab);
   // Longest first: a batch that does not fit in memory fails at once, not after an hour.
   std::vector<size_t> order(sequences.size());
@@ -88,7 +92,7 @@ std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens
     const size_t end = std::min(order.size(), begin + most);
     std::vector<const ScoredTokens*> batch;
     for (size_t i = begin; i < end; ++i) batch.push_back(&sequences[order[i]]);
-    const std::vector<float> losses = scored_losses(model, batch, length);
+    const std::vector<float> losses = scored_losses(model, batch, length, kv);
     size_t next = 0;
     for (; begin < end; ++begin) {
       double& sum = sums[order[begin]];
