@@ -49,6 +49,7 @@ using engine::Shape;
 using engine::Tensor;
 using engine::WeightGrid;
 using engine::Write;
+using quant::KvFormat;
 using quant::LaunchShape;
 #ifdef __CUDACC__
 using quant::launch;
@@ -141,7 +142,7 @@ class CudaBackend final : public engine::Backend {
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
-int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
+int64_t attention_cached_scratch_bytes(const Shape& shape, int sms);
 int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);
 int64_t embed_backward_scratch_bytes(int64_t rows, int64_t vocabulary);
 

@@ -195,11 +195,30 @@ class Op {
     rank("q", q, 4);
     rank("k", k, 4);
     dtype("q", q, act);
-    BBB_CHECK(k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0, name_, ": ", q.dim(2),
-              " query heads are not a multiple of ", k.dim(2), " kv-heads");
+    query_groups(q.dim(2), k.dim(2), spec);
     is("k", k, act, {q.dim(0), k.dim(1), k.dim(2), q.dim(3)});
     like("v", v, act, k.shape());
+  }
+  void query_groups(int64_t heads, int64_t kv_heads, const AttentionSpec& spec) const {
+    BBB_CHECK(kv_heads > 0 && heads % kv_heads == 0, name_, ": ", heads,
+              " query heads are not a multiple of ", kv_heads, " kv-heads");
     BBB_CHECK(spec.window >= 0, name_, ": window must not be negative, got ", spec.window);
+  }
+
+  // Keys and values of `batch` sequences, of any number of positions.
+  void caches(const Tensor& k, const Tensor& v, int64_t batch, int64_t kv_heads, int64_t d,
+              KvFormat format) const {
+    rank("k_cache", k, 4);
+    if (format.quantized()) {
+      BBB_CHECK(format.bits == 8 || format.bits == 4, name_, ": a cache of ", format.bits, " bits");
+      BBB_CHECK(d % KvFormat::kGroup == 0, name_, ": a quantized cache takes head sizes that are ",
+                "multiples of ", KvFormat::kGroup, ", not ", d);
+      BBB_CHECK(k.dim(1) % KvFormat::kCapacity_tokens == 0, name_, ": a quantized cache of ",
+                k.dim(1), " positions, not a multiple of ", KvFormat::kCapacity_tokens);
+    }
+    is("k_cache", k, format.quantized() ? DType::U8 : backend_.act(),
+       {batch, k.dim(1), kv_heads, format.quantized() ? format.head_bytes(d) : d});
+    like("v_cache", v, k.dtype(), k.shape());
   }
 
   // inv_freq holds a frequency for each pair (i, i + d/2) of x (B, T, H, d).
@@ -624,14 +643,12 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                         const Tensor& v, const Tensor& start, const Tensor& q,
-                        const Tensor& inv_freq) {
+                        const Tensor& inv_freq, KvFormat format) {
   const Op op(*this, "append_kv");
   op.rank("k", k, 4);
   op.dtype("k", k, act());
   op.like("v", v, act(), k.shape());
-  op.rank("k_cache", k_cache, 4);
-  op.is("k_cache", k_cache, act(), {k.dim(0), k_cache.dim(1), k.dim(2), k.dim(3)});
-  op.like("v_cache", v_cache, act(), k_cache.shape());
+  op.caches(k_cache, v_cache, k.dim(0), k.dim(2), k.dim(3), format);
   op.is("start", start, DType::I32, {k.dim(0)});
   BBB_CHECK(q.defined() == inv_freq.defined(), "append_kv: q without inv_freq, or the reverse");
   if (q.defined()) {
@@ -639,18 +656,23 @@ void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tens
     op.is("q", q, act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
     op.pairs(q, inv_freq);
   }
-  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq);
+  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format);
 }
 
 void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                const Tensor& v_cache, const Tensor& start,
-                               const AttentionSpec& spec) {
+                               const AttentionSpec& spec, KvFormat format) {
   const Op op(*this, "attention_cached");
-  op.heads(q, k_cache, v_cache, spec);
+  op.rank("q", q, 4);
+  op.rank("k_cache", k_cache, 4);
+  op.dtype("q", q, act());
+  op.query_groups(q.dim(2), k_cache.dim(2), spec);
+  op.caches(k_cache, v_cache, q.dim(0), k_cache.dim(2), q.dim(3), format);
   op.like("o", o, act(), q.shape());
   op.is("start", start, DType::I32, {q.dim(0)});
-  const Shape sizes{q.dim(0), q.dim(1), q.dim(2), q.dim(3), k_cache.dim(1)};
-  do_attention_cached(o, q, k_cache, v_cache, start, spec,
+  const Shape sizes{q.dim(0),       q.dim(1),       q.dim(2),   q.dim(3),
+                    k_cache.dim(1), k_cache.dim(2), format.bits};
+  do_attention_cached(o, q, k_cache, v_cache, start, spec, format,
                       make_scratch(ScratchOp::AttentionCached, sizes));
 }
 

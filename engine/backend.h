@@ -51,7 +51,7 @@ enum class ScratchOp {
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
   ChannelMoments,      // (M, K)
-  AttentionCached,     // (B, T, H, d, Tmax)
+  AttentionCached,     // (B, T, H, d, Tmax, K, bits of the cache)
   Sample,              // (M, V)
   EmbedBackward,       // (M, V)
 };
@@ -375,13 +375,17 @@ class Backend {
   // cache[b, start[b] + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (B) on
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
   // device knows `start`, so the next upload, download or synchronize() throws. With inv_freq,
-  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start.
+  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start,
+  // rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d a multiple of 32.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                 const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {});
+                 const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {},
+                 KvFormat format = {});
   // Query t of sequence b is at position start[b] + t and sees keys 0 .. start[b] + t of its cache,
-  // within the window. o, q act (B, T, H, d).
+  // within the window. o, q act (B, T, H, d). Keys and values of a quantized cache are (q - z) e;
+  // with several queries a GPU rounds them to bf16, which changes them at 8 bits.
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
-                        const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
+                        const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
+                        KvFormat format = {});
 
   // --- sampling ---------------------------------------------------------------------------------
   // ids[m] = a token chosen by row m of logits (engine/sampling.h), which also becomes a seen one.

@@ -3,11 +3,12 @@
 #pragma once
 
 #include "engine/tensor.h"
-#include "quant/spec.h"
+#include "quant/format.h"
 
 namespace bbb::engine {
 using Arg = const Tensor&;
-}
+using quant::KvFormat;
+}  // namespace bbb::engine
 
 // clang-format off
 #define BBB_OP_upload Arg, const void*
@@ -40,8 +41,8 @@ using Arg = const Tensor&;
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
   const AttentionSpec&, Arg
-#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg
-#define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
+#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg, KvFormat
+#define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, KvFormat, Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
 #define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double

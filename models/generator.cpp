@@ -11,13 +11,13 @@ using engine::DType;
 using engine::Lane;
 
 Generator::Generator(Llama& model, int64_t batch, int64_t capacity_tokens,
-                     const engine::SampleSpec& spec)
+                     const engine::SampleSpec& spec, quant::KvFormat kv)
     : model_(model),
       backend_(model.backend()),
       batch_(batch),
       capacity_(capacity_tokens),
       spec_(spec),
-      kv_(backend_, model.config(), batch, capacity_tokens),
+      kv_(backend_, model.config(), batch, capacity_tokens, kv),
       counters_(backend_.zeros({batch + 1}, DType::I32)),
       tokens_(backend_.zeros({batch}, DType::I32)),
       logged_(kLogRows),

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 namespace bbb::models {
 
@@ -28,7 +29,7 @@ void check_sequence(const ScoredTokens& sequence, int64_t vocab) {
 
 // The losses of the scored tokens of `batch`, one sequence after the other.
 std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTokens*>& batch,
-                                 int64_t length) {
+                                 int64_t length, quant::KvFormat kv) {
   Backend& backend = model.backend();
   const int64_t count = static_cast<int64_t>(batch.size());
   std::vector<int32_t> inputs(static_cast<size_t>(count * length), 0);
@@ -48,8 +49,10 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
   const Tensor scored_h = backend.empty({scored, width}, backend.act());
   Tape tape(backend, autograd::TapeMode::Inference);
   {
-    const Var h = model.forward(tape, upload_ints(backend, inputs, {count, length}), nullptr,
-                                Recompute::None);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), count, length, kv);
+    const Var h = model.forward(tape, upload_ints(backend, inputs, {count, length}),
+                                cache ? &*cache : nullptr, Recompute::None);
     // A lookup in the table of all hidden states copies the scored rows.
     backend.embed(scored_h, upload_ints(backend, rows, {scored}),
                   h.value().view({count * length, width}));
@@ -63,7 +66,8 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
 }  // namespace
 
 std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens>& sequences,
-                                    const std::function<void(int64_t done)>& progress) {
+                                    const std::function<void(int64_t done)>& progress,
+                                    quant::KvFormat kv) {
   for (const ScoredTokens& sequence : sequences) check_sequence(sequence, model.config().vocab);
   // Longest first: a batch that does not fit in memory fails at once, not after an hour.
   std::vector<size_t> order(sequences.size());
@@ -80,7 +84,7 @@ std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens
     const size_t end = std::min(order.size(), begin + most);
     std::vector<const ScoredTokens*> batch;
     for (size_t i = begin; i < end; ++i) batch.push_back(&sequences[order[i]]);
-    const std::vector<float> losses = scored_losses(model, batch, length);
+    const std::vector<float> losses = scored_losses(model, batch, length, kv);
     size_t next = 0;
     for (; begin < end; ++begin) {
       double& sum = sums[order[begin]];

@@ -109,9 +109,10 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
     backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
-                       inv_freq_);
+                       inv_freq_, kv->format);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
-    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec);
+    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec,
+                              kv->format);
   } else {
     out = attention(tape, q, k, v, inv_freq_, spec);
   }

@@ -20,10 +20,15 @@ namespace bbb::models {
 // forward() writes from `start` on and does not change `start`. The caller advances it, with
 // Backend::advance inside a recorded step.
 struct KvCache {
-  KvCache(Backend& backend, const LlamaConfig& config, int64_t batch, int64_t capacity_tokens);
+  // A quantized cache has up to three positions more.
+  KvCache(Backend& backend, const LlamaConfig& config, int64_t batch, int64_t capacity_tokens,
+          quant::KvFormat kv_format = {});
   KvCache sequence(int64_t b) const;  // sequence b alone; shares the memory
 
-  std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d)
+  int64_t bytes_per_token() const;
+
+  quant::KvFormat format;
+  std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d), or U8 as in `format`
   Tensor start;              // I32 (B) on the device
   // If there is one, forward() computes the blocks of one token of one sequence with it.
   std::shared_ptr<engine::LayerDecoder> decoder;
@@ -188,7 +193,9 @@ struct Perplexity {
   int64_t windows = 0;
   int64_t tokens = 0;  // predicted
 };
+// kv: quantized keys and values go through a cache of this format, so they cost what they cost when
+// the model generates.
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
-                      const std::function<void(int64_t done)>& progress);
+                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv = {});
 
 }  // namespace bbb::models

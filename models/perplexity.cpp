@@ -1,6 +1,7 @@
 // Perplexity: the device computes the losses of the tokens, the host adds them in F64.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "data/text.h"
 #include "models/llama.h"
@@ -36,7 +37,7 @@ HeadChunks head_chunks(const HeadBudget& budget, int64_t rows, int64_t vocab, DT
 }
 
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
-                      const std::function<void(int64_t done)>& progress) {
+                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {
   BBB_ASSERT(static_cast<int64_t>(ids.size()) == count * seq_len);
   BBB_CHECK(count > 0 && seq_len > 1, "perplexity needs a window of two tokens or more");
   Backend& backend = model.backend();
@@ -54,7 +55,9 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
     const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
     Tensor losses = backend.empty({rows}, backend.real());
     Tape tape(backend, autograd::TapeMode::Inference);
-    const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), batch, seq_len, kv);
+    const Var hidden = model.forward(tape, tokens, cache ? &*cache : nullptr, Recompute::None);
     head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
               Var(model.head()), targets, {}, 1.0,
               head_chunks(head_budget(backend), rows, vocab, backend.real()), losses);
