@@ -413,7 +413,7 @@ Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompu
 }
 
 std::unique_ptr<engine::LayerDecoder> Llama::layer_decoder(const KvCache& kv) {
-  if (kv.start.numel() != 1) return nullptr;
+  if (kv.format.quantized() || kv.start.numel() != 1) return nullptr;
   engine::DecodeStack stack{.layers = {},
                             .start = kv.start,
                             .inv_freq = inv_freq_,
