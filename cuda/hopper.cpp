@@ -52,9 +52,9 @@ CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int r
                                       size(int64_t{t} * heads * D * 2)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(Panel::kColumns), 1,
                             static_cast<cuuint32_t>(rows), 1};
-  return encode_map(x, 4, dims, strides_bytes, box,
-                    Panel::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
-                                            : CU_TENSOR_MAP_SWIZZLE_64B);
+  return encode_map(
+      x, 4, dims, strides_bytes, box,
+      Panel::kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 CUtensorMap matrix_map(const __nv_bfloat16* x, int64_t rows, int64_t columns, int box_rows) {

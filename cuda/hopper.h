@@ -290,21 +290,6 @@ __device__ inline ulonglong2 load_words(const uint64_t* from) {
   return words;
 }
 
-// Reads from the shared memory of another block.
-__device__ inline float load_from_block(uint32_t address, int rank) {
-  float value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n"
-      "}"
-      : "=f"(value)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return value;
-}
-
 // --- registers ----------------------------------------------------------------------------------
 
 template <int kRegisters>
@@ -379,8 +364,8 @@ struct Operand {
   // The descriptor of that slice: an address never carries into the upper half.
   template <Along kAlong>
   __device__ static uint64_t slice(uint64_t descriptor, int number) {
-    const uint32_t low = static_cast<uint32_t>(descriptor) +
-                         static_cast<uint32_t>(slice_offset<kAlong>(number));
+    const uint32_t low =
+        static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(slice_offset<kAlong>(number));
     uint64_t joined;
     asm("mov.b64 %0, {%1, %2};"
         : "=l"(joined)

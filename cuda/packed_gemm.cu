@@ -3,10 +3,10 @@
 //
 //   y = S x ((q - z) e)^T (+ addend)        x (M, K) bf16, y (M, N) bf16 or FP32
 //
-// Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns of
-// B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16, so a product differs from
-// one in F64 only by the FP32 sums. S is applied at the end. With bits 4, 5 of a bf16 of exponent
-// 250 the code, a register of A takes one shift, one mask and one fused multiply-add:
+// Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns
+// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16, so a product differs
+// from one in F64 only by the FP32 sums. S is applied at the end. With bits 4, 5 of a bf16 of
+// exponent 250 the code, a register of A takes one shift, one mask and one fused multiply-add:
 //
 //   2^120 (8 + q)  *  2^-120 e  -  (8 + z) e        both factors and (8 + z) e are exact in bf16
 //
@@ -17,15 +17,16 @@
 // tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
 // fragments of its own row tile, those of a sub-group, A(i), while the one before is multiplied:
 //
-//     issue A(0) | make A(1) | issue A(1) | wait for A(0) | make A(2) | issue A(2) | wait for A(1) |
-//     make A(3) | issue A(3) | wait full | make the next slice's A(0) | wait for A(3) | arrive empty
+//     issue A(0) | make A(1) | issue A(1) | wait for A(0) | make A(2) | issue A(2) | wait for A(1)
+//     | make A(3) | issue A(3) | wait full | make the next slice's A(0) | wait for A(3) | arrive
+//     empty
 //
 // Thread 0 refills the stage of the slice before behind A(1), once all warps have left it.
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. Blocks put their sums into their shared memory, and each adds those of all
-// blocks, in the order of blocks, for its part of the rows of x. So runs repeat bit for bit.
+// part of the slices. Each block sends its sums of a row of x to the shared memory of the one that
+// adds them up, in the order of blocks. So runs repeat bit for bit.
 // Bytes moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from
 // the L2 cache.
 #include <algorithm>
@@ -57,8 +58,13 @@ constexpr int blocks_of(int tokens) { return tokens <= 32 ? 2 : 1; }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
-// Sums in shared memory: (tokens, pitch) FP32. Four more than rows: the lanes of a fragment's store
-// use distinct banks.
+// Sums in shared memory: (blocks, slots, pitch) FP32. Rank r of a cluster adds up tokens r, r +
+// split, .., one a slot. The pitch is four more than rows: the lanes of a fragment's store use
+// distinct banks.
+constexpr int kOutputs = 4;  // that a thread makes at a time
+BBB_HD constexpr int slots_of(int tokens, unsigned split) {
+  return static_cast<int>((tokens + split - 1) / split);
+}
 BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
 
 // A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
@@ -72,8 +78,8 @@ struct LaneTile {
   __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
     const uint4 all = *reinterpret_cast<const uint4*>(tile + lane * 16);
     scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-    zeros = __byte_perm(
-        *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2), 0, 0x4140);
+    zeros = __byte_perm(*reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2),
+                        0, 0x4140);
     const uint32_t word[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -89,9 +95,9 @@ struct LaneTile {
     const auto to_place = [](uint32_t x) {  // the sub-group's codes to bits 4, 5 of the halves
       return kSubgroup < 2 ? x << (4 - 2 * kSubgroup) : x >> (2 * kSubgroup - 4);
     };
-    const uint32_t e = __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0,
-                                   kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
-                       << 4;
+    const uint32_t e =
+        __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0, kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
+        << 4;
     const uint32_t offset = mul_bf16x2(mask_or<kCode, kExponent | kSign>(to_place(zeros)), e);
     const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
     const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
@@ -99,11 +105,15 @@ struct LaneTile {
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
-        a[i / 2][odd * 2 + i % 2] =
-            fma_bf16x2(mask_or<kCode, kExponent>(to_place(words[odd][i])), e_row[i % 2],
-                       offset_row[i % 2]);
+        a[i / 2][odd * 2 + i % 2] = fma_bf16x2(mask_or<kCode, kExponent>(to_place(words[odd][i])),
+                                               e_row[i % 2], offset_row[i % 2]);
   }
 };
+
+// A value that an earlier kernel wrote.
+__device__ __forceinline__ float load_bf16(const bf16* p) {
+  return __uint_as_float(uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(p))} << 16);
+}
 
 struct GemmShape {
   int64_t k;
@@ -113,7 +123,7 @@ struct GemmShape {
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
 // of x, their tiles, and two barriers a stage; at the end sums (sums_pitch).
 template <int kTokens>
-__global__ void __launch_bounds__(kMaxGroups * kWarpgroup, blocks_of(kTokens))
+__global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -239,22 +249,35 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, blocks_of(kTokens))
     accumulator_fence(d);
   }
 
-  // All copies have landed and all products have read them.
-  const int threads = static_cast<int>(blockDim.x), pitch = sums_pitch(most_groups);
-  __syncthreads();
+  // The ring is free in all blocks: all copies have landed and all products have read them.
+  if (split > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
   float* const sums = reinterpret_cast<float*>(smem);
+  const int pitch = sums_pitch(most_groups), slots = slots_of(kTokens, split);
   if (group < groups) {
-    const int row = warp * kTileRows + lane / 4, token = lane % 4 * 2;
+    const int row = warp * kTileRows + lane / 4;
+    const unsigned inverse = (65536 + split - 1) / split;  // its products give quotients of tokens
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
+    for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i)
+      for (int j = 0; j < 2; ++j) {
+        const unsigned token = i * 8 + lane % 4 * 2 + j, slot = token * inverse >> 16;
+        float* const to = sums + (rank * slots + slot) * pitch + row;
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          sums[(i * 8 + token + j) * pitch + row + half * 8] =
-              is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
-    }
+        for (int half = 0; half < 2; ++half) {
+          const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
+          const float sum = is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
+          if (split > 1)
+            store_to_block(shared_address(to + half * 8), static_cast<int>(token - slot * split),
+                           sum);
+          else
+            to[half * 8] = sum;
+        }
+      }
   }
   if (split > 1) {
     cluster_arrive();
@@ -263,41 +286,37 @@ __global__ void __launch_bounds__(kMaxGroups * kWarpgroup, blocks_of(kTokens))
     __syncthreads();
   }
 
+  // A thread takes an output row, and every second slot.
   const float s = *product.w.master_scale;
-  const int rows = groups * kGroupRows;
-  const int end = min(static_cast<int>((rank + 1) * kTokens / split), shape.m - first_token);
-  for (int token = static_cast<int>(rank * kTokens / split); token < end; ++token)
-    for (int row = thread; row < rows; row += threads) {
-      const int64_t output = first_group * kGroupRows + row;
-      if (output >= n) continue;
-      const int at = token * pitch + row;
-      float total;
-      if (split == 1) {
-        total = sums[at];
-      } else {
-        float part[kMaxSplit];
+  const int block_rows = most_groups * kGroupRows, row = thread % block_rows;
+  const int64_t output = first_group * kGroupRows + row;
+  if (row >= groups * kGroupRows || output >= n) return;
+  const float* const from = sums + row;
+#pragma unroll 1
+  for (int first = thread / block_rows; first < slots; first += 2 * kOutputs) {
+    const auto token_of = [&](int i) { return static_cast<int>((first + 2 * i) * split + rank); };
+    const auto is_output = [&](int i) {
+      return token_of(i) < kTokens && first_token + token_of(i) < shape.m;
+    };
+    const int64_t out = int64_t{first_token} * n + output;
+    float addend[kOutputs] = {};
+    if (product.addend != nullptr)
 #pragma unroll
-        for (unsigned from = 0; from < kMaxSplit; ++from)
-          part[from] = from < split
-                           ? load_from_block(shared_address(sums + at), static_cast<int>(from))
-                           : 0.0f;
-        total = part[0];
+      for (int i = 0; i < kOutputs; ++i)
+        if (is_output(i)) addend[i] = load_bf16(product.addend + out + token_of(i) * n);
 #pragma unroll
-        for (unsigned from = 1; from < kMaxSplit; ++from) total += part[from];
-      }
+    for (int i = 0; i < kOutputs; ++i) {
+      if (!is_output(i)) continue;
+      float total = from[(first + 2 * i) * pitch];
+      for (unsigned block = 1; block < split; ++block)
+        total += from[(block * slots + first + 2 * i) * pitch];
       total *= s;
-      const int64_t out = int64_t{first_token + token} * n + output;
-      if (product.addend != nullptr)
-        total += __uint_as_float(
-            uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
+      if (product.addend != nullptr) total += addend[i];
       if (product.y_f32 != nullptr)
-        product.y_f32[out] = total;
+        product.y_f32[out + token_of(i) * n] = total;
       else
-        product.y_bf16[out] = __float2bfloat16_rn(total);
+        product.y_bf16[out + token_of(i) * n] = __float2bfloat16_rn(total);
     }
-  if (split > 1) {  // the others read these sums
-    cluster_arrive();
-    cluster_wait();
   }
 #endif
 }
@@ -354,16 +373,17 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
   const int64_t limit_bytes = at.block_bytes(blocks_of(kTokens));
   const int64_t stages =
       std::min({slices, int64_t{kMaxStages}, (limit_bytes - kAlignment) / stage_bytes});
-  const int64_t sums_bytes = int64_t{kTokens} * sums_pitch(static_cast<int>(by.groups)) * 4;
+  const int64_t sums_bytes = by.split * slots_of(kTokens, static_cast<unsigned>(by.split)) *
+                             sums_pitch(static_cast<int>(by.groups)) * 4;
   const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, sums_bytes);
   BBB_ASSERT((stages > 1 || slices == 1) && smem_bytes <= limit_bytes);
-  launch(at.stream,
-         {dim3(static_cast<unsigned>(by.all_shares() * by.split),
-               static_cast<unsigned>(token_tiles)),
-          dim3(static_cast<unsigned>(by.groups * kWarpgroup)), smem_bytes, true,
-          static_cast<unsigned>(by.split)},
-         packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
-         GemmShape{k, static_cast<int>(m), static_cast<int>(stages)});
+  launch(
+      at.stream,
+      {dim3(static_cast<unsigned>(by.all_shares() * by.split), static_cast<unsigned>(token_tiles)),
+       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), smem_bytes, true,
+       static_cast<unsigned>(by.split)},
+      packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
+      GemmShape{k, static_cast<int>(m), static_cast<int>(stages)});
 }
 
 }  // namespace

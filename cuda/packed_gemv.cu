@@ -380,7 +380,8 @@ CodedRows rows_from(const CodedRows& x, int64_t row) {
 
 // Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
 template <bool kManyRows, typename Input>
-void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row, int64_t m) {
+void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row,
+                 int64_t m) {
   const Division by = divide(products, at.processors);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) {

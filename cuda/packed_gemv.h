@@ -1,5 +1,6 @@
 // Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu for few rows of
-// x, cuda/packed_gemm.cu for more), sm_90a only, and of the tiles themselves (cuda/packed_tiles.cu).
+// x, cuda/packed_gemm.cu for more), sm_90a only, and of the tiles themselves
+// (cuda/packed_tiles.cu).
 #pragma once
 
 #include <span>

@@ -255,8 +255,8 @@ std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*
 bool QuantLinear::multiplies_codes(const LinearInput& x) const {
   if (!holds<PackedLinear>()) return false;
   const int64_t rows = engine::numel_of(x.shape) / columns();
-  return rows <= (x.codes.codes.defined() ? Backend::kMaxPackedRows
-                                          : backend_.max_packed_rows(format_));
+  return rows <=
+         (x.codes.codes.defined() ? Backend::kMaxPackedRows : backend_.max_packed_rows(format_));
 }
 
 std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,

@@ -76,7 +76,8 @@ struct GemvResult {
   TimedProduct dense;      // act weights: gemm_nt
 };
 
-// Times products of `rows` rows of x, at most Backend::kMaxPackedRows. Cold products rotate through
+// Times products of `rows` rows of x, at most the backend's max_packed_rows; quantized ones of more
+// than Backend::kMaxPackedRows stay 0. Cold products rotate through
 // copies of the weight that fill `rotation_bytes`, so that none is still in a cache.
 GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rows,
                       int64_t rotation_bytes);

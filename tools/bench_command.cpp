@@ -2,6 +2,7 @@
 // matrix-vector products against dense ones.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
@@ -17,6 +18,7 @@ using nlohmann::ordered_json;
 namespace {
 
 constexpr int64_t kRotationBytes = 256 << 20;  // several times a GPU's L2, or most CPUs' L3
+constexpr int64_t kMaxRows = 8192;
 constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
                                      {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
                                      {1536, 576},   {576, 1536}};
@@ -142,8 +144,9 @@ int bench_gemv_command(const Arguments& arguments) {
       "json", "write the result to this file too", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   check_writable(line, "json");
-  const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
   const auto backend = line.make_backend();
+  const int64_t rows =
+      line.integer("rows", 1, std::min(backend->max_packed_rows({.n = 1, .k = 32}), kMaxRows));
   const double bandwidth = measure_read_bandwidth(*backend);
   fmt::print("{}: reads {:.0f} GB/s; rows of x: {}; us, and percent of that bandwidth\n",
              backend->device_name(), bandwidth / 1e9, rows);
@@ -160,6 +163,10 @@ int bench_gemv_command(const Arguments& arguments) {
     std::string text;
     for (const auto& [name, product] :
          {std::pair{"w2a16", &r.packed}, {"w2a2", &r.quantized}, {"dense", &r.dense}}) {
+      if (product->bytes == 0) {
+        text += fmt::format("  {:>17}", "-");
+        continue;
+      }
       const double cold = fraction(*product, product->cold_s);
       text += fmt::format("  {:6.2f} {:3.0f}% {:6.2f}", 1e6 * product->cold_s, 100 * cold,
                           1e6 * product->warm_s);

@@ -13,7 +13,7 @@ using engine::Tensor;
 
 namespace {
 
-constexpr int64_t kMinProducts = 2048;  // in a graph: far more time than its launch
+constexpr int64_t kMinProducts = 2048;  // of up to 16 rows in a graph: far more than its launch
 constexpr int64_t kMaxCopies = 4096;
 
 int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
@@ -21,10 +21,11 @@ int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
 }
 
 // Returns the seconds of one product. product(i) queues one with copy i of the weight.
-double measure_products(Backend& backend, int64_t copies,
+double measure_products(Backend& backend, int64_t rows, int64_t copies,
                         const std::function<void(int64_t copy)>& product) {
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
-  const int64_t products = gpu ? (kMinProducts + copies - 1) / copies * copies : 1;
+  const int64_t least = kMinProducts * 16 / std::max<int64_t>(rows, 16);
+  const int64_t products = gpu ? (least + copies - 1) / copies * copies : 1;
   int64_t at = 0;  // a CPU's replay goes on where the last one ended
   const auto replay = backend.record([&] {
     for (int64_t i = 0; i < products; ++i) product(at++ % copies);
@@ -33,11 +34,11 @@ double measure_products(Backend& backend, int64_t copies,
          static_cast<double>(products);
 }
 
-void time_product(TimedProduct& timed, Backend& backend, int64_t copies, int64_t bytes,
-                  const std::function<void(int64_t copy)>& product) {
+void time_product(TimedProduct& timed, Backend& backend, int64_t rows, int64_t copies,
+                  int64_t bytes, const std::function<void(int64_t copy)>& product) {
   timed.bytes = static_cast<double>(bytes);
-  timed.cold_s = measure_products(backend, copies, product);
-  timed.warm_s = measure_products(backend, 1, product);
+  timed.cold_s = measure_products(backend, rows, copies, product);
+  timed.warm_s = measure_products(backend, rows, 1, product);
 }
 
 // A stored matrix of random codes, with scales from 1/2 to 15/8.
@@ -83,7 +84,6 @@ GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t r
   const Tensor x = random_activations(backend, {rows, k}, 1);
   const Tensor y = backend.empty({rows, n}, backend.act());
   {
-    const engine::OperandRows operand = random_operand(backend, rows, k, format.groups());
     const PackedWeight file = random_weight(backend, format);
     const int64_t copies = copies_for(packed_bytes, rotation_bytes);
     std::vector<PackedWeight> weights;
@@ -91,16 +91,19 @@ GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t r
     const auto weight = [&](int64_t i) -> const PackedWeight& {
       return weights[static_cast<size_t>(i)];
     };
-    time_product(result.packed, backend, copies, packed_bytes + x_bytes + y_bytes,
+    time_product(result.packed, backend, rows, copies, packed_bytes + x_bytes + y_bytes,
                  [&](int64_t i) { backend.packed_gemv(y, x, weight(i), Tensor()); });
-    time_product(result.quantized, backend, copies, packed_bytes + operand_bytes + y_bytes,
-                 [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
+    if (rows <= Backend::kMaxPackedRows) {
+      const engine::OperandRows operand = random_operand(backend, rows, k, format.groups());
+      time_product(result.quantized, backend, rows, copies, packed_bytes + operand_bytes + y_bytes,
+                   [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
+    }
   }
   const int64_t copies = copies_for(dense_bytes, rotation_bytes);
   const Tensor weights = random_activations(backend, {copies * n, k}, 2);
-  time_product(result.dense, backend, copies, dense_bytes + x_bytes + y_bytes, [&](int64_t i) {
-    backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor());
-  });
+  time_product(
+      result.dense, backend, rows, copies, dense_bytes + x_bytes + y_bytes,
+      [&](int64_t i) { backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor()); });
   return result;
 }
 
