@@ -125,21 +125,6 @@ struct DecodeArgs {
   float eps;
 };
 
-// The part of shared memory that depends on the head size alone.
-template <int kD>
-struct SmallMemory {
-  LayerView layers[2];  // this layer and the next one
-  ClusterShare shares[kDecodeProducts];
-  float sums[kDecodeWarps];
-  float2 rotations[kD / 2];
-  float q[kUnitHeads][kD];
-  bf16 key[kD], value[kD];  // of this step's token
-  float2 warp_stats[kDecodeWarps][kUnitHeads];
-  // Of the ranks, in alternate units: outputs (ranks, heads, d / ranks), maxima and sums.
-  float outputs[2][kUnitHeads * kD];
-  float2 stats[2][kMaxRanks][kUnitHeads];
-};
-
 // --- words --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void publish(uint64_t* to, uint32_t data, uint32_t flag) {
@@ -192,18 +177,36 @@ __device__ __forceinline__ float rounded(float x) {
 
 // --- a warp's stream of tiles -------------------------------------------------------------------
 
-// Chunks, each the tiles of a part in one slice, in the order of use. All lanes hold the same.
+// Chunks, each the tiles of a part in one slice, in the order of use.
+
+// The next chunk to copy, and the free part of the ring. A warp's lane 0 keeps it in shared memory.
+struct alignas(16) TileCursor {
+  const uint8_t* from;
+  int64_t step_bytes;         // to the same part of the warp's next slice
+  int layer, product;         // layer == layers_count: there is none
+  int slice, end, lanes;      // slices of the block; the warp takes every lanes-th
+  int tiles;                  // of the chunk
+  int free_tiles, ring_tile;  // of the ring
+  int barrier;
+};
+
 class TileStream {
  public:
-  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares)
-      : a_(args), smem_(smem), shares_(shares), free_(args.memory.ring_tiles) {}
+  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares,
+                        TileCursor* cursors)
+      : a_(args), smem_(smem), shares_(shares), cursor_(cursors + threadIdx.x / 32) {}
 
-  __device__ void init_barriers(int lane) {
+  // Goes to the first chunk and copies as many as fit.
+  __device__ void start(int lane) {
     if (lane == 0) {
 #pragma unroll 1
       for (int i = 0; i < a_.memory.ring_tiles; ++i) mbarrier_init(barrier(i), 1);
       mbarrier_init_fence();
       async_proxy_fence();
+      TileCursor cursor{};
+      cursor.free_tiles = a_.memory.ring_tiles;
+      enter(cursor, 0, 0);
+      copy_chunks(cursor);
     }
     __syncwarp();
   }
@@ -219,77 +222,88 @@ class TileStream {
     return (cluster_rank() + 1) * entry(layer).slices[product] >> a_.rank_shift;
   }
 
-  // Goes to the first chunk of a product, or of one after it.
-  __device__ void enter(int layer, int product) {
-    for (; layer < a_.layers_count; ++layer, product = 0)
-      for (; product < kDecodeProducts; ++product) {
-        const WarpShare& w = shares_[product].warps[threadIdx.x / 32];
-        const int slice = first_slice(layer, product) + w.lane;
-        if (w.tiles == 0 || slice >= end_slice(layer, product)) continue;
-        const int64_t n = w.matrix_tiles;
-        layer_ = layer, product_ = product, slice_ = slice;
-        end_ = end_slice(layer, product);
-        lanes_ = shares_[product].lanes;
-        tiles_ = w.tiles;
-        from_ = entry(layer).tiles[w.matrix] + (slice * n + w.first_tile) * kTileBytes;
-        step_bytes_ = lanes_ * n * kTileBytes;
-        return;
-      }
-    layer_ = a_.layers_count;
-  }
-
-  // Copies as many chunks as fit.
-  __device__ void fill(int lane) {
-    const int ring_tiles = a_.memory.ring_tiles;
-    while (layer_ < a_.layers_count && tiles_ <= free_) {
-      if (lane == 0) {
-        const uint32_t to = barrier(write_barrier_);
-        const int first = min(tiles_, ring_tiles - write_);
-        mbarrier_expect(to, tiles_ * kTileBytes);
-        copy_bytes(shared_address(ring() + write_ * kTileBytes), from_, first * kTileBytes, to);
-        if (first < tiles_)
-          copy_bytes(shared_address(ring()), from_ + first * kTileBytes,
-                     (tiles_ - first) * kTileBytes, to);
-      }
-      free_ -= tiles_;
-      write_ += tiles_;
-      if (write_ >= ring_tiles) write_ -= ring_tiles;
-      if (++write_barrier_ == ring_tiles) write_barrier_ = 0;
-      from_ += step_bytes_;
-      slice_ += lanes_;
-      if (slice_ >= end_) enter(layer_, product_ + 1);
-    }
-  }
-
   // Waits for the next chunk; then its tile i is at tile(i).
   __device__ void wait() const {
     for (int i = 0; !mbarrier_try_wait(barrier(read_barrier_), parity_); ++i)
-      if (i >= kMaxReads) give_up("tiles", static_cast<unsigned>(layer_));
+      if (i >= kMaxReads) give_up("tiles", static_cast<unsigned>(read_barrier_));
   }
   __device__ const unsigned char* tile(int i) const {
     const int at = read_ + i;
     return ring() + (at >= a_.memory.ring_tiles ? at - a_.memory.ring_tiles : at) * kTileBytes;
   }
+  // The whole warp is done with the chunk of so many tiles: others take its place.
+  __device__ void release(int tiles, int lane) {
+    __syncwarp();
+    if (lane == 0) {
+      TileCursor cursor = *cursor_;
+      cursor.free_tiles += tiles;
+      copy_chunks(cursor);
+    }
+    skip(tiles);
+  }
   // Waits for all copies, if no chunk has been read yet.
   __device__ void drain() {
-    int chunks = write_barrier_ == 0 && free_ == 0 ? a_.memory.ring_tiles : write_barrier_;
-    for (; chunks > 0; --chunks) {
+    const int next = cursor_->barrier;
+    for (int chunks = next == 0 && cursor_->free_tiles == 0 ? a_.memory.ring_tiles : next;
+         chunks > 0; --chunks) {
       wait();
-      release(0);
+      skip(0);
     }
   }
-  // The chunk of so many tiles has been read by the whole warp.
-  __device__ void release(int tiles) {
+
+ private:
+  // Goes to the first chunk of a product, or of one after it.
+  __device__ void enter(TileCursor& cursor, int layer, int product) const {
+    for (; layer < a_.layers_count; ++layer, product = 0)
+      for (; product < kDecodeProducts; ++product) {
+        const WarpShare& w = shares_[product].warps[threadIdx.x / 32];
+        cursor.slice = first_slice(layer, product) + w.lane;
+        cursor.end = end_slice(layer, product);
+        if (w.tiles == 0 || cursor.slice >= cursor.end) continue;
+        const int64_t n = w.matrix_tiles;
+        cursor.layer = layer, cursor.product = product;
+        cursor.lanes = shares_[product].lanes;
+        cursor.tiles = w.tiles;
+        cursor.from = entry(layer).tiles[w.matrix] + (cursor.slice * n + w.first_tile) * kTileBytes;
+        cursor.step_bytes = cursor.lanes * n * kTileBytes;
+        return;
+      }
+    cursor.layer = a_.layers_count;
+  }
+
+  // Copies as many chunks as fit. One lane.
+  __device__ __forceinline__ void copy_chunks(TileCursor& cursor) {
+    const int ring_tiles = a_.memory.ring_tiles;
+    while (cursor.layer < a_.layers_count && cursor.tiles <= cursor.free_tiles) {
+      const uint32_t to = barrier(cursor.barrier);
+      const int first = min(cursor.tiles, ring_tiles - cursor.ring_tile);
+      mbarrier_expect(to, cursor.tiles * kTileBytes);
+      copy_bytes(shared_address(ring() + cursor.ring_tile * kTileBytes), cursor.from,
+                 first * kTileBytes, to);
+      if (first < cursor.tiles)
+        copy_bytes(shared_address(ring()), cursor.from + first * kTileBytes,
+                   (cursor.tiles - first) * kTileBytes, to);
+      cursor.free_tiles -= cursor.tiles;
+      cursor.ring_tile += cursor.tiles;
+      if (cursor.ring_tile >= ring_tiles) cursor.ring_tile -= ring_tiles;
+      if (++cursor.barrier == ring_tiles) cursor.barrier = 0;
+      cursor.from += cursor.step_bytes;
+      cursor.slice += cursor.lanes;
+      if (cursor.slice >= cursor.end) enter(cursor, cursor.layer, cursor.product + 1);
+    }
+    *cursor_ = cursor;
+  }
+
+  // To the next chunk.
+  __device__ void skip(int tiles) {
     read_ += tiles;
     if (read_ >= a_.memory.ring_tiles) read_ -= a_.memory.ring_tiles;
-    free_ += tiles;
     if (++read_barrier_ == a_.memory.ring_tiles) {
       read_barrier_ = 0;
       parity_ ^= 1;
     }
   }
 
- private:
   __device__ unsigned char* ring() const {
     return smem_ + static_cast<int>(threadIdx.x / 32) * (a_.memory.ring_tiles * kTileBytes);
   }
@@ -301,15 +315,28 @@ class TileStream {
   const DecodeArgs& a_;
   unsigned char* smem_;
   const ClusterShare* shares_;
-  // The next chunk to copy; layer_ == layers_count: none.
-  int layer_ = 0, product_ = 0, slice_ = 0, end_ = 0, lanes_ = 0, tiles_ = 0;
-  const uint8_t* from_ = nullptr;
-  int64_t step_bytes_ = 0;
-  int free_, write_ = 0, write_barrier_ = 0;
+  TileCursor* cursor_;
+  // The next chunk to read: its first tile and its barrier.
   int read_ = 0, read_barrier_ = 0, parity_ = 0;
 };
 
 // --- a block ------------------------------------------------------------------------------------
+
+// The part of shared memory that depends on the head size alone.
+template <int kD>
+struct SmallMemory {
+  LayerView layers[2];  // this layer and the next one
+  ClusterShare shares[kDecodeProducts];
+  TileCursor cursors[kDecodeWarps];
+  float sums[kDecodeWarps];
+  float2 rotations[kD / 2];
+  float q[kUnitHeads][kD];
+  bf16 key[kD], value[kD];  // of this step's token
+  float2 warp_stats[kDecodeWarps][kUnitHeads];
+  // Of the ranks, in alternate units: outputs (ranks, heads, d / ranks), maxima and sums.
+  float outputs[2][kUnitHeads * kD];
+  float2 stats[2][kMaxRanks][kUnitHeads];
+};
 
 template <int kD>
 class DecodeBlock {
@@ -322,14 +349,12 @@ class DecodeBlock {
         lane_(thread_ % 32),
         warp_(thread_ / 32),
         rank_(cluster_rank()),
-        stream_(args, smem, small_.shares) {}
+        stream_(args, smem, small_.shares, small_.cursors) {}
 
   __device__ void run() {
     load_tables();
-    stream_.init_barriers(lane_);
     __syncthreads();
-    stream_.enter(0, 0);
-    stream_.fill(lane_);
+    stream_.start(lane_);
     cluster_arrive();
     wait_for_previous_kernel();
     cluster_wait();  // the other blocks of the cluster run
@@ -699,9 +724,7 @@ class DecodeBlock {
       stream_.wait();
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) multiply_tile<false>(sum[i], stream_.tile(i), x, lane_);
-      __syncwarp();
-      stream_.release(kTiles);
-      stream_.fill(lane_);
+      stream_.release(kTiles, lane_);
     }
 
     // exchange: (ranks, lanes, kinds, rows of the receiver)
