@@ -369,6 +369,7 @@ class DecodeBlock {
     for (int layer = 0; layer < a_.layers_count; ++layer) {
       const LayerView& view = small_.layers[layer % 2];
       prepare_layer(layer + 1);
+      if (layer + 1 == a_.layers_count) start_next_kernel();
       const uint32_t flag = first_flag + 1 + static_cast<uint32_t>(layer);
 #pragma unroll 1
       for (int product = 0; product < kDecodeProducts; ++product) {
