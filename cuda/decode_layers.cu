@@ -757,7 +757,7 @@ class DecodeBlock {
     const float* const from = exchange() + kind * rows + thread_;
     const int parts = a_.ranks * small_.shares[product].lanes;
     float total = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < parts; ++i) total += from[i * kinds * rows];
     return total;
   }
