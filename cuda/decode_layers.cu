@@ -24,7 +24,10 @@
 // A product: the block reads the words of its part of the input (all of x for a norm), makes the
 // operand in integers in shared memory, and multiplies. Every warp sends its sums to the block of
 // the cluster that finishes these rows: rank r finishes the r-th part of the cluster's rows. It
-// adds in a fixed order: ranks, then lanes. A thread finishes one row, the same one of `output` and
+// waits until all bytes of one of two exchange buffers are there, and adds in a fixed order: ranks,
+// then lanes. A buffer is free again two products later: a block sends sums of the next product
+// only after all its warps have finished this one, and nobody sends those of the one after before
+// it has got all sums of the next. A thread finishes one row, the same one of `output` and
 // of `down`, and keeps its x in a register.
 //
 // Attention: 8 neighbouring columns of a key are a lane's. Every group of head_dim / 8 lanes walks
@@ -328,6 +331,7 @@ struct SmallMemory {
   LayerView layers[2];  // this layer and the next one
   ClusterShare shares[kDecodeProducts];
   TileCursor cursors[kDecodeWarps];
+  uint64_t received[2];  // barriers: all sums are in an exchange buffer
   float sums[kDecodeWarps];
   float2 rotations[kD / 2];
   float q[kUnitHeads][kD];
@@ -353,6 +357,10 @@ class DecodeBlock {
 
   __device__ void run() {
     load_tables();
+    if (thread_ == 0) {
+      for (uint64_t& barrier : small_.received) mbarrier_init(shared_address(&barrier), 1);
+      mbarrier_init_fence();
+    }
     __syncthreads();
     stream_.start(lane_);
     cluster_arrive();
@@ -375,12 +383,11 @@ class DecodeBlock {
       for (int product = 0; product < kDecodeProducts; ++product) {
         if (product == static_cast<int>(DecodeProduct::Output)) attend(view, flag);
         if (small_.shares[product].tiles == 0) continue;
+        if (thread_ == 0) mbarrier_expect(received_barrier(), exchange_bytes(product));
         make_operand(view, layer, product, flag);
         multiply(layer, product);
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait();
         finish(layer, product, flag);
+        received_phase_ ^= parity_;
         parity_ ^= 1;
       }
       cp_async_wait<0>();
@@ -678,6 +685,11 @@ class DecodeBlock {
     return reinterpret_cast<float*>(smem_ + a_.memory.exchange) +
            parity_ * a_.memory.exchange_floats;
   }
+  __device__ uint32_t received_barrier() const { return shared_address(&small_.received[parity_]); }
+  // That a block gets of a product.
+  __device__ int exchange_bytes(int product) const {
+    return a_.ranks * small_.shares[product].lanes * kinds_of(product) * rank_rows(product) * 4;
+  }
   static __device__ int kinds_of(int product) {
     return product == static_cast<int>(DecodeProduct::GateUp) ? 2 : 1;
   }
@@ -746,8 +758,8 @@ class DecodeBlock {
 #pragma unroll
       for (int r = 1; r < kMaxRanks; ++r) receiver += row >= r * rows && r < a_.ranks ? 1 : 0;
       if (t < 2)
-        store_to_block(shared_address(to + row - receiver * rows), receiver,
-                       t == 0 ? sum[i][0] : sum[i][1]);
+        send_to_block(shared_address(to + row - receiver * rows), received_barrier(), receiver,
+                      t == 0 ? sum[i][0] : sum[i][1]);
     }
   }
 
@@ -766,6 +778,8 @@ class DecodeBlock {
     const LayerEntry& entry = reinterpret_cast<const LayerEntry*>(smem_ + a_.memory.entries)[layer];
     const int rows = rank_rows(product);
     if (warp_ * 32 >= rows) return;
+    for (int i = 0; !mbarrier_try_wait(received_barrier(), received_phase_); ++i)
+      if (i >= kMaxReads) give_up("sums", flag);
     const bool has = thread_ < rows;
     const int row =
         small_.shares[product].first_tile * kTileRows + rank_ * rows + thread_;  // of the product
@@ -1062,9 +1076,10 @@ class DecodeBlock {
   int thread_, lane_, warp_, rank_;
   TileStream stream_;
   int position_ = 0;
-  int parity_ = 0;       // of the exchange buffer
-  int unit_parity_ = 0;  // of attention's results
-  float own_x_ = 0.0f;   // x of the row that this thread finishes
+  int parity_ = 0;          // of the exchange buffer
+  int received_phase_ = 0;  // of its barrier
+  int unit_parity_ = 0;     // of attention's results
+  float own_x_ = 0.0f;      // x of the row that this thread finishes
 };
 
 template <int kD>
