@@ -24,7 +24,10 @@
 // A product: the block reads the words of its part of the input (all of x for a norm), makes the
 // operand in integers in shared memory, and multiplies. Every warp sends its sums to the block of
 // the cluster that finishes these rows: rank r finishes the r-th part of the cluster's rows. It
-// adds in a fixed order: ranks, then lanes. A thread finishes one row, the same one of `output` and
+// waits until all bytes of one of two exchange buffers are there, and adds in a fixed order: ranks,
+// then lanes. A buffer is free again two products later: a block sends sums of the next product
+// only after all its warps have finished this one, and nobody sends those of the one after before
+// it has got all sums of the next. A thread finishes one row, the same one of `output` and
 // of `down`, and keeps its x in a register.
 //
 // Attention: 8 neighbouring columns of a key are a lane's. Every group of head_dim / 8 lanes walks
@@ -125,21 +128,6 @@ struct DecodeArgs {
   float eps;
 };
 
-// The part of shared memory that depends on the head size alone.
-template <int kD>
-struct SmallMemory {
-  LayerView layers[2];  // this layer and the next one
-  ClusterShare shares[kDecodeProducts];
-  float sums[kDecodeWarps];
-  float2 rotations[kD / 2];
-  float q[kUnitHeads][kD];
-  bf16 key[kD], value[kD];  // of this step's token
-  float2 warp_stats[kDecodeWarps][kUnitHeads];
-  // Of the ranks, in alternate units: outputs (ranks, heads, d / ranks), maxima and sums.
-  float outputs[2][kUnitHeads * kD];
-  float2 stats[2][kMaxRanks][kUnitHeads];
-};
-
 // --- words --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void publish(uint64_t* to, uint32_t data, uint32_t flag) {
@@ -192,18 +180,36 @@ __device__ __forceinline__ float rounded(float x) {
 
 // --- a warp's stream of tiles -------------------------------------------------------------------
 
-// Chunks, each the tiles of a part in one slice, in the order of use. All lanes hold the same.
+// Chunks, each the tiles of a part in one slice, in the order of use.
+
+// The next chunk to copy, and the free part of the ring. A warp's lane 0 keeps it in shared memory.
+struct alignas(16) TileCursor {
+  const uint8_t* from;
+  int64_t step_bytes;         // to the same part of the warp's next slice
+  int layer, product;         // layer == layers_count: there is none
+  int slice, end, lanes;      // slices of the block; the warp takes every lanes-th
+  int tiles;                  // of the chunk
+  int free_tiles, ring_tile;  // of the ring
+  int barrier;
+};
+
 class TileStream {
  public:
-  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares)
-      : a_(args), smem_(smem), shares_(shares), free_(args.memory.ring_tiles) {}
+  __device__ TileStream(const DecodeArgs& args, unsigned char* smem, const ClusterShare* shares,
+                        TileCursor* cursors)
+      : a_(args), smem_(smem), shares_(shares), cursor_(cursors + threadIdx.x / 32) {}
 
-  __device__ void init_barriers(int lane) {
+  // Goes to the first chunk and copies as many as fit.
+  __device__ void start(int lane) {
     if (lane == 0) {
 #pragma unroll 1
       for (int i = 0; i < a_.memory.ring_tiles; ++i) mbarrier_init(barrier(i), 1);
       mbarrier_init_fence();
       async_proxy_fence();
+      TileCursor cursor{};
+      cursor.free_tiles = a_.memory.ring_tiles;
+      enter(cursor, 0, 0);
+      copy_chunks(cursor);
     }
     __syncwarp();
   }
@@ -219,77 +225,88 @@ class TileStream {
     return (cluster_rank() + 1) * entry(layer).slices[product] >> a_.rank_shift;
   }
 
-  // Goes to the first chunk of a product, or of one after it.
-  __device__ void enter(int layer, int product) {
-    for (; layer < a_.layers_count; ++layer, product = 0)
-      for (; product < kDecodeProducts; ++product) {
-        const WarpShare& w = shares_[product].warps[threadIdx.x / 32];
-        const int slice = first_slice(layer, product) + w.lane;
-        if (w.tiles == 0 || slice >= end_slice(layer, product)) continue;
-        const int64_t n = w.matrix_tiles;
-        layer_ = layer, product_ = product, slice_ = slice;
-        end_ = end_slice(layer, product);
-        lanes_ = shares_[product].lanes;
-        tiles_ = w.tiles;
-        from_ = entry(layer).tiles[w.matrix] + (slice * n + w.first_tile) * kTileBytes;
-        step_bytes_ = lanes_ * n * kTileBytes;
-        return;
-      }
-    layer_ = a_.layers_count;
-  }
-
-  // Copies as many chunks as fit.
-  __device__ void fill(int lane) {
-    const int ring_tiles = a_.memory.ring_tiles;
-    while (layer_ < a_.layers_count && tiles_ <= free_) {
-      if (lane == 0) {
-        const uint32_t to = barrier(write_barrier_);
-        const int first = min(tiles_, ring_tiles - write_);
-        mbarrier_expect(to, tiles_ * kTileBytes);
-        copy_bytes(shared_address(ring() + write_ * kTileBytes), from_, first * kTileBytes, to);
-        if (first < tiles_)
-          copy_bytes(shared_address(ring()), from_ + first * kTileBytes,
-                     (tiles_ - first) * kTileBytes, to);
-      }
-      free_ -= tiles_;
-      write_ += tiles_;
-      if (write_ >= ring_tiles) write_ -= ring_tiles;
-      if (++write_barrier_ == ring_tiles) write_barrier_ = 0;
-      from_ += step_bytes_;
-      slice_ += lanes_;
-      if (slice_ >= end_) enter(layer_, product_ + 1);
-    }
-  }
-
   // Waits for the next chunk; then its tile i is at tile(i).
   __device__ void wait() const {
     for (int i = 0; !mbarrier_try_wait(barrier(read_barrier_), parity_); ++i)
-      if (i >= kMaxReads) give_up("tiles", static_cast<unsigned>(layer_));
+      if (i >= kMaxReads) give_up("tiles", static_cast<unsigned>(read_barrier_));
   }
   __device__ const unsigned char* tile(int i) const {
     const int at = read_ + i;
     return ring() + (at >= a_.memory.ring_tiles ? at - a_.memory.ring_tiles : at) * kTileBytes;
   }
+  // The whole warp is done with the chunk of so many tiles: others take its place.
+  __device__ void release(int tiles, int lane) {
+    __syncwarp();
+    if (lane == 0) {
+      TileCursor cursor = *cursor_;
+      cursor.free_tiles += tiles;
+      copy_chunks(cursor);
+    }
+    skip(tiles);
+  }
   // Waits for all copies, if no chunk has been read yet.
   __device__ void drain() {
-    int chunks = write_barrier_ == 0 && free_ == 0 ? a_.memory.ring_tiles : write_barrier_;
-    for (; chunks > 0; --chunks) {
+    const int next = cursor_->barrier;
+    for (int chunks = next == 0 && cursor_->free_tiles == 0 ? a_.memory.ring_tiles : next;
+         chunks > 0; --chunks) {
       wait();
-      release(0);
+      skip(0);
     }
   }
-  // The chunk of so many tiles has been read by the whole warp.
-  __device__ void release(int tiles) {
+
+ private:
+  // Goes to the first chunk of a product, or of one after it.
+  __device__ void enter(TileCursor& cursor, int layer, int product) const {
+    for (; layer < a_.layers_count; ++layer, product = 0)
+      for (; product < kDecodeProducts; ++product) {
+        const WarpShare& w = shares_[product].warps[threadIdx.x / 32];
+        cursor.slice = first_slice(layer, product) + w.lane;
+        cursor.end = end_slice(layer, product);
+        if (w.tiles == 0 || cursor.slice >= cursor.end) continue;
+        const int64_t n = w.matrix_tiles;
+        cursor.layer = layer, cursor.product = product;
+        cursor.lanes = shares_[product].lanes;
+        cursor.tiles = w.tiles;
+        cursor.from = entry(layer).tiles[w.matrix] + (cursor.slice * n + w.first_tile) * kTileBytes;
+        cursor.step_bytes = cursor.lanes * n * kTileBytes;
+        return;
+      }
+    cursor.layer = a_.layers_count;
+  }
+
+  // Copies as many chunks as fit. One lane.
+  __device__ __forceinline__ void copy_chunks(TileCursor& cursor) {
+    const int ring_tiles = a_.memory.ring_tiles;
+    while (cursor.layer < a_.layers_count && cursor.tiles <= cursor.free_tiles) {
+      const uint32_t to = barrier(cursor.barrier);
+      const int first = min(cursor.tiles, ring_tiles - cursor.ring_tile);
+      mbarrier_expect(to, cursor.tiles * kTileBytes);
+      copy_bytes(shared_address(ring() + cursor.ring_tile * kTileBytes), cursor.from,
+                 first * kTileBytes, to);
+      if (first < cursor.tiles)
+        copy_bytes(shared_address(ring()), cursor.from + first * kTileBytes,
+                   (cursor.tiles - first) * kTileBytes, to);
+      cursor.free_tiles -= cursor.tiles;
+      cursor.ring_tile += cursor.tiles;
+      if (cursor.ring_tile >= ring_tiles) cursor.ring_tile -= ring_tiles;
+      if (++cursor.barrier == ring_tiles) cursor.barrier = 0;
+      cursor.from += cursor.step_bytes;
+      cursor.slice += cursor.lanes;
+      if (cursor.slice >= cursor.end) enter(cursor, cursor.layer, cursor.product + 1);
+    }
+    *cursor_ = cursor;
+  }
+
+  // To the next chunk.
+  __device__ void skip(int tiles) {
     read_ += tiles;
     if (read_ >= a_.memory.ring_tiles) read_ -= a_.memory.ring_tiles;
-    free_ += tiles;
     if (++read_barrier_ == a_.memory.ring_tiles) {
       read_barrier_ = 0;
       parity_ ^= 1;
     }
   }
 
- private:
   __device__ unsigned char* ring() const {
     return smem_ + static_cast<int>(threadIdx.x / 32) * (a_.memory.ring_tiles * kTileBytes);
   }
@@ -301,15 +318,29 @@ class TileStream {
   const DecodeArgs& a_;
   unsigned char* smem_;
   const ClusterShare* shares_;
-  // The next chunk to copy; layer_ == layers_count: none.
-  int layer_ = 0, product_ = 0, slice_ = 0, end_ = 0, lanes_ = 0, tiles_ = 0;
-  const uint8_t* from_ = nullptr;
-  int64_t step_bytes_ = 0;
-  int free_, write_ = 0, write_barrier_ = 0;
+  TileCursor* cursor_;
+  // The next chunk to read: its first tile and its barrier.
   int read_ = 0, read_barrier_ = 0, parity_ = 0;
 };
 
 // --- a block ------------------------------------------------------------------------------------
+
+// The part of shared memory that depends on the head size alone.
+template <int kD>
+struct SmallMemory {
+  LayerView layers[2];  // this layer and the next one
+  ClusterShare shares[kDecodeProducts];
+  TileCursor cursors[kDecodeWarps];
+  uint64_t received[2];  // barriers: all sums are in an exchange buffer
+  float sums[kDecodeWarps];
+  float2 rotations[kD / 2];
+  float q[kUnitHeads][kD];
+  bf16 key[kD], value[kD];  // of this step's token
+  float2 warp_stats[kDecodeWarps][kUnitHeads];
+  // Of the ranks, in alternate units: outputs (ranks, heads, d / ranks), maxima and sums.
+  float outputs[2][kUnitHeads * kD];
+  float2 stats[2][kMaxRanks][kUnitHeads];
+};
 
 template <int kD>
 class DecodeBlock {
@@ -322,14 +353,16 @@ class DecodeBlock {
         lane_(thread_ % 32),
         warp_(thread_ / 32),
         rank_(cluster_rank()),
-        stream_(args, smem, small_.shares) {}
+        stream_(args, smem, small_.shares, small_.cursors) {}
 
   __device__ void run() {
     load_tables();
-    stream_.init_barriers(lane_);
+    if (thread_ == 0) {
+      for (uint64_t& barrier : small_.received) mbarrier_init(shared_address(&barrier), 1);
+      mbarrier_init_fence();
+    }
     __syncthreads();
-    stream_.enter(0, 0);
-    stream_.fill(lane_);
+    stream_.start(lane_);
     cluster_arrive();
     wait_for_previous_kernel();
     cluster_wait();  // the other blocks of the cluster run
@@ -344,17 +377,17 @@ class DecodeBlock {
     for (int layer = 0; layer < a_.layers_count; ++layer) {
       const LayerView& view = small_.layers[layer % 2];
       prepare_layer(layer + 1);
+      if (layer + 1 == a_.layers_count) start_next_kernel();
       const uint32_t flag = first_flag + 1 + static_cast<uint32_t>(layer);
 #pragma unroll 1
       for (int product = 0; product < kDecodeProducts; ++product) {
         if (product == static_cast<int>(DecodeProduct::Output)) attend(view, flag);
         if (small_.shares[product].tiles == 0) continue;
+        if (thread_ == 0) mbarrier_expect(received_barrier(), exchange_bytes(product));
         make_operand(view, layer, product, flag);
         multiply(layer, product);
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait();
         finish(layer, product, flag);
+        received_phase_ ^= parity_;
         parity_ ^= 1;
       }
       cp_async_wait<0>();
@@ -658,6 +691,11 @@ class DecodeBlock {
     return reinterpret_cast<float*>(smem_ + a_.memory.exchange) +
            parity_ * a_.memory.exchange_floats;
   }
+  __device__ uint32_t received_barrier() const { return shared_address(&small_.received[parity_]); }
+  // That a block gets of a product.
+  __device__ int exchange_bytes(int product) const {
+    return a_.ranks * small_.shares[product].lanes * kinds_of(product) * rank_rows(product) * 4;
+  }
   static __device__ int kinds_of(int product) {
     return product == static_cast<int>(DecodeProduct::GateUp) ? 2 : 1;
   }
@@ -705,9 +743,7 @@ class DecodeBlock {
       stream_.wait();
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) multiply_tile<false>(sum[i], stream_.tile(i), x, lane_);
-      __syncwarp();
-      stream_.release(kTiles);
-      stream_.fill(lane_);
+      stream_.release(kTiles, lane_);
     }
 
     // exchange: (ranks, lanes, kinds, rows of the receiver)
@@ -728,8 +764,8 @@ class DecodeBlock {
 #pragma unroll
       for (int r = 1; r < kMaxRanks; ++r) receiver += row >= r * rows && r < a_.ranks ? 1 : 0;
       if (t < 2)
-        store_to_block(shared_address(to + row - receiver * rows), receiver,
-                       t == 0 ? sum[i][0] : sum[i][1]);
+        send_to_block(shared_address(to + row - receiver * rows), received_barrier(), receiver,
+                      t == 0 ? sum[i][0] : sum[i][1]);
     }
   }
 
@@ -739,7 +775,7 @@ class DecodeBlock {
     const float* const from = exchange() + kind * rows + thread_;
     const int parts = a_.ranks * small_.shares[product].lanes;
     float total = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < parts; ++i) total += from[i * kinds * rows];
     return total;
   }
@@ -748,6 +784,8 @@ class DecodeBlock {
     const LayerEntry& entry = reinterpret_cast<const LayerEntry*>(smem_ + a_.memory.entries)[layer];
     const int rows = rank_rows(product);
     if (warp_ * 32 >= rows) return;
+    for (int i = 0; !mbarrier_try_wait(received_barrier(), received_phase_); ++i)
+      if (i >= kMaxReads) give_up("sums", flag);
     const bool has = thread_ < rows;
     const int row =
         small_.shares[product].first_tile * kTileRows + rank_ * rows + thread_;  // of the product
@@ -1044,9 +1082,10 @@ class DecodeBlock {
   int thread_, lane_, warp_, rank_;
   TileStream stream_;
   int position_ = 0;
-  int parity_ = 0;       // of the exchange buffer
-  int unit_parity_ = 0;  // of attention's results
-  float own_x_ = 0.0f;   // x of the row that this thread finishes
+  int parity_ = 0;          // of the exchange buffer
+  int received_phase_ = 0;  // of its barrier
+  int unit_parity_ = 0;     // of attention's results
+  float own_x_ = 0.0f;      // x of the row that this thread finishes
 };
 
 template <int kD>

@@ -271,6 +271,20 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
+// The same without a barrier of the cluster: its 4 bytes count towards `barrier` of the receiving
+// block, and who waits for that barrier sees the value.
+__device__ inline void send_to_block(uint32_t address, uint32_t barrier, int rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %3, [remote_barrier];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(value)
+      : "memory");
+}
+
 // --- words --------------------------------------------------------------------------------------
 // 8 bytes, written and read as a whole, through L2. They order no other access.
 
