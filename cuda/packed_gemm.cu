@@ -75,7 +75,7 @@ struct LaneTile {
   uint2 scales;
   uint32_t zeros;
 
-  __device__ __forceinline__ void load(const unsigned char* tile, int lane) {
+  __device__ __forceinline__ void load(const unsigned char* tile, unsigned lane) {
     const uint4 all = *reinterpret_cast<const uint4*>(tile + lane * 16);
     scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
     zeros = __byte_perm(*reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2),
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
     uint32_t a[2][2][4];  // of two sub-groups: one is made while the other is multiplied
     const auto load_tile = [&] {
       mbarrier_wait(full + stage * 8, parity);
-      tile.load(tiles + stage * tile_stage + warp * kTileBytes, lane);
+      tile.load(tiles + stage * tile_stage + warp * kTileBytes, static_cast<unsigned>(lane));
       scale_bits |= (tile.scales.x + 0x01010101u) | (tile.scales.y + 0x01010101u);
     };
     const auto make = [&]<int kSubgroup>() { tile.make<kSubgroup>(a[kSubgroup % 2]); };
