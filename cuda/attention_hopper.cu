@@ -2,19 +2,21 @@
 // online softmax of FlashAttention-2 (Dao, 2023) on warpgroup products fed by the copy engine. The
 // two products and the softmax overlap as in FlashAttention-3 (Shah et al., 2024).
 //
-// Shapes: q, o (B, T, H, d); k, v (B, T, K, d), or caches (B, Tmax, K, d) with query t of sequence
-// b at position start[b] + t; lse (B, H, T). Thread mapping: one resident block per SM takes items
-// from a queue. An item is 128 queries of one head (192 for head size 64). The first thread of the
-// first warpgroup copies the queries, and keys and values in tiles of 128 through a ring. Each
-// other warpgroup computes 64 queries. Its n-th step, where s(n) = q k(n)^T of its n-th tile:
+// Shapes: q, o (B, T, H, d); k, v (B, T, K, d), or caches (B, Tmax, K, d), of which query t of
+// sequence b is at position start[b] + t; lse (B, H, T).
+// Thread mapping: one resident block per SM takes items from a queue. An item is 128 queries of one
+// head (192 for head size 64). The first thread of the first warpgroup copies the queries, and keys
+// and values in tiles of 128 through a ring. Each other warpgroup computes 64 queries. Its n-th
+// step, where s(n) = q k(n)^T of its n-th tile:
 //     take turn | issue s(n) | issue o += p(n-1) v(n-1) | pass turn | wait for s(n) |
 //     p(n) = softmax of s(n), o's product still running | wait for o, rescale o
 // The warpgroups take turns at issuing products, so that the softmax of one overlaps the products
 // of another. The copies for the next item overlap the end of this one. Tiles run from the diagonal
-// down to the window's edge; only tiles that cross either are masked. A cache may hold anything
-// behind the last key, NaN too, which p = 0 would not hide: the warpgroups overwrite such values
-// with zeros. Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache
-// (BlockOrder). Saves lse for the backward pass; no T x T memory.
+// down to the window's edge; only tiles that cross either are masked.
+// A cache may hold anything past its last key. p = 0 would not hide a NaN there, so the warpgroups
+// first overwrite those values with zeros in shared memory.
+// Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
+// Saves lse for the backward pass; no T x T memory.
 //
 // Order of the accesses to shared memory. Line one: a write, then its reads. Line two: these reads,
 // then the next write. full, empty: mbarriers; an arrival releases, a wait acquires.
@@ -22,6 +24,7 @@
 //                  that lane arrives at q_empty; copying thread waits, writes
 //   q, k, v        copy engine writes, completes the bytes of full; all threads wait, wgmma reads
 //                  wgmma_wait returns; each warp arrives at empty; copying thread waits, copies
+//   cleared v      after that wait: threads write, async_proxy_fence, barrier kOwn; wgmma reads
 //   output         threads write, async_proxy_fence, barrier kOwn; thread 0 stores, engine reads
 //                  store_wait_read returns in thread 0, barrier kOwn; threads write
 #include "cuda/attention.h"

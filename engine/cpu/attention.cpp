@@ -83,6 +83,16 @@ void check_positions(const Tensor& start, int64_t time, int64_t capacity) {
   }
 }
 
+// (q - z) e of a group. Written so that the compiler vectorizes it.
+template <int kBits, typename T>
+void dequantize_group(T* to, const uint8_t* code, uint8_t z, T e) {
+  for (int i = 0; i < KvFormat::kGroup; i += 8 / kBits)
+    for (int j = 0; j < 8 / kBits; ++j) {
+      const int q = code[i * kBits / 8] >> j * kBits & quant::max_code(kBits);
+      to[i + j] = static_cast<T>(q - z) * e;
+    }
+}
+
 // The codes and pairs of sequence b of a quantized cache of (Tmax, K, d) values.
 struct QuantizedRows {
   QuantizedRows(const Tensor& cache, int64_t b, KvFormat cache_format, int64_t head_size)
@@ -120,11 +130,11 @@ struct QuantizedRows {
       const uint8_t* code = codes + (position * heads + head) * format.code_bytes(d);
       const uint8_t* pair = pairs + (position * heads + head) * KvFormat::pair_bytes(d);
       for (int64_t g = 0; g < d; g += KvFormat::kGroup, to += KvFormat::kGroup, pair += 2) {
-        uint8_t q[KvFormat::kGroup];
-        quant::unpack_codes(q, code + g * format.bits / 8, KvFormat::kGroup, format.bits);
         const T e = quant::e4m3_decode(pair[0]);
-        for (int i = 0; i < KvFormat::kGroup; ++i)
-          to[i] = quant::level_of(static_cast<T>(q[i]), pair[1], e);
+        if (format.bits == 8)
+          dequantize_group<8>(to, code + g, pair[1], e);
+        else
+          dequantize_group<4>(to, code + g / 2, pair[1], e);
       }
     }
     return out;
