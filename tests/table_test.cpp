@@ -3,8 +3,10 @@
 #include "models/table.h"
 
 #include <catch2/catch.hpp>
+#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "tests/formats.h"
 #include "tests/model_files.h"
