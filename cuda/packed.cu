@@ -53,6 +53,12 @@ void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {
   quant::launch_unpack(stream_, bf16_of(wq), view_of(w));
 }
 
+void CudaBackend::do_embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& w) {
+  check_aligned(out, "out");
+  BBB_ASSERT(!takes_tiles(w.format));
+  quant::launch_unpack_rows(stream_, bf16_of(out), ids.data<int32_t>(), view_of(w), out.dim(0));
+}
+
 // Calls tiled(products in tiles) once if there are any, and other(product, y_bf16, y_f32) for each
 // of the others. Of y_bf16 and y_f32 one is null.
 template <typename Tiled, typename Other>

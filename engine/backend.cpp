@@ -391,6 +391,19 @@ void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   do_embed(out, ids, table);
 }
 
+void Backend::embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& table) {
+  const Op op(*this, "embed_packed");
+  const WeightGrid& grid = table.format.weight;
+  BBB_CHECK((grid.bits == 4 || grid.bits == 8) && !grid.nested,
+            "embed_packed: a table has 4 or 8 bits, not ", grid.bits,
+            grid.nested ? " nested bits" : "");
+  op.repacked(table);
+  op.rank("out", out, 2);
+  op.is("out", out, act(), {out.dim(0), table.format.stored_k()});
+  op.is("ids", ids, DType::I32, {out.dim(0)});
+  do_embed_packed(out, ids, table);
+}
+
 void Backend::embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids,
                              Write mode) {
   const Op op(*this, "embed_backward");

@@ -282,6 +282,9 @@ class Backend {
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V,
   // D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
+  // out[m] = S e (q - z) of row ids[m] of a repacked table, rounded to act. Its codes have 4 or 8
+  // bits and are not nested.
+  void embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& table);
   // dtable[ids[m]] (+)= dx[m], in the order of m; Overwrite zeroes the rows of all other ids.
   // dtable real (V, D); dx act (M, D); ids I32 (M), each in [0, V).
   void embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids, Write mode);

@@ -16,6 +16,7 @@ using quant::KvFormat;
 #define BBB_OP_cast Arg, Arg
 #define BBB_OP_zero Arg
 #define BBB_OP_embed Arg, Arg, Arg
+#define BBB_OP_embed_packed Arg, Arg, const PackedWeight&
 #define BBB_OP_embed_backward Arg, Arg, Arg, Write, Arg
 #define BBB_OP_gather_rows Arg, const Rows&
 #define BBB_OP_advance Arg
@@ -72,7 +73,7 @@ using quant::KvFormat;
   const AdamWSpec&
 
 #define BBB_BACKEND_OPS(OP)                                                                      \
-  OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(embed_backward) OP(gather_rows)             \
+  OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(embed_packed) OP(embed_backward) OP(gather_rows) \
   OP(advance) OP(log_control)                                                                    \
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \

@@ -208,6 +208,11 @@ class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
     for (const Linear& l : all_linears(config_)) bytes += tensors_.at(l.name + ".weight").bytes;
     return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
   }
+  int64_t table_bytes() const override {
+    int64_t bytes = 0;
+    for (const Expected& e : expected_tables(config_)) bytes += tensors_.at(e.name).bytes;
+    return bytes;
+  }
 };
 
 // The settings of quantization_config that a linear may have of its own.
@@ -230,8 +235,16 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       known.insert(e.name);
     }
     for (const Expected& e : expected_tables(config_)) {
-      check_exact(e.name, e.shape, FileDType::BF16);
-      known.insert(e.name);
+      const std::string module = table_module(e.name);
+      const std::optional<quant::LinearFormat> format = read_table_format(module);
+      formats_[module] = format;
+      if (!format) {
+        table_bytes_ += check_exact(e.name, e.shape, FileDType::BF16).bytes;
+        known.insert(e.name);
+        continue;
+      }
+      table_bytes_ += format->bytes();
+      for (const quant::StoredTensor& t : format->tensors()) known.insert(module + t.suffix);
     }
     for (const Linear& l : all_linears(config_)) {
       const std::optional<quant::LinearFormat> format = read_format(l);
@@ -252,7 +265,6 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   CheckpointKind kind() const override { return CheckpointKind::Packed; }
   void check_finite() const override {
     std::vector<std::string> names;
-    for (const Expected& e : expected_tables(config_)) names.push_back(e.name);
     for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
     for (const auto& [linear, format] : formats_) {
       if (!format) names.push_back(linear + ".weight");
@@ -269,6 +281,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
                                                    int64_t) const override {
     return formats_.at(linear);
   }
+  int64_t table_bytes() const override { return table_bytes_; }
   const uint8_t* stored(const std::string& name) const override { return tensors_.at(name).data; }
 
   double bits_per_weight() const override {
@@ -321,8 +334,26 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     } catch (const Error& error) {
       throw Error(cat(path_, ": linear '", l.name, "': ", error.what()));
     }
+    check_tensors(l.name, format);
+    return format;
+  }
+
+  // The same of embedding or head.
+  std::optional<quant::LinearFormat> read_table_format(const std::string& module) const {
+    if (!tensors_.contains(module + ".qweight")) return std::nullopt;
+    BBB_CHECK(!unconverted_.count(module), path_, ": '", module,
+              "' is quantized, but modules_to_not_convert holds it");
+    const auto own = overrides_.find(module);
+    const int bits = own == overrides_.end() ? settings_.bits : own->second.bits;
+    BBB_CHECK(bits == 4 || bits == 8, path_, ": '", module, "' has ", bits, " bits, not 4 or 8");
+    const quant::LinearFormat format = table_format(config_, bits);
+    check_tensors(module, format);
+    return format;
+  }
+
+  void check_tensors(const std::string& linear, const quant::LinearFormat& format) const {
     for (const quant::StoredTensor& t : format.tensors()) {
-      const std::string name = l.name + t.suffix;
+      const std::string name = linear + t.suffix;
       const SafeTensor& found = check_exact(name, t.shape, t.dtype);
       if (t.part != quant::StoredPart::MasterScale) continue;
       const float s = data::load_as<float>(found.data);
@@ -330,7 +361,6 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", name,
                 "' holds ", s, ", not a power of two");
     }
-    return format;
   }
 
   // Linears of one input site share their operand.
@@ -402,21 +432,26 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     };
     settings_ = read_linear(q, where, settings_);
 
-    std::set<std::string> linears;
+    std::set<std::string> linears, tables;
     for (const Linear& l : all_linears(config_)) linears.insert(l.name);
+    for (const Expected& e : expected_tables(config_)) tables.insert(table_module(e.name));
     if (const auto overrides = q.find("overrides"); overrides != q.end() && !overrides->is_null()) {
       BBB_CHECK(overrides->is_object(), where, ": overrides is not an object");
       static const std::set<std::string> kOwn = {"bits", "activation_bits", "activation_range",
                                                  "rotate", "split_side"};
       for (const auto& [name, own] : overrides->items()) {
         const std::string in = cat(where, ": overrides of '", printable(name), "'");
-        BBB_CHECK(linears.count(name) && own.is_object(), in, ": no linear of the model");
+        const bool table = tables.count(name) > 0;
+        BBB_CHECK((table || linears.count(name)) && own.is_object(), in,
+                  ": no linear of the model");
         for (const auto& [key, value] : own.items())
-          BBB_CHECK(kOwn.count(key), in, ": unknown key '", printable(key), "'");
+          BBB_CHECK(table ? key == "bits" : kOwn.count(key) > 0, in, ": unknown key '",
+                    printable(key), "'");
         LinearSettings settings = read_linear(own, in, settings_);
         if (own.contains("bits"))
           settings.bits = choose(own, in, "bits", {2, 3, 4, 8}, false).get<int>();
-        BBB_CHECK(!grid_.nested || settings.bits == settings_.bits, in, ": nested with own bits");
+        BBB_CHECK(table || !grid_.nested || settings.bits == settings_.bits, in,
+                  ": nested with own bits");
         settings.side = choose(own, in, "split_side", {"weight", "activation"}, false) == "weight"
                             ? quant::SplitSide::Weight
                             : quant::SplitSide::Activation;
@@ -447,7 +482,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   std::map<std::string, LinearSettings> overrides_;
   std::map<std::string, std::optional<quant::LinearFormat>> formats_;
   std::set<std::string> unconverted_;
-  int64_t linear_bytes_ = 0;
+  int64_t linear_bytes_ = 0, table_bytes_ = 0;
 };
 
 // The GGUF name of a Hugging Face tensor; "" if it has none.
@@ -527,6 +562,12 @@ class GgufCheckpoint final : public Checkpoint {
       bytes += gguf_.tensor(gguf_name(l.name + ".weight")).bytes;
     return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
   }
+  int64_t table_bytes() const override {
+    int64_t bytes = 0;
+    for (const Expected& e : expected_tables(config_))
+      bytes += gguf_.tensor(gguf_name(e.name)).bytes;
+    return bytes;
+  }
   std::string config_json() const override { return config_to_json(config_); }
 
  private:
@@ -564,6 +605,22 @@ std::unique_ptr<Checkpoint> open_directory(const std::string& path, int bits) {
 
 const uint8_t* Checkpoint::stored(const std::string& name) const {
   throw Error(cat(path_, ": '", printable(name), "' is not packed"));
+}
+
+std::string table_module(const std::string& name) { return name.substr(0, name.rfind('.')); }
+
+quant::LinearFormat table_format(const LlamaConfig& config, int bits) {
+  BBB_ASSERT(bits == 4 || bits == 8);
+  const quant::LinearFormat format{
+      .n = config.vocab, .k = config.d_model, .weight = {.bits = bits}};
+  BBB_CHECK(config.d_model % format.weight.group == 0, "a head of ", bits,
+            " bits needs a model width of whole groups of ", format.weight.group, ", not ",
+            config.d_model);
+  return format;
+}
+
+int64_t Checkpoint::table_weights() const {
+  return (config_.tied_head ? 1 : 2) * config_.vocab * config_.d_model;
 }
 
 quant::ActivationBits bits_per_activation(

@@ -50,7 +50,7 @@ class Checkpoint {
   // another shape.
   virtual std::vector<float> load(const std::string& name, const engine::Shape& shape) const = 0;
   // The format of the linear (N, K) in an exported directory, after checking its tensors; nullopt
-  // if it is stored in full precision.
+  // if it is stored in full precision. Also of a table (models/table.h).
   virtual std::optional<quant::LinearFormat> packed_format(const std::string&, int64_t,
                                                            int64_t) const {
     return std::nullopt;
@@ -60,6 +60,9 @@ class Checkpoint {
   // 8 x bytes / elements, over the linears that are (or would be) quantized. Of a nested export: of
   // the planes that are read.
   virtual double bits_per_weight() const = 0;
+  // Of embedding and head as stored, and of their weights.
+  virtual int64_t table_bytes() const = 0;
+  int64_t table_weights() const;
   // Bits of an input channel's activation, averaged over all input sites; 16 if none is quantized.
   quant::ActivationBits bits_per_activation() const;
   // Contents of the Hugging Face files that an export carries.
@@ -76,6 +79,14 @@ class Checkpoint {
 quant::ActivationBits bits_per_activation(
     const LlamaConfig& config,
     const std::function<std::vector<quant::LinearFormat>(int64_t layer)>& formats);
+
+// Tables: embedding and head, (V, D). One of 8 or 4 bits has the tensors of a linear, in groups of
+// 32 and without a channel order; its input is neither quantized nor rotated.
+inline constexpr int kDenseBits = 16;  // of a table that is not quantized
+// The name in front of these tensors: "lm_head" of "lm_head.weight".
+std::string table_module(const std::string& name);
+// Throws if D is not a multiple of the group.
+quant::LinearFormat table_format(const LlamaConfig& config, int bits);
 
 // Throws, saying what is wrong, if `path` is none of the kinds, or a tensor is missing, misshapen
 // or unknown. Reads no weights, with one exception: if the config ties the head to the embedding

@@ -44,7 +44,7 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
     }
   }
   const int64_t scored = static_cast<int64_t>(rows.size());
-  const int64_t vocab = model.config().vocab, width = model.config().d_model;
+  const int64_t width = model.config().d_model;
   const Tensor losses = backend.empty({scored}, backend.real());
   const Tensor scored_h = backend.empty({scored, width}, backend.act());
   Tape tape(backend, autograd::TapeMode::Inference);
@@ -57,9 +57,7 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
     backend.embed(scored_h, upload_ints(backend, rows, {scored}),
                   h.value().view({count * length, width}));
   }
-  head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), Var(model.head()),
-            upload_ints(backend, targets, {scored}), {}, 1.0,
-            head_chunks(head_budget(backend), scored, vocab, backend.real()), losses);
+  model.token_losses(losses, scored_h, upload_ints(backend, targets, {scored}));
   return download_floats(backend, losses);
 }
 

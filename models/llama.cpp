@@ -25,6 +25,13 @@ QuantLinear make_linear(Backend& backend, const LlamaConfig& config, int64_t lay
   return QuantLinear(backend, layer_name(layer, shape.name), shape.n, shape.k);
 }
 
+PackedWeight upload_stored(Backend& backend, const Checkpoint& source, const std::string& name,
+                           const quant::LinearFormat& format) {
+  return engine::upload_packed(backend, format, [&](const quant::StoredTensor& tensor) {
+    return source.stored(name + tensor.suffix);
+  });
+}
+
 // The norm's gradient is found by dividing by its weight (Backend::input_scale_gradient), so an
 // exact zero could never train again. 2^-60 vanishes in every sum and is an exact factor.
 constexpr float kLeastNorm = 0x1p-60f;
@@ -165,11 +172,7 @@ void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
     const Shape shape{linear->n(), linear->k()};
     const auto format = source.packed_format(name, linear->n(), linear->k());
     if (format)
-      linear->set_packed(engine::upload_packed(backend_, *format,
-                                               [&](const quant::StoredTensor& tensor) {
-                                                 return source.stored(name + tensor.suffix);
-                                               }),
-                         buffer);
+      linear->set_packed(upload_stored(backend_, source, name, *format), buffer);
     else
       linear->set_float(
           upload_as(backend_, source.load(name + ".weight", shape), shape, backend_.act()));
@@ -305,25 +308,32 @@ Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
   const Shape shape{config_.vocab, config_.d_model};
   // A packed checkpoint's tables are bf16 (format.md): half of what F32 reads for a token.
   const DType dtype = source.kind() == CheckpointKind::Packed ? DType::BF16 : backend.act();
-  embedding_ = Var(backend.empty(shape, dtype));
-  head_ = config_.tied_head ? embedding_ : Var(backend.empty(shape, dtype));
+  const auto table = [&](const char* name) -> Table {
+    const std::string module = table_module(name);
+    const auto format = source.packed_format(module, shape[0], shape[1]);
+    if (!format) return {Var(backend.empty(shape, dtype)), nullptr};
+    return {{}, std::make_shared<PackedWeight>(upload_stored(backend, source, module, *format))};
+  };
+  embedding_ = table(kEmbedding);
+  head_ = config_.tied_head ? embedding_ : table(kHead);
   norm_.set_constant(backend.empty({config_.d_model}, backend.real()));
   load_outer(outer_of(source), rounding);
 }
 
 void Llama::load_outer(const LoadOuter& load, HeadRounding rounding) {
   for (const OuterWeight& weight : outer_weights(config_)) {
+    const Table& table = weight.name == kHead ? head_ : embedding_;
     if (weight.name == kFinalNorm)
       upload_into(backend_, norm_.value, load(weight));
-    else
-      round_table(backend_, weight.name == kHead ? head() : embedding(),
+    else if (table.packed == nullptr)
+      round_table(backend_, table.tensor(),
                   upload_as(backend_, load(weight), weight.shape, backend_.real()), rounding);
   }
 }
 
 void Llama::set_tables(Var embedding, Var head) {
-  embedding_ = std::move(embedding);
-  head_ = std::move(head);
+  embedding_ = {std::move(embedding), nullptr};
+  head_ = {std::move(head), nullptr};
 }
 
 void Llama::load_blocks(const Checkpoint& source,
@@ -341,7 +351,9 @@ void Llama::load_blocks(const Checkpoint& source,
 }
 
 std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config,
-                                        WeightGrid grid, uint64_t seed) {
+                                        const SyntheticFormat& format, uint64_t seed) {
+  const WeightGrid& grid = format.weight;
+  const int head_bits = format.head_bits;
   std::unique_ptr<Llama> model(new Llama(backend, config));
   engine::Rng rng(seed);
 
@@ -356,20 +368,20 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
       const int64_t rows = std::min(tile_rows, config.vocab - row);
       backend.copy(out.rows(row, rows), tile.rows(0, rows));
     }
-    return out;
+    return Table{Var(out), nullptr};
   };
-  model->embedding_ = Var(table());
-  model->head_ = config.tied_head ? model->embedding_ : Var(table());
   const auto ones = [&] {
     const std::vector<float> values(static_cast<size_t>(config.d_model), 1.0f);
     return upload_as(backend, values, {config.d_model}, backend.real());
   };
   model->norm_.set_constant(ones());
 
-  // Linears: uniform codes and zero points, e in [1/2, 2), S about 1 / sqrt(K). All layers read one
-  // random stream, each from its own offset.
+  // Packed weights: uniform codes and zero points, e in [1/2, 2). S is about 1 / sqrt(K) in
+  // linears. All read one random stream, each layer from its own offset.
   constexpr int64_t kLayerOffset = 64;
-  int64_t stream_bytes = 0, largest = 0;
+  int64_t stream_bytes =
+      head_bits == kDenseBits ? 0 : config.vocab * config.d_model * head_bits / 8;
+  int64_t largest = 0;
   for (const LinearShape& shape : block_linears(config)) {
     stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
     largest = std::max(largest, QuantLinear::buffer_elements(
@@ -380,31 +392,59 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
 
-  const Tensor buffer = largest > 0 ? model->packed_buffer(largest) : Tensor();
   std::vector<uint8_t> scales;
+  const auto packed = [&](const quant::LinearFormat& format, float master_scale,
+                          const uint8_t* bytes) {
+    return engine::upload_packed(backend, format,
+                                 [&](const quant::StoredTensor& tensor) -> const void* {
+                                   if (tensor.part == quant::StoredPart::MasterScale)
+                                     return &master_scale;
+                                   if (tensor.part != quant::StoredPart::Scales) return bytes;
+                                   scales.resize(static_cast<size_t>(tensor.bytes()));
+                                   for (size_t i = 0; i < scales.size(); ++i)
+                                     scales[i] = 0x30 + bytes[i] % 16;
+                                   return scales.data();
+                                 });
+  };
+  if (head_bits == kDenseBits) {
+    model->embedding_ = table();
+    model->head_ = config.tied_head ? model->embedding_ : table();
+  } else {
+    // Values of about 0.02.
+    model->head_.packed = std::make_shared<PackedWeight>(
+        packed(table_format(config, head_bits), std::ldexp(1.0f, -4 - head_bits), stream));
+    model->embedding_ = config.tied_head ? model->head_ : table();
+  }
+
+  const Tensor buffer = largest > 0 ? model->packed_buffer(largest) : Tensor();
   for (auto& block : model->blocks_) {
     const uint8_t* bytes = stream + kLayerOffset * block->layer();
+    std::vector<quant::LinearFormat> formats;
     for (QuantLinear* linear : block->linears()) {
-      const quant::LinearFormat format{.n = linear->n(), .k = linear->k(), .weight = grid};
+      formats.push_back(
+          {.n = linear->n(), .k = linear->k(), .weight = grid, .input = format.input});
       const float master_scale = static_cast<float>(
-          std::exp2(std::round(-0.5 * std::log2(static_cast<double>(format.k)))));
-      const auto drawn = [&](const quant::StoredTensor& tensor) -> const void* {
-        if (tensor.part == quant::StoredPart::MasterScale) return &master_scale;
-        if (tensor.part != quant::StoredPart::Scales) return bytes;
-        scales.resize(static_cast<size_t>(tensor.bytes()));
-        for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0x30 + bytes[i] % 16;
-        return scales.data();
-      };
-      linear->set_packed(engine::upload_packed(backend, format, drawn), buffer);
+          std::exp2(std::round(-0.5 * std::log2(static_cast<double>(linear->k())))));
+      linear->set_packed(packed(formats.back(), master_scale, bytes), buffer);
     }
+    block->set_operands(formats, true);
     block->input_norm().set_constant(ones());
     block->post_norm().set_constant(ones());
   }
   return model;
 }
 
+Var Llama::embed_tokens(Tape& tape, const Tensor& ids) const {
+  if (embedding_.packed == nullptr) return embed(tape, ids, embedding_.dense);
+  BBB_ASSERT(!tape.recording());
+  const Tensor x = backend_.empty({ids.dim(0), ids.dim(1), config_.d_model}, backend_.act());
+  const int64_t rows = ids.numel();
+  backend_.embed_packed(x.view({rows, config_.d_model}), ids.view({rows}), *embedding_.packed);
+  return Var(x);
+}
+
 Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
-  Var x = embed(tape, ids, embedding_);
+  Var x = embed_tokens(tape, ids);
   if (kv && kv->decoder && ids.numel() == 1)
     kv->decoder->run(x.value().view({1, config_.d_model}));
   else
@@ -429,7 +469,15 @@ std::unique_ptr<engine::LayerDecoder> Llama::layer_decoder(const KvCache& kv) {
 
 Tensor Llama::logits(const Tensor& h) const {
   Tensor out = backend_.empty({h.dim(0), config_.vocab}, backend_.real());
-  backend_.gemm_nt(out, h, head(), Tensor(), Tensor());
+  if (head_.packed == nullptr) {
+    backend_.gemm_nt(out, h, head(), Tensor(), Tensor());
+    return out;
+  }
+  const int64_t most = std::min(backend_.max_packed_rows(head_.packed->format), h.dim(0));
+  for (int64_t row = 0; row < h.dim(0); row += most) {
+    const int64_t rows = std::min(most, h.dim(0) - row);
+    backend_.packed_gemv(out.rows(row, rows), h.rows(row, rows), *head_.packed, Tensor());
+  }
   return out;
 }
 

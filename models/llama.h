@@ -13,6 +13,7 @@
 #include "models/operand.h"
 #include "models/quant_linear.h"
 #include "models/recompute.h"
+#include "models/table.h"
 
 namespace bbb::models {
 
@@ -65,6 +66,8 @@ class LlamaBlock {
   // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
   void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
+  // Makes the operands for linears of these formats.
+  void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
   // yet.
@@ -99,7 +102,6 @@ class LlamaBlock {
  private:
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
-  void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
   LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
 
@@ -124,6 +126,13 @@ enum class HeadRounding { None, BFloat16 };
 void round_table(Backend& backend, const Tensor& table, const Tensor& values,
                  HeadRounding rounding);
 
+// Of a model of random weights.
+struct SyntheticFormat {
+  WeightGrid weight = {};
+  quant::InputGrid input = {};  // bits 16 or without outliers
+  int head_bits = kDenseBits;   // of the head and a tied embedding: 16, 8 or 4
+};
+
 class Llama {
  public:
   // Loads embedding, final norm and head; the blocks have no weights yet.
@@ -132,7 +141,7 @@ class Llama {
   Llama& operator=(const Llama&) = delete;
   // Packed random weights, fixed by `seed`. It takes the device memory of a real model.
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
-                                          WeightGrid spec, uint64_t seed);
+                                          const SyntheticFormat& format, uint64_t seed);
 
   // Float or packed, as in the source. progress(done): blocks loaded so far.
   void load_blocks(const Checkpoint& source,
@@ -145,14 +154,19 @@ class Llama {
   // A decoder of all blocks for steps of one token with a cache of one sequence. Null: there is
   // none for this device or these weights.
   std::unique_ptr<engine::LayerDecoder> layer_decoder(const KvCache& kv);
+  // losses real (M): the cross-entropy of each row of h act (M, D) with its target, I32 (M), and 0
+  // where that is -1. Computes the logits in chunks (head_chunks); of a packed head, a chunk of the
+  // vocabulary at a time is dequantized.
+  void token_losses(const Tensor& losses, const Tensor& h, const Tensor& targets) const;
 
   Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }
   std::vector<std::unique_ptr<LlamaBlock>>& blocks() { return blocks_; }
-  // act (V, D); BF16 if the source is packed.
-  const Tensor& embedding() const { return embedding_.value(); }
-  const Tensor& head() const { return head_.value(); }
-  const Var& head_var() const { return head_; }
+  // act (V, D); BF16 if the source is packed. Not of a table of 8 or 4 bits.
+  const Tensor& embedding() const { return embedding_.tensor(); }
+  const Tensor& head() const { return head_.tensor(); }
+  const Var& head_var() const { return head_.dense; }
+  const Table& head_table() const { return head_; }
   // Embedding and head of forward() from now on. They are constants unless these take gradients.
   void set_tables(Var embedding, Var head);
   // Replaces the values of embedding, head and final norm.
@@ -163,9 +177,10 @@ class Llama {
  private:
   Llama(Backend& backend, LlamaConfig config);
   Tensor packed_buffer(int64_t numel) const { return backend_.empty({numel}, backend_.act()); }
+  Var embed_tokens(Tape& tape, const Tensor& ids) const;
   Backend& backend_;
   LlamaConfig config_;
-  Var embedding_, head_;
+  Table embedding_, head_;
   Tensor inv_freq_;
   NormWeight norm_;
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;

@@ -2,7 +2,8 @@
 //
 // Packed          the tensors of each linear's format (quant/format.h)
 // HuggingFace     P.weight BF16 = S e (q - z), exact for b <= 4
-// In both, norms are F32; embedding and head are BF16.
+// In both, norms are F32; embedding and head are BF16. Packed, the head and a tied embedding may
+// have 8 or 4 bits.
 #include "models/packed_checkpoint.h"
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #include "data/json.h"
 #include "data/safetensors.h"
 #include "engine/bf16.h"
+#include "models/table.h"
 
 namespace bbb::models {
 
@@ -30,6 +32,11 @@ std::vector<uint16_t> to_bf16(const std::vector<float>& values) {
   std::transform(values.begin(), values.end(), out.begin(),
                  [](float v) { return engine::to_bf16(v); });
   return out;
+}
+
+std::vector<float> rounded(std::vector<float> values) {
+  for (float& value : values) value = engine::from_bf16(engine::to_bf16(value));
+  return values;
 }
 
 // Writes a fixed list of tensors, in order, into as few files as the size limit allows.
@@ -105,14 +112,29 @@ using Formats = std::function<std::vector<quant::LinearFormat>(int64_t layer)>;
 // Embedding or head, not the norm. The embedding is written before the layers, the others behind.
 bool is_table(const OuterWeight& weight) { return weight.shape.size() == 2; }
 
+// The format of a table that is quantized.
+std::optional<quant::LinearFormat> format_of(const OuterWeight& weight, const LlamaConfig& config,
+                                             const ExportAs& as) {
+  const bool read_by_steps = weight.name == (config.tied_head ? kEmbedding : kHead);
+  if (as.head_bits == kDenseBits || !read_by_steps) return std::nullopt;
+  return table_format(config, as.head_bits);
+}
+
 std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Formats& formats,
-                                           ExportFormat format) {
+                                           const ExportAs& as) {
   std::vector<SafeTensorsWriter::Entry> entries;
   const Shape norm{config.d_model};
   const std::vector<LinearShape> shapes = block_linears(config);
+  const auto declare_tensors = [&](const std::string& name, const quant::LinearFormat& format) {
+    for (const quant::StoredTensor& t : format.tensors())
+      entries.push_back({name + t.suffix, t.dtype, t.shape});
+  };
   const auto declare = [&](const OuterWeight& weight) {
-    entries.push_back(
-        {weight.name, is_table(weight) ? FileDType::BF16 : FileDType::F32, weight.shape});
+    if (const auto format = format_of(weight, config, as))
+      declare_tensors(table_module(weight.name), *format);
+    else
+      entries.push_back(
+          {weight.name, is_table(weight) ? FileDType::BF16 : FileDType::F32, weight.shape});
   };
   const std::vector<OuterWeight> outer = outer_weights(config);
   declare(outer[0]);
@@ -122,15 +144,19 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
     const std::vector<quant::LinearFormat> linears = formats(i);
     for (size_t j = 0; j < shapes.size(); ++j) {
       const std::string name = layer_name(i, shapes[j].name);
-      if (format == ExportFormat::HuggingFace)
+      if (as.format == ExportFormat::HuggingFace)
         entries.push_back({name + ".weight", FileDType::BF16, {shapes[j].n, shapes[j].k}});
       else
-        for (const quant::StoredTensor& t : linears[j].tensors())
-          entries.push_back({name + t.suffix, t.dtype, t.shape});
+        declare_tensors(name, linears[j]);
     }
   }
   std::for_each(outer.begin() + 1, outer.end(), declare);
   return entries;
+}
+
+void write_tensors(ShardedWriter& writer, const std::string& name, const LinearResult& linear) {
+  for (const quant::StoredTensor& t : linear.format.tensors())
+    writer.add(name + t.suffix, linear.part(t.part));
 }
 
 void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
@@ -145,29 +171,43 @@ void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
     if (format == ExportFormat::HuggingFace)
       writer.add(name + ".weight", to_bf16(linear.dequantize()));
     else
-      for (const quant::StoredTensor& t : linear.format.tensors())
-        writer.add(name + t.suffix, linear.part(t.part));
+      write_tensors(writer, name, linear);
   }
 }
 
-void write_outer(ShardedWriter& writer, const OuterWeight& weight, const LoadOuter& outer) {
-  if (is_table(weight))
+void write_outer(ShardedWriter& writer, const OuterWeight& weight, const LlamaConfig& config,
+                 const ExportAs& as, const LoadOuter& outer) {
+  if (const auto format = format_of(weight, config, as))
+    write_tensors(writer, table_module(weight.name),
+                  quantize_table(rounded(outer(weight)), *format));
+  else if (is_table(weight))
     writer.add(weight.name, to_bf16(outer(weight)));
   else
     writer.add(weight.name, outer(weight));
-}
-
-std::vector<float> rounded(std::vector<float> values) {
-  for (float& value : values) value = engine::from_bf16(engine::to_bf16(value));
-  return values;
 }
 
 void check_equal(bool equal, const Checkpoint& written, const std::string& name) {
   BBB_CHECK(equal, written.path(), ": ", name, " read back differs from what was trained");
 }
 
-void compare_outer(const Checkpoint& written, const OuterWeight& weight, const LoadOuter& outer) {
+void compare_tensors(const Checkpoint& written, const std::string& name,
+                     const LinearResult& linear) {
+  check_equal(written.packed_format(name, linear.format.n, linear.format.k) == linear.format,
+              written, name + "'s format");
+  for (const quant::StoredTensor& t : linear.format.tensors()) {
+    const std::vector<uint8_t>& bytes = linear.part(t.part);
+    BBB_ASSERT(static_cast<int64_t>(bytes.size()) == t.bytes());
+    check_equal(std::equal(bytes.begin(), bytes.end(), written.stored(name + t.suffix)), written,
+                name + t.suffix);
+  }
+}
+
+void compare_outer(const Checkpoint& written, const OuterWeight& weight, const ExportAs& as,
+                   const LoadOuter& outer) {
   const std::vector<float> given = outer(weight);
+  if (const auto format = format_of(weight, written.config(), as))
+    return compare_tensors(written, table_module(weight.name),
+                           quantize_table(rounded(given), *format));
   check_equal(
       written.load(weight.name, weight.shape) == (is_table(weight) ? rounded(given) : given),
       written, weight.name);
@@ -176,12 +216,9 @@ void compare_outer(const Checkpoint& written, const OuterWeight& weight, const L
 void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t index,
                    ExportFormat format) {
   const LlamaConfig& config = written.config();
-  const auto check = [&](bool equal, const std::string& name) {
-    check_equal(equal, written, name);
-  };
   const auto check_floats = [&](const std::string& name, const Shape& shape,
                                 const std::vector<float>& given) {
-    check(written.load(name, shape) == given, name);
+    check_equal(written.load(name, shape) == given, written, name);
   };
   check_floats(layer_name(index, kInputNorm), {config.d_model}, layer.input_norm);
   check_floats(layer_name(index, kPostNorm), {config.d_model}, layer.post_norm);
@@ -189,23 +226,17 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
   for (size_t j = 0; j < shapes.size(); ++j) {
     const std::string name = layer_name(index, shapes[j].name);
     const LinearResult& linear = layer.linears[j];
-    const int64_t n = shapes[j].n, k = shapes[j].k;
     if (format == ExportFormat::HuggingFace) {
-      check_floats(name + ".weight", {n, k}, rounded(linear.dequantize()));
+      check_floats(name + ".weight", {shapes[j].n, shapes[j].k}, rounded(linear.dequantize()));
       continue;
     }
-    check(written.packed_format(name, n, k) == linear.format, name + "'s format");
-    for (const quant::StoredTensor& t : linear.format.tensors()) {
-      const std::vector<uint8_t>& bytes = linear.part(t.part);
-      BBB_ASSERT(static_cast<int64_t>(bytes.size()) == t.bytes());
-      check(std::equal(bytes.begin(), bytes.end(), written.stored(name + t.suffix)),
-            name + t.suffix);
-    }
+    compare_tensors(written, name, linear);
   }
 }
 
 // quantization_config (format.md). What linears have of their own is stored in `overrides`.
-ordered_json quantization_config(const LlamaConfig& config, const Formats& formats) {
+ordered_json quantization_config(const LlamaConfig& config, const Formats& formats,
+                                 const ExportAs& as) {
   const quant::LinearFormat common = formats(0)[0];
   const auto range_of = [](const quant::LinearFormat& f) {
     return f.input.range == quant::RangeRule::Search ? "search" : "minmax";
@@ -223,8 +254,14 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
         common.weight.dequant == quant::NestedDequant::Middle ? "middle" : "floor";
   if (common.input.bits < 16) q["activation_range"] = range_of(common);
   if (common.input.hadamard) q["rotate"] = "group";
-  q["modules_to_not_convert"] = {"lm_head", "model.embed_tokens"};
-  ordered_json overrides = ordered_json::object();
+  ordered_json overrides = ordered_json::object(), dense = {"lm_head", "model.embed_tokens"};
+  for (const OuterWeight& weight : outer_weights(config)) {
+    if (!format_of(weight, config, as)) continue;
+    const std::string module = table_module(weight.name);
+    dense.erase(std::find(dense.begin(), dense.end(), module));
+    overrides[module] = {{"bits", as.head_bits}};
+  }
+  q["modules_to_not_convert"] = dense;
   const std::vector<LinearShape> shapes = block_linears(config);
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     const std::vector<quant::LinearFormat> linears = formats(layer);
@@ -246,20 +283,20 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
   return q;
 }
 
-std::string exported_config(const Checkpoint& source, const Formats& formats, ExportFormat format) {
+std::string exported_config(const Checkpoint& source, const Formats& formats, const ExportAs& as) {
   ordered_json config = data::parse_ordered_json(source.config_json(), source.path());
   config.erase("quantization_config");
   if (!source.config().tied_head && config.contains("tie_word_embeddings"))
     config["tie_word_embeddings"] = false;  // the source may hold a head despite its config
-  if (format == ExportFormat::Packed)
-    config["quantization_config"] = quantization_config(source.config(), formats);
+  if (as.format == ExportFormat::Packed)
+    config["quantization_config"] = quantization_config(source.config(), formats, as);
   return config.dump(2) + "\n";
 }
 
 }  // namespace
 
 double export_model(const std::string& directory, const Checkpoint& source,
-                    const data::Tokenizer& tokenizer, const Formats& formats, ExportFormat format,
+                    const data::Tokenizer& tokenizer, const Formats& formats, const ExportAs& as,
                     const LoadOuter& outer, const std::function<LayerResult(int64_t)>& layer,
                     const std::string& bbb_json, const std::function<void(int64_t done)>& progress,
                     int64_t max_shard_bytes) {
@@ -267,18 +304,18 @@ double export_model(const std::string& directory, const Checkpoint& source,
   data::AtomicDirectory output(directory);
   const std::string& path = output.temporary();
 
-  ShardedWriter writer(path, plan(config, formats, format), max_shard_bytes);
+  ShardedWriter writer(path, plan(config, formats, as), max_shard_bytes);
   const std::vector<OuterWeight> weights = outer_weights(config);
-  write_outer(writer, weights[0], outer);
+  write_outer(writer, weights[0], config, as, outer);
   for (int64_t i = 0; i < config.layers; ++i) {
     const LayerResult given = layer(i);
-    write_layer(writer, given, i, config, format);
+    write_layer(writer, given, i, config, as.format);
     if (progress) progress(i + 1);
   }
-  for (size_t i = 1; i < weights.size(); ++i) write_outer(writer, weights[i], outer);
+  for (size_t i = 1; i < weights.size(); ++i) write_outer(writer, weights[i], config, as, outer);
   writer.finish();
 
-  data::write_file_atomic(path + "/config.json", exported_config(source, formats, format));
+  data::write_file_atomic(path + "/config.json", exported_config(source, formats, as));
   if (const std::string generation = source.generation_config_json(); !generation.empty())
     data::write_file_atomic(path + "/generation_config.json", generation);
   for (const auto& [name, content] : tokenizer.export_files())
@@ -288,9 +325,9 @@ double export_model(const std::string& directory, const Checkpoint& source,
   double bits_per_weight = 0;
   {
     const std::unique_ptr<Checkpoint> written = open_checkpoint(path);
-    for (const OuterWeight& weight : weights) compare_outer(*written, weight, outer);
+    for (const OuterWeight& weight : weights) compare_outer(*written, weight, as, outer);
     for (int64_t i = 0; i < config.layers; ++i) {
-      compare_layer(*written, layer(i), i, format);
+      compare_layer(*written, layer(i), i, as.format);
       if (progress) progress(config.layers + i + 1);
     }
     bits_per_weight = written->bits_per_weight();

@@ -13,6 +13,17 @@ namespace bbb::models {
 
 enum class ExportFormat { Packed, HuggingFace };
 
+// What is written. Packed: the head, and a tied embedding, have `head_bits`: 16, 8 or 4. An
+// embedding of its own stays BF16: a step reads one row of it.
+struct ExportAs {
+  ExportAs(ExportFormat format, int head_bits = kDenseBits) : format(format), head_bits(head_bits) {
+    BBB_ASSERT(head_bits == kDenseBits || format == ExportFormat::Packed);
+  }
+
+  ExportFormat format;
+  int head_bits;
+};
+
 constexpr int64_t kMaxShardBytes = 5'000'000'000;
 
 // Writes `directory`: embedding, final norm and head from `outer`, the tokenizer's files, and the
@@ -24,7 +35,7 @@ constexpr int64_t kMaxShardBytes = 5'000'000'000;
 double export_model(const std::string& directory, const Checkpoint& source,
                     const data::Tokenizer& tokenizer,
                     const std::function<std::vector<quant::LinearFormat>(int64_t)>& formats,
-                    ExportFormat format, const LoadOuter& outer,
+                    const ExportAs& as, const LoadOuter& outer,
                     const std::function<LayerResult(int64_t)>& layer, const std::string& bbb_json,
                     const std::function<void(int64_t done)>& progress,
                     int64_t max_shard_bytes = kMaxShardBytes);

@@ -79,6 +79,7 @@ class SyntheticCheckpoint final : public Checkpoint {
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
   void check_finite() const override {}  // drawn values are finite
   double bits_per_weight() const override { return 16; }
+  int64_t table_bytes() const override { return 2 * table_weights(); }
   std::string config_json() const override { return config_to_json(config_); }
 
   std::vector<TensorInfo> list() const override {
@@ -112,6 +113,7 @@ class WeightlessCheckpoint final : public Checkpoint {
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
   void check_finite() const override {}
   double bits_per_weight() const override { return 16; }
+  int64_t table_bytes() const override { return 2 * table_weights(); }
   std::string config_json() const override { return config_to_json(config_); }
   std::vector<TensorInfo> list() const override { return {}; }
   std::vector<float> load(const std::string&, const Shape&) const override { return {}; }

@@ -50,17 +50,19 @@ int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
-// The least bytes that a step reads: the blocks' weights, norms, and the head. A step of more rows
-// than packed products take unpacks every weight, and moves more.
+}  // namespace
+
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
-  int64_t bytes = model.head().bytes();
+  int64_t bytes = model.head_table().bytes();
   for (auto& block : model.blocks()) {
     bytes += 2 * c.d_model * engine::size_bytes(backend.real());
     for (models::QuantLinear* linear : block->linears()) bytes += linear_bytes(*linear, backend);
   }
   return bytes;
 }
+
+namespace {
 
 // A prompt's tokens, and where it is from, for errors.
 struct Prompt {
@@ -156,8 +158,7 @@ class StepTimes {
 Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
   const int64_t context = line.integer("context", 1, config.max_position);
-  const auto model =
-      models::Llama::synthetic(backend, config, engine::WeightGrid{}, sample_seed(line));
+  const auto model = models::Llama::synthetic(backend, config, {}, sample_seed(line));
   Report report;
   report.batch = batch_of(line, 1);
   models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line),

@@ -4,6 +4,7 @@
 
 #include "models/packed_checkpoint.h"
 #include "tools/config_options.h"
+#include "tools/load_model.h"
 #include "train/statistics.h"
 #include "train/train.h"
 
@@ -30,7 +31,9 @@ int export_command(const Arguments& arguments) {
        cxxopts::value<std::string>()->default_value("16"))         //
       ("out", "directory to make", cxxopts::value<std::string>())  //
       ("format", "bbb: packed; hf: dequantized BF16 safetensors",
-       cxxopts::value<std::string>()->default_value("bbb"));
+       cxxopts::value<std::string>()->default_value("bbb"))  //
+      ("head-bits", "of the head, and of an embedding that is tied to it: 16, 8 or 4",
+       cxxopts::value<std::string>()->default_value("16"));
   train::TrainConfig config;
   config.samples = train::kStatisticsWindows;
   add_config_options(line, config, "With --rtn", rounds_with);
@@ -38,6 +41,11 @@ int export_command(const Arguments& arguments) {
   const std::string out = line.required("out");
   const auto format = line.choice("format", {"bbb", "hf"}) == 0 ? models::ExportFormat::Packed
                                                                 : models::ExportFormat::HuggingFace;
+  const int head_widths[] = {models::kDenseBits, 8, 4};
+  const int head_bits = head_widths[line.choice("head-bits", {"16", "8", "4"})];
+  if (head_bits != models::kDenseBits && format != models::ExportFormat::Packed)
+    throw UsageError("--head-bits needs --format bbb: no other format holds a quantized head");
+  const models::ExportAs as(format, head_bits);
   if (line.has("rtn") == line.has("run"))
     throw UsageError("give either --run RUN, or --model M with --rtn");
 
@@ -48,7 +56,7 @@ int export_command(const Arguments& arguments) {
         fmt::print(stderr, "--{} is unused: the run decides it\n", f.name);
     });
     bits_per_weight =
-        train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, format);
+        train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, as);
   } else {
     read_config_options(config, line, rounds_with);
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128}, act_bits[] = {16, 8, 4, 3, 2};
@@ -66,12 +74,13 @@ int export_command(const Arguments& arguments) {
     const std::string path = line.required("model");
     const auto source = models::open_checkpoint(path);
     const auto tokenizer = data::load_tokenizer(path);
-    bits_per_weight =
-        train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, format);
+    bits_per_weight = train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, as);
   }
   if (format == models::ExportFormat::HuggingFace)
     fmt::print("split pairs are summed, rotations undone, and weights rounded once to BF16\n");
-  fmt::print("{}: {:.4f} bits per weight, read from the file\n", out, bits_per_weight);
+  const auto written = models::open_checkpoint(out);
+  fmt::print("{}: {:.4f} bits per weight, read from the file; {}\n", out, bits_per_weight,
+             table_sizes(*written));
   return 0;
 }
 

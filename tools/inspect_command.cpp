@@ -3,6 +3,7 @@
 
 #include "models/checkpoint.h"
 #include "tools/cli.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -33,6 +34,7 @@ int inspect_command(const Arguments& arguments) {
   }
   fmt::print("{} tensors, {:.1f} MB; linears: {} weights, {:.4f} bits per weight\n", tensors.size(),
              static_cast<double>(bytes) / 1e6, c.linear_parameters(), source->bits_per_weight());
+  fmt::print("{}\n", table_sizes(*source));
   const quant::ActivationBits activations = source->bits_per_activation();
   fmt::print("activations: {:.4f} bits of codes, {:.4f} with scales\n", activations.codes,
              activations.all);
