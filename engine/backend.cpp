@@ -574,14 +574,14 @@ void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
   do_channel_moments(moments, x, make_scratch(ScratchOp::ChannelMoments, x.shape()));
 }
 
-void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
-                   Rotation direction) {
+void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+                   double factor) {
   const Op op(*this, "rope");
   op.rank("x", x, 4);
   op.dtype("x", x, act());
   op.pairs(x, inv_freq);
   op.is_or_undefined("start", start, DType::I32, {x.dim(0)});
-  do_rope(x, inv_freq, start, direction);
+  do_rope(x, inv_freq, start, direction, factor);
 }
 
 void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -590,6 +590,14 @@ void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
   op.like("b", b, act(), a.shape());
   op.like("out", out, act(), a.shape());
   do_add(out, a, b);
+}
+
+void Backend::add_bias(const Tensor& y, const Tensor& bias) {
+  const Op op(*this, "add_bias");
+  op.rank("y", y, 2);
+  op.dtype("y", y, act());
+  op.is("bias", bias, real(), {y.dim(1)});
+  do_add_bias(y, bias);
 }
 
 // Attention.

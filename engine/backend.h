@@ -77,6 +77,7 @@ struct Rows {
 
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
+  double rope_factor = 1;  // of the rotation of q and k, whose gradients attention_backward undoes
   // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
   // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
@@ -303,9 +304,11 @@ class Backend {
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
                        const Tensor& up);
-  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i].
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i],
+  // or back for Rotation::Inverse, and multiplies them by `factor`: the inverse is the gradient.
   // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (B) on the device or undefined (0).
-  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
+  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+            double factor = 1);
   // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x,
   // w); from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value
   // is rounded to act once, if it is not quantized.
@@ -329,6 +332,8 @@ class Backend {
   void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
+  // Adds bias, real (N), to every row of y, act (M, N).
+  void add_bias(const Tensor& y, const Tensor& bias);
 
   // --- attention --------------------------------------------------------------------------------
   // Throws if attention does not support heads of size d. Call it before a model is loaded.
@@ -339,8 +344,8 @@ class Backend {
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
   // All three gradients, overwritten. inv_freq: undefined, or F32 (d/2). If it is defined, q and k
-  // are rotated, q = rope(q', inv_freq) from position 0, and dq and dk are the gradients of q' and
-  // k': rotated back before they are rounded.
+  // are rotated, q = rope(q', inv_freq) from position 0 with spec.rope_factor, and dq and dk are
+  // the gradients of q' and k': rotated back before they are rounded.
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);

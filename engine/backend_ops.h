@@ -33,10 +33,11 @@ using Arg = const Tensor&;
 #define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_channel_moments Arg, Arg, Arg
-#define BBB_OP_rope Arg, Arg, Arg, Rotation
+#define BBB_OP_rope Arg, Arg, Arg, Rotation, double
 #define BBB_OP_scale Arg, Arg
 #define BBB_OP_nested_levels Arg, const QuantizedWeights&, Arg, int, quant::NestedDequant
 #define BBB_OP_add Arg, Arg, Arg
+#define BBB_OP_add_bias Arg, Arg
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
   const AttentionSpec&, Arg
@@ -76,8 +77,8 @@ using Arg = const Tensor&;
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
-  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add) OP(attention)         \
-  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
+  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add)           \
+  OP(add_bias) OP(attention) OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \

@@ -157,7 +157,7 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
   // dk is complete only here. The sums are stored in full precision, so rotating them in place does
   // not round twice.
   for (const Tensor* gradient : {&dq, &dk})
-    do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse);
+    do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse, spec.rope_factor);
 }
 
 template <typename T>
