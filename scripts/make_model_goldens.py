@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import save_file
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens" / "models"
-VOCAB, D, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 48, 32, 48, 2, 4, 2, 16, 64
+VOCAB, D, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 48, 32, 96, 2, 4, 2, 16, 64
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, D), "self_attn.k_proj": (KV_HEADS * HEAD_DIM, D),
     "self_attn.v_proj": (KV_HEADS * HEAD_DIM, D), "self_attn.o_proj": (D, HEADS * HEAD_DIM),
