@@ -35,6 +35,7 @@ struct AppendArgs {
   const int* start;
   CacheFault* fault;
   int t, t_max, heads, kv_heads, half;
+  float rope_factor;
 };
 
 // The first position of this block's sequence, or -1: a fault.
@@ -49,7 +50,7 @@ __device__ inline int first_position(const AppendArgs& args, int64_t b) {
 __device__ inline const float2* find_rotations(const AppendArgs& args, int64_t position) {
   float2* const rotations = reinterpret_cast<float2*>(dynamic_smem());
   for (int i = threadIdx.x; i < args.half; i += kThreads)
-    rotations[i] = rotation(position, args.inv_freq[i], 1.0f);
+    rotations[i] = rotation(position, args.inv_freq[i], 1.0f, args.rope_factor);
   __syncthreads();
   return rotations;
 }
@@ -205,7 +206,8 @@ __global__ void copy_kernel(uint4* __restrict__ k_cache, uint4* __restrict__ v_c
 
 void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                const Tensor& v, const Tensor& start, const Tensor& q,
-                               const Tensor& inv_freq, KvFormat format) {
+                               const Tensor& inv_freq, KvFormat format,
+                               double rope_factor) {
   BBB_ASSERT(aligned(k_cache, v_cache, k, v, q));
   const int64_t tokens = k.dim(0) * k.dim(1), d = k.dim(3);
   const int row_values = checked_int(k.dim(2) * d), t_max = checked_int(k_cache.dim(1));
@@ -223,7 +225,8 @@ void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, con
                         t_max,
                         q.defined() ? checked_int(q.dim(2)) : 0,
                         checked_int(k.dim(2)),
-                        checked_int(d / 2)};
+                        checked_int(d / 2),
+                        static_cast<float>(rope_factor)};
   const auto grid = [&](int items) {
     return dim3(static_cast<unsigned>(tokens), blocks_for(items, kThreads, 1).x);
   };

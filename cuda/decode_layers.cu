@@ -125,7 +125,7 @@ struct DecodeArgs {
   int layers_count, clusters, ranks, rank_shift;  // ranks = 2^rank_shift
   int d_model, hidden, heads, kv_heads, group;    // group of the weights
   int units, partials, t_max, window;
-  float eps;
+  float eps, rope_factor;
 };
 
 // --- words --------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class DecodeBlock {
     if (position_ < 0 || position_ >= a_.t_max) return fail();
     const unsigned first_flag = load_past_l1(&a_.state->first_flag);
     for (int i = thread_; i < kD / 2; i += kDecodeThreads)
-      small_.rotations[i] = rotation(position_, a_.inv_freq[i], 1.0f);
+      small_.rotations[i] = rotation(position_, a_.inv_freq[i], 1.0f, a_.rope_factor);
     publish_input(first_flag);
 
 #pragma unroll 1
@@ -1229,6 +1229,7 @@ class CudaLayerDecoder final : public engine::LayerDecoder {
     args_.t_max = checked_int(stack_.layers[0].k_cache.dim(1));
     args_.window = window_of(stack_.attention.window);
     args_.eps = static_cast<float>(stack_.eps);
+    args_.rope_factor = static_cast<float>(stack_.attention.rope_factor);
   }
 
   void run(const Tensor& x) override {

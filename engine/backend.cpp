@@ -606,14 +606,14 @@ void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
   do_channel_moments(moments, x, make_scratch(ScratchOp::ChannelMoments, x.shape()));
 }
 
-void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
-                   Rotation direction) {
+void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+                   double factor) {
   const Op op(*this, "rope");
   op.rank("x", x, 4);
   op.dtype("x", x, act());
   op.pairs(x, inv_freq);
   op.is_or_undefined("start", start, DType::I32, {x.dim(0)});
-  do_rope(x, inv_freq, start, direction);
+  do_rope(x, inv_freq, start, direction, factor);
 }
 
 void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -622,6 +622,14 @@ void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
   op.like("b", b, act(), a.shape());
   op.like("out", out, act(), a.shape());
   do_add(out, a, b);
+}
+
+void Backend::add_bias(const Tensor& y, const Tensor& bias) {
+  const Op op(*this, "add_bias");
+  op.rank("y", y, 2);
+  op.dtype("y", y, act());
+  op.is("bias", bias, real(), {y.dim(1)});
+  do_add_bias(y, bias);
 }
 
 // Attention.
@@ -656,7 +664,7 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                         const Tensor& v, const Tensor& start, const Tensor& q,
-                        const Tensor& inv_freq, KvFormat format) {
+                        const Tensor& inv_freq, KvFormat format, double rope_factor) {
   const Op op(*this, "append_kv");
   op.rank("k", k, 4);
   op.dtype("k", k, act());
@@ -669,7 +677,7 @@ void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tens
     op.is("q", q, act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
     op.pairs(q, inv_freq);
   }
-  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format);
+  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format, rope_factor);
 }
 
 void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,

@@ -79,6 +79,7 @@ struct Rows {
 
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
+  double rope_factor = 1;  // of the rotation of q and k, whose gradients attention_backward undoes
   // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
   // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
@@ -334,9 +335,11 @@ class Backend {
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
                        const Tensor& up);
-  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i].
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i],
+  // or back for Rotation::Inverse, and multiplies them by `factor`: the inverse is the gradient.
   // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (B) on the device or undefined (0).
-  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
+  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+            double factor = 1);
   // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x,
   // w); from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value
   // is rounded to act once, if it is not quantized.
@@ -360,6 +363,8 @@ class Backend {
   void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
+  // Adds bias, real (N), to every row of y, act (M, N).
+  void add_bias(const Tensor& y, const Tensor& bias);
 
   // --- attention --------------------------------------------------------------------------------
   // Throws if attention does not support heads of size d. Call it before a model is loaded.
@@ -370,19 +375,19 @@ class Backend {
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
   // All three gradients, overwritten. inv_freq: undefined, or F32 (d/2). If it is defined, q and k
-  // are rotated, q = rope(q', inv_freq) from position 0, and dq and dk are the gradients of q' and
-  // k': rotated back before they are rounded.
+  // are rotated, q = rope(q', inv_freq) from position 0 with spec.rope_factor, and dq and dk are
+  // the gradients of q' and k': rotated back before they are rounded.
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
   // cache[b, start[b] + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (B) on
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
   // device knows `start`, so the next upload, download or synchronize() throws. With inv_freq,
-  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start,
-  // rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d a multiple of 32.
+  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start
+  // with rope_factor, rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d a multiple of 32.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {},
-                 KvFormat format = {});
+                 KvFormat format = {}, double rope_factor = 1);
   // Query t of sequence b is at position start[b] + t and sees keys 0 .. start[b] + t of its cache,
   // within the window. o, q act (B, T, H, d). Keys and values of a quantized cache are (q - z) e;
   // with several queries a GPU rounds them to bf16, which changes them at 8 bits.

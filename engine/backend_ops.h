@@ -35,14 +35,15 @@ using quant::KvFormat;
 #define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_channel_moments Arg, Arg, Arg
-#define BBB_OP_rope Arg, Arg, Arg, Rotation
+#define BBB_OP_rope Arg, Arg, Arg, Rotation, double
 #define BBB_OP_scale Arg, Arg
 #define BBB_OP_nested_levels Arg, const QuantizedWeights&, Arg, int, quant::NestedDequant
 #define BBB_OP_add Arg, Arg, Arg
+#define BBB_OP_add_bias Arg, Arg
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
   const AttentionSpec&, Arg
-#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg, KvFormat
+#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg, KvFormat, double
 #define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, KvFormat, Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
@@ -78,8 +79,8 @@ using quant::KvFormat;
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
-  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add) OP(attention)         \
-  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
+  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add)           \
+  OP(add_bias) OP(attention) OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \

@@ -36,22 +36,30 @@ struct Linear {
   std::string name;  // without ".weight"
   int64_t n;
   int64_t k;
+  bool bias;
 };
 
 std::vector<Linear> all_linears(const LlamaConfig& config) {
   std::vector<Linear> out;
   for (int64_t layer = 0; layer < config.layers; ++layer)
     for (const LinearShape& l : block_linears(config))
-      out.push_back({layer_name(layer, l.name), l.n, l.k});
+      out.push_back({layer_name(layer, l.name), l.n, l.k, l.bias});
   return out;
 }
 
 std::vector<Expected> expected_norms(const LlamaConfig& config) {
   std::vector<Expected> out;
   for (int64_t layer = 0; layer < config.layers; ++layer)
-    for (const char* norm : {kInputNorm, kPostNorm})
-      out.push_back({layer_name(layer, norm), {config.d_model}});
+    for (const NormShape& norm : block_norms(config))
+      out.push_back({layer_name(layer, norm.name), {norm.size}});
   out.push_back({kFinalNorm, {config.d_model}});
+  return out;
+}
+
+std::vector<Expected> expected_biases(const LlamaConfig& config) {
+  std::vector<Expected> out;
+  for (const Linear& l : all_linears(config))
+    if (l.bias) out.push_back({l.name + ".bias", {l.n}});
   return out;
 }
 
@@ -66,6 +74,7 @@ std::vector<Expected> expected_tables(const LlamaConfig& config) {
 std::vector<Expected> expected_all(const LlamaConfig& config) {
   std::vector<Expected> out = expected_tables(config);
   for (Expected& e : expected_norms(config)) out.push_back(std::move(e));
+  for (Expected& e : expected_biases(config)) out.push_back(std::move(e));
   for (const Linear& l : all_linears(config)) out.push_back({l.name + ".weight", {l.n, l.k}});
   return out;
 }
@@ -246,6 +255,10 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       table_bytes_ += format->bytes();
       for (const quant::StoredTensor& t : format->tensors()) known.insert(module + t.suffix);
     }
+    for (const Expected& e : expected_biases(config_)) {
+      check_float(e.name, e.shape);
+      known.insert(e.name);
+    }
     for (const Linear& l : all_linears(config_)) {
       const std::optional<quant::LinearFormat> format = read_format(l);
       formats_[l.name] = format;
@@ -266,6 +279,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   void check_finite() const override {
     std::vector<std::string> names;
     for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
+    for (const Expected& e : expected_biases(config_)) names.push_back(e.name);
     for (const auto& [linear, format] : formats_) {
       if (!format) names.push_back(linear + ".weight");
       for (const quant::StoredTensor& t :
@@ -491,21 +505,22 @@ std::string gguf_name(const std::string& name) {
   if (name == kFinalNorm) return "output_norm.weight";
   if (name == kHead) return "output.weight";
   static const std::map<std::string, std::string> kInBlock = {
-      {kInputNorm, "attn_norm.weight"},
-      {kPostNorm, "ffn_norm.weight"},
-      {"self_attn.q_proj.weight", "attn_q.weight"},
-      {"self_attn.k_proj.weight", "attn_k.weight"},
-      {"self_attn.v_proj.weight", "attn_v.weight"},
-      {"self_attn.o_proj.weight", "attn_output.weight"},
-      {"mlp.gate_proj.weight", "ffn_gate.weight"},
-      {"mlp.up_proj.weight", "ffn_up.weight"},
-      {"mlp.down_proj.weight", "ffn_down.weight"}};
+      {kInputNorm, "attn_norm.weight"},   {kPostNorm, "ffn_norm.weight"},
+      {kQueryNorm, "attn_q_norm.weight"}, {kKeyNorm, "attn_k_norm.weight"},
+      {"self_attn.q_proj", "attn_q"},     {"self_attn.k_proj", "attn_k"},
+      {"self_attn.v_proj", "attn_v"},     {"self_attn.o_proj", "attn_output"},
+      {"mlp.gate_proj", "ffn_gate"},      {"mlp.up_proj", "ffn_up"},
+      {"mlp.down_proj", "ffn_down"}};
   const std::string prefix = "model.layers.";
   const size_t dot = name.find('.', prefix.size());
   if (!name.starts_with(prefix) || dot == std::string::npos) return "";
-  const auto found = kInBlock.find(name.substr(dot + 1));
-  if (found == kInBlock.end()) return "";
-  return cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".", found->second);
+  const std::string block = cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".");
+  const std::string suffix = name.substr(dot + 1);
+  if (const auto found = kInBlock.find(suffix); found != kInBlock.end())
+    return block + found->second;
+  const size_t kind = suffix.rfind('.');  // of a linear: ".weight" or ".bias"
+  const auto found = kInBlock.find(suffix.substr(0, kind));
+  return found == kInBlock.end() ? "" : block + found->second + suffix.substr(kind);
 }
 
 class GgufCheckpoint final : public Checkpoint {
@@ -522,8 +537,8 @@ class GgufCheckpoint final : public Checkpoint {
       known.insert(name);
     }
     for (const auto& [name, t] : gguf_.tensors())
-      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name),
-                "' is no part of a llama model");
+      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name), "' is no part of a ",
+                config_.model_type, " model");
   }
 
   CheckpointKind kind() const override { return CheckpointKind::Gguf; }
@@ -549,7 +564,9 @@ class GgufCheckpoint final : public Checkpoint {
     const data::GgufTensor& t = gguf_.tensor(stored);
     check_shape(t.shape, shape, stored, path_);
     std::vector<float> out(static_cast<size_t>(t.numel()));
-    if (name.ends_with(".q_proj.weight") || name.ends_with(".k_proj.weight"))
+    const bool of_q_or_k =
+        name.find(".q_proj.") != std::string::npos || name.find(".k_proj.") != std::string::npos;
+    if (of_q_or_k && gguf_.string("general.architecture") == "llama")
       load_unpermuted(out.data(), t, stored);
     else
       data::gguf_dequantize(out.data(), t, stored);
@@ -572,9 +589,10 @@ class GgufCheckpoint final : public Checkpoint {
 
  private:
   // Hugging Face rotates the pair (j, j + d/2) of a head, llama.cpp the neighbours (2j, 2j + 1).
-  // llama.cpp stores the rows of Q and K in that order: stored row 2j + p is row p d/2 + j.
+  // For the llama architecture it stores the rows of Q and K, and their biases, in that order:
+  // stored row 2j + p is row p d/2 + j. Others are rotated as Hugging Face does.
   void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
-    const int64_t rows = t.shape[0], k = t.shape[1], d = config_.head_dim;
+    const int64_t rows = t.shape[0], k = t.numel() / rows, d = config_.head_dim;
     const int64_t row_bytes = t.bytes / rows;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t head = row / d, p = row % d / (d / 2), j = row % (d / 2);

@@ -3,7 +3,7 @@
 //
 //   a directory with config.json and safetensors   full precision, or exported
 //                                                  (quantization_config)
-//   a GGUF file of the llama architecture          dequantized; permuted Q and K put back
+//   a GGUF file of llama, qwen2 or qwen3           dequantized; llama's permuted Q and K put back
 //   synthetic:NAME                                 random weights (synthetic_checkpoint.h)
 #pragma once
 

@@ -1,6 +1,7 @@
 // A block:   a = x + o_proj(attention(rope(q_proj h), rope(k_proj h), v_proj h)),  h = norm(x)
 //            y = a + down_proj(silu(gate_proj g) * up_proj g),                     g = norm(a)
-// Both residual sums are addends of the GEMMs. The model: embed, blocks, norm; logits = h head^T.
+// In Qwen3 a norm over each head follows q_proj and k_proj. Both residual sums are addends of the
+// GEMMs. The model: embed, blocks, norm; logits = h head^T.
 //
 // In block training x takes no gradient, so only the input norm's weight would need the gradient of
 // h. Its gradient comes from the weight gradients of q_proj, k_proj and v_proj instead
@@ -95,7 +96,8 @@ LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
 
 Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
-  const engine::AttentionSpec spec{config_.sliding_window};
+  const engine::AttentionSpec spec{.window = config_.sliding_window,
+                                   .rope_factor = rope_factor(config_)};
 
   // The gradients of several precisions are of different weights.
   norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() &&
@@ -103,28 +105,41 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
       tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
-  const std::vector<Var> projected = QuantLinear::forward(tape, {&q_, &k_, &v_}, h);
+  std::vector<Var> projected = QuantLinear::forward(tape, {&q_, &k_, &v_}, h);
   h = LinearInput();
   const auto heads = [&](const Var& rows, int64_t count) {
     return reshape(tape, rows, {b, t, count, d});
   };
-  const Var q = heads(projected[0], config_.heads);
-  const Var k = heads(projected[1], config_.kv_heads);
+  Var q = heads(projected[0], config_.heads);
+  Var k = heads(projected[1], config_.kv_heads);
   const Var v = heads(projected[2], config_.kv_heads);
+  projected.clear();
+  if (config_.qk_norm) {
+    q = rms_norm(tape, q, q_norm_.var(), config_.rms_eps);
+    k = rms_norm(tape, k, k_norm_.var(), config_.rms_eps);
+  }
 
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
     backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
-                       inv_freq_, kv->format);
+                       inv_freq_, kv->format, spec.rope_factor);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
     backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec,
                               kv->format);
   } else {
-    out = attention(tape, q, k, v, inv_freq_, spec);
+    out = attention(tape, q, k, v, frequencies(t), spec);
   }
   out = reshape(tape, out, {b, t, config_.heads * d});
   return o_.forward(tape, tapped(kOutputSite, operands_[kOutputSite].plain(tape, out)), x);
+}
+
+// Dynamic scaling: a longer sequence than the model's positions has its own. Caches never hold one.
+Tensor LlamaBlock::frequencies(int64_t tokens) const {
+  const bool own = config_.rope_scaling && config_.rope_scaling->kind == RopeKind::Dynamic &&
+                   tokens > config_.max_position;
+  return own ? upload_as(backend_, rope_inv_freq(config_, tokens), inv_freq_.shape(), DType::F32)
+             : inv_freq_;
 }
 
 Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
@@ -147,10 +162,23 @@ Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompu
 
 // Weights.
 
-void LlamaBlock::set_norms(const std::vector<float>& input, const std::vector<float>& post) {
-  const Shape shape{config_.d_model};
-  input_norm_.set_constant(upload_as(backend_, input, shape, backend_.real()));
-  post_norm_.set_constant(upload_as(backend_, post, shape, backend_.real()));
+std::vector<NormWeight*> LlamaBlock::norms() {
+  if (!config_.qk_norm) return {&input_norm_, &post_norm_};
+  return {&input_norm_, &post_norm_, &q_norm_, &k_norm_};
+}
+
+void LlamaBlock::set_norms(const LayerResult& from) {
+  const std::vector<NormShape> shapes = block_norms(config_);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < shapes.size(); ++i)
+    weights[i]->set_constant(upload_as(backend_, from.norm(i), {shapes[i].size}, backend_.real()));
+}
+
+void LlamaBlock::set_biases(const LayerResult& from) {
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  const std::vector<QuantLinear*> all = linears();
+  for (size_t i = 0; i < shapes.size(); ++i)
+    if (shapes[i].bias) all[i]->set_bias(from.linears[i].bias);
 }
 
 void LlamaBlock::set_float(const LayerResult& weights) {
@@ -159,14 +187,15 @@ void LlamaBlock::set_float(const LayerResult& weights) {
   for (size_t i = 0; i < all.size(); ++i)
     all[i]->set_float(
         upload_as(backend_, weights.linears[i].master, {all[i]->n(), all[i]->k()}, backend_.act()));
-  set_norms(weights.input_norm, weights.post_norm);
+  set_norms(weights);
+  set_biases(weights);
 }
 
 void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
-  const Shape norm{config_.d_model};
   std::vector<quant::LinearFormat> formats;
-  set_norms(source.load(layer_name(layer_, kInputNorm), norm),
-            source.load(layer_name(layer_, kPostNorm), norm));
+  const LayerResult constants = norms_and_biases(source, layer_);
+  set_norms(constants);
+  set_biases(constants);
   for (QuantLinear* linear : linears()) {
     const std::string& name = linear->name();
     const Shape shape{linear->n(), linear->k()};
@@ -191,18 +220,18 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
   for (size_t i = 0; i < all.size(); ++i)
     declared_.push_back(
         &set.add(all[i]->name() + ".weight", {formats[i].n, formats[i].stored_k()}));
-  for (const char* norm : {kInputNorm, kPostNorm})
-    declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
+  for (const NormShape& norm : block_norms(config_))
+    declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
 }
 
 void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                                  const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(declared_.size() == all.size() + 2 && formats.size() == all.size());
+  const std::vector<NormWeight*> weights = norms();
+  BBB_ASSERT(declared_.size() == all.size() + weights.size() && formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], formats[i]);
   set_operands(formats, false);
-  input_norm_.set_parameter(*declared_[all.size()]);
-  post_norm_.set_parameter(*declared_[all.size() + 1]);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i]->set_parameter(*declared_[all.size() + i]);
   declared_.clear();
 }
 
@@ -210,8 +239,11 @@ void LlamaBlock::set_masters(const LayerResult& result) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(result.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_master(result.linears[i]);
-  upload_into(backend_, input_norm_.value, without_zeros(result.input_norm));
-  upload_into(backend_, post_norm_.value, result.post_norm);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < weights.size(); ++i)
+    upload_into(backend_, weights[i]->value,
+                weights[i] == &input_norm_ ? without_zeros(result.input_norm) : result.norm(i));
+  set_biases(result);
 }
 
 LayerResult LlamaBlock::result(LinearContent content) {
@@ -219,8 +251,9 @@ LayerResult LlamaBlock::result(LinearContent content) {
   for (QuantLinear* linear : linears())
     result.linears.push_back(content == LinearContent::Stored ? linear->quantized()
                                                               : linear->master());
-  result.input_norm = download_floats(backend_, input_norm_.value);
-  result.post_norm = download_floats(backend_, post_norm_.value);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < weights.size(); ++i)
+    result.norm(i) = download_floats(backend_, weights[i]->value);
   return result;
 }
 
@@ -241,12 +274,12 @@ void LlamaBlock::prepare_scales() {
 }
 
 void LlamaBlock::finish_backward() {
-  if (norm_through_products_)
-    finish_input_norm();
-  else
-    input_norm_.finish_backward(backend_);
+  for (NormWeight* norm : norms())
+    if (norm == &input_norm_ && norm_through_products_)
+      finish_input_norm();
+    else
+      norm->finish_backward(backend_);
   for (QuantLinear* linear : linears()) linear->finish_backward();
-  post_norm_.finish_backward(backend_);
 }
 
 void LlamaBlock::finish_input_norm() {
@@ -266,6 +299,7 @@ void LlamaBlock::snap() {
 }
 
 std::optional<engine::DecodeLayer> LlamaBlock::decode_layer(const KvCache& kv) {
+  if (config_.has_biases() || config_.qk_norm) return std::nullopt;
   engine::DecodeLayer layer;
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(all.size() == layer.linears.size());
@@ -370,11 +404,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
     }
     return Table{Var(out), nullptr};
   };
-  const auto ones = [&] {
-    const std::vector<float> values(static_cast<size_t>(config.d_model), 1.0f);
-    return upload_as(backend, values, {config.d_model}, backend.real());
-  };
-  model->norm_.set_constant(ones());
+  const std::vector<float> ones(static_cast<size_t>(config.d_model), 1.0f);
+  model->norm_.set_constant(upload_as(backend, ones, {config.d_model}, backend.real()));
 
   // Packed weights: uniform codes and zero points, e in [1/2, 2). S is about 1 / sqrt(K) in
   // linears. All read one random stream, each layer from its own offset.
@@ -391,6 +422,13 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
+
+  LayerResult constants;
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i)
+    constants.norm(i).assign(static_cast<size_t>(norms[i].size), 1.0f);
+  for (const LinearShape& shape : block_linears(config))
+    constants.linears.emplace_back().bias.assign(static_cast<size_t>(shape.n), 0.0f);
 
   std::vector<uint8_t> scales;
   const auto packed = [&](const quant::LinearFormat& format, float master_scale,
@@ -428,8 +466,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
       linear->set_packed(packed(formats.back(), master_scale, bytes), buffer);
     }
     block->set_operands(formats, true);
-    block->input_norm().set_constant(ones());
-    block->post_norm().set_constant(ones());
+    block->set_norms(constants);
+    block->set_biases(constants);
   }
   return model;
 }
@@ -458,7 +496,8 @@ std::unique_ptr<engine::LayerDecoder> Llama::layer_decoder(const KvCache& kv) {
                             .start = kv.start,
                             .inv_freq = inv_freq_,
                             .eps = config_.rms_eps,
-                            .attention = {config_.sliding_window}};
+                            .attention = {.window = config_.sliding_window,
+                                          .rope_factor = rope_factor(config_)}};
   for (auto& block : blocks_) {
     std::optional<engine::DecodeLayer> layer = block->decode_layer(kv);
     if (!layer) return nullptr;

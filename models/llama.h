@@ -65,7 +65,8 @@ class LlamaBlock {
   // The checkpoint's weights, one at a time. A linear that is stored in full precision becomes a
   // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
-  void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
+  void set_norms(const LayerResult& from);   // constants
+  void set_biases(const LayerResult& from);  // of the linears that have one
   // Makes the operands for linears of these formats.
   void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
@@ -104,13 +105,15 @@ class LlamaBlock {
   Var mlp_half(Tape& tape, const Var& x);
   LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
+  std::vector<NormWeight*> norms();          // in the order of block_norms()
+  Tensor frequencies(int64_t tokens) const;  // of the rotations of a sequence
 
   Backend& backend_;
   const LlamaConfig& config_;
   int64_t layer_;
   Tensor inv_freq_;
-  NormWeight input_norm_, post_norm_;
-  bool nested_ = false;                 // trains several precisions
+  NormWeight input_norm_, post_norm_, q_norm_, k_norm_;  // the last two only with qk_norm
+  bool nested_ = false;                                  // trains several precisions
   bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;

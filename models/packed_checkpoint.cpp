@@ -2,8 +2,8 @@
 //
 // Packed          the tensors of each linear's format (quant/format.h)
 // HuggingFace     P.weight BF16 = S e (q - z), exact for b <= 4
-// In both, norms are F32; embedding and head are BF16. Packed, the head and a tied embedding may
-// have 8 or 4 bits.
+// In both, norms and biases are F32; embedding and head are BF16. Packed, the head and a tied
+// embedding may have 8 or 4 bits.
 #include "models/packed_checkpoint.h"
 
 #include <algorithm>
@@ -123,7 +123,6 @@ std::optional<quant::LinearFormat> format_of(const OuterWeight& weight, const Ll
 std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Formats& formats,
                                            const ExportAs& as) {
   std::vector<SafeTensorsWriter::Entry> entries;
-  const Shape norm{config.d_model};
   const std::vector<LinearShape> shapes = block_linears(config);
   const auto declare_tensors = [&](const std::string& name, const quant::LinearFormat& format) {
     for (const quant::StoredTensor& t : format.tensors())
@@ -139,8 +138,8 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
   const std::vector<OuterWeight> outer = outer_weights(config);
   declare(outer[0]);
   for (int64_t i = 0; i < config.layers; ++i) {
-    entries.push_back({layer_name(i, kInputNorm), FileDType::F32, norm});
-    entries.push_back({layer_name(i, kPostNorm), FileDType::F32, norm});
+    for (const NormShape& norm : block_norms(config))
+      entries.push_back({layer_name(i, norm.name), FileDType::F32, {norm.size}});
     const std::vector<quant::LinearFormat> linears = formats(i);
     for (size_t j = 0; j < shapes.size(); ++j) {
       const std::string name = layer_name(i, shapes[j].name);
@@ -148,6 +147,7 @@ std::vector<SafeTensorsWriter::Entry> plan(const LlamaConfig& config, const Form
         entries.push_back({name + ".weight", FileDType::BF16, {shapes[j].n, shapes[j].k}});
       else
         declare_tensors(name, linears[j]);
+      if (shapes[j].bias) entries.push_back({name + ".bias", FileDType::F32, {shapes[j].n}});
     }
   }
   std::for_each(outer.begin() + 1, outer.end(), declare);
@@ -163,8 +163,9 @@ void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
                  const LlamaConfig& config, ExportFormat format) {
   const std::vector<LinearShape> shapes = block_linears(config);
   BBB_ASSERT(layer.linears.size() == shapes.size());
-  writer.add(layer_name(index, kInputNorm), layer.input_norm);
-  writer.add(layer_name(index, kPostNorm), layer.post_norm);
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i)
+    writer.add(layer_name(index, norms[i].name), layer.norm(i));
   for (size_t j = 0; j < shapes.size(); ++j) {
     const std::string name = layer_name(index, shapes[j].name);
     const LinearResult& linear = layer.linears[j];
@@ -172,6 +173,7 @@ void write_layer(ShardedWriter& writer, const LayerResult& layer, int64_t index,
       writer.add(name + ".weight", to_bf16(linear.dequantize()));
     else
       write_tensors(writer, name, linear);
+    if (shapes[j].bias) writer.add(name + ".bias", linear.bias);
   }
 }
 
@@ -220,12 +222,14 @@ void compare_layer(const Checkpoint& written, const LayerResult& layer, int64_t 
                                 const std::vector<float>& given) {
     check_equal(written.load(name, shape) == given, written, name);
   };
-  check_floats(layer_name(index, kInputNorm), {config.d_model}, layer.input_norm);
-  check_floats(layer_name(index, kPostNorm), {config.d_model}, layer.post_norm);
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i)
+    check_floats(layer_name(index, norms[i].name), {norms[i].size}, layer.norm(i));
   const std::vector<LinearShape> shapes = block_linears(config);
   for (size_t j = 0; j < shapes.size(); ++j) {
     const std::string name = layer_name(index, shapes[j].name);
     const LinearResult& linear = layer.linears[j];
+    if (shapes[j].bias) check_floats(name + ".bias", {shapes[j].n}, linear.bias);
     if (format == ExportFormat::HuggingFace) {
       check_floats(name + ".weight", {shapes[j].n, shapes[j].k}, rounded(linear.dequantize()));
       continue;

@@ -61,6 +61,20 @@ QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t 
   format_ = {.n = n, .k = k, .weight = {.bits = kNoQuantizer}};
 }
 
+void QuantLinear::set_bias(const std::vector<float>& bias) {
+  if (!bias_.defined()) {  // later, recorded steps hold the addresses
+    bias_ = backend_.empty({n_}, backend_.real());
+    bias_rows_ = backend_.empty({Backend::kMaxPackedRows, n_}, backend_.act());
+  }
+  upload_into(backend_, bias_, bias);
+  backend_.zero(bias_rows_);
+  backend_.add_bias(bias_rows_, bias_);
+}
+
+std::vector<float> QuantLinear::bias() const {
+  return bias_.defined() ? download_floats(backend_, bias_) : std::vector<float>();
+}
+
 void QuantLinear::set_float(Tensor weight) {
   BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
   state_ = FloatWeight();
@@ -102,6 +116,7 @@ LinearResult QuantLinear::master() const {
   LinearResult result;
   result.format = format_;
   result.master = download_floats(backend_, get<TrainedWeight>().master->master);
+  result.bias = bias();
   if (quantized_.ratios.defined()) result.ratios = download_bytes(backend_, quantized_.ratios);
   return result;
 }
@@ -193,6 +208,7 @@ LinearResult QuantLinear::quantized() const {
   const int bits = format_.weight.bits;
   LinearResult result;
   result.format = format_;
+  result.bias = bias();
   const std::vector<uint8_t> codes = download_bytes(backend_, current_codes());
   result.part(StoredPart::Scales) = download_bytes(backend_, quantized_.e);
   const std::vector<uint8_t> zeros = download_bytes(backend_, quantized_.z);
@@ -232,12 +248,13 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
     BBB_ASSERT(!tape.recording());
     const Tensor weight = packed->buffer.slice(0, n_ * columns()).view({n_, columns()});
     backend_.unpack(weight, packed->weight);
-    return linear(tape, x.x, Var(weight), quantized_.s, residual);
+    return linear(tape, x.x, Var(weight), quantized_.s, residual, bias_);
   }
   BBB_ASSERT(leaf_.defined());
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
-  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual);
+  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual,
+                bias_);
 }
 
 std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*>& site,
@@ -270,13 +287,20 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
   for (const QuantLinear* linear : site) {
     const int64_t n = shape.back() = linear->n_;
     outputs.emplace_back(backend.empty(shape, backend.act()));
-    products.push_back({outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight,
-                        residual.defined() ? residual.value().view({m, n}) : Tensor()});
+    Tensor addend;
+    if (residual.defined())
+      addend = residual.value().view({m, n});
+    else if (linear->bias_.defined())
+      addend = linear->bias_rows_.rows(0, m);
+    products.push_back(
+        {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
   }
   if (x.codes.codes.defined())
     backend.quantized_gemv(products, x.codes);
   else
     backend.packed_gemv(products, x.x.value().view({m, k}));
+  for (size_t i = 0; residual.defined() && i < site.size(); ++i)
+    if (site[i]->bias_.defined()) backend.add_bias(products[i].y, site[i]->bias_);
   return outputs;
 }
 

@@ -1,5 +1,5 @@
-// QuantLinear: y = x W^T (+ residual), x the operand (..., K') of a site, W (N, K') in its stored
-// positions (quant/format.h), which holds one of
+// QuantLinear: y = x W^T (+ residual) (+ bias), x the operand (..., K') of a site, the bias frozen,
+// W (N, K') in its stored positions (quant/format.h), which holds one of
 //
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
@@ -68,6 +68,8 @@ class QuantLinear {
  public:
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
+  // From now on the linear has a bias (N), in any state.
+  void set_bias(const std::vector<float>& bias);
   void set_float(Tensor weight);  // act (N, K); its operand is the input
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
@@ -131,6 +133,7 @@ class QuantLinear {
                                          const LinearInput& x, const Var& residual);
   int64_t columns() const { return format_.stored_k(); }  // K'
   Tensor current_codes() const;                           // U8 (N, K')
+  std::vector<float> bias() const;                        // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
@@ -139,8 +142,10 @@ class QuantLinear {
   std::variant<FloatWeight, TrainedWeight, FrozenCodes, PackedLinear> state_;
   quant::LinearFormat format_;
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
-  Tensor dweight_;  // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
-  Var leaf_;        // wq and dweight_, shared by all uses since finish_backward()
+  Tensor bias_;                             // real (N); undefined: none
+  Tensor bias_rows_;  // act (kMaxPackedRows, N): it in every row, an addend of packed products
+  Tensor dweight_;    // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
+  Var leaf_;          // wq and dweight_, shared by all uses since finish_backward()
   std::vector<Var> nested_leaves_;  // the same for the lower precisions
   size_t precision_ = 0;
 };

@@ -55,32 +55,34 @@ double window_nll(const std::vector<double>& logits, const std::vector<int32_t>&
 
 TEST_CASE("llama: T tokens at once equal prefill and T decode steps", "[llama]") {
   Backend& device = backend();
+  std::vector<LlamaConfig> configs = other_families();
   for (const bool tied : {false, true})
     for (const int64_t window : {0, 5}) {
-      CAPTURE(tied, window);
-      LlamaConfig config = tiny_config();
+      LlamaConfig& config = configs.emplace_back(tiny_config());
       config.tied_head = tied;
       if (window) config.model_type = "mistral";
       config.sliding_window = window;
-      TinyModel tiny(device, config);
-      REQUIRE(tiny.model->config().sliding_window == window);
-      CHECK((tiny.model->head().raw() == tiny.model->embedding().raw()) == tied);
-
-      const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
-      const std::vector<double> expected = logits_of(*tiny.model, ids);
-      const int64_t prefill = 4;
-      KvCache kv(device, config, 1, 16);
-      std::vector<double> actual =
-          logits_of(*tiny.model, {ids.begin(), ids.begin() + prefill}, &kv);
-      const auto start = static_cast<int32_t>(prefill);
-      device.upload(kv.start, &start);
-      for (size_t t = prefill; t < ids.size(); ++t) {
-        const std::vector<double> step = logits_of(*tiny.model, {ids[t]}, &kv);
-        actual.insert(actual.end(), step.begin(), step.end());
-        device.advance(kv.start);
-      }
-      CHECK(relative_error(actual, expected) < forward_tolerance(device));
     }
+  for (const LlamaConfig& config : configs) {
+    CAPTURE(config.model_type, config.tied_head, config.sliding_window, config.mlp_bias);
+    TinyModel tiny(device, config);
+    REQUIRE(tiny.model->config().sliding_window == config.sliding_window);
+    CHECK((tiny.model->head().raw() == tiny.model->embedding().raw()) == config.tied_head);
+
+    const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
+    const std::vector<double> expected = logits_of(*tiny.model, ids);
+    const int64_t prefill = 4;
+    KvCache kv(device, config, 1, 16);
+    std::vector<double> actual = logits_of(*tiny.model, {ids.begin(), ids.begin() + prefill}, &kv);
+    const auto start = static_cast<int32_t>(prefill);
+    device.upload(kv.start, &start);
+    for (size_t t = prefill; t < ids.size(); ++t) {
+      const std::vector<double> step = logits_of(*tiny.model, {ids[t]}, &kv);
+      actual.insert(actual.end(), step.begin(), step.end());
+      device.advance(kv.start);
+    }
+    CHECK(relative_error(actual, expected) < forward_tolerance(device));
+  }
 }
 
 TEST_CASE("llama: with quantized keys and values, T tokens at once equal T decode steps",
@@ -116,9 +118,12 @@ TEST_CASE("llama: with quantized keys and values, T tokens at once equal T decod
 }
 
 TEST_CASE("llama: the device's logits against F64", "[llama]") {
-  for (const bool llama3 : {false, true}) {
-    LlamaConfig config = tiny_config();
-    if (llama3) config.rope_scaling = models::Llama3RopeScaling{8, 1, 4, 16};
+  std::vector<LlamaConfig> configs = other_families();
+  configs.push_back(tiny_config());
+  configs.push_back(tiny_config());
+  configs.back().rope_scaling = models::RopeScaling{.factor = 8, .original_max_position = 16};
+  for (const LlamaConfig& config : configs) {
+    CAPTURE(config.model_type, config.mlp_bias);
     TinyModel device(backend(), config), reference(oracle_f64(), config);
     const std::vector<int32_t> ids = random_tokens(3, 33, config.vocab);
     CHECK(relative_error(logits_of(*device.model, ids), logits_of(*reference.model, ids)) <

@@ -27,13 +27,14 @@ bool is_grid_option(const train::Field& f) {
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
-  line.options()                                                                            //
-      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b or smollm2-135m", text())  //
-      ("e2e", "the whole model against its full-precision original, not one block")         //
-      ("batch", "windows a step; default: 8, with --e2e 16", text())                        //
-      ("seq-len", "tokens a window", text()->default_value("2048"))                         //
-      ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
-      ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
+  line.options()  //
+      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b, qwen3-0.6b or smollm2-135m",
+       text())                                                                       //
+      ("e2e", "the whole model against its full-precision original, not one block")  //
+      ("batch", "windows a step; default: 8, with --e2e 16", text())                 //
+      ("seq-len", "tokens a window", text()->default_value("2048"))                  //
+      ("steps", "timed steps; default: 100, with --e2e 10", text())                  //
+      ("layers", "with --e2e: fewer layers; default: as many as fit", text())        //
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                   //
       ("deterministic", "choose no algorithm of the step's matrix products by timing")  //

@@ -56,7 +56,10 @@ int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
   int64_t bytes = model.head_table().bytes();
   for (auto& block : model.blocks()) {
-    bytes += 2 * c.d_model * engine::size_bytes(backend.real());
+    for (const models::NormShape& norm : models::block_norms(c))
+      bytes += norm.size * engine::size_bytes(backend.real());
+    for (const models::LinearShape& linear : models::block_linears(c))
+      if (linear.bias) bytes += linear.n * engine::size_bytes(backend.act());
     for (models::QuantLinear* linear : block->linears()) bytes += linear_bytes(*linear, backend);
   }
   return bytes;
@@ -380,7 +383,8 @@ int decode_command(const Arguments& arguments) {
        cxxopts::value<std::string>())                                                          //
       ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
       ("json", "write text and timings to this file", cxxopts::value<std::string>())           //
-      ("synthetic", "random 2-bit weights: smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b",
+      ("synthetic",
+       "random 2-bit weights: smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, llama-2-7b",
        cxxopts::value<std::string>())  //
       ("context", "with --synthetic: tokens already in the cache",
        cxxopts::value<std::string>()->default_value("1024"));

@@ -21,7 +21,7 @@ int inspect_command(const Arguments& arguments) {
              c.layers, c.d_model, c.hidden, c.heads, c.kv_heads, c.head_dim, c.vocab);
   fmt::print("rope_theta {}  rope_scaling {}  rms_eps {}  sliding_window {}  tied_head {}\n",
              c.rope_theta,
-             c.rope_scaling            ? "llama3"
+             c.rope_scaling            ? name_of(c.rope_scaling->kind)
              : !c.rope_factors.empty() ? "factors"
                                        : "none",
              c.rms_eps, c.sliding_window, c.tied_head);

@@ -448,9 +448,10 @@ models::LinearContent final_content(const TrainConfig& config) {
 }
 
 int64_t block_parameters(const models::LlamaConfig& config) {
-  int64_t total = 2 * config.d_model;
+  int64_t total = 0;
+  for (const models::NormShape& norm : models::block_norms(config)) total += norm.size;
   for (const models::LinearShape& linear : models::block_linears(config))
-    total += linear.n * linear.k;
+    total += linear.n * (linear.k + (linear.bias ? 1 : 0));
   return total;
 }
 

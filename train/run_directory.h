@@ -152,7 +152,7 @@ int64_t steps_per_stage(const TrainConfig& config);
 // The seed of the random stream (a, b) of a run's seed.
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
-int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
+int64_t block_parameters(const models::LlamaConfig& config);  // norms and linears
 // What the final file holds of each linear.
 models::LinearContent final_content(const TrainConfig& config);
 // What holds the weights outside of the layers at the start of the end-to-end phase.

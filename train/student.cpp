@@ -108,7 +108,7 @@ void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
   const std::vector<QuantLinear*> linears = block.linears();
   const size_t first = static_cast<size_t>(block.layer()) * linears.size();
   for (size_t i = 0; i < linears.size(); ++i) linears[i]->freeze_codes(*sigmas_[first + i]);
-  block.set_norms(start.input_norm, start.post_norm);
+  block.set_norms(start);
 }
 
 void Student::prepare() {

@@ -223,13 +223,13 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
   // dk is complete only here. The sums are stored in full precision, so rotating them in place does
   // not round twice.
   for (const Tensor* gradient : {&dq, &dk})
-    do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse);
+    do_rope(*gradient, inv_freq, Tensor(), Rotation::Inverse, spec.rope_factor);
 }
 
 template <typename T>
 void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                  const Tensor& v, const Tensor& start, const Tensor& q,
-                                 const Tensor& inv_freq, KvFormat format) {
+                                 const Tensor& inv_freq, KvFormat format, double rope_factor) {
   const int64_t batch = k.dim(0), time = k.dim(1), heads = k.dim(2), d = k.dim(3);
   const int64_t capacity = k_cache.dim(1), width = heads * d;
   const int32_t* first = start.data<int32_t>();
@@ -238,8 +238,8 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
   if (inv_freq.defined()) {
     rotated = empty(k.shape(), act());
     do_copy(rotated, k);
-    do_rope(rotated, inv_freq, start, Rotation::Forward);
-    do_rope(q, inv_freq, start, Rotation::Forward);
+    for (const Tensor* heads : {&rotated, &q})
+      do_rope(*heads, inv_freq, start, Rotation::Forward, rope_factor);
   }
   for (int64_t b = 0; b < batch; ++b) {
     if (format.quantized()) {
