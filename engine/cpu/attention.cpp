@@ -238,8 +238,8 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
   if (inv_freq.defined()) {
     rotated = empty(k.shape(), act());
     do_copy(rotated, k);
-    for (const Tensor* heads : {&rotated, &q})
-      do_rope(*heads, inv_freq, start, Rotation::Forward, rope_factor);
+    for (const Tensor& rows : {rotated, q})
+      do_rope(rows, inv_freq, start, Rotation::Forward, rope_factor);
   }
   for (int64_t b = 0; b < batch; ++b) {
     if (format.quantized()) {
