@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "data/files.h"
 #include "tests/model_files.h"
 #include "tests/op_test.h"
 #include "tests/trained_model.h"
