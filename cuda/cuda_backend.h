@@ -120,7 +120,6 @@ class CudaBackend final : public engine::Backend {
   void packed_products(const PackedProducts& products, const Tiled& tiled,
                        const Other& other) const;
 
-  std::unique_ptr<engine::LayerDecoder> do_layer_decoder(const engine::DecodeStack& stack) override;
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
   BBB_BACKEND_OPS(BBB_OVERRIDE_OP)

@@ -271,39 +271,6 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
-// The same without a barrier of the cluster: its 4 bytes count towards `barrier` of the receiving
-// block, and who waits for that barrier sees the value.
-__device__ inline void send_to_block(uint32_t address, uint32_t barrier, int rank, float value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote, remote_barrier;\n"
-      "mapa.shared::cluster.u32 remote, %0, %2;\n"
-      "mapa.shared::cluster.u32 remote_barrier, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %3, [remote_barrier];\n"
-      "}" ::"r"(address),
-      "r"(barrier), "r"(rank), "f"(value)
-      : "memory");
-}
-
-// --- words --------------------------------------------------------------------------------------
-// 8 bytes, written and read as a whole, through L2. They order no other access.
-
-__device__ inline void store_word(uint64_t* to, uint64_t word) {
-  stress_pause();
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(word)
-               : "memory");
-}
-
-// Two words, aligned to 16 bytes; each is read as a whole.
-__device__ inline ulonglong2 load_words(const uint64_t* from) {
-  ulonglong2 words;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-               : "=l"(words.x), "=l"(words.y)
-               : "l"(__cvta_generic_to_global(from))
-               : "memory");
-  return words;
-}
-
 // --- registers ----------------------------------------------------------------------------------
 
 template <int kRegisters>

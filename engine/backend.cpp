@@ -962,49 +962,6 @@ void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& 
   do_quantized_gemv(products, x);
 }
 
-std::unique_ptr<LayerDecoder> Backend::layer_decoder(const DecodeStack& stack) {
-  const Op op(*this, "layer_decoder");
-  BBB_CHECK(!stack.layers.empty(), "layer_decoder: no layer");
-  const DecodeLayer& first = stack.layers[0];
-  op.rank("k_cache", first.k_cache, 4);
-  const int64_t d_model = first.input_norm.numel(), hidden = first.linears[4].format.n;
-  const int64_t head_dim = first.k_cache.dim(3), kv = first.k_cache.dim(2) * head_dim;
-  const int64_t q = first.linears[0].format.n;
-  BBB_CHECK(kv > 0 && q % kv == 0 && head_dim % 2 == 0, "layer_decoder: ", q, " query features, ",
-            kv, " of keys, heads of ", head_dim);
-  const std::array<std::pair<int64_t, int64_t>, 7> shapes = {{{q, d_model},
-                                                              {kv, d_model},
-                                                              {kv, d_model},
-                                                              {d_model, q},
-                                                              {hidden, d_model},
-                                                              {hidden, d_model},
-                                                              {d_model, hidden}}};
-  for (const DecodeLayer& layer : stack.layers) {
-    op.is("input_norm", layer.input_norm, real(), {d_model});
-    op.is("post_norm", layer.post_norm, real(), {d_model});
-    op.like("k_cache", layer.k_cache, act(),
-            {1, first.k_cache.dim(1), first.k_cache.dim(2), head_dim});
-    op.like("v_cache", layer.v_cache, act(), layer.k_cache.shape());
-    for (size_t i = 0; i < shapes.size(); ++i) {
-      const PackedWeight& w = layer.linears[i];
-      const size_t site = i < 3 ? 0 : i == 3 ? 1 : i < 6 ? 2 : 3;
-      const auto& operand = layer.operands[site];
-      const int64_t columns = operand ? operand->view.stored_k : shapes[i].second;
-      op.repacked(w);
-      BBB_CHECK(w.format.n == shapes[i].first && w.format.k == shapes[i].second &&
-                    w.format.stored_k() == columns,
-                "layer_decoder: linear ", i, " is ", w.format.n, " by ", w.format.k, " in ",
-                w.format.stored_k(), " positions, not ", shapes[i].first, " by ", shapes[i].second,
-                " in ", columns);
-    }
-  }
-  op.is("start", stack.start, DType::I32, {1});
-  op.is("inv_freq", stack.inv_freq, DType::F32, {head_dim / 2});
-  BBB_CHECK(stack.attention.window >= 0, "layer_decoder: window must not be negative, got ",
-            stack.attention.window);
-  return do_layer_decoder(stack);
-}
-
 // Optimizer.
 
 void Backend::step_control(const Tensor& control, const Tensor& loss, const Tensor& g,

@@ -153,32 +153,6 @@ struct OperandRows {
   Tensor codes, zeros, scales;
 };
 
-// A layer of a model of packed weights and its keys and values, for LayerDecoder.
-struct DecodeLayer {
-  Tensor input_norm, post_norm;         // real (D)
-  std::array<PackedWeight, 7> linears;  // q, k, v, output, gate, up, down; repacked
-  // Of q k v, output, gate up, down; none: the input itself.
-  std::array<std::optional<OperandSpec>, 4> operands;
-  Tensor k_cache, v_cache;  // act (1, Tmax, K, d)
-};
-struct DecodeStack {
-  std::vector<DecodeLayer> layers;
-  Tensor start;     // I32 (1) on the device: the position of the token
-  Tensor inv_freq;  // F32 (d/2)
-  double eps = 0;   // of the norms
-  AttentionSpec attention;
-};
-
-// All layers of a decode step of one sequence as one operation: what rms_norm(_operand),
-// packed_gemv, append_kv, attention_cached and swiglu(_operand) compute one after another.
-class LayerDecoder {
- public:
-  virtual ~LayerDecoder() = default;
-  // x act (1, D): in and out, the hidden state before and after the layers. Steps of one decoder
-  // run one after another. Faults as of append_kv.
-  virtual void run(const Tensor& x) = 0;
-};
-
 // Where each parameter of a model is in flat buffers of P elements (P a multiple of
 // quant::kTileAlign), and how the optimizer treats it. A parameter's slot is its row in every
 // table.
@@ -509,9 +483,6 @@ class Backend {
                       const Tensor& addend) {
     quantized_gemv({{y, w, addend}}, x);
   }
-  // Made once, at load. Null: this backend computes such layers op by op. A Hopper GPU takes tiled
-  // weights of one group size, 16-bit operands, and heads of 64 or 128.
-  std::unique_ptr<LayerDecoder> layer_decoder(const DecodeStack& stack);
 
   // --- optimizer --------------------------------------------------------------------------------
   // Straight-through estimator: the gradient of a weight is that of W^, and 0 where the weight was
@@ -558,7 +529,6 @@ class Backend {
     return make_scratch(scratch_bytes(op, shape));
   }
 
-  virtual std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack& stack) = 0;
   virtual Tensor do_empty(Shape shape, DType dtype) = 0;
   virtual void do_download(void* dst, const Tensor& src) = 0;
   BBB_BACKEND_OPS(BBB_PURE_OP)

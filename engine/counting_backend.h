@@ -53,7 +53,6 @@ class CountingBackend final : public Backend {
   void check_head_size(int64_t d) const override { device_.check_head_size(d); }
 
  private:
-  std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack&) override { return nullptr; }
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
 #define BBB_NO_OP(name) \

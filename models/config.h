@@ -44,7 +44,6 @@ struct LlamaConfig {
   std::vector<float>
       rope_factors;  // GGUF's rope_freqs.weight: divides each frequency; empty if none
   bool qkv_bias = false, output_bias = false, mlp_bias = false;  // of a block's linears
-  bool has_biases() const { return qkv_bias || output_bias || mlp_bias; }
   bool qk_norm = false;  // an RMSNorm of each head of queries and keys, before rope
   bool tied_head = false;
   std::optional<int64_t> bos_id;

@@ -30,7 +30,6 @@ Generator::Generator(Llama& model, int64_t batch, int64_t capacity_tokens,
     rows_.seen = backend_.zeros({batch, (model.config().vocab + 7) / 8}, DType::U8);
   rows_.log = backend_.zeros({kLogRows, batch}, DType::I32);
   rows_.cursor = counters_.rows(batch, 1);
-  kv_.decoder = model.layer_decoder(kv_);
   host_log_ = backend_.transfers().host_buffer(rows_.log.bytes());
   step_ = backend_.record([this] {
     Tape tape(backend_, TapeMode::Inference);

@@ -46,8 +46,6 @@ class Generator {
   // Steps that still fit into the cache.
   int64_t steps_left() const;
   int64_t capacity() const { return capacity_; }
-  // Whether a step computes all blocks in one operation.
-  bool fused() const { return kv_.decoder != nullptr; }
   int64_t kv_bytes_per_token() const { return kv_.bytes_per_token(); }
 
  private:

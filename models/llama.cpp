@@ -298,27 +298,6 @@ void LlamaBlock::snap() {
   for (QuantLinear* linear : linears()) linear->snap();
 }
 
-std::optional<engine::DecodeLayer> LlamaBlock::decode_layer(const KvCache& kv) {
-  if (config_.has_biases() || config_.qk_norm) return std::nullopt;
-  engine::DecodeLayer layer;
-  const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(all.size() == layer.linears.size());
-  for (size_t i = 0; i < all.size(); ++i) {
-    const engine::PackedWeight* packed = all[i]->packed();
-    if (packed == nullptr) return std::nullopt;
-    layer.linears[i] = *packed;
-  }
-  static_assert(kAttentionSite == 0 && kOutputSite == 1 && kMlpSite == 2 && kDownSite == 3);
-  for (size_t site = 0; site < layer.operands.size(); ++site)
-    layer.operands[site] = operands_[site].spec();
-  const size_t index = static_cast<size_t>(layer_);
-  layer.input_norm = input_norm_.value;
-  layer.post_norm = post_norm_.value;
-  layer.k_cache = kv.k[index];
-  layer.v_cache = kv.v[index];
-  return layer;
-}
-
 // The model.
 
 Llama::Llama(Backend& backend, LlamaConfig config) : backend_(backend), config_(std::move(config)) {
@@ -483,27 +462,8 @@ Var Llama::embed_tokens(Tape& tape, const Tensor& ids) const {
 
 Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
   Var x = embed_tokens(tape, ids);
-  if (kv && kv->decoder && ids.numel() == 1)
-    kv->decoder->run(x.value().view({1, config_.d_model}));
-  else
-    for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
+  for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
   return rms_norm(tape, x, norm_.var(), config_.rms_eps);
-}
-
-std::unique_ptr<engine::LayerDecoder> Llama::layer_decoder(const KvCache& kv) {
-  if (kv.format.quantized() || kv.start.numel() != 1) return nullptr;
-  engine::DecodeStack stack{.layers = {},
-                            .start = kv.start,
-                            .inv_freq = inv_freq_,
-                            .eps = config_.rms_eps,
-                            .attention = {.window = config_.sliding_window,
-                                          .rope_factor = rope_factor(config_)}};
-  for (auto& block : blocks_) {
-    std::optional<engine::DecodeLayer> layer = block->decode_layer(kv);
-    if (!layer) return nullptr;
-    stack.layers.push_back(std::move(*layer));
-  }
-  return backend_.layer_decoder(stack);
 }
 
 Tensor Llama::logits(const Tensor& h) const {

@@ -31,8 +31,6 @@ struct KvCache {
   quant::KvFormat format;
   std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d), or U8 as in `format`
   Tensor start;              // I32 (B) on the device
-  // If there is one, forward() computes the blocks of one token of one sequence with it.
-  std::shared_ptr<engine::LayerDecoder> decoder;
 
  private:
   KvCache() = default;
@@ -92,8 +90,6 @@ class LlamaBlock {
   void prepare_scales();  // after every linear's freeze_codes()
   void finish_backward();
   void snap();
-  // What a LayerDecoder needs; nothing unless all linears are packed.
-  std::optional<engine::DecodeLayer> decode_layer(const KvCache& kv);
 
   std::vector<QuantLinear*> linears();  // in the order of block_linears()
   NormWeight& input_norm() { return input_norm_; }
@@ -154,9 +150,6 @@ class Llama {
   Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);
   // h act (M, D) -> real (M, V).
   Tensor logits(const Tensor& h) const;
-  // A decoder of all blocks for steps of one token with a cache of one sequence. Null: there is
-  // none for this device or these weights.
-  std::unique_ptr<engine::LayerDecoder> layer_decoder(const KvCache& kv);
   // losses real (M): the cross-entropy of each row of h act (M, D) with its target, I32 (M), and 0
   // where that is -1. Computes the logits in chunks (head_chunks); of a packed head, a chunk of the
   // vocabulary at a time is dequantized.

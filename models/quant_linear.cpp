@@ -156,11 +156,6 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   state_ = PackedLinear{std::move(weight), std::move(buffer)};
 }
 
-const PackedWeight* QuantLinear::packed() const {
-  const auto* linear = std::get_if<PackedLinear>(&state_);
-  return linear == nullptr ? nullptr : &linear->weight;
-}
-
 Parameter* QuantLinear::parameter() const {
   if (const auto* trained = std::get_if<TrainedWeight>(&state_)) return trained->master;
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->sigma;

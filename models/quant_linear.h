@@ -90,7 +90,6 @@ class QuantLinear {
   static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
 
-  const PackedWeight* packed() const;  // null unless it holds a PackedLinear
 
   void prepare_scales();  // FrozenCodes only
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),

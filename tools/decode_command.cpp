@@ -86,7 +86,6 @@ struct Report {
   double prefill_s = 0;
   std::vector<double> step_s;
   int64_t step_tokens = 0;                // that the steps made, without those of ended sequences
-  bool fused = false;                     // Generator::fused()
   int64_t token_kv_bytes = 0;             // that the cache takes
   double weight_bytes = 0, kv_bytes = 0;  // of a step; of a token's keys and values so far
 
@@ -108,10 +107,9 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
     fmt::print(
         stderr,
         "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
-        "{:.0f} measured by copying ({:.1f} %), {:.1f} KB of keys and values a token, on {}, {}\n",
+        "{:.0f} measured by copying ({:.1f} %), {:.1f} KB of keys and values a token, on {}\n",
         r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
-        100 * rate / bandwidth, static_cast<double>(r.token_kv_bytes) / 1e3, backend.device_name(),
-        r.fused ? "all layers in one kernel" : "layers op by op");
+        100 * rate / bandwidth, static_cast<double>(r.token_kv_bytes) / 1e3, backend.device_name());
   if (!line.has("json")) return;
   ordered_json json;
   for (const auto& [prompt, answer] : r.sequences) {
@@ -136,7 +134,6 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
   json["gb_per_s"] = rate / 1e9;
   json["device_gb_per_s"] = bandwidth / 1e9;
   json["bandwidth_fraction"] = rate / bandwidth;
-  json["one_kernel"] = r.fused;
   json["device"] = backend.device_name();
   data::write_file_atomic(line.text("json"),
                           json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
@@ -173,7 +170,6 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
     return true;
   });
   report.generated = report.batch * max_tokens;
-  report.fused = generator.fused();
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.token_kv_bytes = generator.kv_bytes_per_token();
   report.kv_bytes = static_cast<double>(report.token_kv_bytes * (context + max_tokens / 2));
@@ -346,7 +342,6 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling, line.kv_format());
   generate(report, generator, files, sample_seed(line));
-  report.fused = generator.fused();
   for (const Sequence& one : report.sequences) report.generated += one.answer.generated;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.token_kv_bytes = generator.kv_bytes_per_token();

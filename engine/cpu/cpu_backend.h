@@ -92,7 +92,6 @@ class CpuBackend final : public Backend {
   int threads() const { return pool_.threads(); }
   static T* data(const Tensor& t) { return t.data<T>(); }
 
-  std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack&) override { return nullptr; }
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
   BBB_BACKEND_OPS(BBB_OVERRIDE_OP)
