@@ -285,7 +285,7 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
     Tensor addend;
     if (residual.defined())
       addend = residual.value().view({m, n});
-    else if (linear->bias_.defined())
+    else if (linear->bias_.defined() && m <= Backend::kMaxPackedRows)
       addend = linear->bias_rows_.rows(0, m);
     products.push_back(
         {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
@@ -294,8 +294,9 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
     backend.quantized_gemv(products, x.codes);
   else
     backend.packed_gemv(products, x.x.value().view({m, k}));
-  for (size_t i = 0; residual.defined() && i < site.size(); ++i)
-    if (site[i]->bias_.defined()) backend.add_bias(products[i].y, site[i]->bias_);
+  for (size_t i = 0; i < site.size(); ++i)
+    if (site[i]->bias_.defined() && (residual.defined() || !products[i].addend.defined()))
+      backend.add_bias(products[i].y, site[i]->bias_);
   return outputs;
 }
 
