@@ -59,6 +59,7 @@ fi
 
 if build/bbb_fuzz 100000 1; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/cmake_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+if scripts/install_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/cli_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 
 echo "$passed passed, $failed failed, $skipped skipped"

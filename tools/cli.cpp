@@ -9,9 +9,19 @@
 
 namespace bbb::tools {
 
+extern const char* const kBuild;  // commit, CUDA and architectures (cmake/build_text.cmake)
+
 namespace {
 
-void print_version() { std::puts("bbb " BBB_VERSION); }
+void print_version() { fmt::print("bbb {} ({})\n", BBB_VERSION, kBuild); }
+
+OptionTable table_of(const cxxopts::Options& options) {
+  OptionTable table;
+  for (const std::string& group : options.groups())
+    for (const cxxopts::HelpOptionDetails& o : options.group_help(group).options)
+      table.options.push_back({o.l.front(), o.s, o.desc, !o.is_boolean});
+  return table;
+}
 
 }  // namespace
 
@@ -27,6 +37,7 @@ bool CommandLine::parse(const Arguments& arguments) {
       ("device", "auto, cpu or cuda", cxxopts::value<std::string>()->default_value("auto"))  //
       ("threads", "CPU threads; 0: all cores", cxxopts::value<std::string>()->default_value("0"))(
           "h,help", "print this help")("version", "print the version");
+  if (!arguments.empty() && arguments.back() == kDescribe) throw table_of(options_);
   std::vector<const char*> argv{"bbb"};
   for (const std::string& argument : arguments) argv.push_back(argument.c_str());
   try {
@@ -120,12 +131,6 @@ std::unique_ptr<engine::Backend> CommandLine::make_backend() const {
 
 namespace {
 
-struct Command {
-  const char* name;
-  const char* summary;
-  int (*run)(const Arguments&);
-};
-
 constexpr Command kCommands[] = {
     {"train", "train a checkpoint down to 2-bit weights", train_command},
     {"export", "write a trained run, or a rounded model, as a packed directory", export_command},
@@ -134,14 +139,17 @@ constexpr Command kCommands[] = {
     {"inspect", "what a checkpoint holds, without loading its weights", inspect_command},
     {"decode", "generate text, and measure how fast", decode_command},
     {"chat", "talk to a model", chat_command},
-    {"bench", "time training steps, or packed matrix-vector products", bench_command},
+    {"bench", "time training steps, or packed matrix-vector products", bench_command, "train gemv"},
     {"tokenize", "token ids of a text", tokenize_command},
+    {"report", "a run as one HTML page", report_command},
+    {"completion", "a script that completes commands and options in a shell", completion_command,
+     "bash zsh fish"},
 };
 
 std::string usage() {
   std::string out = "usage: bbb COMMAND [options]      bbb COMMAND --help\n\n";
   for (const Command& command : kCommands)
-    out += fmt::format("  {:<9}{}\n", command.name, command.summary);
+    out += fmt::format("  {:<11}{}\n", command.name, command.summary);
   return out + "\n  --version, --help\n";
 }
 
@@ -162,6 +170,8 @@ int dispatch(int argc, char** argv) {
 }
 
 }  // namespace
+
+std::span<const Command> commands() { return kCommands; }
 
 int run(int argc, char** argv) {
   try {

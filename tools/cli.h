@@ -3,6 +3,7 @@
 
 #include <cxxopts.hpp>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -13,13 +14,24 @@ namespace bbb::tools {
 // The arguments after the command's name.
 using Arguments = std::vector<std::string>;
 
+// One option, for shell completion.
+struct OptionHelp {
+  std::string name, letter, text;  // without dashes; letter: "" if it has none
+  bool takes_value = true;
+};
+// The argument on which parse() throws the command's OptionTable. Nobody can type it.
+inline const std::string kDescribe(1, '\0');
+struct OptionTable {
+  std::vector<OptionHelp> options;
+};
+
 // One command's options: those added by options(), then --device, --threads, --help, --version.
 // Throws UsageError on an unknown flag, a bad value, or a stray word.
 class CommandLine {
  public:
   CommandLine(const std::string& command, const std::string& summary);
   cxxopts::OptionAdder options(const std::string& group = "");
-  // Returns false after printing --help or --version.
+  // Returns false after printing --help or --version. Throws OptionTable on kDescribe.
   bool parse(const Arguments& arguments);
 
   bool has(const std::string& name) const { return result_.count(name) > 0; }
@@ -52,6 +64,14 @@ class CommandLine {
   cxxopts::ParseResult result_;
 };
 
+struct Command {
+  const char* name;
+  const char* summary;
+  int (*run)(const Arguments&);
+  const char* words = "";  // one of them must follow the name
+};
+std::span<const Command> commands();
+
 int train_command(const Arguments& arguments);
 int export_command(const Arguments& arguments);
 int ppl_command(const Arguments& arguments);
@@ -60,6 +80,8 @@ int inspect_command(const Arguments& arguments);
 int decode_command(const Arguments& arguments);
 int chat_command(const Arguments& arguments);
 int bench_command(const Arguments& arguments);
+int report_command(const Arguments& arguments);
+int completion_command(const Arguments& arguments);
 int tokenize_command(const Arguments& arguments);
 
 // The whole program behind main(). Runs the command, and turns every error into one line on stderr
