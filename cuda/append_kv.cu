@@ -206,8 +206,7 @@ __global__ void copy_kernel(uint4* __restrict__ k_cache, uint4* __restrict__ v_c
 
 void CudaBackend::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                                const Tensor& v, const Tensor& start, const Tensor& q,
-                               const Tensor& inv_freq, KvFormat format,
-                               double rope_factor) {
+                               const Tensor& inv_freq, KvFormat format, double rope_factor) {
   BBB_ASSERT(aligned(k_cache, v_cache, k, v, q));
   const int64_t tokens = k.dim(0) * k.dim(1), d = k.dim(3);
   const int row_values = checked_int(k.dim(2) * d), t_max = checked_int(k_cache.dim(1));

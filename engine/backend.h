@@ -358,7 +358,8 @@ class Backend {
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
   // device knows `start`, so the next upload, download or synchronize() throws. With inv_freq,
   // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start
-  // with rope_factor, rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d a multiple of 32.
+  // with rope_factor, rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d
+  // a multiple of 32.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {},
                  KvFormat format = {}, double rope_factor = 1);

@@ -90,7 +90,6 @@ class QuantLinear {
   static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
 
-
   void prepare_scales();  // FrozenCodes only
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
   // from the dW^ since the last finish_backward(). If no pass wrote dW^, returns false and leaves

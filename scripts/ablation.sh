@@ -72,8 +72,6 @@ case $table in
     whole "6,144 windows, 1 pass" "$all" $many --e2e-stages w2a16:1
     whole "6,144 windows, 1 pass, embedding trained" "$all" $many --e2e-stages w2a16:1 \
       --e2e-embedding train
-    whole "2-bit activations, no outliers" "$data" $few --e2e-stages w2a16:3,w2a2:3 \
-      --e2e-lr 2e-3,1e-3 --act-outliers 0
     ;;
   components)  # the paper's Table 4: what each part of the method adds
     plain="$(windows 1024) --range minmax --rotate none"
@@ -97,20 +95,22 @@ case $table in
     done
     ;;
   widths)  # 2-bit weights alone and with 2-bit activations: pure, outlier group, rotation, splitting
-    for stages in w2a16:5 w2a16:2,w2a2:3; do
-      common="$(windows 1024) --e2e-stages $stages --range search --act-range search"
-      whole "$stages" "$data" $common --rotate none
+    for stages in w2a16:6 w2a16:3,w2a2:3; do
+      rate=2e-3
+      [ $stages = w2a16:6 ] || rate=2e-3,1e-3
+      common="$(windows 1024) --e2e-stages $stages --e2e-lr $rate"
+      whole "$stages" "$data" $common --rotate none --act-outliers 0
       whole "$stages, outlier group" "$data" $common --rotate none --act-outliers 32
-      whole "$stages, rotated" "$data" $common --rotate group
+      whole "$stages, rotated" "$data" $common --rotate group --act-outliers 0
       whole "$stages, outlier group, rotated" "$data" $common --rotate group --act-outliers 32
-      whole "$stages, 10 % split" "$data" $common --rotate none --ocs-ratio 0.1
+      whole "$stages, 10 % split" "$data" $common --rotate none --ocs-ratio 0.1 --act-outliers 0
     done
     ;;
   precisions)  # one file for 8, 4 and 2 bits against a run for each
-    common="$(windows 1024) --range minmax"
-    whole "any precision, 8 bits" "$data" $common --e2e-stages w8a16:6 --any-precision 8,4,2
+    common="$(windows 8832) --range minmax"
+    whole "any precision, 8 bits" "$all" $common --e2e-stages w8a16:1 --any-precision 8,4,2
     for bits in 4 2; do evaluate "the same file, $bits bits" - "$out/export" --bits $bits; done
-    for bits in 8 4 2; do whole "w$bits alone" "$data" $common --e2e-stages w${bits}a16:6; done
+    for bits in 8 4 2; do whole "w$bits alone" "$all" $common --e2e-stages w${bits}a16:1; done
     ;;
   end-to-end)  # losses, passes, blocks in front, oscillation
     common="$(windows 1024) --range search --rotate group"

@@ -670,9 +670,9 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
       const int64_t g = i / n * (k / group) + from / group;  // of the operand's zeros and scales
       double part = 0;
       for (int64_t j = from; j < from + 32; ++j)
-        part += levels[static_cast<size_t>(i % n * k + j)] *
-                (double(x.codes[static_cast<size_t>(i / n * k + j)]) -
-                 x.zeros[static_cast<size_t>(g)]);
+        part +=
+            levels[static_cast<size_t>(i % n * k + j)] *
+            (double(x.codes[static_cast<size_t>(i / n * k + j)]) - x.zeros[static_cast<size_t>(g)]);
       part *= master_scale * x.scales[static_cast<size_t>(g)];
       sum += part;
       size += std::abs(part);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <memory>
 #include <span>
 
@@ -167,6 +168,7 @@ ordered_json print_products(GemvShape shape, int64_t rows, const GemvResult& r,
   json["floor_us"] = 1e6 * roofs.floor_s(r.packed);
   fmt::print("{:>14} {:>5} {:8.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k), rows,
              1e6 * roofs.floor_s(r.packed), text);
+  std::fflush(stdout);  // products of many rows take a while
   return json;
 }
 
