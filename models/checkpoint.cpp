@@ -450,7 +450,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   int64_t linear_bytes_ = 0;
 };
 
-// The GGUF name of a Hugging Face tensor; "" if it has none.
+}  // namespace
+
 std::string gguf_name(const std::string& name) {
   if (name == kEmbedding) return "token_embd.weight";
   if (name == kFinalNorm) return "output_norm.weight";
@@ -472,6 +473,18 @@ std::string gguf_name(const std::string& name) {
   if (found == kInBlock.end()) return "";
   return cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".", found->second);
 }
+
+bool has_gguf_rows(const std::string& name) {
+  return name.ends_with(".q_proj.weight") || name.ends_with(".k_proj.weight");
+}
+
+int64_t gguf_row(int64_t row, int64_t head_dim) {
+  const int64_t head = row / head_dim, p = row % head_dim / (head_dim / 2),
+                j = row % (head_dim / 2);
+  return head * head_dim + 2 * j + p;
+}
+
+namespace {
 
 class GgufCheckpoint final : public Checkpoint {
  public:
@@ -514,7 +527,7 @@ class GgufCheckpoint final : public Checkpoint {
     const data::GgufTensor& t = gguf_.tensor(stored);
     check_shape(t.shape, shape, stored, path_);
     std::vector<float> out(static_cast<size_t>(t.numel()));
-    if (name.ends_with(".q_proj.weight") || name.ends_with(".k_proj.weight"))
+    if (has_gguf_rows(name))
       load_unpermuted(out.data(), t, stored);
     else
       data::gguf_dequantize(out.data(), t, stored);
@@ -530,14 +543,10 @@ class GgufCheckpoint final : public Checkpoint {
   std::string config_json() const override { return config_to_json(config_); }
 
  private:
-  // Hugging Face rotates the pair (j, j + d/2) of a head, llama.cpp the neighbours (2j, 2j + 1).
-  // llama.cpp stores the rows of Q and K in that order: stored row 2j + p is row p d/2 + j.
   void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
-    const int64_t rows = t.shape[0], k = t.shape[1], d = config_.head_dim;
-    const int64_t row_bytes = t.bytes / rows;
+    const int64_t rows = t.shape[0], k = t.shape[1], row_bytes = t.bytes / rows;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = row / d, p = row % d / (d / 2), j = row % (d / 2);
-      const int64_t stored = head * d + 2 * j + p;
+      const int64_t stored = gguf_row(row, config_.head_dim);
       const data::GgufTensor one = {t.type, {1, k}, t.data + stored * row_bytes, row_bytes};
       data::gguf_dequantize(out + row * k, one, name);
     }

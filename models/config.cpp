@@ -437,6 +437,14 @@ std::vector<float> rope_inv_freq(const LlamaConfig& c) {
   return out;
 }
 
+std::vector<float> rope_divisors(const LlamaConfig& c) {
+  if (!c.rope_scaling) return c.rope_factors;
+  std::vector<float> out;
+  for (int64_t i = 0; i < c.head_dim / 2; ++i)
+    out.push_back(static_cast<float>(llama3_divisor(*c.rope_scaling, rope_frequency(c, i))));
+  return out;
+}
+
 std::vector<LinearShape> block_linears(const LlamaConfig& c) {
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
   return {{"self_attn.q_proj", q, c.d_model, kAttentionSite},

@@ -56,6 +56,8 @@ std::string config_to_json(const LlamaConfig& config);
 
 // Frequencies of the head_dim / 2 pairs: theta^(-2i/d), scaled as the config says (F64, then F32).
 std::vector<float> rope_inv_freq(const LlamaConfig& config);
+// What the scaling divides each frequency by (rope_freqs.weight of a GGUF); empty if there is none.
+std::vector<float> rope_divisors(const LlamaConfig& config);
 
 // The input sites of a block. Linears of one site share their input.
 enum Site { kAttentionSite, kOutputSite, kMlpSite, kDownSite };

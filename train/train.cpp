@@ -321,17 +321,19 @@ std::string export_record(Json record, const Recipe& recipe, const models::Llama
 
 }  // namespace
 
-double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
-                  const std::string& out_directory, models::ExportFormat format) {
+models::ExportSummary export_run(Backend& backend, const std::string& run_directory,
+                                 const std::string& model_path, const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   const std::string model =
       model_path.empty() ? RunDirectory(run_directory).identity().config.model : model_path;
   return export_run(backend, *models::open_checkpoint(model), *data::load_tokenizer(model),
-                    run_directory, out_directory, format);
+                    run_directory, out_directory, options);
 }
 
-double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  const std::string& run_directory, const std::string& out_directory,
-                  models::ExportFormat format) {
+models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, const std::string& run_directory,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   const RunDirectory run(run_directory);
   const RunIdentity identity = run.identity();
   const TrainConfig& config = identity.config;
@@ -352,15 +354,16 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const models::LoadOuter trained = run.outer(recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, formats, format,
+      out_directory, source, tokenizer, formats, options,
       trained ? trained : models::outer_of(source), layer,
       export_record(Json::parse(data::read_file(run.run_file())), recipe, model),
       [&](int64_t done) { progress.set(done); });
 }
 
-double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  TrainConfig config, const std::string& out_directory,
-                  models::ExportFormat format) {
+models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, TrainConfig config,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
@@ -396,8 +399,8 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   const Quantizer quantizer(backend, model, config, recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, format,
-      models::outer_of(source),
+      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); },
+      options, models::outer_of(source),
       [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
       export_record(record, recipe, model), [&](int64_t done) { progress.set(done); });
 }
