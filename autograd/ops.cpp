@@ -179,12 +179,14 @@ class HeadLoss {
 
 }  // namespace
 
-Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual) {
+Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual,
+           const Tensor& bias) {
   Backend& backend = tape.backend();
   const int64_t n = w.value().dim(0);
   Tensor y = backend.empty(with_last(x.value().shape(), n), backend.act());
   backend.gemm_nt(matrix(y), matrix(x.value()), w.value(), alpha,
                   residual.defined() ? matrix(residual.value()) : Tensor());
+  if (bias.defined()) backend.add_bias(matrix(y), bias);
   Var out = tape.output(y, {x, w, residual});
   if (!out.requires_grad()) return out;
   // dx needs w's value, dw needs x's. Each value is kept only if the other's gradient is wanted.
@@ -328,8 +330,8 @@ Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor
               const AttentionSpec& spec) {
   Backend& backend = tape.backend();
   if (inv_freq.defined()) {
-    backend.rope(q.value(), inv_freq, Tensor(), Rotation::Forward);
-    backend.rope(k.value(), inv_freq, Tensor(), Rotation::Forward);
+    for (const Var* rotated : {&q, &k})
+      backend.rope(rotated->value(), inv_freq, Tensor(), Rotation::Forward, spec.rope_factor);
   }
   const Shape& shape = q.value().shape();  // (B, T, H, d)
   Tensor o = backend.empty(shape, backend.act());

@@ -8,10 +8,12 @@ namespace bbb::autograd {
 
 using engine::AttentionSpec;
 
-// y = alpha x w^T (+ residual). x (..., K), w (N, K), residual (..., N) or undefined, alpha real
-// (1) or undefined. dx = alpha dy w; d_residual = dy; dw = dy^T x: the gradient with respect to
-// alpha w, which a master behind a quantizer with scale alpha needs.
-Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual);
+// y = alpha x w^T (+ residual) (+ bias). x (..., K), w (N, K), residual (..., N) or undefined,
+// alpha real (1) or undefined, bias real (N) or undefined, a constant. dx = alpha dy w; d_residual
+// = dy; dw = dy^T x: the gradient with respect to alpha w, which a master behind a quantizer with
+// scale alpha needs.
+Var linear(Tape& tape, const Var& x, const Var& w, const Tensor& alpha, const Var& residual,
+           const Tensor& bias = Tensor());
 // x (..., D), w real (D).
 Var rms_norm(Tape& tape, const Var& x, const Var& w, double eps);
 Var swiglu(Tape& tape, const Var& gate, const Var& up);
@@ -22,7 +24,7 @@ Var rms_norm_operand(Tape& tape, const Var& x, const Var& w, double eps,
                      const engine::OperandSpec& spec);
 Var swiglu_operand(Tape& tape, const Var& gate, const Var& up, const engine::OperandSpec& spec);
 // q (B, T, H, d), k and v (B, T, K, d). inv_freq: undefined, or F32 (d/2): then q and k are first
-// rotated in place, from position 0, and the caller must not use them again.
+// rotated in place, from position 0, with spec.rope_factor, and the caller must not use them again.
 Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Tensor& inv_freq,
               const AttentionSpec& spec);
 Var add(Tape& tape, const Var& a, const Var& b);

@@ -1,7 +1,8 @@
 // out = a + b, summed in FP32 and rounded once.   bf16, same shape; out may be a or b.
+// y (M, N) += bias F32 (N), row by row, summed in FP32 and rounded once.
 // x *= factor, one F32 on the device.
 //
-// A flat launch, eight neighbouring elements a thread; 6 and 4 bytes an element.
+// A flat launch, eight neighbouring elements a thread; 6, 4 and 4 bytes an element.
 #include "cuda/cuda_backend.h"
 #include "cuda/vector.h"
 
@@ -23,6 +24,20 @@ __global__ void add_kernel(bf16* out, const bf16* a, const bf16* b, int64_t n) {
   store(out + i, x, n - i);
 }
 
+// n: elements of y, `columns` a row, a multiple of kWidth.
+template <int kWidth>
+__global__ void add_bias_kernel(bf16* y, const float* __restrict__ bias, int64_t n,
+                                int64_t columns) {
+  const int64_t i = first_element<kWidth>();
+  if (i >= n) return;
+  float v[kWidth], b[kWidth];
+  load(v, y + i, kWidth);
+  load(b, bias + i % columns, kWidth);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) v[j] += b[j];
+  store(y + i, v, kWidth);
+}
+
 template <int kWidth>
 __global__ void scale_kernel(bf16* x, const float* factor, int64_t n) {
   const int64_t i = first_element<kWidth>();
@@ -41,6 +56,14 @@ void CudaBackend::do_scale(const Tensor& x, const Tensor& factor) {
   const bool wide = aligned(x);
   launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
          wide ? scale_kernel<kWide> : scale_kernel<1>, bf16_of(x), factor.data<float>(), n);
+}
+
+void CudaBackend::do_add_bias(const Tensor& y, const Tensor& bias) {
+  const int64_t n = y.numel(), columns = y.dim(1);
+  const bool wide = columns % kWide == 0 && aligned(y, bias);
+  launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
+         wide ? add_bias_kernel<kWide> : add_bias_kernel<1>, bf16_of(y), bias.data<float>(), n,
+         columns);
 }
 
 void CudaBackend::do_add(const Tensor& out, const Tensor& a, const Tensor& b) {

@@ -77,7 +77,7 @@ struct ForwardArgs {
   int window;  // window_of()
 };
 
-// The sm_90a kernel. Requires start null and t_max = t. sms: number of multiprocessors; queue: a
+// The sm_90a kernel. If start is null, t_max is t. sms: number of multiprocessors; queue: a
 // word of scratch.
 void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
                               unsigned* queue);

@@ -95,9 +95,9 @@ __global__ void attention_terms_kernel(float* __restrict__ lse2, float* __restri
 
 // rotations (count / half, half): the inverse rotations of every position.
 __global__ void rotations_kernel(float2* __restrict__ rotations, const float* __restrict__ inv_freq,
-                                 int64_t count, int64_t half) {
+                                 int64_t count, int64_t half, float factor) {
   const int64_t i = first_element<1>();
-  if (i < count) rotations[i] = rotation(i / half, inv_freq[i % half], -1.0f);
+  if (i < count) rotations[i] = rotation(i / half, inv_freq[i % half], -1.0f, factor);
 }
 
 // Writes a warp's 16 kBlocks rows of one gradient, x scale, to `target`: F32 if T is float, else
@@ -495,7 +495,8 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
   if (plan.rotations > 0) {
     constexpr int kRotationThreads = 256;
     launch(stream_, {blocks_for(plan.rotations, kRotationThreads, 1), kRotationThreads},
-           rotations_kernel, rotations, inv_freq.data<float>(), plan.rotations, inv_freq.numel());
+           rotations_kernel, rotations, inv_freq.data<float>(), plan.rotations, inv_freq.numel(),
+           static_cast<float>(spec.rope_factor));
   }
   constexpr int kTermThreads = 256;
   const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);

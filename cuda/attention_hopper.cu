@@ -2,7 +2,8 @@
 // online softmax of FlashAttention-2 (Dao, 2023) on warpgroup products fed by the copy engine. The
 // two products and the softmax overlap as in FlashAttention-3 (Shah et al., 2024).
 //
-// Shapes: q, o (B, T, H, d); k, v (B, T, K, d); lse (B, H, T).
+// Shapes: q, o (B, T, H, d); k, v (B, T, K, d), or caches (B, Tmax, K, d), of which query t of
+// sequence b is at position start[b] + t; lse (B, H, T).
 // Thread mapping: one resident block per SM takes items from a queue. An item is 128 queries of one
 // head (192 for head size 64). The first thread of the first warpgroup copies the queries, and keys
 // and values in tiles of 128 through a ring. Each other warpgroup computes 64 queries. Its n-th
@@ -12,6 +13,8 @@
 // The warpgroups take turns at issuing products, so that the softmax of one overlaps the products
 // of another. The copies for the next item overlap the end of this one. Tiles run from the diagonal
 // down to the window's edge; only tiles that cross either are masked.
+// A cache may hold anything past its last key. p = 0 would not hide a NaN there, so the warpgroups
+// first overwrite those values with zeros in shared memory.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 //
@@ -21,6 +24,7 @@
 //                  that lane arrives at q_empty; copying thread waits, writes
 //   q, k, v        copy engine writes, completes the bytes of full; all threads wait, wgmma reads
 //                  wgmma_wait returns; each warp arrives at empty; copying thread waits, copies
+//   cleared v      after that wait: threads write, async_proxy_fence, barrier kOwn; wgmma reads
 //   output         threads write, async_proxy_fence, barrier kOwn; thread 0 stores, engine reads
 //                  store_wait_read returns in thread 0, barrier kOwn; threads write
 #include "cuda/attention.h"
@@ -54,12 +58,18 @@ struct ForwardShape {
   static_assert(kSmemBytes <= 227 * 1024);
 };
 
+// What keys and values are: those of the T queries, or a cache.
+enum class Source { Queries, Cache };
+
 // One head's tile of queries, and the tiles of keys that it sees.
 struct Item {
-  int batch, head, kv_head, row0, first_tile, last_tile;
+  int batch, head, kv_head;
+  int row0, position0;  // the first query's row and position
+  int key_count;        // of the sequence
+  int first_tile, last_tile;
 };
 
-template <int D>
+template <int D, Source kSource>
 __device__ inline Item find_item(const ForwardArgs& args, const BlockOrder& order, int index) {
   using Shape = ForwardShape<D>;
   int rank, head_index;
@@ -69,8 +79,13 @@ __device__ inline Item find_item(const ForwardArgs& args, const BlockOrder& orde
   item.batch = head_index / args.heads;
   item.head = head_index % args.heads;
   item.kv_head = item.head / (args.heads / args.kv_heads);
-  item.first_tile = max(0, item.row0 - args.window + 1) / Shape::kKeys;
-  item.last_tile = (min(item.row0 + Shape::kRows, args.t) - 1) / Shape::kKeys;
+  // check_positions reports a start outside of the cache; here it must only end.
+  const int start =
+      kSource == Source::Cache ? max(0, min(args.start[item.batch], args.t_max - args.t)) : 0;
+  item.position0 = start + item.row0;
+  item.key_count = start + args.t;
+  item.first_tile = max(0, item.position0 - args.window + 1) / Shape::kKeys;
+  item.last_tile = (min(item.position0 + Shape::kRows, item.key_count) - 1) / Shape::kKeys;
   return item;
 }
 
@@ -86,7 +101,7 @@ struct ForwardBarriers {
 };
 
 // The copying thread. For each item it copies the queries, then the tiles from last to first.
-template <int D>
+template <int D, Source kSource>
 __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k_map,
                                   const CUtensorMap& v_map, const ForwardArgs& args,
                                   const BlockOrder& order, unsigned* queue, uint32_t smem) {
@@ -99,7 +114,7 @@ __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k
     const bool more = index < static_cast<int>(order.blocks());
     store_shared(smem + Shape::kItemAt, more ? index : -1);
     if (!more) return mbarrier_arrive(barriers.q_full());
-    const Item item = find_item<D>(args, order, index);
+    const Item item = find_item<D, kSource>(args, order, index);
     mbarrier_expect(barriers.q_full(), Shape::Queries::kBytes);
     copy_tile<D, Shape::kRows>(smem, q_map, barriers.q_full(), item.head, item.row0, item.batch);
     q_parity ^= 1;
@@ -119,7 +134,7 @@ __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k
 }
 
 // One computing warpgroup; `own` is its index among them.
-template <int D>
+template <int D, Source kSource>
 __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs& args,
                                     const BlockOrder& order, unsigned char* memory, uint32_t smem,
                                     int own) {
@@ -160,8 +175,9 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     q_parity ^= 1;
     const int index = load_shared_warp(smem + Shape::kItemAt, lane);
     if (index < 0) break;
-    const Item item = find_item<D>(args, order, index);
-    const int position0 = item.row0 + own * 64;  // of this warpgroup's first query
+    const Item item = find_item<D, kSource>(args, order, index);
+    const int first_row = item.row0 + own * 64;  // this warpgroup's first query
+    const int position0 = item.position0 + own * 64;
 
     float s[kKeys / 8][4], acc[D / 8][4];
     uint32_t p[kKeys / 16][4];
@@ -192,6 +208,17 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
       for (int kk = 0; kk < kKeys / 16; ++kk)
         wgmma<Along::Rows>(acc, p[kk], v + Keys::template slice_offset<Along::Rows>(kk), 1);
       wgmma_commit();
+    };
+    // Zeros for the values of a tile from key_count on. All warpgroups write the same.
+    const auto clear_values = [&](int tile, int stage) {
+      if (kSource == Source::Queries || (tile + 1) * kKeys <= item.key_count) return;
+      constexpr int kChunks = D / 8;
+      const int first = (item.key_count - tile * kKeys) * kChunks;
+      for (int i = first + thread; i < kKeys * kChunks; i += kWarpgroup)
+        *reinterpret_cast<uint4*>(memory + Shape::kValuesAt + stage * Keys::kBytes +
+                                  Keys::chunk_offset(i / kChunks, i % kChunks)) = uint4{};
+      async_proxy_fence();
+      named_sync(kOwn + own, kWarpgroup);
     };
     // s = exp(s - max), unnormalised; correction is the factor for earlier terms.
     const auto softmax = [&](int tile) {
@@ -249,6 +276,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
       take_turn();
       start_scores(ring.stage);
       mbarrier_wait(barriers.v_full(before.stage), before.parity);
+      clear_values(tile + 1, before.stage);
       start_output(before.stage);
       pass_turn();
       wgmma_wait<1>();
@@ -266,6 +294,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     }
     release(barriers.q_empty());
     mbarrier_wait(barriers.v_full(ring.stage), ring.parity);
+    clear_values(item.first_tile, ring.stage);
     start_output(ring.stage);
     wgmma_wait<0>();
     accumulator_fence(acc);
@@ -277,7 +306,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum[half]);
       inverse[half] = 1.0f / sum;
-      const int row = position0 + local_row + 8 * half;
+      const int row = first_row + local_row + 8 * half;
       if (args.lse != nullptr && pair == 0 && row < args.t)
         args.lse[(int64_t{item.batch} * args.heads + item.head) * args.t + row] =
             row_max[half] * scale + logf(sum);
@@ -295,18 +324,18 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
             pack_bf16(acc[n][2 * half] * inverse[half], acc[n][2 * half + 1] * inverse[half]);
     async_proxy_fence();
     named_sync(kOwn + own, kWarpgroup);
-    if (thread == 0 && position0 < args.t) {
+    if (thread == 0 && first_row < args.t) {
 #pragma unroll
       for (int panel = 0; panel < PanelShape<D>::kPanels; ++panel)
         store_box(o_map, smem + output_at + panel * Output::kPanelBytes,
-                  panel * PanelShape<D>::kColumns, item.head, position0, item.batch);
+                  panel * PanelShape<D>::kColumns, item.head, first_row, item.batch);
       store_commit();
     }
   }
   if (thread == 0) store_wait_read();
 }
 
-template <int D>
+template <int D, Source kSource>
 __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forward_hopper_kernel(
     const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap q_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
@@ -332,11 +361,11 @@ __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forwar
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     registers_down<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) copy_items<D>(q_map, k_map, v_map, args, order, queue, smem);
+    if (threadIdx.x == 0) copy_items<D, kSource>(q_map, k_map, v_map, args, order, queue, smem);
   } else {
     registers_up<Shape::kRegisters>();
-    attend_items<D>(o_map, args, order, memory, smem,
-                    static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    attend_items<D, kSource>(o_map, args, order, memory, smem,
+                             static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
 #endif
 }
@@ -345,22 +374,24 @@ __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forwar
 
 void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
                               unsigned* queue) {
-  BBB_ASSERT(args.start == nullptr && args.t == args.t_max);
+  BBB_ASSERT(args.start != nullptr || args.t == args.t_max);
   with_head_size(d, [&](auto size) {
     constexpr int D = size;
     using Shape = ForwardShape<D>;
-    const BlockOrder order(ceil_div(args.t, Shape::kRows), args.batch * args.heads, args.t, D);
-    const auto map = [&](const __nv_bfloat16* x, int heads, int rows) {
-      return panel_map<D>(x, args.batch, args.t, heads, rows);
+    const BlockOrder order(ceil_div(args.t, Shape::kRows), args.batch * args.heads, args.t_max, D);
+    const auto map = [&](const __nv_bfloat16* x, int t, int heads, int rows) {
+      return panel_map<D>(x, args.batch, t, heads, rows);
     };
     if (order.blocks() == 0) return;
     BBB_CUDA(cudaMemsetAsync(queue, 0, sizeof *queue, stream));
     launch(
         stream,
         {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads, Shape::kSmemBytes},
-        attention_forward_hopper_kernel<D>, map(args.o, args.heads, 64),
-        map(args.q, args.heads, Shape::kRows), map(args.k, args.kv_heads, Shape::kKeys),
-        map(args.v, args.kv_heads, Shape::kKeys), args, order, queue);
+        args.start == nullptr ? attention_forward_hopper_kernel<D, Source::Queries>
+                              : attention_forward_hopper_kernel<D, Source::Cache>,
+        map(args.o, args.t, args.heads, 64), map(args.q, args.t, args.heads, Shape::kRows),
+        map(args.k, args.t_max, args.kv_heads, Shape::kKeys),
+        map(args.v, args.t_max, args.kv_heads, Shape::kKeys), args, order, queue);
   });
 }
 

@@ -219,8 +219,7 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
     case ScratchOp::Sample:
       return sample_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::AttentionCached:
-      return shape[1] > 1 ? 0
-                          : attention_cached_scratch_bytes(shape[0], shape[2], shape[3], shape[4]);
+      return attention_cached_scratch_bytes(shape, properties_.multiProcessorCount);
     case ScratchOp::EmbedBackward:
       return embed_backward_scratch_bytes(shape[0], shape[1]);
   }

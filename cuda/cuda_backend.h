@@ -49,6 +49,7 @@ using engine::Shape;
 using engine::Tensor;
 using engine::WeightGrid;
 using engine::Write;
+using quant::KvFormat;
 using quant::LaunchShape;
 #ifdef __CUDACC__
 using quant::launch;
@@ -94,6 +95,9 @@ class CudaBackend final : public engine::Backend {
   int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                            const AttentionSpec& spec) const override;
   int64_t repacked_bytes(const quant::LinearFormat& format) const override;
+  int64_t max_packed_rows(const quant::LinearFormat& format) const override {
+    return takes_tiles(format) ? kAnyRows : kMaxPackedRows;
+  }
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
@@ -116,6 +120,7 @@ class CudaBackend final : public engine::Backend {
   void packed_products(const PackedProducts& products, const Tiled& tiled,
                        const Other& other) const;
 
+  std::unique_ptr<engine::LayerDecoder> do_layer_decoder(const engine::DecodeStack& stack) override;
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
   BBB_BACKEND_OPS(BBB_OVERRIDE_OP)
@@ -137,7 +142,7 @@ class CudaBackend final : public engine::Backend {
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
-int64_t attention_cached_scratch_bytes(int64_t batch, int64_t heads, int64_t d, int64_t t_max);
+int64_t attention_cached_scratch_bytes(const Shape& shape, int sms);
 int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);
 int64_t embed_backward_scratch_bytes(int64_t rows, int64_t vocabulary);
 

@@ -43,6 +43,10 @@ struct PanelShape {
 template <int D>
 CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int rows);
 
+// A tensor map of x (rows, columns), columns a multiple of 8, with boxes of `box_rows` rows of a
+// panel of 64 columns. Positions outside of x read as zeros.
+CUtensorMap matrix_map(const __nv_bfloat16* x, int64_t rows, int64_t columns, int box_rows);
+
 #ifdef __CUDACC__
 
 // The block's dynamic shared memory from its first multiple of 1024 on.
@@ -99,21 +103,26 @@ __device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
                : "memory");
 }
 
+// Whether the phase of this parity is complete; the hardware waits for it for a short time.
+__device__ inline bool mbarrier_try_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of this parity is complete.
 __device__ inline void mbarrier_wait(uint32_t barrier, int parity) {
   stress_pause();
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (done == 0);
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
   stress_pause();
 }
 
@@ -171,6 +180,16 @@ __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t b
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(head), "r"(position),
       "r"(batch)
+      : "memory");
+}
+
+// The same of a matrix.
+__device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int column,
+                                int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
 
@@ -252,6 +271,39 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
+// The same without a barrier of the cluster: its 4 bytes count towards `barrier` of the receiving
+// block, and who waits for that barrier sees the value.
+__device__ inline void send_to_block(uint32_t address, uint32_t barrier, int rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %3, [remote_barrier];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(value)
+      : "memory");
+}
+
+// --- words --------------------------------------------------------------------------------------
+// 8 bytes, written and read as a whole, through L2. They order no other access.
+
+__device__ inline void store_word(uint64_t* to, uint64_t word) {
+  stress_pause();
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(word)
+               : "memory");
+}
+
+// Two words, aligned to 16 bytes; each is read as a whole.
+__device__ inline ulonglong2 load_words(const uint64_t* from) {
+  ulonglong2 words;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(words.x), "=l"(words.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return words;
+}
+
 // --- registers ----------------------------------------------------------------------------------
 
 template <int kRegisters>
@@ -286,6 +338,15 @@ __device__ inline void accumulator_fence(float (&d)[N][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
 
+// The same for fragments of A: they are ready before the fence that follows.
+template <int N>
+__device__ inline void fragment_fence(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[n][i])::"memory");
+}
+
 // How a tile is an operand. Columns: A or B^T, with k along its columns. Rows: A^T or B, with k
 // along its rows.
 enum class Along { Columns, Rows };
@@ -314,6 +375,17 @@ struct Operand {
     return static_cast<uint64_t>(
         (column / Panel::kColumns * kPanelBytes + column % Panel::kColumns * 2) / 16);
   }
+  // The descriptor of that slice: an address never carries into the upper half.
+  template <Along kAlong>
+  __device__ static uint64_t slice(uint64_t descriptor, int number) {
+    const uint32_t low =
+        static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(slice_offset<kAlong>(number));
+    uint64_t joined;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(joined)
+        : "r"(low), "r"(static_cast<uint32_t>(descriptor >> 32)));
+    return joined;
+  }
   // Bytes from the tile's start to a 16-byte chunk.
   __device__ static uint32_t chunk_offset(int row, int chunk) {
     constexpr int kChunks = Panel::kColumns / 8;
@@ -324,13 +396,16 @@ struct Operand {
 };
 
 #define BBB_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define BBB_ACC16(i) BBB_ACC4(i), BBB_ACC4(i + 1), BBB_ACC4(i + 2), BBB_ACC4(i + 3)
+#define BBB_ACC8(i) BBB_ACC4(i), BBB_ACC4(i + 1)
+#define BBB_ACC16(i) BBB_ACC8(i), BBB_ACC8(i + 2)
 #define BBB_ACC32 BBB_ACC16(0), BBB_ACC16(4)
 #define BBB_ACC48 BBB_ACC32, BBB_ACC16(8)
 #define BBB_ACC64 BBB_ACC48, BBB_ACC16(12)
-#define BBB_REG32                                                          \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15," \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BBB_REG4 "{%0, %1, %2, %3"
+#define BBB_REG8 BBB_REG4 ", %4, %5, %6, %7"
+#define BBB_REG16 BBB_REG8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define BBB_REG32 \
+  BBB_REG16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define BBB_REG48 \
   BBB_REG32 ",%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define BBB_REG64 \
@@ -361,14 +436,21 @@ struct Operand {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),                \
                    "n"(kAlong == Along::Rows ? 1 : 0));                                         \
   }
+BBB_WGMMA(8, BBB_REG4, BBB_ACC4(0), 4, 5, 6, 7, 8, 9, 10)
+BBB_WGMMA(16, BBB_REG8, BBB_ACC8(0), 8, 9, 10, 11, 12, 13, 14)
+BBB_WGMMA(32, BBB_REG16, BBB_ACC16(0), 16, 17, 18, 19, 20, 21, 22)
 BBB_WGMMA(64, BBB_REG32, BBB_ACC32, 32, 33, 34, 35, 36, 37, 38)
 BBB_WGMMA(96, BBB_REG48, BBB_ACC48, 48, 49, 50, 51, 52, 53, 54)
 BBB_WGMMA(128, BBB_REG64, BBB_ACC64, 64, 65, 66, 67, 68, 69, 70)
 #undef BBB_WGMMA
+#undef BBB_REG4
+#undef BBB_REG8
+#undef BBB_REG16
 #undef BBB_REG32
 #undef BBB_REG48
 #undef BBB_REG64
 #undef BBB_ACC4
+#undef BBB_ACC8
 #undef BBB_ACC16
 #undef BBB_ACC32
 #undef BBB_ACC48

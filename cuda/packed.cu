@@ -1,6 +1,6 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
-// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu). All others keep the file's layout
-// (quant/packed.cu, quant/quantized_gemv.cu).
+// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
+// file's layout (quant/packed.cu, quant/quantized_gemv.cu).
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
 #include "quant/cuda_kernels.h"
@@ -25,11 +25,10 @@ static TiledView tiles_of(const PackedWeight& w) {
           w.format.stored_k(), w.format.weight.group};
 }
 
-// Half of a multiprocessor's shared memory.
-static GemvLaunch gemv_launch(cudaStream_t stream, const cudaDeviceProp& properties) {
+static ProductLaunch product_launch(cudaStream_t stream, const cudaDeviceProp& properties) {
   return {stream, properties.multiProcessorCount,
-          static_cast<int64_t>(properties.sharedMemPerMultiprocessor / 2 -
-                               properties.reservedSharedMemPerBlock)};
+          static_cast<int64_t>(properties.sharedMemPerMultiprocessor),
+          static_cast<int64_t>(properties.reservedSharedMemPerBlock)};
 }
 
 bool CudaBackend::takes_tiles(const quant::LinearFormat& format) const {
@@ -52,6 +51,12 @@ void CudaBackend::do_unpack(const Tensor& wq, const PackedWeight& w) {
   check_aligned(wq, "wq");
   if (takes_tiles(w.format)) return launch_unpack_tiles(stream_, bf16_of(wq), tiles_of(w));
   quant::launch_unpack(stream_, bf16_of(wq), view_of(w));
+}
+
+void CudaBackend::do_embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& w) {
+  check_aligned(out, "out");
+  BBB_ASSERT(!takes_tiles(w.format));
+  quant::launch_unpack_rows(stream_, bf16_of(out), ids.data<int32_t>(), view_of(w), out.dim(0));
 }
 
 // Calls tiled(products in tiles) once if there are any, and other(product, y_bf16, y_f32) for each
@@ -77,7 +82,8 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        launch_packed_gemv(gemv_launch(stream_, properties_), tiled, bf16_of(x), x.dim(0));
+        const auto launch_it = x.dim(0) < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
+        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), x.dim(0));
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
@@ -93,7 +99,7 @@ void CudaBackend::do_quantized_gemv(const PackedProducts& products, const Operan
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        launch_quantized_gemv(gemv_launch(stream_, properties_), tiled, codes, zeros, scales, m);
+        launch_quantized_gemv(product_launch(stream_, properties_), tiled, codes, zeros, scales, m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         quant::launch_quantized_gemv(stream_, y_bf16, y_f32, codes, zeros, scales,

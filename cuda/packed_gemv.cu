@@ -28,17 +28,14 @@
 //
 // Two blocks fit on a multiprocessor. So the next product's copies start while this one still runs.
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block or cluster.
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
 #include <algorithm>
 #include <numeric>
-#include <span>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
+#include "cuda/tile_product.h"
 #include "quant/packed_tiles.h"
 
 namespace bbb::cuda {
@@ -53,13 +50,15 @@ constexpr int kMaxWarps = 16;      // of a block
 constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
 constexpr int kMaxTiles = 8;       // row tiles of a block
 constexpr int kTokens = 4;         // rows of x of a launch
-constexpr int kMaxProducts = 3;    // of a launch
-constexpr unsigned kOnes = 0x01010101u;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Four positions of x as integers: v + 128 in 16 bits each, and the unit of the octet.
+// Positions of a lane of an octet: 2t, 2t + 1, 2t + 8 and 2t + 9, in the upper four lanes 16 more.
+__device__ __forceinline__ int first_position(int lane) { return lane % 4 * 2 + lane % 8 / 4 * 16; }
+constexpr int kSecondPair = 8;  // positions behind the first
+
+// A lane's positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
 struct Levels {
-  uint32_t low_pair, high_pair;
+  uint32_t first_pair, second_pair;
   float unit;
 };
 
@@ -70,7 +69,9 @@ struct PlainRows {
   int k;
 
   __device__ Raw load(int row, int at) const {
-    return load_past_l1(reinterpret_cast<const uint2*>(x + int64_t{row} * k + at));
+    const bf16* const from = x + int64_t{row} * k + at;
+    return {load_past_l1(reinterpret_cast<const uint32_t*>(from)),
+            load_past_l1(reinterpret_cast<const uint32_t*>(from + kSecondPair))};
   }
   __device__ static Raw zero() { return {0, 0}; }
   __device__ static Levels levels(const Raw& raw) {
@@ -79,16 +80,10 @@ struct PlainRows {
     for (int lanes = 1; lanes < 8; lanes *= 2)
       most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, lanes));
     const uint32_t largest = max(most & 0xFFFFu, most >> 16);
-    // One more in the last place: then v rounds to less than 2^15 - 128, and `high` fits a byte.
-    const uint32_t exponent = max((largest + 1) >> 7, 21u);  // unit / 4^3 is a normal number
-    const float inverse = __uint_as_float((268 - exponent) << 23);
-    // 1.5 2^23 + 128 + v: the low 16 bits are those of v + 128.
-    const auto shifted = [&](uint32_t bits) {
-      return __float_as_uint(fmaf(__uint_as_float(bits), inverse, 12583040.0f));
-    };
+    const IntegerUnit integers(largest);
+    const auto shifted = [&](uint32_t bits) { return integers.shifted(__uint_as_float(bits)); };
     return {__byte_perm(shifted(raw.x << 16), shifted(raw.x & 0xFFFF0000u), 0x5410),
-            __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410),
-            __uint_as_float(largest < 0x7F80u ? (exponent - 14) << 23 : 0x7FC00000u)};
+            __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410), integers.unit};
   }
 };
 
@@ -106,7 +101,9 @@ struct CodedRows {
 
   __device__ Raw load(int row, int at) const {
     const int g = row * (k / group) + at / group;
-    return {load_past_l1(reinterpret_cast<const uint32_t*>(codes + int64_t{row} * k + at)),
+    const uint8_t* const from = codes + int64_t{row} * k + at;
+    return {load_past_l1(reinterpret_cast<const uint16_t*>(from)) |
+                uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(from + kSecondPair))} << 16,
             load_past_l1(zeros + g),
             __uint_as_float(load_past_l1(reinterpret_cast<const uint32_t*>(scales + g)))};
   }
@@ -121,8 +118,8 @@ struct CodedRows {
 // B's registers of an octet: the lower four lanes have positions 0 .. 15 of the sub-group and
 // column `high`, the upper four 16 .. 31 and column `low`. They exchange halves.
 __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& levels, int lane) {
-  const uint32_t low = __byte_perm(levels.low_pair, levels.high_pair, 0x6420) ^ 0x80808080u;
-  const uint32_t high = __byte_perm(levels.low_pair, levels.high_pair, 0x7531);
+  const uint32_t low = __byte_perm(levels.first_pair, levels.second_pair, 0x6240) ^ 0x80808080u;
+  const uint32_t high = __byte_perm(levels.first_pair, levels.second_pair, 0x7351);
   const bool upper = lane & 4;
   const uint32_t kept = upper ? low : high;
   const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? high : low, 4);
@@ -130,25 +127,19 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
-// 256 high + low of a lane's two columns and its row r.
-__device__ __forceinline__ int joined(int high, int low) { return high * 256 + low; }
-
-// A slice of x as the products take it: B of each sub-group, and a lane's sum of v and unit. They
-// are those of sub-group t of one row of x, or of each sub-group of row t.
+// Makes a slice of x.
 template <typename Input, bool kManyRows>
-struct SliceOperand {
-  static constexpr int kLoads = kManyRows ? 4 : 1;
+struct OperandMaker : SliceOperand<kManyRows> {
+  static constexpr int kLoads = SliceOperand<kManyRows>::kUnits;
   using Raw = typename Input::Raw;
-  uint32_t b[4][2];
-  int sum[kLoads];
-  float unit[kLoads];
 
   __device__ __forceinline__ static void load(Raw (&raw)[kLoads], const Input& x, int m, int slice,
                                               int lane) {
     const int row = kManyRows ? lane / 8 : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = slice * kTileColumns + (kManyRows ? i * 32 + lane % 8 * 4 : lane * 4);
+      const int at = slice * kTileColumns + (kManyRows ? i : lane / 8) * quant::kSubgroup +
+                     first_position(lane);
       raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
     }
   }
@@ -162,68 +153,19 @@ struct SliceOperand {
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
       mma_u8_s8(c, ones, columns[0], columns[1]);
-      sum[i] = joined(c[0], c[1]);
+      this->sum[i] = joined(c[0], c[1]);
       // Times 4^-i.
-      unit[i] = __shfl_sync(kAllLanes, levels.unit, 8 * t) *
-                __uint_as_float((127 - 2 * (kManyRows ? i : t)) << 23);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if constexpr (kManyRows) {
-          b[i][j] = columns[j];
-        } else {
-#pragma unroll
-          for (int g = 0; g < 4; ++g) b[g][j] = lane / 8 == g ? columns[j] : 0;
-        }
+      this->unit[i] = __shfl_sync(kAllLanes, levels.unit, 8 * t) *
+                      __uint_as_float((127 - 2 * (kManyRows ? i : t)) << 23);
+      if constexpr (kManyRows) {
+        this->b[i][0] = columns[0];
+        this->b[i][1] = columns[1];
+      } else {
+        this->set_columns(columns[0], columns[1], lane);
       }
     }
   }
 };
-
-// The values of two E4M3 codes.
-__device__ __forceinline__ float2 decode_pair(uint32_t codes) {
-  const __half2_raw halves =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  return __half22float2(__half2(halves));
-}
-
-// sum[h] += e unit I of a lane's rows r and r + 8.
-__device__ __forceinline__ void add_group(float (&sum)[2], const int (&c)[4], uint32_t zeros,
-                                          uint32_t zero_mask, float2 e, int sum_v, float unit) {
-  const int first = joined(c[0], c[1]) - static_cast<int>(zeros & zero_mask) * sum_v;
-  const int second = joined(c[2], c[3]) - static_cast<int>(zeros >> 8 & zero_mask) * sum_v;
-  sum[0] = fmaf(static_cast<float>(first), e.x * unit, sum[0]);
-  sum[1] = fmaf(static_cast<float>(second), e.y * unit, sum[1]);
-}
-
-template <typename Input, bool kManyRows>
-__device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned char* tile,
-                                              const SliceOperand<Input, kManyRows>& x, int lane) {
-  const uint4 words = *reinterpret_cast<const uint4*>(tile + lane * 16);
-  const uint32_t zeros =
-      *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2);
-  int c[4] = {0, 0, 0, 0};
-  const auto multiply = [&](int i) {
-    const uint32_t mask = 3 * kOnes << (2 * i);
-    const uint32_t a[4] = {words.x & mask, words.y & mask, words.z & mask, words.w & mask};
-    mma_u8_s8(c, a, x.b[i][0], x.b[i][1]);
-  };
-  if constexpr (kManyRows) {
-    const uint2 scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      c[0] = c[1] = c[2] = c[3] = 0;
-      multiply(i);
-      const float2 e = decode_pair((i < 2 ? scales.x : scales.y) >> (i % 2 * 16) & 0xFFFFu);
-      add_group(sum, c, zeros, 3u << (2 * i), e, x.sum[i], x.unit[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) multiply(i);
-    const uint32_t scales =
-        *reinterpret_cast<const uint16_t*>(tile + quant::kTileScales + lane * 2);
-    add_group(sum, c, zeros, 3u << (lane % 4 * 2), decode_pair(scales), x.sum[0], x.unit[0]);
-  }
-}
 
 // A warp takes the row tiles of a slice in one or two parts, each of which fills a slot.
 constexpr int parts_of(int tiles) { return tiles > 4 ? 2 : 1; }
@@ -235,15 +177,6 @@ struct GemvShape {
   int slots;  // of a warp's ring
 };
 
-// The products of a launch: clusters of blocks take the shares of the first, then of the next.
-struct ProductList {
-  struct Product {
-    TiledProduct of;
-    int64_t shares;
-  };
-  Product items[kMaxProducts];
-};
-
 // kTiles: the most row tiles of a block. Shared memory: `slots` slots for each warp, their
 // barriers, and in a cluster the second block's sums (kTiles, 2, 32 lanes). At the end the first
 // slot of each warp holds its sums in the same order.
@@ -251,7 +184,7 @@ template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     packed_gemv_kernel(const __grid_constant__ ProductList products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Operand = SliceOperand<Input, kManyRows>;
+  using Operand = OperandMaker<Input, kManyRows>;
   constexpr int kParts = parts_of(kTiles), kSlotTiles = slot_tiles(kTiles);
   constexpr int kSlotBytes = kSlotTiles * kTileBytes;
   static_assert(kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
@@ -264,9 +197,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const int first_slice = static_cast<int>(rank * all_slices / split) + warp;
   const int slices = static_cast<int>((rank + 1) * all_slices / split);  // the end of this block's
   int64_t share = blockIdx.x / split;
-  int p = 0;
-#pragma unroll 1
-  for (; share >= products.items[p].shares; ++p) share -= products.items[p].shares;
+  const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
   const int64_t shares = products.items[p].shares;
@@ -321,8 +252,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 #pragma unroll
       for (int i = 0; i < kSlotTiles && part * kSlotTiles + i < kTiles; ++i)
         // Tiles that the block lacks are computed from whatever is there, and not written.
-        multiply_tile<Input, kManyRows>(sum[part * kSlotTiles + i], ring + slot + i * kTileBytes,
-                                        operand, lane);
+        multiply_tile<kManyRows>(sum[part * kSlotTiles + i], ring + slot + i * kTileBytes, operand,
+                                 lane);
       __syncwarp();
       if (lane == 0) start_copy(slot, barrier);
       slot += kSlotBytes;
@@ -384,10 +315,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
 #endif
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-using Products = std::span<const TiledProduct>;
-
 // How matrices are divided: each into shares of at most `tiles` row tiles, each taken by a cluster
 // of `split` blocks of `warps` warps.
 struct Division {
@@ -430,12 +357,12 @@ Division divide(Products products, int processors) {
 }
 
 template <bool kManyRows, int kTiles, typename Input>
-void launch_shape(const GemvLaunch& at, const ProductList& products, const Input& x, int64_t m,
+void launch_shape(const ProductLaunch& at, const ProductList& products, const Input& x, int64_t m,
                   const Division& by) {
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.smem_bytes - second_bytes) / slot_bytes);
+  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
@@ -453,7 +380,8 @@ CodedRows rows_from(const CodedRows& x, int64_t row) {
 
 // Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
 template <bool kManyRows, typename Input>
-void launch_rows(const GemvLaunch& at, Products products, const Input& x, int64_t row, int64_t m) {
+void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row,
+                 int64_t m) {
   const Division by = divide(products, at.processors);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) {
@@ -487,7 +415,7 @@ void launch_rows(const GemvLaunch& at, Products products, const Input& x, int64_
 }
 
 template <typename Input>
-void launch_all(const GemvLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
+void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
                 int64_t m) {
   for (size_t i = 0; i < all.size(); i += kMaxProducts) {
     const Products products =
@@ -503,12 +431,12 @@ void launch_all(const GemvLaunch& at, const std::vector<TiledProduct>& all, cons
 
 }  // namespace
 
-void launch_packed_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m) {
   launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
 }
 
-void launch_quantized_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m) {
   const TiledView& w = products[0].w;

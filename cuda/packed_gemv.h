@@ -1,7 +1,9 @@
-// Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu), sm_90a only,
-// and of the tiles themselves (cuda/packed_tiles.cu).
+// Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu for few rows of
+// x, cuda/packed_gemm.cu for more), sm_90a only, and of the tiles themselves
+// (cuda/packed_tiles.cu).
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "cuda/cuda_backend.h"
@@ -29,22 +31,56 @@ struct TiledProduct {
   const bf16* addend;  // (m, N) or null
 };
 
-struct GemvLaunch {
+using Products = std::span<const TiledProduct>;
+
+constexpr int kMaxProducts = 3;  // of a launch
+
+// The products of a launch: clusters of blocks take the shares of the first, then of the next.
+struct ProductList {
+  struct Product {
+    TiledProduct of;
+    int64_t shares;
+  };
+  Product items[kMaxProducts];
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#ifdef __CUDACC__
+// The product of a share of the launch; `share` becomes its number in that product.
+__device__ inline int find_product(const ProductList& products, int64_t& share) {
+  int p = 0;
+#pragma unroll 1
+  for (; share >= products.items[p].shares; ++p) share -= products.items[p].shares;
+  return p;
+}
+#endif
+
+struct ProductLaunch {
   cudaStream_t stream;
   int processors;
-  int64_t smem_bytes;  // a block may use this much, so that two fit on a multiprocessor
+  int64_t smem_bytes;      // of a multiprocessor
+  int64_t reserved_bytes;  // of these, for each block
+
+  // What a block may use so that this many fit on a multiprocessor.
+  int64_t block_bytes(int blocks) const { return smem_bytes / blocks - reserved_bytes; }
 };
 
 // The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
 // that writes tiles may be in flight.
 //
-// Products of m rows x with weights of the same K and group. x is aligned to 8 bytes.
-void launch_packed_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+// Products of m rows x with weights of the same K and group. x is aligned to 4 bytes.
+void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 // The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
 // - zeros) scales.
-void launch_quantized_gemv(const GemvLaunch& at, const std::vector<TiledProduct>& products,
+void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m);
+// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on. x is aligned to 16
+// bytes.
+constexpr int64_t kMinGemmRows = 5;
+void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                        const bf16* x, int64_t m);
 
 }  // namespace bbb::cuda

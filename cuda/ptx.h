@@ -71,6 +71,13 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a b + c of two bf16 each, rounded once.
+__device__ inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 // c += a b for bytes, exact in 32 bits: A (16 x 32) unsigned, B (32 x 8) signed. Registers hold
 // four neighbours along k. a[0] (g, 4t ..)  a[1] (g + 8, 4t ..)  a[2] (g, 4t + 16 ..)  a[3] (g + 8,
 // 4t + 16 ..); b0 (4t .., g)  b1 (4t + 16 .., g); c as above.
@@ -112,6 +119,42 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// Pairs of bf16: a b + c rounded once, a b, and the lower or upper half twice.
+__device__ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return fma_bf16x2(a, b, 0x80008000u);  // -0 keeps the sign of a zero
+}
+__device__ inline uint32_t lower_twice(uint32_t pair) {
+  uint32_t twice;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\nmov.b32 %0, {l, l};\n}" : "=r"(twice) : "r"(pair));
+  return twice;
+}
+__device__ inline uint32_t upper_twice(uint32_t pair) {
+  uint32_t twice;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\nmov.b32 %0, {h, h};\n}" : "=r"(twice) : "r"(pair));
+  return twice;
+}
+
+// x >> kBits, which the compiler does not join with further shifts.
+template <int kBits>
+__device__ inline uint32_t shifted_down(uint32_t x) {
+  uint32_t y;
+  asm("shr.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "n"(kBits));
+  return y;
+}
+
+// (x & kMask) | kBits in one instruction: the compiler makes two of two constants.
+template <uint32_t kMask, uint32_t kBits>
+__device__ inline uint32_t mask_or(uint32_t x) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "n"(kMask), "r"(kBits));
+  return y;
 }
 
 }  // namespace bbb::cuda

@@ -9,12 +9,12 @@
 #ifdef __CUDACC__
 namespace bbb::cuda {
 
-// (cos, sign sin) of the angle position * inv_freq. The angle is one FP32 product; sincosf reduces
-// it fully, so that long contexts keep their phase.
-__device__ inline float2 rotation(int64_t position, float inv_freq, float sign) {
+// factor (cos, sign sin) of the angle position * inv_freq. The angle is one FP32 product; sincosf
+// reduces it fully, so that long contexts keep their phase.
+__device__ inline float2 rotation(int64_t position, float inv_freq, float sign, float factor) {
   float sine, cosine;
   sincosf(static_cast<float>(position) * inv_freq, &sine, &cosine);
-  return make_float2(cosine, sign * sine);
+  return make_float2(factor * cosine, factor * sign * sine);
 }
 
 // Rotates the pair (a, b) by r.

@@ -121,6 +121,61 @@ void expand_q6_k(float* out, const uint8_t* p) {
   }
 }
 
+// Q2_K and Q3_K: 256 codes of two bits. Each half of 128 codes has 32 bytes, and its quarter r has
+// bits 2r and 2r + 1 of them.
+int two_bits(const uint8_t* codes, int at) {
+  return (codes[at / 128 * 32 + at % 32] >> (at / 32 % 4 * 2)) & 3;
+}
+
+// {scales[16], two bits[64], d half, dmin half}: d scale q - dmin minimum. Each 16 codes have a
+// byte, scale in its low nibble and minimum in its high one.
+void expand_q2_k(float* out, const uint8_t* p) {
+  const float d = half_at(p + 80), dmin = half_at(p + 82);
+  for (int at = 0; at < 256; ++at) {
+    const float s = d * static_cast<float>(p[at / 16] & 0xf);
+    const float m = dmin * static_cast<float>(p[at / 16] >> 4);
+    out[at] = s * static_cast<float>(two_bits(p + 16, at)) - m;
+  }
+}
+
+// {third bits[32], two bits[64], scales[12], d half}: d (scale - 32) (q - 4). Bit g of third byte i
+// belongs to code i of the g-th 32 codes. A scale for 16 codes has six bits: the low four of scale
+// s are a nibble of byte s mod 8, the low one for s < 8, the others bits of byte 8 + s mod 4.
+void expand_q3_k(float* out, const uint8_t* p) {
+  const float d = half_at(p + 108);
+  const uint8_t* const scales = p + 96;
+  for (int at = 0; at < 256; ++at) {
+    const int s = at / 16, low = (scales[s % 8] >> (s / 8 * 4)) & 0xf;
+    const int scale = (low | ((scales[8 + s % 4] >> (s / 4 * 2)) & 3) << 4) - 32;
+    const int third = (p[at % 32] >> (at / 32)) & 1;
+    out[at] =
+        d * static_cast<float>(scale) * static_cast<float>((two_bits(p + 32, at) | third << 2) - 4);
+  }
+}
+
+// The levels of the non-linear 4-bit types.
+constexpr int8_t kLevels[] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                              1,    13,   25,  38,  53,  69,  89,  113};
+
+// {d half, nibbles[16]}: d level(q)
+void expand_iq4_nl(float* out, const uint8_t* p) {
+  const float d = half_at(p);
+  expand_nibbles(out, p + 2, 0, [=](int q) { return d * static_cast<float>(kLevels[q]); });
+}
+
+// {d half, high bits of scales u16, low nibbles of scales[4], nibbles[128]}: d (scale - 32)
+// level(q), a six-bit scale for each 32 codes.
+void expand_iq4_xs(float* out, const uint8_t* p) {
+  const float d = half_at(p);
+  const int high = load_as<uint16_t>(p + 2);
+  for (int g = 0; g < 8; ++g) {
+    const int low = (p[4 + g / 2] >> (g % 2 * 4)) & 0xf;
+    const float s = d * static_cast<float>((low | ((high >> (2 * g)) & 3) << 4) - 32);
+    expand_nibbles(out + 32 * g, p + 8 + 16 * g, 0,
+                   [=](int q) { return s * static_cast<float>(kLevels[q]); });
+  }
+}
+
 // kHalves: the offsets of a block's half-precision scales. Only these are checked: codes and
 // integer scales are finite, and their products with a finite half are far below FP32's limit.
 template <void (*kExpand)(float*, const uint8_t*), int kElements, int kBytes, int... kHalves>
@@ -144,20 +199,23 @@ constexpr TypeRow kTypes[] = {{0, "F32", kF32Blocks},
                               {6, "Q5_0", scaled_blocks<expand_q5_0, 32, 22, 0>()},
                               {7, "Q5_1", scaled_blocks<expand_q5_1, 32, 24, 0, 2>()},
                               {8, "Q8_0", scaled_blocks<expand_q8_0, 32, 34, 0>()},
+                              {10, "Q2_K", scaled_blocks<expand_q2_k, 256, 84, 80, 82>()},
+                              {11, "Q3_K", scaled_blocks<expand_q3_k, 256, 110, 108>()},
                               {12, "Q4_K", scaled_blocks<expand_q4_k, 256, 144, 0, 2>()},
                               {13, "Q5_K", scaled_blocks<expand_q5_k, 256, 176, 0, 2>()},
                               {14, "Q6_K", scaled_blocks<expand_q6_k, 256, 210, 208>()},
+                              {20, "IQ4_NL", scaled_blocks<expand_iq4_nl, 32, 18, 0>()},
+                              {23, "IQ4_XS", scaled_blocks<expand_iq4_xs, 256, 136, 0>()},
                               {30, "BF16", kBf16Blocks}};
 
 // ggml's other types, including retired ones.
 constexpr std::pair<uint32_t, const char*> kUnreadTypes[] = {
-    {4, "Q4_2"},        {5, "Q4_3"},        {9, "Q8_1"},        {10, "Q2_K"},    {11, "Q3_K"},
-    {15, "Q8_K"},       {16, "IQ2_XXS"},    {17, "IQ2_XS"},     {18, "IQ3_XXS"}, {19, "IQ1_S"},
-    {20, "IQ4_NL"},     {21, "IQ3_S"},      {22, "IQ2_S"},      {23, "IQ4_XS"},  {24, "I8"},
-    {25, "I16"},        {26, "I32"},        {27, "I64"},        {28, "F64"},     {29, "IQ1_M"},
-    {31, "Q4_0_4_4"},   {32, "Q4_0_4_8"},   {33, "Q4_0_8_8"},   {34, "TQ1_0"},   {35, "TQ2_0"},
-    {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"}, {38, "IQ4_NL_8_8"}, {39, "MXFP4"},   {40, "NVFP4"},
-    {41, "Q1_0"}};
+    {4, "Q4_2"},    {5, "Q4_3"},        {9, "Q8_1"},        {15, "Q8_K"},       {16, "IQ2_XXS"},
+    {17, "IQ2_XS"}, {18, "IQ3_XXS"},    {19, "IQ1_S"},      {21, "IQ3_S"},      {22, "IQ2_S"},
+    {24, "I8"},     {25, "I16"},        {26, "I32"},        {27, "I64"},        {28, "F64"},
+    {29, "IQ1_M"},  {31, "Q4_0_4_4"},   {32, "Q4_0_4_8"},   {33, "Q4_0_8_8"},   {34, "TQ1_0"},
+    {35, "TQ2_0"},  {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"}, {38, "IQ4_NL_8_8"}, {39, "MXFP4"},
+    {40, "NVFP4"},  {41, "Q1_0"}};
 
 const TypeRow& row_of(uint32_t type, const std::string& what) {
   std::string read;

@@ -75,4 +75,11 @@ Windows make_windows(const std::vector<int32_t>& tokens, int64_t seq_len,
   return windows;
 }
 
+std::vector<int32_t> next_tokens(const int32_t* ids, int64_t rows, int64_t seq_len) {
+  std::vector<int32_t> next(ids + 1, ids + rows * seq_len);
+  next.push_back(-1);
+  for (int64_t row = 1; row < rows; ++row) next[static_cast<size_t>(row * seq_len - 1)] = -1;
+  return next;
+}
+
 }  // namespace bbb::data

@@ -33,5 +33,8 @@ struct Windows {
 };
 Windows make_windows(const std::vector<int32_t>& tokens, int64_t seq_len,
                      const std::string& source);
+// What the positions of `rows` windows predict, (rows, seq_len): the next token, and -1 for the
+// last position of a window, which predicts nothing.
+std::vector<int32_t> next_tokens(const int32_t* ids, int64_t rows, int64_t seq_len);
 
 }  // namespace bbb::data

@@ -176,8 +176,8 @@ class Op {
     if (!out.codes.defined()) return here("out", out.x);
     BBB_CHECK(view.grid.bits < 16, name_, ": an operand that is not quantized has no codes");
     is("codes", out.codes, DType::U8, {rows, view.stored_k});
-    is("zeros", out.zeros, DType::U8, {rows, groups});
-    is("scales", out.scales, backend_.real(), {rows, groups});
+    is("zero_points", out.zeros, DType::U8, {rows, groups});
+    is("group_scales", out.scales, backend_.real(), {rows, groups});
   }
   void layout(const OperandSpec& spec) const {
     const quant::OperandView& view = spec.view;
@@ -195,11 +195,30 @@ class Op {
     rank("q", q, 4);
     rank("k", k, 4);
     dtype("q", q, act);
-    BBB_CHECK(k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0, name_, ": ", q.dim(2),
-              " query heads are not a multiple of ", k.dim(2), " kv-heads");
+    query_groups(q.dim(2), k.dim(2), spec);
     is("k", k, act, {q.dim(0), k.dim(1), k.dim(2), q.dim(3)});
     like("v", v, act, k.shape());
+  }
+  void query_groups(int64_t heads, int64_t kv_heads, const AttentionSpec& spec) const {
+    BBB_CHECK(kv_heads > 0 && heads % kv_heads == 0, name_, ": ", heads,
+              " query heads are not a multiple of ", kv_heads, " kv-heads");
     BBB_CHECK(spec.window >= 0, name_, ": window must not be negative, got ", spec.window);
+  }
+
+  // Keys and values of `batch` sequences, of any number of positions.
+  void caches(const Tensor& k, const Tensor& v, int64_t batch, int64_t kv_heads, int64_t d,
+              KvFormat format) const {
+    rank("k_cache", k, 4);
+    if (format.quantized()) {
+      BBB_CHECK(format.bits == 8 || format.bits == 4, name_, ": a cache of ", format.bits, " bits");
+      BBB_CHECK(d % KvFormat::kGroup == 0, name_, ": a quantized cache takes head sizes that are ",
+                "multiples of ", KvFormat::kGroup, ", not ", d);
+      BBB_CHECK(k.dim(1) % KvFormat::kCapacity_tokens == 0, name_, ": a quantized cache of ",
+                k.dim(1), " positions, not a multiple of ", KvFormat::kCapacity_tokens);
+    }
+    is("k_cache", k, format.quantized() ? DType::U8 : backend_.act(),
+       {batch, k.dim(1), kv_heads, format.quantized() ? format.head_bytes(d) : d});
+    like("v_cache", v, k.dtype(), k.shape());
   }
 
   // inv_freq holds a frequency for each pair (i, i + d/2) of x (B, T, H, d).
@@ -209,9 +228,9 @@ class Op {
   }
 
   // Of a product that reads packed codes directly.
-  void few_rows(const char* what, const Tensor& x) const {
-    BBB_CHECK(x.dim(0) <= Backend::kMaxPackedRows, name_, ": ", what, " ", to_string(x.shape()),
-              " has more than ", Backend::kMaxPackedRows, " rows");
+  void few_rows(const char* what, const Tensor& x, int64_t most) const {
+    BBB_CHECK(x.dim(0) <= most, name_, ": ", what, " ", to_string(x.shape()), " has more than ",
+              most, " rows");
   }
 
   // A weight in the file's layout.
@@ -370,6 +389,19 @@ void Backend::embed(const Tensor& out, const Tensor& ids, const Tensor& table) {
   op.is("table", table, op.bf16_or_act(table), {table.dim(0), out.dim(1)});
   op.dtype("out", out, act());
   do_embed(out, ids, table);
+}
+
+void Backend::embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& table) {
+  const Op op(*this, "embed_packed");
+  const WeightGrid& grid = table.format.weight;
+  BBB_CHECK((grid.bits == 4 || grid.bits == 8) && !grid.nested,
+            "embed_packed: a table has 4 or 8 bits, not ", grid.bits,
+            grid.nested ? " nested bits" : "");
+  op.repacked(table);
+  op.rank("out", out, 2);
+  op.is("out", out, act(), {out.dim(0), table.format.stored_k()});
+  op.is("ids", ids, DType::I32, {out.dim(0)});
+  do_embed_packed(out, ids, table);
 }
 
 void Backend::embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids,
@@ -574,14 +606,14 @@ void Backend::channel_moments(const Tensor& moments, const Tensor& x) {
   do_channel_moments(moments, x, make_scratch(ScratchOp::ChannelMoments, x.shape()));
 }
 
-void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
-                   Rotation direction) {
+void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+                   double factor) {
   const Op op(*this, "rope");
   op.rank("x", x, 4);
   op.dtype("x", x, act());
   op.pairs(x, inv_freq);
   op.is_or_undefined("start", start, DType::I32, {x.dim(0)});
-  do_rope(x, inv_freq, start, direction);
+  do_rope(x, inv_freq, start, direction, factor);
 }
 
 void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
@@ -590,6 +622,14 @@ void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
   op.like("b", b, act(), a.shape());
   op.like("out", out, act(), a.shape());
   do_add(out, a, b);
+}
+
+void Backend::add_bias(const Tensor& y, const Tensor& bias) {
+  const Op op(*this, "add_bias");
+  op.rank("y", y, 2);
+  op.dtype("y", y, act());
+  op.is("bias", bias, real(), {y.dim(1)});
+  do_add_bias(y, bias);
 }
 
 // Attention.
@@ -623,27 +663,37 @@ void Backend::attention_backward(const Tensor& dq, const Tensor& dk, const Tenso
 }
 
 void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-                        const Tensor& v, const Tensor& start) {
+                        const Tensor& v, const Tensor& start, const Tensor& q,
+                        const Tensor& inv_freq, KvFormat format, double rope_factor) {
   const Op op(*this, "append_kv");
   op.rank("k", k, 4);
   op.dtype("k", k, act());
   op.like("v", v, act(), k.shape());
-  op.rank("k_cache", k_cache, 4);
-  op.is("k_cache", k_cache, act(), {k.dim(0), k_cache.dim(1), k.dim(2), k.dim(3)});
-  op.like("v_cache", v_cache, act(), k_cache.shape());
+  op.caches(k_cache, v_cache, k.dim(0), k.dim(2), k.dim(3), format);
   op.is("start", start, DType::I32, {k.dim(0)});
-  do_append_kv(k_cache, v_cache, k, v, start);
+  BBB_CHECK(q.defined() == inv_freq.defined(), "append_kv: q without inv_freq, or the reverse");
+  if (q.defined()) {
+    op.rank("q", q, 4);
+    op.is("q", q, act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
+    op.pairs(q, inv_freq);
+  }
+  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format, rope_factor);
 }
 
 void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                                const Tensor& v_cache, const Tensor& start,
-                               const AttentionSpec& spec) {
+                               const AttentionSpec& spec, KvFormat format) {
   const Op op(*this, "attention_cached");
-  op.heads(q, k_cache, v_cache, spec);
+  op.rank("q", q, 4);
+  op.rank("k_cache", k_cache, 4);
+  op.dtype("q", q, act());
+  op.query_groups(q.dim(2), k_cache.dim(2), spec);
+  op.caches(k_cache, v_cache, q.dim(0), k_cache.dim(2), q.dim(3), format);
   op.like("o", o, act(), q.shape());
   op.is("start", start, DType::I32, {q.dim(0)});
-  const Shape sizes{q.dim(0), q.dim(1), q.dim(2), q.dim(3), k_cache.dim(1)};
-  do_attention_cached(o, q, k_cache, v_cache, start, spec,
+  const Shape sizes{q.dim(0),       q.dim(1),       q.dim(2),   q.dim(3),
+                    k_cache.dim(1), k_cache.dim(2), format.bits};
+  do_attention_cached(o, q, k_cache, v_cache, start, spec, format,
                       make_scratch(ScratchOp::AttentionCached, sizes));
 }
 
@@ -893,8 +943,9 @@ void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
 void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
   const Op op(*this, "packed_gemv");
   op.rank("x", x, 2);
-  op.few_rows("x", x);
   const quant::LinearFormat& format = op.products(products, x.dim(0));
+  for (const PackedProduct& product : products)
+    op.few_rows("x", x, max_packed_rows(product.weight.format));
   op.is("x", x, act(), {x.dim(0), format.stored_k()});
   do_packed_gemv(products, x);
 }
@@ -902,13 +953,56 @@ void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
 void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& x) {
   const Op op(*this, "quantized_gemv");
   op.rank("codes", x.codes, 2);
-  op.few_rows("codes", x.codes);
+  op.few_rows("codes", x.codes, kMaxPackedRows);
   const int64_t m = x.codes.dim(0);
   const quant::LinearFormat& format = op.products(products, m);
   op.is("codes", x.codes, DType::U8, {m, format.stored_k()});
-  op.is("zeros", x.zeros, DType::U8, {m, format.groups()});
-  op.is("scales", x.scales, real(), {m, format.groups()});
+  op.is("zero_points", x.zeros, DType::U8, {m, format.groups()});
+  op.is("group_scales", x.scales, real(), {m, format.groups()});
   do_quantized_gemv(products, x);
+}
+
+std::unique_ptr<LayerDecoder> Backend::layer_decoder(const DecodeStack& stack) {
+  const Op op(*this, "layer_decoder");
+  BBB_CHECK(!stack.layers.empty(), "layer_decoder: no layer");
+  const DecodeLayer& first = stack.layers[0];
+  op.rank("k_cache", first.k_cache, 4);
+  const int64_t d_model = first.input_norm.numel(), hidden = first.linears[4].format.n;
+  const int64_t head_dim = first.k_cache.dim(3), kv = first.k_cache.dim(2) * head_dim;
+  const int64_t q = first.linears[0].format.n;
+  BBB_CHECK(kv > 0 && q % kv == 0 && head_dim % 2 == 0, "layer_decoder: ", q, " query features, ",
+            kv, " of keys, heads of ", head_dim);
+  const std::array<std::pair<int64_t, int64_t>, 7> shapes = {{{q, d_model},
+                                                              {kv, d_model},
+                                                              {kv, d_model},
+                                                              {d_model, q},
+                                                              {hidden, d_model},
+                                                              {hidden, d_model},
+                                                              {d_model, hidden}}};
+  for (const DecodeLayer& layer : stack.layers) {
+    op.is("input_norm", layer.input_norm, real(), {d_model});
+    op.is("post_norm", layer.post_norm, real(), {d_model});
+    op.like("k_cache", layer.k_cache, act(),
+            {1, first.k_cache.dim(1), first.k_cache.dim(2), head_dim});
+    op.like("v_cache", layer.v_cache, act(), layer.k_cache.shape());
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const PackedWeight& w = layer.linears[i];
+      const size_t site = i < 3 ? 0 : i == 3 ? 1 : i < 6 ? 2 : 3;
+      const auto& operand = layer.operands[site];
+      const int64_t columns = operand ? operand->view.stored_k : shapes[i].second;
+      op.repacked(w);
+      BBB_CHECK(w.format.n == shapes[i].first && w.format.k == shapes[i].second &&
+                    w.format.stored_k() == columns,
+                "layer_decoder: linear ", i, " is ", w.format.n, " by ", w.format.k, " in ",
+                w.format.stored_k(), " positions, not ", shapes[i].first, " by ", shapes[i].second,
+                " in ", columns);
+    }
+  }
+  op.is("start", stack.start, DType::I32, {1});
+  op.is("inv_freq", stack.inv_freq, DType::F32, {head_dim / 2});
+  BBB_CHECK(stack.attention.window >= 0, "layer_decoder: window must not be negative, got ",
+            stack.attention.window);
+  return do_layer_decoder(stack);
 }
 
 // Optimizer.

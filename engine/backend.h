@@ -22,10 +22,12 @@
 
 #include <array>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "engine/backend_ops.h"
 #include "engine/gemm_choices.h"
@@ -49,7 +51,7 @@ enum class ScratchOp {
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
   ChannelMoments,      // (M, K)
-  AttentionCached,     // (B, T, H, d, Tmax)
+  AttentionCached,     // (B, T, H, d, Tmax, K, bits of the cache)
   Sample,              // (M, V)
   EmbedBackward,       // (M, V)
 };
@@ -77,6 +79,7 @@ struct Rows {
 
 struct AttentionSpec {
   int64_t window = 0;  // a query sees its own and the window - 1 keys before it; 0: all before it
+  double rope_factor = 1;  // of the rotation of q and k, whose gradients attention_backward undoes
   // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
   // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
@@ -148,6 +151,32 @@ struct OperandRows {
   // The same as integers, x = (codes - zeros) scales: U8 (M, K'), U8 (M, K'/G), real (M, K'/G);
   // scales hold e S_row. Only if the operand is quantized.
   Tensor codes, zeros, scales;
+};
+
+// A layer of a model of packed weights and its keys and values, for LayerDecoder.
+struct DecodeLayer {
+  Tensor input_norm, post_norm;         // real (D)
+  std::array<PackedWeight, 7> linears;  // q, k, v, output, gate, up, down; repacked
+  // Of q k v, output, gate up, down; none: the input itself.
+  std::array<std::optional<OperandSpec>, 4> operands;
+  Tensor k_cache, v_cache;  // act (1, Tmax, K, d)
+};
+struct DecodeStack {
+  std::vector<DecodeLayer> layers;
+  Tensor start;     // I32 (1) on the device: the position of the token
+  Tensor inv_freq;  // F32 (d/2)
+  double eps = 0;   // of the norms
+  AttentionSpec attention;
+};
+
+// All layers of a decode step of one sequence as one operation: what rms_norm(_operand),
+// packed_gemv, append_kv, attention_cached and swiglu(_operand) compute one after another.
+class LayerDecoder {
+ public:
+  virtual ~LayerDecoder() = default;
+  // x act (1, D): in and out, the hidden state before and after the layers. Steps of one decoder
+  // run one after another. Faults as of append_kv.
+  virtual void run(const Tensor& x) = 0;
 };
 
 // Where each parameter of a model is in flat buffers of P elements (P a multiple of
@@ -254,6 +283,9 @@ class Backend {
   // out[m] = table[ids[m]].   out act (M, D); ids I32 (M), each in [0, V); table act or BF16 (V,
   // D).
   void embed(const Tensor& out, const Tensor& ids, const Tensor& table);
+  // out[m] = S e (q - z) of row ids[m] of a repacked table, rounded to act. Its codes have 4 or 8
+  // bits and are not nested.
+  void embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& table);
   // dtable[ids[m]] (+)= dx[m], in the order of m; Overwrite zeroes the rows of all other ids.
   // dtable real (V, D); dx act (M, D); ids I32 (M), each in [0, V).
   void embed_backward(const Tensor& dtable, const Tensor& dx, const Tensor& ids, Write mode);
@@ -303,9 +335,11 @@ class Backend {
   void swiglu(const Tensor& h, const Tensor& gate, const Tensor& up);
   void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dh, const Tensor& gate,
                        const Tensor& up);
-  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i].
+  // Rotates halves in place: pairs (i, i + d/2) of each head by angle (start[b] + t) * inv_freq[i],
+  // or back for Rotation::Inverse, and multiplies them by `factor`: the inverse is the gradient.
   // x act (B, T, H, d); inv_freq F32 (d/2); start I32 (B) on the device or undefined (0).
-  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction);
+  void rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start, Rotation direction,
+            double factor = 1);
   // Operands of K' stored positions (numerics.md section 2), from x act (M, K); from rms_norm(x,
   // w); from swiglu(gate, up). The input is rounded to act before it is gathered. A rotated value
   // is rounded to act once, if it is not quantized.
@@ -329,6 +363,8 @@ class Backend {
   void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
+  // Adds bias, real (N), to every row of y, act (M, N).
+  void add_bias(const Tensor& y, const Tensor& bias);
 
   // --- attention --------------------------------------------------------------------------------
   // Throws if attention does not support heads of size d. Call it before a model is loaded.
@@ -339,20 +375,25 @@ class Backend {
   void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                  const Tensor& v, const AttentionSpec& spec);
   // All three gradients, overwritten. inv_freq: undefined, or F32 (d/2). If it is defined, q and k
-  // are rotated, q = rope(q', inv_freq) from position 0, and dq and dk are the gradients of q' and
-  // k': rotated back before they are rounded.
+  // are rotated, q = rope(q', inv_freq) from position 0 with spec.rope_factor, and dq and dk are
+  // the gradients of q' and k': rotated back before they are rounded.
   void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dout,
                           const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
                           const Tensor& lse, const Tensor& inv_freq, const AttentionSpec& spec);
   // cache[b, start[b] + t] = k[b, t], the same for v.  caches act (B, Tmax, K, d); start I32 (B) on
   // the device. Positions past the cache throw, here and in attention_cached. On a GPU only the
-  // device knows `start`, so the next upload, download or synchronize() throws.
+  // device knows `start`, so the next upload, download or synchronize() throws. With inv_freq,
+  // q (B, T, H, d) is rotated in place and k on its way to the cache: rope from position start
+  // with rope_factor, rounded to act. A quantized cache is U8 (B, Tmax, K, format.head_bytes(d)), d a multiple of 32.
   void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
-                 const Tensor& start);
+                 const Tensor& start, const Tensor& q = {}, const Tensor& inv_freq = {},
+                 KvFormat format = {}, double rope_factor = 1);
   // Query t of sequence b is at position start[b] + t and sees keys 0 .. start[b] + t of its cache,
-  // within the window. o, q act (B, T, H, d).
+  // within the window. o, q act (B, T, H, d). Keys and values of a quantized cache are (q - z) e;
+  // with several queries a GPU rounds them to bf16, which changes them at 8 bits.
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
-                        const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec);
+                        const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
+                        KvFormat format = {});
 
   // --- sampling ---------------------------------------------------------------------------------
   // ids[m] = a token chosen by row m of logits (engine/sampling.h), which also becomes a seen one.
@@ -446,24 +487,31 @@ class Backend {
   // The layout that the products below read, from that of the file. Made once, at load.
   PackedWeight repack(const PackedWeight& file);
   virtual int64_t repacked_bytes(const quant::LinearFormat& format) const = 0;  // of its `layout`
-  // In all three w is repacked by this backend.
+  // In all below w is repacked by this backend.
   // wq = (q - z) e of a whole linear, as a GEMM operand; S is the GEMM's alpha. wq act (N, K).
   void unpack(const Tensor& wq, const PackedWeight& w);
-  // y = x W^T (+ addend) straight from the packed codes, for few rows (M <= kMaxPackedRows) and for
+  // y = x W^T (+ addend) straight from the packed codes, for up to max_packed_rows() rows and for
   // each of the weights, which have the same K and group. x act (M, K). The F32 CPU backend (all
-  // widths) and a Hopper GPU (2-bit codes) take x as 16-bit integers: y is within 1e-4 relative RMS
-  // before rounding (numerics.md section 2), and an infinity in x makes its row of y NaN.
+  // widths) and a Hopper GPU (2-bit codes, M <= 4) take x as 16-bit integers: y is within 1e-4
+  // relative RMS before rounding (numerics.md section 2), and an infinity in x makes its row of y
+  // NaN.
   void packed_gemv(const PackedProducts& products, const Tensor& x);
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
     packed_gemv({{y, w, addend}}, x);
   }
-  // The same from the codes of an operand: each group's sum is an exact integer.
+  // kAnyRows, or kMaxPackedRows: with more rows a weight is unpacked for a GEMM.
+  virtual int64_t max_packed_rows(const quant::LinearFormat& format) const = 0;
+  static constexpr int64_t kMaxPackedRows = 8, kAnyRows = std::numeric_limits<int64_t>::max();
+  // The same from the codes of an operand, M <= kMaxPackedRows: each group's sum is an exact
+  // integer.
   void quantized_gemv(const PackedProducts& products, const OperandRows& x);
   void quantized_gemv(const Tensor& y, const OperandRows& x, const PackedWeight& w,
                       const Tensor& addend) {
     quantized_gemv({{y, w, addend}}, x);
   }
-  static constexpr int64_t kMaxPackedRows = 8;
+  // Made once, at load. Null: this backend computes such layers op by op. A Hopper GPU takes tiled
+  // weights of one group size, 16-bit operands, and heads of 64 or 128.
+  std::unique_ptr<LayerDecoder> layer_decoder(const DecodeStack& stack);
 
   // --- optimizer --------------------------------------------------------------------------------
   // Straight-through estimator: the gradient of a weight is that of W^, and 0 where the weight was
@@ -510,6 +558,7 @@ class Backend {
     return make_scratch(scratch_bytes(op, shape));
   }
 
+  virtual std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack& stack) = 0;
   virtual Tensor do_empty(Shape shape, DType dtype) = 0;
   virtual void do_download(void* dst, const Tensor& src) = 0;
   BBB_BACKEND_OPS(BBB_PURE_OP)

@@ -3,11 +3,12 @@
 #pragma once
 
 #include "engine/tensor.h"
-#include "quant/spec.h"
+#include "quant/format.h"
 
 namespace bbb::engine {
 using Arg = const Tensor&;
-}
+using quant::KvFormat;
+}  // namespace bbb::engine
 
 // clang-format off
 #define BBB_OP_upload Arg, const void*
@@ -15,6 +16,7 @@ using Arg = const Tensor&;
 #define BBB_OP_cast Arg, Arg
 #define BBB_OP_zero Arg
 #define BBB_OP_embed Arg, Arg, Arg
+#define BBB_OP_embed_packed Arg, Arg, const PackedWeight&
 #define BBB_OP_embed_backward Arg, Arg, Arg, Write, Arg
 #define BBB_OP_gather_rows Arg, const Rows&
 #define BBB_OP_advance Arg
@@ -33,15 +35,16 @@ using Arg = const Tensor&;
 #define BBB_OP_operand_backward Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_swiglu_operand_backward Arg, Arg, Arg, Arg, Arg, Arg, const OperandSpec&
 #define BBB_OP_channel_moments Arg, Arg, Arg
-#define BBB_OP_rope Arg, Arg, Arg, Rotation
+#define BBB_OP_rope Arg, Arg, Arg, Rotation, double
 #define BBB_OP_scale Arg, Arg
 #define BBB_OP_nested_levels Arg, const QuantizedWeights&, Arg, int, quant::NestedDequant
 #define BBB_OP_add Arg, Arg, Arg
+#define BBB_OP_add_bias Arg, Arg
 #define BBB_OP_attention Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
 #define BBB_OP_attention_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, \
   const AttentionSpec&, Arg
-#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg
-#define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, Arg
+#define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg, KvFormat, double
+#define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, KvFormat, Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
 #define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double
@@ -71,13 +74,13 @@ using Arg = const Tensor&;
   const AdamWSpec&
 
 #define BBB_BACKEND_OPS(OP)                                                                      \
-  OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(embed_backward) OP(gather_rows)             \
+  OP(upload) OP(copy) OP(cast) OP(zero) OP(embed) OP(embed_packed) OP(embed_backward) OP(gather_rows) \
   OP(advance) OP(log_control)                                                                    \
   OP(gemm_nt) OP(gemm_nn) OP(gemm_tn) OP(rms_norm) OP(rms_norm_backward)                         \
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
-  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add) OP(attention)         \
-  OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
+  OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add)           \
+  OP(add_bias) OP(attention) OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \

@@ -41,6 +41,9 @@ class CountingBackend final : public Backend {
   int64_t repacked_bytes(const quant::LinearFormat& format) const override {
     return device_.repacked_bytes(format);
   }
+  int64_t max_packed_rows(const quant::LinearFormat& format) const override {
+    return device_.max_packed_rows(format);
+  }
   void synchronize() override {}
   Transfers& transfers() override { return *transfers_; }
   std::unique_ptr<Replay> record(std::function<void()> step) override;
@@ -50,6 +53,7 @@ class CountingBackend final : public Backend {
   void check_head_size(int64_t d) const override { device_.check_head_size(d); }
 
  private:
+  std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack&) override { return nullptr; }
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
 #define BBB_NO_OP(name) \

@@ -36,22 +36,30 @@ struct Linear {
   std::string name;  // without ".weight"
   int64_t n;
   int64_t k;
+  bool bias;
 };
 
 std::vector<Linear> all_linears(const LlamaConfig& config) {
   std::vector<Linear> out;
   for (int64_t layer = 0; layer < config.layers; ++layer)
     for (const LinearShape& l : block_linears(config))
-      out.push_back({layer_name(layer, l.name), l.n, l.k});
+      out.push_back({layer_name(layer, l.name), l.n, l.k, l.bias});
   return out;
 }
 
 std::vector<Expected> expected_norms(const LlamaConfig& config) {
   std::vector<Expected> out;
   for (int64_t layer = 0; layer < config.layers; ++layer)
-    for (const char* norm : {kInputNorm, kPostNorm})
-      out.push_back({layer_name(layer, norm), {config.d_model}});
+    for (const NormShape& norm : block_norms(config))
+      out.push_back({layer_name(layer, norm.name), {norm.size}});
   out.push_back({kFinalNorm, {config.d_model}});
+  return out;
+}
+
+std::vector<Expected> expected_biases(const LlamaConfig& config) {
+  std::vector<Expected> out;
+  for (const Linear& l : all_linears(config))
+    if (l.bias) out.push_back({l.name + ".bias", {l.n}});
   return out;
 }
 
@@ -66,6 +74,7 @@ std::vector<Expected> expected_tables(const LlamaConfig& config) {
 std::vector<Expected> expected_all(const LlamaConfig& config) {
   std::vector<Expected> out = expected_tables(config);
   for (Expected& e : expected_norms(config)) out.push_back(std::move(e));
+  for (Expected& e : expected_biases(config)) out.push_back(std::move(e));
   for (const Linear& l : all_linears(config)) out.push_back({l.name + ".weight", {l.n, l.k}});
   return out;
 }
@@ -208,6 +217,11 @@ class HuggingFaceCheckpoint final : public DirectoryCheckpoint {
     for (const Linear& l : all_linears(config_)) bytes += tensors_.at(l.name + ".weight").bytes;
     return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
   }
+  int64_t table_bytes() const override {
+    int64_t bytes = 0;
+    for (const Expected& e : expected_tables(config_)) bytes += tensors_.at(e.name).bytes;
+    return bytes;
+  }
 };
 
 // The settings of quantization_config that a linear may have of its own.
@@ -230,7 +244,19 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       known.insert(e.name);
     }
     for (const Expected& e : expected_tables(config_)) {
-      check_exact(e.name, e.shape, FileDType::BF16);
+      const std::string module = table_module(e.name);
+      const std::optional<quant::LinearFormat> format = read_table_format(module);
+      formats_[module] = format;
+      if (!format) {
+        table_bytes_ += check_exact(e.name, e.shape, FileDType::BF16).bytes;
+        known.insert(e.name);
+        continue;
+      }
+      table_bytes_ += format->bytes();
+      for (const quant::StoredTensor& t : format->tensors()) known.insert(module + t.suffix);
+    }
+    for (const Expected& e : expected_biases(config_)) {
+      check_float(e.name, e.shape);
       known.insert(e.name);
     }
     for (const Linear& l : all_linears(config_)) {
@@ -252,8 +278,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   CheckpointKind kind() const override { return CheckpointKind::Packed; }
   void check_finite() const override {
     std::vector<std::string> names;
-    for (const Expected& e : expected_tables(config_)) names.push_back(e.name);
     for (const Expected& e : expected_norms(config_)) names.push_back(e.name);
+    for (const Expected& e : expected_biases(config_)) names.push_back(e.name);
     for (const auto& [linear, format] : formats_) {
       if (!format) names.push_back(linear + ".weight");
       for (const quant::StoredTensor& t :
@@ -269,6 +295,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
                                                    int64_t) const override {
     return formats_.at(linear);
   }
+  int64_t table_bytes() const override { return table_bytes_; }
   const uint8_t* stored(const std::string& name) const override { return tensors_.at(name).data; }
 
   double bits_per_weight() const override {
@@ -321,8 +348,26 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     } catch (const Error& error) {
       throw Error(cat(path_, ": linear '", l.name, "': ", error.what()));
     }
+    check_tensors(l.name, format);
+    return format;
+  }
+
+  // The same of embedding or head.
+  std::optional<quant::LinearFormat> read_table_format(const std::string& module) const {
+    if (!tensors_.contains(module + ".qweight")) return std::nullopt;
+    BBB_CHECK(!unconverted_.count(module), path_, ": '", module,
+              "' is quantized, but modules_to_not_convert holds it");
+    const auto own = overrides_.find(module);
+    const int bits = own == overrides_.end() ? settings_.bits : own->second.bits;
+    BBB_CHECK(bits == 4 || bits == 8, path_, ": '", module, "' has ", bits, " bits, not 4 or 8");
+    const quant::LinearFormat format = table_format(config_, bits);
+    check_tensors(module, format);
+    return format;
+  }
+
+  void check_tensors(const std::string& linear, const quant::LinearFormat& format) const {
     for (const quant::StoredTensor& t : format.tensors()) {
-      const std::string name = l.name + t.suffix;
+      const std::string name = linear + t.suffix;
       const SafeTensor& found = check_exact(name, t.shape, t.dtype);
       if (t.part != quant::StoredPart::MasterScale) continue;
       const float s = data::load_as<float>(found.data);
@@ -330,7 +375,6 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       BBB_CHECK(std::isfinite(s) && std::frexp(s, &exponent) == 0.5f, path_, ": tensor '", name,
                 "' holds ", s, ", not a power of two");
     }
-    return format;
   }
 
   // Linears of one input site share their operand.
@@ -402,21 +446,26 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     };
     settings_ = read_linear(q, where, settings_);
 
-    std::set<std::string> linears;
+    std::set<std::string> linears, tables;
     for (const Linear& l : all_linears(config_)) linears.insert(l.name);
+    for (const Expected& e : expected_tables(config_)) tables.insert(table_module(e.name));
     if (const auto overrides = q.find("overrides"); overrides != q.end() && !overrides->is_null()) {
       BBB_CHECK(overrides->is_object(), where, ": overrides is not an object");
       static const std::set<std::string> kOwn = {"bits", "activation_bits", "activation_range",
                                                  "rotate", "split_side"};
       for (const auto& [name, own] : overrides->items()) {
         const std::string in = cat(where, ": overrides of '", printable(name), "'");
-        BBB_CHECK(linears.count(name) && own.is_object(), in, ": no linear of the model");
+        const bool table = tables.count(name) > 0;
+        BBB_CHECK((table || linears.count(name)) && own.is_object(), in,
+                  ": no linear of the model");
         for (const auto& [key, value] : own.items())
-          BBB_CHECK(kOwn.count(key), in, ": unknown key '", printable(key), "'");
+          BBB_CHECK(table ? key == "bits" : kOwn.count(key) > 0, in, ": unknown key '",
+                    printable(key), "'");
         LinearSettings settings = read_linear(own, in, settings_);
         if (own.contains("bits"))
           settings.bits = choose(own, in, "bits", {2, 3, 4, 8}, false).get<int>();
-        BBB_CHECK(!grid_.nested || settings.bits == settings_.bits, in, ": nested with own bits");
+        BBB_CHECK(table || !grid_.nested || settings.bits == settings_.bits, in,
+                  ": nested with own bits");
         settings.side = choose(own, in, "split_side", {"weight", "activation"}, false) == "weight"
                             ? quant::SplitSide::Weight
                             : quant::SplitSide::Activation;
@@ -447,7 +496,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   std::map<std::string, LinearSettings> overrides_;
   std::map<std::string, std::optional<quant::LinearFormat>> formats_;
   std::set<std::string> unconverted_;
-  int64_t linear_bytes_ = 0;
+  int64_t linear_bytes_ = 0, table_bytes_ = 0;
 };
 
 }  // namespace
@@ -457,25 +506,28 @@ std::string gguf_name(const std::string& name) {
   if (name == kFinalNorm) return "output_norm.weight";
   if (name == kHead) return "output.weight";
   static const std::map<std::string, std::string> kInBlock = {
-      {kInputNorm, "attn_norm.weight"},
-      {kPostNorm, "ffn_norm.weight"},
-      {"self_attn.q_proj.weight", "attn_q.weight"},
-      {"self_attn.k_proj.weight", "attn_k.weight"},
-      {"self_attn.v_proj.weight", "attn_v.weight"},
-      {"self_attn.o_proj.weight", "attn_output.weight"},
-      {"mlp.gate_proj.weight", "ffn_gate.weight"},
-      {"mlp.up_proj.weight", "ffn_up.weight"},
-      {"mlp.down_proj.weight", "ffn_down.weight"}};
+      {kInputNorm, "attn_norm.weight"},   {kPostNorm, "ffn_norm.weight"},
+      {kQueryNorm, "attn_q_norm.weight"}, {kKeyNorm, "attn_k_norm.weight"},
+      {"self_attn.q_proj", "attn_q"},     {"self_attn.k_proj", "attn_k"},
+      {"self_attn.v_proj", "attn_v"},     {"self_attn.o_proj", "attn_output"},
+      {"mlp.gate_proj", "ffn_gate"},      {"mlp.up_proj", "ffn_up"},
+      {"mlp.down_proj", "ffn_down"}};
   const std::string prefix = "model.layers.";
   const size_t dot = name.find('.', prefix.size());
   if (!name.starts_with(prefix) || dot == std::string::npos) return "";
-  const auto found = kInBlock.find(name.substr(dot + 1));
-  if (found == kInBlock.end()) return "";
-  return cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".", found->second);
+  const std::string block = cat("blk.", name.substr(prefix.size(), dot - prefix.size()), ".");
+  const std::string suffix = name.substr(dot + 1);
+  if (const auto found = kInBlock.find(suffix); found != kInBlock.end())
+    return block + found->second;
+  const size_t kind = suffix.rfind('.');  // of a linear: ".weight" or ".bias"
+  const auto found = kInBlock.find(suffix.substr(0, kind));
+  return found == kInBlock.end() ? "" : block + found->second + suffix.substr(kind);
 }
 
-bool has_gguf_rows(const std::string& name) {
-  return name.ends_with(".q_proj.weight") || name.ends_with(".k_proj.weight");
+bool has_gguf_rows(const LlamaConfig& config, const std::string& name) {
+  const bool of_q_or_k =
+      name.find(".q_proj.") != std::string::npos || name.find(".k_proj.") != std::string::npos;
+  return of_q_or_k && gguf_architecture(config) == "llama";
 }
 
 int64_t gguf_row(int64_t row, int64_t head_dim) {
@@ -500,8 +552,8 @@ class GgufCheckpoint final : public Checkpoint {
       known.insert(name);
     }
     for (const auto& [name, t] : gguf_.tensors())
-      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name),
-                "' is no part of a llama model");
+      BBB_CHECK(known.count(name), path_, ": tensor '", printable(name), "' is no part of a ",
+                config_.model_type, " model");
   }
 
   CheckpointKind kind() const override { return CheckpointKind::Gguf; }
@@ -527,7 +579,7 @@ class GgufCheckpoint final : public Checkpoint {
     const data::GgufTensor& t = gguf_.tensor(stored);
     check_shape(t.shape, shape, stored, path_);
     std::vector<float> out(static_cast<size_t>(t.numel()));
-    if (has_gguf_rows(name))
+    if (has_gguf_rows(config_, name))
       load_unpermuted(out.data(), t, stored);
     else
       data::gguf_dequantize(out.data(), t, stored);
@@ -540,11 +592,17 @@ class GgufCheckpoint final : public Checkpoint {
       bytes += gguf_.tensor(gguf_name(l.name + ".weight")).bytes;
     return 8.0 * static_cast<double>(bytes) / static_cast<double>(config_.linear_parameters());
   }
+  int64_t table_bytes() const override {
+    int64_t bytes = 0;
+    for (const Expected& e : expected_tables(config_))
+      bytes += gguf_.tensor(gguf_name(e.name)).bytes;
+    return bytes;
+  }
   std::string config_json() const override { return config_to_json(config_); }
 
  private:
   void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
-    const int64_t rows = t.shape[0], k = t.shape[1], row_bytes = t.bytes / rows;
+    const int64_t rows = t.shape[0], k = t.numel() / rows, row_bytes = t.bytes / rows;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t stored = gguf_row(row, config_.head_dim);
       const data::GgufTensor one = {t.type, {1, k}, t.data + stored * row_bytes, row_bytes};
@@ -573,6 +631,22 @@ std::unique_ptr<Checkpoint> open_directory(const std::string& path, int bits) {
 
 const uint8_t* Checkpoint::stored(const std::string& name) const {
   throw Error(cat(path_, ": '", printable(name), "' is not packed"));
+}
+
+std::string table_module(const std::string& name) { return name.substr(0, name.rfind('.')); }
+
+quant::LinearFormat table_format(const LlamaConfig& config, int bits) {
+  BBB_ASSERT(bits == 4 || bits == 8);
+  const quant::LinearFormat format{
+      .n = config.vocab, .k = config.d_model, .weight = {.bits = bits}};
+  BBB_CHECK(config.d_model % format.weight.group == 0, "a head of ", bits,
+            " bits needs a model width of whole groups of ", format.weight.group, ", not ",
+            config.d_model);
+  return format;
+}
+
+int64_t Checkpoint::table_weights() const {
+  return (config_.tied_head ? 1 : 2) * config_.vocab * config_.d_model;
 }
 
 quant::ActivationBits bits_per_activation(

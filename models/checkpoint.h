@@ -3,7 +3,7 @@
 //
 //   a directory with config.json and safetensors   full precision, or exported
 //                                                  (quantization_config)
-//   a GGUF file of the llama architecture          dequantized; permuted Q and K put back
+//   a GGUF file of llama, qwen2 or qwen3           dequantized; llama's permuted Q and K put back
 //   synthetic:NAME                                 random weights (synthetic_checkpoint.h)
 #pragma once
 
@@ -50,7 +50,7 @@ class Checkpoint {
   // another shape.
   virtual std::vector<float> load(const std::string& name, const engine::Shape& shape) const = 0;
   // The format of the linear (N, K) in an exported directory, after checking its tensors; nullopt
-  // if it is stored in full precision.
+  // if it is stored in full precision. Also of a table (models/table.h).
   virtual std::optional<quant::LinearFormat> packed_format(const std::string&, int64_t,
                                                            int64_t) const {
     return std::nullopt;
@@ -60,6 +60,9 @@ class Checkpoint {
   // 8 x bytes / elements, over the linears that are (or would be) quantized. Of a nested export: of
   // the planes that are read.
   virtual double bits_per_weight() const = 0;
+  // Of embedding and head as stored, and of their weights.
+  virtual int64_t table_bytes() const = 0;
+  int64_t table_weights() const;
   // Bits of an input channel's activation, averaged over all input sites; 16 if none is quantized.
   quant::ActivationBits bits_per_activation() const;
   // Contents of the Hugging Face files that an export carries.
@@ -77,6 +80,14 @@ quant::ActivationBits bits_per_activation(
     const LlamaConfig& config,
     const std::function<std::vector<quant::LinearFormat>(int64_t layer)>& formats);
 
+// Tables: embedding and head, (V, D). One of 8 or 4 bits has the tensors of a linear, in groups of
+// 32 and without a channel order; its input is neither quantized nor rotated.
+inline constexpr int kDenseBits = 16;  // of a table that is not quantized
+// The name in front of these tensors: "lm_head" of "lm_head.weight".
+std::string table_module(const std::string& name);
+// Throws if D is not a multiple of the group.
+quant::LinearFormat table_format(const LlamaConfig& config, int bits);
+
 // Throws, saying what is wrong, if `path` is none of the kinds, or a tensor is missing, misshapen
 // or unknown. Reads no weights, with one exception: if the config ties the head to the embedding
 // and the file holds a head, the two are compared. A head that differs is used, and a line on
@@ -86,9 +97,10 @@ std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path, int bits = 
 
 // The GGUF name of a Hugging Face tensor; "" if it has none.
 std::string gguf_name(const std::string& name);
-// Whether a GGUF holds the rows of this tensor in another order: Q and K. Hugging Face rotates the
-// pair (j, j + d/2) of a head, llama.cpp the neighbours (2j, 2j + 1).
-bool has_gguf_rows(const std::string& name);
+// Whether a GGUF holds the rows of this tensor in another order: those of Q and K, and their
+// biases, of the architecture llama. Hugging Face rotates the pair (j, j + d/2) of a head,
+// llama.cpp the neighbours (2j, 2j + 1). For Qwen it rotates as Hugging Face does.
+bool has_gguf_rows(const LlamaConfig& config, const std::string& name);
 // Where a GGUF stores such a row: row p d/2 + j of a head at 2j + p.
 int64_t gguf_row(int64_t row, int64_t head_dim);
 

@@ -105,22 +105,83 @@ void check_sizes(const LlamaConfig& c, const std::string& where) {
   BBB_CHECK(std::isfinite(c.rms_eps) && c.rms_eps > 0 && c.rms_eps < 1, where,
             ": rms_norm_eps is outside 0 to 1");
   BBB_CHECK(std::isfinite(c.rope_theta) && c.rope_theta >= 1, where, ": rope_theta is below 1");
+  BBB_CHECK(c.rope_theta > 1 || !c.rope_scaling || c.rope_scaling->kind != RopeKind::Yarn, where,
+            ": rope_theta is 1, with which yarn is not defined");
+  BBB_CHECK(!c.rope_scaling || c.rope_scaling->original_max_position >= 1, where,
+            ": the original positions of the rope scaling are below 1");
   BBB_CHECK(c.rope_factors.empty() || static_cast<int64_t>(c.rope_factors.size()) == c.head_dim / 2,
             where, ": ", c.rope_factors.size(), " rope factors for head_dim ", c.head_dim);
   for (const float f : c.rope_factors)
     BBB_CHECK(std::isfinite(f) && f > 0, where, ": a rope factor is not positive");
 }
 
+// The families that are read. `gguf`: the name of their GGUF architecture; Mistral has llama's.
+struct Family {
+  const char *model_type, *architecture, *gguf;
+};
+constexpr Family kFamilies[] = {{"llama", "LlamaForCausalLM", "llama"},
+                                {"mistral", "MistralForCausalLM", nullptr},
+                                {"qwen2", "Qwen2ForCausalLM", "qwen2"},
+                                {"qwen3", "Qwen3ForCausalLM", "qwen3"}};
+
+// The family whose `field` is this; throws, listing what is read.
+const Family& family_of(const char* Family::*field, const char* what, const std::string& name,
+                        const std::string& where) {
+  std::string read;
+  for (const Family& family : kFamilies) {
+    if (family.*field == nullptr) continue;
+    if (name == family.*field) return family;
+    read += cat(read.empty() ? "" : ", ", family.*field);
+  }
+  throw Error(cat(where, ": unsupported ", what, " '", printable(name), "'; ", read, " are read"));
+}
+
+bool is_qwen(const LlamaConfig& c) { return c.model_type == "qwen2" || c.model_type == "qwen3"; }
+
+// A list of one known name or more, or an empty one.
 void check_architectures(const Object& in) {
   const json& names = in.need("architectures");
   bool known = names.is_array() && names.empty();
   std::string text;
   for (const json& name : names) {
-    known = known || name == "LlamaForCausalLM" || name == "MistralForCausalLM";
+    for (const Family& family : kFamilies) known = known || name == family.architecture;
     text += cat(text.empty() ? "" : ", ", name.dump(-1, ' ', true));
   }
-  BBB_CHECK(known, in.where(), ": unsupported architecture ", printable(text),
-            "; LlamaForCausalLM and MistralForCausalLM are read");
+  BBB_CHECK(
+      known, in.where(), ": unsupported architecture ", printable(text),
+      "; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are read");
+}
+
+[[noreturn]] void refuse_mixture(const std::string& where, const std::string& name) {
+  throw Error(
+      cat(where, ": '", printable(name), "' is a mixture of experts, which is not supported"));
+}
+
+bool names_mixture(const std::string& name) {
+  return name.find("moe") != std::string::npos || name == "mixtral";
+}
+
+void check_no_mixture(const Object& in) {
+  const std::string& type = in.string("model_type");
+  bool experts = names_mixture(type);
+  for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts"})
+    experts = experts || (in.find(key) && in.integer(key, 0, INT64_MAX) > 0);
+  if (experts) refuse_mixture(in.where(), type);
+}
+
+// Qwen's window, as transformers applies it: `layer_types`, or all layers from max_window_layers
+// on.
+int64_t qwen_window(const Object& in, int64_t layers) {
+  if (!in.boolean("use_sliding_window", false)) return 0;
+  const int64_t window = in.integer("sliding_window", 1, kMostPosition);
+  int64_t sliding = 0;  // layers
+  if (const json* types = in.find("layer_types"))
+    sliding = std::count(types->begin(), types->end(), "sliding_attention");
+  else
+    sliding = layers - std::min(layers, in.integer("max_window_layers", 0, kMostPosition));
+  BBB_CHECK(sliding == 0 || sliding == layers, in.where(), ": a sliding window in ", sliding,
+            " of the ", layers, " layers ('max_window_layers') is not supported");
+  return sliding == 0 ? 0 : window;
 }
 
 int64_t derived_head_dim(const LlamaConfig& c, const std::string& where) {
@@ -135,9 +196,31 @@ void check_partial_rotary(const Object& in) {
             in.where(), ": a partial_rotary_factor other than 1 is not supported");
 }
 
+constexpr RopeKind kRopeKinds[] = {RopeKind::Linear, RopeKind::Dynamic, RopeKind::Yarn,
+                                   RopeKind::Llama3};
+
+// Yarn's factor on queries and keys for a context `scale` times as long.
+double yarn_attention(double scale, double mscale = 1) {
+  return scale <= 1 ? 1 : 0.1 * mscale * std::log(scale) + 1;
+}
+
+void read_yarn(const Object& rope, RopeScaling& s) {
+  const auto positive_or = [&](const char* key, double fallback) {
+    return rope.find(key) ? rope.positive(key) : fallback;
+  };
+  s.beta_fast = positive_or("beta_fast", s.beta_fast);
+  s.beta_slow = positive_or("beta_slow", s.beta_slow);
+  s.truncate = rope.boolean("truncate", true);
+  const bool mscales = rope.find("mscale") && rope.find("mscale_all_dim");
+  const double by_factor = mscales ? yarn_attention(s.factor, rope.positive("mscale")) /
+                                         yarn_attention(s.factor, rope.positive("mscale_all_dim"))
+                                   : yarn_attention(s.factor);
+  s.attention_factor = positive_or("attention_factor", by_factor);
+}
+
 // `rope`: rope_scaling, or rope_parameters of newer transformers, which also holds rope_theta.
-// `original_positions`: the default of llama3's original_max_position_embeddings.
-std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t original_positions) {
+// `original_positions`: the default of original_max_position_embeddings.
+std::optional<RopeScaling> read_rope_scaling(const Object& rope, int64_t original_positions) {
   check_partial_rotary(rope);
   const bool unscaled = !rope.find("factor") || rope.positive("factor") == 1;
   const char* key = rope.find("rope_type") ? "rope_type" : "type";
@@ -147,14 +230,23 @@ std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t o
   }
   const std::string& type = rope.string(key);
   if (type == "default") return std::nullopt;
-  if (type == "linear" && rope.positive("factor") == 1) return std::nullopt;
-  BBB_CHECK(type == "llama3", rope.where(), ": unsupported rope scaling '", printable(type), "'");
-  Llama3RopeScaling s;
+  RopeScaling s;
+  const auto is_type = [&](RopeKind kind) { return type == name_of(kind); };
+  const auto kind = std::find_if(std::begin(kRopeKinds), std::end(kRopeKinds), is_type);
+  BBB_CHECK(kind != std::end(kRopeKinds), rope.where(), ": unsupported rope scaling '",
+            printable(type), "'; default, linear, dynamic, yarn and llama3 are read");
+  s.kind = *kind;
   s.factor = rope.positive("factor");
-  s.low_freq_factor = rope.positive("low_freq_factor");
-  s.high_freq_factor = rope.positive("high_freq_factor");
+  if (s.kind == RopeKind::Linear && s.factor == 1) return std::nullopt;
+  if (s.kind == RopeKind::Linear || s.kind == RopeKind::Dynamic) return s;
   s.original_max_position =
       rope.integer_or("original_max_position_embeddings", original_positions, kMostPosition);
+  if (s.kind == RopeKind::Yarn) {
+    read_yarn(rope, s);
+    return s;
+  }
+  s.low_freq_factor = rope.positive("low_freq_factor");
+  s.high_freq_factor = rope.positive("high_freq_factor");
   BBB_CHECK(s.high_freq_factor > s.low_freq_factor, rope.where(),
             ": high_freq_factor is not above low_freq_factor");
   return s;
@@ -162,7 +254,7 @@ std::optional<Llama3RopeScaling> read_rope_scaling(const Object& rope, int64_t o
 
 // The divisor of a pair's frequency: 1 for short wavelengths, `factor` for long ones, interpolated
 // in between. Source: Meta's Llama 3.1 reference model, apply_scaling().
-double llama3_divisor(const Llama3RopeScaling& s, double frequency) {
+double llama3_divisor(const RopeScaling& s, double frequency) {
   const double turns =
       static_cast<double>(s.original_max_position) * frequency / (2 * std::numbers::pi);
   if (turns > s.high_freq_factor) return 1;
@@ -171,18 +263,49 @@ double llama3_divisor(const Llama3RopeScaling& s, double frequency) {
   return 1 / ((1 - smooth) / s.factor + smooth);
 }
 
-double rope_frequency(const LlamaConfig& c, int64_t pair) {
-  return std::pow(c.rope_theta, -2.0 * static_cast<double>(pair) / static_cast<double>(c.head_dim));
+double rope_frequency(double theta, int64_t head_dim, int64_t pair) {
+  return std::pow(theta, -2.0 * static_cast<double>(pair) / static_cast<double>(head_dim));
+}
+
+// The same for Yarn. The pair that rotates `turns` times over the original positions is the
+// (real-valued) pair_of(turns). Above beta_fast turns a frequency stays, below beta_slow it is
+// divided by the factor; in between the two are mixed by a ramp over the pairs.
+double yarn_frequency(const LlamaConfig& c, int64_t pair) {
+  const RopeScaling& s = *c.rope_scaling;
+  const double d = static_cast<double>(c.head_dim);
+  const auto pair_of = [&](double turns) {
+    const double positions = static_cast<double>(s.original_max_position);
+    return d * std::log(positions / (turns * 2 * std::numbers::pi)) / (2 * std::log(c.rope_theta));
+  };
+  double low = pair_of(s.beta_fast), high = pair_of(s.beta_slow);
+  if (s.truncate) {
+    low = std::floor(low);
+    high = std::ceil(high);
+  }
+  low = std::max(low, 0.0);
+  high = std::min(high, d - 1);
+  if (low == high) high += 0.001;
+  const double ramp = std::clamp((static_cast<double>(pair) - low) / (high - low), 0.0, 1.0);
+  return rope_frequency(c.rope_theta, c.head_dim, pair) * (ramp / s.factor + 1 - ramp);
+}
+
+// Dynamic: the plain frequencies of a larger theta.
+double dynamic_theta(const LlamaConfig& c, int64_t tokens) {
+  const double d = static_cast<double>(c.head_dim), factor = c.rope_scaling->factor;
+  const double length =
+      static_cast<double>(std::max(tokens, c.max_position)) / static_cast<double>(c.max_position);
+  return c.rope_theta * std::pow(factor * length - (factor - 1), d / (d - 2));
 }
 
 // A GGUF holds only the divisors. The divisors of the released Llama 3.1 and 3.2 are recognized and
 // become a scaling again.
-std::optional<Llama3RopeScaling> known_scaling(const LlamaConfig& c) {
+std::optional<RopeScaling> known_scaling(const LlamaConfig& c) {
   for (const double factor : {8.0, 32.0}) {
-    const Llama3RopeScaling scaling{factor, 1, 4, 8192};
+    const RopeScaling scaling{.factor = factor};
     bool same = true;
     for (size_t i = 0; i < c.rope_factors.size(); ++i) {
-      const double divisor = llama3_divisor(scaling, rope_frequency(c, static_cast<int64_t>(i)));
+      const double frequency = rope_frequency(c.rope_theta, c.head_dim, static_cast<int64_t>(i));
+      const double divisor = llama3_divisor(scaling, frequency);
       same = same && std::abs(c.rope_factors[i] / divisor - 1) < 1e-4;
     }
     if (same) return scaling;
@@ -217,23 +340,31 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
   const json parsed = data::parse_json(text, where);
   const Object in(parsed, where);
   LlamaConfig c;
+  check_no_mixture(in);
   c.model_type = in.string("model_type");
-  BBB_CHECK(c.model_type == "llama" || c.model_type == "mistral", where,
-            ": unsupported model_type '", printable(c.model_type), "'; llama and mistral are read");
-  const bool mistral = c.model_type == "mistral";
+  family_of(&Family::model_type, "model_type", c.model_type, where);
+  const bool mistral = c.model_type == "mistral", qwen = is_qwen(c);
   if (in.find("architectures")) check_architectures(in);
   c.vocab = in.integer("vocab_size", 1, kMostVocab);
   c.d_model = in.integer("hidden_size", 1, kMostWidth);
   c.hidden = in.integer("intermediate_size", 1, kMostWidth);
   c.layers = in.integer("num_hidden_layers", 1, kMostLayers);
   c.heads = in.integer("num_attention_heads", 1, kMostHeads);
-  // Mistral: without the key transformers' default, 8; with null one kv-head for each head.
-  c.kv_heads =
-      in.integer_or("num_key_value_heads",
-                    mistral && !parsed.contains("num_key_value_heads") ? 8 : c.heads, kMostHeads);
-  c.head_dim =
-      in.find("head_dim") ? in.integer("head_dim", 1, kMostHeads) : derived_head_dim(c, where);
-  c.max_position = in.integer_or("max_position_embeddings", mistral ? 131072 : 2048, kMostPosition);
+  // Mistral and Qwen: without the key transformers' default; with null one kv-head for each head.
+  const int64_t kv_heads = parsed.contains("num_key_value_heads") ? c.heads
+                           : mistral                              ? 8
+                           : qwen                                 ? 32
+                                                                  : c.heads;
+  c.kv_heads = in.integer_or("num_key_value_heads", kv_heads, kMostHeads);
+  if (in.find("head_dim"))
+    c.head_dim = in.integer("head_dim", 1, kMostHeads);
+  else
+    c.head_dim = c.model_type == "qwen3" ? 128 : derived_head_dim(c, where);
+  c.max_position = in.integer_or("max_position_embeddings",
+                                 mistral ? 131072
+                                 : qwen  ? 32768
+                                         : 2048,
+                                 kMostPosition);
   c.rms_eps = in.find("rms_norm_eps") ? in.positive("rms_norm_eps") : 1e-6;
   c.tied_head = in.boolean("tie_word_embeddings", false);
   if (const std::vector<int64_t> bos = in.tokens("bos_token_id"); !bos.empty()) c.bos_id = bos[0];
@@ -243,9 +374,17 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
     c.sliding_window = !parsed.contains("sliding_window")
                            ? 4096
                            : in.integer_or("sliding_window", 0, kMostPosition);
+  if (qwen) c.sliding_window = qwen_window(in, c.layers);
 
-  for (const char* key : {"attention_bias", "mlp_bias"})
-    BBB_CHECK(!in.boolean(key, false), where, ": '", key, "' is true; biases are not supported");
+  // Qwen2 has biases of q, k and v, whatever the file says.
+  const bool attention_bias = in.boolean("attention_bias", false);
+  c.qkv_bias = attention_bias || c.model_type == "qwen2";
+  c.output_bias = attention_bias && c.model_type != "qwen2";
+  c.mlp_bias = in.boolean("mlp_bias", false);
+  c.qk_norm = c.model_type == "qwen3";
+  BBB_CHECK(!mistral || !attention_bias, where, ": 'attention_bias' is true, but mistral has none");
+  BBB_CHECK(c.model_type == "llama" || !c.mlp_bias, where, ": 'mlp_bias' is true, but ",
+            c.model_type, " has none");
   if (in.find("hidden_act"))
     BBB_CHECK(in.string("hidden_act") == "silu", where, ": unsupported hidden_act '",
               printable(in.string("hidden_act")), "'");
@@ -274,20 +413,36 @@ LlamaConfig config_from_json(const std::string& text, const std::string& where) 
 
 namespace {
 
-// As in llama.cpp: the default type is linear, and a factor of 0 scales nothing.
-void check_gguf_rope(const data::Gguf& gguf) {
-  const auto factor_of = [&](const char* key) { return gguf.has(key) ? gguf.real(key) : 0; };
-  const std::string type =
-      gguf.has("llama.rope.scaling.type") ? gguf.string("llama.rope.scaling.type") : "linear";
-  BBB_CHECK(type == "none" || type == "linear", gguf.path(), ": unsupported rope scaling '",
-            printable(type), "'");
-  double factor = factor_of("llama.rope.scaling.factor");
-  if (factor == 0) factor = factor_of("llama.rope.scale_linear");
-  BBB_CHECK(type == "none" || factor == 0 || factor == 1, gguf.path(), ": linear rope scaling by ",
-            factor, " is not supported");
-  const double attention = factor_of("llama.rope.scaling.attn_factor");
-  BBB_CHECK(attention == 0 || attention == 1, gguf.path(), ": llama.rope.scaling.attn_factor is ",
-            attention, ", which is not supported");
+// As in llama.cpp: the default type is linear, and a factor of 0 scales nothing. `prefix`: of the
+// keys, with its dot.
+std::optional<RopeScaling> gguf_rope_scaling(const data::Gguf& gguf, const std::string& prefix,
+                                             int64_t max_position) {
+  const std::string keys = prefix + "rope.scaling.";
+  const auto real_or = [&](const std::string& key, double fallback) {
+    return gguf.has(key) ? shortest(gguf.real(key)) : fallback;
+  };
+  const std::string type = gguf.has(keys + "type") ? gguf.string(keys + "type") : "linear";
+  BBB_CHECK(type == "none" || type == "linear" || type == "yarn", gguf.path(),
+            ": unsupported rope scaling '", printable(type), "'; none, linear and yarn are read");
+  RopeScaling s{.kind = type == "yarn" ? RopeKind::Yarn : RopeKind::Linear};
+  s.factor = real_or(keys + "factor", 0);
+  if (s.factor == 0) s.factor = real_or(prefix + "rope.scale_linear", 0);
+  if (s.factor == 0) s.factor = 1;
+  BBB_CHECK(std::isfinite(s.factor) && s.factor > 0, gguf.path(), ": ", keys, "factor is ",
+            s.factor);
+  for (const char* key : {"attn_factor", "yarn_ext_factor", "yarn_attn_factor"}) {
+    const double value = real_or(keys + key, 1);
+    BBB_CHECK(value == 1, gguf.path(), ": ", keys, key, " is ", value, ", which is not supported");
+  }
+  if (type == "none" || s.factor == 1) return std::nullopt;
+  if (s.kind == RopeKind::Linear) return s;
+  s.original_max_position = gguf.has(keys + "original_context_length")
+                                ? gguf.integer(keys + "original_context_length")
+                                : max_position;
+  s.beta_fast = real_or(keys + "yarn_beta_fast", s.beta_fast);
+  s.beta_slow = real_or(keys + "yarn_beta_slow", s.beta_slow);
+  s.attention_factor = yarn_attention(s.factor);
+  return s;
 }
 
 }  // namespace
@@ -295,35 +450,45 @@ void check_gguf_rope(const data::Gguf& gguf) {
 LlamaConfig config_from_gguf(const data::Gguf& gguf) {
   const std::string& where = gguf.path();
   const std::string& architecture = gguf.string("general.architecture");
-  BBB_CHECK(architecture == "llama", where, ": unsupported architecture '", printable(architecture),
-            "'; llama is read");
-  const auto optional = [&](const char* key, int64_t fallback) {
+  const std::string prefix = architecture + ".";
+  const auto own = [&](const char* key) { return prefix + key; };
+  const auto optional = [&](const std::string& key, int64_t fallback) {
     return gguf.has(key) ? gguf.integer(key) : fallback;
   };
-  BBB_CHECK(optional("llama.expert_count", 0) == 0, where,
-            ": a mixture of experts (llama.expert_count) is not supported");
+  if (names_mixture(architecture) || optional(own("expert_count"), 0) > 0)
+    refuse_mixture(where, architecture);
   LlamaConfig c;
-  c.layers = gguf.integer("llama.block_count");
-  c.max_position = gguf.integer("llama.context_length");
-  c.d_model = gguf.integer("llama.embedding_length");
-  c.hidden = gguf.integer("llama.feed_forward_length");
-  c.heads = gguf.integer("llama.attention.head_count");
-  c.kv_heads = optional("llama.attention.head_count_kv", c.heads);
-  c.head_dim = gguf.has("llama.attention.key_length") ? gguf.integer("llama.attention.key_length")
-                                                      : derived_head_dim(c, where);
-  for (const char* key : {"llama.attention.value_length", "llama.rope.dimension_count"})
-    BBB_CHECK(optional(key, c.head_dim) == c.head_dim, where, ": ", key, " is ", gguf.integer(key),
-              ", head_dim is ", c.head_dim);
-  c.rms_eps = shortest(gguf.real("llama.attention.layer_norm_rms_epsilon"));
-  if (gguf.has("llama.rope.freq_base")) c.rope_theta = shortest(gguf.real("llama.rope.freq_base"));
-  c.sliding_window = optional("llama.attention.sliding_window", 0);
+  c.model_type = family_of(&Family::gguf, "architecture", architecture, where).model_type;
+  c.layers = gguf.integer(own("block_count"));
+  c.max_position = gguf.integer(own("context_length"));
+  c.d_model = gguf.integer(own("embedding_length"));
+  c.hidden = gguf.integer(own("feed_forward_length"));
+  c.heads = gguf.integer(own("attention.head_count"));
+  c.kv_heads = optional(own("attention.head_count_kv"), c.heads);
+  c.head_dim = gguf.has(own("attention.key_length")) ? gguf.integer(own("attention.key_length"))
+                                                     : derived_head_dim(c, where);
+  for (const char* key : {"attention.value_length", "rope.dimension_count"})
+    BBB_CHECK(optional(own(key), c.head_dim) == c.head_dim, where, ": ", own(key), " is ",
+              gguf.integer(own(key)), ", head_dim is ", c.head_dim);
+  c.rms_eps = shortest(gguf.real(own("attention.layer_norm_rms_epsilon")));
+  if (gguf.has(own("rope.freq_base"))) c.rope_theta = shortest(gguf.real(own("rope.freq_base")));
+  c.sliding_window = optional(own("attention.sliding_window"), 0);
+  BBB_CHECK(c.sliding_window == 0 || !is_qwen(c), where, ": ", own("attention.sliding_window"),
+            " is not supported");
   if (c.sliding_window > 0) c.model_type = "mistral";
-  check_gguf_rope(gguf);
+  c.rope_scaling = gguf_rope_scaling(gguf, prefix, c.max_position);
+  const auto llama_has = [&](const char* tensor) {
+    return c.model_type == "llama" && gguf.tensors().count(tensor) > 0;
+  };
+  c.output_bias = llama_has("blk.0.attn_q.bias");  // transformers' Llama has all four or none
+  c.qkv_bias = c.output_bias || c.model_type == "qwen2";
+  c.mlp_bias = llama_has("blk.0.ffn_gate.bias");
+  c.qk_norm = c.model_type == "qwen3";
 
   const data::GgufTensor& embedding = gguf.tensor("token_embd.weight");
   c.vocab = embedding.shape.front();
-  BBB_CHECK(optional("llama.vocab_size", c.vocab) == c.vocab, where, ": llama.vocab_size is ",
-            gguf.integer("llama.vocab_size"), ", token_embd.weight has ", c.vocab, " rows");
+  BBB_CHECK(optional(own("vocab_size"), c.vocab) == c.vocab, where, ": ", own("vocab_size"), " is ",
+            gguf.integer(own("vocab_size")), ", token_embd.weight has ", c.vocab, " rows");
   c.tied_head = gguf.tensors().count("output.weight") == 0;
   if (const int64_t bos = optional("tokenizer.ggml.bos_token_id", -1); bos >= 0) c.bos_id = bos;
   for (const char* key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
@@ -341,7 +506,9 @@ LlamaConfig config_from_gguf(const data::Gguf& gguf) {
     data::gguf_dequantize(c.rope_factors.data(), factors, "rope_freqs.weight");
   }
   check_sizes(c, where);
-  if (!c.rope_factors.empty() && (c.rope_scaling = known_scaling(c))) c.rope_factors.clear();
+  if (c.rope_factors.empty()) return c;
+  BBB_CHECK(!c.rope_scaling, where, ": both rope_freqs.weight and a rope scaling are given");
+  if ((c.rope_scaling = known_scaling(c))) c.rope_factors.clear();
   return c;
 }
 
@@ -366,10 +533,19 @@ LlamaConfig synthetic_config(const std::string& name) {
     c.eos_ids = {2};
   } else if (name == "llama-3.2-1b") {
     sizes(128256, 2048, 8192, 16, 32, 8, 131072, 5e5);
-    c.rope_scaling = Llama3RopeScaling{32, 1, 4, 8192};
+    c.rope_scaling = RopeScaling{.factor = 32};
     c.tied_head = true;
     c.bos_id = 128000;
     c.eos_ids = {128001};
+  } else if (name == "qwen3-0.6b") {
+    sizes(151936, 1024, 3072, 28, 16, 8, 40960, 1e6);
+    c.model_type = "qwen3";
+    c.head_dim = 128;
+    c.rms_eps = 1e-6;
+    c.qk_norm = true;
+    c.tied_head = true;
+    c.bos_id = 151643;
+    c.eos_ids = {151645};
   } else if (name == "llama-3-8b") {
     sizes(128256, 4096, 14336, 32, 32, 8, 8192, 5e5);
     c.bos_id = 128000;
@@ -380,15 +556,38 @@ LlamaConfig synthetic_config(const std::string& name) {
     c.eos_ids = {2};
   } else {
     throw UsageError(cat("no synthetic model '", printable(name),
-                         "'; there are smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b"));
+                         "'; there are smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, "
+                         "llama-2-7b"));
   }
   return c;
+}
+
+static nlohmann::ordered_json to_json(const RopeScaling& s) {
+  nlohmann::ordered_json out = {{"rope_type", name_of(s.kind)}, {"factor", s.factor}};
+  if (s.kind == RopeKind::Llama3) {
+    out["low_freq_factor"] = s.low_freq_factor;
+    out["high_freq_factor"] = s.high_freq_factor;
+  }
+  if (s.kind == RopeKind::Yarn) {
+    out["beta_fast"] = s.beta_fast;
+    out["beta_slow"] = s.beta_slow;
+    out["truncate"] = s.truncate;
+    out["attention_factor"] = s.attention_factor;
+  }
+  if (s.kind == RopeKind::Llama3 || s.kind == RopeKind::Yarn)
+    out["original_max_position_embeddings"] = s.original_max_position;
+  return out;
+}
+
+std::string gguf_architecture(const LlamaConfig& c) {
+  return c.model_type == "mistral" ? "llama" : c.model_type;
 }
 
 std::string config_to_json(const LlamaConfig& c) {
   const bool mistral = c.model_type == "mistral";
   nlohmann::ordered_json out;
-  out["architectures"] = {mistral ? "MistralForCausalLM" : "LlamaForCausalLM"};
+  out["architectures"] = {
+      family_of(&Family::model_type, "model_type", c.model_type, "the model").architecture};
   out["model_type"] = c.model_type;
   out["vocab_size"] = c.vocab;
   out["hidden_size"] = c.d_model;
@@ -402,19 +601,21 @@ std::string config_to_json(const LlamaConfig& c) {
   out["rms_norm_eps"] = c.rms_eps;
   out["rope_theta"] = c.rope_theta;
   out["rope_scaling"] = nullptr;
-  if (const auto& s = c.rope_scaling)
-    out["rope_scaling"] = {{"rope_type", "llama3"},
-                           {"factor", s->factor},
-                           {"low_freq_factor", s->low_freq_factor},
-                           {"high_freq_factor", s->high_freq_factor},
-                           {"original_max_position_embeddings", s->original_max_position}};
+  if (c.rope_scaling) out["rope_scaling"] = to_json(*c.rope_scaling);
   if (!c.rope_factors.empty()) out["rope_factors"] = c.rope_factors;
   if (mistral) {
     out["sliding_window"] = nullptr;
     if (c.sliding_window > 0) out["sliding_window"] = c.sliding_window;
+  } else if (is_qwen(c)) {
+    out["use_sliding_window"] = c.sliding_window > 0;
+    if (c.sliding_window > 0) {
+      out["sliding_window"] = c.sliding_window;
+      out["max_window_layers"] = 0;
+    }
+    if (c.qk_norm) out["attention_bias"] = c.qkv_bias;
   } else {
-    out["attention_bias"] = false;
-    out["mlp_bias"] = false;
+    out["attention_bias"] = c.qkv_bias;
+    out["mlp_bias"] = c.mlp_bias;
   }
   out["tie_word_embeddings"] = c.tied_head;
   if (c.bos_id) out["bos_token_id"] = *c.bos_id;
@@ -426,34 +627,59 @@ std::string config_to_json(const LlamaConfig& c) {
   return out.dump(2) + "\n";
 }
 
-std::vector<float> rope_inv_freq(const LlamaConfig& c) {
+const char* name_of(RopeKind kind) {
+  constexpr const char* kNames[] = {"linear", "dynamic", "yarn", "llama3"};
+  return kNames[static_cast<int>(kind)];
+}
+
+static double scaled_frequency(const LlamaConfig& c, int64_t pair, int64_t tokens) {
+  const double plain = rope_frequency(c.rope_theta, c.head_dim, pair);
+  if (!c.rope_scaling) return plain;
+  const RopeScaling& s = *c.rope_scaling;
+  if (s.kind == RopeKind::Linear) return plain / s.factor;
+  if (s.kind == RopeKind::Yarn) return yarn_frequency(c, pair);
+  if (s.kind == RopeKind::Llama3) return plain / llama3_divisor(s, plain);
+  return rope_frequency(dynamic_theta(c, tokens), c.head_dim, pair);
+}
+
+std::vector<float> rope_inv_freq(const LlamaConfig& c, int64_t tokens) {
   std::vector<float> out;
   for (int64_t i = 0; i < c.head_dim / 2; ++i) {
-    double frequency = rope_frequency(c, i);
-    if (c.rope_scaling) frequency /= llama3_divisor(*c.rope_scaling, frequency);
+    double frequency = scaled_frequency(c, i, tokens);
     if (!c.rope_factors.empty()) frequency /= c.rope_factors[static_cast<size_t>(i)];
     out.push_back(static_cast<float>(frequency));
   }
   return out;
 }
 
+double rope_factor(const LlamaConfig& c) {
+  return c.rope_scaling ? c.rope_scaling->attention_factor : 1;
+}
+
 std::vector<float> rope_divisors(const LlamaConfig& c) {
-  if (!c.rope_scaling) return c.rope_factors;
+  if (!c.rope_scaling || c.rope_scaling->kind != RopeKind::Llama3) return c.rope_factors;
   std::vector<float> out;
   for (int64_t i = 0; i < c.head_dim / 2; ++i)
-    out.push_back(static_cast<float>(llama3_divisor(*c.rope_scaling, rope_frequency(c, i))));
+    out.push_back(static_cast<float>(
+        llama3_divisor(*c.rope_scaling, rope_frequency(c.rope_theta, c.head_dim, i))));
   return out;
 }
 
 std::vector<LinearShape> block_linears(const LlamaConfig& c) {
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  return {{"self_attn.q_proj", q, c.d_model, kAttentionSite},
-          {"self_attn.k_proj", kv, c.d_model, kAttentionSite},
-          {"self_attn.v_proj", kv, c.d_model, kAttentionSite},
-          {"self_attn.o_proj", c.d_model, q, kOutputSite},
-          {"mlp.gate_proj", c.hidden, c.d_model, kMlpSite},
-          {"mlp.up_proj", c.hidden, c.d_model, kMlpSite},
-          {"mlp.down_proj", c.d_model, c.hidden, kDownSite}};
+  return {{"self_attn.q_proj", q, c.d_model, kAttentionSite, c.qkv_bias},
+          {"self_attn.k_proj", kv, c.d_model, kAttentionSite, c.qkv_bias},
+          {"self_attn.v_proj", kv, c.d_model, kAttentionSite, c.qkv_bias},
+          {"self_attn.o_proj", c.d_model, q, kOutputSite, c.output_bias},
+          {"mlp.gate_proj", c.hidden, c.d_model, kMlpSite, c.mlp_bias},
+          {"mlp.up_proj", c.hidden, c.d_model, kMlpSite, c.mlp_bias},
+          {"mlp.down_proj", c.d_model, c.hidden, kDownSite, c.mlp_bias}};
+}
+
+std::vector<NormShape> block_norms(const LlamaConfig& c) {
+  std::vector<NormShape> norms = {{kInputNorm, c.d_model}, {kPostNorm, c.d_model}};
+  if (c.qk_norm) norms.insert(norms.end(), {{kQueryNorm, c.head_dim}, {kKeyNorm, c.head_dim}});
+  return norms;
 }
 
 std::string layer_name(int64_t layer, const std::string& suffix) {

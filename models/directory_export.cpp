@@ -15,6 +15,7 @@
 #include "data/safetensors.h"
 #include "models/export_files.h"
 #include "models/gptq.h"
+#include "models/table.h"
 
 namespace bbb::models {
 
@@ -94,8 +95,16 @@ class ShardedWriter {
   std::unique_ptr<SafeTensorsWriter> file_;
 };
 
+// The format of a table that is quantized: the head, or the embedding that is tied to it.
+std::optional<quant::LinearFormat> quantized_table(const OuterWeight& weight,
+                                                   const LlamaConfig& config, int head_bits) {
+  const bool read_by_steps = weight.name == (config.tied_head ? kEmbedding : kHead);
+  if (head_bits == kDenseBits || !read_by_steps) return std::nullopt;
+  return table_format(config, head_bits);
+}
+
 // quantization_config (format.md). What linears have of their own is stored in `overrides`.
-ordered_json quantization_config(const LlamaConfig& config, const Formats& formats) {
+ordered_json quantization_config(const LlamaConfig& config, const Formats& formats, int head_bits) {
   const quant::LinearFormat common = formats(0)[0];
   const auto range_of = [](const quant::LinearFormat& f) {
     return f.input.range == quant::RangeRule::Search ? "search" : "minmax";
@@ -113,8 +122,14 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
         common.weight.dequant == quant::NestedDequant::Middle ? "middle" : "floor";
   if (common.input.bits < 16) q["activation_range"] = range_of(common);
   if (common.input.hadamard) q["rotate"] = "group";
-  q["modules_to_not_convert"] = {"lm_head", "model.embed_tokens"};
-  ordered_json overrides = ordered_json::object();
+  ordered_json overrides = ordered_json::object(), dense = {"lm_head", "model.embed_tokens"};
+  for (const OuterWeight& weight : outer_weights(config)) {
+    if (!quantized_table(weight, config, head_bits)) continue;
+    const std::string module = table_module(weight.name);
+    dense.erase(std::find(dense.begin(), dense.end(), module));
+    overrides[module] = {{"bits", head_bits}};
+  }
+  q["modules_to_not_convert"] = dense;
   const std::vector<LinearShape> shapes = block_linears(config);
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     const std::vector<quant::LinearFormat> linears = formats(layer);
@@ -138,24 +153,32 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
 
 class DirectoryExport final : public ExportFiles {
  public:
-  DirectoryExport(const std::string& directory, const ExportSource& source, ExportFormat format)
-      : source_(source), config_(source.model.config()), format_(format), output_(directory) {
-    const char* stem = format == ExportFormat::Packed ? data::kPackedStem : data::kModelStem;
+  DirectoryExport(const std::string& directory, const ExportSource& source,
+                  const ExportOptions& options)
+      : source_(source),
+        config_(source.model.config()),
+        format_(options.format),
+        head_bits_(options.head_bits),
+        output_(directory) {
+    const char* stem = format_ == ExportFormat::Packed ? data::kPackedStem : data::kModelStem;
     writer_.emplace(output_.temporary(), stem, plan(), source.max_shard_bytes);
   }
 
   void add_outer(const OuterWeight& weight, const std::vector<float>& values) override {
-    if (is_table(weight))
+    if (const auto format = quantized_table(weight, config_, head_bits_))
+      add_packed(table_module(weight.name), quantize_table(rounded_bf16(values), *format));
+    else if (is_table(weight))
       writer_->add(weight.name, to_bf16(values));
     else
-      add_norm(weight.name, values);
+      add_vector(weight.name, values);
   }
 
   void add_layer(int64_t index, const LayerResult& layer) override {
     const std::vector<LinearShape> shapes = block_linears(config_);
     BBB_ASSERT(layer.linears.size() == shapes.size());
-    add_norm(layer_name(index, kInputNorm), layer.input_norm);
-    add_norm(layer_name(index, kPostNorm), layer.post_norm);
+    const std::vector<NormShape> norms = block_norms(config_);
+    for (size_t i = 0; i < norms.size(); ++i)
+      add_vector(layer_name(index, norms[i].name), layer.norm(i));
     for (size_t j = 0; j < shapes.size(); ++j) {
       const std::string name = layer_name(index, shapes[j].name);
       const LinearResult& linear = layer.linears[j];
@@ -168,9 +191,9 @@ class DirectoryExport final : public ExportFiles {
         writer_->add(name + ".scales", gptq.scales);
         writer_->add(name + ".g_idx", gptq.g_idx);
       } else {
-        for (const quant::StoredTensor& t : linear.format.tensors())
-          writer_->add(name + t.suffix, linear.part(t.part));
+        add_packed(name, linear);
       }
+      if (shapes[j].bias) add_vector(name + ".bias", linear.bias);
     }
   }
 
@@ -188,19 +211,25 @@ class DirectoryExport final : public ExportFiles {
   }
 
   void check_outer(const OuterWeight& weight, const std::vector<float>& values) override {
+    if (const auto format = quantized_table(weight, config_, head_bits_))
+      return check_packed(table_module(weight.name), quantize_table(rounded_bf16(values), *format));
     check(floats(weight.name, weight.shape) == (is_table(weight) ? rounded_bf16(values) : values),
           weight.name);
   }
 
   void check_layer(int64_t index, const LayerResult& layer) override {
-    for (const auto& [suffix, norm] :
-         {std::pair(kInputNorm, &layer.input_norm), std::pair(kPostNorm, &layer.post_norm)}) {
-      const std::string name = layer_name(index, suffix);
-      check(floats(name, {config_.d_model}) == *norm, name);
+    const std::vector<NormShape> norms = block_norms(config_);
+    for (size_t i = 0; i < norms.size(); ++i) {
+      const std::string name = layer_name(index, norms[i].name);
+      check(floats(name, {norms[i].size}) == layer.norm(i), name);
     }
     const std::vector<LinearShape> shapes = block_linears(config_);
-    for (size_t j = 0; j < shapes.size(); ++j)
-      check_linear(layer_name(index, shapes[j].name), layer.linears[j]);
+    for (size_t j = 0; j < shapes.size(); ++j) {
+      const std::string name = layer_name(index, shapes[j].name);
+      check_linear(name, layer.linears[j]);
+      if (shapes[j].bias)
+        check(floats(name + ".bias", {shapes[j].n}) == layer.linears[j].bias, name + ".bias");
+    }
   }
 
   double bits_per_weight() const override {
@@ -220,17 +249,23 @@ class DirectoryExport final : public ExportFiles {
  private:
   std::vector<SafeTensorsWriter::Entry> plan() const {
     std::vector<SafeTensorsWriter::Entry> entries;
-    const Shape norm{config_.d_model};
     const std::vector<LinearShape> shapes = block_linears(config_);
+    const auto declare_packed = [&](const std::string& name, const quant::LinearFormat& format) {
+      for (const quant::StoredTensor& t : format.tensors())
+        entries.push_back({name + t.suffix, t.dtype, t.shape});
+    };
     const auto declare = [&](const OuterWeight& weight) {
-      entries.push_back(
-          {weight.name, is_table(weight) ? FileDType::BF16 : FileDType::F32, weight.shape});
+      if (const auto format = quantized_table(weight, config_, head_bits_))
+        declare_packed(table_module(weight.name), *format);
+      else
+        entries.push_back(
+            {weight.name, is_table(weight) ? FileDType::BF16 : FileDType::F32, weight.shape});
     };
     const std::vector<OuterWeight> outer = outer_weights(config_);
     declare(outer[0]);
     for (int64_t i = 0; i < config_.layers; ++i) {
-      entries.push_back({layer_name(i, kInputNorm), FileDType::F32, norm});
-      entries.push_back({layer_name(i, kPostNorm), FileDType::F32, norm});
+      for (const NormShape& norm : block_norms(config_))
+        entries.push_back({layer_name(i, norm.name), FileDType::F32, {norm.size}});
       const std::vector<quant::LinearFormat> linears = source_.formats(i);
       for (size_t j = 0; j < shapes.size(); ++j) {
         const std::string name = layer_name(i, shapes[j].name);
@@ -244,18 +279,24 @@ class DirectoryExport final : public ExportFiles {
           for (const SafeTensorsWriter::Entry& entry : gptq_entries(linears[j], name))
             entries.push_back(entry);
         } else {
-          for (const quant::StoredTensor& t : linears[j].tensors())
-            entries.push_back({name + t.suffix, t.dtype, t.shape});
+          declare_packed(name, linears[j]);
         }
+        if (shapes[j].bias) entries.push_back({name + ".bias", FileDType::F32, {shapes[j].n}});
       }
     }
     std::for_each(outer.begin() + 1, outer.end(), declare);
     return entries;
   }
 
-  void add_norm(const std::string& name, const std::vector<float>& values) {
-    exact_norms_ = exact_norms_ && rounded_bf16(values) == values;
+  // A norm or a bias.
+  void add_vector(const std::string& name, const std::vector<float>& values) {
+    exact_vectors_ = exact_vectors_ && rounded_bf16(values) == values;
     writer_->add(name, values);
+  }
+
+  void add_packed(const std::string& name, const LinearResult& linear) {
+    for (const quant::StoredTensor& t : linear.format.tensors())
+      writer_->add(name + t.suffix, linear.part(t.part));
   }
 
   std::string exported_config() const {
@@ -265,13 +306,13 @@ class DirectoryExport final : public ExportFiles {
     if (!config_.tied_head && config.contains("tie_word_embeddings"))
       config["tie_word_embeddings"] = false;  // the source may hold a head despite its config
     if (format_ == ExportFormat::Packed)
-      config["quantization_config"] = quantization_config(config_, source_.formats);
+      config["quantization_config"] = quantization_config(config_, source_.formats, head_bits_);
     if (format_ == ExportFormat::Gptq)
       config["quantization_config"] = gptq_config(source_.formats(0)[0]);
     // The dtype in which transformers loads the model. GPTQ kernels take no F32.
-    const char* dtype = format_ == ExportFormat::Gptq                           ? "bfloat16"
-                        : format_ == ExportFormat::HuggingFace && !exact_norms_ ? "float32"
-                                                                                : nullptr;
+    const char* dtype = format_ == ExportFormat::Gptq                             ? "bfloat16"
+                        : format_ == ExportFormat::HuggingFace && !exact_vectors_ ? "float32"
+                                                                                  : nullptr;
     if (dtype) {
       config.erase("dtype");
       config["torch_dtype"] = dtype;
@@ -302,7 +343,12 @@ class DirectoryExport final : public ExportFiles {
     }
     if (format_ == ExportFormat::Gptq)
       return check(read_gptq(*tensors_, linear.format, name) == linear.dequantize(), name);
-    check(written_->packed_format(name, n, k) == linear.format, name + "'s format");
+    check_packed(name, linear);
+  }
+
+  void check_packed(const std::string& name, const LinearResult& linear) const {
+    check(written_->packed_format(name, linear.format.n, linear.format.k) == linear.format,
+          name + "'s format");
     for (const quant::StoredTensor& t : linear.format.tensors()) {
       const std::vector<uint8_t>& bytes = linear.part(t.part);
       BBB_ASSERT(static_cast<int64_t>(bytes.size()) == t.bytes());
@@ -314,9 +360,10 @@ class DirectoryExport final : public ExportFiles {
   ExportSource source_;
   const LlamaConfig& config_;
   ExportFormat format_;
+  int head_bits_;
   data::AtomicDirectory output_;
   std::optional<ShardedWriter> writer_;
-  bool exact_norms_ = true;                   // in BF16
+  bool exact_vectors_ = true;                 // in BF16
   std::optional<data::SafeTensors> tensors_;  // read back
   std::unique_ptr<Checkpoint> written_;       // the same as a model; null: bbb reads none
 };
@@ -325,8 +372,8 @@ class DirectoryExport final : public ExportFiles {
 
 std::unique_ptr<ExportFiles> make_directory_export(const std::string& directory,
                                                    const ExportSource& source,
-                                                   ExportFormat format) {
-  return std::make_unique<DirectoryExport>(directory, source, format);
+                                                   const ExportOptions& options) {
+  return std::make_unique<DirectoryExport>(directory, source, options);
 }
 
 }  // namespace bbb::models

@@ -54,7 +54,8 @@ class ExportFiles {
 
 // Throw, saying what, if the format cannot hold the model.
 std::unique_ptr<ExportFiles> make_directory_export(const std::string& directory,
-                                                   const ExportSource& source, ExportFormat format);
+                                                   const ExportSource& source,
+                                                   const ExportOptions& options);
 std::unique_ptr<ExportFiles> make_gguf_export(const std::string& path, const ExportSource& source,
                                               GgufTables tables);
 

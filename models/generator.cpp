@@ -11,13 +11,13 @@ using engine::DType;
 using engine::Lane;
 
 Generator::Generator(Llama& model, int64_t batch, int64_t capacity_tokens,
-                     const engine::SampleSpec& spec)
+                     const engine::SampleSpec& spec, quant::KvFormat kv)
     : model_(model),
       backend_(model.backend()),
       batch_(batch),
       capacity_(capacity_tokens),
       spec_(spec),
-      kv_(backend_, model.config(), batch, capacity_tokens),
+      kv_(backend_, model.config(), batch, capacity_tokens, kv),
       counters_(backend_.zeros({batch + 1}, DType::I32)),
       tokens_(backend_.zeros({batch}, DType::I32)),
       logged_(kLogRows),
@@ -30,6 +30,7 @@ Generator::Generator(Llama& model, int64_t batch, int64_t capacity_tokens,
     rows_.seen = backend_.zeros({batch, (model.config().vocab + 7) / 8}, DType::U8);
   rows_.log = backend_.zeros({kLogRows, batch}, DType::I32);
   rows_.cursor = counters_.rows(batch, 1);
+  kv_.decoder = model.layer_decoder(kv_);
   host_log_ = backend_.transfers().host_buffer(rows_.log.bytes());
   step_ = backend_.record([this] {
     Tape tape(backend_, TapeMode::Inference);
@@ -48,8 +49,7 @@ int32_t Generator::prefill(int64_t b, const std::vector<int32_t>& tokens, uint64
 
   KvCache cache = kv_.sequence(b);
   set_position(cache.start, kept);
-  const Tensor ids = backend_.empty({1, fresh}, DType::I32);
-  backend_.upload(ids, tokens.data() + kept);
+  const Tensor ids = upload_ints(backend_, {tokens.begin() + kept, tokens.end()}, {1, fresh});
   Tape tape(backend_, TapeMode::Inference);
   const Var h = model_.forward(tape, ids, &cache, Recompute::None);
   const Tensor last = h.value().view({fresh, model_.config().d_model}).rows(fresh - 1, 1);

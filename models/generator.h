@@ -22,7 +22,8 @@ namespace bbb::models {
 class Generator {
  public:
   // Every sequence has `capacity_tokens` positions. `model` must outlive the Generator.
-  Generator(Llama& model, int64_t batch, int64_t capacity_tokens, const engine::SampleSpec& spec);
+  Generator(Llama& model, int64_t batch, int64_t capacity_tokens, const engine::SampleSpec& spec,
+            quant::KvFormat kv = {});
   Generator(const Generator&) = delete;
   Generator& operator=(const Generator&) = delete;
 
@@ -45,6 +46,9 @@ class Generator {
   // Steps that still fit into the cache.
   int64_t steps_left() const;
   int64_t capacity() const { return capacity_; }
+  // Whether a step computes all blocks in one operation.
+  bool fused() const { return kv_.decoder != nullptr; }
+  int64_t kv_bytes_per_token() const { return kv_.bytes_per_token(); }
 
  private:
   void set_position(const Tensor& start, int64_t position);

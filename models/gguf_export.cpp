@@ -6,6 +6,7 @@
 //   otherwise   BF16   8 bits, a channel order, a rotation, a scale that F16 does not hold
 //
 // s = S e of the block's group. Norms are F32, embedding and head BF16 or Q8_0.
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <optional>
@@ -95,25 +96,60 @@ void permute_rows(std::vector<uint8_t>& bytes, int64_t rows, int64_t head_dim) {
 
 constexpr const char* kRopeDivisors = "rope_freqs.weight";
 
+// Throws if llama.cpp computes something else than this configuration says. Source: llama.cpp,
+// llama-model.cpp (the tensors of each architecture) and ggml's rope_yarn().
+void check_architecture(const LlamaConfig& c) {
+  const std::string architecture = gguf_architecture(c);
+  const bool llama = architecture == "llama";
+  const auto refuse_if = [&](bool differs, const std::string& what) {
+    BBB_CHECK(!differs, "--format gguf: llama.cpp's ", architecture, " has no ", what);
+  };
+  refuse_if(architecture == "qwen3" && c.qkv_bias, "biases");
+  refuse_if(!llama && c.sliding_window > 0, "sliding window");
+  refuse_if(!llama && !rope_divisors(c).empty(), "rope factors (rope_type llama3)");
+  if (!c.rope_scaling) return;
+  const RopeScaling& s = *c.rope_scaling;
+  refuse_if(s.kind == RopeKind::Dynamic, "rope scaling dynamic");
+  if (s.kind != RopeKind::Yarn) return;
+  refuse_if(!s.truncate, "yarn with 'truncate' false");
+  refuse_if(s.factor <= 1, "yarn with a factor of 1 or less");
+  refuse_if(std::fabs(s.attention_factor - (1 + 0.1 * std::log(s.factor))) > 1e-6,
+            "yarn with an attention_factor other than 1 + 0.1 ln(factor)");
+}
+
 // What llama.cpp needs to know of the model.
 GgufMetadata model_entries(const LlamaConfig& c) {
-  const auto count = [](int64_t value) { return static_cast<uint32_t>(value); };
-  GgufMetadata out = {{"general.architecture", "llama"},
-                      {"general.quantization_version", uint32_t{2}},
-                      {"llama.vocab_size", count(c.vocab)},
-                      {"llama.context_length", count(c.max_position)},
-                      {"llama.embedding_length", count(c.d_model)},
-                      {"llama.block_count", count(c.layers)},
-                      {"llama.feed_forward_length", count(c.hidden)},
-                      {"llama.attention.head_count", count(c.heads)},
-                      {"llama.attention.head_count_kv", count(c.kv_heads)},
-                      {"llama.attention.key_length", count(c.head_dim)},
-                      {"llama.attention.value_length", count(c.head_dim)},
-                      {"llama.attention.layer_norm_rms_epsilon", static_cast<float>(c.rms_eps)},
-                      {"llama.rope.dimension_count", count(c.head_dim)},
-                      {"llama.rope.freq_base", static_cast<float>(c.rope_theta)}};
-  if (c.sliding_window > 0)
-    out.emplace_back("llama.attention.sliding_window", count(c.sliding_window));
+  const std::string architecture = gguf_architecture(c);
+  GgufMetadata out = {{"general.architecture", architecture},
+                      {"general.quantization_version", uint32_t{2}}};
+  const auto add = [&](const char* key, auto value) {
+    out.emplace_back(architecture + "." + key, std::move(value));
+  };
+  const auto add_count = [&](const char* key, int64_t value) {
+    add(key, static_cast<uint32_t>(value));
+  };
+  const auto add_real = [&](const char* key, double value) { add(key, static_cast<float>(value)); };
+  add_count("vocab_size", c.vocab);
+  add_count("context_length", c.max_position);
+  add_count("embedding_length", c.d_model);
+  add_count("block_count", c.layers);
+  add_count("feed_forward_length", c.hidden);
+  add_count("attention.head_count", c.heads);
+  add_count("attention.head_count_kv", c.kv_heads);
+  add_count("attention.key_length", c.head_dim);
+  add_count("attention.value_length", c.head_dim);
+  add_real("attention.layer_norm_rms_epsilon", c.rms_eps);
+  add_count("rope.dimension_count", c.head_dim);
+  add_real("rope.freq_base", c.rope_theta);
+  if (c.sliding_window > 0) add_count("attention.sliding_window", c.sliding_window);
+  if (!c.rope_scaling || c.rope_scaling->kind == RopeKind::Llama3) return out;
+  const RopeScaling& s = *c.rope_scaling;
+  add("rope.scaling.type", std::string(name_of(s.kind)));
+  add_real("rope.scaling.factor", s.factor);
+  if (s.kind != RopeKind::Yarn) return out;
+  add_count("rope.scaling.original_context_length", s.original_max_position);
+  add_real("rope.scaling.yarn_beta_fast", s.beta_fast);
+  add_real("rope.scaling.yarn_beta_slow", s.beta_slow);
   return out;
 }
 
@@ -134,6 +170,7 @@ class GgufExport final : public ExportFiles {
     BBB_CHECK(tables == GgufTables::BF16 || config_.d_model % kGgmlBlock == 0,
               "--gguf-head q8_0 takes rows of whole blocks of ", kGgmlBlock,
               ", and the model's have ", config_.d_model);
+    check_architecture(config_);
     GgufMetadata metadata = model_entries(config_);
     for (auto& entry : tokenizer_entries(source)) metadata.push_back(std::move(entry));
     metadata.emplace_back("bbb.json", source.bbb_json);
@@ -154,17 +191,20 @@ class GgufExport final : public ExportFiles {
   }
 
   void add_layer(int64_t index, const LayerResult& layer) override {
-    const auto add_norm = [&](const char* suffix, const std::vector<float>& values) {
-      writer_->add(gguf_name(layer_name(index, suffix)), GgmlType::F32, bytes_of(values));
-    };
-    add_norm(kInputNorm, layer.input_norm);
-    add_norm(kPostNorm, layer.post_norm);
+    const std::vector<NormShape> norms = block_norms(config_);
+    for (size_t i = 0; i < norms.size(); ++i)
+      writer_->add(gguf_name(layer_name(index, norms[i].name)), GgmlType::F32,
+                   bytes_of(layer.norm(i)));
     const std::vector<LinearShape> shapes = block_linears(config_);
     for (size_t j = 0; j < shapes.size(); ++j) {
-      const std::string name = layer_name(index, shapes[j].name) + ".weight";
-      Encoded encoded = encode(layer.linears[j]);
-      if (has_gguf_rows(name)) permute_rows(encoded.bytes, shapes[j].n, config_.head_dim);
-      writer_->add(gguf_name(name), encoded.type, encoded.bytes);
+      const auto add = [&](const std::string& name, Encoded encoded) {
+        if (has_gguf_rows(config_, name))
+          permute_rows(encoded.bytes, shapes[j].n, config_.head_dim);
+        writer_->add(gguf_name(name), encoded.type, encoded.bytes);
+      };
+      const std::string name = layer_name(index, shapes[j].name);
+      add(name + ".weight", encode(layer.linears[j]));
+      if (shapes[j].bias) add(name + ".bias", {GgmlType::F32, bytes_of(layer.linears[j].bias)});
     }
   }
 
@@ -183,12 +223,12 @@ class GgufExport final : public ExportFiles {
   }
 
   void check_layer(int64_t index, const LayerResult& layer) override {
-    const auto check_norm = [&](const char* suffix, const std::vector<float>& values) {
-      const std::string name = layer_name(index, suffix);
-      check(written_->load(name, {config_.d_model}) == values, name);
+    const auto check_vector = [&](const std::string& name, const std::vector<float>& values) {
+      check(written_->load(name, {static_cast<int64_t>(values.size())}) == values, name);
     };
-    check_norm(kInputNorm, layer.input_norm);
-    check_norm(kPostNorm, layer.post_norm);
+    const std::vector<NormShape> norms = block_norms(config_);
+    for (size_t i = 0; i < norms.size(); ++i)
+      check_vector(layer_name(index, norms[i].name), layer.norm(i));
     const std::vector<LinearShape> shapes = block_linears(config_);
     for (size_t j = 0; j < shapes.size(); ++j) {
       const std::string name = layer_name(index, shapes[j].name) + ".weight";
@@ -197,6 +237,8 @@ class GgufExport final : public ExportFiles {
       const bool lossless = encode_codes(layer.linears[j]).has_value();
       check(read == (lossless ? weight : rounded_bf16(weight)), name);
       add_rounding(name, weight, read);
+      if (shapes[j].bias)
+        check_vector(layer_name(index, shapes[j].name) + ".bias", layer.linears[j].bias);
     }
   }
 
@@ -217,10 +259,12 @@ class GgufExport final : public ExportFiles {
     if (!rope_divisors(config_).empty()) entries.push_back({kRopeDivisors, {config_.head_dim / 2}});
     declare(outer[0].name, outer[0].shape);
     for (int64_t i = 0; i < config_.layers; ++i) {
-      declare(layer_name(i, kInputNorm), {config_.d_model});
-      declare(layer_name(i, kPostNorm), {config_.d_model});
-      for (const LinearShape& l : block_linears(config_))
+      for (const NormShape& norm : block_norms(config_))
+        declare(layer_name(i, norm.name), {norm.size});
+      for (const LinearShape& l : block_linears(config_)) {
         declare(layer_name(i, l.name) + ".weight", {l.n, l.k});
+        if (l.bias) declare(layer_name(i, l.name) + ".bias", {l.n});
+      }
     }
     for (size_t i = 1; i < outer.size(); ++i) declare(outer[i].name, outer[i].shape);
     return entries;

@@ -16,9 +16,9 @@ static int64_t words(int64_t count, int bits) { return (count * bits + kWordBits
 
 void check_gptq(const LinearFormat& format, const std::string& name) {
   const int bits = format.weight.bits;
-  const char* obstacle = format.input.bits < 16                ? "quantizes activations"
-                         : format.input.hadamard               ? "rotates its groups"
-                         : !format.plain_positions()           ? "splits or reorders channels"
+  const char* obstacle = format.input.bits < 16      ? "quantizes activations"
+                         : format.input.hadamard     ? "rotates its groups (--rotate none)"
+                         : !format.plain_positions() ? "splits or reorders channels"
                          : bits != 2 && bits != 4 && bits != 8 ? "has no 2, 4 or 8 bits"
                                                                : nullptr;
   BBB_CHECK(obstacle == nullptr, name, ": --format gptq cannot hold this linear: it ", obstacle);

@@ -16,7 +16,7 @@ using quant::LinearFormat;
 using quant::StoredPart;
 using quant::StoredTensor;
 
-static constexpr const char* kRatios = ".ratios";
+static constexpr const char *kRatios = ".ratios", *kBias = ".bias";
 
 static float master_scale_of(const LinearResult& linear) {
   float master_scale;
@@ -107,9 +107,10 @@ void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t
       for (const StoredTensor& t : formats[i].tensors())
         entries.push_back({name + t.suffix, t.dtype, t.shape});
     }
+    if (shapes[i].bias) entries.push_back({name + kBias, FileDType::F32, {shapes[i].n}});
   }
-  for (const char* norm : {kInputNorm, kPostNorm})
-    entries.push_back({layer_name(layer, norm), FileDType::F32, {config.d_model}});
+  for (const NormShape& norm : block_norms(config))
+    entries.push_back({layer_name(layer, norm.name), FileDType::F32, {norm.size}});
 }
 
 void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig& config,
@@ -130,9 +131,10 @@ void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig
       for (const StoredTensor& t : linear.format.tensors())
         add(name + t.suffix, linear.part(t.part));
     }
+    if (shapes[i].bias) add(name + kBias, linear.bias);
   }
-  add(kInputNorm, result.input_norm);
-  add(kPostNorm, result.post_norm);
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i) add(norms[i].name, result.norm(i));
 }
 
 static const SafeTensor& find_tensor(const data::SafeTensors& file, const std::string& name,
@@ -168,6 +170,7 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
     const std::string name = shapes[i].name;
     LinearResult& linear = result.linears.emplace_back();
     linear.format = format;
+    if (shapes[i].bias) linear.bias = floats(name + kBias, {shapes[i].n});
     if (file.contains(layer_name(layer, name + ".weight"))) {
       linear.master = floats(name + ".weight", {format.n, format.stored_k()});
       if (file.contains(layer_name(layer, name + kRatios))) {
@@ -181,21 +184,31 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
       linear.part(t.part).assign(tensor.data, tensor.data + tensor.bytes);
     }
   }
-  result.input_norm = floats(kInputNorm, {config.d_model});
-  result.post_norm = floats(kPostNorm, {config.d_model});
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i) result.norm(i) = floats(norms[i].name, {norms[i].size});
+  return result;
+}
+
+LayerResult norms_and_biases(const Checkpoint& source, int64_t layer) {
+  LayerResult result;
+  for (const LinearShape& shape : block_linears(source.config())) {
+    LinearResult& linear = result.linears.emplace_back();
+    if (shape.bias) linear.bias = source.load(layer_name(layer, shape.name) + kBias, {shape.n});
+  }
+  const std::vector<NormShape> norms = block_norms(source.config());
+  for (size_t i = 0; i < norms.size(); ++i)
+    result.norm(i) = source.load(layer_name(layer, norms[i].name), {norms[i].size});
   return result;
 }
 
 LayerResult full_precision(const Checkpoint& source, int64_t layer) {
-  const LlamaConfig& config = source.config();
-  LayerResult result;
-  for (const LinearShape& shape : block_linears(config)) {
-    LinearResult& linear = result.linears.emplace_back();
-    linear.format = {.n = shape.n, .k = shape.k, .weight = {.bits = quant::kNoQuantizer}};
-    linear.master = source.load(layer_name(layer, shape.name) + ".weight", {shape.n, shape.k});
+  const std::vector<LinearShape> shapes = block_linears(source.config());
+  LayerResult result = norms_and_biases(source, layer);
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const auto& [name, n, k, site, bias] = shapes[i];
+    result.linears[i].format = {.n = n, .k = k, .weight = {.bits = quant::kNoQuantizer}};
+    result.linears[i].master = source.load(layer_name(layer, name) + ".weight", {n, k});
   }
-  result.input_norm = source.load(layer_name(layer, kInputNorm), {config.d_model});
-  result.post_norm = source.load(layer_name(layer, kPostNorm), {config.d_model});
   return result;
 }
 

@@ -5,7 +5,8 @@
 //                                                                 needs it
 //   model.layers.L.self_attn.q_proj.ratios      U8 (N, K' / G)    its range ratios, if searched
 //   or model.layers.L.self_attn.q_proj.qweight  ..          the tensors of the linear's format
-//   model.layers.L.input_layernorm.weight       F32 (D)
+//   model.layers.L.self_attn.q_proj.bias        F32 (N)           if the linear has one
+//   model.layers.L.input_layernorm.weight       F32 (D)           and the other norms
 //
 // A file may also hold the weights outside of the layers, F32 under their own names.
 #pragma once
@@ -25,6 +26,7 @@ struct LinearResult {
   quant::LinearFormat format;
   std::vector<float> master;    // (N, K') in stored positions, or empty
   std::vector<uint8_t> ratios;  // (N, K'/G), indices of quant::range_ratio; empty: all are 1
+  std::vector<float> bias;      // (N), the source's; or empty: the linear has none
   // The bytes of each of the format's tensors; empty if only the master is stored.
   std::array<std::vector<uint8_t>, quant::kStoredParts> stored;
 
@@ -52,7 +54,15 @@ LinearCodes linear_codes(const LinearResult& linear);
 
 struct LayerResult {
   std::vector<float> input_norm, post_norm;  // (D)
+  std::vector<float> q_norm, k_norm;         // (d); empty: the block has none
   std::vector<LinearResult> linears;         // in the order of block_linears()
+
+  // In the order of block_norms().
+  std::vector<float>& norm(size_t i) {
+    std::vector<float>* const all[] = {&input_norm, &post_norm, &q_norm, &k_norm};
+    return *all[i];
+  }
+  const std::vector<float>& norm(size_t i) const { return const_cast<LayerResult*>(this)->norm(i); }
 };
 
 // From one code per byte to one bit stream per row (quant/pack.h).
@@ -73,6 +83,8 @@ void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig
 // the tensor, if one is missing or has another shape or type.
 LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const LlamaConfig& config,
                        const std::vector<quant::LinearFormat>& formats);
+// The norms of a layer and the biases of its linears.
+LayerResult norms_and_biases(const Checkpoint& source, int64_t layer);
 // The full-precision weights of a layer, as masters with bits = kNoQuantizer.
 LayerResult full_precision(const Checkpoint& source, int64_t layer);
 

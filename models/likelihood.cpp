@@ -5,10 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 namespace bbb::models {
-
-using engine::DType;
 
 namespace {
 
@@ -28,15 +27,9 @@ void check_sequence(const ScoredTokens& sequence, int64_t vocab) {
     BBB_CHECK(id >= 0 && id < vocab, "token ", id, " is not in the model's vocabulary of ", vocab);
 }
 
-Tensor upload_ids(Backend& backend, const engine::Shape& shape, const std::vector<int32_t>& ids) {
-  const Tensor tensor = backend.empty(shape, DType::I32);
-  backend.upload(tensor, ids.data());
-  return tensor;
-}
-
 // The losses of the scored tokens of `batch`, one sequence after the other.
 std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTokens*>& batch,
-                                 int64_t length) {
+                                 int64_t length, quant::KvFormat kv) {
   Backend& backend = model.backend();
   const int64_t count = static_cast<int64_t>(batch.size());
   std::vector<int32_t> inputs(static_cast<size_t>(count * length), 0);
@@ -51,27 +44,28 @@ std::vector<float> scored_losses(Llama& model, const std::vector<const ScoredTok
     }
   }
   const int64_t scored = static_cast<int64_t>(rows.size());
-  const int64_t vocab = model.config().vocab, width = model.config().d_model;
+  const int64_t width = model.config().d_model;
   const Tensor losses = backend.empty({scored}, backend.real());
   const Tensor scored_h = backend.empty({scored, width}, backend.act());
   Tape tape(backend, autograd::TapeMode::Inference);
   {
-    const Var h =
-        model.forward(tape, upload_ids(backend, {count, length}, inputs), nullptr, Recompute::None);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), count, length, kv);
+    const Var h = model.forward(tape, upload_ints(backend, inputs, {count, length}),
+                                cache ? &*cache : nullptr, Recompute::None);
     // A lookup in the table of all hidden states copies the scored rows.
-    backend.embed(scored_h, upload_ids(backend, {scored}, rows),
+    backend.embed(scored_h, upload_ints(backend, rows, {scored}),
                   h.value().view({count * length, width}));
   }
-  head_loss(tape, autograd::LossKind::CrossEntropy, Var(scored_h), Var(model.head()),
-            upload_ids(backend, {scored}, targets), {}, 1.0,
-            head_chunks(head_budget(backend), scored, vocab, backend.real()), losses);
+  model.token_losses(losses, scored_h, upload_ints(backend, targets, {scored}));
   return download_floats(backend, losses);
 }
 
 }  // namespace
 
 std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens>& sequences,
-                                    const std::function<void(int64_t done)>& progress) {
+                                    const std::function<void(int64_t done)>& progress,
+                                    quant::KvFormat kv) {
   for (const ScoredTokens& sequence : sequences) check_sequence(sequence, model.config().vocab);
   // Longest first: a batch that does not fit in memory fails at once, not after an hour.
   std::vector<size_t> order(sequences.size());
@@ -88,7 +82,7 @@ std::vector<double> log_likelihoods(Llama& model, const std::vector<ScoredTokens
     const size_t end = std::min(order.size(), begin + most);
     std::vector<const ScoredTokens*> batch;
     for (size_t i = begin; i < end; ++i) batch.push_back(&sequences[order[i]]);
-    const std::vector<float> losses = scored_losses(model, batch, length);
+    const std::vector<float> losses = scored_losses(model, batch, length, kv);
     size_t next = 0;
     for (; begin < end; ++begin) {
       double& sum = sums[order[begin]];

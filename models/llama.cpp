@@ -1,6 +1,7 @@
 // A block:   a = x + o_proj(attention(rope(q_proj h), rope(k_proj h), v_proj h)),  h = norm(x)
 //            y = a + down_proj(silu(gate_proj g) * up_proj g),                     g = norm(a)
-// Both residual sums are addends of the GEMMs. The model: embed, blocks, norm; logits = h head^T.
+// In Qwen3 a norm over each head follows q_proj and k_proj. Both residual sums are addends of the
+// GEMMs. The model: embed, blocks, norm; logits = h head^T.
 //
 // In block training x takes no gradient, so only the input norm's weight would need the gradient of
 // h. Its gradient comes from the weight gradients of q_proj, k_proj and v_proj instead
@@ -23,6 +24,13 @@ namespace {
 QuantLinear make_linear(Backend& backend, const LlamaConfig& config, int64_t layer, size_t index) {
   const LinearShape shape = block_linears(config)[index];
   return QuantLinear(backend, layer_name(layer, shape.name), shape.n, shape.k);
+}
+
+PackedWeight upload_stored(Backend& backend, const Checkpoint& source, const std::string& name,
+                           const quant::LinearFormat& format) {
+  return engine::upload_packed(backend, format, [&](const quant::StoredTensor& tensor) {
+    return source.stored(name + tensor.suffix);
+  });
 }
 
 // The norm's gradient is found by dividing by its weight (Backend::input_scale_gradient), so an
@@ -88,7 +96,8 @@ LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
 
 Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
-  const engine::AttentionSpec spec{config_.sliding_window};
+  const engine::AttentionSpec spec{.window = config_.sliding_window,
+                                   .rope_factor = rope_factor(config_)};
 
   // The gradients of several precisions are of different weights.
   norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() &&
@@ -96,28 +105,41 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
       tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
-  const std::vector<Var> projected = QuantLinear::forward(tape, {&q_, &k_, &v_}, h);
+  std::vector<Var> projected = QuantLinear::forward(tape, {&q_, &k_, &v_}, h);
   h = LinearInput();
   const auto heads = [&](const Var& rows, int64_t count) {
     return reshape(tape, rows, {b, t, count, d});
   };
-  const Var q = heads(projected[0], config_.heads);
-  const Var k = heads(projected[1], config_.kv_heads);
+  Var q = heads(projected[0], config_.heads);
+  Var k = heads(projected[1], config_.kv_heads);
   const Var v = heads(projected[2], config_.kv_heads);
+  projected.clear();
+  if (config_.qk_norm) {
+    q = rms_norm(tape, q, q_norm_.var(), config_.rms_eps);
+    k = rms_norm(tape, k, k_norm_.var(), config_.rms_eps);
+  }
 
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
-    for (const Var* rotated : {&q, &k})
-      backend_.rope(rotated->value(), inv_freq_, kv->start, engine::Rotation::Forward);
-    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start);
+    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
+                       inv_freq_, kv->format, spec.rope_factor);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
-    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec);
+    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec,
+                              kv->format);
   } else {
-    out = attention(tape, q, k, v, inv_freq_, spec);
+    out = attention(tape, q, k, v, frequencies(t), spec);
   }
   out = reshape(tape, out, {b, t, config_.heads * d});
   return o_.forward(tape, tapped(kOutputSite, operands_[kOutputSite].plain(tape, out)), x);
+}
+
+// Dynamic scaling: a longer sequence than the model's positions has its own. Caches never hold one.
+Tensor LlamaBlock::frequencies(int64_t tokens) const {
+  const bool own = config_.rope_scaling && config_.rope_scaling->kind == RopeKind::Dynamic &&
+                   tokens > config_.max_position;
+  return own ? upload_as(backend_, rope_inv_freq(config_, tokens), inv_freq_.shape(), DType::F32)
+             : inv_freq_;
 }
 
 Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
@@ -140,10 +162,23 @@ Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompu
 
 // Weights.
 
-void LlamaBlock::set_norms(const std::vector<float>& input, const std::vector<float>& post) {
-  const Shape shape{config_.d_model};
-  input_norm_.set_constant(upload_as(backend_, input, shape, backend_.real()));
-  post_norm_.set_constant(upload_as(backend_, post, shape, backend_.real()));
+std::vector<NormWeight*> LlamaBlock::norms() {
+  if (!config_.qk_norm) return {&input_norm_, &post_norm_};
+  return {&input_norm_, &post_norm_, &q_norm_, &k_norm_};
+}
+
+void LlamaBlock::set_norms(const LayerResult& from) {
+  const std::vector<NormShape> shapes = block_norms(config_);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < shapes.size(); ++i)
+    weights[i]->set_constant(upload_as(backend_, from.norm(i), {shapes[i].size}, backend_.real()));
+}
+
+void LlamaBlock::set_biases(const LayerResult& from) {
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  const std::vector<QuantLinear*> all = linears();
+  for (size_t i = 0; i < shapes.size(); ++i)
+    if (shapes[i].bias) all[i]->set_bias(from.linears[i].bias);
 }
 
 void LlamaBlock::set_float(const LayerResult& weights) {
@@ -152,24 +187,21 @@ void LlamaBlock::set_float(const LayerResult& weights) {
   for (size_t i = 0; i < all.size(); ++i)
     all[i]->set_float(
         upload_as(backend_, weights.linears[i].master, {all[i]->n(), all[i]->k()}, backend_.act()));
-  set_norms(weights.input_norm, weights.post_norm);
+  set_norms(weights);
+  set_biases(weights);
 }
 
 void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
-  const Shape norm{config_.d_model};
   std::vector<quant::LinearFormat> formats;
-  set_norms(source.load(layer_name(layer_, kInputNorm), norm),
-            source.load(layer_name(layer_, kPostNorm), norm));
+  const LayerResult constants = norms_and_biases(source, layer_);
+  set_norms(constants);
+  set_biases(constants);
   for (QuantLinear* linear : linears()) {
     const std::string& name = linear->name();
     const Shape shape{linear->n(), linear->k()};
     const auto format = source.packed_format(name, linear->n(), linear->k());
     if (format)
-      linear->set_packed(engine::upload_packed(backend_, *format,
-                                               [&](const quant::StoredTensor& tensor) {
-                                                 return source.stored(name + tensor.suffix);
-                                               }),
-                         buffer);
+      linear->set_packed(upload_stored(backend_, source, name, *format), buffer);
     else
       linear->set_float(
           upload_as(backend_, source.load(name + ".weight", shape), shape, backend_.act()));
@@ -188,18 +220,18 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
   for (size_t i = 0; i < all.size(); ++i)
     declared_.push_back(
         &set.add(all[i]->name() + ".weight", {formats[i].n, formats[i].stored_k()}));
-  for (const char* norm : {kInputNorm, kPostNorm})
-    declared_.push_back(&set.add(layer_name(layer_, norm), {config_.d_model}));
+  for (const NormShape& norm : block_norms(config_))
+    declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
 }
 
 void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                                  const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
-  BBB_ASSERT(declared_.size() == all.size() + 2 && formats.size() == all.size());
+  const std::vector<NormWeight*> weights = norms();
+  BBB_ASSERT(declared_.size() == all.size() + weights.size() && formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], formats[i]);
   set_operands(formats, false);
-  input_norm_.set_parameter(*declared_[all.size()]);
-  post_norm_.set_parameter(*declared_[all.size() + 1]);
+  for (size_t i = 0; i < weights.size(); ++i) weights[i]->set_parameter(*declared_[all.size() + i]);
   declared_.clear();
 }
 
@@ -207,8 +239,11 @@ void LlamaBlock::set_masters(const LayerResult& result) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(result.linears.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_master(result.linears[i]);
-  upload_into(backend_, input_norm_.value, without_zeros(result.input_norm));
-  upload_into(backend_, post_norm_.value, result.post_norm);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < weights.size(); ++i)
+    upload_into(backend_, weights[i]->value,
+                weights[i] == &input_norm_ ? without_zeros(result.input_norm) : result.norm(i));
+  set_biases(result);
 }
 
 LayerResult LlamaBlock::result(LinearContent content) {
@@ -216,8 +251,9 @@ LayerResult LlamaBlock::result(LinearContent content) {
   for (QuantLinear* linear : linears())
     result.linears.push_back(content == LinearContent::Stored ? linear->quantized()
                                                               : linear->master());
-  result.input_norm = download_floats(backend_, input_norm_.value);
-  result.post_norm = download_floats(backend_, post_norm_.value);
+  const std::vector<NormWeight*> weights = norms();
+  for (size_t i = 0; i < weights.size(); ++i)
+    result.norm(i) = download_floats(backend_, weights[i]->value);
   return result;
 }
 
@@ -238,12 +274,12 @@ void LlamaBlock::prepare_scales() {
 }
 
 void LlamaBlock::finish_backward() {
-  if (norm_through_products_)
-    finish_input_norm();
-  else
-    input_norm_.finish_backward(backend_);
+  for (NormWeight* norm : norms())
+    if (norm == &input_norm_ && norm_through_products_)
+      finish_input_norm();
+    else
+      norm->finish_backward(backend_);
   for (QuantLinear* linear : linears()) linear->finish_backward();
-  post_norm_.finish_backward(backend_);
 }
 
 void LlamaBlock::finish_input_norm() {
@@ -260,6 +296,27 @@ void LlamaBlock::finish_input_norm() {
 
 void LlamaBlock::snap() {
   for (QuantLinear* linear : linears()) linear->snap();
+}
+
+std::optional<engine::DecodeLayer> LlamaBlock::decode_layer(const KvCache& kv) {
+  if (config_.has_biases() || config_.qk_norm) return std::nullopt;
+  engine::DecodeLayer layer;
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(all.size() == layer.linears.size());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const engine::PackedWeight* packed = all[i]->packed();
+    if (packed == nullptr) return std::nullopt;
+    layer.linears[i] = *packed;
+  }
+  static_assert(kAttentionSite == 0 && kOutputSite == 1 && kMlpSite == 2 && kDownSite == 3);
+  for (size_t site = 0; site < layer.operands.size(); ++site)
+    layer.operands[site] = operands_[site].spec();
+  const size_t index = static_cast<size_t>(layer_);
+  layer.input_norm = input_norm_.value;
+  layer.post_norm = post_norm_.value;
+  layer.k_cache = kv.k[index];
+  layer.v_cache = kv.v[index];
+  return layer;
 }
 
 // The model.
@@ -285,34 +342,41 @@ Llama::Llama(Backend& backend, const Checkpoint& source, HeadRounding rounding)
   const Shape shape{config_.vocab, config_.d_model};
   // A packed checkpoint's tables are bf16 (format.md): half of what F32 reads for a token.
   const DType dtype = source.kind() == CheckpointKind::Packed ? DType::BF16 : backend.act();
-  embedding_ = Var(backend.empty(shape, dtype));
-  head_ = config_.tied_head ? embedding_ : Var(backend.empty(shape, dtype));
+  const auto table = [&](const char* name) -> Table {
+    const std::string module = table_module(name);
+    const auto format = source.packed_format(module, shape[0], shape[1]);
+    if (!format) return {Var(backend.empty(shape, dtype)), nullptr};
+    return {{}, std::make_shared<PackedWeight>(upload_stored(backend, source, module, *format))};
+  };
+  embedding_ = table(kEmbedding);
+  head_ = config_.tied_head ? embedding_ : table(kHead);
   norm_.set_constant(backend.empty({config_.d_model}, backend.real()));
   load_outer(outer_of(source), rounding);
 }
 
 void Llama::load_outer(const LoadOuter& load, HeadRounding rounding) {
   for (const OuterWeight& weight : outer_weights(config_)) {
+    const Table& table = weight.name == kHead ? head_ : embedding_;
     if (weight.name == kFinalNorm)
       upload_into(backend_, norm_.value, load(weight));
-    else
-      round_table(backend_, weight.name == kHead ? head() : embedding(),
+    else if (table.packed == nullptr)
+      round_table(backend_, table.tensor(),
                   upload_as(backend_, load(weight), weight.shape, backend_.real()), rounding);
   }
 }
 
 void Llama::set_tables(Var embedding, Var head) {
-  embedding_ = std::move(embedding);
-  head_ = std::move(head);
+  embedding_ = {std::move(embedding), nullptr};
+  head_ = {std::move(head), nullptr};
 }
 
 void Llama::load_blocks(const Checkpoint& source,
                         const std::function<void(int64_t done)>& progress) {
-  int64_t largest = 0;  // elements of a packed linear
+  int64_t largest = 0;  // elements of an unpacked linear
   for (const auto& block : blocks_)
     for (const QuantLinear* linear : block->linears())
       if (const auto format = source.packed_format(linear->name(), linear->n(), linear->k()))
-        largest = std::max(largest, format->n * format->stored_k());
+        largest = std::max(largest, QuantLinear::buffer_elements(backend_, *format));
   const Tensor buffer = largest > 0 ? packed_buffer(largest) : Tensor();
   for (auto& block : blocks_) {
     block->load(source, buffer);
@@ -321,7 +385,9 @@ void Llama::load_blocks(const Checkpoint& source,
 }
 
 std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config,
-                                        WeightGrid grid, uint64_t seed) {
+                                        const SyntheticFormat& format, uint64_t seed) {
+  const WeightGrid& grid = format.weight;
+  const int head_bits = format.head_bits;
   std::unique_ptr<Llama> model(new Llama(backend, config));
   engine::Rng rng(seed);
 
@@ -336,61 +402,121 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
       const int64_t rows = std::min(tile_rows, config.vocab - row);
       backend.copy(out.rows(row, rows), tile.rows(0, rows));
     }
-    return out;
+    return Table{Var(out), nullptr};
   };
-  model->embedding_ = Var(table());
-  model->head_ = config.tied_head ? model->embedding_ : Var(table());
-  const auto ones = [&] {
-    const std::vector<float> values(static_cast<size_t>(config.d_model), 1.0f);
-    return upload_as(backend, values, {config.d_model}, backend.real());
-  };
-  model->norm_.set_constant(ones());
+  const std::vector<float> ones(static_cast<size_t>(config.d_model), 1.0f);
+  model->norm_.set_constant(upload_as(backend, ones, {config.d_model}, backend.real()));
 
-  // Linears: uniform codes and zero points, e in [1/2, 2), S about 1 / sqrt(K). All layers read one
-  // random stream, each from its own offset.
+  // Packed weights: uniform codes and zero points, e in [1/2, 2). S is about 1 / sqrt(K) in
+  // linears. All read one random stream, each layer from its own offset.
   constexpr int64_t kLayerOffset = 64;
-  int64_t stream_bytes = 0, largest = 0;
+  int64_t stream_bytes =
+      head_bits == kDenseBits ? 0 : config.vocab * config.d_model * head_bits / 8;
+  int64_t largest = 0;
   for (const LinearShape& shape : block_linears(config)) {
     stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
-    largest = std::max(largest, shape.n * shape.k);
+    largest = std::max(largest, QuantLinear::buffer_elements(
+                                    backend, {.n = shape.n, .k = shape.k, .weight = grid}));
   }
   stream_bytes += kLayerOffset * config.layers;
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
   for (uint64_t& word : words) word = rng.next();
   const uint8_t* stream = reinterpret_cast<const uint8_t*>(words.data());
 
-  const Tensor buffer = model->packed_buffer(largest);
+  LayerResult constants;
+  const std::vector<NormShape> norms = block_norms(config);
+  for (size_t i = 0; i < norms.size(); ++i)
+    constants.norm(i).assign(static_cast<size_t>(norms[i].size), 1.0f);
+  for (const LinearShape& shape : block_linears(config))
+    constants.linears.emplace_back().bias.assign(static_cast<size_t>(shape.n), 0.0f);
+
   std::vector<uint8_t> scales;
+  const auto packed = [&](const quant::LinearFormat& format, float master_scale,
+                          const uint8_t* bytes) {
+    return engine::upload_packed(backend, format,
+                                 [&](const quant::StoredTensor& tensor) -> const void* {
+                                   if (tensor.part == quant::StoredPart::MasterScale)
+                                     return &master_scale;
+                                   if (tensor.part != quant::StoredPart::Scales) return bytes;
+                                   scales.resize(static_cast<size_t>(tensor.bytes()));
+                                   for (size_t i = 0; i < scales.size(); ++i)
+                                     scales[i] = 0x30 + bytes[i] % 16;
+                                   return scales.data();
+                                 });
+  };
+  if (head_bits == kDenseBits) {
+    model->embedding_ = table();
+    model->head_ = config.tied_head ? model->embedding_ : table();
+  } else {
+    // Values of about 0.02.
+    model->head_.packed = std::make_shared<PackedWeight>(
+        packed(table_format(config, head_bits), std::ldexp(1.0f, -4 - head_bits), stream));
+    model->embedding_ = config.tied_head ? model->head_ : table();
+  }
+
+  const Tensor buffer = largest > 0 ? model->packed_buffer(largest) : Tensor();
   for (auto& block : model->blocks_) {
     const uint8_t* bytes = stream + kLayerOffset * block->layer();
+    std::vector<quant::LinearFormat> formats;
     for (QuantLinear* linear : block->linears()) {
-      const quant::LinearFormat format{.n = linear->n(), .k = linear->k(), .weight = grid};
+      formats.push_back(
+          {.n = linear->n(), .k = linear->k(), .weight = grid, .input = format.input});
       const float master_scale = static_cast<float>(
-          std::exp2(std::round(-0.5 * std::log2(static_cast<double>(format.k)))));
-      const auto drawn = [&](const quant::StoredTensor& tensor) -> const void* {
-        if (tensor.part == quant::StoredPart::MasterScale) return &master_scale;
-        if (tensor.part != quant::StoredPart::Scales) return bytes;
-        scales.resize(static_cast<size_t>(tensor.bytes()));
-        for (size_t i = 0; i < scales.size(); ++i) scales[i] = 0x30 + bytes[i] % 16;
-        return scales.data();
-      };
-      linear->set_packed(engine::upload_packed(backend, format, drawn), buffer);
+          std::exp2(std::round(-0.5 * std::log2(static_cast<double>(linear->k())))));
+      linear->set_packed(packed(formats.back(), master_scale, bytes), buffer);
     }
-    block->input_norm().set_constant(ones());
-    block->post_norm().set_constant(ones());
+    block->set_operands(formats, true);
+    block->set_norms(constants);
+    block->set_biases(constants);
   }
   return model;
 }
 
+Var Llama::embed_tokens(Tape& tape, const Tensor& ids) const {
+  if (embedding_.packed == nullptr) return embed(tape, ids, embedding_.dense);
+  BBB_ASSERT(!tape.recording());
+  const Tensor x = backend_.empty({ids.dim(0), ids.dim(1), config_.d_model}, backend_.act());
+  const int64_t rows = ids.numel();
+  backend_.embed_packed(x.view({rows, config_.d_model}), ids.view({rows}), *embedding_.packed);
+  return Var(x);
+}
+
 Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
-  Var x = embed(tape, ids, embedding_);
-  for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
+  Var x = embed_tokens(tape, ids);
+  if (kv && kv->decoder && ids.numel() == 1)
+    kv->decoder->run(x.value().view({1, config_.d_model}));
+  else
+    for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
   return rms_norm(tape, x, norm_.var(), config_.rms_eps);
+}
+
+std::unique_ptr<engine::LayerDecoder> Llama::layer_decoder(const KvCache& kv) {
+  if (kv.format.quantized() || kv.start.numel() != 1) return nullptr;
+  engine::DecodeStack stack{.layers = {},
+                            .start = kv.start,
+                            .inv_freq = inv_freq_,
+                            .eps = config_.rms_eps,
+                            .attention = {.window = config_.sliding_window,
+                                          .rope_factor = rope_factor(config_)}};
+  for (auto& block : blocks_) {
+    std::optional<engine::DecodeLayer> layer = block->decode_layer(kv);
+    if (!layer) return nullptr;
+    stack.layers.push_back(std::move(*layer));
+  }
+  return backend_.layer_decoder(stack);
 }
 
 Tensor Llama::logits(const Tensor& h) const {
   Tensor out = backend_.empty({h.dim(0), config_.vocab}, backend_.real());
-  backend_.gemm_nt(out, h, head(), Tensor(), Tensor());
+  if (head_.packed == nullptr) {
+    backend_.gemm_nt(out, h, head(), Tensor(), Tensor());
+    return out;
+  }
+  const int64_t most = std::min(backend_.max_packed_rows(head_.packed->format), h.dim(0));
+  for (int64_t row = 0; row < h.dim(0); row += most) {
+    const int64_t rows = std::min(most, h.dim(0) - row);
+    backend_.packed_gemv(out.rows(row, rows), h.rows(row, rows), *head_.packed, Tensor());
+  }
   return out;
 }
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "models/operand.h"
 #include "models/quant_linear.h"
 #include "models/recompute.h"
+#include "models/table.h"
 
 namespace bbb::models {
 
@@ -19,11 +21,18 @@ namespace bbb::models {
 // forward() writes from `start` on and does not change `start`. The caller advances it, with
 // Backend::advance inside a recorded step.
 struct KvCache {
-  KvCache(Backend& backend, const LlamaConfig& config, int64_t batch, int64_t capacity_tokens);
+  // A quantized cache has up to three positions more.
+  KvCache(Backend& backend, const LlamaConfig& config, int64_t batch, int64_t capacity_tokens,
+          quant::KvFormat kv_format = {});
   KvCache sequence(int64_t b) const;  // sequence b alone; shares the memory
 
-  std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d)
+  int64_t bytes_per_token() const;
+
+  quant::KvFormat format;
+  std::vector<Tensor> k, v;  // per layer, act (B, capacity, K, d), or U8 as in `format`
   Tensor start;              // I32 (B) on the device
+  // If there is one, forward() computes the blocks of one token of one sequence with it.
+  std::shared_ptr<engine::LayerDecoder> decoder;
 
  private:
   KvCache() = default;
@@ -56,7 +65,10 @@ class LlamaBlock {
   // The checkpoint's weights, one at a time. A linear that is stored in full precision becomes a
   // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
-  void set_norms(const std::vector<float>& input, const std::vector<float>& post);  // constants
+  void set_norms(const LayerResult& from);   // constants
+  void set_biases(const LayerResult& from);  // of the linears that have one
+  // Makes the operands for linears of these formats.
+  void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
   // yet.
@@ -80,6 +92,8 @@ class LlamaBlock {
   void prepare_scales();  // after every linear's freeze_codes()
   void finish_backward();
   void snap();
+  // What a LayerDecoder needs; nothing unless all linears are packed.
+  std::optional<engine::DecodeLayer> decode_layer(const KvCache& kv);
 
   std::vector<QuantLinear*> linears();  // in the order of block_linears()
   NormWeight& input_norm() { return input_norm_; }
@@ -89,16 +103,17 @@ class LlamaBlock {
  private:
   Var attention_half(Tape& tape, const Var& x, KvCache* kv);
   Var mlp_half(Tape& tape, const Var& x);
-  void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
   LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
+  std::vector<NormWeight*> norms();          // in the order of block_norms()
+  Tensor frequencies(int64_t tokens) const;  // of the rotations of a sequence
 
   Backend& backend_;
   const LlamaConfig& config_;
   int64_t layer_;
   Tensor inv_freq_;
-  NormWeight input_norm_, post_norm_;
-  bool nested_ = false;                 // trains several precisions
+  NormWeight input_norm_, post_norm_, q_norm_, k_norm_;  // the last two only with qk_norm
+  bool nested_ = false;                                  // trains several precisions
   bool norm_through_products_ = false;  // input_norm_'s gradient: from dW^ of q_, k_ and v_
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;
@@ -114,6 +129,13 @@ enum class HeadRounding { None, BFloat16 };
 void round_table(Backend& backend, const Tensor& table, const Tensor& values,
                  HeadRounding rounding);
 
+// Of a model of random weights.
+struct SyntheticFormat {
+  WeightGrid weight = {};
+  quant::InputGrid input = {};  // bits 16 or without outliers
+  int head_bits = kDenseBits;   // of the head and a tied embedding: 16, 8 or 4
+};
+
 class Llama {
  public:
   // Loads embedding, final norm and head; the blocks have no weights yet.
@@ -122,7 +144,7 @@ class Llama {
   Llama& operator=(const Llama&) = delete;
   // Packed random weights, fixed by `seed`. It takes the device memory of a real model.
   static std::unique_ptr<Llama> synthetic(Backend& backend, const LlamaConfig& config,
-                                          WeightGrid spec, uint64_t seed);
+                                          const SyntheticFormat& format, uint64_t seed);
 
   // Float or packed, as in the source. progress(done): blocks loaded so far.
   void load_blocks(const Checkpoint& source,
@@ -132,14 +154,22 @@ class Llama {
   Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);
   // h act (M, D) -> real (M, V).
   Tensor logits(const Tensor& h) const;
+  // A decoder of all blocks for steps of one token with a cache of one sequence. Null: there is
+  // none for this device or these weights.
+  std::unique_ptr<engine::LayerDecoder> layer_decoder(const KvCache& kv);
+  // losses real (M): the cross-entropy of each row of h act (M, D) with its target, I32 (M), and 0
+  // where that is -1. Computes the logits in chunks (head_chunks); of a packed head, a chunk of the
+  // vocabulary at a time is dequantized.
+  void token_losses(const Tensor& losses, const Tensor& h, const Tensor& targets) const;
 
   Backend& backend() const { return backend_; }
   const LlamaConfig& config() const { return config_; }
   std::vector<std::unique_ptr<LlamaBlock>>& blocks() { return blocks_; }
-  // act (V, D); BF16 if the source is packed.
-  const Tensor& embedding() const { return embedding_.value(); }
-  const Tensor& head() const { return head_.value(); }
-  const Var& head_var() const { return head_; }
+  // act (V, D); BF16 if the source is packed. Not of a table of 8 or 4 bits.
+  const Tensor& embedding() const { return embedding_.tensor(); }
+  const Tensor& head() const { return head_.tensor(); }
+  const Var& head_var() const { return head_.dense; }
+  const Table& head_table() const { return head_; }
   // Embedding and head of forward() from now on. They are constants unless these take gradients.
   void set_tables(Var embedding, Var head);
   // Replaces the values of embedding, head and final norm.
@@ -150,9 +180,10 @@ class Llama {
  private:
   Llama(Backend& backend, LlamaConfig config);
   Tensor packed_buffer(int64_t numel) const { return backend_.empty({numel}, backend_.act()); }
+  Var embed_tokens(Tape& tape, const Tensor& ids) const;
   Backend& backend_;
   LlamaConfig config_;
-  Var embedding_, head_;
+  Table embedding_, head_;
   Tensor inv_freq_;
   NormWeight norm_;
   std::vector<std::unique_ptr<LlamaBlock>> blocks_;
@@ -180,7 +211,9 @@ struct Perplexity {
   int64_t windows = 0;
   int64_t tokens = 0;  // predicted
 };
+// kv: quantized keys and values go through a cache of this format, so they cost what they cost when
+// the model generates.
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
-                      const std::function<void(int64_t done)>& progress);
+                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv = {});
 
 }  // namespace bbb::models

@@ -37,6 +37,7 @@ class Operand {
   // Is the operand the unchanged input? Only then is the weight of a norm in front a scale on the
   // input features (Backend::input_scale_gradient).
   bool exact() const { return !spec_; }
+  const std::optional<engine::OperandSpec>& spec() const { return spec_; }
 
  private:
   static LinearInput whole(Var x);

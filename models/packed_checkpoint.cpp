@@ -21,6 +21,13 @@ std::vector<float> rounded_bf16(std::vector<float> values) {
   return values;
 }
 
+static bool quantizes_activations(const Formats& formats, int64_t layers) {
+  for (int64_t i = 0; i < layers; ++i)
+    for (const quant::LinearFormat& linear : formats(i))
+      if (linear.input.bits < 16) return true;
+  return false;
+}
+
 ExportSummary export_model(const std::string& path, const Checkpoint& source,
                            const data::Tokenizer& tokenizer, const Formats& formats,
                            const ExportOptions& options, const LoadOuter& outer,
@@ -30,9 +37,9 @@ ExportSummary export_model(const std::string& path, const Checkpoint& source,
                            int64_t max_shard_bytes) {
   const int64_t layers = source.config().layers;
   const ExportSource from = {source, tokenizer, formats, bbb_json, max_shard_bytes};
-  const std::unique_ptr<ExportFiles> files =
-      options.format == ExportFormat::Gguf ? make_gguf_export(path, from, options.gguf_tables)
-                                           : make_directory_export(path, from, options.format);
+  const std::unique_ptr<ExportFiles> files = options.format == ExportFormat::Gguf
+                                                 ? make_gguf_export(path, from, options.gguf_tables)
+                                                 : make_directory_export(path, from, options);
 
   const std::vector<OuterWeight> weights = outer_weights(source.config());
   files->add_outer(weights[0], outer(weights[0]));
@@ -48,7 +55,9 @@ ExportSummary export_model(const std::string& path, const Checkpoint& source,
     files->check_layer(i, layer(i));
     if (progress) progress(layers + i + 1);
   }
-  const ExportSummary summary = {files->bits_per_weight(), files->rounding()};
+  const ExportSummary summary = {
+      files->bits_per_weight(), files->rounding(),
+      options.format != ExportFormat::Packed && quantizes_activations(formats, layers)};
   files->commit();
   return summary;
 }

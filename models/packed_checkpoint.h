@@ -20,9 +20,14 @@ enum class GgufTables { BF16, Q8_0 };
 struct ExportOptions {
   ExportFormat format = ExportFormat::Packed;
   GgufTables gguf_tables = GgufTables::BF16;
+  // Of a packed head and of an embedding tied to it: 16, 8 or 4. An embedding of its own stays
+  // BF16: a step reads one row of it.
+  int head_bits = kDenseBits;
 
   ExportOptions() = default;
-  ExportOptions(ExportFormat f) : format(f) {}
+  ExportOptions(ExportFormat f, int bits = kDenseBits) : format(f), head_bits(bits) {
+    BBB_ASSERT(bits == kDenseBits || f == ExportFormat::Packed);
+  }
 };
 
 // The largest difference between a weight of the packed model and of the file.
@@ -34,6 +39,7 @@ struct LargestRounding {
 struct ExportSummary {
   double bits_per_weight;  // of the linears, from the written file
   LargestRounding rounding;
+  bool lost_activations;  // whether the model quantizes activations and the format cannot say so
 };
 
 constexpr int64_t kMaxShardBytes = 5'000'000'000;

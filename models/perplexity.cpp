@@ -1,7 +1,10 @@
 // Perplexity: the device computes the losses of the tokens, the host adds them in F64.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <optional>
 
+#include "data/text.h"
 #include "models/llama.h"
 
 namespace bbb::models {
@@ -34,8 +37,45 @@ HeadChunks head_chunks(const HeadBudget& budget, int64_t rows, int64_t vocab, DT
   return {least_rows, tiles_of((vocab + chunks - 1) / chunks) * kProductWords};
 }
 
+void Llama::token_losses(const Tensor& losses, const Tensor& h, const Tensor& targets) const {
+  const HeadBudget budget = head_budget(backend_);
+  const int64_t m = h.dim(0), width = config_.d_model, vocab = config_.vocab;
+  if (head_.packed == nullptr) {
+    Tape tape(backend_, autograd::TapeMode::Inference);
+    head_loss(tape, autograd::LossKind::CrossEntropy, Var(h), head_.dense, targets, {}, 1.0,
+              head_chunks(budget, m, vocab, backend_.real()), losses);
+    return;
+  }
+  // The dequantized words of a chunk and its logits each take at most the budget. Every word is
+  // dequantized once.
+  const int64_t most_words = budget.bytes / (width * engine::size_bytes(backend_.act()));
+  const int64_t words = std::min(vocab, std::max(kProductWords, most_words));
+  const int64_t rows =
+      std::clamp<int64_t>(budget.bytes / (words * engine::size_bytes(backend_.real())), 1, m);
+  std::vector<int32_t> all(static_cast<size_t>(vocab));
+  std::iota(all.begin(), all.end(), 0);
+  const Tensor ids = backend_.empty({vocab}, DType::I32);
+  backend_.upload(ids, all.data());
+  const Tensor weight = backend_.empty({words, width}, backend_.act());
+  const Tensor logits = backend_.empty({rows * words}, backend_.real());
+  const Tensor state = backend_.empty({m, Backend::kCrossEntropyState}, backend_.real());
+  for (int64_t word = 0; word < vocab; word += words) {
+    const int64_t n = std::min(words, vocab - word);
+    const Tensor chunk = weight.rows(0, n);
+    backend_.embed_packed(chunk, ids.rows(word, n), *head_.packed);
+    for (int64_t row = 0; row < m; row += rows) {
+      const int64_t count = std::min(rows, m - row);
+      const Tensor part = logits.slice(0, count * n).view({count, n});
+      backend_.gemm_nt(part, h.rows(row, count), chunk, Tensor(), Tensor());
+      backend_.cross_entropy_chunk(losses.rows(row, count), state.rows(row, count), part,
+                                   targets.rows(row, count), word,
+                                   word == 0 ? Write::Overwrite : Write::Add);
+    }
+  }
+}
+
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
-                      const std::function<void(int64_t done)>& progress) {
+                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {
   BBB_ASSERT(static_cast<int64_t>(ids.size()) == count * seq_len);
   BBB_CHECK(count > 0 && seq_len > 1, "perplexity needs a window of two tokens or more");
   Backend& backend = model.backend();
@@ -49,21 +89,14 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
   for (int64_t begin = 0; begin < count; begin += batch_limit) {
     const int64_t batch = std::min(batch_limit, count - begin), rows = batch * seq_len;
     const int32_t* window = ids.data() + begin * seq_len;
-    // Position t predicts token t + 1; the last of a window predicts nothing.
-    std::vector<int32_t> next(window + 1, window + rows);
-    next.push_back(-1);
-    for (int64_t w = 0; w < batch; ++w) next[static_cast<size_t>((w + 1) * seq_len - 1)] = -1;
-
-    Tensor tokens = backend.empty({batch, seq_len}, DType::I32);
-    Tensor targets = backend.empty({rows}, DType::I32);
+    const Tensor tokens = upload_ints(backend, {window, window + rows}, {batch, seq_len});
+    const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
     Tensor losses = backend.empty({rows}, backend.real());
-    backend.upload(tokens, window);
-    backend.upload(targets, next.data());
     Tape tape(backend, autograd::TapeMode::Inference);
-    const Var hidden = model.forward(tape, tokens, nullptr, Recompute::None);
-    head_loss(tape, autograd::LossKind::CrossEntropy, Var(hidden.value().view({rows, width})),
-              Var(model.head()), targets, {}, 1.0,
-              head_chunks(head_budget(backend), rows, vocab, backend.real()), losses);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), batch, seq_len, kv);
+    const Var hidden = model.forward(tape, tokens, cache ? &*cache : nullptr, Recompute::None);
+    model.token_losses(losses, hidden.value().view({rows, width}), targets);
 
     const std::vector<float> host = download_floats(backend, losses);
     for (int64_t w = 0; w < batch; ++w) {

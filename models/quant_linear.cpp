@@ -28,6 +28,13 @@ Tensor upload_as(Backend& backend, const std::vector<float>& values, Shape shape
   return out;
 }
 
+Tensor upload_ints(Backend& backend, const std::vector<int32_t>& values, Shape shape) {
+  Tensor out = backend.empty(std::move(shape), DType::I32);
+  BBB_ASSERT(out.numel() == static_cast<int64_t>(values.size()));
+  backend.upload(out, values.data());
+  return out;
+}
+
 void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values) {
   const bool wide = dst.dtype() == DType::F32;
   const Tensor staged = wide ? dst : backend.empty(dst.shape(), DType::F32);
@@ -52,6 +59,20 @@ std::vector<float> download_floats(Backend& backend, const Tensor& tensor) {
 QuantLinear::QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k)
     : backend_(backend), name_(std::move(name)), n_(n), k_(k) {
   format_ = {.n = n, .k = k, .weight = {.bits = kNoQuantizer}};
+}
+
+void QuantLinear::set_bias(const std::vector<float>& bias) {
+  if (!bias_.defined()) {  // later, recorded steps hold the addresses
+    bias_ = backend_.empty({n_}, backend_.real());
+    bias_rows_ = backend_.empty({Backend::kMaxPackedRows, n_}, backend_.act());
+  }
+  upload_into(backend_, bias_, bias);
+  backend_.zero(bias_rows_);
+  backend_.add_bias(bias_rows_, bias_);
+}
+
+std::vector<float> QuantLinear::bias() const {
+  return bias_.defined() ? download_floats(backend_, bias_) : std::vector<float>();
 }
 
 void QuantLinear::set_float(Tensor weight) {
@@ -95,6 +116,7 @@ LinearResult QuantLinear::master() const {
   LinearResult result;
   result.format = format_;
   result.master = download_floats(backend_, get<TrainedWeight>().master->master);
+  result.bias = bias();
   if (quantized_.ratios.defined()) result.ratios = download_bytes(backend_, quantized_.ratios);
   return result;
 }
@@ -113,9 +135,14 @@ void QuantLinear::freeze_codes(Parameter& sigma) {
   fresh_leaf();
 }
 
+int64_t QuantLinear::buffer_elements(const Backend& backend, const quant::LinearFormat& format) {
+  return backend.max_packed_rows(format) == Backend::kAnyRows ? 0 : format.n * format.stored_k();
+}
+
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   BBB_ASSERT(weight.format.n == n_ && weight.format.k == k_);
-  BBB_ASSERT(buffer.numel() >= n_ * weight.format.stored_k());
+  const int64_t elements = buffer_elements(backend_, weight.format);
+  BBB_ASSERT(elements == 0 || buffer.numel() >= elements);
   format_ = weight.format;
   quantized_ = {.wq = {},
                 .e = {},
@@ -127,6 +154,11 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   dweight_ = Tensor();
   leaf_ = Var();
   state_ = PackedLinear{std::move(weight), std::move(buffer)};
+}
+
+const PackedWeight* QuantLinear::packed() const {
+  const auto* linear = std::get_if<PackedLinear>(&state_);
+  return linear == nullptr ? nullptr : &linear->weight;
 }
 
 Parameter* QuantLinear::parameter() const {
@@ -176,6 +208,7 @@ LinearResult QuantLinear::quantized() const {
   const int bits = format_.weight.bits;
   LinearResult result;
   result.format = format_;
+  result.bias = bias();
   const std::vector<uint8_t> codes = download_bytes(backend_, current_codes());
   result.part(StoredPart::Scales) = download_bytes(backend_, quantized_.e);
   const std::vector<uint8_t> zeros = download_bytes(backend_, quantized_.z);
@@ -215,12 +248,13 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
     BBB_ASSERT(!tape.recording());
     const Tensor weight = packed->buffer.slice(0, n_ * columns()).view({n_, columns()});
     backend_.unpack(weight, packed->weight);
-    return linear(tape, x.x, Var(weight), quantized_.s, residual);
+    return linear(tape, x.x, Var(weight), quantized_.s, residual, bias_);
   }
   BBB_ASSERT(leaf_.defined());
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
-  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual);
+  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual,
+                bias_);
 }
 
 std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*>& site,
@@ -236,7 +270,10 @@ std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*
 }
 
 bool QuantLinear::multiplies_codes(const LinearInput& x) const {
-  return holds<PackedLinear>() && engine::numel_of(x.shape) / columns() <= Backend::kMaxPackedRows;
+  if (!holds<PackedLinear>()) return false;
+  const int64_t rows = engine::numel_of(x.shape) / columns();
+  return rows <=
+         (x.codes.codes.defined() ? Backend::kMaxPackedRows : backend_.max_packed_rows(format_));
 }
 
 std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
@@ -250,13 +287,20 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
   for (const QuantLinear* linear : site) {
     const int64_t n = shape.back() = linear->n_;
     outputs.emplace_back(backend.empty(shape, backend.act()));
-    products.push_back({outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight,
-                        residual.defined() ? residual.value().view({m, n}) : Tensor()});
+    Tensor addend;
+    if (residual.defined())
+      addend = residual.value().view({m, n});
+    else if (linear->bias_.defined())
+      addend = linear->bias_rows_.rows(0, m);
+    products.push_back(
+        {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
   }
   if (x.codes.codes.defined())
     backend.quantized_gemv(products, x.codes);
   else
     backend.packed_gemv(products, x.x.value().view({m, k}));
+  for (size_t i = 0; residual.defined() && i < site.size(); ++i)
+    if (site[i]->bias_.defined()) backend.add_bias(products[i].y, site[i]->bias_);
   return outputs;
 }
 

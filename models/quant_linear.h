@@ -1,11 +1,11 @@
-// QuantLinear: y = x W^T (+ residual), x the operand (..., K') of a site, W (N, K') in its stored
-// positions (quant/format.h), which holds one of
+// QuantLinear: y = x W^T (+ residual) (+ bias), x the operand (..., K') of a site, the bias frozen,
+// W (N, K') in its stored positions (quant/format.h), which holds one of
 //
 //   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
-//   PackedLinear   the stored weight as Backend::repack made it; one buffer, shared by all layers,
-//                  holds an unpacked weight
+//   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
+//                  take many rows, one buffer, shared by all layers, holds an unpacked weight
 //
 // One optimizer step:
 //
@@ -47,6 +47,8 @@ Tensor upload_as(Backend& backend, const std::vector<float>& values, engine::Sha
                  engine::DType dtype);
 void upload_into(Backend& backend, const Tensor& dst, const std::vector<float>& values);
 std::vector<float> download_floats(Backend& backend, const Tensor& tensor);
+// Host integers, such as token ids, to an I32 tensor.
+Tensor upload_ints(Backend& backend, const std::vector<int32_t>& values, engine::Shape shape);
 
 struct FloatWeight {};
 struct TrainedWeight {
@@ -66,6 +68,8 @@ class QuantLinear {
  public:
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
+  // From now on the linear has a bias (N), in any state.
+  void set_bias(const std::vector<float>& bias);
   void set_float(Tensor weight);  // act (N, K); its operand is the input
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
@@ -81,9 +85,12 @@ class QuantLinear {
   LinearResult master() const;
   // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K'/G) starts as its scales.
   void freeze_codes(Parameter& sigma);
-  // `buffer`: act, at least N K' elements, shared by all layers; holds the unpacked weight for
-  // products of more than kMaxPackedRows rows.
+  // `buffer`: act, at least buffer_elements(), shared by all layers; holds the unpacked weight for
+  // products of more rows than the backend takes.
+  static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
+
+  const PackedWeight* packed() const;  // null unless it holds a PackedLinear
 
   void prepare_scales();  // FrozenCodes only
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
@@ -121,11 +128,12 @@ class QuantLinear {
   // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
   // nothing is trained.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
-  bool multiplies_codes(const LinearInput& x) const;  // a packed weight of few rows
+  bool multiplies_codes(const LinearInput& x) const;  // a packed weight, straight
   static std::vector<Var> forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
                                          const LinearInput& x, const Var& residual);
   int64_t columns() const { return format_.stored_k(); }  // K'
   Tensor current_codes() const;                           // U8 (N, K')
+  std::vector<float> bias() const;                        // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
@@ -134,8 +142,10 @@ class QuantLinear {
   std::variant<FloatWeight, TrainedWeight, FrozenCodes, PackedLinear> state_;
   quant::LinearFormat format_;
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
-  Tensor dweight_;  // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
-  Var leaf_;        // wq and dweight_, shared by all uses since finish_backward()
+  Tensor bias_;                             // real (N); undefined: none
+  Tensor bias_rows_;  // act (kMaxPackedRows, N): it in every row, an addend of packed products
+  Tensor dweight_;    // dW^: the parameter's gradient (TrainedWeight) or a scratch (FrozenCodes)
+  Var leaf_;          // wq and dweight_, shared by all uses since finish_backward()
   std::vector<Var> nested_leaves_;  // the same for the lower precisions
   size_t precision_ = 0;
 };

@@ -291,11 +291,12 @@ LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
   BBB_ASSERT(from.linears.size() == shapes.size() && formats.size() == shapes.size());
   StageStarter start(range, lowest_bits);
   LayerResult result;
-  result.input_norm = from.input_norm;
-  result.post_norm = from.post_norm;
-  for (size_t i = 0; i < shapes.size(); ++i)
+  for (size_t i = 0; i < block_norms(config).size(); ++i) result.norm(i) = from.norm(i);
+  for (size_t i = 0; i < shapes.size(); ++i) {
     result.linears.push_back(
         start(from.linears[i], formats[i], statistics[static_cast<size_t>(shapes[i].site)].energy));
+    result.linears.back().bias = from.linears[i].bias;
+  }
   return result;
 }
 

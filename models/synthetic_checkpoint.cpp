@@ -67,10 +67,12 @@ class SyntheticCheckpoint final : public Checkpoint {
     if (!config_.tied_head) shapes_["lm_head.weight"] = table;
     shapes_["model.norm.weight"] = norm;
     for (int64_t layer = 0; layer < config_.layers; ++layer) {
-      shapes_[layer_name(layer, "input_layernorm.weight")] = norm;
-      shapes_[layer_name(layer, "post_attention_layernorm.weight")] = norm;
-      for (const LinearShape& l : block_linears(config_))
+      for (const NormShape& shape : block_norms(config_))
+        shapes_[layer_name(layer, shape.name)] = {shape.size};
+      for (const LinearShape& l : block_linears(config_)) {
         shapes_[layer_name(layer, l.name) + ".weight"] = {l.n, l.k};
+        if (l.bias) shapes_[layer_name(layer, l.name) + ".bias"] = {l.n};
+      }
     }
     for (const auto& [name, shape] : shapes_)
       seeds_[name] = engine::seed_from(name.data(), name.size()) ^ seed;
@@ -79,6 +81,7 @@ class SyntheticCheckpoint final : public Checkpoint {
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
   void check_finite() const override {}  // drawn values are finite
   double bits_per_weight() const override { return 16; }
+  int64_t table_bytes() const override { return 2 * table_weights(); }
   std::string config_json() const override { return config_to_json(config_); }
 
   std::vector<TensorInfo> list() const override {
@@ -94,8 +97,9 @@ class SyntheticCheckpoint final : public Checkpoint {
     const auto found = shapes_.find(name);
     BBB_CHECK(found != shapes_.end() && found->second == shape, path_, ": holds no tensor '", name,
               "' of shape ", engine::to_string(shape));
-    std::vector<float> values(static_cast<size_t>(engine::numel_of(shape)), 1.0f);
-    if (shape.size() == 1) return values;  // a norm
+    const float constant = name.ends_with(".bias") ? 0.0f : 1.0f;  // of a norm
+    std::vector<float> values(static_cast<size_t>(engine::numel_of(shape)), constant);
+    if (shape.size() == 1) return values;
     fill_random(values, seeds_.at(name), 1 / std::sqrt(static_cast<double>(shape.back())));
     return values;
   }
@@ -112,6 +116,7 @@ class WeightlessCheckpoint final : public Checkpoint {
   CheckpointKind kind() const override { return CheckpointKind::HuggingFace; }
   void check_finite() const override {}
   double bits_per_weight() const override { return 16; }
+  int64_t table_bytes() const override { return 2 * table_weights(); }
   std::string config_json() const override { return config_to_json(config_); }
   std::vector<TensorInfo> list() const override { return {}; }
   std::vector<float> load(const std::string&, const Shape&) const override { return {}; }

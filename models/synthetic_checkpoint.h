@@ -2,7 +2,7 @@
 // size before its weights are available.
 //
 //   linears, embedding, head   about normal, deviation 1 / sqrt(K), truncated to bf16
-//   norms                      1
+//   norms, biases              1, 0
 //
 // A tensor is drawn when it is loaded. It depends only on the seed, its name and its shape.
 #pragma once

@@ -50,6 +50,9 @@ void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, co
 
 // wq = (q - z) e, (N, K).
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
+// out[m] = S (q - z) e of row ids[m], (m, K), of codes that are not nested.
+void launch_unpack_rows(cudaStream_t stream, __nv_bfloat16* out, const int32_t* ids,
+                        const PackedView& w, int64_t m);
 // y = S x ((q - z) e)^T (+ addend) for m <= 8 rows of x. y (m, N), bf16 or FP32: the one that is
 // not null is written. addend (m, N) or null.
 void launch_packed_gemv(cudaStream_t stream, __nv_bfloat16* y_bf16, float* y_f32,

@@ -69,6 +69,25 @@ struct LinearFormat {
   ActivationBits activation_bits() const;
 };
 
+// How a cache holds keys or values (numerics.md section 9). At 16 bits it holds activations (B,
+// Tmax, K, d). Otherwise the quantizer's groups run along a head, S = 1, and the cache is bytes (B,
+// Tmax, K, head_bytes), of which each sequence is
+//     codes (Tmax, K, code_bytes)     q, a bit stream a head
+//     pairs (Tmax, K, pair_bytes)     e, z of each group: two bytes, a head zero-padded to 4 bytes
+struct KvFormat {
+  int bits = 16;  // 16, 8 or 4
+
+  static constexpr int kGroup = 32;
+  // Tmax is a multiple of this. Then both parts of every sequence start on a multiple of 16 bytes.
+  static constexpr int64_t kCapacity_tokens = 4;
+
+  bool operator==(const KvFormat&) const = default;
+  bool quantized() const { return bits < 16; }
+  int64_t code_bytes(int64_t d) const { return d * bits / 8; }
+  static int64_t pair_bytes(int64_t d) { return (d / kGroup * 2 + 3) / 4 * 4; }
+  int64_t head_bytes(int64_t d) const { return code_bytes(d) + pair_bytes(d); }
+};
+
 // A stored linear in memory, on the host or on a device: what kernels take. Each pointer is aligned
 // to 16 bytes on a device.
 struct PackedView {

@@ -169,9 +169,8 @@ static void doubled_levels(int32_t* out, const PackedView& w, int64_t row) {
   }
 }
 
-// One row of (q - z) e.
 template <typename Real>
-static void unpack_row(Real* out, const PackedView& w, int64_t row) {
+void unpack_row(Real* out, const PackedView& w, int64_t row) {
   const int bits = w.grid.bits, group = w.grid.group;
   const int64_t groups = w.k / group;
   if (w.grid.nested) {
@@ -544,6 +543,7 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
                             int64_t, Real, WeightGrid);                                            \
   template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,     \
                                      int64_t, WeightGrid, bool);                                   \
+  template void unpack_row(Real*, const PackedView&, int64_t);                                     \
   template void unpack(Real*, const PackedView&, Rows);                                            \
   template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);    \
   template void packed_gemv(Real*, const QuantizedRows<Real>&, const PackedView&, const Real*,     \

@@ -55,7 +55,10 @@ void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, co
 
 // The codes of a row, one a byte: of nested codes the bits that the load reads.
 void row_codes(uint8_t* codes, const PackedView& w, int64_t row);
-// wq = (q - z) e of the rows.
+// wq = (q - z) e of row `row`, (K).
+template <typename Real>
+void unpack_row(Real* wq, const PackedView& w, int64_t row);
+// The same of all `rows`.
 template <typename Real>
 void unpack(Real* wq, const PackedView& w, Rows rows);
 // y[m, n] = S * sum_k x[m, k] wq[n, k] (+ addend[m, n]) for output features n in `rows`.

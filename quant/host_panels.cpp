@@ -151,34 +151,36 @@ void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
   }
 }
 
-void unpack_panels(float* wq, const PanelView& w, Rows panels) {
+void unpack_panel_row(float* wq, const PanelView& w, int64_t row) {
   const PanelLayout layout(w.k, w.grid);
   const int group = w.grid.group;
-  const int64_t words = group / 16;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const uint8_t* const base = w.panels + panel * layout.bytes;
-    for (int64_t r = 0; r < kPanelRows && panel * kPanelRows + r < w.n; ++r) {
-      float* out = wq + (panel * kPanelRows + r) * w.k;
-      for (int64_t g = 0; g < w.k / group; ++g, out += group) {
-        const float half = e4m3_decode(base[layout.scales + g * kPanelRows + r]) / 2;
-        const int64_t at = g * kPanelRows + r;
-        const int32_t z = layout.zero_bits == 8 ? base[layout.zeros + at]
-                                                : base[layout.zeros + at / 4] >> (2 * (r % 4)) & 3;
-        for (int64_t word = 0; word < words; ++word) {
-          int32_t codes[16] = {};
-          for (int plane = 0; plane < layout.planes; ++plane) {
-            uint32_t packed;
-            std::memcpy(&packed, base + word_offset(layout, words, g, plane, word) + 4 * r, 4);
-            for (int i = 0; i < 16; ++i)
-              codes[i] |= static_cast<int32_t>(packed >> position_shift(i) & 3) << (2 * plane);
-          }
-          for (int i = 0; i < 16; ++i)
-            out[16 * word + i] =
-                static_cast<float>(layout.factor * codes[i] + layout.offset - 2 * z) * half;
-        }
+  const int64_t words = group / 16, r = row % kPanelRows;
+  const uint8_t* const base = w.panels + row / kPanelRows * layout.bytes;
+  float* out = wq;
+  for (int64_t g = 0; g < w.k / group; ++g, out += group) {
+    const int64_t at = g * kPanelRows + r;
+    const float half = e4m3_decode(base[layout.scales + at]) / 2;
+    const int32_t z = layout.zero_bits == 8 ? base[layout.zeros + at]
+                                            : base[layout.zeros + at / 4] >> (2 * (r % 4)) & 3;
+    for (int64_t word = 0; word < words; ++word) {
+      int32_t codes[16] = {};
+      for (int plane = 0; plane < layout.planes; ++plane) {
+        uint32_t packed;
+        std::memcpy(&packed, base + word_offset(layout, words, g, plane, word) + 4 * r, 4);
+        for (int i = 0; i < 16; ++i)
+          codes[i] |= static_cast<int32_t>(packed >> position_shift(i) & 3) << (2 * plane);
       }
+      for (int i = 0; i < 16; ++i)
+        out[16 * word + i] =
+            static_cast<float>(layout.factor * codes[i] + layout.offset - 2 * z) * half;
     }
   }
+}
+
+void unpack_panels(float* wq, const PanelView& w, Rows panels) {
+  const int64_t end = std::min(w.n, panels.end * kPanelRows);
+  for (int64_t row = panels.begin * kPanelRows; row < end; ++row)
+    unpack_panel_row(wq + row * w.k, w, row);
 }
 
 SplitRows::SplitRows(int64_t m, int64_t k, int group)

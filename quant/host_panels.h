@@ -61,7 +61,9 @@ struct PanelView {
 int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid);
 // Of panels [begin, end), as all below.
 void make_panels(uint8_t* out, const PackedView& file, Rows panels);
-// wq = (q - z) e of their rows.
+// wq = (q - z) e of row `row`, (K).
+void unpack_panel_row(float* wq, const PanelView& w, int64_t row);
+// The same of all rows of the panels.
 void unpack_panels(float* wq, const PanelView& w, Rows panels);
 
 // Rows of activations as integers, which split_rows() writes.

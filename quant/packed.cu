@@ -1,14 +1,15 @@
 // Products with packed weights, directly from the file's layout (format.md).
 //
 //   unpack        wq = (q - z) e                          the GEMM's operand for many rows
+//   unpack_rows   out[m] = S (q - z) e of row ids[m]      rows of a table
 //   packed_gemv   y = S x ((q - z) e)^T (+ addend)        M <= 8 rows of x
 //
-// Both read nested codes too, whose levels are u e / 2, u = 2 (q' - z) (quant/grid.h): unpack a
-// byte of each plane for eight weights; nested_gemv a word of each plane for 32, a warp an output
-// row.
+// unpack and packed_gemv read nested codes too, whose levels are u e / 2, u = 2 (q' - z)
+// (quant/grid.h): unpack a byte of each plane for eight weights; nested_gemv a word of each plane
+// for 32, a warp an output row.
 //
-// unpack: a thread makes eight consecutive weights, one 16-byte store; b bits read and 16 written a
-// weight.
+// unpack, unpack_rows: a thread makes eight consecutive weights, one 16-byte store; b bits read and
+// 16 written a weight.
 //
 // packed_gemv: a lane takes chunks of 32 codes, b 32-bit words, which never straddle a group and
 // are aligned at every K that the format allows. A warp takes kRows output rows, and of its share
@@ -62,26 +63,45 @@ __device__ __forceinline__ void load_eight_codes(uint8_t (&codes)[8], const uint
     codes[i] = static_cast<uint8_t>(word >> (i * kBits) & ((1u << kBits) - 1));
 }
 
-template <int kBits>
-__global__ void __launch_bounds__(kUnpackThreads)
-    unpack_kernel(uint4* __restrict__ wq, const uint8_t* __restrict__ qweight,
-                  const uint8_t* __restrict__ scales, const uint8_t* __restrict__ zeros, int64_t n,
-                  int64_t k, int group) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
-  if (i >= n * (k / 8)) return;
-  const int64_t row = i / (k / 8), g = (i % (k / 8)) * 8 / group;
-  const float e = e4m3_decode(scales[row * (k / group) + g]);
-  const uint8_t z = packed_code(zeros + row * zero_row_bytes(k, group, kBits), g, kBits);
-  uint8_t q[8];
-  load_eight_codes<kBits>(q, qweight + i * kBits);
+__device__ __forceinline__ uint4 to_bf16(const float (&levels)[8]) {
   unsigned pairs[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const __nv_bfloat162 pair =
-        __floats2bfloat162_rn(level_of(float(q[2 * j]), z, e), level_of(float(q[2 * j + 1]), z, e));
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(levels[2 * j], levels[2 * j + 1]);
     pairs[j] = reinterpret_cast<const unsigned&>(pair);
   }
-  wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// factor (q - z) e of positions [at, at + 8) of a row. `factor` is a power of two.
+template <int kBits>
+__device__ __forceinline__ uint4 eight_levels(const PackedView& w, int64_t row, int64_t at,
+                                              float factor) {
+  const int64_t g = at / w.grid.group;
+  const float e = e4m3_decode(w.scales[row * (w.k / w.grid.group) + g]) * factor;
+  const uint8_t z = packed_code(w.zeros + row * zero_row_bytes(w.k, w.grid.group, kBits), g, kBits);
+  uint8_t q[8];
+  load_eight_codes<kBits>(q, w.qweight + row * code_row_bytes(w.k, kBits) + at / 8 * kBits);
+  float levels[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) levels[i] = level_of(float(q[i]), z, e);
+  return to_bf16(levels);
+}
+
+template <int kBits>
+__global__ void __launch_bounds__(kUnpackThreads)
+    unpack_kernel(uint4* __restrict__ wq, PackedView w) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
+  if (i < w.n * (w.k / 8)) wq[i] = eight_levels<kBits>(w, i / (w.k / 8), i % (w.k / 8) * 8, 1.0f);
+}
+
+template <int kBits>
+__global__ void __launch_bounds__(kUnpackThreads)
+    unpack_rows_kernel(uint4* __restrict__ out, const int32_t* __restrict__ ids, PackedView w,
+                       int64_t rows) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
+  if (i < rows * (w.k / 8))
+    out[i] = eight_levels<kBits>(w, ids[i / (w.k / 8)], i % (w.k / 8) * 8, *w.master_scale);
 }
 
 // Eight nested codes: bit i of a byte of each plane, the highest bit of a code first.
@@ -115,13 +135,7 @@ __global__ void __launch_bounds__(kUnpackThreads)
   if (i >= w.n * (w.k / 8)) return;
   float levels[8];
   load_nested_levels(levels, w, i / (w.k / 8), i % (w.k / 8) * 8);
-  unsigned pairs[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(levels[2 * j], levels[2 * j + 1]);
-    pairs[j] = reinterpret_cast<const unsigned&>(pair);
-  }
-  wq[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  wq[i] = to_bf16(levels);
 }
 
 // packed_gemv: products directly from the codes.
@@ -357,21 +371,30 @@ void with_bits(int bits, const Fn& fn) {
 
 }  // namespace
 
+// One thread for eight of `weights`.
+static LaunchShape unpack_shape(int64_t weights) {
+  const int64_t threads = weights / 8;
+  return {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
+          dim3(kUnpackThreads)};
+}
+
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w) {
-  const int64_t threads = w.n * (w.k / 8);
+  auto* const out = reinterpret_cast<uint4*>(wq);
   if (w.grid.nested) {
-    launch(stream,
-           {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
-            dim3(kUnpackThreads)},
-           unpack_nested_kernel, reinterpret_cast<uint4*>(wq), w);
+    launch(stream, unpack_shape(w.n * w.k), unpack_nested_kernel, out, w);
     return;
   }
   with_bits(w.grid.bits, [&](auto bits) {
-    launch(stream,
-           {dim3(static_cast<unsigned>((threads + kUnpackThreads - 1) / kUnpackThreads)),
-            dim3(kUnpackThreads)},
-           unpack_kernel<bits>, reinterpret_cast<uint4*>(wq), w.qweight, w.scales, w.zeros, w.n,
-           w.k, w.grid.group);
+    launch(stream, unpack_shape(w.n * w.k), unpack_kernel<bits>, out, w);
+  });
+}
+
+void launch_unpack_rows(cudaStream_t stream, __nv_bfloat16* out, const int32_t* ids,
+                        const PackedView& w, int64_t m) {
+  BBB_ASSERT(!w.grid.nested);
+  with_bits(w.grid.bits, [&](auto bits) {
+    launch(stream, unpack_shape(m * w.k), unpack_rows_kernel<bits>, reinterpret_cast<uint4*>(out),
+           ids, w, m);
   });
 }
 

@@ -2,13 +2,18 @@
 //
 // A tile holds kTileRows output rows by kTileColumns positions: four sub-groups of 32 positions,
 // which have one scale and zero point a row each. Groups of 64 or 128 repeat theirs. A tile is what
-// a warp multiplies with m16n8k32 products of bytes: lane = 4 r + t holds the four words of A
+// a warp multiplies: lane = 4 r + t holds four words
 //
-//     word 0  row r,     positions 4t .. 4t + 3        word 2  row r,     positions 16 + 4t ..
-//     word 1  row r + 8, positions 4t .. 4t + 3        word 3  row r + 8, positions 16 + 4t ..
+//     word 0  row r,     positions P                   word 2  row r,     positions 16 + P
+//     word 1  row r + 8, positions P                   word 3  row r + 8, positions 16 + P
 //
-// of all four sub-groups: byte b of a word is position b, and bits 2i, 2i + 1 of the byte are the
-// code in sub-group i. So one mask makes the words of a sub-group, with codes times 4^i.
+// of all four sub-groups, P = 2t, 2t + 8, 2t + 1, 2t + 9 for bytes 0 to 3. Bits 2i, 2i + 1 of a
+// byte are the code in sub-group i. So one mask makes
+//
+//     of all bytes        the A fragment of m16n8k32 in bytes, of codes times 4^i, for an x whose
+//                         positions are in the order of P
+//     of bytes 0 and 2    registers 0 and 1 of the A fragment of k16 in bf16; bytes 1 and 3 are
+//                         its registers 2 and 3. Positions are in their own order.
 //
 //     bytes 0 .. 511     the words, 16 bytes a lane
 //     bytes 512 .. 575   scales: 2 bytes a lane, e of sub-group t of rows r and r + 8
@@ -47,8 +52,8 @@ BBB_HD constexpr int64_t tile_index(int64_t n, int64_t slice, int64_t row_tile) 
 
 // The offset in a tile of the byte with the codes of (row, column) in each sub-group; column < 32.
 BBB_HD constexpr int code_offset(int row, int column) {
-  const int lane = row % 8 * 4 + column % 16 / 4, word = column / 16 * 2 + row / 8;
-  return lane * 16 + word * 4 + column % 4;
+  const int lane = row % 8 * 4 + column % 8 / 2, word = column / 16 * 2 + row / 8;
+  return lane * 16 + word * 4 + column % 2 * 2 + column / 8 % 2;
 }
 BBB_HD constexpr int scale_offset(int row, int subgroup) {
   return kTileScales + (row % 8 * 4 + subgroup) * 2 + row / 8;
@@ -88,7 +93,8 @@ BBB_HD uint8_t tile_byte(const PackedView& w, int64_t slice, int64_t row_tile, i
     const int64_t column = slice * kTileColumns + (offset - kTileScales) / 2 % 4 * kSubgroup;
     return column < w.k ? w.scales[row * (w.k / w.grid.group) + column / w.grid.group] : uint8_t{0};
   }
-  const int inside = offset / 16 % 4 * 4 + offset / 8 % 2 * 16 + offset % 4;  // of a code
+  const int inside =  // of a code
+      offset / 16 % 4 * 2 + offset / 8 % 2 * 16 + offset % 2 * 8 + offset / 2 % 2;
   unsigned byte = 0;
   for (int i = 0; i < 4; ++i) {
     const int64_t column = slice * kTileColumns + i * kSubgroup;

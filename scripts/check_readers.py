@@ -106,10 +106,11 @@ def hf_name(name):
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+             "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
              "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     parts = name.split(".")
-    return (f"model.layers.{parts[1]}.{names[parts[2]]}.weight" if parts[0] == "blk"
+    return (f"model.layers.{parts[1]}.{names[parts[2]]}.{parts[3]}" if parts[0] == "blk"
             else outer[parts[0]] + ".weight")
 
 
@@ -130,7 +131,7 @@ def check_tensors(bbb):
         types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
         weight = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
         if architecture == "llama" and ("attn_q." in tensor.name or "attn_k." in tensor.name):
-            pairs = weight.reshape(-1, size // 2, 2, weight.shape[-1])
+            pairs = weight.reshape(-1, size // 2, 2, weight[0].size)  # a bias is a column
             weight = pairs.transpose(0, 2, 1, 3).reshape(weight.shape)
         worst = max(worst, float(np.abs(weight - packed.pop(hf_name(tensor.name))).max()))
     print(f"gguf: {types}, largest difference to the packed model {worst}; missing: {list(packed)}")

@@ -52,6 +52,12 @@ expect 2 'context needs --synthetic' "$bbb" decode --model "$model" --prompt x -
 expect 2 'model is missing' "$bbb" chat --system x
 expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
 expect 1 'nowhere' "$bbb" bench train --synthetic smollm2-135m --device cpu --gemm "$work/nowhere/gemm.json"
+expect 2 'head-bits needs --format bbb' "$bbb" export --model "$model" --rtn --out "$work/out" --format hf --head-bits 8
+expect 2 'either --synthetic or --model' "$bbb" bench decode
+expect 2 'prefill takes numbers of tokens' "$bbb" bench decode --synthetic smollm2-135m --prefill 512,x
+expect 2 'widths needs --synthetic' "$bbb" bench prefill --model "$model" --widths w2a2
+expect 1 'bench gemm .* GPU' "$bbb" bench gemm --device cpu
+expect 1 'bench prefill .* GPU' "$bbb" bench prefill --synthetic smollm2-135m --device cpu
 expect 1 'nowhere' "$bbb" bench gemv --device cpu --json "$work/nowhere/gemv.json"
 expect 1 'nowhere' "$bbb" ppl --model "$model" --text "$work/nowhere"
 expect 1 'key|hidden_size' "$bbb" inspect --model "$work/nokey"

@@ -93,6 +93,10 @@ class Packed:
         if bits and not self.nested:
             raise ValueError(f"{directory}: its codes are not nested")
 
+    def is_table(self, linear):
+        """Head or embedding: groups of 32, and of the settings only its own bits."""
+        return not linear.startswith("model.layers.")
+
     def linears(self):
         return [name[: -len(".qweight")] for name in self.tensors if name.endswith(".qweight")]
 
@@ -111,12 +115,12 @@ class Packed:
         """(N, K') in stored positions: S e (q - z)."""
         scales = e4m3(self.tensors[linear + ".scales"])
         n, groups = scales.shape
-        group = self.settings["group_size"]
+        group = 32 if self.is_table(linear) else self.settings["group_size"]
         k = groups * group
         bits = self.setting(linear, "bits")
         codes = self.tensors[linear + ".qweight"]
         offset = 0.0
-        if self.nested:
+        if self.nested and not self.is_table(linear):
             planes = np.unpackbits(codes[: self.load_bits], axis=2, bitorder="little").astype(int)
             weights = 1 << np.arange(self.load_bits - 1, -1, -1)
             shift = 8 - self.load_bits
@@ -125,7 +129,7 @@ class Packed:
                 offset = (2**shift - 1) / 2
         else:
             q = stream(codes, bits, k)
-        if self.settings.get("symmetric", False):
+        if self.settings.get("symmetric", False) and not self.is_table(linear):
             z = np.full((n, groups), 2 ** (bits - 1) - 0.5)
         else:
             z = stream(self.tensors[linear + ".zeros"], bits, groups)
@@ -136,6 +140,8 @@ class Packed:
     def weight(self, linear):
         """(N, K) F32: rotations undone, pairs summed or averaged, channels in their order."""
         stored = self.stored_weight(linear)
+        if self.is_table(linear):
+            return stored
         k, group = self.inputs(linear), self.settings["group_size"]
         none = np.zeros(0, int)
         outliers = self.tensors.get(linear + ".outlier_channels", none)
@@ -161,7 +167,7 @@ class Packed:
     def bits_per_weight(self):
         stored = size = 0
         for linear in self.linears():
-            if not linear.startswith("model.layers."):
+            if self.is_table(linear):
                 continue
             parts = [t for name, t in self.tensors.items() if name.rpartition(".")[0] == linear]
             stored += 8 * sum(t.nbytes for t in parts)

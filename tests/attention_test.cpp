@@ -42,9 +42,10 @@ struct Results {
 };
 
 Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in,
-            Positions positions = Positions::None, int64_t ds_bytes = AttentionSpec().ds_bytes) {
+            Positions positions = Positions::None, int64_t ds_bytes = AttentionSpec().ds_bytes,
+            double rope_factor = 1) {
   const Shape queries = {c.b, c.t, c.h, d}, keys = {c.b, c.t, c.k, d};
-  const AttentionSpec spec{c.window, ds_bytes};
+  const AttentionSpec spec{.window = c.window, .rope_factor = rope_factor, .ds_bytes = ds_bytes};
   const Tensor inv_freq = positions == Positions::Rotary ? frequencies(b, d) : Tensor();
   const Tensor q = make(b, queries, b.act(), in.q), k = make(b, keys, b.act(), in.k);
   const Tensor v = make(b, keys, b.act(), in.v), dout = make(b, queries, b.act(), in.dout);
@@ -203,18 +204,23 @@ TEST_CASE("attention gives the same bytes whichever threads are delayed", "[atte
     }
 }
 
-TEST_CASE("attention of rotated q and k: dq and dk are rotated back, dv is not", "[attention]") {
+TEST_CASE("attention of rotated q and k: dq and dk are rotated back and scaled, dv is not",
+          "[attention]") {
   Backend& cpu = oracle_f64();
+  constexpr double kFactor = 1.25;
+  const auto run_rotated = [](Backend& b, const AttentionCase& c, int64_t d, const Inputs& in) {
+    return run(b, c, d, in, Positions::Rotary, AttentionSpec().ds_bytes, kFactor);
+  };
   for (const AttentionCase& c : {AttentionCase{2, 65, 4, 2, 0}, AttentionCase{1, 200, 9, 3, 17}})
     for (const int64_t d : {40, 64, 96, 104, 128, 160, 256}) {
       CAPTURE(c.t, d);
       const Inputs in(c, d);
       const Results plain = run(backend(), c, d, in);
-      const Results rotated = run(backend(), c, d, in, Positions::Rotary);
+      const Results rotated = run_rotated(backend(), c, d, in);
       CHECK(rotated.dv == plain.dv);
       const auto rotated_back = [&](const std::vector<double>& gradient, int64_t heads) {
         const Tensor x = make(cpu, {c.b, c.t, heads, d}, DType::F64, gradient);
-        cpu.rope(x, frequencies(cpu, d), Tensor(), engine::Rotation::Inverse);
+        cpu.rope(x, frequencies(cpu, d), Tensor(), engine::Rotation::Inverse, kFactor);
         return values_of(cpu, x);
       };
       // Each side is rounded once, and so are the angles.
@@ -223,8 +229,7 @@ TEST_CASE("attention of rotated q and k: dq and dk are rotated back, dv is not",
       CHECK(relative_error(rotated.dk, rotated_back(plain.dk, c.k)) <= tolerance);
       CHECK(relative_error(rotated.dq, plain.dq) > 0.1);
       CHECK(relative_error(rotated.dk, plain.dk) > 0.1);
-      const Results exact = run(cpu, c, d, in),
-                    exact_rotated = run(cpu, c, d, in, Positions::Rotary);
+      const Results exact = run(cpu, c, d, in), exact_rotated = run_rotated(cpu, c, d, in);
       const double rounding = 4 * epsilon_of(DType::F64);
       CHECK(relative_error(exact_rotated.dq, rotated_back(exact.dq, c.h)) <= rounding);
       CHECK(relative_error(exact_rotated.dk, rotated_back(exact.dk, c.k)) <= rounding);

@@ -489,9 +489,10 @@ struct TrainedBlock {
   std::vector<std::vector<double>> masters;
 
   TrainedBlock(Backend& backend, int64_t window, int bits, engine::Rounding rounding,
-               GradientPasses passes, const Layout* layout = nullptr)
+               GradientPasses passes, const Layout* layout = nullptr,
+               const models::LlamaConfig& of = tiny_config())
       : device(backend),
-        config(tiny_config()),
+        config(of),
         set(backend, passes),
         block(backend, config, 0,
               models::upload_as(backend, models::rope_inv_freq(config), {config.head_dim / 2},
@@ -511,6 +512,11 @@ struct TrainedBlock {
       for (double& value : values) value += is_norm ? 1 : 0;
       upload(*parameter, values);
       masters.push_back(values);
+    }
+    const auto shapes = models::block_linears(config);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const std::vector<double> bias = round_bf16(normal(rng, shapes[i].n));
+      if (shapes[i].bias) block.linears()[i]->set_bias({bias.begin(), bias.end()});
     }
     quantizer->prepare();
   }
@@ -541,12 +547,19 @@ struct TrainedBlock {
 }  // namespace
 
 TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
-  std::vector<std::pair<const Layout*, int64_t>> cases = {{nullptr, 0}, {nullptr, 3}};
-  for (const Layout& layout : kLayouts) cases.push_back({&layout, 0});
-  for (const auto& [layout, window] : cases) {
-    CAPTURE(layout == nullptr ? "no order" : layout->name, window);
+  struct Case {
+    const Layout* layout = nullptr;
+    int64_t window = 0;
+    models::LlamaConfig config = tiny_config();
+  };
+  std::vector<Case> cases = {{}, {.window = 3}};
+  for (const Layout& layout : kLayouts) cases.push_back({.layout = &layout});
+  for (const models::LlamaConfig& config : other_families()) cases.push_back({.config = config});
+  for (const auto& [layout, window, config] : cases) {
+    CAPTURE(layout == nullptr ? "no order" : layout->name, window, config.model_type,
+            config.mlp_bias);
     TrainedBlock trained(oracle_f64(), window, 2, engine::Rounding::Identity, GradientPasses::One,
-                         layout);
+                         layout, config);
     const Shape shape{2, 5, trained.config.d_model};
     Rng rng(13);
     const std::vector<double> x = normal(rng, engine::numel_of(shape));
@@ -588,8 +601,12 @@ TEST_CASE("block: gradients of x and of every parameter", "[autograd]") {
 }
 
 TEST_CASE("block: an input without a gradient does not change the other gradients", "[autograd]") {
-  for (Backend* device : {&oracle_f64(), &backend()}) {
-    TrainedBlock trained(*device, 0, 2, engine::Rounding::Nearest, GradientPasses::One);
+  std::vector<std::pair<Backend*, models::LlamaConfig>> cases = {{&oracle_f64(), tiny_config()},
+                                                                 {&backend(), tiny_config()}};
+  for (const models::LlamaConfig& config : other_families()) cases.push_back({&backend(), config});
+  for (const auto& [device, config] : cases) {
+    TrainedBlock trained(*device, 0, 2, engine::Rounding::Nearest, GradientPasses::One, nullptr,
+                         config);
     const Shape shape{2, 9, trained.config.d_model};
     Rng rng(17);
     const std::vector<double> x = round_bf16(normal(rng, engine::numel_of(shape)));

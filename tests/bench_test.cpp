@@ -82,6 +82,51 @@ TEST_CASE("bench: matrix-vector products, packed and dense") {
     }
 }
 
+TEST_CASE("bench: a packed linear of any number of rows, and a dense one") {
+  const auto act = static_cast<double>(engine::size_bytes(backend().act()));
+  for (const int64_t rows : {3, 20}) {
+    const tools::GemvResult r = tools::bench_gemm(backend(), {96, 64}, rows, int64_t{1} << 16);
+    const double outside = static_cast<double>(rows) * (96 + 64) * act;
+    for (const tools::TimedProduct* p : {&r.packed, &r.quantized, &r.dense}) {
+      CHECK(p->flops == 2.0 * static_cast<double>(rows) * 96 * 64);
+      CHECK((p->cold_s > 0 && p->warm_s > 0));
+    }
+    CHECK(r.packed.bytes == 96 * (64 / 4 + 2 + 1) + 4 + outside);
+    CHECK(r.quantized.bytes == r.packed.bytes);
+    CHECK(r.dense.bytes == 96 * 64 * act + outside);
+  }
+}
+
+TEST_CASE("bench: decoding and prefill of a random model") {
+  const models::LlamaConfig config = tiny_config();
+  const auto act = static_cast<double>(engine::size_bytes(backend().act()));
+  const double weights = static_cast<double>(config.linear_parameters());
+  for (const int input_bits : {16, 2})
+    for (const int head_bits : {16, 8}) {
+      CAPTURE(input_bits, head_bits);
+      const auto model = models::Llama::synthetic(
+          backend(), config, {.weight = {}, .input = {.bits = input_bits}, .head_bits = head_bits},
+          1);
+      const tools::DecodeResult r =
+          tools::bench_decode(*model, {.batch = 2, .prompts = {5, 9}, .tokens = 12, .context = 7});
+      CHECK(r.head_bytes == (head_bits == 16 ? 53 * 64 * 2 : 53 * (64 + 2 + 2) + 4));
+      // Codes, scales and zero points of 64 or 96 columns take 19 or 28 bytes a row.
+      CHECK(static_cast<double>(r.weight_bytes) > weights / 4);
+      CHECK(static_cast<double>(r.weight_bytes) < weights / 3 + 4096);
+      CHECK(static_cast<double>(r.kv_bytes) == 2 * 2 * 2 * 64 * act);
+      REQUIRE(r.prefilled.size() == 2);
+      CHECK(r.prefilled[1].prompt == 9);
+      CHECK((r.prefilled[1].prefill_s > 0 && r.prefilled[1].step_s > 0));
+      CHECK(r.prefilled[1].bytes ==
+            static_cast<double>(r.weight_bytes + r.head_bytes + 2 * r.kv_bytes * (9 + 6)));
+      CHECK((r.at_context.prompt == 7 && r.at_context.prefill_s == 0 && r.at_context.step_s > 0));
+      CHECK(tools::bench_prefill(*model, 11) > 0);
+    }
+  const double block = weights / 2;
+  CHECK(tools::prefill_flops(config, 10) ==
+        Approx(10 * 2 * (2 * block + 2 * 10 * 4 * 64) + 2 * 53 * 64));
+}
+
 TEST_CASE("bench: bandwidths of reading and copying") {
   // A copy moves at least as many bytes a second as are read alone, within a wide margin.
   const double reading = tools::measure_read_bandwidth(backend());

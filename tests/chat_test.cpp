@@ -303,5 +303,19 @@ TEST_CASE("decode: prompts and chats of a JSON-lines file", "[chat]") {
                     Catch::Contains("--batch takes"));
 }
 
+TEST_CASE("decode: --kv-bits shrinks the cache", "[chat]") {
+  const ChatModel model;
+  const std::string& path = model.directory.path();
+  const int64_t heads = 2 * model.config.layers * model.config.kv_heads;  // of keys and values
+  for (const auto& [bits, head_bytes] : std::vector<std::pair<std::string, int64_t>>{
+           {"16", 64 * engine::size_bytes(backend().act())}, {"8", 64 + 4}, {"4", 32 + 4}}) {
+    const json out = decode(path, {"--prompt", "one", "--kv-bits", bits});
+    CHECK(out["kv_bits"] == std::stoi(bits));
+    CHECK(out["kv_bytes_per_token"] == heads * head_bytes);
+    CHECK(out["generated_tokens"] > 0);
+  }
+  CHECK_THROWS_AS(decode(path, {"--prompt", "one", "--kv-bits", "2"}), UsageError);
+}
+
 }  // namespace
 }  // namespace bbb::tests

@@ -381,7 +381,7 @@ TEST_CASE("checkpoint: a GGUF's rope factors") {
   c.tied_head = true;
   c.rope_theta = 5e5;
   const std::vector<float> plain = rope_inv_freq(c);
-  c.rope_scaling = Llama3RopeScaling{32, 1, 4, 8192};
+  c.rope_scaling = RopeScaling{.factor = 32};
   const std::vector<float> scaled = rope_inv_freq(c);
   const auto open = [&](const std::string& factors) {
     engine::Rng rng(4);
@@ -423,17 +423,24 @@ TEST_CASE("checkpoint: a GGUF that is not a Llama, or incomplete") {
   const auto same = [](tests::GgufFile&) {};
   CHECK_THROWS_WITH(
       open("architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("llama"),
-           "architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("qwen2"), same),
-      Contains("unsupported architecture 'qwen2'"));
+           "architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("gemma"), same),
+      Contains("unsupported architecture 'gemma'; llama, qwen2, qwen3 are read"));
+  CHECK_THROWS_WITH(
+      open("architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("llama"),
+           "architecture" + tests::raw<uint32_t>(8) + tests::gguf_string("qwen3moe"), same),
+      Contains("'qwen3moe' is a mixture of experts"));
   CHECK_THROWS_WITH(open("llama.block_count", "llama.block_cound", same),
                     Contains("metadata 'llama.block_count' is missing"));
   CHECK_THROWS_WITH(open("blk.1.ffn_up.weight", "blk.1.ffn_ux.weight", same),
                     Contains("tensor 'blk.1.ffn_up.weight' is missing"));
   CHECK_THROWS_WITH(
       open("", "", [](auto& f) { f.tensor("blk.0.attn_q.bias", {4}, 0, std::string(16, 'x')); }),
-      Contains("'blk.0.attn_q.bias' is no part of a llama model"));
-  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.text("llama.rope.scaling.type", "yarn"); }),
-                    Contains("unsupported rope scaling 'yarn'"));
+      Contains("tensor 'blk.0.attn_q.bias' has shape (4), the model needs (64)"));
+  CHECK_THROWS_WITH(
+      open("", "", [](auto& f) { f.tensor("blk.0.attn_v.bias", {4}, 0, std::string(16, 'x')); }),
+      Contains("'blk.0.attn_v.bias' is no part of a llama model"));
+  CHECK_THROWS_WITH(open("", "", [](auto& f) { f.text("llama.rope.scaling.type", "longrope"); }),
+                    Contains("unsupported rope scaling 'longrope'"));
   // Without a type, the scaling is linear.
   for (const char* type : {"", "linear", "none"}) {
     const auto scaled = [&](const char* key, float factor) {
@@ -445,10 +452,12 @@ TEST_CASE("checkpoint: a GGUF that is not a Llama, or incomplete") {
     for (const char* key : {"llama.rope.scaling.factor", "llama.rope.scale_linear"}) {
       CHECK_NOTHROW(scaled(key, 1));
       CHECK_NOTHROW(scaled(key, 0));
-      if (*type == 'n')
-        CHECK_NOTHROW(scaled(key, 4));
-      else
-        CHECK_THROWS_WITH(scaled(key, 4), Contains("linear rope scaling by 4 is not supported"));
+      CHECK_THROWS_WITH(scaled(key, -4), Contains("factor is -4"));
+      scaled(key, 4);
+      const LlamaConfig c = open_checkpoint(dir / "m.gguf")->config();
+      CHECK(c.rope_scaling.has_value() == (*type != 'n'));
+      if (c.rope_scaling) CHECK(c.rope_scaling->kind == RopeKind::Linear);
+      if (c.rope_scaling) CHECK(c.rope_scaling->factor == 4);
     }
     CHECK_THROWS_WITH(scaled("llama.rope.scaling.attn_factor", 2), Contains("attn_factor is 2"));
   }

@@ -177,12 +177,93 @@ TEST_CASE("config: rope scaling under the old key and the new one") {
       read({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 2e4}}}});
   CHECK(plain.rope_theta == 2e4);
   CHECK_FALSE(plain.rope_scaling);
-  CHECK_THROWS_WITH(read({{"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}}}),
-                    Contains("unsupported rope scaling 'linear'"));
+  CHECK_THROWS_WITH(read({{"rope_scaling", {{"type", "longrope"}, {"factor", 2.0}}}}),
+                    Contains("unsupported rope scaling 'longrope'"));
   json incomplete = scaling;
   incomplete.erase("high_freq_factor");
   CHECK_THROWS_WITH(read({{"rope_scaling", incomplete}}),
                     Contains("'high_freq_factor' is missing"));
+}
+
+TEST_CASE("config: every rope scaling survives config.json") {
+  const json yarn = {{"type", "yarn"},
+                     {"factor", 4.0},
+                     {"beta_fast", 16},
+                     {"beta_slow", 2},
+                     {"truncate", false},
+                     {"attention_factor", 1.5},
+                     {"original_max_position_embeddings", 32}};
+  for (const json& scaling : {json{{"type", "linear"}, {"factor", 2.0}},
+                              json{{"rope_type", "dynamic"}, {"factor", 2.0}}, yarn}) {
+    INFO(scaling.dump());
+    const LlamaConfig c = read({{"rope_scaling", scaling}});
+    REQUIRE(c.rope_scaling);
+    const LlamaConfig again = config_from_json(config_to_json(c), "f");
+    CHECK(config_to_json(again) == config_to_json(c));
+    CHECK(rope_inv_freq(again, 1000) == rope_inv_freq(c, 1000));
+    CHECK(rope_factor(again) == rope_factor(c));
+    CHECK(rope_factor(c) == (scaling == yarn ? 1.5 : 1.0));
+  }
+  // Dynamic scaling begins behind the model's positions.
+  const LlamaConfig dynamic = read({{"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}}});
+  CHECK(rope_inv_freq(dynamic, 128) == rope_inv_freq(read(json::object())));
+  CHECK(rope_inv_freq(dynamic, 129)[1] < rope_inv_freq(dynamic, 128)[1]);
+  // Yarn: pairs that rotate often stay, those that rotate seldom are divided.
+  const LlamaConfig stretched = read({{"head_dim", 64}, {"rope_scaling", yarn}});
+  const std::vector<float> plain = rope_inv_freq(read({{"head_dim", 64}}));
+  CHECK(rope_inv_freq(stretched).front() == plain.front());
+  CHECK(rope_inv_freq(stretched).back() == Approx(plain.back() / 4).epsilon(1e-6));
+}
+
+TEST_CASE("config: Qwen2 and Qwen3") {
+  const auto qwen = [](const char* type, json changes,
+                       const std::vector<std::string>& remove = {}) {
+    changes.update({{"model_type", type}, {"num_key_value_heads", 2}});
+    return read(changes, remove);
+  };
+  const LlamaConfig two = qwen("qwen2", {{"sliding_window", 16}, {"use_sliding_window", false}});
+  CHECK(two.head_dim == 16);
+  CHECK(two.qkv_bias);
+  CHECK_FALSE(two.output_bias);
+  CHECK_FALSE(two.qk_norm);
+  CHECK(two.sliding_window == 0);
+  CHECK(block_norms(two).size() == 2);
+  const LlamaConfig three = qwen("qwen3", json::object(), {"max_position_embeddings"});
+  CHECK(three.head_dim == 128);
+  CHECK(three.max_position == 32768);
+  CHECK_FALSE(three.qkv_bias);
+  CHECK(three.qk_norm);
+  REQUIRE(block_norms(three).size() == 4);
+  CHECK(block_norms(three)[3].size == 128);
+  CHECK(qwen("qwen3", {{"attention_bias", true}}).output_bias);
+  CHECK(read({{"model_type", "qwen2"}, {"num_attention_heads", 32}}).kv_heads == 32);
+
+  // A window in all layers or in none.
+  json window = {{"use_sliding_window", true}, {"sliding_window", 16}, {"max_window_layers", 0}};
+  CHECK(qwen("qwen2", window).sliding_window == 16);
+  window["max_window_layers"] = 2;
+  CHECK(qwen("qwen2", window).sliding_window == 0);
+  window["max_window_layers"] = 1;
+  CHECK_THROWS_WITH(qwen("qwen3", window), Contains("a sliding window in 1 of the 2 layers"));
+  window["layer_types"] = {"sliding_attention", "sliding_attention"};
+  CHECK(qwen("qwen3", window).sliding_window == 16);
+  for (const LlamaConfig& c :
+       {two, three, qwen("qwen2", window), qwen("qwen3", {{"attention_bias", true}})}) {
+    const std::string text = config_to_json(c);
+    const LlamaConfig again = config_from_json(text, "f");
+    CHECK(config_to_json(again) == text);
+    CHECK(again.sliding_window == c.sliding_window);
+    CHECK(again.output_bias == c.output_bias);
+  }
+}
+
+TEST_CASE("config: mixtures of experts are refused by name") {
+  for (const char* type : {"mixtral", "qwen2_moe", "qwen3_moe"})
+    CHECK_THROWS_WITH(read({{"model_type", type}}),
+                      Contains("'" + std::string(type) + "' is a mixture of experts"));
+  CHECK_THROWS_WITH(read({{"model_type", "deepseek_v3"}, {"n_routed_experts", 256}}),
+                    Contains("'deepseek_v3' is a mixture of experts"));
+  CHECK_NOTHROW(read({{"num_experts", 0}, {"num_local_experts", nullptr}}));
 }
 
 TEST_CASE("config: a missing key is named") {
@@ -201,8 +282,10 @@ TEST_CASE("config: an invalid value is named") {
       {{{"model_type", "gpt2"}}, "unsupported model_type 'gpt2'"},
       {{{"model_type", 3}}, "'model_type' is not a string"},
       {{{"architectures", {"LlamaForSequenceClassification"}}}, "unsupported architecture"},
-      {{{"attention_bias", true}}, "'attention_bias' is true"},
-      {{{"mlp_bias", true}}, "'mlp_bias' is true"},
+      {{{"model_type", "mistral"}, {"num_key_value_heads", 2}, {"attention_bias", true}},
+       "'attention_bias' is true, but mistral has none"},
+      {{{"model_type", "qwen3"}, {"num_key_value_heads", 2}, {"mlp_bias", true}},
+       "'mlp_bias' is true, but qwen3 has none"},
       {{{"mlp_bias", 1}}, "'mlp_bias' is not true or false"},
       {{{"hidden_act", "gelu"}}, "unsupported hidden_act 'gelu'"},
       {{{"vocab_size", "100"}}, "'vocab_size' is not an integer"},
@@ -241,8 +324,9 @@ TEST_CASE("config: synthetic models have the published sizes and survive config.
   };
   // All parameters except embedding, head and norms.
   for (const Case& c :
-       {Case{"smollm2-135m", 106168320, true}, Case{"llama-3.2-1b", 973078528, true},
-        Case{"llama-3-8b", 6979321856, false}, Case{"llama-2-7b", 6476005376, false}}) {
+       {Case{"smollm2-135m", 106168320, true}, Case{"qwen3-0.6b", 440401920, true},
+        Case{"llama-3.2-1b", 973078528, true}, Case{"llama-3-8b", 6979321856, false},
+        Case{"llama-2-7b", 6476005376, false}}) {
     INFO(c.name);
     const LlamaConfig config = synthetic_config(c.name);
     CHECK(config.linear_parameters() == c.linear_parameters);

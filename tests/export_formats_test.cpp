@@ -1,6 +1,7 @@
 // Exports that other programs read: GPTQ, GGUF, and the packed directory as scripts/read_packed.py
 // and transformers see it.
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <iostream>
@@ -10,6 +11,7 @@
 #include "models/gptq.h"
 #include "models/llama.h"
 #include "models/packed_checkpoint.h"
+#include "models/table.h"
 #include "quant/pack.h"
 #include "tests/formats.h"
 #include "tests/support.h"
@@ -167,7 +169,7 @@ TEST_CASE("export gptq: what it cannot hold is refused", "[export][gptq]") {
   CHECK_THAT(Rounded(Rounded::plain(3)).refusal(ExportFormat::Gptq),
              Contains(first) && Contains("no 2, 4 or 8 bits"));
   CHECK_THAT(Rounded(Rounded::laid_out(kRotated, 2)).refusal(ExportFormat::Gptq),
-             Contains(first) && Contains("rotates"));
+             Contains(first) && Contains("rotates") && Contains("--rotate none"));
   CHECK_THAT(Rounded(Rounded::laid_out(kSplit, 2)).refusal(ExportFormat::Gptq),
              Contains(first) && Contains("channels"));
   std::vector<LinearFormat> formats = Rounded::plain(2);
@@ -231,7 +233,7 @@ TEST_CASE("export gguf: a checkpoint of the packed model's weights", "[export][g
 TEST_CASE("export gguf: tables in Q8_0, rope scaling, a window, and an existing file",
           "[export][gguf]") {
   models::LlamaConfig config = Rounded::byte_config();
-  config.rope_scaling = models::Llama3RopeScaling{32, 1, 4, 8192};
+  config.rope_scaling = models::RopeScaling{.factor = 32};
   config.rope_theta = 5e5;
   config.tied_head = true;
   Rounded rounded(Rounded::plain(2), config);
@@ -254,6 +256,92 @@ TEST_CASE("export gguf: tables in Q8_0, rope scaling, a window, and an existing 
   Rounded windowed(Rounded::plain(2), mistral);
   windowed.write("m.gguf", ExportFormat::Gguf);
   CHECK(models::open_checkpoint(windowed.directory / "m.gguf")->config().sliding_window == 7);
+}
+
+TEST_CASE("export gguf: the other families, with biases, norms of heads and yarn",
+          "[export][gguf][gptq]") {
+  for (models::LlamaConfig config : other_families()) {
+    config.vocab = Rounded::byte_config().vocab;
+    if (config.rope_scaling) config.rope_scaling->attention_factor = 1 + 0.1 * std::log(4.0);
+    CAPTURE(config.model_type);
+    Rounded rounded(Rounded::plain(2), config);
+    CHECK(rounded.write("m.gguf", ExportFormat::Gguf).rounding.difference == 0);
+    const std::string path = rounded.directory / "m.gguf";
+    CHECK(data::Gguf(path).string("general.architecture") == config.model_type);
+    const auto written = models::open_checkpoint(path);
+    CHECK(models::rope_factor(written->config()) ==
+          Approx(models::rope_factor(config)).epsilon(1e-7));
+    const std::vector<int32_t> ids = random_tokens(3, 20, config.vocab);
+    const std::vector<double> logits = logits_of(*rounded.model->model, ids);
+    CHECK(relative_error(logits_of(*load_model(oracle(), *written), ids), logits) <
+          4 * epsilon_of(DType::BF16));
+    // Neither do other formats lose a norm or a bias.
+    rounded.write("hf", ExportFormat::HuggingFace);
+    const auto hf = models::open_checkpoint(rounded.directory / "hf");
+    CHECK(relative_error(logits_of(*load_model(oracle(), *hf), ids), logits) <
+          4 * epsilon_of(DType::BF16));
+    rounded.write("gptq", ExportFormat::Gptq);
+    const data::SafeTensors gptq(rounded.directory / "gptq");
+    CHECK(gptq.contains("model.layers.1.self_attn.q_proj.bias") == config.qkv_bias);
+    CHECK(gptq.contains("model.layers.1.mlp.down_proj.bias") == config.mlp_bias);
+    CHECK(gptq.contains("model.layers.1.self_attn.q_norm.weight") == config.qk_norm);
+  }
+}
+
+TEST_CASE("export gguf: what llama.cpp cannot express is refused", "[export][gguf]") {
+  struct Case {
+    const char* message;
+    std::function<void(models::LlamaConfig&)> change;
+  };
+  using models::RopeKind;
+  const Case cases[] = {
+      {"dynamic", [](auto& c) { c.rope_scaling = {.kind = RopeKind::Dynamic, .factor = 2}; }},
+      {"attention_factor",
+       [](auto& c) {
+         c.rope_scaling = {.kind = RopeKind::Yarn, .factor = 4, .attention_factor = 1.25};
+       }},
+      {"truncate",
+       [](auto& c) { c.rope_scaling = {.kind = RopeKind::Yarn, .factor = 4, .truncate = false}; }},
+      {"qwen3 has no biases",
+       [](auto& c) {
+         c.model_type = "qwen3";
+         c.qk_norm = c.qkv_bias = c.output_bias = true;
+       }},
+      {"qwen2 has no sliding window",
+       [](auto& c) {
+         c.model_type = "qwen2";
+         c.qkv_bias = true;
+         c.sliding_window = 7;
+       }},
+      {"qwen2 has no rope factors", [](auto& c) {
+         c.model_type = "qwen2";
+         c.qkv_bias = true;
+         c.rope_scaling = models::RopeScaling{.factor = 32};
+       }}};
+  for (const Case& c : cases) {
+    CAPTURE(c.message);
+    models::LlamaConfig config = Rounded::byte_config();
+    c.change(config);
+    CHECK_THAT(Rounded(Rounded::plain(2), config).refusal(ExportFormat::Gguf), Contains(c.message));
+  }
+  models::LlamaConfig linear = Rounded::byte_config();
+  linear.rope_scaling = models::RopeScaling{.kind = RopeKind::Linear, .factor = 2.5};
+  Rounded rounded(Rounded::plain(2), linear);
+  rounded.write("m.gguf", ExportFormat::Gguf);
+  const auto written = models::open_checkpoint(rounded.directory / "m.gguf");
+  REQUIRE(written->config().rope_scaling.has_value());
+  CHECK(written->config().rope_scaling->kind == RopeKind::Linear);
+  CHECK(models::rope_inv_freq(written->config()) == models::rope_inv_freq(linear));
+}
+
+TEST_CASE("export: a format of weights alone says that activations are not quantized", "[export]") {
+  std::vector<LinearFormat> formats = Rounded::plain(2);
+  for (LinearFormat& format : formats) format.input.bits = 4;
+  Rounded rounded(formats);
+  CHECK(rounded.write("m.gguf", ExportFormat::Gguf).lost_activations);
+  CHECK(rounded.write("hf", ExportFormat::HuggingFace).lost_activations);
+  CHECK_FALSE(rounded.write("bbb", ExportFormat::Packed).lost_activations);
+  CHECK_FALSE(Rounded(Rounded::plain(2)).write("m.gguf", ExportFormat::Gguf).lost_activations);
 }
 
 TEST_CASE("export hf: its dtype holds the norms", "[export]") {
@@ -283,6 +371,7 @@ TEST_CASE("export packed: a reader of another author finds the same weights", "[
     std::string name;
     std::vector<LinearFormat> formats;
     int load_bits = 0;
+    int head_bits = models::kDenseBits;
   };
   std::vector<Case> cases;
   for (const int bits : {2, 3, 4, 8})
@@ -296,10 +385,12 @@ TEST_CASE("export packed: a reader of another author finds the same weights", "[
         format.weight = {.bits = 8, .nested = true, .dequant = dequant};
       cases.push_back({"nested", formats, bits});
     }
+  cases.push_back({"head, rotated", Rounded::laid_out(kRotated, 2), 0, 4});
+  cases.push_back({"head, groups of 64", Rounded::laid_out(kPadded, 2), 0, 8});
   for (const Case& c : cases) {
     CAPTURE(c.name, c.load_bits);
     Rounded rounded(c.formats);
-    rounded.write("packed", ExportFormat::Packed);
+    rounded.write("packed", ExportOptions(ExportFormat::Packed, c.head_bits));
     CHECK(fs::exists(rounded.directory / "packed/bbb.safetensors"));
     CHECK_FALSE(fs::exists(rounded.directory / "packed/model.safetensors"));
     std::vector<std::pair<std::string, std::vector<float>>> expected;
@@ -309,8 +400,13 @@ TEST_CASE("export packed: a reader of another author finds the same weights", "[
       entries.push_back({name, data::FileDType::F32, shape});
       expected.emplace_back(name, values);
     };
-    for (const auto& weight : models::outer_weights(rounded.config))
-      add(weight.name, weight.shape, rounded.source->load(weight.name, weight.shape));
+    for (const auto& weight : models::outer_weights(rounded.config)) {
+      std::vector<float> values = rounded.source->load(weight.name, weight.shape);
+      if (weight.name == models::kHead && c.head_bits != models::kDenseBits)
+        values = models::quantize_table(values, models::table_format(rounded.config, c.head_bits))
+                     .dequantize();
+      add(weight.name, weight.shape, values);
+    }
     for (int64_t i = 0; i < rounded.config.layers; ++i) {
       LayerResult layer = rounded.layer(i);
       add(models::layer_name(i, models::kInputNorm), {rounded.config.d_model}, layer.input_norm);

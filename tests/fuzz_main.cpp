@@ -177,7 +177,7 @@ int main(int argc, char** argv) {
   config.vocab = 8;
   config.layers = 1;
   config.d_model = config.hidden = 32;
-  config.rope_scaling = models::Llama3RopeScaling{};
+  config.rope_scaling = models::RopeScaling{};
   const std::string packed = tests::safetensors_of(tests::tiny_packed(config, 2, 32, rng));
   const std::string packed_json = tests::packed_config(config);
   const std::string few =

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "tests/formats.h"
+#include "tests/model_files.h"
 #include "tests/tiny_run.h"
 #include "tests/trained_model.h"
 #include "train/recipe.h"
@@ -159,6 +160,53 @@ TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[pa
     if (exact) CHECK(relative_error(steps, whole) < (on_cuda() ? 0.02 : 1e-4));
     CHECK(nll_of(steps, ids) ==
           Approx(nll_of(whole, ids)).epsilon(exact && !on_cuda() ? 1e-5 : 2e-3));
+  }
+}
+
+TEST_CASE("packed model: biases stay, norms of heads train, and a killed run ends with the same",
+          "[packed_model]") {
+  for (const models::LlamaConfig& config : other_families()) {
+    CAPTURE(config.model_type, config.mlp_bias);
+    const Fixture fixture(config);
+    TrainConfig killed = fixture.config;
+    const Options options = {{"stages", "w2a16"},
+                             {"lr", "1e-3"},
+                             {"e2e-steps", "3"},
+                             {"ocs-ratio", "0.1"},
+                             {"rotate", "group"}};
+    const Exported exported(fixture, "run", options);
+    for (const auto& [option, text] : options) set_option(killed, option, text);
+    killed.out = fixture.dir / "killed";
+    train::Observer observer;
+    observer.after_block = [](int64_t) { throw Killed(); };
+    CHECK_THROWS_AS(fixture.run(killed, observer), Killed);
+    fixture.run(killed);
+    CHECK(results(killed.out) == results(exported.run.path()));
+
+    for (const models::LinearShape& linear : models::block_linears(config)) {
+      const std::string name = models::layer_name(1, linear.name) + ".bias";
+      CHECK(has_tensor(*exported.checkpoint, name) == linear.bias);
+      if (linear.bias)
+        CHECK(exported.checkpoint->load(name, {linear.n}) ==
+              fixture.source->load(name, {linear.n}));
+    }
+    for (const models::NormShape& norm : models::block_norms(config)) {
+      const std::string name = models::layer_name(1, norm.name);
+      CHECK(exported.checkpoint->load(name, {norm.size}) !=
+            fixture.source->load(name, {norm.size}));
+    }
+    for (const int64_t rows : {1, 7, 21}) {  // packed products of few rows take biases as addends
+      const std::vector<int32_t> ids = random_tokens(5, rows, config.vocab);
+      CHECK(relative_error(logits_of(*exported.packed, ids),
+                           logits_of(*exported.trained->model, ids)) <
+            (on_cuda() ? 2 * epsilon_of(DType::BF16) : 2e-4));
+    }
+    const std::string path = exported.run.path() + "_plain";
+    train::export_run(backend(), *fixture.source, FileTokenizer(), exported.run.path(), path,
+                      models::ExportFormat::HuggingFace);
+    const std::vector<int32_t> ids = random_tokens(5, 21, config.vocab);
+    CHECK(relative_error(logits_of(*load_model(backend(), *models::open_checkpoint(path)), ids),
+                         logits_of(*exported.packed, ids)) < 4 * epsilon_of(DType::BF16));
   }
 }
 

@@ -1,7 +1,7 @@
 // Products with packed weights. unpack is exact. packed_gemv equals the product with the unpacked
 // weight, up to the order of FP32 additions and to rows of x in 16-bit integers: for 2-bit weights
-// in tiles on a GPU, for all on the CPU (its RMS error: host_panels_test.cpp). quantized_gemv sums
-// each group exactly.
+// in tiles on a GPU and up to four rows, for all on the CPU (its RMS error: host_panels_test.cpp).
+// quantized_gemv sums each group exactly.
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
@@ -36,15 +36,18 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
         }
 }
 
+// Whether weights of this grid are in tiles, whose products take any number of rows.
+bool in_tiles(const WeightGrid& grid) {
+  return backend().max_packed_rows({.n = 1, .k = 128, .weight = grid}) == Backend::kAnyRows;
+}
+
 // How far packed_gemv may move a value of x, relative to the largest one of its group of
 // positions: half a unit of 16-bit integers. On the CPU the unit is that value / 32639. On a GPU
-// only weights in tiles meet integers, of sub-groups of 32; the unit is a power of two, at most
-// 2^-14 / (1 - 2^-7) of that value.
-double half_unit(const WeightGrid& grid) {
+// only weights in tiles meet integers, of sub-groups of 32, with up to four rows; the unit is a
+// power of two, at most 2^-14 / (1 - 2^-7) of that value.
+double half_unit(const WeightGrid& grid, int64_t m) {
   if (!on_cuda()) return 1.01 / (2 * 32639);
-  const quant::LinearFormat format{.n = 1, .k = 128, .weight = grid};
-  const bool tiles = backend().repacked_bytes(format) == quant::tiled_bytes(1, 128);
-  return tiles && quant::has_tiles(grid) ? 0x1.03p-15 : 0.0;
+  return in_tiles(grid) && m <= 4 ? 0x1.03p-15 : 0.0;
 }
 
 // y = S x W^T + addend in F64, the largest sum of the terms' magnitudes, and for each output the
@@ -70,7 +73,7 @@ Product multiply(const PackedMatrix& matrix, const Values& x, const Values& adde
           largest = std::max(largest, std::abs(v));
           levels += std::abs(level);
         }
-        split_error += matrix.master_scale * half_unit(matrix.grid) * largest * levels;
+        split_error += matrix.master_scale * half_unit(matrix.grid, m) * largest * levels;
       }
       out.split_error.push_back(split_error);
       out.y.push_back(matrix.master_scale * sum +
@@ -93,9 +96,10 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
   const Product want = multiply(matrix, x, addend, m);
   const Values got = values_of(b, y.tensor());
   // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A lane adds at most K / 32 of
-  // the K products, so each passes through at most K / 32 + 16 roundings of a partial sum. A
-  // partial sum is at most the sum of the terms' magnitudes. The output is rounded once more.
-  const double order = static_cast<double>(k) / 32 + 16;
+  // the K products, and bf16 tensor cores 16 at a time, so each passes through at most K / 16 + 16
+  // roundings of a partial sum, by half an epsilon or, in tensor cores, a whole one. A partial sum
+  // is at most the sum of the terms' magnitudes. The output is rounded once more.
+  const double order = static_cast<double>(k) / 16 + 16;
   const double sum_error = order * epsilon_of(DType::F32) * want.magnitude;
   for (size_t i = 0; i < got.size(); ++i)
     REQUIRE(std::abs(got[i] - want.y[i]) <=
@@ -132,6 +136,52 @@ TEST_CASE("packed_gemv of matrices with many rows or a large K", "[packed]") {
     check_gemv(rng, 3, 16384 + 32, {bits, 32}, 1, false, backend().act());
     check_gemv(rng, 3, 4096 + 96, {bits, 32}, 4, false, backend().act());
     check_gemv(rng, 3, 4096 + 32, {bits, 32}, 7, false, backend().act());
+  }
+}
+
+TEST_CASE("packed_gemv of many rows with 2-bit weights", "[packed][tiles][rows]") {
+  engine::Rng rng(49);
+  Backend& b = backend();
+  // Every width of token tiles, full and with a tail; one and several tiles. Rows that leave tiles,
+  // warpgroups and shares incomplete. K that ends inside a panel of x; rings that wrap.
+  for (const int64_t m : {5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300}) {
+    if (m > b.max_packed_rows({.n = 1, .k = 32})) continue;
+    for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 32},
+                                                                       {15, 96},
+                                                                       {64, 128},
+                                                                       {65, 160},
+                                                                       {300, 576},
+                                                                       {130, 2304},
+                                                                       {33, 4224},
+                                                                       {2300, 224}}) {
+      if (n * k * m > 12'000'000) continue;
+      check_gemv(rng, n, k, {2, 32}, m, m % 2 == 0, n % 2 == 0 ? b.real() : b.act());
+    }
+    for (const int group : {64, 128}) check_gemv(rng, 31, 640, {2, group}, m, true, b.act());
+  }
+}
+
+TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[packed][rows]") {
+  engine::Rng rng(50);
+  Backend& b = backend();
+  constexpr int64_t kN = 150, kK = 1536;
+  for (const int64_t m : {5, 16, 40, 200}) {
+    if (m > b.max_packed_rows({.n = kN, .k = kK})) continue;
+    CAPTURE(m);
+    PackedMatrix matrix(rng, kN, kK, {2, 32});
+    Values x = activations(rng, m * kK);
+    const auto run = [&] {
+      const Tensor y = b.empty({m, kN}, b.act());
+      b.packed_gemv(y, make(b, {m, kK}, b.act(), x), matrix.on(b), Tensor());
+      return values_of(b, y);
+    };
+    CHECK(run() == run());
+    for (const int64_t bad : {5, 139}) matrix.scales[bad * 48 + 7] = quant::kE4m3Nan;
+    x[3 * kK + 700] = std::nan("");
+    const Values got = run();
+    for (int64_t i = 0; i < m * kN; ++i)
+      CHECK(std::isnan(got[static_cast<size_t>(i)]) ==
+            (i % kN == 5 || i % kN == 139 || i / kN == 3));
   }
 }
 
@@ -187,8 +237,9 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
       {14336, 4096}, {4096, 14336}, {8500, 4224}, {12680, 2176}, {70000, 160}};
   for (int64_t tiles = 1; tiles <= 9; ++tiles) shapes.push_back({132 * 16 * tiles - 20, 96});
   for (const auto& [n, k] : shapes)
-    for (const int64_t m : {1, 3}) {
-      if (m > 1 && n * k > 20'000'000) continue;
+    for (const int64_t m : {1, 3, 16, 64, 200}) {
+      if (m == 3 && n * k > 20'000'000) continue;
+      if (m > 8 && (k < 1000 || m > b.max_packed_rows({.n = n, .k = k}))) continue;
       CAPTURE(n, k, m);
       const int64_t groups = k / 32;
       const int64_t zero_bytes = quant::zero_row_bytes(k, 32, 2);
@@ -208,12 +259,13 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
       operand.zeros = make_bytes(b, {m, groups}, code_zeros);
       operand.scales =
           make(b, {m, groups}, b.real(), Values(static_cast<size_t>(m * groups), 0.375));
+      const bool coded_rows = m <= Backend::kMaxPackedRows;
       const Guarded y(b, {m, n}, b.real()), quantized(b, {m, n}, b.real());
       b.packed_gemv(y.tensor(), make(b, {m, k}, b.act(), x), weight, Tensor());
-      b.quantized_gemv(quantized.tensor(), operand, weight, Tensor());
+      if (coded_rows) b.quantized_gemv(quantized.tensor(), operand, weight, Tensor());
       CHECK((y.untouched() && quantized.untouched()));
       const Values got = values_of(b, y.tensor());
-      const Values got_quantized = values_of(b, quantized.tensor());
+      const Values got_quantized = coded_rows ? values_of(b, quantized.tensor()) : Values();
       std::vector<int64_t> checked = {n - 1};
       for (int64_t row = 0; row < n; row += 97) checked.push_back(row);
       for (int64_t i = 0; i < m; ++i)
@@ -234,11 +286,11 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
           }
           // Half units are at most 2^-15 / (1 - 2^-7) of about three standard deviations, an
           // average term is 0.8 of one: 2^-13 of the size. FP32: as in check_gemv.
-          const double order = (static_cast<double>(k) / 32 + 16) * epsilon_of(DType::F32);
+          const double order = (static_cast<double>(k) / 16 + 16) * epsilon_of(DType::F32);
           const auto at = static_cast<size_t>(i * n + row);
           INFO("row " << row << " of x " << i);
-          REQUIRE(std::abs(got[at] - sum) <= (order + 0x1p-13) * size);
-          REQUIRE(std::abs(got_quantized[at] - coded) <= order * coded_size);
+          REQUIRE(std::abs(got[at] - sum) <= (order + (coded_rows ? 0x1p-13 : 0)) * size);
+          if (coded_rows) REQUIRE(std::abs(got_quantized[at] - coded) <= order * coded_size);
         }
       // The others are written, none far outside of what such products are. NaN counts.
       for (const Values* values : {&got, &got_quantized})
@@ -292,7 +344,8 @@ void check_products(engine::Rng& rng, const std::vector<WeightGrid>& grids,
   coded.zeros = make_bytes(b, {m, k / group}, zeros);
   coded.scales = make(b, {m, k / group}, b.real(), Values(zeros.size(), 0.375));
   b.packed_gemv(products, x);
-  b.quantized_gemv(coded_products, coded);
+  const bool coded_rows = m <= Backend::kMaxPackedRows;
+  if (coded_rows) b.quantized_gemv(coded_products, coded);
   // On a GPU the blocks take other parts of the sums: order as in check_gemv.
   const double order = static_cast<double>(k) / 32 + 16;
   const double bound = on_cuda() ? order * epsilon_of(DType::F32) +
@@ -303,9 +356,10 @@ void check_products(engine::Rng& rng, const std::vector<WeightGrid>& grids,
     const Tensor alone = b.empty({m, rows[i]}, y_dtype),
                  coded_alone = b.empty({m, rows[i]}, y_dtype);
     b.packed_gemv(alone, x, weights[i], addends[i]);
-    b.quantized_gemv(coded_alone, coded, weights[i], addends[i]);
     CHECK((together[i].untouched() && coded_together[i].untouched()));
     CHECK(relative_error(values_of(b, together[i].tensor()), values_of(b, alone)) <= bound);
+    if (!coded_rows) continue;
+    b.quantized_gemv(coded_alone, coded, weights[i], addends[i]);
     CHECK(relative_error(values_of(b, coded_together[i].tensor()), values_of(b, coded_alone)) <=
           bound);
   }
@@ -318,8 +372,9 @@ TEST_CASE("products of the same rows in one op equal one op each",
   for (const auto& rows : std::vector<std::vector<int64_t>>{
            {1}, {33, 5}, {64, 16, 16}, {5, 300, 90}, {40, 7, 130, 17}, {2300, 576, 576}})
     for (const int64_t k : {32, 96, 640, 2080})
-      for (const int64_t m : {1, 2, 4, 5, 8}) {
-        if (rows[0] * k * m > 2'000'000) continue;
+      for (const int64_t m : {1, 2, 4, 5, 8, 16, 40, 130}) {
+        if (rows[0] * k * m > (m > 8 ? 50'000'000 : 2'000'000)) continue;
+        if (m > b.max_packed_rows({.n = 1, .k = k})) continue;
         check_products(rng, {{2, 32}}, rows, k, m, m % 2 == 0 ? b.real() : b.act());
       }
   for (const int64_t m : {1, 6}) {
@@ -362,9 +417,11 @@ TEST_CASE("products in a row see each other's results", "[packed][tiles]") {
     matrix.master_scale = 0x1p-5f;                      // so that a product keeps the size of x
     weights.push_back(matrix.on(b));
   }
-  const Values first = activations(rng, kSize);
-  const Tensor start = make(b, {1, kSize}, b.act(), first);
-  const Tensor x[] = {b.empty({1, kSize}, b.act()), b.empty({1, kSize}, b.act())};
+  const int64_t m = GENERATE(1, 8, 20, 70);
+  if (m > b.max_packed_rows({.n = kSize, .k = kSize})) return;
+  const Values first = activations(rng, m * kSize);
+  const Tensor start = make(b, {m, kSize}, b.act(), first);
+  const Tensor x[] = {b.empty({m, kSize}, b.act()), b.empty({m, kSize}, b.act())};
   const auto chain = [&](bool wait) {
     b.copy(x[0], start);
     for (size_t i = 0; i < 64; ++i) {
@@ -383,6 +440,88 @@ TEST_CASE("products in a row see each other's results", "[packed][tiles]") {
   for (int run = 0; run < 3; ++run) {
     replay->run();
     CHECK(values_of(b, x[0]) == want);
+  }
+}
+
+// The ops of decode steps, which reuse the same few buffers in every layer.
+TEST_CASE("the ops of a decode step see each other's results", "[packed][products][early]") {
+  engine::Rng rng(49);
+  Backend& b = backend();
+  constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 64, kHidden = 640, kCapacity = 300;
+  constexpr int64_t kModel = kHeads * kHeadDim, kKeys = kKvHeads * kHeadDim, kLayers = 6;
+  for (const int64_t m : {1, 3}) {
+    CAPTURE(m);
+    std::vector<PackedWeight> w;  // of a layer: q, k, v, o, gate, up, down
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      for (const int64_t n : {kModel, kKeys, kKeys, kModel, kHidden, kHidden})
+        w.push_back(random_weight(rng, b, n, kModel, {2, 32}));
+      w.push_back(random_weight(rng, b, kModel, kHidden, {2, 32}));
+    }
+    const auto act = [&](engine::Shape shape) { return b.empty(std::move(shape), b.act()); };
+    const Tensor x = act({m, kModel}), attended = act({m, kModel}), normed = act({m, kModel}),
+                 o = act({m, kModel});
+    const Tensor q = act({m, kModel}), k = act({m, kKeys}), v = act({m, kKeys});
+    const Tensor gate = act({m, kHidden}), up = act({m, kHidden}), h = act({m, kHidden});
+    const Tensor table = make(b, {50, kModel}, b.act(), activations(rng, 50 * kModel));
+    const Tensor norm = make(b, {kModel}, b.real(), Values(kModel, 0.5));
+    const Tensor inv_rms = b.empty({m}, b.real()), inv_freq = frequencies(b, kHeadDim);
+    const Tensor ids = make_ids(b, {m}, m == 1 ? std::vector{7} : std::vector{7, 30, 41}),
+                 start = b.zeros({m}, DType::I32);
+    std::vector<Tensor> caches;
+    for (int64_t i = 0; i < 2 * kLayers; ++i)
+      caches.push_back(act({m, kCapacity, kKvHeads, kHeadDim}));
+    const auto heads = [&](const Tensor& rows) {
+      return rows.view({m, 1, rows.dim(1) / kHeadDim, kHeadDim});
+    };
+    const auto step = [&](bool wait) {
+      const auto done = [&] {
+        if (wait) b.synchronize();
+      };
+      b.embed(x, ids, table), done();
+      for (size_t layer = 0; layer < kLayers; ++layer) {
+        const PackedWeight* const own = w.data() + 7 * layer;
+        const Tensor &k_cache = caches[2 * layer], &v_cache = caches[2 * layer + 1];
+        b.rms_norm(normed, inv_rms, x, norm, 1e-5), done();
+        b.packed_gemv({{q, own[0], {}}, {k, own[1], {}}, {v, own[2], {}}}, normed), done();
+        b.append_kv(k_cache, v_cache, heads(k), heads(v), start, heads(q), inv_freq), done();
+        b.attention_cached(heads(o), heads(q), k_cache, v_cache, start, {}), done();
+        b.packed_gemv(attended, o, own[3], x), done();
+        b.rms_norm(normed, inv_rms, attended, norm, 1e-5), done();
+        b.packed_gemv({{gate, own[4], {}}, {up, own[5], {}}}, normed), done();
+        b.swiglu(h, gate, up), done();
+        b.packed_gemv(x, h, own[6], attended), done();
+      }
+      b.advance(start), done();
+    };
+    // The tokens before the first step differ, so that every step's attention does.
+    const Tensor past = make(b, {m, kCapacity, kKvHeads, kHeadDim}, b.act(),
+                             activations(rng, m * kCapacity * kKvHeads * kHeadDim));
+    const Tensor tokens_before = make_ids(b, {m}, std::vector<int>(static_cast<size_t>(m), 40));
+    const auto restart = [&] {
+      b.copy(start, tokens_before);
+      for (const Tensor& cache : caches) b.copy(cache, past);
+    };
+    std::vector<Values> want;
+    restart();
+    for (int i = 0; i < 5; ++i) {
+      step(true);
+      want.push_back(values_of(b, x));
+      REQUIRE(std::ranges::all_of(want.back(), [](double value) { return std::isfinite(value); }));
+      CHECK((i == 0 || want[static_cast<size_t>(i)] != want[static_cast<size_t>(i - 1)]));
+    }
+    restart();
+    for (const Values& values : want) {
+      step(false);
+      CHECK(values_of(b, x) == values);
+    }
+    const auto replay = b.record([&] { step(false); });
+    for (int run = 0; run < 4; ++run) {
+      restart();
+      for (const Values& values : want) {
+        replay->run();
+        CHECK(values_of(b, x) == values);
+      }
+    }
   }
 }
 
@@ -464,7 +603,7 @@ TEST_CASE("nested codes: unpack is exact, and packed_gemv multiplies by it", "[p
               if (j % group == 0) {
                 const auto begin = x.begin() + i / n * k + j;
                 const auto larger = [](double a, double b) { return std::abs(a) < std::abs(b); };
-                step = half_unit(weight.format.weight) *
+                step = half_unit(weight.format.weight, m) *
                        std::abs(*std::max_element(begin, begin + group, larger));
               }
               const double level =
@@ -527,13 +666,14 @@ void check_quantized_gemv(engine::Rng& rng, const PackedWeight& weight, const Va
   const Values got = values_of(b, y.tensor());
   for (int64_t i = 0; i < m * n; ++i) {
     double sum = 0, size = 0;
-    for (int64_t g = 0; g < k / group; ++g) {
+    for (int64_t from = 0; from < k; from += 32) {
+      const int64_t g = i / n * (k / group) + from / group;  // of the operand's zeros and scales
       double part = 0;
-      for (int64_t j = g * group; j < (g + 1) * group; ++j)
+      for (int64_t j = from; j < from + 32; ++j)
         part += levels[static_cast<size_t>(i % n * k + j)] *
                 (double(x.codes[static_cast<size_t>(i / n * k + j)]) -
-                 x.zeros[static_cast<size_t>(i / n * (k / group) + g)]);
-      part *= master_scale * x.scales[static_cast<size_t>(i / n * (k / group) + g)];
+                 x.zeros[static_cast<size_t>(g)]);
+      part *= master_scale * x.scales[static_cast<size_t>(g)];
       sum += part;
       size += std::abs(part);
     }
@@ -609,9 +749,19 @@ TEST_CASE("quantized_gemv repeats bit for bit and propagates NaN", "[packed][qua
 TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   engine::Rng rng(36);
   Backend& b = backend();
-  const PackedMatrix matrix(rng, 4, 32, {2, 32});
   const Tensor x = b.zeros({9, 32}, b.act()), y = b.empty({9, 4}, b.act());
-  CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
+  for (const int bits : {2, 3, 4, 8}) {
+    const PackedMatrix matrix(rng, 4, 32, {bits, 32});
+    if (in_tiles(matrix.grid))
+      b.packed_gemv(y, x, matrix.on(b), Tensor());
+    else
+      CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
+    engine::OperandRows operand;
+    operand.codes = b.zeros({9, 32}, DType::U8);
+    operand.zeros = b.zeros({9, 1}, DType::U8);
+    operand.scales = b.zeros({9, 1}, b.real());
+    CHECK_THROWS_AS(b.quantized_gemv(y, operand, matrix.on(b), Tensor()), Error);
+  }
 }
 
 TEST_CASE("products take repacked weights only", "[packed]") {

@@ -18,13 +18,13 @@ const RopeCase kCases[] = {{1, 1, 1, 2},   {1, 1, 9, 64},  {2, 31, 3, 6},
 
 // Sequence b starts at `start` + 100 b. A negative `start` means: no start tensor.
 std::vector<double> run(Backend& b, const RopeCase& c, const std::vector<double>& values, int start,
-                        Rotation direction) {
+                        Rotation direction, double factor = 1) {
   const Guarded x(b, {c.b, c.t, c.h, c.d}, b.act());
   b.copy(x.tensor(), make(b, {c.b, c.t, c.h, c.d}, b.act(), values));
   std::vector<int32_t> starts;
   for (int i = 0; i < c.b; ++i) starts.push_back(start + 100 * i);
   b.rope(x.tensor(), frequencies(b, c.d), start < 0 ? Tensor() : make_ids(b, {c.b}, starts),
-         direction);
+         direction, factor);
   CHECK(x.untouched());
   return values_of(b, x.tensor());
 }
@@ -63,6 +63,18 @@ TEST_CASE("rope's first position and first pair equal the formula", "[rope]") {
     CHECK(y[4 * t] == Approx(std::cos(angle) - 3 * std::sin(angle)).epsilon(act_epsilon() * 2));
     CHECK(y[4 * t + 2] == Approx(3 * std::cos(angle) + std::sin(angle)).epsilon(act_epsilon() * 2));
   }
+}
+
+TEST_CASE("rope multiplies by its factor, forward and back", "[rope]") {
+  for (const RopeCase& c : kCases)
+    for (const Rotation direction : {Rotation::Forward, Rotation::Inverse}) {
+      CAPTURE(c.b, c.t, c.h, c.d, direction == Rotation::Forward);
+      engine::Rng rng(19);
+      const auto x = activations(rng, c.b * c.t * c.h * c.d);
+      std::vector<double> want = run(oracle_f64(), c, x, 17, direction);
+      for (double& value : want) value *= 1.25;
+      CHECK(relative_error(run(backend(), c, x, 17, direction, 1.25), want) <= tolerance(c, 17));
+    }
 }
 
 TEST_CASE("rope rotated back gives the input", "[rope]") {

@@ -132,7 +132,7 @@ TEST_CASE("split layer: packed products equal those of training, with every orde
         const Var x = input(device, rows, format.k);
         const auto actual = pair.run(pair.packed, pair.packing, x),
                    expected = pair.run(pair.trained, pair.training, x);
-        if (rows > Backend::kMaxPackedRows)
+        if (rows > device.max_packed_rows(format))
           CHECK(actual == expected);  // the unpacked weight goes through the same product
         else  // on the CPU activations are rounded to 16 bits (numerics.md section 2)
           CHECK(relative_error(actual, expected) <
@@ -162,8 +162,11 @@ TEST_CASE("split layer: products of quantized activations are exact but for thei
           const auto operand = values_of(device, pair.training.plain(tape, x).x.value());
           const auto actual = pair.run(pair.packed, pair.packing, x),
                      training = pair.run(pair.trained, pair.training, x);
-          if (rows > Backend::kMaxPackedRows) {
-            CHECK(actual == training);
+          if (rows > Backend::kMaxPackedRows) {  // bf16 operands: sums in another order at most
+            if (device.max_packed_rows(format) == Backend::kAnyRows)
+              CHECK(relative_error(actual, training) < epsilon_of(DType::BF16) / 4);
+            else
+              CHECK(actual == training);
             continue;
           }
           // The weight in stored positions: an identity times it.

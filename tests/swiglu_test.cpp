@@ -76,4 +76,29 @@ TEST_CASE("add rounds once, also in place and unaligned", "[add]") {
   }
 }
 
+TEST_CASE("add_bias adds to every row, and propagates NaN", "[add]") {
+  Backend& b = backend();
+  for (const auto& [m, n] :
+       {std::pair<int64_t, int64_t>{1, 1}, {3, 31}, {33, 8}, {5, 264}, {7, 4100}})
+    for (const int64_t offset : {0, 1}) {  // 1: not aligned for wide loads
+      CAPTURE(m, n, offset);
+      engine::Rng rng(6);
+      const auto y = activations(rng, m * n + 1), bias = normal(rng, n);
+      std::vector<double> want(y.begin() + offset, y.begin() + offset + m * n);
+      for (size_t i = 0; i < want.size(); ++i) want[i] += bias[i % static_cast<size_t>(n)];
+      const Tensor rows = make(b, {m * n + 1}, b.act(), y).slice(offset, m * n).view({m, n});
+      b.add_bias(rows, make(b, {n}, b.real(), bias));
+      CHECK(relative_error(values_of(b, rows), want) <= act_epsilon() + 2 * real_epsilon());
+    }
+  const Guarded y(b, {2, 3}, b.act());
+  b.copy(y.tensor(), make(b, {2, 3}, b.act(), {0, 1, 2, 3, 4, 5}));
+  b.add_bias(y.tensor(), make(b, {3}, b.real(), {0.5, NAN, -1}));
+  CHECK(y.untouched());
+  const std::vector<double> sums = values_of(b, y.tensor());
+  CHECK(sums[0] == 0.5);
+  CHECK(std::isnan(sums[1]));
+  CHECK(std::isnan(sums[4]));
+  CHECK(sums[5] == 4);
+}
+
 }  // namespace bbb::tests

@@ -30,6 +30,22 @@ inline models::LlamaConfig tiny_config() {
   return config;
 }
 
+// What Llama alone has not: biases of some or all linears, norms of heads, and a scaling of the
+// rope that multiplies queries and keys.
+inline std::vector<models::LlamaConfig> other_families() {
+  models::LlamaConfig biased = tiny_config(), qwen2 = tiny_config(), qwen3 = tiny_config();
+  biased.qkv_bias = biased.output_bias = biased.mlp_bias = true;
+  biased.rope_scaling = {.kind = models::RopeKind::Yarn,
+                         .factor = 4,
+                         .original_max_position = 32,
+                         .attention_factor = 1.25};
+  qwen2.model_type = "qwen2";
+  qwen2.qkv_bias = true;
+  qwen3.model_type = "qwen3";
+  qwen3.qk_norm = true;
+  return {biased, qwen2, qwen3};
+}
+
 // Writes config.json and model.safetensors. The weights are F32 and exact in bf16.
 inline void write_tiny_model(const std::string& directory, const models::LlamaConfig& config,
                              uint64_t seed) {
@@ -40,10 +56,12 @@ inline void write_tiny_model(const std::string& directory, const models::LlamaCo
   };
   plan("model.embed_tokens.weight", {config.vocab, config.d_model});
   for (int64_t i = 0; i < config.layers; ++i) {
-    plan(models::layer_name(i, "input_layernorm.weight"), {config.d_model});
-    plan(models::layer_name(i, "post_attention_layernorm.weight"), {config.d_model});
-    for (const models::LinearShape& linear : models::block_linears(config))
+    for (const models::NormShape& norm : models::block_norms(config))
+      plan(models::layer_name(i, norm.name), {norm.size});
+    for (const models::LinearShape& linear : models::block_linears(config)) {
       plan(models::layer_name(i, linear.name) + ".weight", {linear.n, linear.k});
+      if (linear.bias) plan(models::layer_name(i, linear.name) + ".bias", {linear.n});
+    }
   }
   plan("model.norm.weight", {config.d_model});
   if (!config.tied_head) plan("lm_head.weight", {config.vocab, config.d_model});
@@ -52,7 +70,7 @@ inline void write_tiny_model(const std::string& directory, const models::LlamaCo
   data::SafeTensorsWriter writer(directory + "/model.safetensors", entries);
   for (const Entry& entry : entries) {
     std::vector<float> values(static_cast<size_t>(engine::numel_of(entry.shape)));
-    const bool is_norm = entry.shape.size() == 1;
+    const bool is_norm = entry.name.ends_with("norm.weight");
     for (float& value : values) {
       const double drawn = is_norm ? 1 + 0.1 * rng.normal() : 0.15 * rng.normal();
       // Truncate to bf16.

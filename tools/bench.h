@@ -1,4 +1,4 @@
-// Benchmarks on random weights: the trainers' own steps, and packed matrix-vector products.
+// Benchmarks on random weights: the trainers' own steps, packed products, decoding and prefill.
 #pragma once
 
 #include <functional>
@@ -8,6 +8,7 @@
 
 #include "engine/backend.h"
 #include "models/config.h"
+#include "models/llama.h"
 #include "models/recompute.h"
 #include "tools/measure.h"
 #include "train/config.h"
@@ -63,10 +64,10 @@ struct GemvShape {
   int64_t n, k;
 };
 
-// One kind of product: what it must read and write, and its time with the weight in memory (cold)
-// and where it fits, in a cache (warm).
+// One kind of product: what it must read and write, its operations, and its time with the weight in
+// memory (cold) and where it fits, in a cache (warm).
 struct TimedProduct {
-  double bytes = 0;
+  double bytes = 0, flops = 0;
   double cold_s = 0, warm_s = 0;
 };
 
@@ -80,5 +81,40 @@ struct GemvResult {
 // copies of the weight that fill `rotation_bytes`, so that none is still in a cache.
 GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rows,
                       int64_t rotation_bytes);
+
+// The same for any number of rows: `packed` and `quantized` are the forward of a model's packed
+// linear, from a finished operand of 16 and of 2 bits.
+GemvResult bench_gemm(engine::Backend& backend, GemvShape shape, int64_t rows,
+                      int64_t rotation_bytes);
+
+struct DecodeBench {
+  int64_t batch = 1;
+  std::vector<int64_t> prompts;  // tokens of each prefill
+  int64_t tokens = 256;          // generated after it
+  int64_t context = 1024;        // and steps with so many tokens in the cache
+};
+
+struct DecodeTime {
+  int64_t prompt = 0;    // tokens in the cache before the first step
+  double prefill_s = 0;  // of all sequences; 0: none was run
+  double step_s = 0;     // after a prefill the mean, else the median
+  double bytes = 0;      // that a step reads on average: weights, head, keys and values
+};
+
+struct DecodeResult {
+  int64_t weight_bytes = 0, head_bytes = 0;  // of a step: blocks; head
+  int64_t kv_bytes = 0;                      // of a token of a sequence
+  std::vector<DecodeTime> prefilled;         // of bench.prompts
+  DecodeTime at_context;
+};
+
+// Times greedy decoding after random prompts.
+DecodeResult bench_decode(models::Llama& model, const DecodeBench& bench);
+
+// Seconds of a prefill of random tokens, the choice of the next token included.
+double bench_prefill(models::Llama& model, int64_t tokens);
+// Its floating-point operations: 2 P + 2 T H d a token and block, with P weights in the linears and
+// T tokens, of which a query sees half on average; 2 V D for the head, of the last token alone.
+double prefill_flops(const models::LlamaConfig& model, int64_t tokens);
 
 }  // namespace bbb::tools

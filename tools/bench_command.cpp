@@ -1,9 +1,10 @@
-// bbb bench train: the trainers' own recorded steps on random weights. bbb bench gemv: packed
-// matrix-vector products against dense ones.
+// bbb bench train: the trainers' own recorded steps on random weights.
+#include "tools/bench_command.h"
+
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
-#include <nlohmann/json.hpp>
 
 #include "data/files.h"
 #include "tools/bench.h"
@@ -16,20 +17,6 @@ using nlohmann::ordered_json;
 
 namespace {
 
-constexpr int64_t kRotationBytes = 256 << 20;  // several times a GPU's L2, or most CPUs' L3
-constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
-                                     {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
-                                     {1536, 576},   {576, 1536}};
-
-// Refuses a file that cannot be written, before the work starts.
-void check_writable(const CommandLine& line, const char* option) {
-  if (line.has(option)) const data::AtomicFile probe(line.text(option));
-}
-
-void write_json(const CommandLine& line, const ordered_json& json) {
-  if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
-}
-
 // The grid options that change a step.
 bool is_grid_option(const train::Field& f) {
   for (const char* name : {"rotate", "ocs-ratio", "split-side", "act-range", "act-outliers"})
@@ -40,13 +27,14 @@ bool is_grid_option(const train::Field& f) {
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
-  line.options()                                                                            //
-      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b or smollm2-135m", text())  //
-      ("e2e", "the whole model against its full-precision original, not one block")         //
-      ("batch", "windows a step; default: 8, with --e2e 16", text())                        //
-      ("seq-len", "tokens a window", text()->default_value("2048"))                         //
-      ("steps", "timed steps; default: 100, with --e2e 10", text())                         //
-      ("layers", "with --e2e: fewer layers; default: as many as fit", text())               //
+  line.options()  //
+      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b, qwen3-0.6b or smollm2-135m",
+       text())                                                                       //
+      ("e2e", "the whole model against its full-precision original, not one block")  //
+      ("batch", "windows a step; default: 8, with --e2e 16", text())                 //
+      ("seq-len", "tokens a window", text()->default_value("2048"))                  //
+      ("steps", "timed steps; default: 100, with --e2e 10", text())                  //
+      ("layers", "with --e2e: fewer layers; default: as many as fit", text())        //
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                   //
       ("deterministic", "choose no algorithm of the step's matrix products by timing")  //
@@ -136,59 +124,29 @@ int bench_train_command(const Arguments& arguments) {
   return 0;
 }
 
-int bench_gemv_command(const Arguments& arguments) {
-  CommandLine line("bench gemv", "Time a few rows times a 2-bit matrix, and times a dense one");
-  line.options()("rows", "of x", cxxopts::value<std::string>()->default_value("1"))(
-      "json", "write the result to this file too", cxxopts::value<std::string>());
-  if (!line.parse(arguments)) return 0;
-  check_writable(line, "json");
-  const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
-  const auto backend = line.make_backend();
-  const double bandwidth = measure_read_bandwidth(*backend);
-  fmt::print("{}: reads {:.0f} GB/s; rows of x: {}; us, and percent of that bandwidth\n",
-             backend->device_name(), bandwidth / 1e9, rows);
-  fmt::print("{:>14} {:>7}  {:>17}  {:>17}  {:>17}\n", "N x K", "floor", "w2a16 cold   warm",
-             "w2a2 cold   warm", "dense cold   warm");
-  ordered_json json = {
-      {"device", backend->device_name()}, {"read_gb_per_s", bandwidth / 1e9}, {"rows", rows}};
-  for (const GemvShape& shape : kGemvShapes) {
-    const GemvResult r = bench_gemv(*backend, shape, rows, kRotationBytes);
-    const auto fraction = [&](const TimedProduct& p, double seconds) {
-      return p.bytes / seconds / bandwidth;
-    };
-    ordered_json row = {{"n", shape.n}, {"k", shape.k}};
-    std::string text;
-    for (const auto& [name, product] :
-         {std::pair{"w2a16", &r.packed}, {"w2a2", &r.quantized}, {"dense", &r.dense}}) {
-      const double cold = fraction(*product, product->cold_s);
-      text += fmt::format("  {:6.2f} {:3.0f}% {:6.2f}", 1e6 * product->cold_s, 100 * cold,
-                          1e6 * product->warm_s);
-      row[name] = {{"bytes", product->bytes},
-                   {"cold_us", 1e6 * product->cold_s},
-                   {"cold_bandwidth_fraction", cold},
-                   {"warm_us", 1e6 * product->warm_s},
-                   {"warm_bandwidth_fraction", fraction(*product, product->warm_s)}};
-    }
-    fmt::print("{:>14} {:7.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k),
-               1e6 * r.packed.bytes / bandwidth, text);
-    json["shapes"].push_back(row);
-  }
-  write_json(line, json);
-  return 0;
+}  // namespace
+
+void check_writable(const CommandLine& line, const char* option) {
+  if (line.has(option)) const data::AtomicFile probe(line.text(option));
 }
 
-}  // namespace
+void write_json(const CommandLine& line, const ordered_json& json) {
+  if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
+}
 
 int bench_command(const Arguments& arguments) {
   const std::string what = arguments.empty() ? "" : arguments[0];
   if (what == "--help" || what == "-h") {
-    std::puts("usage: bbb bench train|gemv [options]      bbb bench train|gemv --help");
+    std::puts("usage: bbb bench train|gemv|gemm|decode|prefill [options]      --help lists them");
     return 0;
   }
   const Arguments rest(arguments.begin() + (arguments.empty() ? 0 : 1), arguments.end());
   if (what == "train") return bench_train_command(rest);
   if (what == "gemv") return bench_gemv_command(rest);
-  throw UsageError(cat("bbb bench takes train or gemv, not '", what, "'"));
+  if (what == "gemm") return bench_gemm_command(rest);
+  if (what == "decode") return bench_decode_command(rest);
+  if (what == "prefill") return bench_prefill_command(rest);
+  throw UsageError(cat("bbb bench takes train, gemv, gemm, decode or prefill, not '", what, "'"));
 }
 
 }  // namespace bbb::tools

@@ -6,7 +6,7 @@
 #include "engine/rng.h"
 #include "models/synthetic_checkpoint.h"
 #include "tools/bench.h"
-#include "train/end_to_end.h"
+#include "train/dry_run.h"
 #include "train/gemm_choices.h"
 #include "train/step_probe.h"
 
@@ -51,11 +51,8 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
 }
 
 data::Windows random_windows(const train::TrainConfig& config, int64_t vocab) {
-  data::Windows windows;
-  windows.seq_len = config.seq_len;
-  windows.count = config.samples + (config.stages.empty() ? 0 : config.val_samples);
+  data::Windows windows = train::blank_windows(config);
   engine::Rng rng(1);
-  windows.ids.resize(static_cast<size_t>(windows.count * windows.seq_len));
   for (int32_t& id : windows.ids) id = static_cast<int32_t>(rng.below(vocab));
   return windows;
 }

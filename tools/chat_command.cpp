@@ -41,9 +41,11 @@ void chat(models::Generator& generator, const ModelFiles& files, int64_t max_tok
 
 int chat_command(const Arguments& arguments) {
   CommandLine line("chat", "Talk to any checkpoint: a message a line, until /exit or the end");
-  line.options()                                                                           //
-      ("model", "directory or GGUF file", cxxopts::value<std::string>())                   //
-      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())                //
+  line.options()                                                             //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
+      ("kv-bits", CommandLine::kKvBitsHelp,
+       cxxopts::value<std::string>()->default_value("16"))                                 //
       ("system", "the system prompt", cxxopts::value<std::string>())                       //
       ("max-tokens", "of an answer", cxxopts::value<std::string>()->default_value("512"))  //
       ("context", "tokens of the whole chat, at most; no more than the model knows positions",
@@ -54,6 +56,7 @@ int chat_command(const Arguments& arguments) {
   const int64_t context = line.integer("context", 1, 1 << 20);
   const engine::SampleSpec sampling = sample_spec(line);
   const uint64_t seed = sample_seed(line);
+  const quant::KvFormat kv = line.kv_format();
   const auto backend = line.make_backend();
   const ModelFiles files(line, *backend);
   std::vector<data::ChatMessage> messages;
@@ -63,7 +66,8 @@ int chat_command(const Arguments& arguments) {
   first.push_back({"user", "Hi"});
   files.chat_ids(first);
   const auto model = files.load(*backend);
-  models::Generator generator(*model, 1, std::min(context, model->config().max_position), sampling);
+  models::Generator generator(*model, 1, std::min(context, model->config().max_position), sampling,
+                              kv);
   chat(generator, files, max_tokens, seed, messages, std::cin, stdout);
   return 0;
 }

@@ -100,6 +100,11 @@ int CommandLine::nested_bits() const {
   return bits[choice("bits", {"8", "4", "3", "2"})];
 }
 
+quant::KvFormat CommandLine::kv_format() const {
+  const int bits[] = {16, 8, 4};
+  return {.bits = bits[choice("kv-bits", {"16", "8", "4"})]};
+}
+
 std::string CommandLine::required(const std::string& name) const {
   if (!has(name) || text(name).empty()) throw UsageError(cat("--", name, " is missing"));
   return text(name);

@@ -37,6 +37,10 @@ class CommandLine {
   static constexpr const char* kNestedBitsHelp =
       "of a nested export (--any-precision): read 8, 4, 3 or 2 bits";
   int nested_bits() const;
+  // --kv-bits of the same commands.
+  static constexpr const char* kKvBitsHelp =
+      "of keys and values in the cache: 16, or quantized to 8 or 4";
+  quant::KvFormat kv_format() const;
 
   // The backend of --device; auto takes a GPU if there is one. Throws if --device is cuda and there
   // is none.

@@ -50,21 +50,22 @@ int64_t linear_bytes(const models::QuantLinear& linear, Backend& backend) {
   return linear.n() * linear.k() * engine::size_bytes(backend.act());
 }
 
-// The least bytes that a step reads: the blocks' weights, norms, and the head. A step of more rows
-// than packed products take unpacks every weight, and moves more.
+}  // namespace
+
 int64_t weight_bytes(models::Llama& model, Backend& backend) {
   const models::LlamaConfig& c = model.config();
-  int64_t bytes = model.head().bytes();
+  int64_t bytes = model.head_table().bytes();
   for (auto& block : model.blocks()) {
-    bytes += 2 * c.d_model * engine::size_bytes(backend.real());
+    for (const models::NormShape& norm : models::block_norms(c))
+      bytes += norm.size * engine::size_bytes(backend.real());
+    for (const models::LinearShape& linear : models::block_linears(c))
+      if (linear.bias) bytes += linear.n * engine::size_bytes(backend.act());
     for (models::QuantLinear* linear : block->linears()) bytes += linear_bytes(*linear, backend);
   }
   return bytes;
 }
 
-int64_t kv_bytes_per_token(const models::LlamaConfig& c, Backend& backend) {
-  return 2 * c.layers * c.kv_heads * c.head_dim * engine::size_bytes(backend.act());
-}
+namespace {
 
 // A prompt's tokens, and where it is from, for errors.
 struct Prompt {
@@ -85,6 +86,8 @@ struct Report {
   double prefill_s = 0;
   std::vector<double> step_s;
   int64_t step_tokens = 0;                // that the steps made, without those of ended sequences
+  bool fused = false;                     // Generator::fused()
+  int64_t token_kv_bytes = 0;             // that the cache takes
   double weight_bytes = 0, kv_bytes = 0;  // of a step; of a token's keys and values so far
 
   double step() const { return median(step_s); }
@@ -102,11 +105,13 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
     fmt::print(stderr, "prefill {} tokens in {:.2f} ms ({:.0f} tokens/s)\n", r.prompt_tokens,
                1e3 * r.prefill_s, static_cast<double>(r.prompt_tokens) / r.prefill_s);
   if (step > 0)
-    fmt::print(stderr,
-               "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
-               "{:.0f} measured by copying ({:.1f} %) on {}\n",
-               r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
-               100 * rate / bandwidth, backend.device_name());
+    fmt::print(
+        stderr,
+        "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
+        "{:.0f} measured by copying ({:.1f} %), {:.1f} KB of keys and values a token, on {}, {}\n",
+        r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
+        100 * rate / bandwidth, static_cast<double>(r.token_kv_bytes) / 1e3, backend.device_name(),
+        r.fused ? "all layers in one kernel" : "layers op by op");
   if (!line.has("json")) return;
   ordered_json json;
   for (const auto& [prompt, answer] : r.sequences) {
@@ -126,9 +131,12 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
   json["decode_ms_per_step"] = 1e3 * step;
   json["decode_ms_per_token"] = tokens_per_s > 0 ? 1e3 / tokens_per_s : 0;
   json["tokens_per_s"] = tokens_per_s;
+  json["kv_bits"] = line.kv_format().bits;
+  json["kv_bytes_per_token"] = r.token_kv_bytes;
   json["gb_per_s"] = rate / 1e9;
   json["device_gb_per_s"] = bandwidth / 1e9;
   json["bandwidth_fraction"] = rate / bandwidth;
+  json["one_kernel"] = r.fused;
   json["device"] = backend.device_name();
   data::write_file_atomic(line.text("json"),
                           json.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n");
@@ -153,11 +161,11 @@ class StepTimes {
 Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
   const int64_t context = line.integer("context", 1, config.max_position);
-  const auto model =
-      models::Llama::synthetic(backend, config, engine::WeightGrid{}, sample_seed(line));
+  const auto model = models::Llama::synthetic(backend, config, {}, sample_seed(line));
   Report report;
   report.batch = batch_of(line, 1);
-  models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line));
+  models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line),
+                              line.kv_format());
   generator.assume(context);
   StepTimes times(report);
   generator.run(max_tokens, [&](const std::vector<int32_t>&) {
@@ -165,9 +173,10 @@ Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_t
     return true;
   });
   report.generated = report.batch * max_tokens;
+  report.fused = generator.fused();
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
-  report.kv_bytes =
-      static_cast<double>(kv_bytes_per_token(config, backend) * (context + max_tokens / 2));
+  report.token_kv_bytes = generator.kv_bytes_per_token();
+  report.kv_bytes = static_cast<double>(report.token_kv_bytes * (context + max_tokens / 2));
   return report;
 }
 
@@ -335,11 +344,13 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   report.listed = line.has("prompts") || report.batch > 1;
 
   const auto model = files.load(backend);  // last: it reads every weight
-  models::Generator generator(*model, report.batch, capacity, sampling);
+  models::Generator generator(*model, report.batch, capacity, sampling, line.kv_format());
   generate(report, generator, files, sample_seed(line));
+  report.fused = generator.fused();
   for (const Sequence& one : report.sequences) report.generated += one.answer.generated;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
-  report.kv_bytes = static_cast<double>(kv_bytes_per_token(model->config(), backend) *
+  report.token_kv_bytes = generator.kv_bytes_per_token();
+  report.kv_bytes = static_cast<double>(report.token_kv_bytes *
                                         (report.prompt_tokens + report.generated / 2) / count);
   return report;
 }
@@ -351,6 +362,8 @@ int decode_command(const Arguments& arguments) {
   line.options()                                                             //
       ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
       ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
+      ("kv-bits", CommandLine::kKvBitsHelp,
+       cxxopts::value<std::string>()->default_value("16"))  //
       ("prompt", "text to continue; special tokens in it are plain text without --special",
        cxxopts::value<std::string>())  //
       ("prompts",
@@ -370,7 +383,8 @@ int decode_command(const Arguments& arguments) {
        cxxopts::value<std::string>())                                                          //
       ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
       ("json", "write text and timings to this file", cxxopts::value<std::string>())           //
-      ("synthetic", "random 2-bit weights: smollm2-135m, llama-3.2-1b, llama-3-8b, llama-2-7b",
+      ("synthetic",
+       "random 2-bit weights: smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, llama-2-7b",
        cxxopts::value<std::string>())  //
       ("context", "with --synthetic: tokens already in the cache",
        cxxopts::value<std::string>()->default_value("1024"));

@@ -75,7 +75,7 @@ std::vector<LoadedTask> load_tasks(const std::vector<EvalTask>& tasks, bool name
 }
 
 TaskResult evaluate(models::Llama& model, const data::Tokenizer& tokenizer,
-                    const LoadedTask& loaded) {
+                    const LoadedTask& loaded, quant::KvFormat kv) {
   const int64_t max_position = model.config().max_position;
   const int64_t most_tokens = (max_position > 0 ? max_position : kDefaultContext_tokens) + 1;
   std::vector<models::ScoredTokens> sequences;
@@ -91,7 +91,8 @@ TaskResult evaluate(models::Llama& model, const data::Tokenizer& tokenizer,
   }
   engine::Progress progress(loaded.task.name, static_cast<int64_t>(sequences.size()));
   return score_task(loaded.items,
-                    log_likelihoods(model, sequences, [&](int64_t done) { progress.set(done); }));
+                    log_likelihoods(
+                        model, sequences, [&](int64_t done) { progress.set(done); }, kv));
 }
 
 }  // namespace
@@ -101,9 +102,11 @@ int eval_command(const Arguments& arguments) {
   for (const EvalTask& task : eval_tasks())
     summary += fmt::format("  {:<14} {}\n", task.name, joined(task.files));
   CommandLine line("eval", summary);
-  line.options()                                                                   //
-      ("model", "directory or GGUF file", cxxopts::value<std::string>())           //
-      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())        //
+  line.options()                                                             //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
+      ("kv-bits", CommandLine::kKvBitsHelp,
+       cxxopts::value<std::string>()->default_value("16"))                         //
       ("data", "directory of the tasks' files", cxxopts::value<std::string>())     //
       ("tasks", "separated by commas; default: all with a file in the directory",  //
        cxxopts::value<std::string>())                                              //
@@ -113,6 +116,7 @@ int eval_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
   const std::string model_path = line.required("model"), directory = line.required("data");
   const int64_t limit = line.integer("limit", 0);
+  const quant::KvFormat kv = line.kv_format();
   const std::vector<EvalTask> chosen =
       chosen_tasks(line.has("tasks") ? line.required("tasks") : "");
 
@@ -127,7 +131,7 @@ int eval_command(const Arguments& arguments) {
   double average = 0;
   fmt::print("{:<14}{:>7}{:>9}{:>9}{:>10}{:>9}\n", "task", "items", "acc", "+-", "acc_norm", "+-");
   for (const LoadedTask& loaded : tasks) {
-    const TaskResult result = evaluate(*model, *tokenizer, loaded);
+    const TaskResult result = evaluate(*model, *tokenizer, loaded, kv);
     fmt::print("{:<14}{:>7}{:>9.4f}{:>9.4f}{:>10.4f}{:>9.4f}\n", loaded.task.name, result.items,
                result.acc, result.acc_stderr, result.acc_norm, result.acc_norm_stderr);
     std::fflush(stdout);  // a task may take minutes
@@ -147,7 +151,8 @@ int eval_command(const Arguments& arguments) {
                                          {"average", average},
                                          {"model", model_path},
                                          {"device", backend->device_name()},
-                                         {"bits_per_weight", source->bits_per_weight()}};
+                                         {"bits_per_weight", source->bits_per_weight()},
+                                         {"kv_bits", kv.bits}};
     data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
   }
   return 0;

@@ -4,6 +4,7 @@
 
 #include "models/packed_checkpoint.h"
 #include "tools/config_options.h"
+#include "tools/load_model.h"
 #include "train/statistics.h"
 #include "train/train.h"
 
@@ -34,6 +35,9 @@ int export_command(const Arguments& arguments) {
        "bbb: packed; hf: dequantized BF16 safetensors; gptq: GPTQ-v2 safetensors; gguf: one file "
        "for llama.cpp",
        cxxopts::value<std::string>()->default_value("bbb"))  //
+      ("head-bits",
+       "with --format bbb: of the head, and of an embedding that is tied to it: 16, 8 or 4",
+       cxxopts::value<std::string>()->default_value("16"))  //
       ("gguf-head", "with --format gguf: embedding and head in bf16 or q8_0",
        cxxopts::value<std::string>()->default_value("bf16"));
   train::TrainConfig config;
@@ -44,8 +48,13 @@ int export_command(const Arguments& arguments) {
   using models::ExportFormat;
   const ExportFormat formats[] = {ExportFormat::Packed, ExportFormat::HuggingFace,
                                   ExportFormat::Gptq, ExportFormat::Gguf};
-  models::ExportOptions options = formats[line.choice("format", {"bbb", "hf", "gptq", "gguf"})];
-  if (line.has("gguf-head") && options.format != ExportFormat::Gguf)
+  const int head_widths[] = {models::kDenseBits, 8, 4};
+  const ExportFormat format = formats[line.choice("format", {"bbb", "hf", "gptq", "gguf"})];
+  const int head_bits = head_widths[line.choice("head-bits", {"16", "8", "4"})];
+  if (head_bits != models::kDenseBits && format != ExportFormat::Packed)
+    throw UsageError("--head-bits needs --format bbb: no other format holds a quantized head");
+  models::ExportOptions options(format, head_bits);
+  if (line.has("gguf-head") && format != ExportFormat::Gguf)
     throw UsageError("--gguf-head needs --format gguf");
   options.gguf_tables = line.choice("gguf-head", {"bf16", "q8_0"}) == 0 ? models::GgufTables::BF16
                                                                         : models::GgufTables::Q8_0;
@@ -85,7 +94,13 @@ int export_command(const Arguments& arguments) {
                summary.rounding.difference, summary.rounding.name);
   else
     fmt::print("read back: every weight equals the packed model's\n");
-  fmt::print("{}: {:.4f} bits per weight, read from the file\n", out, summary.bits_per_weight);
+  if (summary.lost_activations)
+    fmt::print("the model quantizes activations; readers of this format do not\n");
+  fmt::print("{}: {:.4f} bits per weight, read from the file", out, summary.bits_per_weight);
+  if (format == ExportFormat::Gptq)  // bbb does not read it
+    fmt::print("\n");
+  else
+    fmt::print("; {}\n", table_sizes(*models::open_checkpoint(out)));
   return 0;
 }
 

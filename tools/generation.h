@@ -18,6 +18,10 @@ void add_sampling_options(CommandLine& line);
 engine::SampleSpec sample_spec(const CommandLine& line);
 uint64_t sample_seed(const CommandLine& line);
 
+// The least bytes that a step reads: the blocks' weights, norms and biases, and the head. A step of more rows
+// than packed products take unpacks every weight, and moves more.
+int64_t weight_bytes(models::Llama& model, engine::Backend& backend);
+
 // A checkpoint and its tokenizer, before any weight is read.
 struct ModelFiles {
   std::string path;

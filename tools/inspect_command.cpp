@@ -3,6 +3,7 @@
 
 #include "models/checkpoint.h"
 #include "tools/cli.h"
+#include "tools/load_model.h"
 
 namespace bbb::tools {
 
@@ -20,7 +21,7 @@ int inspect_command(const Arguments& arguments) {
              c.layers, c.d_model, c.hidden, c.heads, c.kv_heads, c.head_dim, c.vocab);
   fmt::print("rope_theta {}  rope_scaling {}  rms_eps {}  sliding_window {}  tied_head {}\n",
              c.rope_theta,
-             c.rope_scaling            ? "llama3"
+             c.rope_scaling            ? name_of(c.rope_scaling->kind)
              : !c.rope_factors.empty() ? "factors"
                                        : "none",
              c.rms_eps, c.sliding_window, c.tied_head);
@@ -33,6 +34,7 @@ int inspect_command(const Arguments& arguments) {
   }
   fmt::print("{} tensors, {:.1f} MB; linears: {} weights, {:.4f} bits per weight\n", tensors.size(),
              static_cast<double>(bytes) / 1e6, c.linear_parameters(), source->bits_per_weight());
+  fmt::print("{}\n", table_sizes(*source));
   const quant::ActivationBits activations = source->bits_per_activation();
   fmt::print("activations: {:.4f} bits of codes, {:.4f} with scales\n", activations.codes,
              activations.all);

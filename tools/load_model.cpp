@@ -1,5 +1,7 @@
 #include "tools/load_model.h"
 
+#include <fmt/format.h>
+
 #include "engine/progress.h"
 
 namespace bbb::tools {
@@ -11,6 +13,13 @@ std::unique_ptr<models::Llama> load_model(engine::Backend& backend,
   engine::Progress progress("loading", source.config().layers, engine::Progress::kPatience_s);
   model->load_blocks(source, [&](int64_t done) { progress.set(done); });
   return model;
+}
+
+std::string table_sizes(const models::Checkpoint& source) {
+  const auto bytes = static_cast<double>(source.table_bytes());
+  return fmt::format("{}: {:.1f} MB, {:.4f} bits per weight",
+                     source.config().tied_head ? "embedding, also the head" : "embedding and head",
+                     bytes / 1e6, 8 * bytes / static_cast<double>(source.table_weights()));
 }
 
 }  // namespace bbb::tools

@@ -16,9 +16,11 @@ namespace bbb::tools {
 
 int ppl_command(const Arguments& arguments) {
   CommandLine line("ppl", "Perplexity of a checkpoint (Hugging Face, GGUF or exported) on a text");
-  line.options()                                                                            //
-      ("model", "directory or GGUF file", cxxopts::value<std::string>())                    //
-      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())                 //
+  line.options()                                                             //
+      ("model", "directory or GGUF file", cxxopts::value<std::string>())     //
+      ("bits", CommandLine::kNestedBitsHelp, cxxopts::value<std::string>())  //
+      ("kv-bits", CommandLine::kKvBitsHelp,
+       cxxopts::value<std::string>()->default_value("16"))                                  //
       ("text", ".txt, or .jsonl with a \"text\" a line", cxxopts::value<std::string>())     //
       ("seq-len", "tokens a window", cxxopts::value<std::string>()->default_value("2048"))  //
       ("max-windows", "stop after this many; 0: all",
@@ -27,6 +29,7 @@ int ppl_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
   const std::string model_path = line.required("model"), text_path = line.required("text");
   const int64_t seq_len = line.integer("seq-len", 2), limit = line.integer("max-windows", 0);
+  const quant::KvFormat kv = line.kv_format();
 
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path, line.nested_bits());
@@ -42,17 +45,18 @@ int ppl_command(const Arguments& arguments) {
   models::Perplexity result;
   {
     engine::Progress progress("ppl", count);
-    result = models::perplexity(*model, windows.ids, count, seq_len,
-                                [&](int64_t done) { progress.set(done); });
+    result = models::perplexity(
+        *model, windows.ids, count, seq_len, [&](int64_t done) { progress.set(done); }, kv);
   }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const quant::ActivationBits activations = source->bits_per_activation();
   fmt::print(
       "perplexity {:.3f}  nll {:.5f} +- {:.5f}  {} windows of {}  {:.4f} bits per weight  "
-      "{:.3f} bits per activation ({:.3f} with scales)  {:.0f} tokens/s on {}\n",
+      "{:.3f} bits per activation ({:.3f} with scales)  {} bits of keys and values  "
+      "{:.0f} tokens/s on {}\n",
       result.perplexity, result.nll, result.nll_stderr, result.windows, seq_len,
-      source->bits_per_weight(), activations.codes, activations.all,
+      source->bits_per_weight(), activations.codes, activations.all, kv.bits,
       static_cast<double>(result.windows * seq_len) / seconds, backend->device_name());
   if (line.has("json")) {
     const nlohmann::ordered_json json = {{"perplexity", result.perplexity},
@@ -62,7 +66,8 @@ int ppl_command(const Arguments& arguments) {
                                          {"tokens", result.tokens},
                                          {"bits_per_weight", source->bits_per_weight()},
                                          {"bits_per_activation", activations.codes},
-                                         {"bits_per_activation_with_scales", activations.all}};
+                                         {"bits_per_activation_with_scales", activations.all},
+                                         {"kv_bits", kv.bits}};
     data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
   }
   return 0;

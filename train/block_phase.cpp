@@ -6,7 +6,7 @@
 #include <optional>
 #include <utility>
 
-#include "engine/progress.h"
+#include "train/dry_run.h"
 #include "train/stage_trainer.h"
 
 namespace bbb::train {
@@ -22,8 +22,8 @@ using models::LlamaConfig;
 class BlockPhase {
  public:
   BlockPhase(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-             const TrainConfig& config, const Recipe& recipe, models::Recompute recompute,
-             const StreamPlan& plan, const RunDirectory& run, const Observer& observer)
+             const TrainConfig& config, const Recipe& recipe, const RunDirectory& run,
+             const Observer& observer, models::Recompute recompute, const StreamPlan& plan)
       : backend_(backend),
         source_(source),
         config_(config),
@@ -33,11 +33,9 @@ class BlockPhase {
         recipe_(recipe),
         recompute_(recompute),
         streams_(backend, model_, config, plan) {
-    {
-      const models::Llama model(backend, source, models::HeadRounding::BFloat16);
-      inv_freq_ = model.inv_freq();
-      streams_.embed(model.embedding(), windows);
-    }
+    const models::Llama model(backend, source, models::HeadRounding::BFloat16);
+    inv_freq_ = model.inv_freq();
+    streams_.embed(model.embedding(), windows);
   }
 
   // Starts at the first unfinished stage; `saved`: its state, if there is one.
@@ -58,10 +56,7 @@ class BlockPhase {
 
   // For a probe: prepares the first step of the first stage of the first block.
   void begin() {
-    const LayerResult weights = full_precision(0);
-    enter(0);
-    advance_teacher(0, weights, streams_.target(), target_input(0));
-    trainer_->load(0, start_stage(0, 0, weights));
+    load_start(0, 0, enter_with_target(0));
     trainer_->quantized_block();
     rewind();
   }
@@ -78,11 +73,9 @@ class BlockPhase {
     const int64_t first =
         std::max<int64_t>(0, std::min(Recipe::widest_layer(config_, model_), model_.layers - 2));
     for (int64_t layer = first; layer < std::min(first + 2, model_.layers); ++layer) {
-      const LayerResult weights = full_precision(layer);
-      enter(layer);
-      advance_teacher(layer, weights, streams_.target(), target_input(0));
+      const LayerResult weights = enter_with_target(layer);
       for (size_t t = 0; t < config_.stages.size(); ++t) {
-        trainer_->load(t, start_stage(layer, t, weights));
+        load_start(layer, t, weights);
         trainer_->rehearse(layer, t);
         if (layer + 1 < model_.layers) advance_stage(t);  // no block follows the last
       }
@@ -90,91 +83,6 @@ class BlockPhase {
   }
 
  private:
-  // Makes the trainer that fits the layer's formats, unless the last layer's does.
-  void enter(int64_t layer) {
-    StageFormats formats;
-    for (int64_t t = 0; t < block_stages(config_); ++t)
-      formats.push_back(recipe_.stage_formats(layer, t));
-    if (trainer_ && trainer_->formats() == formats) return;
-    StepHooks hooks;
-    hooks.show = [this](const Position& at, float) { show(at); };
-    hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
-    hooks.synchronized = [this] { finish_write_if_done(); };
-    trainer_.reset();  // its memory, before the next one takes its own
-    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recompute_,
-                     streams_, inv_freq_, run_, observer_, std::move(hooks));
-  }
-
-  LayerResult start_stage(int64_t layer, size_t t, const LayerResult& from) const {
-    return models::start_stage(model_, from, recipe_.stage_formats(layer, static_cast<int64_t>(t)),
-                               recipe_.statistics(layer), config_.range, recipe_.lowest_bits());
-  }
-
-  void advance(LlamaBlock& block, Stream& out, Stream& in) {
-    streams_.rewrite(out, in, [&](const Tensor& x) {
-      Tape tape(backend_, TapeMode::Inference);
-      return block.forward(tape, Var(x), nullptr, models::Recompute::None).value();
-    });
-  }
-
-  // The original weights of a layer. Layers must be requested in order: the weights of the next
-  // layer are read, or drawn, while the device works on this one.
-  LayerResult full_precision(int64_t layer) {
-    LayerResult weights =
-        next_weights_.valid() ? next_weights_.get() : models::full_precision(source_, layer);
-    if (layer + 1 < model_.layers)
-      next_weights_ =
-          std::async(std::launch::async, models::full_precision, std::cref(source_), layer + 1);
-    return weights;
-  }
-
-  void advance_teacher(int64_t layer, const LayerResult& weights, Stream& out, Stream& in) {
-    LlamaBlock teacher(backend_, model_, layer, inv_freq_);
-    timed(backend_, time_.weights_s, [&] { teacher.set_float(weights); });
-    timed(backend_, time_.streams_s, [&] { advance(teacher, out, in); });
-  }
-
-  // What the full-precision block is fed to give the target of stage t.
-  Stream& target_input(size_t t) {
-    return config_.target == Target::Full ? streams_.full() : streams_.stage(t);
-  }
-
-  // Passes stream t through the block, with the masters and width that are loaded.
-  void advance_stage(size_t t) {
-    LlamaBlock& block = trainer_->quantized_block();
-    for (size_t p = 0; p < streams_.precisions(); ++p) {
-      if (streams_.precisions() > 1) block.select_precision(p);
-      advance(block, streams_.stage(t, p), streams_.stage(t, p));
-    }
-  }
-
-  LayerResult finished_result(int64_t layer, size_t t) const {
-    return run_.stage_result(layer, static_cast<int64_t>(t), recipe_, model_);
-  }
-
-  // Computes the streams after the first `blocks` blocks, which are finished.
-  void recompute_streams(int64_t blocks) {
-    std::optional<engine::Progress> progress;
-    const int64_t passes = block_stages(config_) + 1;
-    if (!observer_.quiet && blocks > 0)
-      progress.emplace("resuming", blocks * passes, engine::Progress::kPatience_s);
-    const auto advanced = [&](int64_t block, int64_t done) {
-      backend_.synchronize();  // otherwise progress would run ahead of the device
-      if (progress) progress->set(block * passes + done, cat("block ", block + 1, "/", blocks));
-    };
-    for (int64_t block = 0; block < blocks; ++block) {
-      if (config_.target == Target::Full)
-        advance_teacher(block, full_precision(block), streams_.full(), streams_.full());
-      enter(block);
-      advanced(block, 1);
-      for (size_t t = 0; t < config_.stages.size(); ++t) {
-        trainer_->load(t, finished_result(block, t));
-        advance_stage(t);
-        advanced(block, static_cast<int64_t>(t) + 2);
-      }
-    }
-  }
-
   void train_block(int64_t layer, int64_t finished_stages) {
     const bool from_its_start = finished_stages == 0 && !saved_;
     time_ = BlockTime();
@@ -193,7 +101,7 @@ class BlockPhase {
       if (config_.target == Target::Follow)
         advance_teacher(layer, original, streams_.target(), streams_.stage(t));
       timed(backend_, time_.weights_s,
-            [&] { trainer_->load(t, start_stage(layer, t, t == 0 ? original : *results.back())); });
+            [&] { load_start(layer, t, t == 0 ? original : *results.back()); });
       results.push_back(train_stage(layer, t));
     }
     if (layer + 1 == model_.layers) return;
@@ -226,6 +134,94 @@ class BlockPhase {
       std::filesystem::remove(run_.block_state_file());
     });
     return result;
+  }
+
+  // Makes the trainer that fits the layer's formats, unless the last layer's does.
+  void enter(int64_t layer) {
+    StageFormats formats;
+    for (int64_t t = 0; t < block_stages(config_); ++t)
+      formats.push_back(recipe_.stage_formats(layer, t));
+    if (trainer_ && trainer_->formats() == formats) return;
+    StepHooks hooks;
+    hooks.show = [this](const Position& at, float) { show(at); };
+    hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
+    hooks.synchronized = [this] { finish_write_if_done(); };
+    trainer_.reset();  // its memory, before the next one takes its own
+    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recompute_,
+                     streams_, inv_freq_, run_, observer_, std::move(hooks));
+  }
+
+  // Enters a layer and computes the target of its first stage. Returns the original weights.
+  LayerResult enter_with_target(int64_t layer) {
+    LayerResult original = full_precision(layer);
+    enter(layer);
+    advance_teacher(layer, original, streams_.target(),
+                    config_.target == Target::Full ? streams_.full() : streams_.stage(0));
+    return original;
+  }
+
+  // Loads the start of stage t: from the result of the stage before, or the original weights.
+  void load_start(int64_t layer, size_t t, const LayerResult& from) {
+    trainer_->load(t, recipe_.start(layer, from, trainer_->formats()[t]));
+  }
+
+  void advance(LlamaBlock& block, Stream& out, Stream& in) {
+    streams_.rewrite(out, in, [&](const Tensor& x) {
+      Tape tape(backend_, TapeMode::Inference);
+      return block.forward(tape, Var(x), nullptr, models::Recompute::None).value();
+    });
+  }
+
+  // The original weights of a layer. Layers must be requested in order: the weights of the next
+  // layer are read, or drawn, while the device works on this one.
+  LayerResult full_precision(int64_t layer) {
+    LayerResult weights =
+        next_weights_.valid() ? next_weights_.get() : models::full_precision(source_, layer);
+    if (layer + 1 < model_.layers)
+      next_weights_ =
+          std::async(std::launch::async, models::full_precision, std::cref(source_), layer + 1);
+    return weights;
+  }
+
+  void advance_teacher(int64_t layer, const LayerResult& weights, Stream& out, Stream& in) {
+    LlamaBlock teacher(backend_, model_, layer, inv_freq_);
+    timed(backend_, time_.weights_s, [&] { teacher.set_float(weights); });
+    timed(backend_, time_.streams_s, [&] { advance(teacher, out, in); });
+  }
+
+  // Passes stream t through the block, with the masters and width that are loaded.
+  void advance_stage(size_t t) {
+    LlamaBlock& block = trainer_->quantized_block();
+    for (size_t p = 0; p < streams_.precisions(); ++p) {
+      if (streams_.precisions() > 1) block.select_precision(p);
+      advance(block, streams_.stage(t, p), streams_.stage(t, p));
+    }
+  }
+
+  LayerResult finished_result(int64_t layer, size_t t) const {
+    return run_.stage_result(layer, static_cast<int64_t>(t), recipe_, model_);
+  }
+
+  // Computes the streams after the first `blocks` blocks, which are finished.
+  void recompute_streams(int64_t blocks) {
+    const int64_t passes = block_stages(config_) + 1;
+    engine::Progress progress =
+        observer_.progress("resuming", blocks * passes, engine::Progress::kPatience_s);
+    const auto advanced = [&](int64_t block, int64_t done) {
+      backend_.synchronize();  // otherwise progress would run ahead of the device
+      progress.set(block * passes + done, cat("block ", block + 1, "/", blocks));
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (config_.target == Target::Full)
+        advance_teacher(block, full_precision(block), streams_.full(), streams_.full());
+      enter(block);
+      advanced(block, 1);
+      for (size_t t = 0; t < config_.stages.size(); ++t) {
+        trainer_->load(t, finished_result(block, t));
+        advance_stage(t);
+        advanced(block, static_cast<int64_t>(t) + 2);
+      }
+    }
   }
 
   void finish_write() {
@@ -270,55 +266,28 @@ class BlockPhase {
 int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
                         const TrainConfig& config, models::Recompute recompute,
                         const StreamPlan& streams) {
-  data::Windows windows;
-  windows.seq_len = config.seq_len;
-  windows.count = config.samples + config.val_samples;
-  windows.ids.resize(static_cast<size_t>(windows.count * windows.seq_len));
-  const RunDirectory run(config.out);
-  Observer quiet;
-  quiet.quiet = true;
-  const Recipe recipe(config, source.config());
-  BlockPhase phase(backend, source, windows, config, recipe, recompute, streams, run, quiet);
-  phase.rehearse();
+  DryRun<BlockPhase> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
+                         streams);
+  dry.phase.rehearse();
   return backend.recorded_bytes();
 }
 
 StepProbe probe_block_step(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                            const TrainConfig& config, const BlockMemory& memory) {
-  struct Held {
-    TrainConfig config;
-    RunDirectory run;  // names no file as long as no block is finished
-    Observer observer;
-    std::optional<Recipe> recipe;
-    std::optional<BlockPhase> phase;
-  };
-  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}, {}});
-  held->recipe.emplace(held->config, source.config());
-  held->phase.emplace(backend, source, windows, held->config, *held->recipe, memory.recompute,
-                      memory.streams, held->run, held->observer);
-  held->phase->begin();
-  return {[held](StepPart last) { return held->phase->trainer().record(0, 0, last); },
-          [held] { held->phase->rewind(); }};
+  const auto dry = std::make_shared<DryRun<BlockPhase>>(
+      backend, source, windows, config, Observer(), memory.recompute, memory.streams);
+  dry->phase.begin();
+  return {[dry](StepPart last) { return dry->phase.trainer().record(0, 0, last); },
+          [dry] { dry->phase.rewind(); }};
 }
 
 void train_blocks(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                   const TrainConfig& config, const Recipe& recipe, const BlockMemory& memory,
                   const RunDirectory& run, const Observer& observer) {
-  const LlamaConfig& model = source.config();
-  const int64_t stages = block_stages(config), finished = run.finished_stages(config, model.layers);
-  if (finished == model.layers * stages) return;
-  std::optional<SavedState> saved = run.block_state(config, finished);
-  // The log of a block: lines of its finished stages, then those up to the saved state.
-  const int64_t lines_per_stage = steps_per_stage(config) + config.epochs + 1;
-  int64_t left = finished % stages * lines_per_stage;
-  if (saved)
-    left += saved->position().step + static_cast<int64_t>(saved->position().validation.size());
-  run.keep_log([&](const Json& line) {
-    const int64_t block = line.value("block", model.layers);
-    return block < finished / stages || (block == finished / stages && left-- > 0);
-  });
-  BlockPhase(backend, source, windows, config, recipe, memory.recompute, memory.streams, run,
-             observer)
+  const int64_t finished = run.finished_stages(config, source.config().layers);
+  std::optional<SavedState> saved = run.resume_blocks(config, finished);
+  BlockPhase(backend, source, windows, config, recipe, run, observer, memory.recompute,
+             memory.streams)
       .run(finished, std::move(saved));
 }
 

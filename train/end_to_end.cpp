@@ -5,12 +5,12 @@
 #include <optional>
 
 #include "autograd/ops.h"
-#include "engine/progress.h"
+#include "train/dry_run.h"
 #include "train/loss_weights.h"
 #include "train/run_file.h"
-#include "train/sample_order.h"
 #include "train/step_loop.h"
 #include "train/step_probe.h"
+#include "train/token_batches.h"
 
 namespace bbb::train {
 namespace {
@@ -25,14 +25,13 @@ using models::LayerResult;
 using models::Llama;
 using models::LlamaConfig;
 
-constexpr uint64_t kOrderSeed = 0;  // block training's sub-seeds start at 1
-
 // One stage of the whole model.
 class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-           const TrainConfig& config, const Recipe& recipe, size_t stage, const StartOfModel& start,
-           models::Recompute recompute, const RunDirectory& run, const Observer& observer)
+           const TrainConfig& config, const Recipe& recipe, const RunDirectory& run,
+           const Observer& observer, models::Recompute recompute, size_t stage,
+           const StartOfModel& start)
       : backend_(backend),
         config_(config),
         recompute_(recompute),
@@ -49,43 +48,39 @@ class EndToEnd {
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
-    if (recipe.precisions() > 1) weights_.emplace(backend, recipe.precisions(), steps_);
+    const size_t precisions = Recipe::precisions(config);
+    if (precisions > 1) weights_.emplace(backend, precisions, steps_);
     const Tensor& masters = student_.parameters().masters();
     if (config.e2e_average > 0) average_ = backend.empty(masters.shape(), backend.real());
     if (config.e2e_freeze == Freeze::Flips) flips_ = backend.zeros(masters.shape(), DType::U8);
-    upload_windows(windows);
+    batches_.emplace(backend, windows, config, stage, steps_);
   }
 
   void run() {
-    Position at;
-    at.stage = static_cast<int64_t>(stage_);
     if (config_.e2e_snap == Snap::On && stage_ == 0) student_.snap();  // sets the ratios, too
-    if (std::filesystem::exists(run_.e2e_state_file())) at = load_state();
-    if (at.step == 0 && average_.defined())
-      backend_.copy(average_, student_.parameters().masters());
-    rewind(at.step);
     const std::string& name = recipe_.whole_stages()[stage_].name;
-    const auto number = static_cast<int64_t>(stage_);
-    run_.keep_log([&](const Json& line) {
-      if (line.value("phase", "") != "e2e") return true;
-      const int64_t of = line.value("stage_number", int64_t{0});
-      return of < number || (of == number && line.value("step", int64_t{0}) < at.step);
-    });
+    Position at{0, static_cast<int64_t>(stage_), 0, {}};
+    if (const std::optional<SavedState> saved = run_.resume_whole(stage_, steps_)) {
+      saved->load(backend_, state());
+      at = saved->position();
+    } else if (average_.defined()) {
+      backend_.copy(average_, student_.parameters().masters());
+    }
+    rewind(at.step);
     student_.prepare();
     std::vector<std::unique_ptr<engine::Replay>> steps;
     steps.push_back(record(StepPart::Optimizer));
 
-    std::optional<engine::Progress> progress;
-    if (!observer_.quiet) progress.emplace(cat("end to end ", name), steps_);
+    engine::Progress progress = observer_.progress(cat("end to end ", name), steps_);
     StepHooks hooks;
     hooks.line = [&](int64_t) {
-      return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", number}};
+      return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", stage_}};
     };
     hooks.save = [this](const Position& position) {
       save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
     };
     hooks.show = [&](const Position& position, float loss) {
-      if (progress) progress->set(position.step, cat("loss ", loss));
+      progress.set(position.step, cat("loss ", loss));
     };
     hooks.after_step = [this](const Position& position) {
       if (observer_.after_e2e_step) observer_.after_e2e_step(position.step);
@@ -100,8 +95,7 @@ class EndToEnd {
 
   // Sets both cursors, so that the next step is `step`.
   void rewind(int64_t step) {
-    const int32_t micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
-    backend_.upload(cursor_, &micro);
+    batches_->rewind(step);
     loop_->rewind(step);
   }
 
@@ -116,39 +110,12 @@ class EndToEnd {
   // Loads the student and, unless the loss is cross-entropy, the teacher.
   void load(const Checkpoint& source, const StartOfModel& start) {
     const bool has_teacher = config_.e2e_loss != EndToEndLoss::CrossEntropy;
-    std::optional<engine::Progress> progress;
-    if (!observer_.quiet)
-      progress.emplace("loading", (has_teacher ? 2 : 1) * model_.layers,
-                       engine::Progress::kPatience_s);
-    const auto loaded = [&](int64_t layers) {
-      if (progress) progress->set(layers);
-    };
-    student_.load(start, loaded);
+    engine::Progress progress = observer_.progress("loading", (has_teacher ? 2 : 1) * model_.layers,
+                                                   engine::Progress::kPatience_s);
+    student_.load(start, [&](int64_t layers) { progress.set(layers); });
     if (!has_teacher) return;
     teacher_.emplace(backend_, source, models::HeadRounding::BFloat16);
-    teacher_->load_blocks(source, [&](int64_t layers) { loaded(model_.layers + layers); });
-  }
-
-  // Windows, targets (the next token; -1 for the last token of a window), and the windows of all
-  // steps.
-  void upload_windows(const data::Windows& windows) {
-    const int64_t seq = config_.seq_len;
-    const std::vector<int32_t> ids(windows.ids.begin(),
-                                   windows.ids.begin() + config_.samples * seq);
-    std::vector<int32_t> targets(ids.begin() + 1, ids.end());
-    targets.push_back(-1);
-    for (size_t i = static_cast<size_t>(seq) - 1; i < targets.size(); i += static_cast<size_t>(seq))
-      targets[i] = -1;
-    ids_ = backend_.empty({config_.samples, seq}, DType::I32);
-    targets_ = backend_.empty({config_.samples, seq}, DType::I32);
-    backend_.upload(ids_, ids.data());
-    backend_.upload(targets_, targets.data());
-
-    const std::vector<int32_t> order = sample_order(sub_seed(config_.seed, kOrderSeed, stage_),
-                                                    config_.samples, config_.e2e_batch, steps_);
-    order_ = backend_.empty({static_cast<int64_t>(order.size())}, DType::I32);
-    backend_.upload(order_, order.data());
-    cursor_ = backend_.empty({1}, DType::I32);
+    teacher_->load_blocks(source, [&](int64_t layers) { progress.set(model_.layers + layers); });
   }
 
   // Recorded: one optimizer step.
@@ -175,16 +142,12 @@ class EndToEnd {
   }
 
   void accumulate(Write mode, StepPart last) {
-    const int64_t rows = config_.e2e_micro_batch, seq = config_.seq_len, tokens = rows * seq;
-    const Tensor ids = backend_.empty({rows, seq}, DType::I32);
-    const Tensor targets = backend_.empty({rows, seq}, DType::I32);
-    backend_.gather_rows(ids, {ids_, order_, cursor_});
-    backend_.gather_rows(targets, {targets_, order_, cursor_});
-    backend_.advance(cursor_);
+    const int64_t seq = config_.seq_len, tokens = config_.e2e_micro_batch * seq;
+    const auto [ids, targets] = batches_->next();
     if (last == StepPart::Quantize) return;
 
     Tensor teacher_h;
-    for (size_t p = 0; p < recipe_.precisions(); ++p) {
+    for (size_t p = 0; p < Recipe::precisions(config_); ++p) {
       Tape tape(backend_, TapeMode::Training);
       Var h;
       const auto teacher_forward = [&] {
@@ -224,15 +187,6 @@ class EndToEnd {
     return state;
   }
 
-  Position load_state() const {
-    const SavedState saved(run_.e2e_state_file(), run_.checksum());
-    const Position& at = saved.position();
-    BBB_CHECK(at.stage == static_cast<int64_t>(stage_) && at.step > 0 && at.step < steps_,
-              run_.e2e_state_file(), ": stage ", at.stage, ", step ", at.step, " of ", steps_);
-    saved.load(backend_, state());
-    return saved.position();
-  }
-
   void write_result() {
     if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     student_.prepare();
@@ -264,12 +218,10 @@ class EndToEnd {
   std::optional<Llama> teacher_;
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
-  Tensor ids_, targets_;  // I32 (samples, T)
-  Tensor order_;          // I32 (steps * e2e_batch): the windows of all steps
-  Tensor cursor_;         // I32 (1): the micro-batch, counted over all steps
-  Tensor loss_;           // real (1): the loss of the whole step, over all precisions
-  Tensor average_;        // real: of the masters; undefined without --e2e-average
-  Tensor flips_;          // U8: of the masters (Backend::freeze_flips); undefined without it
+  std::optional<TokenBatches> batches_;
+  Tensor loss_;     // real (1): the loss of the whole step, over all precisions
+  Tensor average_;  // real: of the masters; undefined without --e2e-average
+  Tensor flips_;    // U8: of the masters (Backend::freeze_flips); undefined without it
   std::optional<LossWeights> weights_;  // of several precisions
   Tensor step_weights_;                 // real (precisions): those of the step that is recorded
 };
@@ -283,20 +235,13 @@ static StartOfModel start_of(const Checkpoint& source) {
 
 int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
                             const TrainConfig& config, models::Recompute recompute) {
-  data::Windows windows;
-  windows.seq_len = config.seq_len;
-  windows.count = config.samples;
-  windows.ids.resize(static_cast<size_t>(windows.count * windows.seq_len));
-  const RunDirectory run(config.out);
-  const Recipe recipe(config, source.config());
-  Observer quiet;
-  quiet.quiet = true;
   int64_t recorded_bytes = 0;
-  for (size_t stage = 0; stage < recipe.whole_stages().size(); ++stage) {
-    EndToEnd phase(backend, source, windows, config, recipe, stage, start_of(source), recompute,
-                   run, quiet);
-    phase.student().prepare();
-    const auto step = phase.record(StepPart::Optimizer);
+  const size_t stages = Recipe(config, source.config()).whole_stages().size();
+  for (size_t stage = 0; stage < stages; ++stage) {
+    DryRun<EndToEnd> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
+                         stage, start_of(source));
+    dry.phase.student().prepare();
+    const auto step = dry.phase.record(StepPart::Optimizer);
     step->run();
     recorded_bytes = std::max(recorded_bytes, backend.recorded_bytes());
   }
@@ -307,29 +252,12 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
                                 const data::Windows& windows, const TrainConfig& config,
                                 const PhaseMemory& memory) {
   BBB_ASSERT(config.stages.empty());
-  struct Held {
-    TrainConfig config;
-    RunDirectory run;  // names no file as long as nothing is saved
-    Observer observer;
-    std::optional<Recipe> recipe;
-    std::optional<EndToEnd> phase;
-  };
-  const std::shared_ptr<Held> held(new Held{config, RunDirectory(config.out), {}, {}, {}});
-  held->recipe.emplace(held->config, source.config());
-  held->phase.emplace(backend, source, windows, held->config, *held->recipe, 0, start_of(source),
-                      memory.recompute, held->run, held->observer);
-  held->phase->student().prepare();
-  held->phase->rewind(0);
-  return {[held](StepPart last) { return held->phase->record(last); },
-          [held] { held->phase->rewind(0); }};
-}
-
-// Removes the state of a finished stage, which a kill between result and removal leaves behind.
-static void remove_state_of(const RunDirectory& run, size_t stage) {
-  if (std::filesystem::exists(run.e2e_state_file()) &&
-      SavedState(run.e2e_state_file(), run.checksum()).position().stage ==
-          static_cast<int64_t>(stage))
-    std::filesystem::remove(run.e2e_state_file());
+  const auto dry = std::make_shared<DryRun<EndToEnd>>(
+      backend, source, windows, config, Observer(), memory.recompute, size_t{0}, start_of(source));
+  dry->phase.student().prepare();
+  dry->phase.rewind(0);
+  return {[dry](StepPart last) { return dry->phase.record(last); },
+          [dry] { dry->phase.rewind(0); }};
 }
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -338,10 +266,7 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
                       const Observer& observer) {
   const size_t stages = recipe.whole_stages().size();
   for (size_t stage = 0; stage < stages; ++stage) {
-    if (std::filesystem::exists(run.whole_stage_file(recipe, stage))) {
-      remove_state_of(run, stage);
-      continue;
-    }
+    if (std::filesystem::exists(run.whole_stage_file(recipe, stage))) continue;
     std::optional<data::SafeTensors> before;
     if (stage > 0)
       before.emplace(open_run_file(run.whole_stage_file(recipe, stage - 1), run.checksum(),
@@ -350,9 +275,8 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
       return models::read_layer(*before, layer, source.config(),
                                 recipe.whole_formats(layer, stage - 1));
     };
-    EndToEnd(backend, source, windows, config, recipe, stage,
-             before ? StartOfModel{layer_before, models::outer_of(*before)} : start, recompute, run,
-             observer)
+    EndToEnd(backend, source, windows, config, recipe, run, observer, recompute, stage,
+             before ? StartOfModel{layer_before, models::outer_of(*before)} : start)
         .run();
   }
 }

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "engine/backend.h"
+#include "models/quant_linear.h"
 
 namespace bbb::train {
 
@@ -23,14 +23,10 @@ class LossWeights {
       for (int64_t p = 0; p < count; ++p)
         weights.push_back(static_cast<float>(p == 0 ? 1 : kStart + (1 - kStart) * done));
     }
-    const engine::Tensor staged = backend.empty({steps, count}, engine::DType::F32);
-    backend.upload(staged, weights.data());
-    table_ = backend.empty({steps, count}, backend.real());
-    backend.cast(table_, staged);
+    table_ = models::upload_as(backend, weights, {steps, count}, backend.real());
     std::vector<int32_t> order(static_cast<size_t>(steps));
     std::iota(order.begin(), order.end(), 0);
-    order_ = backend.empty({steps}, engine::DType::I32);
-    backend.upload(order_, order.data());
+    order_ = models::upload_ints(backend, order, {steps});
   }
 
   // Of the step that `cursor` counts, real (precisions).

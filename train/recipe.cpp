@@ -163,8 +163,11 @@ int64_t Recipe::widest_layer(const TrainConfig& config, const LlamaConfig& model
   return falls ? 0 : model.layers - 1;
 }
 
-int Recipe::lowest_bits() const {
-  return config_.any_precision.empty() ? 0 : config_.any_precision.back();
+models::LayerResult Recipe::start(int64_t layer, const models::LayerResult& from,
+                                  const std::vector<LinearFormat>& formats) const {
+  // Of the precisions that train at once; 0: only one trains.
+  const int lowest_bits = config_.any_precision.empty() ? 0 : config_.any_precision.back();
+  return models::start_stage(model_, from, formats, statistics(layer), config_.range, lowest_bits);
 }
 
 std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) const {

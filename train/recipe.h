@@ -1,9 +1,8 @@
 // Recipe: the format of every linear in every stage. Training, saving and export ask it.
 //
 //   stages of the block phase          0 .. stages - 1
-//   stages of the whole model          those of Algorithm 2, if it replaces the block phase, then
-//   the
-//                                      end-to-end phase's
+//   stages of the whole model          those of Algorithm 2, if it replaces the block phase,
+//                                      then the end-to-end phase's
 #pragma once
 
 #include <algorithm>
@@ -56,11 +55,16 @@ class Recipe {
                              int bits);
   // The lower precisions that train together with 8 bits; none without --any-precision.
   autograd::NestedPrecisions nested() const;
-  size_t precisions() const { return std::max<size_t>(1, config_.any_precision.size()); }
+  // Precisions that train together, 8 bits included.
+  static size_t precisions(const TrainConfig& config) {
+    return std::max<size_t>(1, config.any_precision.size());
+  }
   // A layer, the first or the last one, with the most stored positions.
   static int64_t widest_layer(const TrainConfig& config, const models::LlamaConfig& model);
-  // The bits of the lowest precision that trains; 0 if only one does.
-  int lowest_bits() const;
+  // The masters from which a stage of these formats starts, made of a layer's masters in any
+  // format.
+  models::LayerResult start(int64_t layer, const models::LayerResult& from,
+                            const std::vector<quant::LinearFormat>& formats) const;
 
  private:
   std::vector<quant::LinearFormat> formats(int64_t layer, const Stage& stage) const;

@@ -293,24 +293,51 @@ void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recip
   writer.finish();
 }
 
-std::optional<SavedState> RunDirectory::block_state(const TrainConfig& config,
-                                                    int64_t finished_stages) const {
+std::optional<SavedState> RunDirectory::resume_blocks(const TrainConfig& config,
+                                                      int64_t finished_stages) const {
+  const int64_t stages = block_stages(config), current = finished_stages / stages;
   const std::string file = block_state_file();
-  if (!fs::exists(file)) return std::nullopt;
-  std::optional<SavedState> saved(std::in_place, file, checksum());
-  const Position& at = saved->position();
-  const int64_t stages = block_stages(config);
-  const int64_t stage = at.block * stages + at.stage;
-  const int64_t epoch = at.step / (config.samples / config.batch);
-  BBB_CHECK(at.block >= 0 && at.stage >= 0 && at.stage < stages && at.step > 0 &&
-                at.step < steps_per_stage(config) &&
-                static_cast<int64_t>(at.validation.size()) == epoch + 1,
-            file, ": block ", at.block, ", stage ", at.stage, ", step ", at.step,
-            " is not a position of this run");
-  BBB_CHECK(stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage,
-            ", but ", stage_file(finished_stages / stages, finished_stages % stages),
-            " is missing; delete the state, too, to train from there again");
-  if (stage < finished_stages) saved.reset();  // its stage has finished since
+  std::optional<SavedState> saved;
+  if (fs::exists(file)) {
+    saved.emplace(file, checksum());
+    const Position& at = saved->position();
+    const int64_t stage = at.block * stages + at.stage;
+    const int64_t epoch = at.step / (config.samples / config.batch);
+    BBB_CHECK(at.block >= 0 && at.stage >= 0 && at.stage < stages && at.step > 0 &&
+                  at.step < steps_per_stage(config) &&
+                  static_cast<int64_t>(at.validation.size()) == epoch + 1,
+              file, ": block ", at.block, ", stage ", at.stage, ", step ", at.step,
+              " is not a position of this run");
+    BBB_CHECK(stage <= finished_stages, file, ": is of block ", at.block, ", stage ", at.stage,
+              ", but ", stage_file(current, finished_stages % stages),
+              " is missing; delete the state, too, to train from there again");
+    if (stage < finished_stages) saved.reset();  // its stage has finished since
+  }
+  // The log of a block: lines of its finished stages, then those up to the saved state.
+  const int64_t lines_per_stage = steps_per_stage(config) + config.epochs + 1;
+  int64_t left = finished_stages % stages * lines_per_stage;
+  if (saved)
+    left += saved->position().step + static_cast<int64_t>(saved->position().validation.size());
+  keep_log([&](const Json& line) {
+    const int64_t block = line.value("block", current + 1);
+    return block < current || (block == current && left-- > 0);
+  });
+  return saved;
+}
+
+std::optional<SavedState> RunDirectory::resume_whole(size_t stage, int64_t steps) const {
+  const auto number = static_cast<int64_t>(stage);
+  std::optional<SavedState> saved;
+  if (fs::exists(e2e_state_file())) saved.emplace(e2e_state_file(), checksum());
+  if (saved && saved->position().stage < number) saved.reset();  // its stage has finished since
+  const Position at = saved ? saved->position() : Position();
+  BBB_CHECK(!saved || (at.stage == number && at.step > 0 && at.step < steps), e2e_state_file(),
+            ": stage ", at.stage, ", step ", at.step, " of ", steps);
+  keep_log([&](const Json& line) {
+    if (line.value("phase", "") != "e2e") return true;
+    const int64_t of = line.value("stage_number", int64_t{0});
+    return of < number || (of == number && line.value("step", int64_t{0}) < at.step);
+  });
   return saved;
 }
 
@@ -421,9 +448,10 @@ models::LinearContent final_content(const TrainConfig& config) {
 }
 
 int64_t block_parameters(const models::LlamaConfig& config) {
-  int64_t total = 2 * config.d_model;
+  int64_t total = 0;
+  for (const models::NormShape& norm : models::block_norms(config)) total += norm.size;
   for (const models::LinearShape& linear : models::block_linears(config))
-    total += linear.n * linear.k;
+    total += linear.n * (linear.k + (linear.bias ? 1 : 0));
   return total;
 }
 

@@ -122,17 +122,19 @@ class RunDirectory {
   void write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                    const models::LlamaConfig& model, const models::LayerResult& result,
                    const std::vector<double>& validation) const;
-  // The state that a killed run saved in its first unfinished stage, if any. Throws if the state's
-  // position is impossible in this run or ahead of the results.
-  std::optional<SavedState> block_state(const TrainConfig& config, int64_t finished_stages) const;
+  // Both return the state that a killed run saved in the phase's first unfinished stage, if any,
+  // and cut the log back to what the results and that state hold. They throw if the state's
+  // position is impossible in this run or ahead of the results. `steps`: of that stage.
+  std::optional<SavedState> resume_blocks(const TrainConfig& config, int64_t finished_stages) const;
+  std::optional<SavedState> resume_whole(size_t stage, int64_t steps) const;
   // Removes states of finished phases, which a kill between result and removal leaves behind.
   void remove_spent_states(const TrainConfig& config, int64_t layers) const;
 
   void append_log(const std::vector<Json>& lines) const;
-  // Removes the lines for which keep() is false, and a last line that was cut short.
-  void keep_log(const std::function<bool(const Json& line)>& keep) const;
 
  private:
+  // Removes the lines for which keep() is false, and a last line that was cut short.
+  void keep_log(const std::function<bool(const Json& line)>& keep) const;
   const data::SafeTensors& final_result() const;
 
   std::string path_;
@@ -150,7 +152,7 @@ int64_t steps_per_stage(const TrainConfig& config);
 // The seed of the random stream (a, b) of a run's seed.
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
-int64_t block_parameters(const models::LlamaConfig& config);  // linears and norms
+int64_t block_parameters(const models::LlamaConfig& config);  // norms and linears
 // What the final file holds of each linear.
 models::LinearContent final_content(const TrainConfig& config);
 // What holds the weights outside of the layers at the start of the end-to-end phase.

@@ -17,7 +17,7 @@
 
 namespace bbb::train {
 
-// In the end-to-end phase, block and stage are 0.
+// In the end-to-end phase, block is 0.
 struct Position {
   int64_t block = 0;
   int64_t stage = 0;

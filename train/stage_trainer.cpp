@@ -36,15 +36,14 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     : backend_(backend),
       config_(config),
       formats_(std::move(formats)),
-      precisions_(1 + nested.bits.size()),
       recompute_(recompute),
       streams_(streams),
       run_(run),
       observer_(observer),
       hooks_(std::move(hooks)),
       steps_per_epoch_(config.samples / config.batch),
-      parameters_(backend, precisions_ == 1 ? autograd::GradientPasses::One
-                                            : autograd::GradientPasses::Several),
+      parameters_(backend, streams.precisions() == 1 ? autograd::GradientPasses::One
+                                                     : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
   block_.declare_parameters(parameters_, formats_[0]);
   parameters_.allocate();
@@ -56,8 +55,8 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
   order_ = backend.empty({total * config.batch}, DType::I32);
   loop_.emplace(backend, run, total, config.batch * config.seq_len, recompute, config.save_every);
   validation_ = backend.empty({1}, backend.real());
-  if (precisions_ > 1) {
-    weights_.emplace(backend, precisions_, total);
+  if (streams.precisions() > 1) {
+    weights_.emplace(backend, streams.precisions(), total);
     loss_ = backend.empty({1}, backend.real());
   }
   for (double lr : config.lr)
@@ -160,7 +159,7 @@ void StageTrainer::rewind(int64_t layer, size_t t) {
 void StageTrainer::record_steps(size_t t) {
   if (!stages_[t].steps.empty()) return;
   quantizer_->prepare();  // products are timed on quantized weights
-  const size_t rotation = precisions_ > 1 ? 1 : streams_.inputs(t).size();
+  const size_t rotation = weights_ ? 1 : streams_.inputs(t).size();
   for (size_t i = 0; i < rotation; ++i)
     stages_[t].steps.push_back(record(t, i, StepPart::Optimizer));
 }
@@ -182,47 +181,40 @@ void StageTrainer::feed_first(size_t t) {
 }
 
 // Recorded: everything that it reads is on the device. It starts from masters that prepare() or the
-// step before left.
+// step before left. The loss of several precisions is the sum of their mean squared errors; its
+// gradient counts each by its weight.
 void StageTrainer::step(size_t t, size_t input, StepPart last) {
-  if (precisions_ > 1) return step_together(t, last);
   const std::vector<Stream*> inputs = streams_.inputs(t);
-  const Tensor x = streams_.step_input(*inputs[input], input, order_, loop_->cursor());
-  const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());
+  const Tensor& cursor = loop_->cursor();
+  const auto gather = [&](size_t i) { return streams_.step_input(*inputs[i], i, order_, cursor); };
+  Tensor x = gather(input);
+  const engine::Rows y = streams_.step_target(inputs.size(), order_, cursor);
+  const Tensor weights = weights_ ? weights_->at(cursor) : Tensor();
   quantizer_->quantize();
   if (last == StepPart::Quantize) return;
-  Tape tape(backend_, TapeMode::Training);
-  const Var loss = autograd::mse(tape, block_.forward(tape, Var(x), nullptr, recompute_), y);
-  if (last == StepPart::Forward) return;
-  tape.backward(loss);
-  block_.finish_backward();
-  if (last == StepPart::Backward) return;
-  stages_[t].optimizer->step(loss.value());
-  loop_->end_step(*stages_[t].optimizer);
-}
-
-// The loss is the sum of the precisions' mean squared errors; its gradient counts each by its
-// weight.
-void StageTrainer::step_together(size_t t, StepPart last) {
-  const std::vector<Stream*> inputs = streams_.inputs(t);
-  const engine::Rows y = streams_.step_target(inputs.size(), order_, loop_->cursor());
-  const Tensor weights = weights_->at(loop_->cursor());
-  quantizer_->quantize();
-  if (last == StepPart::Quantize) return;
-  for (size_t p = 0; p < precisions_; ++p) {
-    const Tensor x = streams_.step_input(*inputs[p], p, order_, loop_->cursor());
+  Tensor sum = loss_;
+  for (size_t p = 0; p < streams_.precisions(); ++p) {
+    if (p > 0) x = gather(p);
     Tape tape(backend_, TapeMode::Training);
-    block_.select_precision(p);
-    const Var out = block_.forward(tape, Var(x), nullptr, recompute_);
-    const Tensor weight = weights.slice(static_cast<int64_t>(p), 1);
-    const Var loss = autograd::mse(tape, autograd::weighted(tape, out, weight), y);
+    if (weights_) block_.select_precision(p);
+    const auto forward = [&] {
+      const Var out = block_.forward(tape, Var(x), nullptr, recompute_);
+      if (!weights_) return out;
+      return autograd::weighted(tape, out, weights.slice(static_cast<int64_t>(p), 1));
+    };
+    const Var loss = autograd::mse(tape, forward(), y);
     if (last == StepPart::Forward) continue;
     tape.backward(loss);
-    backend_.sum(loss_, loss.value(), 1.0, p == 0 ? engine::Write::Overwrite : engine::Write::Add);
+    if (weights_)
+      backend_.sum(loss_, loss.value(), 1.0,
+                   p == 0 ? engine::Write::Overwrite : engine::Write::Add);
+    else
+      sum = loss.value();
   }
   if (last == StepPart::Forward) return;
   block_.finish_backward();
   if (last == StepPart::Backward) return;
-  stages_[t].optimizer->step(loss_);
+  stages_[t].optimizer->step(sum);
   loop_->end_step(*stages_[t].optimizer);
 }
 
@@ -231,8 +223,8 @@ void StageTrainer::step_together(size_t t, StepPart last) {
 double StageTrainer::validate(size_t t) {
   quantizer_->prepare();
   backend_.zero(validation_);
-  for (size_t p = 0; p < precisions_; ++p) {
-    if (precisions_ > 1) block_.select_precision(p);
+  for (size_t p = 0; p < streams_.precisions(); ++p) {
+    if (weights_) block_.select_precision(p);
     add_validation(*streams_.inputs(t)[p]);
   }
   return models::download_floats(backend_, validation_)[0];
@@ -255,12 +247,10 @@ void StageTrainer::add_validation(Stream& input) {
 }
 
 Json StageTrainer::log_line(const char* phase, const Position& at, int64_t epoch) const {
-  Json line;
-  line["phase"] = phase;
-  line["block"] = at.block;
-  line["stage"] = to_string({config_.stages[static_cast<size_t>(at.stage)]});
-  line["epoch"] = epoch;
-  return line;
+  return {{"phase", phase},
+          {"block", at.block},
+          {"stage", to_string({config_.stages[static_cast<size_t>(at.stage)]})},
+          {"epoch", epoch}};
 }
 
 void StageTrainer::log_validation(const Position& at) const {

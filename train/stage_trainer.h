@@ -61,7 +61,6 @@ class StageTrainer {
   };
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
-  void step_together(size_t t, StepPart last);
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
   double validate(size_t t);
   void add_validation(Stream& input);
@@ -73,7 +72,6 @@ class StageTrainer {
   Backend& backend_;
   const TrainConfig& config_;
   const StageFormats formats_;
-  const size_t precisions_;
   const models::Recompute recompute_;
   StreamSet& streams_;
   const RunDirectory& run_;

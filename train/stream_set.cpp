@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <numeric>
 
+#include "models/quant_linear.h"
+
 namespace bbb::train {
 
 using engine::Backend;
-using engine::DType;
 using engine::Tensor;
 
 StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& model,
@@ -19,18 +20,14 @@ StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& 
   return shape;
 }
 
-// Streams of a stage: one for each precision that trains.
-static int64_t precisions_of(const TrainConfig& config) {
-  return std::max<int64_t>(1, static_cast<int64_t>(config.any_precision.size()));
-}
-
 int64_t StreamSet::count(const TrainConfig& config) {
-  return static_cast<int64_t>(config.stages.size()) * precisions_of(config) +
-         (config.input_stream == InputStream::Same ? 1 : 2);
+  const size_t of_stages = config.stages.size() * Recipe::precisions(config);
+  return static_cast<int64_t>(of_stages) + (config.input_stream == InputStream::Same ? 1 : 2);
 }
 
 int StreamSet::rings(const TrainConfig& config) {
-  return config.input_stream == InputStream::Mix ? 3 : 1 + static_cast<int>(precisions_of(config));
+  return config.input_stream == InputStream::Mix ? 3
+                                                 : 1 + static_cast<int>(Recipe::precisions(config));
 }
 
 StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
@@ -44,13 +41,10 @@ StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const T
     store_.push_back(std::make_unique<Stream>(backend, of_each, tier, plan.scratch));
   for (int i = 0; i < plan.rings; ++i)
     rings_.push_back(std::make_unique<Ring>(backend, of_each, plan.uses(Tier::File)));
-  const size_t precisions = static_cast<size_t>(precisions_of(config));
-  for (size_t i = 0; i <= config.stages.size() * precisions; ++i)
+  for (size_t i = 0; i <= config.stages.size() * precisions(); ++i)
     streams_.push_back(store_[i].get());
   target_ = config.input_stream == InputStream::Same ? streams_[0] : store_.back().get();
 }
-
-size_t StreamSet::precisions() const { return static_cast<size_t>(precisions_of(config_)); }
 
 std::vector<Stream*> StreamSet::inputs(size_t t) const {
   switch (config_.input_stream) {
@@ -70,8 +64,7 @@ void StreamSet::embed(const Tensor& table, const data::Windows& windows) {
   const int64_t seq = config_.seq_len;
   std::vector<int32_t> ids(windows.ids.begin(), windows.ids.begin() + config_.samples * seq);
   ids.insert(ids.end(), windows.ids.end() - config_.val_samples * seq, windows.ids.end());
-  const Tensor tokens = backend_.empty({rows_ * seq}, DType::I32);
-  backend_.upload(tokens, ids.data());
+  const Tensor tokens = models::upload_ints(backend_, ids, {rows_ * seq});
   for (Stream* stream : streams_) {
     Writer writer(backend_, *stream, ring(0));
     for (int64_t row = 0; row < rows_; row += config_.batch) {

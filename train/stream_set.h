@@ -10,6 +10,7 @@
 
 #include "data/text.h"
 #include "models/config.h"
+#include "train/recipe.h"
 #include "train/stream_store.h"
 
 namespace bbb::train {
@@ -30,7 +31,7 @@ class StreamSet {
   Stream& stage(size_t t, size_t precision = 0) {
     return *streams_[1 + t * precisions() + precision];
   }
-  size_t precisions() const;  // that train together
+  size_t precisions() const { return Recipe::precisions(config_); }
   Stream& target() { return *target_; }
   // The input streams of stage t: its steps take them in rotation; or, of several precisions, each
   // step takes all.

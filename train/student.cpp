@@ -18,9 +18,10 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
       recipe_(recipe),
       stage_(stage),
       model_(backend, source, models::HeadRounding::BFloat16),
-      parameters_(backend, config.e2e_batch == config.e2e_micro_batch && recipe.precisions() == 1
-                               ? GradientPasses::One
-                               : GradientPasses::Several) {}
+      parameters_(backend,
+                  config.e2e_batch == config.e2e_micro_batch && Recipe::precisions(config) == 1
+                      ? GradientPasses::One
+                      : GradientPasses::Several) {}
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
@@ -42,8 +43,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
           {.lr_factor = weight.name == models::kFinalNorm ? 1.0 : kEmbeddingRate}));
   start_outer_ = start.outer;
   // In front of allocate(): the tables pass through memory in F32, which the masters' then takes.
-  if (outer_.empty() && start.outer)
-    model_.load_outer(start.outer, models::HeadRounding::BFloat16);
+  if (outer_.empty() && start.outer) model_.load_outer(start.outer, models::HeadRounding::BFloat16);
   parameters_.allocate();
   if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
   if (all)
@@ -51,9 +51,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
                        recipe_.nested());
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
-    const LayerResult result =
-        models::start_stage(model_.config(), start.layer(layer), formats(*block),
-                            recipe_.statistics(layer), config_.range, recipe_.lowest_bits());
+    const LayerResult result = recipe_.start(layer, start.layer(layer), formats(*block));
     if (all) {
       block->bind_parameters(*quantizer_, formats(*block));
       block->set_masters(result);
@@ -110,7 +108,7 @@ void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
   const std::vector<QuantLinear*> linears = block.linears();
   const size_t first = static_cast<size_t>(block.layer()) * linears.size();
   for (size_t i = 0; i < linears.size(); ++i) linears[i]->freeze_codes(*sigmas_[first + i]);
-  block.set_norms(start.input_norm, start.post_norm);
+  block.set_norms(start);
 }
 
 void Student::prepare() {

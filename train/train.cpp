@@ -6,7 +6,6 @@
 #include <optional>
 
 #include "data/files.h"
-#include "engine/progress.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
 #include "train/gemm_choices.h"
@@ -96,10 +95,6 @@ int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& conf
   return model.layers * ((run_length_of(config).samples + config.val_samples) / config.batch);
 }
 
-}  // namespace
-
-namespace {
-
 // A finished run that another one starts from.
 class EarlierRun {
  public:
@@ -159,12 +154,10 @@ std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Check
   if (!layers.empty()) return layers;
   if (from && same_orders(config, from->identity().config)) layers = from->statistics();
   if (layers.empty()) {
-    std::optional<engine::Progress> progress;
-    if (!observer.quiet)
-      progress.emplace("statistics", source.config().layers, engine::Progress::kPatience_s);
-    layers = collect_statistics(backend, source, windows, config, [&](int64_t done) {
-      if (progress) progress->set(done);
-    });
+    engine::Progress progress =
+        observer.progress("statistics", source.config().layers, engine::Progress::kPatience_s);
+    layers = collect_statistics(backend, source, windows, config,
+                                [&](int64_t done) { progress.set(done); });
   }
   RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
   models::add_statistics(writer, layers);
@@ -285,8 +278,7 @@ class Quantizer {
   LayerResult operator()(int64_t layer, LayerResult result) const {
     if (result.linears[0].quantized()) return result;
     const std::vector<quant::LinearFormat> formats = recipe_.result_formats(layer);
-    result = models::start_stage(model_, result, formats, recipe_.statistics(layer), config_.range,
-                                 recipe_.lowest_bits());
+    result = recipe_.start(layer, result, formats);
     autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
     models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
     block.declare_parameters(parameters, formats);
@@ -306,16 +298,14 @@ class Quantizer {
   const Recipe& recipe_;
 };
 
-}  // namespace
-
-namespace {
-
 // The record of an export: how the weights were made, and the bits of their activations.
-std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model) {
+std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model,
+                          const models::ExportOptions& options) {
   const quant::ActivationBits bits = models::bits_per_activation(
       model, [&](int64_t layer) { return recipe.result_formats(layer); });
   record["bits_per_activation"] = bits.codes;
   record["bits_per_activation_with_scales"] = bits.all;
+  record["head_bits"] = options.head_bits;
   return record.dump(2) + "\n";
 }
 
@@ -356,7 +346,7 @@ models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
   return models::export_model(
       out_directory, source, tokenizer, formats, options,
       trained ? trained : models::outer_of(source), layer,
-      export_record(Json::parse(data::read_file(run.run_file())), recipe, model),
+      export_record(Json::parse(data::read_file(run.run_file())), recipe, model, options),
       [&](int64_t done) { progress.set(done); });
 }
 
@@ -402,7 +392,7 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
       out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); },
       options, models::outer_of(source),
       [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
-      export_record(record, recipe, model), [&](int64_t done) { progress.set(done); });
+      export_record(record, recipe, model, options), [&](int64_t done) { progress.set(done); });
 }
 
 }  // namespace bbb::train

@@ -16,11 +16,13 @@
 #pragma once
 
 #include <functional>
+#include <limits>
 #include <string>
 
 #include "data/text.h"
 #include "data/tokenizer.h"
 #include "engine/backend.h"
+#include "engine/progress.h"
 #include "models/checkpoint.h"
 #include "models/packed_checkpoint.h"
 #include "train/config.h"
@@ -35,9 +37,14 @@ using models::Checkpoint;
 // Callbacks between units of work. An exception from one ends the run there, as a kill would.
 struct Observer {
   bool quiet = false;  // no output
-  std::function<void(int64_t block)> after_block;
-  std::function<void(int64_t block, int64_t stage, int64_t step)> after_block_step;
-  std::function<void(int64_t step)> after_e2e_step;
+  std::function<void(int64_t block)> after_block = nullptr;
+  std::function<void(int64_t block, int64_t stage, int64_t step)> after_block_step = nullptr;
+  std::function<void(int64_t step)> after_e2e_step = nullptr;
+
+  // Shows nothing if quiet.
+  engine::Progress progress(const std::string& label, int64_t total, double silent_s = 0) const {
+    return {label, total, quiet ? std::numeric_limits<double>::infinity() : silent_s};
+  }
 };
 
 // Creates or resumes the run in config.out. A finished run is not changed. Throws if the directory

@@ -56,6 +56,7 @@ class CpuBackend final : public Backend {
     return 0;
   }
   int64_t repacked_bytes(const quant::LinearFormat& format) const override;
+  int64_t max_packed_rows(const quant::LinearFormat&) const override { return kMaxPackedRows; }
   std::string gemm_library() const override { return ""; }
   void tune_gemms(std::optional<GemmTuning>) override {}  // OpenBLAS leaves nothing to choose
 
@@ -91,6 +92,7 @@ class CpuBackend final : public Backend {
   int threads() const { return pool_.threads(); }
   static T* data(const Tensor& t) { return t.data<T>(); }
 
+  std::unique_ptr<LayerDecoder> do_layer_decoder(const DecodeStack&) override { return nullptr; }
   Tensor do_empty(Shape shape, DType dtype) override;
   void do_download(void* dst, const Tensor& src) override;
   BBB_BACKEND_OPS(BBB_OVERRIDE_OP)

@@ -2,6 +2,8 @@
 //
 //     CpuBackend<float>   panels of 16 rows, integer products (quant/host_panels.h)
 //     CpuBackend<double>  the file's bytes, exact loops (quant/host.h): the oracle
+//
+// Rows of a packed table are unpacked by id, times S.
 #include <algorithm>
 
 #include "engine/cpu/cpu_backend.h"
@@ -63,6 +65,26 @@ void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
 }
 
 template <typename T>
+void CpuBackend<T>::do_embed_packed(const Tensor& out, const Tensor& ids, const PackedWeight& w) {
+  const int64_t width = out.dim(1), vocabulary = w.format.n;
+  const int32_t* const id = ids.data<int32_t>();
+  const T master_scale = T(w[quant::StoredPart::MasterScale].data<float>()[0]);
+  for (int64_t m = 0; m < out.dim(0); ++m)
+    BBB_CHECK(id[m] >= 0 && id[m] < vocabulary, "embed_packed: id ", id[m], " is not in [0, ",
+              vocabulary, ")");
+  parallel_for(out.dim(0), row_grain(width), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      T* const to = data(out) + m * width;
+      if constexpr (kPanels)
+        host::unpack_panel_row(to, panel_view(w), id[m]);
+      else
+        host::unpack_row(to, joined_view(w), id[m]);
+      for (int64_t i = 0; i < width; ++i) to[i] *= master_scale;
+    }
+  });
+}
+
+template <typename T>
 template <typename Activations>
 void CpuBackend<T>::packed_products(const PackedProducts& products, const Activations& x,
                                     int64_t m) {
@@ -105,6 +127,7 @@ template int64_t CpuBackend<float>::repacked_bytes(const quant::LinearFormat&) c
 template int64_t CpuBackend<double>::repacked_bytes(const quant::LinearFormat&) const;
 BBB_CPU_INSTANTIATE(repack);
 BBB_CPU_INSTANTIATE(unpack);
+BBB_CPU_INSTANTIATE(embed_packed);
 BBB_CPU_INSTANTIATE(packed_gemv);
 BBB_CPU_INSTANTIATE(quantized_gemv);
 

@@ -1,6 +1,6 @@
 // Rotary positions, in place, on x (B, T, H, d): the pair (x[i], x[i + d/2]) of every head is
-// rotated by the angle (start[b] + t) * inv_freq[i], or by its negative for Rotation::Inverse,
-// which is the gradient.
+// rotated by the angle (start[b] + t) * inv_freq[i], or by its negative for Rotation::Inverse, and
+// multiplied by `factor`.
 //
 // The angle is a product in T, as on the GPU. Its sine and cosine are computed in double, once for
 // all heads of a token, and where all sequences start at 0, once for all sequences too.
@@ -14,7 +14,7 @@ namespace bbb::engine {
 
 template <typename T>
 void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
-                            Rotation direction) {
+                            Rotation direction, double factor) {
   const int64_t batch = x.dim(0), time = x.dim(1), heads = x.dim(2), d = x.dim(3), half = d / 2;
   const int32_t* first = start.data<int32_t>();
   const int64_t tokens = first != nullptr ? batch * time : time;  // with their own angles
@@ -28,8 +28,8 @@ void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tenso
       for (int64_t i = 0; i < half; ++i) {
         const double angle = static_cast<T>(position) * static_cast<T>(freq[i]);
         const auto at = static_cast<size_t>(token * half + i);
-        cosine[at] = static_cast<T>(std::cos(angle));
-        sine[at] = static_cast<T>(sign * std::sin(angle));
+        cosine[at] = static_cast<T>(factor * std::cos(angle));
+        sine[at] = static_cast<T>(sign * factor * std::sin(angle));
       }
     }
   });

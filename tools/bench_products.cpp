@@ -1,0 +1,169 @@
+// Times products of rows of x with a matrix, packed and dense. A recorded graph holds many
+// products. Cold: each takes the next copy of the weight.
+//
+//     bench_gemv    few rows: packed_gemv, quantized_gemv, gemm_nt
+//     bench_gemm    any number: a packed linear as a model multiplies by it, gemm_nt
+#include <algorithm>
+#include <memory>
+
+#include "models/quant_linear.h"
+#include "tools/bench.h"
+
+namespace bbb::tools {
+
+using engine::Backend;
+using engine::DType;
+using engine::PackedWeight;
+using engine::Tensor;
+
+namespace {
+
+constexpr int64_t kMaxProducts = 2048;  // in a graph: far more time than its launch
+constexpr double kMaxFlops = 2e13;      // of a graph, about: 30 ms on an H100
+constexpr int64_t kMaxCopies = 4096;
+
+int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
+  return std::clamp<int64_t>((rotation_bytes + weight_bytes - 1) / weight_bytes, 1, kMaxCopies);
+}
+
+// Returns the seconds of one product. product(i) queues one with copy i of the weight.
+double measure_products(Backend& backend, double flops, int64_t copies,
+                        const std::function<void(int64_t copy)>& product) {
+  const bool gpu = backend.device() == engine::DeviceType::Cuda;
+  const auto wanted = static_cast<int64_t>(std::clamp<double>(kMaxFlops / flops, 1, kMaxProducts));
+  // Whole rounds of the copies.
+  const int64_t products = gpu ? (wanted + copies - 1) / copies * copies : 1;
+  int64_t at = 0;  // a CPU's replay goes on where the last one ended
+  const auto replay = backend.record([&] {
+    for (int64_t i = 0; i < products; ++i) product(at++ % copies);
+  });
+  return measure_seconds(backend, Repeats(), [&] { replay->run(); }) /
+         static_cast<double>(products);
+}
+
+// product(i) makes y (rows, N) from x with copy i of a weight (N, K). `bytes` of all three.
+TimedProduct time_product(Backend& backend, GemvShape shape, int64_t rows, int64_t copies,
+                          int64_t bytes, const std::function<void(int64_t copy)>& product) {
+  TimedProduct timed;
+  timed.bytes = static_cast<double>(bytes);
+  timed.flops = GemmShape{rows, shape.n, shape.k}.flops();
+  timed.cold_s = measure_products(backend, timed.flops, copies, product);
+  timed.warm_s = measure_products(backend, timed.flops, 1, product);
+  return timed;
+}
+
+// A stored matrix of random codes, with scales from 1/2 to 15/8.
+PackedWeight random_weight(Backend& backend, const quant::LinearFormat& format) {
+  PackedWeight file{format, {}, {}};
+  const float one = 1;
+  for (const quant::StoredTensor& stored : format.tensors()) {
+    Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
+    const bool scales = stored.part == quant::StoredPart::Scales;
+    if (stored.part != quant::StoredPart::MasterScale) {
+      tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
+                            scales ? 16 : 256, 1)
+                   .view(stored.shape);
+    } else {
+      tensor = backend.empty(stored.shape, DType::F32);
+      backend.upload(tensor, &one);
+    }
+  }
+  return file;
+}
+
+// Rows of 2-bit codes.
+engine::OperandRows random_operand(Backend& backend, int64_t rows, int64_t k, int64_t groups) {
+  engine::OperandRows operand;
+  operand.codes = random_bytes(backend, rows * k, 0, 4, 2).view({rows, k});
+  operand.zeros = random_bytes(backend, rows * groups, 0, 4, 3).view({rows, groups});
+  operand.scales = random_normal(backend, {rows, groups}, backend.real(), 4);
+  return operand;
+}
+
+// The copies of a packed weight that fill `rotation_bytes`.
+std::vector<PackedWeight> packed_copies(Backend& backend, const quant::LinearFormat& format,
+                                        int64_t rotation_bytes) {
+  const PackedWeight file = random_weight(backend, format);
+  std::vector<PackedWeight> copies;
+  for (int64_t i = copies_for(format.bytes(), rotation_bytes); i > 0; --i)
+    copies.push_back(backend.repack(file));
+  return copies;
+}
+
+// gemm_nt with act weights.
+TimedProduct time_dense(Backend& backend, GemvShape shape, const Tensor& x,
+                        int64_t rotation_bytes) {
+  const auto [n, k] = shape;
+  const int64_t rows = x.dim(0), act = engine::size_bytes(backend.act());
+  const int64_t copies = copies_for(n * k * act, rotation_bytes);
+  const Tensor weights = random_activations(backend, {copies * n, k}, 2);
+  const Tensor y = backend.empty({rows, n}, backend.act());
+  return time_product(backend, shape, rows, copies, (n * k + rows * (k + n)) * act, [&](int64_t i) {
+    backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor());
+  });
+}
+
+// Forward of a linear of 2-bit weights, from the operand that its input of these bits makes.
+TimedProduct time_linear(Backend& backend, GemvShape shape, const Tensor& x, int activation_bits,
+                         int64_t rotation_bytes) {
+  const auto [n, k] = shape;
+  const int64_t rows = x.dim(0), act = engine::size_bytes(backend.act());
+  const quant::LinearFormat format{.n = n, .k = k, .input = {.bits = activation_bits}};
+  models::Operand operand;
+  operand.set(backend, format, true);
+  autograd::Tape tape(backend, autograd::TapeMode::Inference);
+  const models::LinearInput input = operand.plain(tape, autograd::Var(x));
+
+  const Tensor buffer = backend.empty({n * format.stored_k()}, backend.act());
+  std::vector<std::unique_ptr<models::QuantLinear>> linears;
+  for (PackedWeight& weight : packed_copies(backend, format, rotation_bytes)) {
+    linears.push_back(std::make_unique<models::QuantLinear>(backend, "bench", n, k));
+    linears.back()->set_packed(std::move(weight), buffer);
+  }
+  return time_product(backend, shape, rows, static_cast<int64_t>(linears.size()),
+                      format.bytes() + rows * (k + n) * act, [&](int64_t i) {
+                        linears[static_cast<size_t>(i)]->forward(tape, input, autograd::Var());
+                      });
+}
+
+}  // namespace
+
+GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t rotation_bytes) {
+  const auto [n, k] = shape;
+  const quant::LinearFormat format{.n = n, .k = k};
+  const int64_t act = engine::size_bytes(backend.act());
+  const int64_t real = engine::size_bytes(backend.real());
+  const int64_t y_bytes = rows * n * act, x_bytes = rows * k * act;
+  const int64_t operand_bytes = rows * (k + format.groups() * (1 + real));
+
+  GemvResult result;
+  const Tensor x = random_activations(backend, {rows, k}, 1);
+  {
+    const Tensor y = backend.empty({rows, n}, backend.act());
+    const engine::OperandRows operand = random_operand(backend, rows, k, format.groups());
+    const std::vector<PackedWeight> weights = packed_copies(backend, format, rotation_bytes);
+    const auto copies = static_cast<int64_t>(weights.size());
+    const auto weight = [&](int64_t i) -> const PackedWeight& {
+      return weights[static_cast<size_t>(i)];
+    };
+    result.packed =
+        time_product(backend, shape, rows, copies, format.bytes() + x_bytes + y_bytes,
+                     [&](int64_t i) { backend.packed_gemv(y, x, weight(i), Tensor()); });
+    result.quantized =
+        time_product(backend, shape, rows, copies, format.bytes() + operand_bytes + y_bytes,
+                     [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
+  }
+  result.dense = time_dense(backend, shape, x, rotation_bytes);
+  return result;
+}
+
+GemvResult bench_gemm(Backend& backend, GemvShape shape, int64_t rows, int64_t rotation_bytes) {
+  const Tensor x = random_activations(backend, {rows, shape.k}, 1);
+  GemvResult result;
+  result.packed = time_linear(backend, shape, x, 16, rotation_bytes);
+  result.quantized = time_linear(backend, shape, x, 2, rotation_bytes);
+  result.dense = time_dense(backend, shape, x, rotation_bytes);
+  return result;
+}
+
+}  // namespace bbb::tools
