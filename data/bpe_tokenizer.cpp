@@ -450,14 +450,14 @@ const char* const kCasedLetters =
     "\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"
     "\U000118a0-\U000118df\U0001e900-\U0001e943";
 
-const NamedPatterns& patterns_of(const std::string& name, const std::string& source) {
+const std::vector<NamedPatterns>& named_patterns() {
   static const std::string kQwen2 = replaced(kLlama3Pattern, R"(\p{N}{1,3})", R"(\p{N})");
   static const std::string kTekken =
       R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|)"
       R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|)"
       R"(\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
   static const std::string kIdeographs = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+";
-  static const NamedPatterns kNamed[] = {
+  static const std::vector<NamedPatterns> kNamed = {
       {{"gpt-2", "gpt2", "phi-2"}, {}, true},
       {{"smollm", "starcoder", "refact"}, {R"(\p{N})"}, true},
       {{"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "midm-2.0"},
@@ -473,7 +473,11 @@ const NamedPatterns& patterns_of(const std::string& name, const std::string& sou
       {{"deepseek-coder"}, {R"([\r\n])", R"(\s?\p{L}+)", R"(\s?\p{P}+)", kIdeographs, R"(\p{N})"}},
       {{"default"}, {R"([\p{P}\$\+<=>\^~\|]+)", kGpt2Pattern, R"(\p{N}+)", R"([0-9][0-9][0-9])"}},
   };
-  for (const NamedPatterns& named : kNamed) {
+  return kNamed;
+}
+
+const NamedPatterns& patterns_of(const std::string& name, const std::string& source) {
+  for (const NamedPatterns& named : named_patterns()) {
     if (std::find(named.names.begin(), named.names.end(), name) != named.names.end()) return named;
   }
   throw Error(cat(source, ": the pre-tokenizer ", printable(name),
@@ -499,7 +503,41 @@ json pre_tokenizer_of(const NamedPatterns& named) {
   return {{"type", "Sequence"}, {"pretokenizers", std::move(steps)}};
 }
 
+// The inverse of pre_tokenizer_of(): appends the patterns of a byte-level pre_tokenizer. Returns
+// false if it has a step that no name stands for.
+bool read_patterns(const json& spec, NamedPatterns* out) {
+  const std::string type = spec.is_object() ? spec.value("type", "") : "";
+  if (type == "Sequence") {
+    const json& steps = spec.at("pretokenizers");
+    return std::all_of(steps.begin(), steps.end(),
+                       [&](const json& step) { return read_patterns(step, out); });
+  }
+  if (type == "Digits" && spec.value("individual_digits", false)) {
+    out->patterns.push_back(R"(\p{N})");
+    return true;
+  }
+  if (type == "Split" && spec.at("pattern").contains("Regex")) {
+    out->patterns.push_back(spec.at("pattern").at("Regex").get<std::string>());
+    return true;
+  }
+  out->gpt2 = type == "ByteLevel" && spec.value("use_regex", true);
+  return type == "ByteLevel" && !spec.value("add_prefix_space", true);
+}
+
 }  // namespace
+
+std::string gguf_pre_tokenizer(const json& root, const std::string& source) {
+  NamedPatterns found;
+  const json spec = root.value("pre_tokenizer", json());
+  const bool known = read_patterns(spec, &found);
+  const bool ignore_merges = root.at("model").value("ignore_merges", false);
+  for (const NamedPatterns& named : named_patterns())
+    if (known && named.patterns == found.patterns && named.gpt2 == found.gpt2 &&
+        named.llama3 == ignore_merges)
+      return std::string(named.names[0]);
+  throw Error(cat(source, ": a GGUF cannot hold this tokenizer: llama.cpp has no name for its ",
+                  "pre_tokenizer ", printable(spec.dump(-1, ' ', true))));
+}
 
 std::unique_ptr<Tokenizer> make_bpe_tokenizer(TokenizerFiles files, const json& root) {
   return std::make_unique<BpeTokenizer>(std::move(files), root);

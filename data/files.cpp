@@ -117,6 +117,20 @@ void AtomicFile::write(const void* data, int64_t bytes) {
   }
 }
 
+void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
+  BBB_ASSERT(fd_ >= 0 && offset >= 0 && bytes >= 0);
+  const char* p = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t n =
+        ::pwrite(fd_, p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
+    if (n < 0 && errno == EINTR) continue;
+    BBB_CHECK(n > 0, "cannot write ", path_, ": ", cause());
+    p += n;
+    offset += n;
+    bytes -= n;
+  }
+}
+
 void AtomicFile::commit() {
   BBB_ASSERT(fd_ >= 0);
   BBB_CHECK(::fsync(fd_) == 0, "cannot write ", path_, ": ", cause());

@@ -24,9 +24,11 @@ class AtomicFile {
   ~AtomicFile();
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
-  void write(const void* data, int64_t bytes);
+  void write(const void* data, int64_t bytes);  // behind what was written before
+  void write_at(int64_t offset, const void* data, int64_t bytes);
   void commit();
   const std::string& path() const { return path_; }
+  const std::string& temporary() const { return temporary_; }  // readable before commit()
 
  private:
   std::string path_;

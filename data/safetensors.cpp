@@ -174,14 +174,18 @@ SafeTensors::SafeTensors(const std::string& path) : path_(path) {
     tensors_ = read(path);
     return;
   }
-  const std::string single = join(path, "model.safetensors");
-  if (fs::exists(single, error)) {
-    tensors_ = read(single);
-    return;
+  std::string index_path;
+  for (const std::string stem : {kPackedStem, kModelStem}) {
+    const std::string single = join(path, stem + ".safetensors");
+    if (fs::exists(single, error)) {
+      tensors_ = read(single);
+      return;
+    }
+    index_path = single + ".index.json";
+    if (fs::exists(index_path, error)) break;
   }
-  const std::string index_path = join(path, "model.safetensors.index.json");
   BBB_CHECK(fs::exists(index_path, error), path,
-            ": neither model.safetensors nor model.safetensors.index.json is there");
+            ": neither model.safetensors nor bbb.safetensors is there, whole or as an index");
   const json index = parse_json(read_file(index_path), index_path);
   BBB_CHECK(index.is_object() && index.contains("weight_map") && index["weight_map"].is_object(),
             index_path, ": 'weight_map' is missing or not an object");

@@ -51,7 +51,11 @@ struct SafeTensor {
 std::map<std::string, SafeTensor> parse_safetensors(const uint8_t* data, int64_t bytes,
                                                     const std::string& path);
 
-// One file, or a directory with model.safetensors or model.safetensors.index.json and its shards.
+// The stems of the weights' files in a directory: of an export in bbb's format, and of any other.
+// transformers looks for the second alone, so it does not load an export with random weights.
+inline constexpr const char *kPackedStem = "bbb", *kModelStem = "model";
+
+// One file, or a directory with STEM.safetensors or STEM.safetensors.index.json and its shards.
 class SafeTensors {
  public:
   explicit SafeTensors(const std::string& path);

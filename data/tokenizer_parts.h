@@ -77,6 +77,9 @@ std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(TokenizerFiles files,
 // Tokenizer files made from a GGUF's "gpt2" or "llama" vocabulary.
 TokenizerFiles bpe_files(const Gguf& gguf);
 TokenizerFiles sentencepiece_files(const Gguf& gguf);
+// llama.cpp's name (tokenizer.ggml.pre) for how a byte-level tokenizer.json splits text into words.
+// Throws if it has none.
+std::string gguf_pre_tokenizer(const nlohmann::json& root, const std::string& source);
 // A vocabulary without merges: the 256 bytes, each with its value as id, and <|endoftext|>, id 256.
 TokenizerFiles byte_files(const std::string& source);
 

@@ -499,7 +499,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
   int64_t linear_bytes_ = 0, table_bytes_ = 0;
 };
 
-// The GGUF name of a Hugging Face tensor; "" if it has none.
+}  // namespace
+
 std::string gguf_name(const std::string& name) {
   if (name == kEmbedding) return "token_embd.weight";
   if (name == kFinalNorm) return "output_norm.weight";
@@ -522,6 +523,20 @@ std::string gguf_name(const std::string& name) {
   const auto found = kInBlock.find(suffix.substr(0, kind));
   return found == kInBlock.end() ? "" : block + found->second + suffix.substr(kind);
 }
+
+bool has_gguf_rows(const LlamaConfig& config, const std::string& name) {
+  const bool of_q_or_k =
+      name.find(".q_proj.") != std::string::npos || name.find(".k_proj.") != std::string::npos;
+  return of_q_or_k && gguf_architecture(config) == "llama";
+}
+
+int64_t gguf_row(int64_t row, int64_t head_dim) {
+  const int64_t head = row / head_dim, p = row % head_dim / (head_dim / 2),
+                j = row % (head_dim / 2);
+  return head * head_dim + 2 * j + p;
+}
+
+namespace {
 
 class GgufCheckpoint final : public Checkpoint {
  public:
@@ -564,9 +579,7 @@ class GgufCheckpoint final : public Checkpoint {
     const data::GgufTensor& t = gguf_.tensor(stored);
     check_shape(t.shape, shape, stored, path_);
     std::vector<float> out(static_cast<size_t>(t.numel()));
-    const bool of_q_or_k =
-        name.find(".q_proj.") != std::string::npos || name.find(".k_proj.") != std::string::npos;
-    if (of_q_or_k && gguf_.string("general.architecture") == "llama")
+    if (has_gguf_rows(config_, name))
       load_unpermuted(out.data(), t, stored);
     else
       data::gguf_dequantize(out.data(), t, stored);
@@ -588,15 +601,10 @@ class GgufCheckpoint final : public Checkpoint {
   std::string config_json() const override { return config_to_json(config_); }
 
  private:
-  // Hugging Face rotates the pair (j, j + d/2) of a head, llama.cpp the neighbours (2j, 2j + 1).
-  // For the llama architecture it stores the rows of Q and K, and their biases, in that order:
-  // stored row 2j + p is row p d/2 + j. Others are rotated as Hugging Face does.
   void load_unpermuted(float* out, const data::GgufTensor& t, const std::string& name) const {
-    const int64_t rows = t.shape[0], k = t.numel() / rows, d = config_.head_dim;
-    const int64_t row_bytes = t.bytes / rows;
+    const int64_t rows = t.shape[0], k = t.numel() / rows, row_bytes = t.bytes / rows;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = row / d, p = row % d / (d / 2), j = row % (d / 2);
-      const int64_t stored = head * d + 2 * j + p;
+      const int64_t stored = gguf_row(row, config_.head_dim);
       const data::GgufTensor one = {t.type, {1, k}, t.data + stored * row_bytes, row_bytes};
       data::gguf_dequantize(out + row * k, one, name);
     }

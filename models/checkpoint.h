@@ -95,4 +95,13 @@ quant::LinearFormat table_format(const LlamaConfig& config, int bits);
 // `bits`: of a nested export, the bits to read (8, 4, 3 or 2); 0: all. Anything else refuses it.
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path, int bits = 0);
 
+// The GGUF name of a Hugging Face tensor; "" if it has none.
+std::string gguf_name(const std::string& name);
+// Whether a GGUF holds the rows of this tensor in another order: those of Q and K, and their
+// biases, of the architecture llama. Hugging Face rotates the pair (j, j + d/2) of a head,
+// llama.cpp the neighbours (2j, 2j + 1). For Qwen it rotates as Hugging Face does.
+bool has_gguf_rows(const LlamaConfig& config, const std::string& name);
+// Where a GGUF stores such a row: row p d/2 + j of a head at 2j + p.
+int64_t gguf_row(int64_t row, int64_t head_dim);
+
 }  // namespace bbb::models

@@ -579,6 +579,10 @@ static nlohmann::ordered_json to_json(const RopeScaling& s) {
   return out;
 }
 
+std::string gguf_architecture(const LlamaConfig& c) {
+  return c.model_type == "mistral" ? "llama" : c.model_type;
+}
+
 std::string config_to_json(const LlamaConfig& c) {
   const bool mistral = c.model_type == "mistral";
   nlohmann::ordered_json out;
@@ -650,6 +654,15 @@ std::vector<float> rope_inv_freq(const LlamaConfig& c, int64_t tokens) {
 
 double rope_factor(const LlamaConfig& c) {
   return c.rope_scaling ? c.rope_scaling->attention_factor : 1;
+}
+
+std::vector<float> rope_divisors(const LlamaConfig& c) {
+  if (!c.rope_scaling || c.rope_scaling->kind != RopeKind::Llama3) return c.rope_factors;
+  std::vector<float> out;
+  for (int64_t i = 0; i < c.head_dim / 2; ++i)
+    out.push_back(static_cast<float>(
+        llama3_divisor(*c.rope_scaling, rope_frequency(c.rope_theta, c.head_dim, i))));
+  return out;
 }
 
 std::vector<LinearShape> block_linears(const LlamaConfig& c) {

@@ -65,12 +65,18 @@ LlamaConfig synthetic_config(const std::string& name);
 // A Hugging Face config.json for this model, without quantization_config.
 std::string config_to_json(const LlamaConfig& config);
 
+// general.architecture of the model's GGUF: Mistral has Llama's, the others their own.
+std::string gguf_architecture(const LlamaConfig& config);
+
 // Frequencies of the head_dim / 2 pairs: theta^(-2i/d), scaled as the config says (F64, then F32).
 // `tokens`: the length of the sequence, on which they depend beyond max_position if the scaling is
 // Dynamic. Source of the formulas: transformers, modeling_rope_utils.py.
 std::vector<float> rope_inv_freq(const LlamaConfig& config, int64_t tokens = 0);
 // What rotated queries and keys are multiplied by: Yarn's attention factor, else 1.
 double rope_factor(const LlamaConfig& config);
+// The factors of a GGUF's rope_freqs.weight, which divide the frequencies: those of a Llama3
+// scaling, or rope_factors; else empty.
+std::vector<float> rope_divisors(const LlamaConfig& config);
 
 // The input sites of a block. Linears of one site share their input.
 enum Site { kAttentionSite, kOutputSite, kMlpSite, kDownSite };

@@ -1,7 +1,9 @@
 #include "models/layer_result.h"
 
+#include <algorithm>
 #include <cstring>
 
+#include "quant/e4m3.h"
 #include "quant/host.h"
 #include "quant/pack.h"
 
@@ -16,18 +18,27 @@ using quant::StoredTensor;
 
 static constexpr const char *kRatios = ".ratios", *kBias = ".bias";
 
-std::vector<float> LinearResult::dequantize() const {
-  BBB_ASSERT(quantized());
+static float master_scale_of(const LinearResult& linear) {
   float master_scale;
-  std::memcpy(&master_scale, part(StoredPart::MasterScale).data(), sizeof master_scale);
+  std::memcpy(&master_scale, linear.part(StoredPart::MasterScale).data(), sizeof master_scale);
+  return master_scale;
+}
+
+static quant::PackedView view_of(const LinearResult& linear, const float* master_scale) {
+  BBB_ASSERT(linear.quantized());
+  return {.qweight = linear.part(StoredPart::Codes).data(),
+          .scales = linear.part(StoredPart::Scales).data(),
+          .zeros = linear.part(StoredPart::Zeros).data(),
+          .master_scale = master_scale,
+          .n = linear.format.n,
+          .k = linear.format.stored_k(),
+          .grid = linear.format.weight};
+}
+
+std::vector<float> LinearResult::dequantize() const {
+  const float master_scale = master_scale_of(*this);
+  const quant::PackedView view = view_of(*this, &master_scale);
   const quant::ChannelOrder order = format.channel_order();
-  const quant::PackedView view{.qweight = part(StoredPart::Codes).data(),
-                               .scales = part(StoredPart::Scales).data(),
-                               .zeros = part(StoredPart::Zeros).data(),
-                               .master_scale = &master_scale,
-                               .n = format.n,
-                               .k = order.stored_k(),
-                               .grid = format.weight};
   std::vector<float> stored(static_cast<size_t>(format.n * order.stored_k()));
   quant::host::unpack(stored.data(), view, {0, format.n});
   for (float& w : stored) w *= master_scale;
@@ -35,6 +46,31 @@ std::vector<float> LinearResult::dequantize() const {
   std::vector<float> weight(static_cast<size_t>(format.n * format.k));
   quant::host::merge_weight(weight.data(), stored.data(), {0, format.n}, format, order);
   return weight;
+}
+
+LinearCodes linear_codes(const LinearResult& linear) {
+  const LinearFormat& format = linear.format;
+  BBB_ASSERT(format.plain_positions());
+  const float master_scale = master_scale_of(linear);
+  const quant::PackedView view = view_of(linear, &master_scale);
+  const int64_t groups = format.groups(), group = format.weight.group;
+  const int64_t zero_bytes = quant::zero_row_bytes(view.k, format.weight.group, format.code_bits());
+  LinearCodes out{format.n, format.k, group, groups, {}, {}, {}};
+  std::vector<uint8_t> row(static_cast<size_t>(view.k));
+  for (int64_t n = 0; n < format.n; ++n) {
+    quant::host::row_codes(row.data(), view, n);
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint8_t z = quant::packed_code(view.zeros + n * zero_bytes, g, format.code_bits());
+      const uint8_t* codes = row.data() + g * group;
+      const bool is_zero = std::all_of(codes, codes + group, [z](uint8_t q) { return q == z; });
+      out.zeros.push_back(z);
+      out.scales.push_back(is_zero
+                               ? LinearCodes::kSmallestHalf
+                               : master_scale * quant::e4m3_decode(view.scales[n * groups + g]));
+    }
+    out.codes.insert(out.codes.end(), row.begin(), row.begin() + format.k);
+  }
+  return out;
 }
 
 std::vector<uint8_t> bit_planes(const std::vector<uint8_t>& codes) {

@@ -40,6 +40,18 @@ struct LinearResult {
   std::vector<float> dequantize() const;
 };
 
+// The integers of a quantized linear without a channel order: W[n, k] = s[n, g] (q[n, k] - z[n, g])
+// with g = k / G. Padding at the end of a row is left out.
+struct LinearCodes {
+  static constexpr float kSmallestHalf = 0x1p-24f;  // of IEEE binary16
+
+  int64_t n, k, group, groups;
+  std::vector<uint8_t> codes;  // (N, K)
+  std::vector<uint8_t> zeros;  // (N, groups)
+  std::vector<float> scales;   // (N, groups): S e; of a group of weights 0, kSmallestHalf
+};
+LinearCodes linear_codes(const LinearResult& linear);
+
 struct LayerResult {
   std::vector<float> input_norm, post_norm;  // (D)
   std::vector<float> q_norm, k_norm;         // (d); empty: the block has none

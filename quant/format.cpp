@@ -27,6 +27,10 @@ bool LinearFormat::exact_input() const {
   return input.bits == 16 && !input.hadamard && stored_k() == k && (!order || order->is_identity());
 }
 
+bool LinearFormat::plain_positions() const {
+  return !input.hadamard && (!order || (order->split().empty() && order->outliers().empty()));
+}
+
 std::vector<StoredTensor> LinearFormat::tensors() const {
   std::vector<StoredTensor> tensors;
   const int64_t columns = stored_k();

@@ -58,6 +58,8 @@ struct LinearFormat {
   int code_bits() const { return weight.nested ? kNestedBits : weight.bits; }
   // Is the operand the input itself?
   bool exact_input() const;
+  // Does position k hold channel k, unrotated, for every channel?
+  bool plain_positions() const;
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
   // The same of a load: of nested codes, the planes that it reads.

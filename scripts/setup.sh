@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build needs and lacks: Debian packages with apt-get (as root or with sudo), and
-# sentencepiece as a static library, built from PyPI's source archive into third_party/install.
+# sentencepiece as a static library, built from PyPI's source archive into third_party/install. For
+# the tests of scripts/read_packed.py, numpy and safetensors go into third_party/python.
 # A second run finds everything and prints nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -70,4 +71,11 @@ if [ ! -s $install/lib/libsentencepiece.a ] || [ ! -s $install/include/sentencep
   cp "$work/sentencepiece-0.2.0/sentencepiece/src/sentencepiece_processor.h" $install/include/
   cp "$work/build/src/libsentencepiece.a" "$work/libsentencepiece.a"
   mv "$work/libsentencepiece.a" $install/lib/libsentencepiece.a
+fi
+
+python=third_party/python
+if ! PYTHONPATH=$python python3 -c 'import numpy, safetensors' 2>/dev/null; then
+  echo "installing numpy and safetensors for Python"
+  message=$(python3 -m pip --disable-pip-version-check install --quiet --target $python numpy \
+    safetensors 2>&1) || fail "cannot install numpy and safetensors: ${message##*$'\n'}"
 fi

@@ -149,7 +149,7 @@ TEST_CASE("embedding: the next run starts from it, and keeps it if it does not t
     const TrainConfig first = make_config(fixture, "first", {{"e2e-stages", "w2a16:1"}});
     fixture.run(first);
     const Values trained = outer_in(fixture, final_of(first));
-    const std::string exported = data::read_file(export_of(fixture, first) + "/model.safetensors");
+    const std::string exported = data::read_file(export_of(fixture, first) + "/bbb.safetensors");
 
     // A rate that moves nothing: both see the same rounded tables, so the losses are equal.
     std::vector<train::Json> losses[2];
@@ -160,7 +160,7 @@ TEST_CASE("embedding: the next run starts from it, and keeps it if it does not t
                                              {"e2e-lr", "1e-30"},
                                              {"e2e-embedding", i == 0 ? "keep" : "train"}});
       fixture.run(still);
-      CHECK((data::read_file(export_of(fixture, still) + "/model.safetensors") == exported));
+      CHECK((data::read_file(export_of(fixture, still) + "/bbb.safetensors") == exported));
       if (i == 0) CHECK((outer_in(fixture, final_of(still)) == trained));
       for (const train::Json& line : log_lines(still.out, "e2e")) losses[i].push_back(line["loss"]);
     }

@@ -47,9 +47,10 @@ struct Trained {
   double write(const std::string& name, ExportFormat format,
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
-        directory / name, *source, FileTokenizer(), [this](int64_t i) { return formats(i); },
-        format, models::outer_of(*source), [this](int64_t i) { return layer(i); },
-        "{\"seed\": 1}\n", nullptr, shard_bytes);
+               directory / name, *source, FileTokenizer(), [this](int64_t i) { return formats(i); },
+               format, models::outer_of(*source), [this](int64_t i) { return layer(i); },
+               "{\"seed\": 1}\n", nullptr, shard_bytes)
+        .bits_per_weight;
   }
 
   // The number of files and directories next to the source.
@@ -141,9 +142,9 @@ TEST_CASE("export: a single file, or shards with an index", "[export]") {
   Trained trained(oracle(), false, 2);
   trained.write("sharded", ExportFormat::Packed, 30000);
   const std::string path = trained.directory / "sharded/";
-  CHECK(fs::exists(path + "model.safetensors.index.json"));
-  CHECK(fs::exists(path + "model-00002-of-00002.safetensors"));
-  CHECK_FALSE(fs::exists(path + "model.safetensors"));
+  CHECK(fs::exists(path + "bbb.safetensors.index.json"));
+  CHECK(fs::exists(path + "bbb-00002-of-00002.safetensors"));
+  CHECK_FALSE(fs::exists(path + "bbb.safetensors"));
   CHECK(data::read_file(path + "tokenizer.json") == "{\"a\": 1}");
   CHECK(data::read_file(path + "bbb.json") == "{\"seed\": 1}\n");
   const std::vector<int32_t> ids = random_tokens(3, 5, trained.config.vocab);
@@ -155,7 +156,7 @@ TEST_CASE("export: a single file, or shards with an index", "[export]") {
 
   // Exporting the same model again gives the same bytes.
   trained.write("again", ExportFormat::Packed);
-  for (const char* file : {"model.safetensors", "config.json"})
+  for (const char* file : {"bbb.safetensors", "config.json"})
     CHECK(data::read_file(trained.directory / "again/" + file) ==
           data::read_file(trained.directory / "single/" + file));
 }

@@ -235,8 +235,8 @@ TEST_CASE("method: a run starts from another's result", "[method]") {
   const TrainConfig still =
       make_config(fixture, "still", kGrid + next + Options{{"e2e-lr", "1e-30"}});
   fixture.run(still);
-  CHECK((data::read_file(export_of(fixture, still) + "/model.safetensors") ==
-         data::read_file(export_of(fixture, first) + "/model.safetensors")));
+  CHECK((data::read_file(export_of(fixture, still) + "/bbb.safetensors") ==
+         data::read_file(export_of(fixture, first) + "/bbb.safetensors")));
 
   // Another grid: other channels are split, other groups rotated.
   const TrainConfig changed = make_config(

@@ -340,7 +340,7 @@ TEST_CASE("packed model: formats that do not fit together are refused", "[packed
   CHECK_THROWS_WITH(models::open_checkpoint(mixed.path, 2), Contains("--bits reads fewer bits"));
 
   // Lists of channels: another type, and channels that cannot be. The header's length stays.
-  const std::string file = mixed.path + "/model.safetensors", before = data::read_file(file);
+  const std::string file = mixed.path + "/bbb.safetensors", before = data::read_file(file);
   const std::string name = "model.layers.0.self_attn.q_proj.split_channels";
   const auto broken = [&](const char* from, const char* to, const char* message) {
     std::string bytes = before;

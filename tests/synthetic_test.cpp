@@ -84,7 +84,8 @@ TEST_CASE("synthetic: trains, exports, and the export is evaluated") {
   quiet.quiet = true;
   train::train_windows(backend(), *source, windows, config, quiet);
   const double bits = train::export_run(backend(), *source, *tokenizer, dir / "run",
-                                        dir / "exported", models::ExportFormat::Packed);
+                                        dir / "exported", models::ExportFormat::Packed)
+                          .bits_per_weight;
   CHECK(bits < 2.5);
 
   const auto exported = models::open_checkpoint(dir / "exported");

@@ -19,8 +19,8 @@ namespace bbb::tests {
 namespace {
 
 using Catch::Matchers::Contains;
-using models::ExportAs;
 using models::ExportFormat;
+using models::ExportOptions;
 using models::Llama;
 using models::LlamaConfig;
 using nlohmann::ordered_json;
@@ -49,7 +49,7 @@ struct ExportedHead {
   std::unique_ptr<models::Checkpoint> source, written;
   double bits_per_weight = 0;
 
-  ExportedHead(bool tied, const ExportAs& as, int64_t shard_bytes = models::kMaxShardBytes) {
+  ExportedHead(bool tied, const ExportOptions& as, int64_t shard_bytes = models::kMaxShardBytes) {
     config.tied_head = tied;
     std::filesystem::create_directory(dir / "source");
     write_tiny_model(dir / "source", config, 1);
@@ -140,7 +140,7 @@ TEST_CASE("table: an export with a quantized head, read back", "[table][export]"
     for (const int bits : {8, 4})
       for (const int64_t shard_bytes : {models::kMaxShardBytes, int64_t{20000}}) {
         CAPTURE(tied, bits, shard_bytes);
-        const ExportedHead exported(tied, ExportAs(ExportFormat::Packed, bits), shard_bytes);
+        const ExportedHead exported(tied, ExportOptions(ExportFormat::Packed, bits), shard_bytes);
         const models::Checkpoint& written = *exported.written;
         const int64_t vocab = exported.config.vocab, width = exported.config.d_model;
         const engine::Shape shape{vocab, width};
@@ -221,7 +221,7 @@ TEST_CASE("table: losses of several chunks of words and rows", "[table]") {
 TEST_CASE("table: what a reader refuses", "[table]") {
   for (const bool tied : {false, true}) {
     CAPTURE(tied);
-    ExportedHead exported(tied, ExportAs(ExportFormat::Packed, 4));
+    ExportedHead exported(tied, ExportOptions(ExportFormat::Packed, 4));
     const std::string name = exported.name(), path = exported.path();
     const auto refuses = [&](const std::function<void(ordered_json&)>& edit,
                              const std::string& message) {

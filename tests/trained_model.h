@@ -60,9 +60,10 @@ struct TrainedModel {
   double write(const std::string& path, models::ExportFormat format = models::ExportFormat::Packed,
                int64_t shard_bytes = models::kMaxShardBytes) {
     return models::export_model(
-        path, source, FileTokenizer(), [this](int64_t i) { return formats(i); }, format,
-        models::outer_of(source), [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n",
-        nullptr, shard_bytes);
+               path, source, FileTokenizer(), [this](int64_t i) { return formats(i); }, format,
+               models::outer_of(source), [this](int64_t i) { return layer(i); }, "{\"seed\": 1}\n",
+               nullptr, shard_bytes)
+        .bits_per_weight;
   }
 
   const models::Checkpoint& source;

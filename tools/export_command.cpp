@@ -28,35 +28,47 @@ int export_command(const Arguments& arguments) {
       ("group-size", "with --rtn: 32, 64 or 128",
        cxxopts::value<std::string>()->default_value("32"))  //
       ("act-bits", "with --rtn: bits of activations, 16, 8, 4, 3 or 2",
-       cxxopts::value<std::string>()->default_value("16"))         //
-      ("out", "directory to make", cxxopts::value<std::string>())  //
-      ("format", "bbb: packed; hf: dequantized BF16 safetensors",
+       cxxopts::value<std::string>()->default_value("16"))  //
+      ("out", "directory to make, or with --format gguf the file",
+       cxxopts::value<std::string>())  //
+      ("format",
+       "bbb: packed; hf: dequantized BF16 safetensors; gptq: GPTQ-v2 safetensors; gguf: one file "
+       "for llama.cpp",
        cxxopts::value<std::string>()->default_value("bbb"))  //
-      ("head-bits", "of the head, and of an embedding that is tied to it: 16, 8 or 4",
-       cxxopts::value<std::string>()->default_value("16"));
+      ("head-bits",
+       "with --format bbb: of the head, and of an embedding that is tied to it: 16, 8 or 4",
+       cxxopts::value<std::string>()->default_value("16"))  //
+      ("gguf-head", "with --format gguf: embedding and head in bf16 or q8_0",
+       cxxopts::value<std::string>()->default_value("bf16"));
   train::TrainConfig config;
   config.samples = train::kStatisticsWindows;
   add_config_options(line, config, "With --rtn", rounds_with);
   if (!line.parse(arguments)) return 0;
   const std::string out = line.required("out");
-  const auto format = line.choice("format", {"bbb", "hf"}) == 0 ? models::ExportFormat::Packed
-                                                                : models::ExportFormat::HuggingFace;
+  using models::ExportFormat;
+  const ExportFormat formats[] = {ExportFormat::Packed, ExportFormat::HuggingFace,
+                                  ExportFormat::Gptq, ExportFormat::Gguf};
   const int head_widths[] = {models::kDenseBits, 8, 4};
+  const ExportFormat format = formats[line.choice("format", {"bbb", "hf", "gptq", "gguf"})];
   const int head_bits = head_widths[line.choice("head-bits", {"16", "8", "4"})];
-  if (head_bits != models::kDenseBits && format != models::ExportFormat::Packed)
+  if (head_bits != models::kDenseBits && format != ExportFormat::Packed)
     throw UsageError("--head-bits needs --format bbb: no other format holds a quantized head");
-  const models::ExportAs as(format, head_bits);
+  models::ExportOptions options(format, head_bits);
+  if (line.has("gguf-head") && format != ExportFormat::Gguf)
+    throw UsageError("--gguf-head needs --format gguf");
+  options.gguf_tables = line.choice("gguf-head", {"bf16", "q8_0"}) == 0 ? models::GgufTables::BF16
+                                                                        : models::GgufTables::Q8_0;
   if (line.has("rtn") == line.has("run"))
     throw UsageError("give either --run RUN, or --model M with --rtn");
 
-  double bits_per_weight = 0;
+  models::ExportSummary summary;
   if (line.has("run")) {
     train::visit(config, [&](const auto&, const train::Field& f) {
       if (rounds_with(f) && line.has(f.name))
         fmt::print(stderr, "--{} is unused: the run decides it\n", f.name);
     });
-    bits_per_weight =
-        train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, as);
+    summary =
+        train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, options);
   } else {
     read_config_options(config, line, rounds_with);
     const int bits[] = {2, 3, 4, 8}, groups[] = {32, 64, 128}, act_bits[] = {16, 8, 4, 3, 2};
@@ -74,13 +86,21 @@ int export_command(const Arguments& arguments) {
     const std::string path = line.required("model");
     const auto source = models::open_checkpoint(path);
     const auto tokenizer = data::load_tokenizer(path);
-    bits_per_weight = train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, as);
+    summary = train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, options);
   }
-  if (format == models::ExportFormat::HuggingFace)
-    fmt::print("split pairs are summed, rotations undone, and weights rounded once to BF16\n");
-  const auto written = models::open_checkpoint(out);
-  fmt::print("{}: {:.4f} bits per weight, read from the file; {}\n", out, bits_per_weight,
-             table_sizes(*written));
+  // Only formats for other readers round; of these, some merge pairs and undo rotations first.
+  if (summary.rounding.difference > 0)
+    fmt::print("rounded once: the largest difference to the packed model is {:.3g}, in {}\n",
+               summary.rounding.difference, summary.rounding.name);
+  else
+    fmt::print("read back: every weight equals the packed model's\n");
+  if (summary.lost_activations)
+    fmt::print("the model quantizes activations; readers of this format do not\n");
+  fmt::print("{}: {:.4f} bits per weight, read from the file", out, summary.bits_per_weight);
+  if (format == ExportFormat::Gptq)  // bbb does not read it
+    fmt::print("\n");
+  else
+    fmt::print("; {}\n", table_sizes(*models::open_checkpoint(out)));
   return 0;
 }
 

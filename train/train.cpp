@@ -300,28 +300,30 @@ class Quantizer {
 
 // The record of an export: how the weights were made, and the bits of their activations.
 std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model,
-                          const models::ExportAs& as) {
+                          const models::ExportOptions& options) {
   const quant::ActivationBits bits = models::bits_per_activation(
       model, [&](int64_t layer) { return recipe.result_formats(layer); });
   record["bits_per_activation"] = bits.codes;
   record["bits_per_activation_with_scales"] = bits.all;
-  record["head_bits"] = as.head_bits;
+  record["head_bits"] = options.head_bits;
   return record.dump(2) + "\n";
 }
 
 }  // namespace
 
-double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
-                  const std::string& out_directory, const models::ExportAs& as) {
+models::ExportSummary export_run(Backend& backend, const std::string& run_directory,
+                                 const std::string& model_path, const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   const std::string model =
       model_path.empty() ? RunDirectory(run_directory).identity().config.model : model_path;
   return export_run(backend, *models::open_checkpoint(model), *data::load_tokenizer(model),
-                    run_directory, out_directory, as);
+                    run_directory, out_directory, options);
 }
 
-double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  const std::string& run_directory, const std::string& out_directory,
-                  const models::ExportAs& as) {
+models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, const std::string& run_directory,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   const RunDirectory run(run_directory);
   const RunIdentity identity = run.identity();
   const TrainConfig& config = identity.config;
@@ -342,14 +344,16 @@ double export_run(Backend& backend, const Checkpoint& source, const data::Tokeni
   const models::LoadOuter trained = run.outer(recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, formats, as, trained ? trained : models::outer_of(source),
-      layer, export_record(Json::parse(data::read_file(run.run_file())), recipe, model, as),
+      out_directory, source, tokenizer, formats, options,
+      trained ? trained : models::outer_of(source), layer,
+      export_record(Json::parse(data::read_file(run.run_file())), recipe, model, options),
       [&](int64_t done) { progress.set(done); });
 }
 
-double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  TrainConfig config, const std::string& out_directory,
-                  const models::ExportAs& as) {
+models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, TrainConfig config,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options) {
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
@@ -385,10 +389,10 @@ double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokeni
   const Quantizer quantizer(backend, model, config, recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(
-      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); }, as,
-      models::outer_of(source),
+      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); },
+      options, models::outer_of(source),
       [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
-      export_record(record, recipe, model, as), [&](int64_t done) { progress.set(done); });
+      export_record(record, recipe, model, options), [&](int64_t done) { progress.set(done); });
 }
 
 }  // namespace bbb::train

@@ -60,17 +60,19 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
 
 // Exports a finished run. The model and its tokenizer are read from `model_path` or, if that is
 // empty, from the path in run.json. Throws if they are not the run's, or if a file is damaged.
-// Returns the bits per weight of the exported file.
-double export_run(Backend& backend, const std::string& run_directory, const std::string& model_path,
-                  const std::string& out_directory, const models::ExportAs& as);
-double export_run(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  const std::string& run_directory, const std::string& out_directory,
-                  const models::ExportAs& as);
+models::ExportSummary export_run(Backend& backend, const std::string& run_directory,
+                                 const std::string& model_path, const std::string& out_directory,
+                                 const models::ExportOptions& options);
+models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, const std::string& run_directory,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options);
 
 // Exports `source` rounded to nearest, without training: config.bits and act_bits, group and the
-// options of the grid. config.data is read only if they need statistics. Returns the bits per
-// weight.
-double export_rtn(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-                  TrainConfig config, const std::string& out_directory, const models::ExportAs& as);
+// options of the grid. config.data is read only if they need statistics.
+models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
+                                 const data::Tokenizer& tokenizer, TrainConfig config,
+                                 const std::string& out_directory,
+                                 const models::ExportOptions& options);
 
 }  // namespace bbb::train
