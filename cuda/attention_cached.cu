@@ -311,7 +311,7 @@ class CacheTiles {
   // Nibble i of each half of a word as bf16 128 + its value; zeros: two of -(128 + z).
   __device__ static uint32_t nibbles(uint32_t word, int i, uint32_t zeros) {
     constexpr uint32_t kOnes = 0x3F803F80u;
-    return fma_bf16((word >> 4 * i & 0x000F000Fu) | 0x43004300u, kOnes, zeros);
+    return fma_bf16x2((word >> 4 * i & 0x000F000Fu) | 0x43004300u, kOnes, zeros);
   }
 
   // q - z of the codes at `from`, columns (0, 4), (1, 5), (2, 6), (3, 7).

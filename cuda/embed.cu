@@ -5,8 +5,7 @@
 //
 // out, dx bf16 (M, D); ids I32 (M), each in [0, V); table bf16 (V, D); dtable F32 (V, D).
 //
-// embed: one warp a row, eight neighbouring elements a lane and step; 4 D + 4 bytes a row. May
-// start early: no kernel that writes the table lets the next one do so.
+// embed: one warp a row, eight neighbouring elements a lane and step; 4 D + 4 bytes a row.
 //
 // embed_backward sorts 64-bit entries (id, m) by id. The sort is stable, so the entries of an id
 // are neighbours, in the order of m. One warp an entry and slab of 32 x eight columns; the warp of
@@ -39,7 +38,7 @@ __global__ void embed_kernel(bf16* __restrict__ out, const int32_t* __restrict__
   const bf16* const from = table + load_past_l1(ids + m) * d;
   bf16* const to = out + m * d;
   for (int64_t i = threadIdx.x % 32 * kWidth; i < d; i += 32 * kWidth)
-    *reinterpret_cast<Chunk*>(to + i) = *reinterpret_cast<const Chunk*>(from + i);
+    *reinterpret_cast<Chunk*>(to + i) = load_past_l1(reinterpret_cast<const Chunk*>(from + i));
 }
 
 __global__ void make_entries_kernel(uint64_t* __restrict__ entries, const int32_t* __restrict__ ids,

@@ -26,7 +26,6 @@
 
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
-#include "cuda/hadamard.h"
 #include "cuda/ptx.h"
 #include "cuda/reduce.h"
 #include "cuda/swiglu.h"
@@ -42,7 +41,7 @@ using quant::OperandView;
 using quant::QuantizedGroup;
 using quant::Range;
 
-constexpr int kWide = kPieceWidth;  // positions of a piece
+constexpr int kWide = 8;  // positions of a piece
 constexpr int kWarpColumns = 32 * kWide;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / 32;
@@ -236,6 +235,33 @@ __device__ __forceinline__ Piece gather(const uint32_t* staged, const OperandVie
     pairs[j / 2] = value(channel[j]) | value(channel[j + 1]) << 16;
   }
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// x = 2^-i H x for the group of this lane, by butterflies of strides 1, 2, 4 .. G / 2: the lower
+// index gets u + v, the upper one u - v. The whole warp takes part.
+template <int kGroup>
+__device__ __forceinline__ void rotate(float (&x)[kWide]) {
+#pragma unroll
+  for (int stride = 1; stride < kWide; stride *= 2)
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      if ((i & stride) != 0) continue;
+      const float u = x[i], w = x[i + stride];
+      x[i] = u + w;
+      x[i + stride] = u - w;
+    }
+#pragma unroll
+  for (int lanes = 1; lanes < kGroup / kWide; lanes *= 2) {
+    const bool upper = (threadIdx.x & lanes) != 0;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      const float other = __shfl_xor_sync(kFullWarp, x[i], lanes);
+      x[i] = upper ? other - x[i] : x[i] + other;
+    }
+  }
+  constexpr float kScale = 1.0f / float(1 << quant::activation_rotation_shift(kGroup));
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) x[i] *= kScale;
 }
 
 // Rotates the pieces of a warp that are in rotated groups; the whole warp takes part. A warp's

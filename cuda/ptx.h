@@ -71,13 +71,6 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// a b + c of two bf16 each, rounded once.
-__device__ inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
 // c += a b for bytes, exact in 32 bits: A (16 x 32) unsigned, B (32 x 8) signed. Registers hold
 // four neighbours along k. a[0] (g, 4t ..)  a[1] (g + 8, 4t ..)  a[2] (g, 4t + 16 ..)  a[3] (g + 8,
 // 4t + 16 ..); b0 (4t .., g)  b1 (4t + 16 .., g); c as above.

@@ -25,7 +25,6 @@ struct IntegerUnit {
     inverse = __uint_as_float((268 - exponent) << 23);
   }
   // The bits of 1.5 2^23 + 128 + v: the low 16 bits are those of v + 128.
-  static constexpr uint32_t kShift = 0x4B400000u + 128;
   __device__ __forceinline__ uint32_t shifted(float x) const {
     return __float_as_uint(fmaf(x, inverse, 12583040.0f));
   }

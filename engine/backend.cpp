@@ -213,8 +213,8 @@ class Op {
       BBB_CHECK(format.bits == 8 || format.bits == 4, name_, ": a cache of ", format.bits, " bits");
       BBB_CHECK(d % KvFormat::kGroup == 0, name_, ": a quantized cache takes head sizes that are ",
                 "multiples of ", KvFormat::kGroup, ", not ", d);
-      BBB_CHECK(k.dim(1) % KvFormat::kCapacity_tokens == 0, name_, ": a quantized cache of ",
-                k.dim(1), " positions, not a multiple of ", KvFormat::kCapacity_tokens);
+      BBB_CHECK(k.dim(1) % KvFormat::kTokenUnit == 0, name_, ": a quantized cache of ", k.dim(1),
+                " positions, not a multiple of ", KvFormat::kTokenUnit);
     }
     is("k_cache", k, format.quantized() ? DType::U8 : backend_.act(),
        {batch, k.dim(1), kv_heads, format.quantized() ? format.head_bytes(d) : d});

@@ -555,9 +555,7 @@ LlamaConfig synthetic_config(const std::string& name) {
     c.bos_id = 1;
     c.eos_ids = {2};
   } else {
-    throw UsageError(cat("no synthetic model '", printable(name),
-                         "'; there are smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, "
-                         "llama-2-7b"));
+    throw UsageError(cat("no synthetic model '", printable(name), "'; it takes ", kSyntheticSizes));
   }
   return c;
 }

@@ -59,8 +59,9 @@ LlamaConfig config_from_json(const std::string& json, const std::string& where);
 LlamaConfig config_from_gguf(const data::Gguf& gguf);
 // eos_token_id of config.json or generation_config.json: an id, several, or none.
 std::vector<int64_t> eos_ids_from_json(const std::string& json, const std::string& where);
-// smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, llama-2-7b; throws UsageError, listing them,
-// otherwise.
+inline constexpr const char* kSyntheticSizes =
+    "smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b or llama-2-7b";
+// Sizes by one of these names; throws UsageError, listing them, otherwise.
 LlamaConfig synthetic_config(const std::string& name);
 // A Hugging Face config.json for this model, without quantization_config.
 std::string config_to_json(const LlamaConfig& config);

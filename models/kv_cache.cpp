@@ -9,7 +9,7 @@ KvCache::KvCache(Backend& backend, const LlamaConfig& config, int64_t batch,
     : format(kv_format) {
   engine::Shape shape{batch, capacity_tokens, config.kv_heads, config.head_dim};
   if (format.quantized()) {
-    constexpr int64_t kUnit = quant::KvFormat::kCapacity_tokens;
+    constexpr int64_t kUnit = quant::KvFormat::kTokenUnit;
     shape[1] = (capacity_tokens + kUnit - 1) / kUnit * kUnit;
     shape[3] = format.head_bytes(config.head_dim);
   }
@@ -19,6 +19,12 @@ KvCache::KvCache(Backend& backend, const LlamaConfig& config, int64_t batch,
     v.push_back(backend.zeros(shape, dtype));
   }
   start = backend.zeros({batch}, DType::I32);
+}
+
+void KvCache::check(const LlamaConfig& config, quant::KvFormat format) {
+  BBB_CHECK(!format.quantized() || config.head_dim % quant::KvFormat::kGroup == 0,
+            "a key-value cache of ", format.bits, " bits takes head sizes that are multiples of ",
+            quant::KvFormat::kGroup, ", not ", config.head_dim);
 }
 
 int64_t KvCache::bytes_per_token() const {

@@ -123,7 +123,7 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
     backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
-                       inv_freq_, kv->format, spec.rope_factor);
+                       frequencies(t), kv->format, spec.rope_factor);
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
     backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec,
                               kv->format);
@@ -134,7 +134,8 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   return o_.forward(tape, tapped(kOutputSite, operands_[kOutputSite].plain(tape, out)), x);
 }
 
-// Dynamic scaling: a longer sequence than the model's positions has its own. Caches never hold one.
+// Dynamic scaling: a sequence longer than the model's positions has its own. Only perplexity and
+// tasks run one, in one piece.
 Tensor LlamaBlock::frequencies(int64_t tokens) const {
   const bool own = config_.rope_scaling && config_.rope_scaling->kind == RopeKind::Dynamic &&
                    tokens > config_.max_position;

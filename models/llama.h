@@ -26,6 +26,9 @@ struct KvCache {
           quant::KvFormat kv_format = {});
   KvCache sequence(int64_t b) const;  // sequence b alone; shares the memory
 
+  // Throws if the format does not fit the model's heads.
+  static void check(const LlamaConfig& config, quant::KvFormat format);
+
   int64_t bytes_per_token() const;
 
   quant::KvFormat format;

@@ -79,7 +79,7 @@ struct KvFormat {
 
   static constexpr int kGroup = 32;
   // Tmax is a multiple of this. Then both parts of every sequence start on a multiple of 16 bytes.
-  static constexpr int64_t kCapacity_tokens = 4;
+  static constexpr int64_t kTokenUnit = 4;
 
   bool operator==(const KvFormat&) const = default;
   bool quantized() const { return bits < 16; }

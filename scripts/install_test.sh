@@ -39,13 +39,14 @@ expect() {
 }
 expect 'bbb tra' 'train'
 expect 'bbb completion ' 'bash fish zsh'
-expect 'bbb bench ' 'gemv train'
+expect 'bbb bench ' 'decode gemm gemv prefill train'
 expect 'bbb bench gemv --ro' '--rows'
 expect 'bbb train --device ' 'auto cpu cuda'
 expect 'bbb train --e2e-loss = k' 'kl'
 expect 'bbb inspect --mo' '--model'
 expect 'bbb ppl --text x' ''
-for command in train export ppl eval inspect decode chat 'bench train' 'bench gemv' tokenize report; do
+for command in train export ppl eval inspect decode chat 'bench train' 'bench gemv' 'bench gemm' \
+  'bench decode' 'bench prefill' tokenize report; do
   # shellcheck disable=SC2086
   listed=$("$bbb" $command --help | grep -oE '^ +(-., )?--[a-z0-9-]+' | grep -oE -- '--.*' | sort |
     tr '\n' ' ')

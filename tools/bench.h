@@ -92,6 +92,9 @@ struct DecodeBench {
   std::vector<int64_t> prompts;  // tokens of each prefill
   int64_t tokens = 256;          // generated after it
   int64_t context = 1024;        // and steps with so many tokens in the cache
+  quant::KvFormat kv = {};
+
+  int64_t positions() const;  // that a sequence reaches at most
 };
 
 struct DecodeTime {

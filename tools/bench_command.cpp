@@ -27,9 +27,8 @@ bool is_grid_option(const train::Field& f) {
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
-  line.options()  //
-      ("synthetic", "sizes: llama-2-7b, llama-3-8b, llama-3.2-1b, qwen3-0.6b or smollm2-135m",
-       text())                                                                       //
+  line.options()                                                                     //
+      ("synthetic", cat("sizes: ", models::kSyntheticSizes), text())                 //
       ("e2e", "the whole model against its full-precision original, not one block")  //
       ("batch", "windows a step; default: 8, with --e2e 16", text())                 //
       ("seq-len", "tokens a window", text()->default_value("2048"))                  //

@@ -43,19 +43,26 @@ std::vector<double> step_times(Generator& generator, int64_t steps) {
 
 }  // namespace
 
+int64_t DecodeBench::positions() const {
+  int64_t most = context + kWarmSteps + kContextSteps;
+  for (const int64_t prompt : prompts) most = std::max(most, prompt + std::max(tokens, kWarmSteps));
+  return most;
+}
+
 DecodeResult bench_decode(models::Llama& model, const DecodeBench& bench) {
   Backend& backend = model.backend();
   DecodeResult result;
   result.head_bytes = model.head_table().bytes();
   result.weight_bytes = weight_bytes(model, backend) - result.head_bytes;
-  result.kv_bytes = models::KvCache(backend, model.config(), 1, 1).bytes_per_token();
+  result.kv_bytes = models::KvCache(backend, model.config(), 1, 1, bench.kv).bytes_per_token();
   const auto step_bytes = [&](int64_t first, int64_t steps) {
     return static_cast<double>(result.weight_bytes + result.head_bytes +
                                bench.batch * result.kv_bytes * (first + steps / 2));
   };
 
   for (const int64_t prompt : bench.prompts) {
-    Generator generator(model, bench.batch, prompt + std::max(bench.tokens, kWarmSteps), {});
+    Generator generator(model, bench.batch, prompt + std::max(bench.tokens, kWarmSteps), {},
+                        bench.kv);
     const auto prefill = [&] {
       const auto start = Clock::now();
       for (int64_t b = 0; b < bench.batch; ++b) {
@@ -74,7 +81,7 @@ DecodeResult bench_decode(models::Llama& model, const DecodeBench& bench) {
     result.prefilled.push_back(time);
   }
 
-  Generator generator(model, bench.batch, bench.context + kWarmSteps + kContextSteps, {});
+  Generator generator(model, bench.batch, bench.context + kWarmSteps + kContextSteps, {}, bench.kv);
   generator.assume(bench.context);
   step_times(generator, kWarmSteps);
   result.at_context = {.prompt = bench.context,

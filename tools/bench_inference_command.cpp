@@ -31,8 +31,6 @@ constexpr GemvShape kGemmShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}}
 constexpr int64_t kGemmRows[] = {16, 64, 256, 2048};
 constexpr int64_t kMostTokens = 1 << 20;
 
-constexpr const char* kSizesHelp = "smollm2-135m, llama-3.2-1b, llama-3-8b or llama-2-7b";
-
 auto text_option() { return cxxopts::value<std::string>(); }
 auto text_option(const char* otherwise) { return text_option()->default_value(otherwise); }
 
@@ -71,7 +69,7 @@ std::vector<int64_t> token_counts(const CommandLine& line, const std::string& na
 
 void add_model_options(CommandLine& line) {
   line.options()                                                                       //
-      ("synthetic", cat("random weights: ", kSizesHelp), text_option())                //
+      ("synthetic", cat("random weights: ", models::kSyntheticSizes), text_option())   //
       ("widths", "with --synthetic: of weights and activations, such as w2a2",         //
        text_option("w2a16"))                                                           //
       ("head-bits", "with --synthetic: of the head and a tied embedding: 16, 8 or 4",  //
@@ -183,7 +181,8 @@ int bench_gemv_command(const Arguments& arguments) {
   CommandLine line("bench gemv", "Time a few rows times a 2-bit matrix, and times a dense one");
   line.options()                          //
       ("rows", "of x", text_option("1"))  //
-      ("synthetic", cat("the products of a block of ", kSizesHelp, "; default: a table of shapes"),
+      ("synthetic",
+       cat("the products of a block of ", models::kSyntheticSizes, "; default: a table of shapes"),
        text_option())  //
       ("json", "write the result to this file too", text_option());
   if (!line.parse(arguments)) return 0;
@@ -208,7 +207,8 @@ int bench_gemm_command(const Arguments& arguments) {
   CommandLine line("bench gemm",
                    "Time 16, 64, 256 and 2048 rows times a 2-bit matrix, and times a dense one");
   line.options()  //
-      ("synthetic", cat("the products of a block of ", kSizesHelp, "; default: those of an 8B's"),
+      ("synthetic",
+       cat("the products of a block of ", models::kSyntheticSizes, "; default: those of an 8B's"),
        text_option())  //
       ("json", "write the result to this file too", text_option());
   if (!line.parse(arguments)) return 0;
@@ -237,21 +237,26 @@ int bench_gemm_command(const Arguments& arguments) {
 int bench_decode_command(const Arguments& arguments) {
   CommandLine line("bench decode", "Time greedy decoding after prompts of several lengths");
   add_model_options(line);
-  line.options()                                                               //
-      ("batch", "sequences, 1 to 64", text_option("1"))                        //
-      ("prefill", "tokens of each prompt", text_option("512,1024,2048,4096"))  //
-      ("tokens", "generated after each prompt", text_option("256"))            //
-      ("context", "and the median step with so many tokens in the cache", text_option("1024"));
+  line.options()                                                                                //
+      ("batch", "sequences, 1 to 64", text_option("1"))                                         //
+      ("prefill", "tokens of each prompt", text_option("512,1024,2048"))                        //
+      ("tokens", "generated after each prompt", text_option("256"))                             //
+      ("context", "and the median step with so many tokens in the cache", text_option("1024"))  //
+      ("kv-bits", CommandLine::kKvBitsHelp, text_option("16"));
   if (!line.parse(arguments)) return 0;
   BenchModel::check(line);
   check_writable(line, "json");
   const DecodeBench bench{.batch = line.integer("batch", 1, 64),
                           .prompts = token_counts(line, "prefill"),
                           .tokens = line.integer("tokens", 1, kMostTokens),
-                          .context = line.integer("context", 1, kMostTokens)};
+                          .context = line.integer("context", 1, kMostTokens),
+                          .kv = line.kv_format()};
   const auto backend = line.make_backend();
   const double bandwidth = measure_read_bandwidth(*backend);
   const BenchModel loaded(line, *backend);
+  const int64_t positions = loaded.model->config().max_position;
+  BBB_CHECK(bench.positions() <= positions, loaded.name, " has ", positions,
+            " positions, and the longest of --prefill and --context needs ", bench.positions());
   const DecodeResult r = bench_decode(*loaded.model, bench);
 
   const auto gb = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
@@ -269,6 +274,7 @@ int bench_decode_command(const Arguments& arguments) {
                        {"tokens", bench.tokens},
                        {"block_bytes", r.weight_bytes},
                        {"head_bytes", r.head_bytes},
+                       {"kv_bits", bench.kv.bits},
                        {"kv_bytes_per_token", r.kv_bytes}};
   const auto report = [&](const DecodeTime& t) {
     const double fraction = t.bytes / t.step_s / bandwidth;
@@ -317,6 +323,8 @@ int bench_prefill_command(const Arguments& arguments) {
   };
   {
     const BenchModel loaded(line, *backend);
+    const int64_t positions = loaded.model->config().max_position;
+    BBB_CHECK(tokens <= positions, loaded.name, " has ", positions, " positions, not ", tokens);
     time(loaded.name, *loaded.model);
   }
   if (line.has("synthetic")) {

@@ -65,6 +65,7 @@ int chat_command(const Arguments& arguments) {
   std::vector<data::ChatMessage> first = messages;
   first.push_back({"user", "Hi"});
   files.chat_ids(first);
+  models::KvCache::check(files.source->config(), kv);
   const auto model = files.load(*backend);
   models::Generator generator(*model, 1, std::min(context, model->config().max_position), sampling,
                               kv);

@@ -339,6 +339,7 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   report.batch = std::min(count, batch_of(line, kDefaultBatch));
   report.listed = line.has("prompts") || report.batch > 1;
 
+  models::KvCache::check(files.source->config(), line.kv_format());
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling, line.kv_format());
   generate(report, generator, files, sample_seed(line));
@@ -378,8 +379,7 @@ int decode_command(const Arguments& arguments) {
        cxxopts::value<std::string>())                                                          //
       ("max-tokens", "at most this many", cxxopts::value<std::string>()->default_value("64"))  //
       ("json", "write text and timings to this file", cxxopts::value<std::string>())           //
-      ("synthetic",
-       "random 2-bit weights: smollm2-135m, qwen3-0.6b, llama-3.2-1b, llama-3-8b, llama-2-7b",
+      ("synthetic", cat("random 2-bit weights: ", models::kSyntheticSizes),
        cxxopts::value<std::string>())  //
       ("context", "with --synthetic: tokens already in the cache",
        cxxopts::value<std::string>()->default_value("1024"));

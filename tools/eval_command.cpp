@@ -124,6 +124,7 @@ int eval_command(const Arguments& arguments) {
   const std::vector<LoadedTask> tasks = load_tasks(chosen, line.has("tasks"), directory, limit);
   const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
+  models::KvCache::check(source->config(), kv);
   const auto tokenizer = data::load_tokenizer(model_path);
   const auto model = load_model(*backend, *source);  // last: it reads every weight
 

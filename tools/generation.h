@@ -18,8 +18,8 @@ void add_sampling_options(CommandLine& line);
 engine::SampleSpec sample_spec(const CommandLine& line);
 uint64_t sample_seed(const CommandLine& line);
 
-// The least bytes that a step reads: the blocks' weights, norms and biases, and the head. A step of
-// more rows than packed products take unpacks every weight, and moves more.
+// The least bytes that a step reads: the blocks' weights, norms and biases, and the head. Where a
+// step has more rows than packed products take, every weight is unpacked, and a step moves more.
 int64_t weight_bytes(models::Llama& model, engine::Backend& backend);
 
 // A checkpoint and its tokenizer, before any weight is read.

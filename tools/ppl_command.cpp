@@ -34,6 +34,7 @@ int ppl_command(const Arguments& arguments) {
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
   const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
+  models::KvCache::check(source->config(), kv);
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));

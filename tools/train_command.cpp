@@ -87,8 +87,7 @@ int train_command(const Arguments& arguments) {
   add_config_options(line, config, nullptr, every);
   line.options()  //
       ("synthetic",
-       "instead of --model: random weights, byte tokens: llama-2-7b, llama-3-8b, llama-3.2-1b, "
-       "qwen3-0.6b, smollm2-135m",
+       cat("instead of --model: random weights, byte tokens: ", models::kSyntheticSizes),
        cxxopts::value<std::string>())  //
       ("schedule",
        "instead of --stages, the paper's: A weights, then activations; B alternating; C cyclic",
