@@ -58,11 +58,11 @@ struct LayerResult {
   std::vector<LinearResult> linears;         // in the order of block_linears()
 
   // In the order of block_norms().
-  std::vector<float>& norm(size_t i) {
-    std::vector<float>* const all[] = {&input_norm, &post_norm, &q_norm, &k_norm};
-    return *all[i];
-  }
-  const std::vector<float>& norm(size_t i) const { return const_cast<LayerResult*>(this)->norm(i); }
+  static constexpr std::vector<float> LayerResult::*kNorms[] = {
+      &LayerResult::input_norm, &LayerResult::post_norm, &LayerResult::q_norm,
+      &LayerResult::k_norm};
+  std::vector<float>& norm(size_t i) { return this->*kNorms[i]; }
+  const std::vector<float>& norm(size_t i) const { return this->*kNorms[i]; }
 };
 
 // From one code per byte to one bit stream per row (quant/pack.h).

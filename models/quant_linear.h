@@ -68,7 +68,7 @@ class QuantLinear {
  public:
   QuantLinear(Backend& backend, std::string name, int64_t n, int64_t k);
 
-  // From now on the linear has a bias (N), in any state.
+  // Gives the linear a frozen bias (N), whichever state it is in or enters later.
   void set_bias(const std::vector<float>& bias);
   void set_float(Tensor weight);  // act (N, K); its operand is the input
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.

@@ -53,6 +53,8 @@ expect 2 'model is missing' "$bbb" chat --system x
 expect 1 'nowhere' "$bbb" inspect --model "$work/nowhere"
 expect 1 'nowhere' "$bbb" bench train --synthetic smollm2-135m --device cpu --gemm "$work/nowhere/gemm.json"
 expect 2 'head-bits needs --format bbb' "$bbb" export --model "$model" --rtn --out "$work/out" --format hf --head-bits 8
+expect 2 'head-bits.*16.*8.*4' "$bbb" export --model "$model" --rtn --out "$work/out" --head-bits 5
+expect 2 'kv-bits.*16.*8.*4' "$bbb" ppl --model "$model" --text "$work/short.txt" --kv-bits 5
 expect 2 'either --synthetic or --model' "$bbb" bench decode
 expect 2 'prefill takes numbers of tokens' "$bbb" bench decode --synthetic smollm2-135m --prefill 512,x
 expect 2 'widths needs --synthetic' "$bbb" bench prefill --model "$model" --widths w2a2

@@ -59,8 +59,9 @@ TEST_CASE("append_kv rotates as rope does", "[append_kv][rope]") {
   for (const int64_t d : {8, 40, 64, 96, 128, 200, 256})
     for (const auto& [batch, t, heads, kv_heads] : std::vector<std::array<int64_t, 4>>{
              {1, 1, 1, 1}, {1, 1, 32, 8}, {3, 1, 9, 3}, {2, 7, 4, 2}})
-      for (const int begin : {0, 5, 1000}) {
-        CAPTURE(d, batch, t, heads, kv_heads, begin);
+      for (const auto& [begin, factor] :
+           std::vector<std::pair<int, double>>{{0, 1.0}, {5, 1.25}, {1000, 1.0}, {1000, 1.25}}) {
+        CAPTURE(d, batch, t, heads, kv_heads, begin, factor);
         const int64_t t_max = begin + 20;
         const Shape cache = {batch, t_max, kv_heads, d}, keys = {batch, t, kv_heads, d},
                     queries = {batch, t, heads, d};
@@ -80,10 +81,10 @@ TEST_CASE("append_kv rotates as rope does", "[append_kv][rope]") {
           const Tensor new_k = make(b, keys, b.act(), k), new_v = make(b, keys, b.act(), v);
           if (together) {
             b.append_kv(k_cache.tensor(), v_cache.tensor(), new_k, new_v, start, rotated.tensor(),
-                        inv_freq);
+                        inv_freq, {}, factor);
           } else {
-            b.rope(rotated.tensor(), inv_freq, start, engine::Rotation::Forward);
-            b.rope(new_k, inv_freq, start, engine::Rotation::Forward);
+            b.rope(rotated.tensor(), inv_freq, start, engine::Rotation::Forward, factor);
+            b.rope(new_k, inv_freq, start, engine::Rotation::Forward, factor);
             b.append_kv(k_cache.tensor(), v_cache.tensor(), new_k, new_v, start);
           }
           CHECK((k_cache.untouched() && v_cache.untouched() && rotated.untouched()));
@@ -187,11 +188,12 @@ TEST_CASE("append_kv quantizes by the formula, and writes its rows and no others
 TEST_CASE("append_kv quantizes the keys that rope rounds", "[append_kv][rope]") {
   Backend& b = backend();
   engine::Rng rng(37);
-  for (const int bits : {8, 4})
+  for (const auto& [bits, factor] :
+       std::vector<std::pair<int, double>>{{8, 1.0}, {8, 1.25}, {4, 1.0}, {4, 1.25}})
     for (const int64_t d : {32, 64, 96, 128, 256})
       for (const auto& [batch, t, heads, kv_heads] : std::vector<std::array<int64_t, 4>>{
                {1, 1, 1, 1}, {1, 1, 32, 8}, {3, 1, 9, 3}, {2, 7, 4, 2}}) {
-        CAPTURE(bits, d, batch, t, heads, kv_heads);
+        CAPTURE(bits, factor, d, batch, t, heads, kv_heads);
         const KvFormat format{bits};
         const Shape keys = {batch, t, kv_heads, d}, queries = {batch, t, heads, d};
         std::vector<int32_t> starts;
@@ -206,10 +208,11 @@ TEST_CASE("append_kv quantizes the keys that rope rounds", "[append_kv][rope]") 
           const Guarded rotated(b, queries, b.act());
           b.copy(rotated.tensor(), make(b, queries, b.act(), q));
           if (together) {
-            b.append_kv(k_cache, v_cache, new_k, new_v, start, rotated.tensor(), inv_freq, format);
+            b.append_kv(k_cache, v_cache, new_k, new_v, start, rotated.tensor(), inv_freq, format,
+                        factor);
           } else {
-            b.rope(rotated.tensor(), inv_freq, start, engine::Rotation::Forward);
-            b.rope(new_k, inv_freq, start, engine::Rotation::Forward);
+            b.rope(rotated.tensor(), inv_freq, start, engine::Rotation::Forward, factor);
+            b.rope(new_k, inv_freq, start, engine::Rotation::Forward, factor);
             b.append_kv(k_cache, v_cache, new_k, new_v, start, {}, {}, format);
           }
           CHECK(rotated.untouched());

@@ -88,32 +88,39 @@ TEST_CASE("llama: T tokens at once equal prefill and T decode steps", "[llama]")
 TEST_CASE("llama: with quantized keys and values, T tokens at once equal T decode steps",
           "[llama]") {
   Backend& device = backend();
-  const LlamaConfig config = tiny_config();
-  TinyModel tiny(device, config);
-  const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
-  const std::vector<double> exact = logits_of(*tiny.model, ids);
-  double cost_at_8 = 0;
-  for (const int bits : {8, 4}) {
-    CAPTURE(bits);
-    const quant::KvFormat format{bits};
-    KvCache whole(device, config, 1, 13, format), kv(device, config, 1, 13, format);
-    CHECK(whole.bytes_per_token() == 2 * config.layers * config.kv_heads * (64 * bits / 8 + 4));
-    const std::vector<double> expected = logits_of(*tiny.model, ids, &whole);
-    std::vector<double> actual;
-    for (const int32_t id : ids) {
-      const std::vector<double> step = logits_of(*tiny.model, {id}, &kv);
-      actual.insert(actual.end(), step.begin(), step.end());
-      device.advance(kv.start);
+  std::vector<LlamaConfig> configs = other_families();
+  configs.push_back(tiny_config());
+  configs.push_back(tiny_config());
+  configs.back().model_type = "mistral";
+  configs.back().sliding_window = 5;
+  for (const LlamaConfig& config : configs) {
+    CAPTURE(config.model_type, config.sliding_window, config.mlp_bias);
+    TinyModel tiny(device, config);
+    const std::vector<int32_t> ids = random_tokens(2, 13, config.vocab);
+    const std::vector<double> exact = logits_of(*tiny.model, ids);
+    double cost_at_8 = 0;
+    for (const int bits : {8, 4}) {
+      CAPTURE(bits);
+      const quant::KvFormat format{bits};
+      KvCache whole(device, config, 1, 13, format), kv(device, config, 1, 13, format);
+      CHECK(whole.bytes_per_token() == 2 * config.layers * config.kv_heads * (64 * bits / 8 + 4));
+      const std::vector<double> expected = logits_of(*tiny.model, ids, &whole);
+      std::vector<double> actual;
+      for (const int32_t id : ids) {
+        const std::vector<double> step = logits_of(*tiny.model, {id}, &kv);
+        actual.insert(actual.end(), step.begin(), step.end());
+        device.advance(kv.start);
+      }
+      // Sums in another order flip codes that are near a threshold: on a CPU at most a few of
+      // thousands, in bf16 a part of them. Quantizing itself moves every value.
+      const double cost = relative_error(expected, exact);
+      const double flips = device.act() == DType::BF16 ? 0.5 : 0.05;
+      CAPTURE(cost);
+      CHECK(relative_error(actual, expected) < forward_tolerance(device) + flips * cost);
+      if (bits == 8) cost_at_8 = cost;
+      if (device.act() != DType::BF16) CHECK(cost > 10 * forward_tolerance(device));
+      if (bits == 4) CHECK(cost > 3 * cost_at_8);
     }
-    // Sums in another order flip codes that are near a threshold: on a CPU at most a few of
-    // thousands, in bf16 a part of them. Quantizing itself moves every value.
-    const double cost = relative_error(expected, exact);
-    const double flips = device.act() == DType::BF16 ? 0.5 : 0.05;
-    CAPTURE(cost);
-    CHECK(relative_error(actual, expected) < forward_tolerance(device) + flips * cost);
-    if (bits == 8) cost_at_8 = cost;
-    if (device.act() != DType::BF16) CHECK(cost > 10 * forward_tolerance(device));
-    if (bits == 4) CHECK(cost > 3 * cost_at_8);
   }
 }
 

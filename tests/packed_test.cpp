@@ -50,6 +50,26 @@ double half_unit(const WeightGrid& grid, int64_t m) {
   return in_tiles(grid) && m <= 4 ? 0x1.03p-15 : 0.0;
 }
 
+// How many roundings of a partial sum a term passes through at most, in epsilons of FP32. A lane
+// adds at most K / 32 of the K products, and 16 more sums join lanes, warps and the addend. Each
+// rounding is by half an epsilon. bf16 tensor cores, which take more than four rows of weights in
+// tiles, add 16 products at a time: K / 16 roundings, each by up to an epsilon.
+double roundings(const WeightGrid& grid, int64_t k, int64_t m) {
+  const bool tensor_cores = on_cuda() && in_tiles(grid) && m > 4;
+  return static_cast<double>(k) / (tensor_cores ? 16 : 32) + 16;
+}
+
+// Whether m rows are more than products with 2-bit weights take on this device. They then throw.
+bool refused(int64_t m) {
+  Backend& b = backend();
+  if (m <= b.max_packed_rows({.n = 1, .k = 32})) return false;
+  engine::Rng rng(51);
+  const Tensor x = b.zeros({m, 32}, b.act()), y = b.empty({m, 1}, b.act());
+  const PackedWeight weight = PackedMatrix(rng, 1, 32, {2, 32}).on(b);
+  CHECK_THROWS_AS(b.packed_gemv(y, x, weight, Tensor()), Error);
+  return true;
+}
+
 // y = S x W^T + addend in F64, the largest sum of the terms' magnitudes, and for each output the
 // bound on what half units cost.
 struct Product {
@@ -95,12 +115,9 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
                 with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
   const Product want = multiply(matrix, x, addend, m);
   const Values got = values_of(b, y.tensor());
-  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A lane adds at most K / 32 of
-  // the K products, and bf16 tensor cores 16 at a time, so each passes through at most K / 16 + 16
-  // roundings of a partial sum, by half an epsilon or, in tensor cores, a whole one. A partial sum
-  // is at most the sum of the terms' magnitudes. The output is rounded once more.
-  const double order = static_cast<double>(k) / 16 + 16;
-  const double sum_error = order * epsilon_of(DType::F32) * want.magnitude;
+  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A partial sum is at most the
+  // sum of the terms' magnitudes. The output is rounded once more.
+  const double sum_error = roundings(spec, k, m) * epsilon_of(DType::F32) * want.magnitude;
   for (size_t i = 0; i < got.size(); ++i)
     REQUIRE(std::abs(got[i] - want.y[i]) <=
             sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
@@ -145,7 +162,7 @@ TEST_CASE("packed_gemv of many rows with 2-bit weights", "[packed][tiles][rows]"
   // Every width of token tiles, full and with a tail; one and several tiles. Rows that leave tiles,
   // warpgroups and shares incomplete. K that ends inside a panel of x; rings that wrap.
   for (const int64_t m : {5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300}) {
-    if (m > b.max_packed_rows({.n = 1, .k = 32})) continue;
+    if (refused(m)) continue;
     for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 32},
                                                                        {15, 96},
                                                                        {64, 128},
@@ -166,7 +183,7 @@ TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[p
   Backend& b = backend();
   constexpr int64_t kN = 150, kK = 1536;
   for (const int64_t m : {5, 16, 40, 200}) {
-    if (m > b.max_packed_rows({.n = kN, .k = kK})) continue;
+    if (refused(m)) continue;
     CAPTURE(m);
     PackedMatrix matrix(rng, kN, kK, {2, 32});
     Values x = activations(rng, m * kK);
@@ -285,12 +302,15 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
             coded += coded_term, coded_size += std::abs(coded_term);
           }
           // Half units are at most 2^-15 / (1 - 2^-7) of about three standard deviations, an
-          // average term is 0.8 of one: 2^-13 of the size. FP32: as in check_gemv.
-          const double order = (static_cast<double>(k) / 16 + 16) * epsilon_of(DType::F32);
+          // average term is 0.8 of one: 2^-13 of the size. quantized_gemv sums in lanes.
+          const WeightGrid& grid = weight.format.weight;
+          const double split = half_unit(grid, m) > 0 ? 0x1p-13 : 0.0;
+          const double order = roundings(grid, k, m) * epsilon_of(DType::F32);
+          const double coded_order = roundings(grid, k, 1) * epsilon_of(DType::F32);
           const auto at = static_cast<size_t>(i * n + row);
           INFO("row " << row << " of x " << i);
-          REQUIRE(std::abs(got[at] - sum) <= (order + (coded_rows ? 0x1p-13 : 0)) * size);
-          if (coded_rows) REQUIRE(std::abs(got_quantized[at] - coded) <= order * coded_size);
+          REQUIRE(std::abs(got[at] - sum) <= (order + split) * size);
+          if (coded_rows) REQUIRE(std::abs(got_quantized[at] - coded) <= coded_order * coded_size);
         }
       // The others are written, none far outside of what such products are. NaN counts.
       for (const Values* values : {&got, &got_quantized})
@@ -346,8 +366,9 @@ void check_products(engine::Rng& rng, const std::vector<WeightGrid>& grids,
   b.packed_gemv(products, x);
   const bool coded_rows = m <= Backend::kMaxPackedRows;
   if (coded_rows) b.quantized_gemv(coded_products, coded);
-  // On a GPU the blocks take other parts of the sums: order as in check_gemv.
-  const double order = static_cast<double>(k) / 32 + 16;
+  // On a GPU the blocks take other parts of the sums. The error of all outputs is far below the
+  // bound of one, so the bound of lanes holds for tensor cores, too.
+  const double order = roundings(grids[0], k, 1);
   const double bound = on_cuda() ? order * epsilon_of(DType::F32) +
                                        2 * (y_dtype == DType::BF16) * epsilon_of(y_dtype)
                                  : 0.0;
@@ -374,7 +395,7 @@ TEST_CASE("products of the same rows in one op equal one op each",
     for (const int64_t k : {32, 96, 640, 2080})
       for (const int64_t m : {1, 2, 4, 5, 8, 16, 40, 130}) {
         if (rows[0] * k * m > (m > 8 ? 50'000'000 : 2'000'000)) continue;
-        if (m > b.max_packed_rows({.n = 1, .k = k})) continue;
+        if (refused(m)) continue;
         check_products(rng, {{2, 32}}, rows, k, m, m % 2 == 0 ? b.real() : b.act());
       }
   for (const int64_t m : {1, 6}) {
@@ -418,7 +439,7 @@ TEST_CASE("products in a row see each other's results", "[packed][tiles]") {
     weights.push_back(matrix.on(b));
   }
   const int64_t m = GENERATE(1, 8, 20, 70);
-  if (m > b.max_packed_rows({.n = kSize, .k = kSize})) return;
+  if (refused(m)) return;
   const Values first = activations(rng, m * kSize);
   const Tensor start = make(b, {m, kSize}, b.act(), first);
   const Tensor x[] = {b.empty({m, kSize}, b.act()), b.empty({m, kSize}, b.act())};
@@ -614,7 +635,7 @@ TEST_CASE("nested codes: unpack is exact, and packed_gemv multiplies by it", "[p
               split += std::abs(level) * step;
             }
             const double want = sum + addend[static_cast<size_t>(i)];
-            const double order = static_cast<double>(k) / 32 + 16;  // as in check_gemv
+            const double order = roundings(weight.format.weight, k, m);
             REQUIRE(std::abs(got[static_cast<size_t>(i)] - want) <=
                     split + epsilon_of(DType::F32) * (order * size + std::abs(want)));
           }

@@ -25,6 +25,9 @@ int inspect_command(const Arguments& arguments) {
              : !c.rope_factors.empty() ? "factors"
                                        : "none",
              c.rms_eps, c.sliding_window, c.tied_head);
+  if (c.qkv_bias || c.output_bias || c.mlp_bias || c.qk_norm)
+    fmt::print("qkv_bias {}  output_bias {}  mlp_bias {}  qk_norm {}\n", c.qkv_bias, c.output_bias,
+               c.mlp_bias, c.qk_norm);
   int64_t bytes = 0;
   const auto tensors = source->list();
   for (const models::TensorInfo& t : tensors) {
