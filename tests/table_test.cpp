@@ -49,7 +49,8 @@ struct ExportedHead {
   std::unique_ptr<models::Checkpoint> source, written;
   double bits_per_weight = 0;
 
-  ExportedHead(bool tied, const ExportOptions& as, int64_t shard_bytes = models::kMaxShardBytes) {
+  ExportedHead(bool tied, const ExportOptions& options,
+               int64_t shard_bytes = models::kMaxShardBytes) {
     config.tied_head = tied;
     std::filesystem::create_directory(dir / "source");
     write_tiny_model(dir / "source", config, 1);
@@ -57,10 +58,12 @@ struct ExportedHead {
     TrainedModel trained(
         backend(), *source, [&](int64_t) { return block_formats(config, 2); },
         [&](int64_t layer) { return models::full_precision(*source, layer); });
-    bits_per_weight = models::export_model(
-        path(), *source, FileTokenizer(), [&](int64_t i) { return trained.formats(i); }, as,
-        models::outer_of(*source), [&](int64_t i) { return trained.layer(i); }, "{}", nullptr,
-        shard_bytes);
+    bits_per_weight =
+        models::export_model(
+            path(), *source, FileTokenizer(), [&](int64_t i) { return trained.formats(i); },
+            options, models::outer_of(*source), [&](int64_t i) { return trained.layer(i); }, "{}",
+            nullptr, shard_bytes)
+            .bits_per_weight;
     written = models::open_checkpoint(path());
   }
   std::string path() const { return dir / "packed"; }
