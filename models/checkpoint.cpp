@@ -332,7 +332,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
 
   // The format of a linear, after checking its tensors; nullopt if it is stored in full precision.
   std::optional<quant::LinearFormat> read_format(const Linear& l) const {
-    if (unconverted_.count(l.name) && !tensors_.contains(l.name + ".qweight")) return std::nullopt;
+    if (unconverted_.count(l.name) && !tensors_.contains(l.name + quant::kCodesSuffix))
+      return std::nullopt;
     const auto own = overrides_.find(l.name);
     const LinearSettings& settings = own == overrides_.end() ? settings_ : own->second;
     quant::LinearFormat format{.n = l.n, .k = l.k, .weight = grid_, .input = settings.input};
@@ -354,7 +355,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
 
   // The same of embedding or head.
   std::optional<quant::LinearFormat> read_table_format(const std::string& module) const {
-    if (!tensors_.contains(module + ".qweight")) return std::nullopt;
+    if (!tensors_.contains(module + quant::kCodesSuffix)) return std::nullopt;
     BBB_CHECK(!unconverted_.count(module), path_, ": '", module,
               "' is quantized, but modules_to_not_convert holds it");
     const auto own = overrides_.find(module);

@@ -186,10 +186,11 @@ class DirectoryExport final : public ExportFiles {
         writer_->add(name + ".weight", to_bf16(linear.dequantize()));
       } else if (format_ == ExportFormat::Gptq) {
         const GptqLinear gptq = to_gptq(linear, name);
-        writer_->add(name + ".qweight", gptq.qweight);
-        writer_->add(name + ".qzeros", gptq.qzeros);
-        writer_->add(name + ".scales", gptq.scales);
-        writer_->add(name + ".g_idx", gptq.g_idx);
+        const auto entries = gptq_entries(linear.format, name);
+        writer_->add(entries[0].name, gptq.qweight);
+        writer_->add(entries[1].name, gptq.qzeros);
+        writer_->add(entries[2].name, gptq.scales);
+        writer_->add(entries[3].name, gptq.g_idx);
       } else {
         add_packed(name, linear);
       }

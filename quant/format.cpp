@@ -31,16 +31,18 @@ bool LinearFormat::plain_positions() const {
   return !input.hadamard && (!order || (order->split().empty() && order->outliers().empty()));
 }
 
+const char* const kCodesSuffix = ".qweight";
+
 std::vector<StoredTensor> LinearFormat::tensors() const {
   std::vector<StoredTensor> tensors;
   const int64_t columns = stored_k();
   if (weight.nested)
-    tensors = {{StoredPart::Codes, ".qweight", FileDType::U8, {kNestedBits, n, columns / 8}},
+    tensors = {{StoredPart::Codes, kCodesSuffix, FileDType::U8, {kNestedBits, n, columns / 8}},
                {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
                {StoredPart::Zeros, ".zeros", FileDType::U8, {n, groups()}}};
   else
     tensors = {
-        {StoredPart::Codes, ".qweight", FileDType::U8, {n, code_row_bytes(columns, weight.bits)}},
+        {StoredPart::Codes, kCodesSuffix, FileDType::U8, {n, code_row_bytes(columns, weight.bits)}},
         {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
         {StoredPart::Zeros,
          ".zeros",

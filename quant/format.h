@@ -28,6 +28,9 @@ namespace bbb::quant {
 enum class StoredPart { Codes, Scales, Zeros, MasterScale, SplitChannels, OutlierChannels };
 inline constexpr int kStoredParts = 6;
 
+// The suffix of the codes, which every packed linear has.
+extern const char* const kCodesSuffix;
+
 struct StoredTensor {
   StoredPart part;
   const char* suffix;  // behind the linear's name
