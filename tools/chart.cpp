@@ -9,8 +9,6 @@
 
 namespace bbb::tools {
 
-using fmt::format;
-
 namespace {
 
 constexpr double kSquare = 1000;  // side of the drawing that is stretched to the plot
@@ -74,31 +72,32 @@ Range x_range(const std::vector<Series>& series) {
 }
 
 std::string figure_start(const ChartText& text) {
-  return format("<figure>\n<figcaption><b>{}</b> <span>{}</span></figcaption>\n",
-                html_escape(text.title), html_escape(text.y));
+  return fmt::format("<figure>\n<figcaption><b>{}</b> <span>{}</span></figcaption>\n",
+                     html_escape(text.title), html_escape(text.y));
 }
 
 std::string plot_start(const ChartText& text) {
-  return format(
+  return fmt::format(
       "<svg class=\"plot\" role=\"img\" aria-label=\"{}\">\n<rect class=\"frame\" width=\"100%\" "
       "height=\"100%\"/>\n",
       html_escape(text.title + ", " + text.y));
 }
 
 std::string y_tick(double down, const std::string& label) {
-  return format(
+  return fmt::format(
       "<line class=\"grid\" x1=\"0\" x2=\"100%\" y1=\"{0:.2f}%\" y2=\"{0:.2f}%\"/>"
       "<text class=\"y\" x=\"-7\" y=\"{0:.2f}%\" dy=\"4\">{1}</text>\n",
       100 * down, label);
 }
 
 std::string x_tick(double across, const std::string& label) {
-  return format("<text class=\"x\" x=\"{:.2f}%\" y=\"100%\" dy=\"17\">{}</text>\n", 100 * across,
-                html_escape(label));
+  return fmt::format("<text class=\"x\" x=\"{:.2f}%\" y=\"100%\" dy=\"17\">{}</text>\n",
+                     100 * across, html_escape(label));
 }
 
 std::string x_title(const std::string& title) {
-  return format("<text class=\"x\" x=\"50%\" y=\"100%\" dy=\"34\">{}</text>\n", html_escape(title));
+  return fmt::format("<text class=\"x\" x=\"50%\" y=\"100%\" dy=\"34\">{}</text>\n",
+                     html_escape(title));
 }
 
 std::string curve(const Series& s, const Axes& axes) {
@@ -110,45 +109,47 @@ std::string curve(const Series& s, const Axes& axes) {
       pen_down = false;
       continue;
     }
-    path += format("{}{:.1f} {:.1f}", pen_down ? "L" : "M", kSquare * axes.across(p.x),
-                   kSquare * axes.down(p.y));
+    path += fmt::format("{}{:.1f} {:.1f}", pen_down ? "L" : "M", kSquare * axes.across(p.x),
+                        kSquare * axes.down(p.y));
     // A point without neighbours is a line of no length: its round ends show.
     if (!pen_down && (i + 1 == s.points.size() || !drawable(s.points[i + 1].y))) path += "h0";
     pen_down = true;
   }
-  return format("<path class=\"{}\" d=\"{}\" stroke=\"{}\"><title>{}</title></path>\n",
-                s.mark == Mark::PaleLine ? "pale" : "line", path, s.color, html_escape(s.name));
+  return fmt::format("<path class=\"{}\" d=\"{}\" stroke=\"{}\"><title>{}</title></path>\n",
+                     s.mark == Mark::PaleLine ? "pale" : "line", path, s.color,
+                     html_escape(s.name));
 }
 
 std::string dots(const Series& s, const Axes& axes) {
   std::string out;
   for (const Point& p : s.points)
     if (drawable(p.y))
-      out +=
-          format("<circle cx=\"{:.2f}%\" cy=\"{:.2f}%\" r=\"3.5\" {}><title>{}</title></circle>\n",
-                 100 * axes.across(p.x), 100 * axes.down(p.y),
-                 s.mark == Mark::Rings ? format("class=\"ring\" stroke=\"{}\"", s.color)
-                                       : format("fill=\"{}\"", s.color),
-                 html_escape(format("{}, {}: {}", s.name, p.x, short_number(p.y))));
+      out += fmt::format(
+          "<circle cx=\"{:.2f}%\" cy=\"{:.2f}%\" r=\"3.5\" {}><title>{}</title></circle>\n",
+          100 * axes.across(p.x), 100 * axes.down(p.y),
+          s.mark == Mark::Rings ? fmt::format("class=\"ring\" stroke=\"{}\"", s.color)
+                                : fmt::format("fill=\"{}\"", s.color),
+          html_escape(fmt::format("{}, {}: {}", s.name, p.x, short_number(p.y))));
   return out;
 }
 
 std::string legend_entry(const std::string& drawing, const std::string& name) {
-  return format("<span><svg class=\"key\" aria-hidden=\"true\">{}</svg>{}</span>\n", drawing,
-                html_escape(name));
+  return fmt::format("<span><svg class=\"key\" aria-hidden=\"true\">{}</svg>{}</span>\n", drawing,
+                     html_escape(name));
 }
 
 std::string key_of(const Series& s) {
   if (s.mark == Mark::Dots)
-    return format("<circle cx=\"9\" cy=\"6\" r=\"4\" fill=\"{}\"/>", s.color);
+    return fmt::format("<circle cx=\"9\" cy=\"6\" r=\"4\" fill=\"{}\"/>", s.color);
   if (s.mark == Mark::Rings)
-    return format("<circle class=\"ring\" cx=\"9\" cy=\"6\" r=\"3.5\" stroke=\"{}\"/>", s.color);
-  return format("<line x1=\"1\" x2=\"17\" y1=\"6\" y2=\"6\" class=\"{}\" stroke=\"{}\"/>",
-                s.mark == Mark::PaleLine ? "pale" : "line", s.color);
+    return fmt::format("<circle class=\"ring\" cx=\"9\" cy=\"6\" r=\"3.5\" stroke=\"{}\"/>",
+                       s.color);
+  return fmt::format("<line x1=\"1\" x2=\"17\" y1=\"6\" y2=\"6\" class=\"{}\" stroke=\"{}\"/>",
+                     s.mark == Mark::PaleLine ? "pale" : "line", s.color);
 }
 
 std::string box_of(const std::string& color) {
-  return format("<rect x=\"3\" width=\"12\" height=\"12\" rx=\"2\" fill=\"{}\"/>", color);
+  return fmt::format("<rect x=\"3\" width=\"12\" height=\"12\" rx=\"2\" fill=\"{}\"/>", color);
 }
 
 }  // namespace
@@ -174,9 +175,9 @@ std::string html_escape(const std::string& text) {
 
 std::string short_number(double value) {
   if (!std::isfinite(value)) return "-";
-  const std::string text = format("{:.3g}", value);
+  const std::string text = fmt::format("{:.3g}", value);
   if (std::abs(value) < 999.5 || std::abs(value) >= 1e12) return text;
-  std::string digits = format("{:.0f}", std::stod(text));
+  std::string digits = fmt::format("{:.0f}", std::stod(text));
   for (size_t i = digits.size(); i > 3 && std::isdigit(digits[i - 4]) != 0; i -= 3)
     digits.insert(i - 3, ",");
   return digits;
@@ -201,9 +202,9 @@ std::string line_chart(const ChartText& text, const Range& y, const std::vector<
   std::string out = figure_start(text) + plot_start(text);
   for (double tick : log_ticks(y)) out += y_tick(axes.down(tick), short_number(tick));
   for (double tick : linear_ticks(axes.x, 5))
-    if (tick == std::round(tick)) out += x_tick(axes.across(tick), format("{:.0f}", tick));
+    if (tick == std::round(tick)) out += x_tick(axes.across(tick), fmt::format("{:.0f}", tick));
   out += x_title(text.x);
-  out += format("<svg viewBox=\"0 0 {0} {0}\" preserveAspectRatio=\"none\">\n", kSquare);
+  out += fmt::format("<svg viewBox=\"0 0 {0} {0}\" preserveAspectRatio=\"none\">\n", kSquare);
   for (const Series& s : series)
     if (s.mark == Mark::Line || s.mark == Mark::PaleLine) out += curve(s, axes);
   out += "</svg>\n";
@@ -235,13 +236,13 @@ std::string column_chart(const ChartText& text, const std::string& unit,
     double bottom = 0;
     for (const Part& part : parts) {
       const double value = part.values[i];
-      out += format(
+      out += fmt::format(
           "<rect x=\"{:.2f}%\" y=\"{:.2f}%\" width=\"{:.2f}%\" height=\"{:.2f}%\" fill=\"{}\">"
           "<title>{}</title></rect>\n",
           100 * (left + 0.1 * width), 100 * (1 - (bottom + value) / y.high), 80 * width,
           100 * value / y.high, part.color,
-          html_escape(format("{} {}, {}: {} {}", text.x, columns[i], part.name, short_number(value),
-                             unit)));
+          html_escape(fmt::format("{} {}, {}: {} {}", text.x, columns[i], part.name,
+                                  short_number(value), unit)));
       bottom += value;
     }
   }
@@ -259,8 +260,8 @@ std::string share_bar(const std::string& unit, const std::vector<Part>& parts) {
   for (const Part& part : parts) {
     const double value = part.values[0], share = sum > 0 ? value / sum : 0;
     const std::string words =
-        format("{}: {} {}, {:.0f} %", part.name, short_number(value), unit, 100 * share);
-    out += format(
+        fmt::format("{}: {} {}, {:.0f} %", part.name, short_number(value), unit, 100 * share);
+    out += fmt::format(
         "<rect x=\"{:.2f}%\" width=\"{:.2f}%\" height=\"100%\" fill=\"{}\"><title>{}</title>"
         "</rect>\n",
         100 * left, 100 * share, part.color, html_escape(words));
@@ -279,18 +280,18 @@ std::string ordered_color(size_t i, size_t n) {
   const auto channel = [&](size_t c) {
     return static_cast<int>((1 - part) * kAnchors[from][c] + part * kAnchors[from + 1][c]);
   };
-  return format("#{:02x}{:02x}{:02x}", channel(0), channel(1), channel(2));
+  return fmt::format("#{:02x}{:02x}{:02x}", channel(0), channel(1), channel(2));
 }
 
 std::string ordered_legend(const std::string& first, const std::string& last) {
   constexpr size_t kSteps = 12;
-  std::string out = format("<div class=\"legend\"><span>{}", html_escape(first));
+  std::string out = fmt::format("<div class=\"legend\"><span>{}", html_escape(first));
   out += "<svg class=\"ramp\" aria-hidden=\"true\">";
   for (size_t i = 0; i < kSteps; ++i)
-    out += format("<rect x=\"{0:.2f}%\" width=\"{1:.2f}%\" height=\"100%\" fill=\"{2}\"/>",
-                  100.0 * static_cast<double>(i) / kSteps, 100.0 / kSteps + 0.3,
-                  ordered_color(i, kSteps));
-  return out + format("</svg>{}</span></div>\n", html_escape(last));
+    out += fmt::format("<rect x=\"{0:.2f}%\" width=\"{1:.2f}%\" height=\"100%\" fill=\"{2}\"/>",
+                       100.0 * static_cast<double>(i) / kSteps, 100.0 / kSteps + 0.3,
+                       ordered_color(i, kSteps));
+  return out + fmt::format("</svg>{}</span></div>\n", html_escape(last));
 }
 
 }  // namespace bbb::tools

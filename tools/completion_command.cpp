@@ -11,8 +11,6 @@
 
 namespace bbb::tools {
 
-using fmt::format;
-
 namespace {
 
 // A command, or a command with the word after it: "train", "bench gemv".
@@ -69,9 +67,9 @@ std::string quoted(const std::string& text, const std::string& special, const st
 std::string bash_script() {
   std::string names = "--help --version", words, options, values;
   for (const Command& command : commands()) {
-    names += format(" {}", command.name);
+    names += fmt::format(" {}", command.name);
     if (!has_words(command)) continue;
-    words += format(
+    words += fmt::format(
         "    {0})\n      [ \"$COMP_CWORD\" = 2 ] && reply='{1}'\n      command=\"{0} "
         "${{COMP_WORDS[2]}}\" ;;\n",
         command.name, command.words);
@@ -79,11 +77,11 @@ std::string bash_script() {
   for (const Entry& entry : entries()) {
     std::string list;
     for (const OptionHelp& o : entry.options) list += " --" + o.name;
-    options += format("    '{}') options='{}' ;;\n", entry.command, list.substr(1));
+    options += fmt::format("    '{}') options='{}' ;;\n", entry.command, list.substr(1));
   }
   for (const auto& [option, list] : choices())
-    values += format("    --{}) reply='{}' ;;\n", option, list);
-  return format(
+    values += fmt::format("    --{}) reply='{}' ;;\n", option, list);
+  return fmt::format(
       R"(# bash completion of bbb, by `bbb completion bash`. Files complete where nothing else does.
 _bbb() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}}
@@ -110,27 +108,28 @@ std::string zsh_script() {
   std::string names, words, options;
   const std::map<std::string, std::string> known = choices();
   for (const Command& command : commands()) {
-    names += format("    {}\n", quoted(cat(command.name, ":", command.summary), "", "'\\''"));
+    names += fmt::format("    {}\n", quoted(cat(command.name, ":", command.summary), "", "'\\''"));
     if (has_words(command))
-      words += format(
+      words += fmt::format(
           "    {0})\n      if (( CURRENT == 3 )); then compadd {1}; return; fi\n      "
           "command=\"{0} $words[3]\"; shift words; (( CURRENT-- )) ;;\n",
           command.name, command.words);
   }
   for (const Entry& entry : entries()) {
-    options += format("    '{}')\n      _arguments", entry.command);
+    options += fmt::format("    '{}')\n      _arguments", entry.command);
     for (const OptionHelp& o : entry.options) {
       const auto choice = known.find(o.name);
-      const std::string value = !o.takes_value          ? ""
-                                : choice == known.end() ? ":value:_files"
-                                                        : format(":value:({})", choice->second);
+      const std::string value = !o.takes_value ? ""
+                                : choice == known.end()
+                                    ? ":value:_files"
+                                    : fmt::format(":value:({})", choice->second);
       const std::string help = quoted(o.text, "[]:\\", "'\\''");
-      options +=
-          format(" \\\n        '*--{}{}['{}']{}'", o.name, o.takes_value ? "=" : "", help, value);
+      options += fmt::format(" \\\n        '*--{}{}['{}']{}'", o.name, o.takes_value ? "=" : "",
+                             help, value);
     }
     options += " ;;\n";
   }
-  return format(R"(#compdef bbb
+  return fmt::format(R"(#compdef bbb
 # zsh completion of bbb, by `bbb completion zsh`.
 _bbb() {{
   local command=$words[2]
@@ -145,7 +144,7 @@ _bbb() {{
 }}
 if [ "$funcstack[1]" = _bbb ]; then _bbb "$@"; else compdef _bbb bbb; fi
 )",
-                names, words, options);
+                     names, words, options);
 }
 
 std::string fish_script() {
@@ -158,22 +157,23 @@ std::string fish_script() {
   const auto quote = [](const std::string& text) { return quoted(text, "\\", "\\'"); };
   const std::map<std::string, std::string> known = choices();
   for (const Command& command : commands()) {
-    out += format("complete -c bbb -f -n 'test (count (commandline -opc)) -eq 1' -a {} -d {}\n",
-                  command.name, quote(command.summary));
+    out +=
+        fmt::format("complete -c bbb -f -n 'test (count (commandline -opc)) -eq 1' -a {} -d {}\n",
+                    command.name, quote(command.summary));
     if (has_words(command))
-      out += format(
+      out += fmt::format(
           "complete -c bbb -f -n '__bbb_in {0}; and test (count (commandline -opc)) -eq 2' -a "
           "'{1}'\n",
           command.name, command.words);
   }
   for (const Entry& entry : entries())
     for (const OptionHelp& o : entry.options) {
-      out += format("complete -c bbb -n '__bbb_in {}' -l {}", entry.command, o.name);
-      if (!o.letter.empty()) out += format(" -s {}", o.letter);
+      out += fmt::format("complete -c bbb -n '__bbb_in {}' -l {}", entry.command, o.name);
+      if (!o.letter.empty()) out += fmt::format(" -s {}", o.letter);
       const auto choice = known.find(o.name);
       if (o.takes_value)
-        out += choice == known.end() ? " -r" : format(" -x -a '{}'", choice->second);
-      out += format(" -d {}\n", quote(o.text));
+        out += choice == known.end() ? " -r" : fmt::format(" -x -a '{}'", choice->second);
+      out += fmt::format(" -d {}\n", quote(o.text));
     }
   return out;
 }

@@ -12,7 +12,6 @@
 
 namespace bbb::tools {
 
-using fmt::format;
 using train::LoggedBlockStage;
 using train::LoggedSteps;
 
@@ -88,18 +87,21 @@ tr { break-inside: avoid; }
 std::string duration(double seconds) {
   if (seconds < 60) return short_number(seconds) + " s";
   const auto whole = static_cast<int64_t>(std::llround(seconds));
-  return whole < 3600 ? format("{} min {} s", whole / 60, whole % 60)
-                      : format("{} h {} min", whole / 3600, whole % 3600 / 60);
+  return whole < 3600 ? fmt::format("{} min {} s", whole / 60, whole % 60)
+                      : fmt::format("{} h {} min", whole / 3600, whole % 3600 / 60);
 }
 
 std::string tile(const std::string& value, const std::string& what) {
-  return format("<div><b>{}</b><span>{}</span></div>\n", html_escape(value), html_escape(what));
+  return fmt::format("<div><b>{}</b><span>{}</span></div>\n", html_escape(value),
+                     html_escape(what));
 }
 
-std::string paragraph(const std::string& text) { return format("<p>{}</p>\n", html_escape(text)); }
+std::string paragraph(const std::string& text) {
+  return fmt::format("<p>{}</p>\n", html_escape(text));
+}
 
 std::string section(const std::string& title, const std::string& content) {
-  return format("<section>\n<h2>{}</h2>\n{}</section>\n", html_escape(title), content);
+  return fmt::format("<section>\n<h2>{}</h2>\n{}</section>\n", html_escape(title), content);
 }
 
 // At most `most` points: each is the mean of as many steps in a row. Step 1 is the first.
@@ -139,7 +141,7 @@ ByStage by_stage(const train::RunLog& log) {
 
 std::string stage_title(const ByStage& stages, size_t t) {
   const std::string& name = stages[t].front()->stage;
-  return stages.size() == 1 ? name : format("Stage {}: {}", t + 1, name);
+  return stages.size() == 1 ? name : fmt::format("Stage {}: {}", t + 1, name);
 }
 
 // The mean of the last epoch's steps.
@@ -158,7 +160,7 @@ std::string block_losses(const ByStage& stages, int64_t layers) {
     charts.emplace_back();
     for (const LoggedBlockStage* entry : entries)
       charts.back().push_back(
-          {format("block {}, {}", entry->block, entry->stage),
+          {fmt::format("block {}, {}", entry->block, entry->stage),
            ordered_color(static_cast<size_t>(entry->block), static_cast<size_t>(layers)),
            Mark::Line, curve_of(*entry, most)});
     all.insert(all.end(), charts.back().begin(), charts.back().end());
@@ -167,7 +169,8 @@ std::string block_losses(const ByStage& stages, int64_t layers) {
   std::string out = paragraph(
       "A curve for each block: the mean squared error between its output and its target, step by "
       "step. Long stages are drawn as means of neighbouring steps.");
-  out += ordered_legend("block 0", format("block {}", layers - 1)) + "<div class=\"charts\">\n";
+  out +=
+      ordered_legend("block 0", fmt::format("block {}", layers - 1)) + "<div class=\"charts\">\n";
   for (size_t t = 0; t < stages.size(); ++t)
     out += line_chart({stage_title(stages, t), "mean squared error, log scale", "step"}, y,
                       charts[t], Legend::None);
@@ -177,22 +180,22 @@ std::string block_losses(const ByStage& stages, int64_t layers) {
 std::string error_table(const ByStage& stages, const train::TrainConfig& config) {
   std::string head = "<tr><th rowspan=\"2\" class=\"n\">block</th>", names;
   for (size_t t = 0; t < stages.size(); ++t) {
-    head += format("<th colspan=\"3\">{}</th>", html_escape(stage_title(stages, t)));
+    head += fmt::format("<th colspan=\"3\">{}</th>", html_escape(stage_title(stages, t)));
     names += "<th class=\"n\">before</th><th class=\"n\">after</th><th class=\"n\">steps</th>";
   }
   std::string rows;
   for (size_t i = 0; i < stages[0].size(); ++i) {
-    rows += format("<tr><td class=\"n\">{}</td>", stages[0][i]->block);
+    rows += fmt::format("<tr><td class=\"n\">{}</td>", stages[0][i]->block);
     for (const auto& entries : stages) {
       const bool there = i < entries.size();
       for (double error : {there ? entries[i]->start() : NAN, there ? entries[i]->result() : NAN,
                            there ? reconstruction(*entries[i], config) : NAN})
-        rows += format("<td class=\"n\">{}</td>", short_number(error));
+        rows += fmt::format("<td class=\"n\">{}</td>", short_number(error));
     }
     rows += "</tr>\n";
   }
-  return format("<div class=\"scroll\"><table>\n{}</tr>\n<tr>{}</tr>\n{}</table></div>\n", head,
-                names, rows);
+  return fmt::format("<div class=\"scroll\"><table>\n{}</tr>\n<tr>{}</tr>\n{}</table></div>\n",
+                     head, names, rows);
 }
 
 std::string block_errors(const ByStage& stages, const train::TrainConfig& config) {
@@ -249,10 +252,11 @@ std::string end_to_end(const train::RunLog& log, const train::TrainConfig& confi
   if (!config.any_precision.empty()) out += paragraph("The loss is the sum over the precisions.");
   out += "<div class=\"charts\">\n";
   for (size_t i = 0; i < charts.size(); ++i)
-    out += line_chart({log.whole.size() == 1 ? log.whole[i].stage
-                                             : format("Stage {}: {}", i + 1, log.whole[i].stage),
-                       loss_name(config.e2e_loss), "step"},
-                      y, charts[i], Legend::Series);
+    out +=
+        line_chart({log.whole.size() == 1 ? log.whole[i].stage
+                                          : fmt::format("Stage {}: {}", i + 1, log.whole[i].stage),
+                    loss_name(config.e2e_loss), "step"},
+                   y, charts[i], Legend::Series);
   return section("Loss end to end", out + "</div>\n");
 }
 
@@ -260,21 +264,21 @@ std::string perplexity(const Report& r) {
   std::string rows;
   const auto row = [&](const std::string& what, const std::string& before, const std::string& after,
                        const std::string& from) {
-    rows += format(
+    rows += fmt::format(
         "<tr><td>{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td "
         "class=\"v\">{}</td></tr>\n",
         html_escape(what), html_escape(before), html_escape(after), html_escape(from));
   };
   const auto value = [](const std::optional<MeasuredPerplexity>& p) {
-    return p ? format("{:.2f} \u00b1 {:.2f}", p->perplexity, p->perplexity * p->nll_stderr)
+    return p ? fmt::format("{:.2f} \u00b1 {:.2f}", p->perplexity, p->perplexity * p->nll_stderr)
              : std::string("not measured");
   };
   if (r.before || r.after) {
     const MeasuredPerplexity& one = r.before ? *r.before : *r.after;
     std::string files = r.before ? r.before->file : "";
     if (r.after) files += (files.empty() ? "" : ", ") + r.after->file;
-    row(format("{} windows, {} tokens", one.windows, one.tokens), value(r.before), value(r.after),
-        files);
+    row(fmt::format("{} windows, {} tokens", one.windows, one.tokens), value(r.before),
+        value(r.after), files);
   }
   std::string out;
   const bool of_text = r.identity.config.e2e_loss == train::EndToEndLoss::CrossEntropy;
@@ -323,8 +327,9 @@ std::vector<Part> time_parts(const train::RunLog& log) {
              {"streams", kColors[2], {streams}},
              {"weights", kColors[3], {weights}}};
   for (size_t i = 0; i < log.whole.size(); ++i)
-    parts.push_back(
-        {format("end to end {}", log.whole[i].stage), kColors[4 + i % 2], {log.whole[i].seconds}});
+    parts.push_back({fmt::format("end to end {}", log.whole[i].stage),
+                     kColors[4 + i % 2],
+                     {log.whole[i].seconds}});
   return parts;
 }
 
@@ -343,7 +348,7 @@ std::string times(const Report& r) {
                             {"streams", kColors[2], {}},
                             {"weights", kColors[3], {}}};
     for (const train::LoggedTime& t : r.log.times) {
-      blocks.push_back(format("{}", t.block));
+      blocks.push_back(fmt::format("{}", t.block));
       const double values[] = {t.time.train_s(), t.time.validation_s(), t.time.streams_s,
                                t.time.weights_s};
       for (size_t i = 0; i < parts.size(); ++i) parts[i].values.push_back(values[i]);
@@ -373,13 +378,13 @@ std::string options(const train::TrainConfig& config) {
     auto table = std::ranges::find_if(tables, [&](const auto& t) { return t.first == heading; });
     if (table == tables.end()) table = tables.insert(table, {heading, ""});
     const std::string text = train::option_text(value, f);
-    table->second +=
-        format("<tr><td>{}</td><td class=\"v\">{}</td><td class=\"h\">{}</td></tr>\n",
-               html_escape(f.name), html_escape(text.empty() ? "-" : text), html_escape(f.help));
+    table->second += fmt::format(
+        "<tr><td>{}</td><td class=\"v\">{}</td><td class=\"h\">{}</td></tr>\n", html_escape(f.name),
+        html_escape(text.empty() ? "-" : text), html_escape(f.help));
   });
   std::string out = paragraph("As the run resolved them: defaults are filled in.");
   for (const auto& [heading, rows] : tables)
-    out += format(
+    out += fmt::format(
         "<div class=\"scroll\"><table>\n<tr><th colspan=\"3\">{}</th></tr>\n{}</table></div>\n",
         html_escape(heading), rows);
   return section("Options", out);
@@ -401,16 +406,17 @@ std::string tiles(const Report& r) {
   }
   std::string out = "<div class=\"tiles\">\n";
   out += tile(r.state, "state");
-  out += tile(format("w{}a{}", c.bits, c.act_bits), "bits of weights and activations");
+  out += tile(fmt::format("w{}a{}", c.bits, c.act_bits), "bits of weights and activations");
   if (r.before && r.after)
-    out += tile(format("{:.2f} \u2192 {:.2f}", r.before->perplexity, r.after->perplexity),
+    out += tile(fmt::format("{:.2f} \u2192 {:.2f}", r.before->perplexity, r.after->perplexity),
                 "perplexity, before and after");
-  if (r.after) out += tile(format("{:.3f}", r.after->bits_per_weight), "bits per weight, exported");
+  if (r.after)
+    out += tile(fmt::format("{:.3f}", r.after->bits_per_weight), "bits per weight, exported");
   out += tile(duration(sum_of(time_parts(r.log))), "of training, as logged");
   out += tile(short_number(static_cast<double>(tokens)), "tokens through steps");
-  out += tile(format("{:.2f} GB", static_cast<double>(r.log.peak_bytes) / 1e9),
+  out += tile(fmt::format("{:.2f} GB", static_cast<double>(r.log.peak_bytes) / 1e9),
               "most device memory, recompute " + r.log.recompute);
-  out += tile(format("{} of {}", skipped, steps), "steps skipped: not finite");
+  out += tile(fmt::format("{} of {}", skipped, steps), "steps skipped: not finite");
   return out + "</div>\n";
 }
 
@@ -427,10 +433,11 @@ std::string state_of(const train::RunDirectory& run, const train::TrainConfig& c
                      const train::RunLog& log, int64_t layers) {
   if (run.finished(config, layers)) return "finished";
   if (!log.whole.empty())
-    return format("unfinished: {}, step {}", log.whole.back().stage, log.whole.back().loss.size());
-  return format("unfinished: {} of {} blocks",
-                run.finished_stages(config, layers) / std::max<int64_t>(1, block_stages(config)),
-                layers);
+    return fmt::format("unfinished: {}, step {}", log.whole.back().stage,
+                       log.whole.back().loss.size());
+  return fmt::format(
+      "unfinished: {} of {} blocks",
+      run.finished_stages(config, layers) / std::max<int64_t>(1, block_stages(config)), layers);
 }
 
 }  // namespace
@@ -467,13 +474,13 @@ Report read_report(const std::string& path) {
 std::string report_page(const Report& r) {
   const train::TrainConfig& config = r.identity.config;
   const std::string title = html_escape("bbb run " + r.run);
-  std::string out = format(
+  std::string out = fmt::format(
       "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n<meta "
       "name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n<title>{0}</title>\n"
       "<style>{1}</style>\n</head>\n<body>\n<h1>{0}</h1>\n",
       title, kStyle);
-  out += paragraph(format("{} on {}; {} blocks; bbb {}", config.model, r.identity.device_name,
-                          r.layers, BBB_VERSION));
+  out += paragraph(fmt::format("{} on {}; {} blocks; bbb {}", config.model, r.identity.device_name,
+                               r.layers, BBB_VERSION));
   out += tiles(r) + perplexity(r);
   if (!r.log.blocks.empty()) {
     const ByStage stages = by_stage(r.log);
