@@ -199,7 +199,7 @@ TEST_CASE("packed model: biases stay, norms of heads train, and a killed run end
       const std::vector<int32_t> ids = random_tokens(5, rows, config.vocab);
       CHECK(relative_error(logits_of(*exported.packed, ids),
                            logits_of(*exported.trained->model, ids)) <
-            (on_cuda() ? 2 * epsilon_of(DType::BF16) : 2e-4));
+            (on_cuda() ? 4 * epsilon_of(DType::BF16) : 2e-4));
     }
     const std::string path = exported.run.path() + "_plain";
     train::export_run(backend(), *fixture.source, FileTokenizer(), exported.run.path(), path,
