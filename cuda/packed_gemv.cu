@@ -35,6 +35,7 @@
 #include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
+#include "cuda/reduce.h"
 #include "cuda/tile_product.h"
 #include "quant/packed_tiles.h"
 
@@ -62,6 +63,10 @@ struct Levels {
   float unit;
 };
 
+__device__ __forceinline__ float2 floats_of(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
 // Rows of bf16.
 struct PlainRows {
   using Raw = uint2;
@@ -84,6 +89,51 @@ struct PlainRows {
     const auto shifted = [&](uint32_t bits) { return integers.shifted(__uint_as_float(bits)); };
     return {__byte_perm(shifted(raw.x << 16), shifted(raw.x & 0xFFFF0000u), 0x5410),
             __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410), integers.unit};
+  }
+};
+
+// Rows of rms_norm(x, w), rounded to bf16: x r w, r = 1 / sqrt(mean(x^2) + eps).
+struct NormedRows {
+  struct Raw {
+    uint2 x;
+    float2 first, second;  // w of both pairs
+  };
+  const bf16* x;   // (M, K)
+  const float* w;  // (K)
+  int k;
+  float eps;
+
+  __device__ Raw load(int row, int at) const {
+    return {PlainRows{x, k}.load(row, at), *reinterpret_cast<const float2*>(w + at),
+            *reinterpret_cast<const float2*>(w + at + kSecondPair)};
+  }
+  __device__ static Raw zero() { return {}; }
+};
+
+// Rows of silu(gate) up, rounded to bf16.
+struct GatedRows {
+  struct Raw {
+    uint2 gate, up;
+  };
+  const bf16 *gate, *up;  // (M, K)
+  int k;
+
+  __device__ Raw load(int row, int at) const {
+    return {PlainRows{gate, k}.load(row, at), PlainRows{up, k}.load(row, at)};
+  }
+  __device__ static Raw zero() { return {}; }
+  __device__ static Levels levels(const Raw& raw) {
+    return PlainRows::levels({gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y)});
+  }
+
+ private:
+  __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
+    const float2 g = floats_of(gate), u = floats_of(up);
+    return pack_bf16(silu(g.x) * u.x, silu(g.y) * u.y);
+  }
+  // Within 2^-21 relative.
+  __device__ static float silu(float x) {
+    return x * reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f));
   }
 };
 
@@ -127,6 +177,45 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
+// What a lane knows of its row of x besides the slices: of NormedRows r. All threads of the block
+// call make() once; it needs 32 floats in shared memory.
+template <typename Input>
+struct RowScale {
+  static constexpr int kSmemBytes = 0;
+  __device__ static RowScale make(const Input&, int, int) { return {}; }
+  __device__ Levels levels(const typename Input::Raw& raw) const { return Input::levels(raw); }
+};
+template <>
+struct RowScale<NormedRows> {
+  static constexpr int kSmemBytes = 32 * 4;
+  float r;
+
+  __device__ static RowScale make(const NormedRows& x, int m, int own_row) {
+    __shared__ float shared[32];
+    RowScale scale{0.0f};
+    for (int row = 0; row < m; ++row) {
+      float sum = 0.0f;
+      for (int at = static_cast<int>(threadIdx.x) * 8; at < x.k;
+           at += static_cast<int>(blockDim.x) * 8) {
+        float v[8];
+        load_past_l1(v, x.x + int64_t{row} * x.k + at, 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum = fmaf(v[i], v[i], sum);
+      }
+      const float r = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(x.k) + x.eps);
+      if (row == own_row) scale.r = r;
+    }
+    return scale;
+  }
+  __device__ Levels levels(const NormedRows::Raw& raw) const {
+    return PlainRows::levels({normed(raw.x.x, raw.first), normed(raw.x.y, raw.second)});
+  }
+  __device__ uint32_t normed(uint32_t pair, float2 w) const {
+    const float2 x = floats_of(pair);
+    return pack_bf16(x.x * r * w.x, x.y * r * w.y);
+  }
+};
+
 // Makes a slice of x.
 template <typename Input, bool kManyRows>
 struct OperandMaker : SliceOperand<kManyRows> {
@@ -143,12 +232,13 @@ struct OperandMaker : SliceOperand<kManyRows> {
       raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
     }
   }
-  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
+  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], const RowScale<Input>& scale,
+                                       int lane) {
     const int t = lane % 4;
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const Levels levels = Input::levels(raw[i]);
+      const Levels levels = scale.levels(raw[i]);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
@@ -239,12 +329,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   float sum[kTiles][2] = {};
   typename Input::Raw raw[Operand::kLoads];
   if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
+  const auto scale = RowScale<Input>::make(x, shape.m, kManyRows ? lane / 8 : 0);
   int slot = 0, parity = 0;
   uint32_t barrier = barriers;
 #pragma unroll 1
   for (int slice = first_slice; slice < slices; slice += warps) {
     Operand operand;
-    operand.make(raw, lane);
+    operand.make(raw, scale, lane);
     if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -362,7 +453,8 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
+  const int64_t slots = std::min(
+      items, (at.block_bytes(2) - second_bytes - RowScale<Input>::kSmemBytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
@@ -373,6 +465,12 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
+NormedRows rows_from(const NormedRows& x, int64_t row) {
+  return {x.x + row * x.k, x.w, x.k, x.eps};
+}
+GatedRows rows_from(const GatedRows& x, int64_t row) {
+  return {x.gate + row * x.k, x.up + row * x.k, x.k};
+}
 CodedRows rows_from(const CodedRows& x, int64_t row) {
   const int64_t g = row * (x.k / x.group);
   return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
@@ -434,6 +532,16 @@ void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, c
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m) {
   launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
+}
+
+void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                               const bf16* x, const float* w, float eps, int64_t m) {
+  launch_all(at, products, NormedRows{x, w, static_cast<int>(products[0].w.k), eps}, m);
+}
+
+void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                              const bf16* gate, const bf16* up, int64_t m) {
+  launch_all(at, products, GatedRows{gate, up, static_cast<int>(products[0].w.k)}, m);
 }
 
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,

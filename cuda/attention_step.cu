@@ -1,0 +1,378 @@
+// One decoding step of attention for every sequence: rotary positions of q and k, the new key and
+// value into the cache, and attention over all visible keys, in one kernel (sm_90).
+//
+// Shapes: o, q (B, 1, H, d); k, v (B, 1, K, d); caches bf16 (B, Tmax, K, d); start I32 (B).
+//
+// A cluster of blocks takes up to 16 query heads of one kv-head, which are the rows of its mma
+// fragments. Tiles of 16 keys go round its warps:
+//
+//     tile    0   1   2  ..  R - 1 | R  ..             rank r = tile % R, warp (tile / R) % kWarps
+//
+// The kernel starts early. Keys and values before `start` are older than the kernel that set
+// `start`, which lets none start early: each warp copies its first kStages tiles while the product
+// that makes q, k and v still runs. After its wait, each warp rotates the queries in registers; the
+// warp that has the last tile rotates the new key, puts key and value into the tile and writes them
+// to the cache. Then each warp runs the online softmax of FlashAttention-2 (Dao, 2023) over its
+// tiles. The results of a block's warps are combined in its shared memory, and those of the
+// cluster's blocks through distributed shared memory, in a fixed order.
+//
+// Bytes: the visible keys and values once.
+#include <cfloat>
+
+#include "cuda/attention.h"
+#include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
+#include "cuda/hopper.h"
+#include "cuda/kv_cache.h"
+#include "cuda/mma.h"
+#include "cuda/rotation.h"
+
+namespace bbb::cuda {
+namespace {
+
+constexpr int kWarps = 6;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kQueryRows = 16;  // query heads of a cluster
+constexpr int kTileKeys = 16;
+constexpr int kMaxCluster = 8;  // blocks, as many as every GPU takes
+
+struct StepArgs {
+  bf16* o;                  // (B, H, d)
+  bf16 *k_cache, *v_cache;  // (B, Tmax, K, d)
+  const bf16* q;            // (B, H, d)
+  const bf16 *k, *v;        // (B, K, d)
+  const int* start;         // (B): the position of the new key
+  const float* inv_freq;    // (d/2)
+  CacheFault* fault;
+  int t_max, heads, kv_heads, window;
+  float rope_factor;
+};
+
+template <int D>
+struct StepShape {
+  static constexpr int kTileBytes = 2 * kTileKeys * D * 2;  // keys, then values
+  static constexpr int kStages = 16 * 1024 / kTileBytes;
+  // A warp's part of shared memory: its tiles, later its result, 16 x D floats.
+  static constexpr int kWarpBytes = std::max<int>(kStages * kTileBytes, kQueryRows* D * 4);
+};
+
+// Shared memory behind the warps' parts.
+template <int D>
+struct StepMemory {
+  float block_o[kQueryRows * D];
+  float2 block_stats[kQueryRows];  // maximum of the raw scores, sum
+  float2 warp_stats[kWarps][kQueryRows];
+  float2 rotations[D / 2];
+};
+
+// (x, y) of another block of the cluster, at the address of the same object in this block.
+__device__ inline float load_from_block(uint32_t address, int rank) {
+  float value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n"
+      "}"
+      : "=f"(value)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return value;
+}
+
+__device__ inline float2 unpacked(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+// Rotates pairs of neighbours: columns c, c + 1 with d/2 + c, d/2 + c + 1, rounded to bf16.
+__device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2* rotations) {
+  float2 a = unpacked(low), b = unpacked(high);
+  const float4 r = *reinterpret_cast<const float4*>(rotations);
+  rotate(a.x, b.x, make_float2(r.x, r.y));
+  rotate(a.y, b.y, make_float2(r.z, r.w));
+  low = pack_bf16(a.x, a.y);
+  high = pack_bf16(b.x, b.y);
+}
+
+// grid (cluster, K * ceil(H / K / 16), B)
+template <int D>
+__global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs args) {
+  using Shape = StepShape<D>;
+  constexpr int kStages = Shape::kStages;
+  constexpr int kChunks = D / 8;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, pair = lane % 4 * 2;
+  const int rank = blockIdx.x, ranks = gridDim.x, b = blockIdx.z;
+  start_next_kernel();
+  const int start = load_past_l1(args.start + b);
+  if (!in_cache(start, 1, args.t_max)) {
+    wait_for_previous_kernel();
+    if (rank == 0 && thread == 0) *args.fault = {start, 1, args.t_max};
+    return;
+  }
+  unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
+  auto& memory = *reinterpret_cast<StepMemory<D>*>(smem + kWarps * Shape::kWarpBytes);
+  unsigned char* const warp_smem = smem + warp * Shape::kWarpBytes;
+
+  const int group = args.heads / args.kv_heads;
+  const int row_blocks = (group + kQueryRows - 1) / kQueryRows;
+  const int kv_head = blockIdx.y / row_blocks;
+  const int row0 = blockIdx.y % row_blocks * kQueryRows;
+  const int rows = min(kQueryRows, group - row0);
+  const int64_t head0 = int64_t{b} * args.heads + kv_head * group + row0;
+
+  const int64_t stride = int64_t{args.kv_heads} * D;
+  const int64_t cache_at = int64_t{b} * args.t_max * stride + kv_head * D;
+  const int first_key = max(0, start + 1 - args.window);
+  const int last_tile = start / kTileKeys;
+  const int step = ranks * kWarps;
+  int tile = first_key / kTileKeys + warp * ranks + rank;
+
+  const auto keys = [&](int stage) {
+    return SmemTile<D>{shared_address(warp_smem) + stage * Shape::kTileBytes};
+  };
+  const auto values = [&](int stage) {
+    return SmemTile<D>{shared_address(warp_smem) + stage * Shape::kTileBytes +
+                       Shape::kTileBytes / 2};
+  };
+  const auto load_tile = [&](int which, int stage) {
+    if (which <= last_tile) {
+      load_tile_async<D, kTileKeys, 32>(keys(stage), args.k_cache + cache_at, stride,
+                                        which * kTileKeys, start, D, lane);
+      load_tile_async<D, kTileKeys, 32>(values(stage), args.v_cache + cache_at, stride,
+                                        which * kTileKeys, start, D, lane);
+    }
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) load_tile(tile + stage * step, stage);
+  for (int i = thread; i < D / 2; i += kThreads)
+    memory.rotations[i] = rotation(start, args.inv_freq[i], 1.0f, args.rope_factor);
+  __syncthreads();
+  wait_for_previous_kernel();
+
+  // Query fragments: rows g and g + 8, columns 2t and 2t + 8 of each 16.
+  uint32_t queries[D / 16][4];
+#pragma unroll
+  for (int kk = 0; kk < D / 16; ++kk)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i % 2 * 8;
+      queries[kk][i] = row < rows ? load_past_l1(reinterpret_cast<const uint32_t*>(
+                                        args.q + (head0 + row) * D + kk * 16 + pair + i / 2 * 8))
+                                  : 0u;
+    }
+  // The new key and value, of the warp that has the last tile: four pairs and eight values a lane.
+  const bool has_last = tile <= last_tile && (last_tile - tile) % step == 0 && lane < kChunks;
+  uint2 new_low{}, new_high{};
+  uint4 new_value{};
+  if (has_last) {
+    const int64_t from = (int64_t{b} * args.kv_heads + kv_head) * D;
+    new_low = load_past_l1(reinterpret_cast<const uint2*>(args.k + from) + lane);
+    new_high = load_past_l1(reinterpret_cast<const uint2*>(args.k + from + D / 2) + lane);
+    new_value = load_past_l1(reinterpret_cast<const uint4*>(args.v + from) + lane);
+  }
+#pragma unroll
+  for (int kk = 0; kk < D / 32; ++kk)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      rotate_packed(queries[kk][i], queries[kk + D / 32][i],
+                    memory.rotations + kk * 16 + pair + i / 2 * 8);
+  if (has_last) {
+    rotate_packed(new_low.x, new_high.x, memory.rotations + 4 * lane);
+    rotate_packed(new_low.y, new_high.y, memory.rotations + 4 * lane + 2);
+    if (row0 == 0) {
+      bf16* const key = args.k_cache + cache_at + start * stride;
+      reinterpret_cast<uint2*>(key)[lane] = new_low;
+      reinterpret_cast<uint2*>(key + D / 2)[lane] = new_high;
+      reinterpret_cast<uint4*>(args.v_cache + cache_at + start * stride)[lane] = new_value;
+    }
+  }
+
+  const float scale_log2 = score_scale(D) * kLog2E;
+  float acc[D / 8][4] = {};
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {0.0f, 0.0f};  // of this lane's terms
+  int stage = 0;
+  for (; tile <= last_tile; tile += step) {
+    cp_async_wait<kStages - 1>();
+    __syncwarp();
+    if (tile == last_tile && lane < kChunks) {
+      unsigned char* const at = warp_smem + stage * Shape::kTileBytes;
+      const int row = start % kTileKeys;
+      const auto chunk_at = [&](int chunk) { return at + SmemTile<D>::offset_bytes(row, chunk); };
+      *reinterpret_cast<uint2*>(chunk_at(lane / 2) + lane % 2 * 8) = new_low;
+      *reinterpret_cast<uint2*>(chunk_at(D / 16 + lane / 2) + lane % 2 * 8) = new_high;
+      *reinterpret_cast<uint4*>(chunk_at(lane) + Shape::kTileBytes / 2) = new_value;
+    }
+    __syncwarp();
+    float s[2][4] = {};
+#pragma unroll
+    for (int kk = 0; kk < D / 16; ++kk) {
+      uint32_t k_pairs[4];
+      load_b(k_pairs, keys(stage), 0, kk * 16, lane);
+      mma_bf16(s[0], queries[kk], k_pairs[0], k_pairs[1]);
+      mma_bf16(s[1], queries[kk], k_pairs[2], k_pairs[3]);
+    }
+    bool rescale = false;
+    float correction[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = row_max[half];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const int key = tile * kTileKeys + n * 8 + pair + i % 2;
+          if (key < first_key || key > start) s[n][i] = -INFINITY;
+          maximum = fmaxf(maximum, s[n][i]);
+        }
+      maximum = quad_max(maximum);  // finite: every tile has a visible key
+      const float base = maximum * scale_log2;
+      correction[half] = exp2_approx(row_max[half] * scale_log2 - base);
+      rescale |= maximum != row_max[half];
+      row_max[half] = maximum;
+      float sum = row_sum[half] * correction[half];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = exp2_approx(s[n][i] * scale_log2 - base);
+          sum += s[n][i];
+        }
+      row_sum[half] = sum;
+    }
+    if (__any_sync(0xffffffffu, rescale)) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i / 2];
+    }
+    uint32_t p[4];
+    pack_a(p, s[0], s[1]);
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t v_pairs[4];
+      load_b_rows(v_pairs, values(stage), 0, n * 16, lane);
+      mma_bf16(acc[2 * n], p, v_pairs[0], v_pairs[1]);
+      mma_bf16(acc[2 * n + 1], p, v_pairs[2], v_pairs[3]);
+    }
+    __syncwarp();
+    load_tile(tile + kStages * step, stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  // The warps' results overwrite their tiles, which all lanes have read.
+  cp_async_wait<0>();
+  __syncwarp();
+  float* const warp_o = reinterpret_cast<float*>(warp_smem);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+    const float sum = quad_sum(row_sum[half]);
+    if (row >= rows) continue;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      *reinterpret_cast<float2*>(warp_o + row * D + n * 8 + pair) =
+          make_float2(acc[n][2 * half], acc[n][2 * half + 1]);
+    if (pair == 0) memory.warp_stats[warp][row] = make_float2(row_max[half], sum);
+  }
+  __syncthreads();
+  // Maxima of nothing are -infinite: starting from the smallest finite value, their weight is 0.
+  const auto weight_of = [&](float of, float maximum) {
+    return exp2_approx((of - maximum) * scale_log2);
+  };
+  for (int i = thread; i < rows * D; i += kThreads) {
+    const int row = i / D;
+    float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, memory.warp_stats[w][row].x);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 stat = memory.warp_stats[w][row];
+      const float weight = weight_of(stat.x, maximum);
+      sum += weight * stat.y;
+      value += weight * reinterpret_cast<const float*>(smem + w * Shape::kWarpBytes)[i];
+    }
+    memory.block_o[i] = value;
+    if (i % D == 0) memory.block_stats[row] = make_float2(maximum, sum);
+  }
+  cluster_arrive();
+  cluster_wait();
+  for (int i = rank * kThreads + thread; i < rows * D; i += ranks * kThreads) {
+    const uint32_t stats = shared_address(&memory.block_stats[i / D]);
+    const uint32_t o_at = shared_address(&memory.block_o[i]);
+    float maxima[kMaxCluster], sums[kMaxCluster], parts[kMaxCluster], maximum = -FLT_MAX;
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r) {
+      const int from = r < ranks ? r : 0;
+      maxima[r] = load_from_block(stats, from);
+      sums[r] = load_from_block(stats + 4, from);
+      parts[r] = load_from_block(o_at, from);
+      maximum = fmaxf(maximum, maxima[r]);
+    }
+    float sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r) {
+      const float weight = r < ranks ? weight_of(maxima[r], maximum) : 0.0f;
+      sum += weight * sums[r];
+      value += weight * parts[r];
+    }
+    args.o[head0 * D + i] = __float2bfloat16(value / sum);
+  }
+  cluster_arrive();  // no block ends while others read its shared memory
+  cluster_wait();
+}
+
+// Blocks of a cluster: about two for each multiprocessor, and a tile for half of their warps.
+unsigned cluster_of(int clusters, int t_max, int sms) {
+  const int tiles = ceil_div(t_max, kTileKeys);
+  int blocks = kMaxCluster;
+  while (blocks > 1 && (clusters * blocks > 2 * sms || blocks * kWarps > 2 * tiles)) blocks /= 2;
+  return static_cast<unsigned>(blocks);
+}
+
+}  // namespace
+
+void CudaBackend::do_attention_step(const Tensor& o, const Tensor& q, const Tensor& k,
+                                    const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                                    const Tensor& start, const Tensor& inv_freq,
+                                    const AttentionSpec& spec, KvFormat format,
+                                    const Tensor& scratch) {
+  const int64_t d = q.dim(3);
+  if (!has_warpgroup_products() || format.quantized() || !has_hopper_head_size(d)) {
+    do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format, spec.rope_factor);
+    return do_attention_cached(o, q, k_cache, v_cache, start, spec, format, scratch);
+  }
+  BBB_ASSERT(aligned(o, q, k, v, k_cache, v_cache));
+  const int batch = checked_int(q.dim(0)), heads = checked_int(q.dim(2));
+  const int kv_heads = checked_int(k.dim(2)), t_max = checked_int(k_cache.dim(1));
+  const StepArgs args{bf16_of(o),
+                      bf16_of(k_cache),
+                      bf16_of(v_cache),
+                      bf16_of(q),
+                      bf16_of(k),
+                      bf16_of(v),
+                      start.data<int32_t>(),
+                      inv_freq.data<float>(),
+                      cache_fault_.get(),
+                      t_max,
+                      heads,
+                      kv_heads,
+                      window_of(spec.window),
+                      static_cast<float>(spec.rope_factor)};
+  const int row_blocks = kv_heads * ceil_div(heads / kv_heads, kQueryRows);
+  const unsigned blocks = cluster_of(row_blocks * batch, t_max, properties_.multiProcessorCount);
+  with_head_size(d, [&](auto size) {
+    constexpr int D = size;
+    launch(stream_,
+           {{blocks, static_cast<unsigned>(row_blocks), static_cast<unsigned>(batch)},
+            kThreads,
+            kWarps * StepShape<D>::kWarpBytes + int64_t{sizeof(StepMemory<D>)},
+            true,
+            blocks},
+           attention_step_kernel<D>, args);
+  });
+}
+
+}  // namespace bbb::cuda
