@@ -9,7 +9,7 @@
 //     tile    0   1   2  ..  R - 1 | R  ..             rank r = tile % R, warp (tile / R) % kWarps
 //
 // The kernel starts early. Keys and values before `start` are older than the kernel that set
-// `start`, which lets none start early: each warp copies its first kStages tiles while the product
+// `start`, which lets none start early: each warp copies its first tiles while the product
 // that makes q, k and v still runs. After its wait, each warp rotates the queries in registers; the
 // warp that has the last tile rotates the new key, puts key and value into the tile and writes them
 // to the cache. Then each warp runs the online softmax of FlashAttention-2 (Dao, 2023) over its
@@ -30,11 +30,12 @@
 namespace bbb::cuda {
 namespace {
 
-constexpr int kWarps = 6;
+constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kQueryRows = 16;  // query heads of a cluster
 constexpr int kTileKeys = 16;
 constexpr int kMaxCluster = 8;  // blocks, as many as every GPU takes
+constexpr int kSlotsBytes = 96 * 1024;
 
 struct StepArgs {
   bf16* o;                  // (B, H, d)
@@ -48,37 +49,21 @@ struct StepArgs {
   float rope_factor;
 };
 
-template <int D>
-struct StepShape {
-  static constexpr int kTileBytes = 2 * kTileKeys * D * 2;  // keys, then values
-  static constexpr int kStages = 16 * 1024 / kTileBytes;
-  // A warp's part of shared memory: its tiles, later its result, 16 x D floats.
-  static constexpr int kWarpBytes = std::max<int>(kStages * kTileBytes, kQueryRows* D * 4);
-};
-
-// Shared memory behind the warps' parts.
+// Shared memory of a block. Slots of tiles come first: each warp has its own, one or more. At the
+// end its first slot takes its result, 16 x D floats.
 template <int D>
 struct StepMemory {
-  float block_o[kQueryRows * D];
-  float2 block_stats[kQueryRows];  // maximum of the raw scores, sum
+  static constexpr int kTileBytes = 2 * kTileKeys * D * 2;  // keys, then values
+  static constexpr int kSlots = kSlotsBytes / kTileBytes;
+  static_assert(kSlots >= kWarps && kTileBytes >= kQueryRows * D * 4);
+
+  unsigned char slots[kSlots][kTileBytes];
+  unsigned char queries[kQueryRows * D * 2];    // a tile
+  float parts[kQueryRows * D];                  // (rank, own outputs): what the blocks send
+  float2 block_stats[kMaxCluster][kQueryRows];  // maximum of the raw scores, sum
   float2 warp_stats[kWarps][kQueryRows];
   float2 rotations[D / 2];
 };
-
-// (x, y) of another block of the cluster, at the address of the same object in this block.
-__device__ inline float load_from_block(uint32_t address, int rank) {
-  float value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n"
-      "}"
-      : "=f"(value)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return value;
-}
 
 __device__ inline float2 unpacked(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -96,9 +81,8 @@ __device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2
 
 // grid (cluster, K * ceil(H / K / 16), B)
 template <int D>
-__global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs args) {
-  using Shape = StepShape<D>;
-  constexpr int kStages = Shape::kStages;
+__global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepArgs args) {
+  using Memory = StepMemory<D>;
   constexpr int kChunks = D / 8;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, pair = lane % 4 * 2;
@@ -110,10 +94,7 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
     if (rank == 0 && thread == 0) *args.fault = {start, 1, args.t_max};
     return;
   }
-  unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
-  auto& memory = *reinterpret_cast<StepMemory<D>*>(smem + kWarps * Shape::kWarpBytes);
-  unsigned char* const warp_smem = smem + warp * Shape::kWarpBytes;
-
+  auto& memory = *reinterpret_cast<Memory*>(dynamic_smem());
   const int group = args.heads / args.kv_heads;
   const int row_blocks = (group + kQueryRows - 1) / kQueryRows;
   const int kv_head = blockIdx.y / row_blocks;
@@ -128,40 +109,30 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
   const int step = ranks * kWarps;
   int tile = first_key / kTileKeys + warp * ranks + rank;
 
-  const auto keys = [&](int stage) {
-    return SmemTile<D>{shared_address(warp_smem) + stage * Shape::kTileBytes};
+  // Slots warp, warp + kWarps, ..
+  const int slots = (Memory::kSlots - warp + kWarps - 1) / kWarps;
+  const auto keys = [&](int slot) {
+    return SmemTile<D>{shared_address(memory.slots[warp + slot * kWarps])};
   };
-  const auto values = [&](int stage) {
-    return SmemTile<D>{shared_address(warp_smem) + stage * Shape::kTileBytes +
-                       Shape::kTileBytes / 2};
+  const auto values = [&](int slot) {
+    return SmemTile<D>{shared_address(memory.slots[warp + slot * kWarps]) + Memory::kTileBytes / 2};
   };
-  const auto load_tile = [&](int which, int stage) {
+  const auto load_tile = [&](int which, int slot) {
     if (which <= last_tile) {
-      load_tile_async<D, kTileKeys, 32>(keys(stage), args.k_cache + cache_at, stride,
+      load_tile_async<D, kTileKeys, 32>(keys(slot), args.k_cache + cache_at, stride,
                                         which * kTileKeys, start, D, lane);
-      load_tile_async<D, kTileKeys, 32>(values(stage), args.v_cache + cache_at, stride,
+      load_tile_async<D, kTileKeys, 32>(values(slot), args.v_cache + cache_at, stride,
                                         which * kTileKeys, start, D, lane);
     }
     cp_async_commit();
   };
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) load_tile(tile + stage * step, stage);
+  for (int slot = 0; slot < slots; ++slot) load_tile(tile + slot * step, slot);
   for (int i = thread; i < D / 2; i += kThreads)
     memory.rotations[i] = rotation(start, args.inv_freq[i], 1.0f, args.rope_factor);
   __syncthreads();
+  cluster_arrive();
   wait_for_previous_kernel();
 
-  // Query fragments: rows g and g + 8, columns 2t and 2t + 8 of each 16.
-  uint32_t queries[D / 16][4];
-#pragma unroll
-  for (int kk = 0; kk < D / 16; ++kk)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = g + i % 2 * 8;
-      queries[kk][i] = row < rows ? load_past_l1(reinterpret_cast<const uint32_t*>(
-                                        args.q + (head0 + row) * D + kk * 16 + pair + i / 2 * 8))
-                                  : 0u;
-    }
   // The new key and value, of the warp that has the last tile: four pairs and eight values a lane.
   const bool has_last = tile <= last_tile && (last_tile - tile) % step == 0 && lane < kChunks;
   uint2 new_low{}, new_high{};
@@ -172,12 +143,26 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
     new_high = load_past_l1(reinterpret_cast<const uint2*>(args.k + from + D / 2) + lane);
     new_value = load_past_l1(reinterpret_cast<const uint4*>(args.v + from) + lane);
   }
-#pragma unroll
-  for (int kk = 0; kk < D / 32; ++kk)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      rotate_packed(queries[kk][i], queries[kk + D / 32][i],
-                    memory.rotations + kk * 16 + pair + i / 2 * 8);
+  // The rotated queries as a tile; rows that do not exist are zeros. A thread takes eight pairs.
+  for (int i = thread; i < kQueryRows * D / 16; i += kThreads) {
+    const int row = i / (D / 16), chunk = i % (D / 16);
+    uint4 low{}, high{};
+    if (row < rows) {
+      const uint4* const head = reinterpret_cast<const uint4*>(args.q + (head0 + row) * D);
+      low = load_past_l1(head + chunk);
+      high = load_past_l1(head + D / 16 + chunk);
+      const float2* const rotations = memory.rotations + chunk * 8;
+      rotate_packed(low.x, high.x, rotations);
+      rotate_packed(low.y, high.y, rotations + 2);
+      rotate_packed(low.z, high.z, rotations + 4);
+      rotate_packed(low.w, high.w, rotations + 6);
+    }
+    const auto at = [&](int of) {
+      return reinterpret_cast<uint4*>(memory.queries + SmemTile<D>::offset_bytes(row, of));
+    };
+    *at(chunk) = low;
+    *at(D / 16 + chunk) = high;
+  }
   if (has_last) {
     rotate_packed(new_low.x, new_high.x, memory.rotations + 4 * lane);
     rotate_packed(new_low.y, new_high.y, memory.rotations + 4 * lane + 2);
@@ -188,31 +173,40 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
       reinterpret_cast<uint4*>(args.v_cache + cache_at + start * stride)[lane] = new_value;
     }
   }
+  __syncthreads();
+  const SmemTile<D> queries{shared_address(memory.queries)};
 
   const float scale_log2 = score_scale(D) * kLog2E;
   float acc[D / 8][4] = {};
   float row_max[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {0.0f, 0.0f};  // of this lane's terms
-  int stage = 0;
+  int slot = 0;
   for (; tile <= last_tile; tile += step) {
-    cp_async_wait<kStages - 1>();
+    // The copies of the warp's other slots stay in flight.
+    if (slots > 2)
+      cp_async_wait<2>();
+    else if (slots > 1)
+      cp_async_wait<1>();
+    else
+      cp_async_wait<0>();
     __syncwarp();
     if (tile == last_tile && lane < kChunks) {
-      unsigned char* const at = warp_smem + stage * Shape::kTileBytes;
+      unsigned char* const at = memory.slots[warp + slot * kWarps];
       const int row = start % kTileKeys;
       const auto chunk_at = [&](int chunk) { return at + SmemTile<D>::offset_bytes(row, chunk); };
       *reinterpret_cast<uint2*>(chunk_at(lane / 2) + lane % 2 * 8) = new_low;
       *reinterpret_cast<uint2*>(chunk_at(D / 16 + lane / 2) + lane % 2 * 8) = new_high;
-      *reinterpret_cast<uint4*>(chunk_at(lane) + Shape::kTileBytes / 2) = new_value;
+      *reinterpret_cast<uint4*>(chunk_at(lane) + Memory::kTileBytes / 2) = new_value;
     }
     __syncwarp();
     float s[2][4] = {};
 #pragma unroll
     for (int kk = 0; kk < D / 16; ++kk) {
-      uint32_t k_pairs[4];
-      load_b(k_pairs, keys(stage), 0, kk * 16, lane);
-      mma_bf16(s[0], queries[kk], k_pairs[0], k_pairs[1]);
-      mma_bf16(s[1], queries[kk], k_pairs[2], k_pairs[3]);
+      uint32_t q[4], k_pairs[4];
+      load_a(q, queries, 0, kk * 16, lane);
+      load_b(k_pairs, keys(slot), 0, kk * 16, lane);
+      mma_bf16(s[0], q, k_pairs[0], k_pairs[1]);
+      mma_bf16(s[1], q, k_pairs[2], k_pairs[3]);
     }
     bool rescale = false;
     float correction[2];
@@ -253,19 +247,19 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       uint32_t v_pairs[4];
-      load_b_rows(v_pairs, values(stage), 0, n * 16, lane);
+      load_b_rows(v_pairs, values(slot), 0, n * 16, lane);
       mma_bf16(acc[2 * n], p, v_pairs[0], v_pairs[1]);
       mma_bf16(acc[2 * n + 1], p, v_pairs[2], v_pairs[3]);
     }
     __syncwarp();
-    load_tile(tile + kStages * step, stage);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+    load_tile(tile + slots * step, slot);
+    slot = slot + 1 == slots ? 0 : slot + 1;
   }
 
   // The warps' results overwrite their tiles, which all lanes have read.
   cp_async_wait<0>();
   __syncwarp();
-  float* const warp_o = reinterpret_cast<float*>(warp_smem);
+  float* const warp_o = reinterpret_cast<float*>(memory.slots[warp]);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
@@ -282,6 +276,9 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
   const auto weight_of = [&](float of, float maximum) {
     return exp2_approx((of - maximum) * scale_log2);
   };
+  // Each block combines a share of the outputs. All send it their parts.
+  const int own = rows * D / ranks;
+  cluster_wait();  // the blocks run
   for (int i = thread; i < rows * D; i += kThreads) {
     const int row = i / D;
     float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;
@@ -292,43 +289,40 @@ __global__ __launch_bounds__(kThreads) void attention_step_kernel(const StepArgs
       const float2 stat = memory.warp_stats[w][row];
       const float weight = weight_of(stat.x, maximum);
       sum += weight * stat.y;
-      value += weight * reinterpret_cast<const float*>(smem + w * Shape::kWarpBytes)[i];
+      value += weight * reinterpret_cast<const float*>(memory.slots[w])[i];
     }
-    memory.block_o[i] = value;
-    if (i % D == 0) memory.block_stats[row] = make_float2(maximum, sum);
+    store_to_block(shared_address(memory.parts + rank * own + i % own), i / own, value);
+    if (i % D < ranks) {  // of each row, to each block
+      const uint32_t to = shared_address(&memory.block_stats[rank][row]);
+      store_to_block(to, i % D, maximum);
+      store_to_block(to + 4, i % D, sum);
+    }
   }
   cluster_arrive();
   cluster_wait();
-  for (int i = rank * kThreads + thread; i < rows * D; i += ranks * kThreads) {
-    const uint32_t stats = shared_address(&memory.block_stats[i / D]);
-    const uint32_t o_at = shared_address(&memory.block_o[i]);
-    float maxima[kMaxCluster], sums[kMaxCluster], parts[kMaxCluster], maximum = -FLT_MAX;
+  for (int i = thread; i < own; i += kThreads) {
+    const int row = (rank * own + i) / D;
+    float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kMaxCluster; ++r)
+      if (r < ranks) maximum = fmaxf(maximum, memory.block_stats[r][row].x);
 #pragma unroll
     for (int r = 0; r < kMaxCluster; ++r) {
-      const int from = r < ranks ? r : 0;
-      maxima[r] = load_from_block(stats, from);
-      sums[r] = load_from_block(stats + 4, from);
-      parts[r] = load_from_block(o_at, from);
-      maximum = fmaxf(maximum, maxima[r]);
+      if (r >= ranks) break;
+      const float2 stat = memory.block_stats[r][row];
+      const float weight = weight_of(stat.x, maximum);
+      sum += weight * stat.y;
+      value += weight * memory.parts[r * own + i];
     }
-    float sum = 0.0f, value = 0.0f;
-#pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r) {
-      const float weight = r < ranks ? weight_of(maxima[r], maximum) : 0.0f;
-      sum += weight * sums[r];
-      value += weight * parts[r];
-    }
-    args.o[head0 * D + i] = __float2bfloat16(value / sum);
+    args.o[head0 * D + rank * own + i] = __float2bfloat16(value / sum);
   }
-  cluster_arrive();  // no block ends while others read its shared memory
-  cluster_wait();
 }
 
-// Blocks of a cluster: about two for each multiprocessor, and a tile for half of their warps.
+// Blocks of a cluster: at most one for each multiprocessor, and a tile for half of their warps.
 unsigned cluster_of(int clusters, int t_max, int sms) {
   const int tiles = ceil_div(t_max, kTileKeys);
   int blocks = kMaxCluster;
-  while (blocks > 1 && (clusters * blocks > 2 * sms || blocks * kWarps > 2 * tiles)) blocks /= 2;
+  while (blocks > 1 && (clusters * blocks > sms || blocks * kWarps > 2 * tiles)) blocks /= 2;
   return static_cast<unsigned>(blocks);
 }
 
@@ -368,7 +362,7 @@ void CudaBackend::do_attention_step(const Tensor& o, const Tensor& q, const Tens
     launch(stream_,
            {{blocks, static_cast<unsigned>(row_blocks), static_cast<unsigned>(batch)},
             kThreads,
-            kWarps * StepShape<D>::kWarpBytes + int64_t{sizeof(StepMemory<D>)},
+            int64_t{sizeof(StepMemory<D>)},
             true,
             blocks},
            attention_step_kernel<D>, args);

@@ -35,7 +35,6 @@
 #include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
-#include "cuda/reduce.h"
 #include "cuda/tile_product.h"
 #include "quant/packed_tiles.h"
 
@@ -92,7 +91,23 @@ struct PlainRows {
   }
 };
 
-// Rows of rms_norm(x, w), rounded to bf16: x r w, r = 1 / sqrt(mean(x^2) + eps).
+// The same from four floats. The largest is cut to bf16, which is less than one of its last places
+// below it.
+__device__ __forceinline__ Levels levels_of(float2 first, float2 second) {
+  const auto magnitude = [](float x) { return __float_as_uint(x) & 0x7FFFFFFFu; };
+  uint32_t most = max(max(magnitude(first.x), magnitude(first.y)),
+                      max(magnitude(second.x), magnitude(second.y)));
+#pragma unroll
+  for (int lanes = 1; lanes < 8; lanes *= 2)
+    most = max(most, __shfl_xor_sync(kAllLanes, most, lanes));
+  const IntegerUnit integers((most >> 16) + 1);
+  return {__byte_perm(integers.shifted(first.x), integers.shifted(first.y), 0x5410),
+          __byte_perm(integers.shifted(second.x), integers.shifted(second.y), 0x5410),
+          integers.unit};
+}
+
+// Rows of x w r, r = 1 / sqrt(mean(x^2) + eps): rms_norm(x, w) before it is rounded. The integers
+// are those of x w; the sums are multiplied by r.
 struct NormedRows {
   struct Raw {
     uint2 x;
@@ -110,7 +125,7 @@ struct NormedRows {
   __device__ static Raw zero() { return {}; }
 };
 
-// Rows of silu(gate) up, rounded to bf16.
+// Rows of silu(gate) up: swiglu(gate, up) before it is rounded.
 struct GatedRows {
   struct Raw {
     uint2 gate, up;
@@ -123,13 +138,13 @@ struct GatedRows {
   }
   __device__ static Raw zero() { return {}; }
   __device__ static Levels levels(const Raw& raw) {
-    return PlainRows::levels({gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y)});
+    return levels_of(gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y));
   }
 
  private:
-  __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
+  __device__ static float2 gated(uint32_t gate, uint32_t up) {
     const float2 g = floats_of(gate), u = floats_of(up);
-    return pack_bf16(silu(g.x) * u.x, silu(g.y) * u.y);
+    return make_float2(silu(g.x) * u.x, silu(g.y) * u.y);
   }
   // Within 2^-21 relative.
   __device__ static float silu(float x) {
@@ -177,42 +192,56 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
-// What a lane knows of its row of x besides the slices: of NormedRows r. All threads of the block
-// call make() once; it needs 32 floats in shared memory.
+// The factor of a row of x that is known only at its end: r of NormedRows. Each lane adds up the
+// squares of its values; the block's warps leave their sums in shared memory.
 template <typename Input>
-struct RowScale {
+struct RowFactor {
   static constexpr int kSmemBytes = 0;
-  __device__ static RowScale make(const Input&, int, int) { return {}; }
-  __device__ Levels levels(const typename Input::Raw& raw) const { return Input::levels(raw); }
+  __device__ Levels levels(const typename Input::Raw& raw) { return Input::levels(raw); }
+  template <bool kManyRows>
+  __device__ void leave(int, int) const {}
+  __device__ void send() const {}
+  __device__ float of_row(const Input&, int, bool) const { return 1.0f; }
 };
 template <>
-struct RowScale<NormedRows> {
-  static constexpr int kSmemBytes = 32 * 4;
-  float r;
+struct RowFactor<NormedRows> {
+  // By warp and row; then those of the second block of a cluster.
+  static constexpr int kSmemBytes = (kMaxWarps + 1) * kTokens * 4;
+  using Squares = float[kTokens];
+  float squares = 0.0f;
 
-  __device__ static RowScale make(const NormedRows& x, int m, int own_row) {
-    __shared__ float shared[32];
-    RowScale scale{0.0f};
-    for (int row = 0; row < m; ++row) {
-      float sum = 0.0f;
-      for (int at = static_cast<int>(threadIdx.x) * 8; at < x.k;
-           at += static_cast<int>(blockDim.x) * 8) {
-        float v[8];
-        load_past_l1(v, x.x + int64_t{row} * x.k + at, 8);
+  __device__ static Squares* shared() {
+    __shared__ Squares sums[kMaxWarps + 1];
+    return sums;
+  }
+  __device__ Levels levels(const NormedRows::Raw& raw) {
+    const float2 a = floats_of(raw.x.x), b = floats_of(raw.x.y);
+    squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, fmaf(b.y, b.y, squares))));
+    return levels_of(make_float2(a.x * raw.first.x, a.y * raw.first.y),
+                     make_float2(b.x * raw.second.x, b.y * raw.second.y));
+  }
+  // Before the block's barrier. An octet has a row, or all lanes have one.
+  template <bool kManyRows>
+  __device__ void leave(int warp, int lane) const {
+    float sum = squares;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(v[i], v[i], sum);
-      }
-      const float r = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(x.k) + x.eps);
-      if (row == own_row) scale.r = r;
-    }
-    return scale;
+    for (int lanes = 1; lanes < (kManyRows ? 8 : 32); lanes *= 2)
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    if (lane % 8 == 0) shared()[warp][lane / 8] = sum;
   }
-  __device__ Levels levels(const NormedRows::Raw& raw) const {
-    return PlainRows::levels({normed(raw.x.x, raw.first), normed(raw.x.y, raw.second)});
+  __device__ static float sum_of(int row) {
+    float sum = 0.0f;
+    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) sum += shared()[w][row];
+    return sum;
   }
-  __device__ uint32_t normed(uint32_t pair, float2 w) const {
-    const float2 x = floats_of(pair);
-    return pack_bf16(x.x * r * w.x, x.y * r * w.y);
+  // From the second block to the first.
+  __device__ void send() const {
+    if (threadIdx.x < kTokens)
+      store_to_block(shared_address(&shared()[kMaxWarps][threadIdx.x]), 0, sum_of(threadIdx.x));
+  }
+  __device__ float of_row(const NormedRows& x, int row, bool split) const {
+    const float sum = sum_of(row) + (split ? shared()[kMaxWarps][row] : 0.0f);
+    return 1.0f / sqrtf(sum / static_cast<float>(x.k) + x.eps);
   }
 };
 
@@ -232,13 +261,13 @@ struct OperandMaker : SliceOperand<kManyRows> {
       raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
     }
   }
-  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], const RowScale<Input>& scale,
+  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], RowFactor<Input>& factor,
                                        int lane) {
     const int t = lane % 4;
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const Levels levels = scale.levels(raw[i]);
+      const Levels levels = factor.levels(raw[i]);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
@@ -329,13 +358,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   float sum[kTiles][2] = {};
   typename Input::Raw raw[Operand::kLoads];
   if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
-  const auto scale = RowScale<Input>::make(x, shape.m, kManyRows ? lane / 8 : 0);
+  RowFactor<Input> factor;
   int slot = 0, parity = 0;
   uint32_t barrier = barriers;
 #pragma unroll 1
   for (int slice = first_slice; slice < slices; slice += warps) {
     Operand operand;
-    operand.make(raw, scale, lane);
+    operand.make(raw, factor, lane);
     if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -364,6 +393,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     own[i * 64] = sum[i][0];
     own[i * 64 + 32] = sum[i][1];
   }
+  factor.template leave<kManyRows>(warp, lane);
   __syncthreads();
   // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
   const auto sum_of_warps = [&](int i) {
@@ -380,6 +410,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     if (rank > 0)
       for (int i = thread; i < tiles * 64; i += threads)
         store_to_block(shared_address(second + i), 0, sum_of_warps(i));
+    if (rank > 0) factor.send();
     cluster_arrive();
     if (rank > 0) return;
     cluster_wait();
@@ -394,7 +425,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     const int64_t row = first_tile * kTileRows + i / 4;
     if (row >= n || i % 4 >= shape.m) continue;
     const int64_t out = i % 4 * n + row;
-    total *= s;
+    total *= s * factor.of_row(x, kManyRows ? i % 4 : 0, split > 1);
     if (product.addend != nullptr)
       total += __uint_as_float(
           uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
@@ -454,7 +485,7 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
   const int64_t slots = std::min(
-      items, (at.block_bytes(2) - second_bytes - RowScale<Input>::kSmemBytes) / slot_bytes);
+      items, (at.block_bytes(2) - second_bytes - RowFactor<Input>::kSmemBytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
