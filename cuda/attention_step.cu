@@ -277,7 +277,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
     return exp2_approx((of - maximum) * scale_log2);
   };
   // Each block combines a share of the outputs. All send it their parts.
-  const int own = rows * D / ranks;
+  const unsigned own = static_cast<unsigned>(rows * D / ranks);
   cluster_wait();  // the blocks run
   for (int i = thread; i < rows * D; i += kThreads) {
     const int row = i / D;
@@ -291,7 +291,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
       sum += weight * stat.y;
       value += weight * reinterpret_cast<const float*>(memory.slots[w])[i];
     }
-    store_to_block(shared_address(memory.parts + rank * own + i % own), i / own, value);
+    const unsigned owner = static_cast<unsigned>(i) / own;
+    store_to_block(shared_address(memory.parts + rank * own + (i - owner * own)), owner, value);
     if (i % D < ranks) {  // of each row, to each block
       const uint32_t to = shared_address(&memory.block_stats[rank][row]);
       store_to_block(to, i % D, maximum);
@@ -300,8 +301,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
   }
   cluster_arrive();
   cluster_wait();
-  for (int i = thread; i < own; i += kThreads) {
-    const int row = (rank * own + i) / D;
+  for (unsigned i = thread; i < own; i += kThreads) {
+    const unsigned row = (rank * own + i) / D;
     float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;
 #pragma unroll
     for (int r = 0; r < kMaxCluster; ++r)
