@@ -63,7 +63,29 @@ struct StepMemory {
   float2 block_stats[kMaxCluster][kQueryRows];  // maximum of the raw scores, sum
   float2 warp_stats[kWarps][kQueryRows];
   float2 rotations[D / 2];
+  uint64_t received;  // a barrier that counts what the blocks send
+
+  // A warp's result: rows of D, groups of eight columns swizzled so that a fragment's four rows are
+  // in different banks.
+  __device__ float* result(int warp, int row, int column) {
+    return reinterpret_cast<float*>(slots[warp]) + row * D + (column ^ (row & 3) * 8);
+  }
 };
+
+// Stores to the shared memory of another block of the cluster and counts the bytes at its barrier.
+// Both addresses are those of the same objects in this block.
+__device__ inline void send(uint32_t address, int rank, uint32_t barrier, float2 value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, counter;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [remote], {%3, %4}, "
+      "[counter];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(value.x), "f"(value.y)
+      : "memory");
+}
 
 __device__ inline float2 unpacked(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -95,6 +117,11 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
     return;
   }
   auto& memory = *reinterpret_cast<Memory*>(dynamic_smem());
+  const uint32_t received = shared_address(&memory.received);
+  if (thread == 0) {
+    mbarrier_init(received, 1);
+    mbarrier_init_fence();
+  }
   const int group = args.heads / args.kv_heads;
   const int row_blocks = (group + kQueryRows - 1) / kQueryRows;
   const int kv_head = blockIdx.y / row_blocks;
@@ -259,7 +286,6 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
   // The warps' results overwrite their tiles, which all lanes have read.
   cp_async_wait<0>();
   __syncwarp();
-  float* const warp_o = reinterpret_cast<float*>(memory.slots[warp]);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
@@ -267,40 +293,43 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<float2*>(warp_o + row * D + n * 8 + pair) =
+      *reinterpret_cast<float2*>(memory.result(warp, row, n * 8 + pair)) =
           make_float2(acc[n][2 * half], acc[n][2 * half + 1]);
     if (pair == 0) memory.warp_stats[warp][row] = make_float2(row_max[half], sum);
   }
+  // Each block combines a share of the outputs, `own` of them. All send it their parts.
+  const unsigned own = static_cast<unsigned>(rows * D / ranks);
+  if (thread == 0)
+    mbarrier_expect(received,
+                    ranks * static_cast<int>(own * sizeof(float) + rows * sizeof(float2)));
   __syncthreads();
+  cluster_wait();  // the blocks run, their barriers are ready
   // Maxima of nothing are -infinite: starting from the smallest finite value, their weight is 0.
   const auto weight_of = [&](float of, float maximum) {
     return exp2_approx((of - maximum) * scale_log2);
   };
-  // Each block combines a share of the outputs. All send it their parts.
-  const unsigned own = static_cast<unsigned>(rows * D / ranks);
-  cluster_wait();  // the blocks run
-  for (int i = thread; i < rows * D; i += kThreads) {
+  for (int i = 2 * thread; i < rows * D; i += 2 * kThreads) {
     const int row = i / D;
-    float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;
+    float maximum = -FLT_MAX, sum = 0.0f;
+    float2 value{};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, memory.warp_stats[w][row].x);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float2 stat = memory.warp_stats[w][row];
+      const float2 part = *reinterpret_cast<const float2*>(memory.result(w, row, i % D));
       const float weight = weight_of(stat.x, maximum);
       sum += weight * stat.y;
-      value += weight * reinterpret_cast<const float*>(memory.slots[w])[i];
+      value.x += weight * part.x;
+      value.y += weight * part.y;
     }
     const unsigned owner = static_cast<unsigned>(i) / own;
-    store_to_block(shared_address(memory.parts + rank * own + (i - owner * own)), owner, value);
-    if (i % D < ranks) {  // of each row, to each block
-      const uint32_t to = shared_address(&memory.block_stats[rank][row]);
-      store_to_block(to, i % D, maximum);
-      store_to_block(to + 4, i % D, sum);
-    }
+    send(shared_address(memory.parts + rank * own + (i - owner * own)), owner, received, value);
+    if (i % D / 2 < ranks)  // of each row, to each block
+      send(shared_address(&memory.block_stats[rank][row]), i % D / 2, received,
+           make_float2(maximum, sum));
   }
-  cluster_arrive();
-  cluster_wait();
+  mbarrier_wait(received, 0);
   for (unsigned i = thread; i < own; i += kThreads) {
     const unsigned row = (rank * own + i) / D;
     float maximum = -FLT_MAX, sum = 0.0f, value = 0.0f;

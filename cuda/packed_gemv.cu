@@ -46,12 +46,10 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;       // of a block
-constexpr int kMaxSplitTiles = 4;   // row tiles of a cluster of two blocks
-constexpr int kMaxTiles = 14;       // row tiles of a block
-constexpr int kMaxTilesOfRows = 8;  // the same for several rows of x
-constexpr int max_warps(int tiles) { return tiles > 8 ? kMaxWarps / 2 : kMaxWarps; }
-constexpr int kTokens = 4;  // rows of x of a launch
+constexpr int kMaxWarps = 16;      // of a block
+constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
+constexpr int kMaxTiles = 8;       // row tiles of a block
+constexpr int kTokens = 4;         // rows of x of a launch
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // Positions of a lane of an octet: 2t, 2t + 1, 2t + 8 and 2t + 9, in the upper four lanes 16 more.
@@ -291,7 +289,7 @@ struct OperandMaker : SliceOperand<kManyRows> {
 };
 
 // A warp takes the row tiles of a slice in one or two parts, each of which fills a slot.
-constexpr int parts_of(int tiles) { return (tiles + 3) / 4; }
+constexpr int parts_of(int tiles) { return tiles > 4 ? 2 : 1; }
 constexpr int slot_tiles(int tiles) { return (tiles + parts_of(tiles) - 1) / parts_of(tiles); }
 
 struct GemvShape {
@@ -304,12 +302,13 @@ struct GemvShape {
 // barriers, and in a cluster the second block's sums (kTiles, 2, 32 lanes). At the end the first
 // slot of each warp holds its sums in the same order.
 template <typename Input, bool kManyRows, int kTiles>
-__global__ void __launch_bounds__(max_warps(kTiles) * 32, kManyRows ? 1 : 2)
+__global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     packed_gemv_kernel(const __grid_constant__ ProductList products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = OperandMaker<Input, kManyRows>;
   constexpr int kParts = parts_of(kTiles), kSlotTiles = slot_tiles(kTiles);
   constexpr int kSlotBytes = kSlotTiles * kTileBytes;
+  static_assert(kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
   constexpr bool kCanSplit = kTiles <= kMaxSplitTiles;
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -444,18 +443,18 @@ __global__ void __launch_bounds__(max_warps(kTiles) * 32, kManyRows ? 1 : 2)
 // How matrices are divided: each into shares of at most `tiles` row tiles, each taken by a cluster
 // of `split` blocks of `warps` warps.
 struct Division {
-  Division(Products products, int processors, int split, int64_t max_tiles) : split(split) {
+  Division(Products products, int processors, int split) : split(split) {
     int64_t all = 0;
     for (const TiledProduct& product : products) all += quant::row_tiles(product.w.n);
     // One block a multiprocessor, or more where a share would have too many tiles.
     const int64_t clusters = std::max(processors / split, 1);
-    const int64_t most = clusters * ceil_div(divide_rows(products, max_tiles), clusters);
+    const int64_t most = clusters * ceil_div(divide_rows(products, kMaxTiles), clusters);
     tiles = ceil_div(all, most);
     while (divide_rows(products, tiles) > most) ++tiles;
     shares[0] = std::min(quant::row_tiles(products[0].w.n),
                          shares[0] + most - divide_rows(products, tiles));
     const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    warps = std::min<int64_t>(slices, max_warps(static_cast<int>(tiles)));
+    warps = std::min<int64_t>(slices, kMaxWarps);
     rounds_of_warps = ceil_div(slices, warps);
   }
   // Sets the shares of each matrix, of at most `most` row tiles. Returns their sum.
@@ -475,9 +474,8 @@ struct Division {
   int64_t rounds_of_warps;  // slices of a warp
 };
 
-Division divide(Products products, int processors, int64_t max_tiles) {
-  const Division whole(products, processors, 1, max_tiles),
-      halves(products, processors, 2, max_tiles);
+Division divide(Products products, int processors) {
+  const Division whole(products, processors, 1), halves(products, processors, 2);
   const bool can_split =
       processors > 1 && quant::column_slices(products[0].w.k) > 1 && halves.tiles <= kMaxSplitTiles;
   return can_split && halves.cost() < whole.cost() ? halves : whole;
@@ -491,7 +489,7 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
   const int64_t slots = std::min(
       items, (at.block_bytes(2) - second_bytes - RowFactor<Input>::kSmemBytes) / slot_bytes);
-  BBB_ASSERT(slots > 0 && slots * slot_tiles(kTiles) * kTileBytes >= kTiles * 64 * 4);
+  BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
           dim3(static_cast<unsigned>(32 * by.warps)), slot_bytes * slots + second_bytes, true,
@@ -516,7 +514,7 @@ CodedRows rows_from(const CodedRows& x, int64_t row) {
 template <bool kManyRows, typename Input>
 void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row,
                  int64_t m) {
-  const Division by = divide(products, at.processors, kManyRows ? kMaxTilesOfRows : kMaxTiles);
+  const Division by = divide(products, at.processors);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) {
     TiledProduct product = products[i];
@@ -527,11 +525,7 @@ void launch_rows(const ProductLaunch& at, Products products, const Input& x, int
     list.items[i] = {product, by.shares[i]};
   }
   const auto run = [&](auto launch_it) { launch_it(at, list, rows_from(x, row), m, by); };
-  if constexpr (!kManyRows) {
-    if (by.tiles > 12) return run(launch_shape<false, 14, Input>);
-    if (by.tiles > 10) return run(launch_shape<false, 12, Input>);
-    if (by.tiles > 8) return run(launch_shape<false, 10, Input>);
-  }
+  static_assert(kMaxTiles == 8);
   switch (by.tiles) {
     case 1:
       return run(launch_shape<kManyRows, 1, Input>);
