@@ -348,11 +348,12 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
   }
 }
 
-// Blocks of a cluster: at most one for each multiprocessor, and a tile for half of their warps.
+// Blocks of a cluster: at most one for each multiprocessor, and a tile for half of their warps. Two
+// at least: counted stores are for clusters.
 unsigned cluster_of(int clusters, int t_max, int sms) {
   const int tiles = ceil_div(t_max, kTileKeys);
   int blocks = kMaxCluster;
-  while (blocks > 1 && (clusters * blocks > sms || blocks * kWarps > 2 * tiles)) blocks /= 2;
+  while (blocks > 2 && (clusters * blocks > sms || blocks * kWarps > 2 * tiles)) blocks /= 2;
   return static_cast<unsigned>(blocks);
 }
 

@@ -388,7 +388,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     }
   }
 
+  // Loaded now, these are there when the sums are.
   const float s = *product.w.master_scale;
+  const auto output_of = [&](int i) { return i % 4 * n + first_tile * kTileRows + i / 4; };
+  const auto is_output = [&](int i) {
+    return i < tiles * 64 && first_tile * kTileRows + i / 4 < n && i % 4 < shape.m;
+  };
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const auto load_addend = [&](int i) {
+    const auto* const from = reinterpret_cast<const uint16_t*>(product.addend);
+    return from != nullptr && is_output(i) ? load_past_l1(from + output_of(i)) : uint16_t{0};
+  };
+  uint16_t addend = load_addend(thread);
   float* const own = reinterpret_cast<float*>(ring) + lane;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -407,7 +418,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   };
   // The second block's sums, in the shared memory of the first.
   float* const second = reinterpret_cast<float*>(smem + warps * (ring_bytes + shape.slots * 8));
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   if (split > 1) {
     cluster_wait();  // both run
     if (rank > 0)
@@ -425,13 +435,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
     }
-    const int64_t row = first_tile * kTileRows + i / 4;
-    if (row >= n || i % 4 >= shape.m) continue;
-    const int64_t out = i % 4 * n + row;
-    total *= s * factor.of_row(x, kManyRows ? i % 4 : 0, split > 1);
-    if (product.addend != nullptr)
-      total += __uint_as_float(
-          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
+    if (!is_output(i)) continue;
+    if (i != thread) addend = load_addend(i);
+    total = total * (s * factor.of_row(x, kManyRows ? i % 4 : 0, split > 1)) +
+            __uint_as_float(uint32_t{addend} << 16);
+    const int64_t out = output_of(i);
     if (product.y_f32 != nullptr)
       product.y_f32[out] = total;
     else
