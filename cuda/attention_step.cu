@@ -1,22 +1,22 @@
 // One decoding step of attention for every sequence: rotary positions of q and k, the new key and
-// value into the cache, and attention over all visible keys, in one kernel (sm_90).
+// value into the cache, and attention to all visible keys, in one kernel (sm_90a). A quantized
+// cache, other head sizes and other GPUs take append_kv and attention_cached.
 //
 // Shapes: o, q (B, 1, H, d); k, v (B, 1, K, d); caches bf16 (B, Tmax, K, d); start I32 (B).
 //
-// A cluster of blocks takes up to 16 query heads of one kv-head, which are the rows of its mma
-// fragments. Tiles of 16 keys go round its warps:
+// A cluster of R blocks takes up to 16 query heads of one kv-head, which are the rows of its mma
+// fragments. Tiles of 16 keys are dealt to its warps: tile t to rank t % R, warp t / R % kWarps.
 //
-//     tile    0   1   2  ..  R - 1 | R  ..             rank r = tile % R, warp (tile / R) % kWarps
+//     before the wait   the first tiles of every warp; the rotations
+//     after             rotate the queries; rotate the new key, put it and its value into the last
+//                       tile and into the cache
+//     each warp         online softmax over its tiles (cuda/online_softmax.h)
+//     each block        combines its warps' results and sends every block of the cluster a share
+//     each block        combines the shares of all blocks: its part of o
 //
-// The kernel starts early. Keys and values before `start` are older than the kernel that set
-// `start`, which lets none start early: each warp copies its first tiles while the product
-// that makes q, k and v still runs. After its wait, each warp rotates the queries in registers; the
-// warp that has the last tile rotates the new key, puts key and value into the tile and writes them
-// to the cache. Then each warp runs the online softmax of FlashAttention-2 (Dao, 2023) over its
-// tiles. The results of a block's warps are combined in its shared memory, and those of the
-// cluster's blocks through distributed shared memory, in a fixed order.
-//
-// Bytes: the visible keys and values once.
+// What is loaded before the wait is older than the kernel that set `start`, and that kernel lets
+// none start early (cuda/early_start.h). All sums have a fixed order. Bytes: the visible keys and
+// values once.
 #include <cfloat>
 
 #include "cuda/attention.h"
@@ -25,6 +25,7 @@
 #include "cuda/hopper.h"
 #include "cuda/kv_cache.h"
 #include "cuda/mma.h"
+#include "cuda/online_softmax.h"
 #include "cuda/rotation.h"
 
 namespace bbb::cuda {
@@ -35,6 +36,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kQueryRows = 16;  // query heads of a cluster
 constexpr int kTileKeys = 16;
 constexpr int kMaxCluster = 8;  // blocks, as many as every GPU takes
+// A block leaves half of a multiprocessor to the product in front of it.
+constexpr int kBlocksPerProcessor = 2;
 constexpr int kSlotsBytes = 96 * 1024;
 
 struct StepArgs {
@@ -55,7 +58,7 @@ template <int D>
 struct StepMemory {
   static constexpr int kTileBytes = 2 * kTileKeys * D * 2;  // keys, then values
   static constexpr int kSlots = kSlotsBytes / kTileBytes;
-  static_assert(kSlots >= kWarps && kTileBytes >= kQueryRows * D * 4);
+  static_assert(kSlots >= kWarps && kSlots <= 3 * kWarps && kTileBytes >= kQueryRows * D * 4);
 
   unsigned char slots[kSlots][kTileBytes];
   unsigned char queries[kQueryRows * D * 2];    // a tile
@@ -71,21 +74,6 @@ struct StepMemory {
     return reinterpret_cast<float*>(slots[warp]) + row * D + (column ^ (row & 3) * 8);
   }
 };
-
-// Stores to the shared memory of another block of the cluster and counts the bytes at its barrier.
-// Both addresses are those of the same objects in this block.
-__device__ inline void send(uint32_t address, int rank, uint32_t barrier, float2 value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote, counter;\n"
-      "mapa.shared::cluster.u32 remote, %0, %2;\n"
-      "mapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [remote], {%3, %4}, "
-      "[counter];\n"
-      "}" ::"r"(address),
-      "r"(barrier), "r"(rank), "f"(value.x), "f"(value.y)
-      : "memory");
-}
 
 __device__ inline float2 unpacked(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
@@ -103,7 +91,9 @@ __device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2
 
 // grid (cluster, K * ceil(H / K / 16), B)
 template <int D>
-__global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepArgs args) {
+__global__ __launch_bounds__(kThreads,
+                             kBlocksPerProcessor) void attention_step_kernel(const StepArgs args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Memory = StepMemory<D>;
   constexpr int kChunks = D / 8;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -204,12 +194,10 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
   const SmemTile<D> queries{shared_address(memory.queries)};
 
   const float scale_log2 = score_scale(D) * kLog2E;
-  float acc[D / 8][4] = {};
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.0f, 0.0f};  // of this lane's terms
+  OnlineSoftmax<D> softmax;
   int slot = 0;
   for (; tile <= last_tile; tile += step) {
-    // The copies of the warp's other slots stay in flight.
+    // The copies to the warp's other slots stay in flight.
     if (slots > 2)
       cp_async_wait<2>();
     else if (slots > 1)
@@ -235,48 +223,15 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
       mma_bf16(s[0], q, k_pairs[0], k_pairs[1]);
       mma_bf16(s[1], q, k_pairs[2], k_pairs[3]);
     }
-    bool rescale = false;
-    float correction[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = row_max[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int key = tile * kTileKeys + n * 8 + pair + i % 2;
-          if (key < first_key || key > start) s[n][i] = -INFINITY;
-          maximum = fmaxf(maximum, s[n][i]);
-        }
-      maximum = quad_max(maximum);  // finite: every tile has a visible key
-      const float base = maximum * scale_log2;
-      correction[half] = exp2_approx(row_max[half] * scale_log2 - base);
-      rescale |= maximum != row_max[half];
-      row_max[half] = maximum;
-      float sum = row_sum[half] * correction[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[n][i] = exp2_approx(s[n][i] * scale_log2 - base);
-          sum += s[n][i];
-        }
-      row_sum[half] = sum;
-    }
-    if (__any_sync(0xffffffffu, rescale)) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i / 2];
-    }
+    softmax.weigh(s, tile * kTileKeys, first_key, start + 1, scale_log2, lane);
     uint32_t p[4];
     pack_a(p, s[0], s[1]);
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       uint32_t v_pairs[4];
       load_b_rows(v_pairs, values(slot), 0, n * 16, lane);
-      mma_bf16(acc[2 * n], p, v_pairs[0], v_pairs[1]);
-      mma_bf16(acc[2 * n + 1], p, v_pairs[2], v_pairs[3]);
+      mma_bf16(softmax.acc[2 * n], p, v_pairs[0], v_pairs[1]);
+      mma_bf16(softmax.acc[2 * n + 1], p, v_pairs[2], v_pairs[3]);
     }
     __syncwarp();
     load_tile(tile + slots * step, slot);
@@ -289,13 +244,13 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
-    const float sum = quad_sum(row_sum[half]);
+    const float sum = quad_sum(softmax.row_sum[half]);
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
       *reinterpret_cast<float2*>(memory.result(warp, row, n * 8 + pair)) =
-          make_float2(acc[n][2 * half], acc[n][2 * half + 1]);
-    if (pair == 0) memory.warp_stats[warp][row] = make_float2(row_max[half], sum);
+          make_float2(softmax.acc[n][2 * half], softmax.acc[n][2 * half + 1]);
+    if (pair == 0) memory.warp_stats[warp][row] = make_float2(softmax.row_max[half], sum);
   }
   // Each block combines a share of the outputs, `own` of them. All send it their parts.
   const unsigned own = static_cast<unsigned>(rows * D / ranks);
@@ -324,10 +279,11 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
       value.y += weight * part.y;
     }
     const unsigned owner = static_cast<unsigned>(i) / own;
-    send(shared_address(memory.parts + rank * own + (i - owner * own)), owner, received, value);
+    store_to_block(shared_address(memory.parts + rank * own + (i - owner * own)), owner, value,
+                   received);
     if (i % D / 2 < ranks)  // of each row, to each block
-      send(shared_address(&memory.block_stats[rank][row]), i % D / 2, received,
-           make_float2(maximum, sum));
+      store_to_block(shared_address(&memory.block_stats[rank][row]), i % D / 2,
+                     make_float2(maximum, sum), received);
   }
   mbarrier_wait(received, 0);
   for (unsigned i = thread; i < own; i += kThreads) {
@@ -346,6 +302,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_step_kernel(const StepA
     }
     args.o[head0 * D + rank * own + i] = __float2bfloat16(value / sum);
   }
+#endif
 }
 
 // Blocks of a cluster: at most one for each multiprocessor, and a tile for half of their warps. Two

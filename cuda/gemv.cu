@@ -3,8 +3,7 @@
 //
 // A block keeps x in shared memory. A warp takes a row of W at a time, eight neighbouring values a
 // lane and step, kAhead steps in flight; the rows of all warps are interleaved. The kernel starts
-// early: W is a constant, so a warp's first loads run while the kernel in front still makes x.
-// Bytes moved: those of W.
+// early. Bytes moved: those of W.
 #include "cuda/early_start.h"
 #include "cuda/gemv.h"
 #include "cuda/ptx.h"
@@ -58,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       ahead[i] = of_row < n && column < k ? load_once(w + of_row * k + column) : uint4{};
     }
   };
-  load_steps(row, 0);
   wait_for_previous_kernel();
+  load_steps(row, 0);
   uint4* const staged = dynamic_smem();
   for (int i = thread; i < k / kWide; i += kThreads)
     staged[i] = load_past_l1(reinterpret_cast<const uint4*>(x) + i);

@@ -8,8 +8,7 @@ namespace bbb::cuda {
 constexpr int64_t kMaxRowBytes = 64 * 1024;  // of x, in shared memory
 
 bool takes_gemv(int64_t m, int64_t k);
-// One of y_bf16 and y_f32 is null. x and w are aligned to 16 bytes. No kernel that writes w may be
-// in flight.
+// One of y_bf16 and y_f32 is null. x and w are aligned to 16 bytes.
 void launch_gemv(cudaStream_t stream, int processors, bf16* y_bf16, float* y_f32, const bf16* x,
                  const bf16* w, int64_t n, int64_t k);
 
