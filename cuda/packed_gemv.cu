@@ -3,6 +3,8 @@
 //
 //   packed_gemv      y = S x ((q - z) e)^T (+ addend)                     x bf16
 //   quantized_gemv   the same, x = (a - b) scale                          a, b codes of an operand
+//   .._normed        the same, x = rms_norm(x', w)                        x' bf16, w FP32
+//   .._gated         the same, x = silu(gate) up                          gate, up bf16
 //
 // A launch takes up to three products of the same x, such as those of q, k and v.
 //

@@ -18,11 +18,11 @@ struct LinearInput {
   autograd::Var x;
   engine::OperandRows codes;  // undefined tensors, or codes, zeros and scales, and no x
   engine::Shape shape;        // of x
-  autograd::Var norm;         // defined: the input is rms_norm(x, norm, eps)
+  // What multiplies rms_norm(x, norm, eps) or swiglu(x, up), if `norm` or `up` is defined.
+  autograd::Var norm = {}, up = {};
   double eps = 0;
-  autograd::Var up;  // defined: the input is swiglu(x, up)
 
-  // x, made now.
+  // The rows to multiply, as a tensor.
   autograd::Var whole(autograd::Tape& tape) const;
 };
 
