@@ -136,9 +136,9 @@ TEST_CASE("attention_step writes the row of its position and no other", "[attent
       const size_t at = static_cast<size_t>(i), one = static_cast<size_t>(i / row / t_max);
       const size_t in_row = one * static_cast<size_t>(row) + static_cast<size_t>(i % row);
       if (i / row % t_max == starts[one]) {
-        // The kernels may contract a product and a sum differently.
+        // The kernels may contract a product and a sum differently, which can change the rounding.
         CHECK(std::abs(got_k[at] - new_k[in_row]) <=
-              act_epsilon() * std::abs(new_k[in_row]) + 1e-5);
+              2 * act_epsilon() * std::abs(new_k[in_row]) + 1e-5);
         CHECK(got_v[at] == new_v[in_row]);
       } else {
         REQUIRE(got_k[at] == before[at]);
