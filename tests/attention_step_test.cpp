@@ -104,9 +104,10 @@ TEST_CASE("attention_step is append_kv and attention_cached", "[attention_step]"
       CHECK(relative_error(got.o, want.o) <= 2 * act_epsilon() + 64 * real_epsilon());
       CHECK(got.v_cache == want.v_cache);
       CHECK(got.o == run(backend(), c, true).o);
+      // The oracle does not round the angles, of up to `start`, to FP32.
       if (bits == 16)
         CHECK(relative_error(got.o, run(oracle_f64(), c, true).o) <=
-              2 * act_epsilon() + 64 * real_epsilon());
+              2 * act_epsilon() + (64 + c.start) * real_epsilon());
     }
 }
 
@@ -118,9 +119,10 @@ TEST_CASE("attention_step writes the row of its position and no other", "[attent
     engine::Rng rng(23);
     const Shape cache = {batch, t_max, heads, d}, rows = {batch, 1, heads, d};
     const Guarded k_cache(b, cache, b.act()), v_cache(b, cache, b.act());
-    const auto before = activations(rng, batch * t_max * row);
-    b.copy(k_cache.tensor(), make(b, cache, b.act(), before));
-    b.copy(v_cache.tensor(), make(b, cache, b.act(), before));
+    const Tensor rows_before = make(b, cache, b.act(), activations(rng, batch * t_max * row));
+    const auto before = values_of(b, rows_before);
+    b.copy(k_cache.tensor(), rows_before);
+    b.copy(v_cache.tensor(), rows_before);
     const std::vector<int32_t> starts = {17, 49};
     const Tensor start = make_ids(b, {batch}, starts), inv_freq = frequencies(b, d);
     const Tensor k = make(b, rows, b.act(), activations(rng, batch * row));
