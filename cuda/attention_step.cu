@@ -36,8 +36,10 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kQueryRows = 16;  // query heads of a cluster
 constexpr int kTileKeys = 16;
 constexpr int kMaxCluster = 8;  // blocks, as many as every GPU takes
-// A block leaves half of a multiprocessor to the product in front of it.
-constexpr int kBlocksPerProcessor = 2;
+// A block fits on a multiprocessor beside one of the product in front, which takes half of the
+// shared memory, and of the 16384 registers of each of the four partitions up to 8960 (five warps
+// of 56 a lane). Two warps of this kernel take 7168.
+constexpr int kRegisters = 112;
 constexpr int kSlotsBytes = 96 * 1024;
 
 struct StepArgs {
@@ -91,8 +93,7 @@ __device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2
 
 // grid (cluster, K * ceil(H / K / 16), B)
 template <int D>
-__global__ __launch_bounds__(kThreads,
-                             kBlocksPerProcessor) void attention_step_kernel(const StepArgs args) {
+__global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Memory = StepMemory<D>;
   constexpr int kChunks = D / 8;
