@@ -31,6 +31,7 @@
 #include "cuda/early_start.h"
 #include "cuda/kv_cache.h"
 #include "cuda/mma.h"
+#include "cuda/online_softmax.h"
 #include "cuda/vector.h"
 #include "quant/e4m3.h"
 
@@ -414,9 +415,7 @@ __global__ __launch_bounds__(32 * kWarps,
   uint32_t queries[D / 16][4];
   tiles.load_queries(queries, args.q + head0 * d, rows, lane);
   const float scale_log2 = score_scale(d) * kLog2E;
-  float acc[D / 8][4] = {};
-  float row_max[2] = {-INFINITY, -INFINITY},
-        row_sum[2] = {0.0f, 0.0f};  // sum: of this lane's terms
+  OnlineSoftmax<D> softmax;
   int stage = 0;
   for (; tile < tile_end; tile += kWarps) {
     cp_async_wait<kStages - 1>();
@@ -424,41 +423,8 @@ __global__ __launch_bounds__(32 * kWarps,
     const unsigned char* const at = warp_smem + stage * Tiles::kBytes;
     float s[2][4] = {};
     tiles.add_scores(s, queries, at, lane);
-    bool rescale = false;
-    float correction[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = row_max[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int key = tile * kTileKeys + n * 8 + pair + i % 2;
-          if (key < span.first_key || key >= span.length) s[n][i] = -INFINITY;
-          maximum = fmaxf(maximum, s[n][i]);
-        }
-      maximum = quad_max(maximum);  // finite: every tile has a visible key
-      const float base = maximum * scale_log2;
-      correction[half] = exp2_approx(row_max[half] * scale_log2 - base);
-      rescale |= maximum != row_max[half];
-      row_max[half] = maximum;
-      float sum = row_sum[half] * correction[half];
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[n][i] = exp2_approx(s[n][i] * scale_log2 - base);
-          sum += s[n][i];
-        }
-      row_sum[half] = sum;
-    }
-    if (__any_sync(0xffffffffu, rescale)) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i / 2];
-    }
-    tiles.add_output(acc, s, at, lane);
+    softmax.weigh(s, tile * kTileKeys, span.first_key, span.length, scale_log2, lane);
+    tiles.add_output(softmax.acc, s, at, lane);
     __syncwarp();
     load(tile + kStages * kWarps, stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -473,14 +439,14 @@ __global__ __launch_bounds__(32 * kWarps,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = g + 8 * half;
-    const float sum = quad_sum(row_sum[half]);
+    const float sum = quad_sum(softmax.row_sum[half]);
     if (row >= rows) continue;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        warp_o[row * D + Tiles::output_column(n, pair + c)] = acc[n][2 * half + c];
-    if (pair == 0) stats[warp * kQueryRows + row] = make_float2(row_max[half], sum);
+        warp_o[row * D + Tiles::output_column(n, pair + c)] = softmax.acc[n][2 * half + c];
+    if (pair == 0) stats[warp * kQueryRows + row] = make_float2(softmax.row_max[half], sum);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * D; i += 32 * kWarps) {

@@ -116,6 +116,7 @@ class CudaBackend final : public engine::Backend {
   void check_faults();
   // Whether packed weights of this format are in tiles (cuda/packed.cu).
   bool takes_tiles(const quant::LinearFormat& format) const;
+  bool all_in_tiles(const PackedProducts& products) const;
   template <typename Tiled, typename Other>
   void packed_products(const PackedProducts& products, const Tiled& tiled,
                        const Other& other) const;

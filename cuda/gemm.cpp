@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/gemv.h"
+#include "cuda/vector.h"
 
 namespace bbb::cuda {
 namespace {
@@ -164,6 +166,12 @@ void CudaBackend::do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w, 
     if (!c.defined()) return do_zero(y);
     if (c.raw() != y.raw()) do_copy(y, c);
     return;
+  }
+  if (has_warpgroup_products() && takes_gemv(m, k) && !alpha.defined() && !c.defined() &&
+      aligned(x, w)) {
+    const bool narrow = y.dtype() == DType::BF16;
+    return launch_gemv(stream_, properties_.multiProcessorCount, narrow ? bf16_of(y) : nullptr,
+                       narrow ? nullptr : y.data<float>(), bf16_of(x), bf16_of(w), n, k);
   }
   gemm_->run({.op_a = CUBLAS_OP_T,
               .op_b = CUBLAS_OP_N,

@@ -271,6 +271,21 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
+// The same of two values. Their bytes count towards the barrier of the other block that is at
+// `barrier` in this one. Only in kernels that are launched with clusters of two blocks or more.
+__device__ inline void store_to_block(uint32_t address, int rank, float2 value, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, counter;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [remote], {%3, %4}, "
+      "[counter];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(value.x), "f"(value.y)
+      : "memory");
+}
+
 // --- registers ----------------------------------------------------------------------------------
 
 template <int kRegisters>

@@ -1,6 +1,8 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
 // are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
 // file's layout (quant/packed.cu, quant/quantized_gemv.cu).
+#include <algorithm>
+
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
 #include "quant/cuda_kernels.h"
@@ -59,6 +61,23 @@ void CudaBackend::do_embed_packed(const Tensor& out, const Tensor& ids, const Pa
   quant::launch_unpack_rows(stream_, bf16_of(out), ids.data<int32_t>(), view_of(w), out.dim(0));
 }
 
+static TiledProduct tiled_product(const PackedProduct& product) {
+  const bool narrow = product.y.dtype() == DType::BF16;
+  return {narrow ? bf16_of(product.y) : nullptr, narrow ? nullptr : product.y.data<float>(),
+          tiles_of(product.weight), bf16_of(product.addend)};
+}
+
+// Whether all weights are in tiles, and the products as the kernels of tiles take them.
+bool CudaBackend::all_in_tiles(const PackedProducts& products) const {
+  return std::ranges::all_of(products,
+                             [&](const PackedProduct& p) { return takes_tiles(p.weight.format); });
+}
+static std::vector<TiledProduct> tiled_products(const PackedProducts& products) {
+  std::vector<TiledProduct> tiled;
+  for (const PackedProduct& product : products) tiled.push_back(tiled_product(product));
+  return tiled;
+}
+
 // Calls tiled(products in tiles) once if there are any, and other(product, y_bf16, y_f32) for each
 // of the others. Of y_bf16 and y_f32 one is null.
 template <typename Tiled, typename Other>
@@ -66,13 +85,11 @@ void CudaBackend::packed_products(const PackedProducts& products, const Tiled& t
                                   const Other& other) const {
   std::vector<TiledProduct> in_tiles;
   for (const PackedProduct& product : products) {
-    const bool narrow = product.y.dtype() == DType::BF16;
-    bf16* const y_bf16 = narrow ? bf16_of(product.y) : nullptr;
-    float* const y_f32 = narrow ? nullptr : product.y.data<float>();
+    const TiledProduct as_tiles = tiled_product(product);
     if (takes_tiles(product.weight.format))
-      in_tiles.push_back({y_bf16, y_f32, tiles_of(product.weight), bf16_of(product.addend)});
+      in_tiles.push_back(as_tiles);
     else
-      other(product, y_bf16, y_f32);
+      other(product, as_tiles.y_bf16, as_tiles.y_f32);
   }
   if (!in_tiles.empty()) tiled(in_tiles);
 }
@@ -89,6 +106,32 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
                                   bf16_of(product.addend), x.dim(0));
       });
+}
+
+void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
+                                        const Tensor& w, double eps) {
+  check_aligned(x, "x");
+  check_aligned(w, "the norm's weight");
+  const int64_t m = x.dim(0);
+  if (all_in_tiles(products) && m < kMinGemmRows)
+    return launch_packed_gemv_normed(product_launch(stream_, properties_), tiled_products(products),
+                                     bf16_of(x), w.data<float>(), static_cast<float>(eps), m);
+  const Tensor normed = do_empty(x.shape(), act());
+  do_rms_norm(normed, do_empty({m}, real()), x, w, eps);
+  do_packed_gemv(products, normed);
+}
+
+void CudaBackend::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
+                                       const Tensor& up) {
+  check_aligned(gate, "gate");
+  check_aligned(up, "up");
+  const int64_t m = gate.dim(0);
+  if (all_in_tiles(products) && m < kMinGemmRows)
+    return launch_packed_gemv_gated(product_launch(stream_, properties_), tiled_products(products),
+                                    bf16_of(gate), bf16_of(up), m);
+  const Tensor h = do_empty(gate.shape(), act());
+  do_swiglu(h, gate, up);
+  do_packed_gemv(products, h);
 }
 
 void CudaBackend::do_quantized_gemv(const PackedProducts& products, const OperandRows& x) {

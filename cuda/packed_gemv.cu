@@ -3,6 +3,8 @@
 //
 //   packed_gemv      y = S x ((q - z) e)^T (+ addend)                     x bf16
 //   quantized_gemv   the same, x = (a - b) scale                          a, b codes of an operand
+//   .._normed        the same, x = rms_norm(x', w)                        x' bf16, w FP32
+//   .._gated         the same, x = silu(gate) up                          gate, up bf16
 //
 // A launch takes up to three products of the same x, such as those of q, k and v.
 //
@@ -62,6 +64,10 @@ struct Levels {
   float unit;
 };
 
+__device__ __forceinline__ float2 floats_of(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
 // Rows of bf16.
 struct PlainRows {
   using Raw = uint2;
@@ -84,6 +90,67 @@ struct PlainRows {
     const auto shifted = [&](uint32_t bits) { return integers.shifted(__uint_as_float(bits)); };
     return {__byte_perm(shifted(raw.x << 16), shifted(raw.x & 0xFFFF0000u), 0x5410),
             __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410), integers.unit};
+  }
+};
+
+// The same from four floats. The largest is cut to bf16, which is less than one of its last places
+// below it.
+__device__ __forceinline__ Levels levels_of(float2 first, float2 second) {
+  const auto magnitude = [](float x) { return __float_as_uint(x) & 0x7FFFFFFFu; };
+  uint32_t most = max(max(magnitude(first.x), magnitude(first.y)),
+                      max(magnitude(second.x), magnitude(second.y)));
+#pragma unroll
+  for (int lanes = 1; lanes < 8; lanes *= 2)
+    most = max(most, __shfl_xor_sync(kAllLanes, most, lanes));
+  const IntegerUnit integers((most >> 16) + 1);
+  return {__byte_perm(integers.shifted(first.x), integers.shifted(first.y), 0x5410),
+          __byte_perm(integers.shifted(second.x), integers.shifted(second.y), 0x5410),
+          integers.unit};
+}
+
+// Rows of x w r, r = 1 / sqrt(mean(x^2) + eps): rms_norm(x, w) before it is rounded. The integers
+// are those of x w; the sums are multiplied by r.
+struct NormedRows {
+  struct Raw {
+    uint2 x;
+    float2 first, second;  // w of both pairs
+  };
+  const bf16* x;   // (M, K)
+  const float* w;  // (K)
+  int k;
+  float eps;
+
+  __device__ Raw load(int row, int at) const {
+    return {PlainRows{x, k}.load(row, at), *reinterpret_cast<const float2*>(w + at),
+            *reinterpret_cast<const float2*>(w + at + kSecondPair)};
+  }
+  __device__ static Raw zero() { return {}; }
+};
+
+// Rows of silu(gate) up: swiglu(gate, up) before it is rounded.
+struct GatedRows {
+  struct Raw {
+    uint2 gate, up;
+  };
+  const bf16 *gate, *up;  // (M, K)
+  int k;
+
+  __device__ Raw load(int row, int at) const {
+    return {PlainRows{gate, k}.load(row, at), PlainRows{up, k}.load(row, at)};
+  }
+  __device__ static Raw zero() { return {}; }
+  __device__ static Levels levels(const Raw& raw) {
+    return levels_of(gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y));
+  }
+
+ private:
+  __device__ static float2 gated(uint32_t gate, uint32_t up) {
+    const float2 g = floats_of(gate), u = floats_of(up);
+    return make_float2(silu(g.x) * u.x, silu(g.y) * u.y);
+  }
+  // Within 2^-21 relative.
+  __device__ static float silu(float x) {
+    return x * reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f));
   }
 };
 
@@ -127,6 +194,61 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
+// The factor of a row of x that is known only at its end: r of NormedRows. Each lane adds up the
+// squares of its values; the block's warps leave their sums in shared memory.
+template <typename Input>
+struct RowFactor {
+  static constexpr int kSmemBytes = 0;
+  __device__ Levels levels(const typename Input::Raw& raw) { return Input::levels(raw); }
+  template <bool kManyRows>
+  __device__ void leave(int, int) const {}
+  __device__ void send() const {}
+  __device__ float of_row(const Input&, int, bool) const { return 1.0f; }
+};
+template <>
+struct RowFactor<NormedRows> {
+  // By warp and row; then those of the second block of a cluster.
+  static constexpr int kSmemBytes = (kMaxWarps + 1) * kTokens * 4;
+  using Squares = float[kTokens];
+  float squares = 0.0f;
+
+  __device__ static Squares* shared() {
+    __shared__ Squares sums[kMaxWarps + 1];
+    return sums;
+  }
+  __device__ Levels levels(const NormedRows::Raw& raw) {
+    const float2 a = floats_of(raw.x.x), b = floats_of(raw.x.y);
+    squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, fmaf(b.y, b.y, squares))));
+    return levels_of(make_float2(a.x * raw.first.x, a.y * raw.first.y),
+                     make_float2(b.x * raw.second.x, b.y * raw.second.y));
+  }
+  // Before the block's barrier. An octet has a row, or all lanes have one.
+  template <bool kManyRows>
+  __device__ void leave(int warp, int lane) const {
+    float sum = squares;
+#pragma unroll
+    for (int lanes = 1; lanes < (kManyRows ? 8 : 32); lanes *= 2)
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    if (lane % 8 == 0) shared()[warp][lane / 8] = sum;
+  }
+  __device__ static float sum_of(int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w)
+      if (w < static_cast<int>(blockDim.x) / 32) sum += shared()[w][row];
+    return sum;
+  }
+  // From the second block to the first.
+  __device__ void send() const {
+    if (threadIdx.x < kTokens)
+      store_to_block(shared_address(&shared()[kMaxWarps][threadIdx.x]), 0, sum_of(threadIdx.x));
+  }
+  __device__ float of_row(const NormedRows& x, int row, bool split) const {
+    const float sum = sum_of(row) + (split ? shared()[kMaxWarps][row] : 0.0f);
+    return 1.0f / sqrtf(sum / static_cast<float>(x.k) + x.eps);
+  }
+};
+
 // Makes a slice of x.
 template <typename Input, bool kManyRows>
 struct OperandMaker : SliceOperand<kManyRows> {
@@ -143,12 +265,13 @@ struct OperandMaker : SliceOperand<kManyRows> {
       raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
     }
   }
-  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
+  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], RowFactor<Input>& factor,
+                                       int lane) {
     const int t = lane % 4;
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const Levels levels = Input::levels(raw[i]);
+      const Levels levels = factor.levels(raw[i]);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
@@ -239,12 +362,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   float sum[kTiles][2] = {};
   typename Input::Raw raw[Operand::kLoads];
   if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
+  RowFactor<Input> factor;
   int slot = 0, parity = 0;
   uint32_t barrier = barriers;
 #pragma unroll 1
   for (int slice = first_slice; slice < slices; slice += warps) {
     Operand operand;
-    operand.make(raw, lane);
+    operand.make(raw, factor, lane);
     if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -266,29 +390,42 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     }
   }
 
+  // Loaded now, these are there when the sums are.
   const float s = *product.w.master_scale;
+  const auto output_of = [&](int i) { return i % 4 * n + first_tile * kTileRows + i / 4; };
+  const auto is_output = [&](int i) {
+    return i < tiles * 64 && first_tile * kTileRows + i / 4 < n && i % 4 < shape.m;
+  };
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const auto load_addend = [&](int i) {
+    const auto* const from = reinterpret_cast<const uint16_t*>(product.addend);
+    return from != nullptr && is_output(i) ? load_past_l1(from + output_of(i)) : uint16_t{0};
+  };
+  uint16_t addend = load_addend(thread);
   float* const own = reinterpret_cast<float*>(ring) + lane;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     own[i * 64] = sum[i][0];
     own[i * 64 + 32] = sum[i][1];
   }
+  factor.template leave<kManyRows>(warp, lane);
   __syncthreads();
   // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
   const auto sum_of_warps = [&](int i) {
     float total = 0.0f;
-    for (int w = 0; w < warps; ++w)
-      total += reinterpret_cast<const float*>(smem + w * ring_bytes)[i];
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w)
+      if (w < warps) total += reinterpret_cast<const float*>(smem + w * ring_bytes)[i];
     return total;
   };
   // The second block's sums, in the shared memory of the first.
   float* const second = reinterpret_cast<float*>(smem + warps * (ring_bytes + shape.slots * 8));
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   if (split > 1) {
     cluster_wait();  // both run
     if (rank > 0)
       for (int i = thread; i < tiles * 64; i += threads)
         store_to_block(shared_address(second + i), 0, sum_of_warps(i));
+    if (rank > 0) factor.send();
     cluster_arrive();
     if (rank > 0) return;
     cluster_wait();
@@ -300,13 +437,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
     }
-    const int64_t row = first_tile * kTileRows + i / 4;
-    if (row >= n || i % 4 >= shape.m) continue;
-    const int64_t out = i % 4 * n + row;
-    total *= s;
-    if (product.addend != nullptr)
-      total += __uint_as_float(
-          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
+    if (!is_output(i)) continue;
+    if (i != thread) addend = load_addend(i);
+    total = total * (s * factor.of_row(x, kManyRows ? i % 4 : 0, split > 1)) +
+            __uint_as_float(uint32_t{addend} << 16);
+    const int64_t out = output_of(i);
     if (product.y_f32 != nullptr)
       product.y_f32[out] = total;
     else
@@ -362,7 +497,8 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t items = by.rounds_of_warps * parts_of(kTiles);
   const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
   const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
+  const int64_t slots = std::min(
+      items, (at.block_bytes(2) - second_bytes - RowFactor<Input>::kSmemBytes) / slot_bytes);
   BBB_ASSERT(slots > 0);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
@@ -373,6 +509,12 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
+NormedRows rows_from(const NormedRows& x, int64_t row) {
+  return {x.x + row * x.k, x.w, x.k, x.eps};
+}
+GatedRows rows_from(const GatedRows& x, int64_t row) {
+  return {x.gate + row * x.k, x.up + row * x.k, x.k};
+}
 CodedRows rows_from(const CodedRows& x, int64_t row) {
   const int64_t g = row * (x.k / x.group);
   return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
@@ -434,6 +576,16 @@ void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, c
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m) {
   launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
+}
+
+void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                               const bf16* x, const float* w, float eps, int64_t m) {
+  launch_all(at, products, NormedRows{x, w, static_cast<int>(products[0].w.k), eps}, m);
+}
+
+void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                              const bf16* gate, const bf16* up, int64_t m) {
+  launch_all(at, products, GatedRows{gate, up, static_cast<int>(products[0].w.k)}, m);
 }
 
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,

@@ -72,6 +72,12 @@ struct ProductLaunch {
 // Products of m rows x with weights of the same K and group. x is aligned to 4 bytes.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
+// The same of the rows of rms_norm(x, w) and of silu(gate) up, which are not rounded. w is aligned
+// to 8 bytes; no kernel that writes it may be in flight.
+void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                               const bf16* x, const float* w, float eps, int64_t m);
+void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                              const bf16* gate, const bf16* up, int64_t m);
 // The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
 // - zeros) scales.
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,

@@ -13,6 +13,7 @@
 // atomic additions give the same sums in every order. Each kernel reads the logits once, 4 bytes a
 // token; pick reads one segment.
 #include "cuda/cuda_backend.h"
+#include "cuda/early_start.h"
 #include "cuda/vector.h"
 #include "engine/sampling.h"
 
@@ -80,7 +81,7 @@ __device__ void load_logits(float (&x)[kCount], const SampleArgs& args, int row,
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int64_t token = first + i * step;
-    x[i] = token < args.vocab ? args.logits[row * args.vocab + token] : 0.0f;
+    x[i] = token < args.vocab ? load_past_l1(args.logits + row * args.vocab + token) : 0.0f;
   }
   if (args.penalty == 1.0f) return;
   unsigned bits[kCount];
@@ -162,7 +163,7 @@ __device__ Sums sums_before(const Sums& x, Sums* total) {
 __device__ Sum64 best_of_row(const SampleArgs& args, int row) {
   Sum64 best = 0;
   for (int s = threadIdx.x; s < args.segments; s += kThreads)
-    best = max(best, args.best[int64_t{row} * args.segments + s]);
+    best = max(best, load_past_l1(args.best + int64_t{row} * args.segments + s));
   return block_max(best);
 }
 
@@ -181,6 +182,8 @@ __device__ void for_segment(const SampleArgs& args, int row, int segment, const 
 
 // grid (M * segments) of this kernel and the next two
 __global__ void sample_best_kernel(const SampleArgs args) {
+  start_next_kernel();
+  wait_for_previous_kernel();
   const int row = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
   if (args.bins != nullptr)
     for (int i = segment * kThreads + threadIdx.x; i < kBins; i += args.segments * kThreads)
@@ -342,6 +345,7 @@ __device__ int32_t drawn_token(const SampleArgs& args, int row, float most) {
 
 // grid (M)
 __global__ void sample_pick_kernel(const SampleArgs args) {
+  wait_for_previous_kernel();
   const int row = blockIdx.x;
   const Sum64 best = best_of_row(args, row);
   const bool bad = is_bad(best);
@@ -394,14 +398,18 @@ void CudaBackend::do_sample(const Tensor& ids, const Tensor& logits, const Sampl
                         .temperature = temperature,
                         .top_p = spec.top_p};
   const LaunchShape each_segment{static_cast<unsigned>(m * segments), kThreads};
-  launch(stream_, each_segment, sample_best_kernel, args);
+  LaunchShape best_of_segments = each_segment;
+  best_of_segments.early = starts_early(m);
+  launch(stream_, best_of_segments, sample_best_kernel, args);
   if (nucleus) {
     launch(stream_, each_segment, sample_histogram_kernel<0>, args);
     launch(stream_, each_segment, sample_histogram_kernel<1>, args);
     launch(stream_, each_segment, sample_histogram_kernel<2>, args);
   }
   if (temperature > 0) launch(stream_, each_segment, sample_sums_kernel, args);
-  launch(stream_, {static_cast<unsigned>(m), kThreads}, sample_pick_kernel, args);
+  // Behind other kernels than `best`, which let none start early, it could not.
+  const bool early = temperature == 0 && starts_early(m);
+  launch(stream_, {static_cast<unsigned>(m), kThreads, 0, early}, sample_pick_kernel, args);
 }
 
 }  // namespace bbb::cuda

@@ -262,10 +262,42 @@ class Op {
     return first;
   }
 
+  // What append_kv reads and writes.
+  void new_keys(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
+                const Tensor& start, const Tensor& q, const Tensor& inv_freq,
+                KvFormat format) const {
+    rank("k", k, 4);
+    dtype("k", k, backend_.act());
+    like("v", v, backend_.act(), k.shape());
+    caches(k_cache, v_cache, k.dim(0), k.dim(2), k.dim(3), format);
+    is("start", start, DType::I32, {k.dim(0)});
+    BBB_CHECK(q.defined() == inv_freq.defined(), name_, ": q without inv_freq, or the reverse");
+    if (!q.defined()) return;
+    rank("q", q, 4);
+    is("q", q, backend_.act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
+    pairs(q, inv_freq);
+  }
+  // What attention_cached reads and writes.
+  void queries(const Tensor& o, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& start, const AttentionSpec& spec, KvFormat format) const {
+    rank("q", q, 4);
+    rank("k_cache", k_cache, 4);
+    dtype("q", q, backend_.act());
+    query_groups(q.dim(2), k_cache.dim(2), spec);
+    caches(k_cache, v_cache, q.dim(0), k_cache.dim(2), q.dim(3), format);
+    like("o", o, backend_.act(), q.shape());
+    is("start", start, DType::I32, {q.dim(0)});
+  }
+
  private:
   const Backend& backend_;
   const char* name_;
 };
+
+// The sizes of an attention_cached, for its scratch.
+Shape cached_sizes(const Tensor& q, const Tensor& k_cache, KvFormat format) {
+  return {q.dim(0), q.dim(1), q.dim(2), q.dim(3), k_cache.dim(1), k_cache.dim(2), format.bits};
+}
 
 }  // namespace
 
@@ -666,17 +698,7 @@ void Backend::append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tens
                         const Tensor& v, const Tensor& start, const Tensor& q,
                         const Tensor& inv_freq, KvFormat format, double rope_factor) {
   const Op op(*this, "append_kv");
-  op.rank("k", k, 4);
-  op.dtype("k", k, act());
-  op.like("v", v, act(), k.shape());
-  op.caches(k_cache, v_cache, k.dim(0), k.dim(2), k.dim(3), format);
-  op.is("start", start, DType::I32, {k.dim(0)});
-  BBB_CHECK(q.defined() == inv_freq.defined(), "append_kv: q without inv_freq, or the reverse");
-  if (q.defined()) {
-    op.rank("q", q, 4);
-    op.is("q", q, act(), {k.dim(0), k.dim(1), q.dim(2), k.dim(3)});
-    op.pairs(q, inv_freq);
-  }
+  op.new_keys(k_cache, v_cache, k, v, start, q, inv_freq, format);
   do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format, rope_factor);
 }
 
@@ -684,17 +706,21 @@ void Backend::attention_cached(const Tensor& o, const Tensor& q, const Tensor& k
                                const Tensor& v_cache, const Tensor& start,
                                const AttentionSpec& spec, KvFormat format) {
   const Op op(*this, "attention_cached");
-  op.rank("q", q, 4);
-  op.rank("k_cache", k_cache, 4);
-  op.dtype("q", q, act());
-  op.query_groups(q.dim(2), k_cache.dim(2), spec);
-  op.caches(k_cache, v_cache, q.dim(0), k_cache.dim(2), q.dim(3), format);
-  op.like("o", o, act(), q.shape());
-  op.is("start", start, DType::I32, {q.dim(0)});
-  const Shape sizes{q.dim(0),       q.dim(1),       q.dim(2),   q.dim(3),
-                    k_cache.dim(1), k_cache.dim(2), format.bits};
+  op.queries(o, q, k_cache, v_cache, start, spec, format);
   do_attention_cached(o, q, k_cache, v_cache, start, spec, format,
-                      make_scratch(ScratchOp::AttentionCached, sizes));
+                      make_scratch(ScratchOp::AttentionCached, cached_sizes(q, k_cache, format)));
+}
+
+void Backend::attention_step(const Tensor& o, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& k_cache, const Tensor& v_cache, const Tensor& start,
+                             const Tensor& inv_freq, const AttentionSpec& spec, KvFormat format) {
+  const Op op(*this, "attention_step");
+  BBB_CHECK(q.defined() && inv_freq.defined(), "attention_step needs q and inv_freq");
+  op.new_keys(k_cache, v_cache, k, v, start, q, inv_freq, format);
+  op.queries(o, q, k_cache, v_cache, start, spec, format);
+  BBB_CHECK(q.dim(1) == 1, "attention_step takes one position a sequence, not ", q.dim(1));
+  do_attention_step(o, q, k, v, k_cache, v_cache, start, inv_freq, spec, format,
+                    make_scratch(ScratchOp::AttentionCached, cached_sizes(q, k_cache, format)));
 }
 
 // Sampling.
@@ -948,6 +974,28 @@ void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
     op.few_rows("x", x, max_packed_rows(product.weight.format));
   op.is("x", x, act(), {x.dim(0), format.stored_k()});
   do_packed_gemv(products, x);
+}
+
+void Backend::packed_gemv_normed(const PackedProducts& products, const Tensor& x, const Tensor& w,
+                                 double eps) {
+  const Op op(*this, "packed_gemv_normed");
+  op.rank("x", x, 2);
+  op.few_rows("x", x, kMaxPackedRows);
+  const quant::LinearFormat& format = op.products(products, x.dim(0));
+  op.is("x", x, act(), {x.dim(0), format.stored_k()});
+  op.is("w", w, real(), {format.stored_k()});
+  do_packed_gemv_normed(products, x, w, eps);
+}
+
+void Backend::packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
+                                const Tensor& up) {
+  const Op op(*this, "packed_gemv_gated");
+  op.rank("gate", gate, 2);
+  op.few_rows("gate", gate, kMaxPackedRows);
+  const quant::LinearFormat& format = op.products(products, gate.dim(0));
+  op.is("gate", gate, act(), {gate.dim(0), format.stored_k()});
+  op.like("up", up, act(), gate.shape());
+  do_packed_gemv_gated(products, gate, up);
 }
 
 void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& x) {

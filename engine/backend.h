@@ -369,6 +369,11 @@ class Backend {
   void attention_cached(const Tensor& o, const Tensor& q, const Tensor& k_cache,
                         const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
                         KvFormat format = {});
+  // append_kv, with inv_freq, and attention_cached of one position a sequence: T is 1. What q holds
+  // afterwards is undefined.
+  void attention_step(const Tensor& o, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& start,
+                      const Tensor& inv_freq, const AttentionSpec& spec, KvFormat format = {});
 
   // --- sampling ---------------------------------------------------------------------------------
   // ids[m] = a token chosen by row m of logits (engine/sampling.h), which also becomes a seen one.
@@ -474,6 +479,12 @@ class Backend {
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
     packed_gemv({{y, w, addend}}, x);
   }
+  // packed_gemv of the rows of rms_norm(x, w, eps), w real (K), and of swiglu(gate, up), for M <=
+  // kMaxPackedRows. Where packed_gemv takes them as 16-bit integers, a GPU makes these of the rows
+  // before they are rounded to act.
+  void packed_gemv_normed(const PackedProducts& products, const Tensor& x, const Tensor& w,
+                          double eps);
+  void packed_gemv_gated(const PackedProducts& products, const Tensor& gate, const Tensor& up);
   // kAnyRows, or kMaxPackedRows: with more rows a weight is unpacked for a GEMM.
   virtual int64_t max_packed_rows(const quant::LinearFormat& format) const = 0;
   static constexpr int64_t kMaxPackedRows = 8, kAnyRows = std::numeric_limits<int64_t>::max();

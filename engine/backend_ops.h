@@ -45,6 +45,8 @@ using quant::KvFormat;
   const AttentionSpec&, Arg
 #define BBB_OP_append_kv Arg, Arg, Arg, Arg, Arg, Arg, Arg, KvFormat, double
 #define BBB_OP_attention_cached Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, KvFormat, Arg
+#define BBB_OP_attention_step Arg, Arg, Arg, Arg, Arg, Arg, Arg, Arg, const AttentionSpec&, KvFormat, \
+  Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
 #define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double
@@ -65,6 +67,8 @@ using quant::KvFormat;
 #define BBB_OP_repack Arg, const PackedWeight&
 #define BBB_OP_unpack Arg, const PackedWeight&
 #define BBB_OP_packed_gemv const PackedProducts&, Arg
+#define BBB_OP_packed_gemv_normed const PackedProducts&, Arg, Arg, double
+#define BBB_OP_packed_gemv_gated const PackedProducts&, Arg, Arg
 #define BBB_OP_quantized_gemv const PackedProducts&, const OperandRows&
 #define BBB_OP_average Arg, Arg, Arg, double
 #define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double
@@ -80,12 +84,13 @@ using quant::KvFormat;
   OP(input_scale_gradient) OP(swiglu) OP(swiglu_backward) OP(operand)                \
   OP(rms_norm_operand) OP(swiglu_operand) OP(operand_backward) OP(swiglu_operand_backward)       \
   OP(channel_moments) OP(quantized_gemv) OP(scale) OP(nested_levels) OP(rope) OP(add)           \
-  OP(add_bias) OP(attention) OP(attention_backward) OP(append_kv) OP(attention_cached) OP(sample) OP(mse) OP(cross_entropy)            \
+  OP(add_bias) OP(attention) OP(attention_backward) OP(append_kv) OP(attention_cached) OP(attention_step) OP(sample) OP(mse) OP(cross_entropy)            \
   OP(kl_divergence) OP(cross_entropy_chunk) OP(kl_divergence_chunk)                              \
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
-  OP(scale_codes_backward) OP(repack) OP(unpack) OP(packed_gemv) OP(step_control) OP(adamw) \
+  OP(scale_codes_backward) OP(repack) OP(unpack) OP(packed_gemv) OP(packed_gemv_normed) OP(packed_gemv_gated) \
+  OP(step_control) OP(adamw) \
   OP(average) OP(dampen) OP(freeze_flips)
 // clang-format on
 #define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;

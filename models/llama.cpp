@@ -90,7 +90,10 @@ void LlamaBlock::set_operands(const std::vector<quant::LinearFormat>& formats, b
 }
 
 LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
-  if (tap_ && operands_[site].exact()) tap_(site, input.x.value());
+  if (tap_ && operands_[site].exact()) {
+    BBB_ASSERT(!input.norm.defined() && !input.up.defined());
+    tap_(site, input.x.value());
+  }
   return input;
 }
 
@@ -122,11 +125,17 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
   Var out;
   if (kv) {
     const size_t layer = static_cast<size_t>(layer_);
-    backend_.append_kv(kv->k[layer], kv->v[layer], k.value(), v.value(), kv->start, q.value(),
-                       frequencies(t), kv->format, spec.rope_factor);
+    const Tensor &k_cache = kv->k[layer], &v_cache = kv->v[layer];
     out = Var(backend_.empty(q.value().shape(), backend_.act()));
-    backend_.attention_cached(out.value(), q.value(), kv->k[layer], kv->v[layer], kv->start, spec,
-                              kv->format);
+    if (t == 1) {
+      backend_.attention_step(out.value(), q.value(), k.value(), v.value(), k_cache, v_cache,
+                              kv->start, frequencies(t), spec, kv->format);
+    } else {
+      backend_.append_kv(k_cache, v_cache, k.value(), v.value(), kv->start, q.value(),
+                         frequencies(t), kv->format, spec.rope_factor);
+      backend_.attention_cached(out.value(), q.value(), k_cache, v_cache, kv->start, spec,
+                                kv->format);
+    }
   } else {
     out = attention(tape, q, k, v, frequencies(t), spec);
   }

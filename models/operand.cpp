@@ -30,9 +30,18 @@ LinearInput Operand::whole(Var x) {
   return input;
 }
 
+Var LinearInput::whole(Tape& tape) const {
+  if (norm.defined()) return autograd::rms_norm(tape, x, norm, eps);
+  if (up.defined()) return autograd::swiglu(tape, x, up);
+  return x;
+}
+
+bool Operand::few_rows(const Tape& tape, const Tensor& x) const {
+  return packed_ && !tape.recording() && x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
+}
+
 bool Operand::takes_codes(const Tape& tape, const Tensor& x) const {
-  return packed_ && !tape.recording() && spec_->view.grid.bits < 16 &&
-         x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
+  return few_rows(tape, x) && spec_->view.grid.bits < 16;
 }
 
 template <typename Write>
@@ -51,7 +60,13 @@ LinearInput Operand::codes(Tape& tape, const Tensor& x, const Write& write) cons
 }
 
 LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
-  if (exact()) return whole(autograd::rms_norm(tape, x, w, eps));
+  if (exact()) {
+    if (!few_rows(tape, x.value())) return whole(autograd::rms_norm(tape, x, w, eps));
+    LinearInput input = whole(x);
+    input.norm = w;
+    input.eps = eps;
+    return input;
+  }
   if (!takes_codes(tape, x.value()))
     return whole(autograd::rms_norm_operand(tape, x, w, eps, *spec_));
   return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
@@ -62,7 +77,12 @@ LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps
 }
 
 LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
-  if (exact()) return whole(autograd::swiglu(tape, gate, up));
+  if (exact()) {
+    if (!few_rows(tape, gate.value())) return whole(autograd::swiglu(tape, gate, up));
+    LinearInput input = whole(gate);
+    input.up = up;
+    return input;
+  }
   if (!takes_codes(tape, gate.value()))
     return whole(autograd::swiglu_operand(tape, gate, up, *spec_));
   return codes(tape, gate.value(), [&](Backend& backend, const engine::OperandRows& out) {

@@ -12,11 +12,18 @@
 
 namespace bbb::models {
 
-// What a site's linears multiply: x (..., K'), or for few rows of packed weights its codes.
+// What a site's linears multiply: x (..., K'). For few rows of packed weights: its codes, or what
+// the product makes x from.
 struct LinearInput {
   autograd::Var x;
   engine::OperandRows codes;  // undefined tensors, or codes, zeros and scales, and no x
   engine::Shape shape;        // of x
+  // What multiplies rms_norm(x, norm, eps) or swiglu(x, up), if `norm` or `up` is defined.
+  autograd::Var norm = {}, up = {};
+  double eps = 0;
+
+  // The rows to multiply, as a tensor.
+  autograd::Var whole(autograd::Tape& tape) const;
 };
 
 class Operand {
@@ -44,6 +51,8 @@ class Operand {
   template <typename Write>
   LinearInput codes(Tape& tape, const engine::Tensor& x, const Write& write) const;
   bool takes_codes(const Tape& tape, const engine::Tensor& x) const;
+  // Few rows of packed weights in inference.
+  bool few_rows(const Tape& tape, const engine::Tensor& x) const;
 
   std::optional<engine::OperandSpec> spec_;   // none: exact
   std::optional<quant::ChannelOrder> order_;  // of spec_

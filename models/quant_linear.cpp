@@ -243,13 +243,13 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
     BBB_ASSERT(!tape.recording());
     const Tensor weight = packed->buffer.slice(0, n_ * columns()).view({n_, columns()});
     backend_.unpack(weight, packed->weight);
-    return linear(tape, x.x, Var(weight), quantized_.s, residual, bias_);
+    return linear(tape, x.whole(tape), Var(weight), quantized_.s, residual, bias_);
   }
   BBB_ASSERT(leaf_.defined());
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
-  return linear(tape, x.x, own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(), residual,
-                bias_);
+  return linear(tape, x.whole(tape), own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(),
+                residual, bias_);
 }
 
 std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*>& site,
@@ -290,10 +290,15 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
     products.push_back(
         {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
   }
+  const auto rows = [&](const Var& of) { return of.value().view({m, k}); };
   if (x.codes.codes.defined())
     backend.quantized_gemv(products, x.codes);
+  else if (x.norm.defined())
+    backend.packed_gemv_normed(products, rows(x.x), x.norm.value(), x.eps);
+  else if (x.up.defined())
+    backend.packed_gemv_gated(products, rows(x.x), rows(x.up));
   else
-    backend.packed_gemv(products, x.x.value().view({m, k}));
+    backend.packed_gemv(products, rows(x.x));
   for (size_t i = 0; i < site.size(); ++i)
     if (site[i]->bias_.defined() && (residual.defined() || !products[i].addend.defined()))
       backend.add_bias(products[i].y, site[i]->bias_);

@@ -21,8 +21,11 @@ struct GemmCase {
 };
 
 // One row, a few rows, all sizes odd, multiples of 8 that fill no tile, and many tiles.
-const GemmCase kCases[] = {{1, 33, 31}, {1, 64, 96},   {4, 64, 96},     {31, 33, 65},
-                           {33, 31, 7}, {257, 72, 40}, {128, 576, 192}, {8, 192, 1536}};
+// A GPU has its own kernel for one row; its last cases are more rows of w than warps at once, steps
+// of several rounds with a rest, and a row that is too long for it.
+const GemmCase kCases[] = {{1, 33, 31},    {1, 64, 96},   {4, 64, 96},     {31, 33, 65},
+                           {33, 31, 7},    {257, 72, 40}, {128, 576, 192}, {8, 192, 1536},
+                           {1, 4300, 264}, {1, 40, 2056}, {1, 3, 33000}};
 
 // The output's rounding, and the accumulator's error: a few epsilons for random sums in FP32, but
 // tensor cores truncate once every 16 products.

@@ -233,6 +233,91 @@ TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[pac
     }
 }
 
+// Products of rows that are made on the way. With weights in tiles and up to four rows a GPU does
+// not round them to act; all others do, and each term is off by up to half an epsilon.
+void check_made_rows(const Values& got, const PackedMatrix& matrix, const Values& rows,
+                     const Values& addend, int64_t m, DType y_dtype) {
+  const Product want = multiply(matrix, rows, addend, m);
+  const bool rounded = !on_cuda() || !in_tiles(matrix.grid) || m > 4;
+  // The factor of a row is a sum of K squares, and a few more roundings.
+  const double terms = 2 * roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) +
+                       (rounded ? act_epsilon() : 0.0);
+  for (size_t i = 0; i < got.size(); ++i)
+    REQUIRE(std::abs(got[i] - want.y[i]) <= terms * want.magnitude + want.split_error[i] +
+                                                epsilon_of(y_dtype) * std::abs(want.y[i]));
+}
+
+TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][made_rows]") {
+  engine::Rng rng(57);
+  Backend& b = backend();
+  constexpr double kEps = 1e-5;
+  for (const WeightGrid grid : {WeightGrid{2, 32}, WeightGrid{2, 128}, WeightGrid{4, 32}})
+    for (int64_t m = 1; m <= Backend::kMaxPackedRows; ++m)
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
+               {1, 128}, {33, 640}, {192, 1536}, {65, 4096}, {2200, 256}}) {
+        if (m > 2 && n * k > 200'000) continue;
+        CAPTURE(grid.bits, grid.group, m, n, k);
+        const PackedMatrix first(rng, n, k, grid), second(rng, 17, k, grid);
+        const PackedWeight weight = first.on(b), other = second.on(b);
+        // A few features are large, as in real models.
+        Values x = activations(rng, m * k), up = activations(rng, m * k), w = normal(rng, k, 1.0);
+        for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
+        for (double& value : w) value = static_cast<float>(value);
+        const Values addend = activations(rng, m * n, 4.0);
+        const Tensor given = make(b, {m, n}, b.act(), addend);
+        const Tensor in = make(b, {m, k}, b.act(), x), gate_up = make(b, {m, k}, b.act(), up);
+
+        Values normed, gated;
+        for (int64_t i = 0; i < m; ++i) {
+          double squares = 0;
+          for (int64_t j = 0; j < k; ++j) squares += std::pow(x[static_cast<size_t>(i * k + j)], 2);
+          const double r = 1 / std::sqrt(squares / static_cast<double>(k) + kEps);
+          for (int64_t j = 0; j < k; ++j) {
+            const auto at = static_cast<size_t>(i * k + j);
+            normed.push_back(x[at] * r * w[static_cast<size_t>(j)]);
+            gated.push_back(x[at] / (1 + std::exp(-x[at])) * up[at]);
+          }
+        }
+        const Guarded y(b, {m, n}, b.act()), y2(b, {m, 17}, b.real());
+        b.packed_gemv_normed({{y.tensor(), weight, given}, {y2.tensor(), other, {}}}, in,
+                             make(b, {k}, b.real(), w), kEps);
+        check_made_rows(values_of(b, y.tensor()), first, normed, addend, m, b.act());
+        check_made_rows(values_of(b, y2.tensor()), second, normed, {}, m, b.real());
+        b.packed_gemv_gated({{y.tensor(), weight, given}, {y2.tensor(), other, {}}}, in, gate_up);
+        check_made_rows(values_of(b, y.tensor()), first, gated, addend, m, b.act());
+        check_made_rows(values_of(b, y2.tensor()), second, gated, {}, m, b.real());
+        CHECK((y.untouched() && y2.untouched()));
+      }
+}
+
+TEST_CASE("packed_gemv_normed and packed_gemv_gated of NaN and of too many rows",
+          "[packed][made_rows]") {
+  engine::Rng rng(58);
+  Backend& b = backend();
+  constexpr int64_t kN = 20, kK = 256;
+  const PackedWeight weight = PackedMatrix(rng, kN, kK, {2, 32}).on(b);
+  const Tensor w = make(b, {kK}, b.real(), Values(kK, 1.0));
+  for (const int64_t m : {1, 3}) {
+    Values bad = activations(rng, m * kK);
+    bad[static_cast<size_t>((m - 1) * kK + 77)] = std::numeric_limits<double>::quiet_NaN();
+    const Tensor x = make(b, {m, kK}, b.act(), bad);
+    const Tensor fine = make(b, {m, kK}, b.act(), activations(rng, m * kK));
+    const Tensor y = b.empty({m, kN}, b.act());
+    const auto check = [&] {
+      const Values got = values_of(b, y);
+      for (int64_t i = 0; i < m * kN; ++i)
+        CHECK(std::isnan(got[static_cast<size_t>(i)]) == (i / kN == m - 1));
+    };
+    b.packed_gemv_normed({{y, weight, {}}}, x, w, 1e-5), check();
+    b.packed_gemv_gated({{y, weight, {}}}, x, fine), check();
+    b.packed_gemv_gated({{y, weight, {}}}, fine, x), check();
+  }
+  const int64_t m = Backend::kMaxPackedRows + 1;
+  const Tensor x = b.zeros({m, kK}, b.act()), y = b.empty({m, kN}, b.act());
+  CHECK_THROWS_AS(b.packed_gemv_normed({{y, weight, {}}}, x, w, 1e-5), Error);
+  CHECK_THROWS_AS(b.packed_gemv_gated({{y, weight, {}}}, x, x), Error);
+}
+
 TEST_CASE("packed_gemv and quantized_gemv of 2-bit weights at the ends of tiles",
           "[packed][tiles]") {
   engine::Rng rng(42);
@@ -470,8 +555,9 @@ TEST_CASE("the ops of a decode step see each other's results", "[packed][product
   Backend& b = backend();
   constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 64, kHidden = 640, kCapacity = 300;
   constexpr int64_t kModel = kHeads * kHeadDim, kKeys = kKvHeads * kHeadDim, kLayers = 6;
-  for (const int64_t m : {1, 3}) {
-    CAPTURE(m);
+  for (const auto& [m, together] :
+       std::vector<std::pair<int64_t, bool>>{{1, false}, {3, false}, {1, true}, {3, true}}) {
+    CAPTURE(m, together);
     std::vector<PackedWeight> w;  // of a layer: q, k, v, o, gate, up, down
     for (int64_t layer = 0; layer < kLayers; ++layer) {
       for (const int64_t n : {kModel, kKeys, kKeys, kModel, kHidden, kHidden})
@@ -502,6 +588,18 @@ TEST_CASE("the ops of a decode step see each other's results", "[packed][product
       for (size_t layer = 0; layer < kLayers; ++layer) {
         const PackedWeight* const own = w.data() + 7 * layer;
         const Tensor &k_cache = caches[2 * layer], &v_cache = caches[2 * layer + 1];
+        if (together) {
+          b.packed_gemv_normed({{q, own[0], {}}, {k, own[1], {}}, {v, own[2], {}}}, x, norm, 1e-5),
+              done();
+          b.attention_step(heads(o), heads(q), heads(k), heads(v), k_cache, v_cache, start,
+                           inv_freq, {}),
+              done();
+          b.packed_gemv(attended, o, own[3], x), done();
+          b.packed_gemv_normed({{gate, own[4], {}}, {up, own[5], {}}}, attended, norm, 1e-5),
+              done();
+          b.packed_gemv_gated({{x, own[6], attended}}, gate, up), done();
+          continue;
+        }
         b.rms_norm(normed, inv_rms, x, norm, 1e-5), done();
         b.packed_gemv({{q, own[0], {}}, {k, own[1], {}}, {v, own[2], {}}}, normed), done();
         b.append_kv(k_cache, v_cache, heads(k), heads(v), start, heads(q), inv_freq), done();

@@ -308,9 +308,20 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
   });
 }
 
+template <typename T>
+void CpuBackend<T>::do_attention_step(const Tensor& o, const Tensor& q, const Tensor& k,
+                                      const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                                      const Tensor& start, const Tensor& inv_freq,
+                                      const AttentionSpec& spec, KvFormat format,
+                                      const Tensor& scratch) {
+  do_append_kv(k_cache, v_cache, k, v, start, q, inv_freq, format, spec.rope_factor);
+  do_attention_cached(o, q, k_cache, v_cache, start, spec, format, scratch);
+}
+
 BBB_CPU_INSTANTIATE(attention);
 BBB_CPU_INSTANTIATE(attention_backward);
 BBB_CPU_INSTANTIATE(append_kv);
 BBB_CPU_INSTANTIATE(attention_cached);
+BBB_CPU_INSTANTIATE(attention_step);
 
 }  // namespace bbb::engine

@@ -119,6 +119,22 @@ void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor&
 }
 
 template <typename T>
+void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
+                                          const Tensor& w, double eps) {
+  const Tensor normed = empty(x.shape(), act());
+  do_rms_norm(normed, empty({x.dim(0)}, real()), x, w, eps);
+  do_packed_gemv(products, normed);
+}
+
+template <typename T>
+void CpuBackend<T>::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
+                                         const Tensor& up) {
+  const Tensor h = empty(gate.shape(), act());
+  do_swiglu(h, gate, up);
+  do_packed_gemv(products, h);
+}
+
+template <typename T>
 void CpuBackend<T>::do_quantized_gemv(const PackedProducts& products, const OperandRows& x) {
   packed_products(products, quantized_rows<T>(x), x.codes.dim(0));
 }
@@ -129,6 +145,8 @@ BBB_CPU_INSTANTIATE(repack);
 BBB_CPU_INSTANTIATE(unpack);
 BBB_CPU_INSTANTIATE(embed_packed);
 BBB_CPU_INSTANTIATE(packed_gemv);
+BBB_CPU_INSTANTIATE(packed_gemv_normed);
+BBB_CPU_INSTANTIATE(packed_gemv_gated);
 BBB_CPU_INSTANTIATE(quantized_gemv);
 
 }  // namespace bbb::engine
