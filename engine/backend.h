@@ -480,8 +480,8 @@ class Backend {
     packed_gemv({{y, w, addend}}, x);
   }
   // packed_gemv of the rows of rms_norm(x, w, eps), w real (K), and of swiglu(gate, up), for M <=
-  // kMaxPackedRows. Where packed_gemv takes them as 16-bit integers, a GPU makes these of the rows
-  // before they are rounded to act.
+  // kMaxPackedRows. The rows may be rounded to act, those of rms_norm before 1 / rms multiplies
+  // them or after.
   void packed_gemv_normed(const PackedProducts& products, const Tensor& x, const Tensor& w,
                           double eps);
   void packed_gemv_gated(const PackedProducts& products, const Tensor& gate, const Tensor& up);

@@ -233,15 +233,14 @@ TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[pac
     }
 }
 
-// Products of rows that are made on the way. With weights in tiles and up to four rows a GPU does
-// not round them to act; all others do, and each term is off by up to half an epsilon.
+// Products of rows that are made on the way. Most kernels round them to act: each term is then off
+// by up to half an epsilon.
 void check_made_rows(const Values& got, const PackedMatrix& matrix, const Values& rows,
                      const Values& addend, int64_t m, DType y_dtype) {
   const Product want = multiply(matrix, rows, addend, m);
-  const bool rounded = !on_cuda() || !in_tiles(matrix.grid) || m > 4;
   // The factor of a row is a sum of K squares, and a few more roundings.
-  const double terms = 2 * roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) +
-                       (rounded ? act_epsilon() : 0.0);
+  const double terms =
+      2 * roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) + act_epsilon();
   for (size_t i = 0; i < got.size(); ++i)
     REQUIRE(std::abs(got[i] - want.y[i]) <= terms * want.magnitude + want.split_error[i] +
                                                 epsilon_of(y_dtype) * std::abs(want.y[i]));
