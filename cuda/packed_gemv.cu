@@ -21,14 +21,21 @@
 // scales each product by itself. More rows take more launches.
 //
 // A block takes up to eight row tiles of one of the matrices. Its warps take slices of 128
-// positions in turn, each for all of these row tiles, and copy them to rings of their own: a slot
-// holds up to four tiles of a slice. The warps' sums are added in shared memory in a fixed order.
-// Where that leaves the warps less to do, a cluster of two blocks takes twice the row tiles and
-// each block half of the slices: then fewer warps make the same integers of x.
+// positions in turn, each for all of these row tiles. A slot of the block's ring holds a slice's
+// tiles. The warps' sums are added in shared memory in a fixed order. Where that leaves the warps
+// less to do, a cluster of two blocks takes twice the row tiles and each block half of the slices:
+// then fewer warps make the same integers of x.
 //
-// Two blocks fit on a multiprocessor. So the next product's copies start while this one still runs.
-// Bytes moved: those of the tiles; x comes from the L2 cache, once a block or cluster.
+// Two blocks fit on a multiprocessor: one more warp copies the next product's tiles to its ring
+// while this one still runs. It keeps kBytesInFlight on the way. More would hide no more latency,
+// and this product's last tiles, which queue behind them, would come late. Slices that the ring
+// does not hold go to the L2 cache. Once x is complete, the warps copy it to shared memory
+// together: were each of its lines read by every warp, all multiprocessors would wait for a few
+// banks of L2. A warp refills the slots that it has read.
+//
+// Bytes moved: those of the tiles; x comes from the L2 cache, once a block.
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "cuda/cuda_backend.h"
@@ -46,10 +53,13 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;      // of a block
-constexpr int kMaxSplitTiles = 4;  // row tiles of a cluster of two blocks
-constexpr int kMaxTiles = 8;       // row tiles of a block
-constexpr int kTokens = 4;         // rows of x of a launch
+constexpr int kMaxWarps = 16;               // of a block
+constexpr int kMaxSplitTiles = 4;           // row tiles of a cluster of two blocks
+constexpr int kMaxTiles = 8;                // row tiles of a block
+constexpr int kTokens = 4;                  // rows of x of a launch
+constexpr int kBlocks = 2;                  // that fit on a multiprocessor
+constexpr int kBytesInFlight = 40 * 1024;   // of a block's first copies
+constexpr int kMaxStagedBytes = 28 * 1024;  // of x in shared memory
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // Positions of a lane of an octet: 2t, 2t + 1, 2t + 8 and 2t + 9, in the upper four lanes 16 more.
@@ -62,12 +72,30 @@ struct Levels {
   float unit;
 };
 
-// Rows of bf16.
+// Rows of bf16. In shared memory a slice of a row is 128 of them.
 struct PlainRows {
   using Raw = uint2;
+  static constexpr int kSliceBytes = kTileColumns * 2;
   const bf16* x;  // (M, K)
   int k;
 
+  // Copies `slices` slices of a row, the first from position `begin` on, to places `pitch` bytes
+  // apart. Positions from K on become zeros. All threads take part.
+  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
+                        int threads) const {
+    constexpr int kPieces = kSliceBytes / 16;
+    for (int i = thread; i < slices * kPieces; i += threads) {
+      const int at = begin + i * 8;
+      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
+          at < k ? load_past_l1(reinterpret_cast<const uint4*>(x + int64_t{row} * k + at))
+                 : uint4{};
+    }
+  }
+  // A lane's values from position `at` of a staged slice on.
+  __device__ static Raw staged(const unsigned char* slice, int at) {
+    const uint32_t* const from = reinterpret_cast<const uint32_t*>(slice + at * 2);
+    return {from[0], from[kSecondPair / 2]};
+  }
   __device__ Raw load(int row, int at) const {
     const bf16* const from = x + int64_t{row} * k + at;
     return {load_past_l1(reinterpret_cast<const uint32_t*>(from)),
@@ -87,25 +115,56 @@ struct PlainRows {
   }
 };
 
-// Rows of an operand's codes.
+// Rows of an operand's codes. In shared memory a slice of a row is 128 codes, then scale and zero
+// point of each sub-group.
 struct CodedRows {
   struct Raw {
     uint32_t codes;
     uint32_t zero;
     float scale;
   };
+  static constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
+  static constexpr int kSliceBytes = kTileColumns + kSubgroups * 8;
   const uint8_t* codes;  // (M, K)
   const uint8_t* zeros;  // (M, K / G)
   const float* scales;   // (M, K / G)
-  int k, group;
+  int k, group_log2;
 
+  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
+                        int threads) const {
+    constexpr int kPieces = kTileColumns / 16;
+    for (int i = thread; i < slices * kPieces; i += threads) {
+      const int at = begin + i * 16;
+      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
+          at < k ? load_past_l1(reinterpret_cast<const uint4*>(codes + int64_t{row} * k + at))
+                 : uint4{};
+    }
+    for (int i = thread; i < slices * kSubgroups; i += threads) {
+      const int at = begin + i * quant::kSubgroup;
+      uint2 grid{};
+      if (at < k) grid = {load_past_l1(scale_bits(row, at)), load_past_l1(zeros + group(row, at))};
+      *reinterpret_cast<uint2*>(to + i / kSubgroups * pitch + kTileColumns + i % kSubgroups * 8) =
+          grid;
+    }
+  }
+  __device__ static Raw staged(const unsigned char* slice, int at) {
+    const uint16_t* const from = reinterpret_cast<const uint16_t*>(slice + at);
+    const uint2 grid =
+        *reinterpret_cast<const uint2*>(slice + kTileColumns + at / quant::kSubgroup * 8);
+    return {from[0] | uint32_t{from[kSecondPair / 2]} << 16, grid.y, __uint_as_float(grid.x)};
+  }
   __device__ Raw load(int row, int at) const {
-    const int g = row * (k / group) + at / group;
     const uint8_t* const from = codes + int64_t{row} * k + at;
     return {load_past_l1(reinterpret_cast<const uint16_t*>(from)) |
                 uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(from + kSecondPair))} << 16,
-            load_past_l1(zeros + g),
-            __uint_as_float(load_past_l1(reinterpret_cast<const uint32_t*>(scales + g)))};
+            load_past_l1(zeros + group(row, at)),
+            __uint_as_float(load_past_l1(scale_bits(row, at)))};
+  }
+  __device__ int group(int row, int at) const {
+    return row * (k >> group_log2) + (at >> group_log2);
+  }
+  __device__ const uint32_t* scale_bits(int row, int at) const {
+    return reinterpret_cast<const uint32_t*>(scales + group(row, at));
   }
   __device__ static Raw zero() { return {0, 0, 0.0f}; }
   __device__ static Levels levels(const Raw& raw) {
@@ -133,14 +192,17 @@ struct OperandMaker : SliceOperand<kManyRows> {
   static constexpr int kLoads = SliceOperand<kManyRows>::kUnits;
   using Raw = typename Input::Raw;
 
-  __device__ __forceinline__ static void load(Raw (&raw)[kLoads], const Input& x, int m, int slice,
-                                              int lane) {
+  // Reads a slice, from `staged` if that is not null.
+  __device__ __forceinline__ static void read(Raw (&raw)[kLoads], const Input& x, int m, int slice,
+                                              const unsigned char* staged, int lane) {
     const int row = kManyRows ? lane / 8 : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int at = slice * kTileColumns + (kManyRows ? i : lane / 8) * quant::kSubgroup +
-                     first_position(lane);
-      raw[i] = at < x.k && row < m ? x.load(row, at) : Input::zero();
+      const int inside = (kManyRows ? i : lane / 8) * quant::kSubgroup + first_position(lane);
+      const int at = slice * kTileColumns + inside;
+      raw[i] = at >= x.k || row >= m ? Input::zero()
+               : staged != nullptr   ? Input::staged(staged + row * Input::kSliceBytes, inside)
+                                     : x.load(row, at);
     }
   }
   __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
@@ -167,35 +229,32 @@ struct OperandMaker : SliceOperand<kManyRows> {
   }
 };
 
-// A warp takes the row tiles of a slice in one or two parts, each of which fills a slot.
-constexpr int parts_of(int tiles) { return tiles > 4 ? 2 : 1; }
-constexpr int slot_tiles(int tiles) { return (tiles + parts_of(tiles) - 1) / parts_of(tiles); }
-
 struct GemvShape {
   int64_t k;
-  int m;      // rows of x
-  int slots;  // of a warp's ring
+  int m;          // rows of x
+  int slots;      // of a block's ring, at least one a warp
+  int in_flight;  // slices of the first copies
+  int staged;     // slices of x in shared memory; the others are read from the L2 cache
 };
 
-// kTiles: the most row tiles of a block. Shared memory: `slots` slots for each warp, their
-// barriers, and in a cluster the second block's sums (kTiles, 2, 32 lanes). At the end the first
-// slot of each warp holds its sums in the same order.
+// kTiles: the most row tiles of a block. Shared memory: the ring; staged slices of x, of all rows
+// each; in a cluster the second block's sums (kTiles, 2, 32 lanes) and their barrier; a barrier for
+// each slice. At the end the last slot that a warp has read holds its sums in the same order.
 template <typename Input, bool kManyRows, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
+__global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     packed_gemv_kernel(const __grid_constant__ ProductList products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = OperandMaker<Input, kManyRows>;
-  constexpr int kParts = parts_of(kTiles), kSlotTiles = slot_tiles(kTiles);
-  constexpr int kSlotBytes = kSlotTiles * kTileBytes;
-  static_assert(kTiles * 64 * 4 <= kSlotBytes, "the sums fit in a slot");
+  constexpr int kSlotBytes = kTiles * kTileBytes;
   constexpr bool kCanSplit = kTiles <= kMaxSplitTiles;
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32 - 1;  // the last warp copies
+  const int threads = warps * 32;
   const unsigned split = kCanSplit ? cluster_blocks() : 1, rank = kCanSplit ? cluster_rank() : 0;
   const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
-  const int first_slice = static_cast<int>(rank * all_slices / split) + warp;
-  const int slices = static_cast<int>((rank + 1) * all_slices / split);  // the end of this block's
+  const int first_slice = static_cast<int>(rank * all_slices / split);
+  const int slices = static_cast<int>((rank + 1) * all_slices / split) - first_slice;
   int64_t share = blockIdx.x / split;
   const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
@@ -203,99 +262,117 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
   const int64_t shares = products.items[p].shares;
   const int64_t first_tile = share * all_tiles / shares;
   const int tiles = static_cast<int>((share + 1) * all_tiles / shares - first_tile);
-  unsigned char* const ring = smem + warp * shape.slots * kSlotBytes;
-  const int ring_bytes = shape.slots * kSlotBytes;
-  // The barrier of the slot at an offset of the ring is at barriers + 8 offset / kSlotBytes.
-  const uint32_t barriers = shared_address(smem + warps * ring_bytes) + warp * shape.slots * 8;
 
-  // Parts of slices in the order that the warp takes them; the next one to copy.
-  int item = 0;
-  const auto start_copy = [&](int slot, uint32_t barrier) {
-    const int slice = first_slice + item / kParts * warps, part = item % kParts;
-    if (slice >= slices) return;
-    ++item;
-    const int bytes = max(min(kSlotTiles, tiles - part * kSlotTiles), 0) * kTileBytes;
-    mbarrier_expect(barrier, bytes);
-    if (kParts == 1 || bytes > 0)
-      copy_bytes(shared_address(ring + slot),
-                 product.w.tiles +
-                     quant::tile_index(n, slice, first_tile + part * kSlotTiles) * kTileBytes,
-                 bytes, barrier);
+  const int ring_bytes = shape.slots * kSlotBytes, x_pitch = shape.m * Input::kSliceBytes;
+  unsigned char* const staged = smem + ring_bytes;
+  float* const second = reinterpret_cast<float*>(staged + shape.staged * x_pitch);
+  const uint32_t second_barrier = shared_address(second + (split > 1 ? kTiles * 64 : 0));
+  float* const master_scale = second + (split > 1 ? kTiles * 64 : 0) + 2;
+  const uint32_t barriers = second_barrier + 16;  // of slices
+
+  const unsigned char* const source =
+      product.w.tiles + quant::tile_index(n, first_slice, first_tile) * kTileBytes;
+  const int64_t source_pitch = all_tiles * kTileBytes;
+  const int slice_bytes = tiles * kTileBytes;
+  const auto start_copy = [&](int slice, int slot) {
+    mbarrier_expect(barriers + slice * 8, slice_bytes);
+    copy_bytes(shared_address(smem) + slot, source + slice * source_pitch, slice_bytes,
+               barriers + slice * 8);
   };
   if (lane == 0) {
 #pragma unroll 1
-    for (int i = 0; i < shape.slots; ++i) mbarrier_init(barriers + i * 8, 1);
+    for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
+    if (split > 1 && warp == 0) {
+      mbarrier_init(second_barrier, 1);
+      if (rank == 0) mbarrier_expect(second_barrier, tiles * 64 * 4);
+    }
     mbarrier_init_fence();
     async_proxy_fence();
-#pragma unroll 1
-    for (int i = 0; i < shape.slots; ++i) start_copy(i * kSlotBytes, barriers + i * 8);
   }
-  __syncwarp();
+  __syncthreads();
   if (split > 1) cluster_arrive();
-  if (threadIdx.x == 0) prefetch_to_l2(product.w.master_scale);
   start_next_kernel();
-  wait_for_previous_kernel();
-
-  float sum[kTiles][2] = {};
-  typename Input::Raw raw[Operand::kLoads];
-  if (first_slice < slices) Operand::load(raw, x, shape.m, first_slice, lane);
-  int slot = 0, parity = 0;
-  uint32_t barrier = barriers;
+  if (warp == warps) {
+    if (lane == 0) {
 #pragma unroll 1
-  for (int slice = first_slice; slice < slices; slice += warps) {
-    Operand operand;
-    operand.make(raw, lane);
-    if (slice + warps < slices) Operand::load(raw, x, shape.m, slice + warps, lane);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      mbarrier_wait(barrier, parity);
-#pragma unroll
-      for (int i = 0; i < kSlotTiles && part * kSlotTiles + i < kTiles; ++i)
-        // Tiles that the block lacks are computed from whatever is there, and not written.
-        multiply_tile<kManyRows>(sum[part * kSlotTiles + i], ring + slot + i * kTileBytes, operand,
-                                 lane);
-      __syncwarp();
-      if (lane == 0) start_copy(slot, barrier);
-      slot += kSlotBytes;
-      barrier += 8;
-      if (slot == ring_bytes) {
-        slot = 0;
-        barrier = barriers;
-        parity ^= 1;
+      for (int i = 0; i < min(slices, shape.slots + warps); ++i) {
+        const int landed = i - shape.in_flight;
+        if (landed >= 0) mbarrier_wait(barriers + min(landed, shape.slots - 1) * 8, 0);
+        if (i < shape.slots)
+          start_copy(i, i * kSlotBytes);
+        else
+          prefetch_bytes_to_l2(source + i * source_pitch, slice_bytes);
       }
     }
+    return;
+  }
+  if (thread == 0) *master_scale = load_past_l1(product.w.master_scale);
+  wait_for_previous_kernel();
+
+#pragma unroll 1
+  for (int row = 0; row < shape.m; ++row)
+    x.stage(staged + row * Input::kSliceBytes, x_pitch, row, first_slice * kTileColumns,
+            shape.staged, thread, threads);
+  named_sync(1, threads);
+  typename Input::Raw raw[Operand::kLoads];
+  const auto read = [&](int slice) {
+    Operand::read(raw, x, shape.m, first_slice + slice,
+                  slice < shape.staged ? staged + slice * x_pitch : nullptr, lane);
+  };
+  float sum[kTiles][2] = {};
+  if (kManyRows) read(warp);
+  int slice = warp, slot = warp * kSlotBytes;
+#pragma unroll 1
+  for (;; slice += warps) {
+    Operand operand;
+    if (!kManyRows) read(slice);
+    operand.make(raw, lane);
+    if (kManyRows && slice + warps < slices) read(slice + warps);
+    mbarrier_wait(barriers + slice * 8, 0);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+      // Tiles that the block lacks are computed from whatever is there, and not written.
+      multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, lane);
+    __syncwarp();
+    if (lane == 0 && slice + shape.slots < slices) start_copy(slice + shape.slots, slot);
+    if (slice + warps >= slices) break;
+    slot += warps * kSlotBytes;
+    if (slot >= ring_bytes) slot -= ring_bytes;
   }
 
-  const float s = *product.w.master_scale;
-  float* const own = reinterpret_cast<float*>(ring) + lane;
+  float* const own = reinterpret_cast<float*>(smem + slot) + lane;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     own[i * 64] = sum[i][0];
     own[i * 64 + 32] = sum[i][1];
   }
-  __syncthreads();
+  // The last slices, one a warp, are in consecutive slots.
+  int first_sums = slot - (slice - (slices - warps)) * kSlotBytes;
+  if (first_sums < 0) first_sums += ring_bytes;
+  named_sync(1, threads);
   // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
   const auto sum_of_warps = [&](int i) {
     float total = 0.0f;
-    for (int w = 0; w < warps; ++w)
-      total += reinterpret_cast<const float*>(smem + w * ring_bytes)[i];
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w) {
+      const int at = first_sums + w * kSlotBytes;
+      if (w < warps)
+        total += reinterpret_cast<const float*>(smem + (at < ring_bytes ? at : at - ring_bytes))[i];
+    }
     return total;
   };
-  // The second block's sums, in the shared memory of the first.
-  float* const second = reinterpret_cast<float*>(smem + warps * (ring_bytes + shape.slots * 8));
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  if (split > 1) {
-    cluster_wait();  // both run
-    if (rank > 0)
-      for (int i = thread; i < tiles * 64; i += threads)
-        store_to_block(shared_address(second + i), 0, sum_of_warps(i));
-    cluster_arrive();
-    if (rank > 0) return;
-    cluster_wait();
+  if (rank > 0) {
+    cluster_wait();  // the first block runs
+    for (int i = thread; i < tiles * 64; i += threads)
+      store_to_block(shared_address(second + i), 0, sum_of_warps(i), second_barrier);
+    return;
   }
   for (int i = thread; i < tiles * 64; i += threads) {
     float total = sum_of_warps(i);
-    if (split > 1) total += second[i];
+    if (split > 1) {
+      mbarrier_wait(second_barrier, 0);
+      total += second[i];
+    }
     if constexpr (!kManyRows) {
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
@@ -303,7 +380,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, kManyRows ? 1 : 2)
     const int64_t row = first_tile * kTileRows + i / 4;
     if (row >= n || i % 4 >= shape.m) continue;
     const int64_t out = i % 4 * n + row;
-    total *= s;
+    total *= *master_scale;
     if (product.addend != nullptr)
       total += __uint_as_float(
           uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
@@ -328,9 +405,9 @@ struct Division {
     while (divide_rows(products, tiles) > most) ++tiles;
     shares[0] = std::min(quant::row_tiles(products[0].w.n),
                          shares[0] + most - divide_rows(products, tiles));
-    const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    warps = std::min<int64_t>(slices, kMaxWarps);
-    rounds_of_warps = ceil_div(slices, warps);
+    const int64_t slices = quant::column_slices(products[0].w.k);
+    warps = std::clamp<int64_t>(slices / split, 1, kMaxWarps);
+    rounds_of_warps = ceil_div(ceil_div(slices, split), warps);
   }
   // Sets the shares of each matrix, of at most `most` row tiles. Returns their sum.
   int64_t divide_rows(Products products, int64_t most) {
@@ -359,23 +436,27 @@ Division divide(Products products, int processors) {
 template <bool kManyRows, int kTiles, typename Input>
 void launch_shape(const ProductLaunch& at, const ProductList& products, const Input& x, int64_t m,
                   const Division& by) {
-  const int64_t items = by.rounds_of_warps * parts_of(kTiles);
-  const int64_t slot_bytes = by.warps * (slot_tiles(kTiles) * kTileBytes + 8);
-  const int64_t second_bytes = by.split > 1 ? kTiles * 64 * 4 : 0;
-  const int64_t slots = std::min(items, (at.block_bytes(2) - second_bytes) / slot_bytes);
-  BBB_ASSERT(slots > 0);
+  const int64_t slices = ceil_div(quant::column_slices(x.k), by.split);
+  const int64_t x_bytes = m * Input::kSliceBytes;
+  const int64_t staged = std::min(slices, kMaxStagedBytes / x_bytes);
+  const int64_t other_bytes =
+      staged * x_bytes + (by.split > 1 ? kTiles * 64 * 4 : 0) + 16 + slices * 8;
+  const int64_t slot_bytes = kTiles * kTileBytes;
+  const int64_t slots = std::min(slices, (at.block_bytes(kBlocks) - other_bytes) / slot_bytes);
+  BBB_ASSERT(slots >= by.warps);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
-          dim3(static_cast<unsigned>(32 * by.warps)), slot_bytes * slots + second_bytes, true,
+          dim3(static_cast<unsigned>(32 * (by.warps + 1))), slot_bytes * slots + other_bytes, true,
           static_cast<unsigned>(by.split)},
          packed_gemv_kernel<Input, kManyRows, kTiles>, products, x,
-         GemvShape{x.k, static_cast<int>(m), static_cast<int>(slots)});
+         GemvShape{x.k, static_cast<int>(m), static_cast<int>(slots),
+                   static_cast<int>(kBytesInFlight / slot_bytes), static_cast<int>(staged)});
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
 CodedRows rows_from(const CodedRows& x, int64_t row) {
-  const int64_t g = row * (x.k / x.group);
-  return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group};
+  const int64_t g = row * (x.k >> x.group_log2);
+  return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group_log2};
 }
 
 // Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
@@ -440,7 +521,10 @@ void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProdu
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m) {
   const TiledView& w = products[0].w;
-  launch_all(at, products, CodedRows{codes, zeros, scales, static_cast<int>(w.k), w.group}, m);
+  launch_all(at, products,
+             CodedRows{codes, zeros, scales, static_cast<int>(w.k),
+                       std::countr_zero(static_cast<unsigned>(w.group))},
+             m);
 }
 
 }  // namespace bbb::cuda

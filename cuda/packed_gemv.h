@@ -69,7 +69,7 @@ struct ProductLaunch {
 // The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
 // that writes tiles may be in flight.
 //
-// Products of m rows x with weights of the same K and group. x is aligned to 4 bytes.
+// Products of m rows x with weights of the same K and group. x and codes are aligned to 16 bytes.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 // The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
@@ -77,8 +77,7 @@ void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m);
-// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on. x is aligned to 16
-// bytes.
+// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on.
 constexpr int64_t kMinGemmRows = 5;
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
