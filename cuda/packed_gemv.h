@@ -66,8 +66,8 @@ struct ProductLaunch {
   int64_t block_bytes(int blocks) const { return smem_bytes / blocks - reserved_bytes; }
 };
 
-// The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
-// that writes tiles may be in flight.
+// The kernels read tiles and master scales before the kernel in front of them in the stream has
+// ended: no kernel that writes these may be in flight.
 //
 // Products of m rows x with weights of the same K and group. x and codes are aligned to 16 bytes.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
