@@ -213,6 +213,13 @@ __device__ inline void copy_bytes(uint32_t dst, const void* src, int bytes, uint
       : "memory");
 }
 
+// To the L2 cache; `bytes` a multiple of 16, src aligned to 16.
+__device__ inline void prefetch_bytes_to_l2(const void* src, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(src)),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void store_box(const CUtensorMap& map, uint32_t src, int column, int head,
                                  int position, int batch) {
   asm volatile(
@@ -271,8 +278,20 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
-// The same of two values. Their bytes count towards the barrier of the other block that is at
-// `barrier` in this one. Only in kernels that are launched with clusters of two blocks or more.
+// The same; the four bytes count towards `barrier` of that block.
+__device__ inline void store_to_block(uint32_t address, int rank, float value, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %2, [remote_barrier];\n"
+      "}" ::"r"(address),
+      "r"(rank), "f"(value), "r"(barrier)
+      : "memory");
+}
+
+// The same of two values. Only in kernels that are launched with clusters of two blocks or more.
 __device__ inline void store_to_block(uint32_t address, int rank, float2 value, uint32_t barrier) {
   asm volatile(
       "{\n"

@@ -66,14 +66,14 @@ struct ProductLaunch {
   int64_t block_bytes(int blocks) const { return smem_bytes / blocks - reserved_bytes; }
 };
 
-// The kernels read the tiles before the kernel in front of them in the stream has ended: no kernel
-// that writes tiles may be in flight.
+// The kernels read tiles and master scales before the kernel in front of them in the stream has
+// ended: no kernel that writes these may be in flight.
 //
-// Products of m rows x with weights of the same K and group. x is aligned to 4 bytes.
+// Products of m rows x with weights of the same K and group. x and codes are aligned to 16 bytes.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
-// The same of the rows of rms_norm(x, w) and of silu(gate) up, which are not rounded. w is aligned
-// to 8 bytes; no kernel that writes it may be in flight.
+// The same of the rows of rms_norm(x, w), which are not rounded, and of silu(gate) up in bf16. w is
+// aligned to 8 bytes; no kernel that writes it may be in flight.
 void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                                const bf16* x, const float* w, float eps, int64_t m);
 void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
@@ -83,8 +83,7 @@ void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledPr
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m);
-// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on. x is aligned to 16
-// bytes.
+// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on.
 constexpr int64_t kMinGemmRows = 5;
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);

@@ -333,9 +333,10 @@ TEST_CASE("packed_gemv and quantized_gemv of 2-bit weights at the ends of tiles"
 TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
   engine::Rng rng(43);
   Backend& b = backend();
-  // On 132 multiprocessors every number of row tiles a block, rings that wrap, several rounds.
-  std::vector<std::pair<int64_t, int64_t>> shapes = {
-      {14336, 4096}, {4096, 14336}, {8500, 4224}, {12680, 2176}, {70000, 160}};
+  // On 132 multiprocessors every number of row tiles a block, rings that wrap, several rounds, more
+  // positions of x than a block holds.
+  std::vector<std::pair<int64_t, int64_t>> shapes = {{14336, 4096}, {4096, 14336}, {8500, 4224},
+                                                     {12680, 2176}, {70000, 160},  {200, 32000}};
   for (int64_t tiles = 1; tiles <= 9; ++tiles) shapes.push_back({132 * 16 * tiles - 20, 96});
   for (const auto& [n, k] : shapes)
     for (const int64_t m : {1, 3, 16, 64, 200}) {
