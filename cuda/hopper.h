@@ -291,7 +291,8 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value, u
       : "memory");
 }
 
-// The same of two values. Only in kernels that are launched with clusters of two blocks or more.
+// Two values and their eight bytes. Only in kernels that are launched with clusters of two blocks
+// or more.
 __device__ inline void store_to_block(uint32_t address, int rank, float2 value, uint32_t barrier) {
   asm volatile(
       "{\n"

@@ -44,6 +44,7 @@
 #include "cuda/early_start.h"
 #include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
+#include "cuda/reduce.h"
 #include "cuda/tile_product.h"
 #include "quant/packed_tiles.h"
 
@@ -78,20 +79,9 @@ __device__ __forceinline__ float2 floats_of(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
-// Fills `slices` slices of kBytes, a multiple of 16, that are `pitch` bytes apart, with piece(i):
-// 16 bytes each. All threads take part.
-template <int kBytes, typename Piece>
-__device__ void stage_pieces(unsigned char* to, int pitch, int slices, int thread, int threads,
-                             const Piece& piece) {
-  constexpr int kPieces = kBytes / 16;
-  for (int i = thread; i < slices * kPieces; i += threads)
-    *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) = piece(i);
-}
-
 // Rows of bf16. In shared memory a slice of a row is 128 of them.
 struct PlainRows {
-  using Values = uint2;  // a lane's
-  struct Ahead {};       // what it loads a slice ahead
+  using Raw = uint2;
   static constexpr int kSliceBytes = kTileColumns * 2;
   const bf16* x;  // (M, K)
   int k;
@@ -100,24 +90,35 @@ struct PlainRows {
   // apart. Positions from K on become zeros. All threads take part.
   __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
                         int threads) const {
-    stage_pieces<kSliceBytes>(to, pitch, slices, thread, threads, [&](int piece) {
-      const int at = begin + piece * 8;
-      return at < k ? load_past_l1(reinterpret_cast<const uint4*>(x + int64_t{row} * k + at))
-                    : uint4{};
-    });
+    stage_pieces(to, pitch, begin, slices, thread, threads,
+                 [&](int at) { return eight_of(x, row, at); });
+  }
+  // The same of what eight(position) returns: eight values.
+  template <typename Eight>
+  __device__ void stage_pieces(unsigned char* to, int pitch, int begin, int slices, int thread,
+                               int threads, const Eight& eight) const {
+    constexpr int kPieces = kSliceBytes / 16;
+    for (int i = thread; i < slices * kPieces; i += threads) {
+      const int at = begin + i * 8;
+      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
+          at < k ? eight(at) : uint4{};
+    }
+  }
+  __device__ uint4 eight_of(const bf16* from, int row, int at) const {
+    return load_past_l1(reinterpret_cast<const uint4*>(from + int64_t{row} * k + at));
   }
   // A lane's values from position `at` of a staged slice on.
-  __device__ static Values staged(const unsigned char* slice, int at) {
+  __device__ static Raw staged(const unsigned char* slice, int at) {
     const uint32_t* const from = reinterpret_cast<const uint32_t*>(slice + at * 2);
     return {from[0], from[kSecondPair / 2]};
   }
-  __device__ Values load(int row, int at) const {
+  __device__ Raw load(int row, int at) const {
     const bf16* const from = x + int64_t{row} * k + at;
     return {load_past_l1(reinterpret_cast<const uint32_t*>(from)),
             load_past_l1(reinterpret_cast<const uint32_t*>(from + kSecondPair))};
   }
-  __device__ static Ahead ahead(int) { return {}; }
-  __device__ static Levels levels(const Values& raw) {
+  __device__ static Raw zero() { return {0, 0}; }
+  __device__ static Levels levels(const Raw& raw) {
     uint32_t most = __vmaxu2(raw.x & 0x7FFF7FFFu, raw.y & 0x7FFF7FFFu);
 #pragma unroll
     for (int lanes = 1; lanes < 8; lanes *= 2)
@@ -130,66 +131,23 @@ struct PlainRows {
   }
 };
 
-// The same from four floats. The largest is cut to bf16, which is less than one of its last places
-// below it.
-__device__ __forceinline__ Levels levels_of(float2 first, float2 second) {
-  const auto magnitude = [](float x) { return __float_as_uint(x) & 0x7FFFFFFFu; };
-  uint32_t most = max(max(magnitude(first.x), magnitude(first.y)),
-                      max(magnitude(second.x), magnitude(second.y)));
-#pragma unroll
-  for (int lanes = 1; lanes < 8; lanes *= 2)
-    most = max(most, __shfl_xor_sync(kAllLanes, most, lanes));
-  const IntegerUnit integers((most >> 16) + 1);
-  return {__byte_perm(integers.shifted(first.x), integers.shifted(first.y), 0x5410),
-          __byte_perm(integers.shifted(second.x), integers.shifted(second.y), 0x5410),
-          integers.unit};
-}
-
-// Rows of x w r, r = 1 / sqrt(mean(x^2) + eps): rms_norm(x, w) before it is rounded. The integers
-// are those of x w; the sums are multiplied by r.
-struct NormedRows : PlainRows {
-  struct Ahead {
-    float2 first, second;  // w of both pairs
-  };
-  const float* w;  // (K)
-  float eps;
-
-  __device__ Ahead ahead(int at) const {
-    return {*reinterpret_cast<const float2*>(w + at),
-            *reinterpret_cast<const float2*>(w + at + kSecondPair)};
-  }
-};
-
-// Rows of swiglu(gate, up) = silu(gate) up. In shared memory they are rows of bf16.
-struct GatedRows {
-  using Values = PlainRows::Values;
-  using Ahead = PlainRows::Ahead;
-  static constexpr int kSliceBytes = PlainRows::kSliceBytes;
-  const bf16 *gate, *up;  // (M, K)
-  int k;
+// Rows of silu(gate) up.
+struct GatedRows : PlainRows {
+  const bf16* up;  // (M, K); x: gate
 
   __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
                         int threads) const {
-    stage_pieces<kSliceBytes>(to, pitch, slices, thread, threads, [&](int piece) {
-      const int at = begin + piece * 8;
-      if (at >= k) return uint4{};
-      const uint4 g = load_past_l1(reinterpret_cast<const uint4*>(gate + int64_t{row} * k + at));
-      const uint4 u = load_past_l1(reinterpret_cast<const uint4*>(up + int64_t{row} * k + at));
+    stage_pieces(to, pitch, begin, slices, thread, threads, [&](int at) {
+      const uint4 g = eight_of(x, row, at), u = eight_of(up, row, at);
       return uint4{gated(g.x, u.x), gated(g.y, u.y), gated(g.z, u.z), gated(g.w, u.w)};
     });
   }
-  __device__ static Values staged(const unsigned char* slice, int at) {
-    return PlainRows::staged(slice, at);
-  }
-  __device__ Values load(int row, int at) const {
-    const uint2 g = PlainRows{gate, k}.load(row, at), u = PlainRows{up, k}.load(row, at);
+  __device__ Raw load(int row, int at) const {
+    const Raw g = PlainRows::load(row, at), u = PlainRows{up, k}.load(row, at);
     return {gated(g.x, u.x), gated(g.y, u.y)};
   }
-  __device__ static Ahead ahead(int) { return {}; }
-  __device__ static Levels levels(const Values& values) { return PlainRows::levels(values); }
 
  private:
-  // Of two values in bf16.
   __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
     const float2 g = floats_of(gate), u = floats_of(up);
     return pack_bf16(silu(g.x) * u.x, silu(g.y) * u.y);
@@ -200,15 +158,54 @@ struct GatedRows {
   }
 };
 
+// Rows of x w, whose products are then multiplied by r = 1 / sqrt(mean(x^2) + eps).
+struct NormedRows : PlainRows {
+  const float* w;  // (K)
+  float eps;
+
+  // Adds the squares of what this thread copies.
+  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
+                        int threads, float& squares) const {
+    stage_pieces(to, pitch, begin, slices, thread, threads, [&](int at) {
+      const uint4 v = eight_of(x, row, at);
+      squares += squares_of(v);
+      return uint4{weighted(v.x, at), weighted(v.y, at + 2), weighted(v.z, at + 4),
+                   weighted(v.w, at + 6)};
+    });
+  }
+  // Adds those of this thread's part of positions [begin, end).
+  __device__ void add_squares(float& squares, int row, int begin, int end, int thread,
+                              int threads) const {
+    for (int at = begin + thread * 8; at < min(end, k); at += threads * 8)
+      squares += squares_of(eight_of(x, row, at));
+  }
+  __device__ Raw load(int row, int at) const {
+    const Raw v = PlainRows::load(row, at);
+    return {weighted(v.x, at), weighted(v.y, at + kSecondPair)};
+  }
+
+ private:
+  __device__ uint32_t weighted(uint32_t pair, int at) const {
+    const float2 v = floats_of(pair), factor = *reinterpret_cast<const float2*>(w + at);
+    return pack_bf16(v.x * factor.x, v.y * factor.y);
+  }
+  __device__ static float square(uint32_t pair) {
+    const float2 v = floats_of(pair);
+    return fmaf(v.x, v.x, v.y * v.y);
+  }
+  __device__ static float squares_of(const uint4& v) {
+    return square(v.x) + square(v.y) + (square(v.z) + square(v.w));
+  }
+};
+
 // Rows of an operand's codes. In shared memory a slice of a row is 128 codes, then scale and zero
 // point of each sub-group.
 struct CodedRows {
-  struct Values {
+  struct Raw {
     uint32_t codes;
     uint32_t zero;
     float scale;
   };
-  using Ahead = PlainRows::Ahead;
   static constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
   static constexpr int kSliceBytes = kTileColumns + kSubgroups * 8;
   const uint8_t* codes;  // (M, K)
@@ -218,11 +215,13 @@ struct CodedRows {
 
   __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
                         int threads) const {
-    stage_pieces<kTileColumns>(to, pitch, slices, thread, threads, [&](int piece) {
-      const int at = begin + piece * 16;
-      return at < k ? load_past_l1(reinterpret_cast<const uint4*>(codes + int64_t{row} * k + at))
-                    : uint4{};
-    });
+    constexpr int kPieces = kTileColumns / 16;
+    for (int i = thread; i < slices * kPieces; i += threads) {
+      const int at = begin + i * 16;
+      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
+          at < k ? load_past_l1(reinterpret_cast<const uint4*>(codes + int64_t{row} * k + at))
+                 : uint4{};
+    }
     for (int i = thread; i < slices * kSubgroups; i += threads) {
       const int at = begin + i * quant::kSubgroup;
       uint2 grid{};
@@ -231,13 +230,13 @@ struct CodedRows {
           grid;
     }
   }
-  __device__ static Values staged(const unsigned char* slice, int at) {
+  __device__ static Raw staged(const unsigned char* slice, int at) {
     const uint16_t* const from = reinterpret_cast<const uint16_t*>(slice + at);
     const uint2 grid =
         *reinterpret_cast<const uint2*>(slice + kTileColumns + at / quant::kSubgroup * 8);
     return {from[0] | uint32_t{from[kSecondPair / 2]} << 16, grid.y, __uint_as_float(grid.x)};
   }
-  __device__ Values load(int row, int at) const {
+  __device__ Raw load(int row, int at) const {
     const uint8_t* const from = codes + int64_t{row} * k + at;
     return {load_past_l1(reinterpret_cast<const uint16_t*>(from)) |
                 uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(from + kSecondPair))} << 16,
@@ -250,8 +249,8 @@ struct CodedRows {
   __device__ const uint32_t* scale_bits(int row, int at) const {
     return reinterpret_cast<const uint32_t*>(scales + group(row, at));
   }
-  __device__ static Ahead ahead(int) { return {}; }
-  __device__ static Levels levels(const Values& raw) {
+  __device__ static Raw zero() { return {0, 0, 0.0f}; }
+  __device__ static Levels levels(const Raw& raw) {
     const uint32_t shift = ((128 - raw.zero) & 0xFFFFu) * 0x00010001u;
     return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
             __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), raw.scale};
@@ -270,62 +269,48 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
-// The factor of a row of x that is known only at its end: r of NormedRows. Each lane adds up the
-// squares of its values; the block's warps leave their sums in shared memory.
+// Stages a row's slices, `staged` of all `slices` from position `begin` on, and knows its factor: r
+// of NormedRows, whose warps leave their sums of squares in shared memory.
 template <typename Input>
-struct RowFactor {
+struct RowStager {
+  static constexpr bool kHasFactor = false;
   static constexpr int kSmemBytes = 0;
-  static constexpr int kSentBytes = 0;
-  __device__ Levels levels(const typename Input::Values& values, const typename Input::Ahead&) {
-    return Input::levels(values);
+  __device__ static void stage(const Input& x, unsigned char* to, int pitch, int row, int begin,
+                               int staged, int, int thread, int threads) {
+    x.stage(to, pitch, row, begin, staged, thread, threads);
   }
-  template <bool kManyRows>
-  __device__ void leave(int, int) const {}
-  __device__ void send(int, uint32_t) const {}
-  __device__ float of_row(const Input&, int, int, bool) const { return 1.0f; }
+  __device__ static float factor(const Input&, int, int, bool) { return 1.0f; }
 };
 template <>
-struct RowFactor<NormedRows> {
-  // By warp and row; then those of the second block of a cluster.
-  static constexpr int kSmemBytes = (kMaxWarps + 1) * kTokens * 4;
-  static constexpr int kSentBytes = kTokens * 4;
+struct RowStager<NormedRows> {
   using Squares = float[kTokens];
-  float squares = 0.0f;
+  static constexpr bool kHasFactor = true;
+  // By warp and row; then those of the second block of a cluster.
+  static constexpr int kSmemBytes = (kMaxWarps + 1) * sizeof(Squares);
 
   __device__ static Squares* shared() {
     __shared__ Squares sums[kMaxWarps + 1];
     return sums;
   }
-  __device__ Levels levels(const NormedRows::Values& x, const NormedRows::Ahead& w) {
-    const float2 a = floats_of(x.x), b = floats_of(x.y);
-    squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(b.x, b.x, fmaf(b.y, b.y, squares))));
-    return levels_of(make_float2(a.x * w.first.x, a.y * w.first.y),
-                     make_float2(b.x * w.second.x, b.y * w.second.y));
+  __device__ static float* second() { return shared()[kMaxWarps]; }
+  __device__ static void stage(const NormedRows& x, unsigned char* to, int pitch, int row,
+                               int begin, int staged, int slices, int thread, int threads) {
+    float squares = 0.0f;
+    x.stage(to, pitch, row, begin, staged, thread, threads, squares);
+    x.add_squares(squares, row, begin + staged * kTileColumns, begin + slices * kTileColumns,
+                  thread, threads);
+    squares = warp_sum(squares);
+    if (thread % 32 == 0) shared()[thread / 32][row] = squares;
   }
-  // Before the block's barrier. An octet has a row, or all lanes have one.
-  template <bool kManyRows>
-  __device__ void leave(int warp, int lane) const {
-    float sum = squares;
-#pragma unroll
-    for (int lanes = 1; lanes < (kManyRows ? 8 : 32); lanes *= 2)
-      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-    if (lane % 8 == 0) shared()[warp][lane / 8] = sum;
-  }
-  __device__ static float sum_of(int row, int warps) {
+  __device__ static float sum_of_warps(int row, int warps) {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kMaxWarps; ++w)
       if (w < warps) sum += shared()[w][row];
     return sum;
   }
-  // From the second block to the first: kSentBytes for its barrier.
-  __device__ void send(int warps, uint32_t barrier) const {
-    if (threadIdx.x < kTokens)
-      store_to_block(shared_address(&shared()[kMaxWarps][threadIdx.x]), 0,
-                     sum_of(threadIdx.x, warps), barrier);
-  }
-  __device__ float of_row(const NormedRows& x, int row, int warps, bool split) const {
-    const float sum = sum_of(row, warps) + (split ? shared()[kMaxWarps][row] : 0.0f);
+  __device__ static float factor(const NormedRows& x, int row, int warps, bool split) {
+    const float sum = sum_of_warps(row, warps) + (split ? second()[row] : 0.0f);
     return 1.0f / sqrtf(sum / static_cast<float>(x.k) + x.eps);
   }
 };
@@ -334,40 +319,27 @@ struct RowFactor<NormedRows> {
 template <typename Input, bool kManyRows>
 struct OperandMaker : SliceOperand<kManyRows> {
   static constexpr int kLoads = SliceOperand<kManyRows>::kUnits;
-  using Values = typename Input::Values;
-  using Ahead = typename Input::Ahead;
+  using Raw = typename Input::Raw;
 
-  // A lane's first position of load i, inside of a slice.
-  __device__ static int position(int i, int lane) {
-    return (kManyRows ? i : lane / 8) * quant::kSubgroup + first_position(lane);
-  }
   // Reads a slice, from `staged` if that is not null.
-  __device__ __forceinline__ static void read(Values (&values)[kLoads], const Input& x, int m,
-                                              int slice, const unsigned char* staged, int lane) {
+  __device__ __forceinline__ static void read(Raw (&raw)[kLoads], const Input& x, int m, int slice,
+                                              const unsigned char* staged, int lane) {
     const int row = kManyRows ? lane / 8 : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int inside = position(i, lane), at = slice * kTileColumns + inside;
-      values[i] = at >= x.k || row >= m ? Values{}
-                  : staged != nullptr   ? Input::staged(staged + row * Input::kSliceBytes, inside)
-                                        : x.load(row, at);
+      const int inside = (kManyRows ? i : lane / 8) * quant::kSubgroup + first_position(lane);
+      const int at = slice * kTileColumns + inside;
+      raw[i] = at >= x.k || row >= m ? Input::zero()
+               : staged != nullptr   ? Input::staged(staged + row * Input::kSliceBytes, inside)
+                                     : x.load(row, at);
     }
   }
-  __device__ __forceinline__ static void look_ahead(Ahead (&ahead)[kLoads], const Input& x,
-                                                    int slice, int lane) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int at = slice * kTileColumns + position(i, lane);
-      ahead[i] = at < x.k ? x.ahead(at) : Ahead{};
-    }
-  }
-  __device__ __forceinline__ void make(const Values (&values)[kLoads], const Ahead (&ahead)[kLoads],
-                                       RowFactor<Input>& factor, int lane) {
+  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
     const int t = lane % 4;
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const Levels levels = factor.levels(values[i], ahead[i]);
+      const Levels levels = Input::levels(raw[i]);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
@@ -441,7 +413,8 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
     if (split > 1 && warp == 0) {
       mbarrier_init(second_barrier, 1);
-      if (rank == 0) mbarrier_expect(second_barrier, tiles * 64 * 4 + RowFactor<Input>::kSentBytes);
+      const int squares = RowStager<Input>::kHasFactor ? shape.m : 0;
+      if (rank == 0) mbarrier_expect(second_barrier, (tiles * 64 + squares) * 4);
     }
     mbarrier_init_fence();
     async_proxy_fence();
@@ -464,33 +437,27 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     return;
   }
   if (thread == 0) *master_scale = load_past_l1(product.w.master_scale);
-  typename Input::Ahead ahead[Operand::kLoads];
-  Operand::look_ahead(ahead, x, first_slice + warp, lane);
   wait_for_previous_kernel();
 
 #pragma unroll 1
   for (int row = 0; row < shape.m; ++row)
-    x.stage(staged + row * Input::kSliceBytes, x_pitch, row, first_slice * kTileColumns,
-            shape.staged, thread, threads);
+    RowStager<Input>::stage(x, staged + row * Input::kSliceBytes, x_pitch, row,
+                            first_slice * kTileColumns, shape.staged, slices, thread, threads);
   named_sync(1, threads);
-  const auto read = [&](typename Input::Values(&values)[Operand::kLoads], int slice) {
-    Operand::read(values, x, shape.m, first_slice + slice,
+  typename Input::Raw raw[Operand::kLoads];
+  const auto read = [&](int slice) {
+    Operand::read(raw, x, shape.m, first_slice + slice,
                   slice < shape.staged ? staged + slice * x_pitch : nullptr, lane);
   };
   float sum[kTiles][2] = {};
-  typename Input::Values values[Operand::kLoads];
-  RowFactor<Input> factor;
-  if (kManyRows) read(values, warp);
+  if (kManyRows) read(warp);
   int slice = warp, slot = warp * kSlotBytes;
 #pragma unroll 1
   for (;; slice += warps) {
     Operand operand;
-    if (!kManyRows) read(values, slice);
-    operand.make(values, ahead, factor, lane);
-    if (slice + warps < slices) {
-      if (kManyRows) read(values, slice + warps);
-      Operand::look_ahead(ahead, x, first_slice + slice + warps, lane);
-    }
+    if (!kManyRows) read(slice);
+    operand.make(raw, lane);
+    if (kManyRows && slice + warps < slices) read(slice + warps);
     mbarrier_wait(barriers + slice * 8, 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
@@ -503,22 +470,12 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     if (slot >= ring_bytes) slot -= ring_bytes;
   }
 
-  const auto output_of = [&](int i) { return i % 4 * n + first_tile * kTileRows + i / 4; };
-  const auto is_output = [&](int i) {
-    return i < tiles * 64 && first_tile * kTileRows + i / 4 < n && i % 4 < shape.m;
-  };
-  const auto load_addend = [&](int i) {
-    const auto* const from = reinterpret_cast<const uint16_t*>(product.addend);
-    return from != nullptr && is_output(i) ? load_past_l1(from + output_of(i)) : uint16_t{0};
-  };
-  uint16_t addend = load_addend(thread);  // there when the sums are
   float* const own = reinterpret_cast<float*>(smem + slot) + lane;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     own[i * 64] = sum[i][0];
     own[i * 64 + 32] = sum[i][1];
   }
-  factor.template leave<kManyRows>(warp, lane);
   // The last slices, one a warp, are in consecutive slots.
   int first_sums = slot - (slice - (slices - warps)) * kSlotBytes;
   if (first_sums < 0) first_sums += ring_bytes;
@@ -538,7 +495,12 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     cluster_wait();  // the first block runs
     for (int i = thread; i < tiles * 64; i += threads)
       store_to_block(shared_address(second + i), 0, sum_of_warps(i), second_barrier);
-    factor.send(warps, second_barrier);
+    if constexpr (RowStager<Input>::kHasFactor) {
+      using Stager = RowStager<Input>;
+      if (thread < shape.m)
+        store_to_block(shared_address(Stager::second() + thread), 0,
+                       Stager::sum_of_warps(thread, warps), second_barrier);
+    }
     return;
   }
   for (int i = thread; i < tiles * 64; i += threads) {
@@ -551,11 +513,13 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
     }
-    if (!is_output(i)) continue;
-    if (i != thread) addend = load_addend(i);
-    total = total * (*master_scale * factor.of_row(x, kManyRows ? i % 4 : 0, warps, split > 1)) +
-            __uint_as_float(uint32_t{addend} << 16);
-    const int64_t out = output_of(i);
+    const int64_t row = first_tile * kTileRows + i / 4;
+    if (row >= n || i % 4 >= shape.m) continue;
+    const int64_t out = i % 4 * n + row;
+    total *= *master_scale * RowStager<Input>::factor(x, kManyRows ? i % 4 : 0, warps, split > 1);
+    if (product.addend != nullptr)
+      total += __uint_as_float(
+          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
     if (product.y_f32 != nullptr)
       product.y_f32[out] = total;
     else
@@ -612,7 +576,7 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t x_bytes = m * Input::kSliceBytes;
   const int64_t staged = std::min(slices, kMaxStagedBytes / x_bytes);
   const int64_t other_bytes = staged * x_bytes + (by.split > 1 ? kTiles * 64 * 4 : 0) + 16 +
-                              slices * 8 + RowFactor<Input>::kSmemBytes;
+                              slices * 8 + RowStager<Input>::kSmemBytes;
   const int64_t slot_bytes = kTiles * kTileBytes;
   const int64_t slots = std::min(slices, (at.block_bytes(kBlocks) - other_bytes) / slot_bytes);
   BBB_ASSERT(slots >= by.warps);
@@ -626,11 +590,11 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
+GatedRows rows_from(const GatedRows& x, int64_t row) {
+  return {{x.x + row * x.k, x.k}, x.up + row * x.k};
+}
 NormedRows rows_from(const NormedRows& x, int64_t row) {
   return {{x.x + row * x.k, x.k}, x.w, x.eps};
-}
-GatedRows rows_from(const GatedRows& x, int64_t row) {
-  return {x.gate + row * x.k, x.up + row * x.k, x.k};
 }
 CodedRows rows_from(const CodedRows& x, int64_t row) {
   const int64_t g = row * (x.k >> x.group_log2);
@@ -702,7 +666,7 @@ void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledP
 
 void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                               const bf16* gate, const bf16* up, int64_t m) {
-  launch_all(at, products, GatedRows{gate, up, static_cast<int>(products[0].w.k)}, m);
+  launch_all(at, products, GatedRows{{gate, static_cast<int>(products[0].w.k)}, up}, m);
 }
 
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
