@@ -271,6 +271,21 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value) {
       : "memory");
 }
 
+// Reads 16 bytes of it in the same way. The other block must not end before.
+__device__ inline float4 load_from_block(uint32_t address, int rank) {
+  float4 v;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
+      "}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
 // --- registers ----------------------------------------------------------------------------------
 
 template <int kRegisters>

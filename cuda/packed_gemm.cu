@@ -25,10 +25,10 @@
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. Each block sends its sums of a row of x to the shared memory of the one that
-// adds them up, in the order of blocks. So runs repeat bit for bit.
-// Bytes moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from
-// the L2 cache.
+// part of the slices. The sums of a row of x are added up by one of the blocks, which reads those
+// of the others from their shared memory, in the order of blocks. So runs repeat bit for bit. Bytes
+// moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from the
+// L2 cache.
 #include <algorithm>
 #include <numeric>
 
@@ -58,14 +58,10 @@ constexpr int blocks_of(int tokens) { return tokens <= 32 ? 2 : 1; }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
-// Sums in shared memory: (blocks, slots, pitch) FP32. Rank r of a cluster adds up tokens r, r +
-// split, .., one a slot. The pitch is four more than rows: the lanes of a fragment's store use
-// distinct banks.
-constexpr int kOutputs = 4;  // that a thread makes at a time
-BBB_HD constexpr int slots_of(int tokens, unsigned split) {
-  return static_cast<int>((tokens + split - 1) / split);
-}
-BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
+// Sums in shared memory: (kTokens, rows) FP32. The pitch is four more than the rows: the lanes of a
+// fragment's store use distinct banks. Rank r of a cluster adds up tokens r, r + split, ..
+constexpr int kSumsPitch = kMaxGroups * kGroupRows + 4;
+constexpr int kWidth = 4;  // output rows of a thread
 
 // A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
 // bytes 1 and 3 into the place of bytes 0 and 2; scales of rows r and r + 8, two sub-groups a word;
@@ -110,10 +106,40 @@ struct LaneTile {
   }
 };
 
-// A value that an earlier kernel wrote.
-__device__ __forceinline__ float load_bf16(const bf16* p) {
-  return __uint_as_float(uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(p))} << 16);
-}
+// kWidth consecutive values of a row of y and of the addend, of which `count` are in the matrix.
+struct Outputs {
+  const TiledProduct& product;
+  int64_t count;
+  bool wide;  // one access for all of them
+
+  __device__ __forceinline__ Outputs(const TiledProduct& product, int64_t count)
+      : product(product), count(count) {
+    const auto is_wide = [](const auto* p) {
+      return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(*p)) == 0;
+    };
+    wide = product.w.n % kWidth == 0 && is_wide(product.y_bf16) && is_wide(product.y_f32) &&
+           is_wide(product.addend);
+  }
+  __device__ __forceinline__ void load(float (&x)[kWidth], int64_t at) const {
+    if (wide) return load_past_l1(x, product.addend + at, kWidth);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      if (i < count) x[i] = to_float(load_past_l1(product.addend + at + i));
+  }
+  __device__ __forceinline__ void store(const float (&x)[kWidth], int64_t at) const {
+    if (product.y_f32 != nullptr)
+      store(product.y_f32 + at, x);
+    else
+      store(product.y_bf16 + at, x);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(T* y, const float (&x)[kWidth]) const {
+    if (wide) return cuda::store(y, x, kWidth);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      if (i < count) from_float(y[i], x[i]);
+  }
+};
 
 struct GemmShape {
   int64_t k;
@@ -121,7 +147,7 @@ struct GemmShape {
 };
 
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
-// of x, their tiles, and two barriers a stage; at the end sums (sums_pitch).
+// of x, their tiles, and two barriers a stage; at the end sums (kSumsPitch).
 template <int kTokens>
 __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -249,35 +275,20 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
     accumulator_fence(d);
   }
 
-  // The ring is free in all blocks: all copies have landed and all products have read them.
-  if (split > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();  // all copies have landed and all products have read them
   float* const sums = reinterpret_cast<float*>(smem);
-  const int pitch = sums_pitch(most_groups), slots = slots_of(kTokens, split);
   if (group < groups) {
-    const int row = warp * kTileRows + lane / 4;
-    const unsigned inverse = (65536 + split - 1) / split;  // its products give quotients of tokens
+    float* const to = sums + lane % 4 * 2 * kSumsPitch + warp * kTileRows + lane / 4;
 #pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const unsigned token = i * 8 + lane % 4 * 2 + j, slot = token * inverse >> 16;
-        float* const to = sums + (rank * slots + slot) * pitch + row;
+      for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
-          const float sum = is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
-          if (split > 1)
-            store_to_block(shared_address(to + half * 8), static_cast<int>(token - slot * split),
-                           sum);
-          else
-            to[half * 8] = sum;
-        }
-      }
+        for (int j = 0; j < 2; ++j)
+          to[(i * 8 + j) * kSumsPitch + half * 8] =
+              is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
+    }
   }
   if (split > 1) {
     cluster_arrive();
@@ -286,37 +297,52 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
     __syncthreads();
   }
 
-  // A thread takes an output row, and every second slot.
+  // A thread takes kWidth consecutive output rows, and of the block's tokens every kStep-th.
+  constexpr int kStep = kWarpgroup / (kGroupRows / kWidth);
+  constexpr int kBatch = kTokens <= 32 ? 2 : 4;  // at a time
   const float s = *product.w.master_scale;
-  const int block_rows = most_groups * kGroupRows, row = thread % block_rows;
+  const int threads_across = most_groups * (kGroupRows / kWidth);
+  const int row = thread % threads_across * kWidth;
   const int64_t output = first_group * kGroupRows + row;
-  if (row >= groups * kGroupRows || output >= n) return;
-  const float* const from = sums + row;
-#pragma unroll 1
-  for (int first = thread / block_rows; first < slots; first += 2 * kOutputs) {
-    const auto token_of = [&](int i) { return static_cast<int>((first + 2 * i) * split + rank); };
-    const auto is_output = [&](int i) {
-      return token_of(i) < kTokens && first_token + token_of(i) < shape.m;
-    };
+  const int tokens = min(kTokens, shape.m - first_token);
+  if (row < groups * kGroupRows && output < n) {
     const int64_t out = int64_t{first_token} * n + output;
-    float addend[kOutputs] = {};
-    if (product.addend != nullptr)
+    const Outputs outputs{product, n - output};
+#pragma unroll 1
+    for (int first = thread / threads_across * split + rank; first < tokens;
+         first += kBatch * kStep * split) {
+      const auto token = [&](int i) { return first + i * kStep * static_cast<int>(split); };
+      float total[kBatch][kWidth] = {}, addend[kBatch][kWidth] = {};
+      if (product.addend != nullptr)
 #pragma unroll
-      for (int i = 0; i < kOutputs; ++i)
-        if (is_output(i)) addend[i] = load_bf16(product.addend + out + token_of(i) * n);
+        for (int i = 0; i < kBatch; ++i)
+          if (token(i) < tokens) outputs.load(addend[i], out + token(i) * n);
+#pragma unroll 1
+      for (unsigned block = 0; block < split; ++block)
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) {
-      if (!is_output(i)) continue;
-      float total = from[(first + 2 * i) * pitch];
-      for (unsigned block = 1; block < split; ++block)
-        total += from[(block * slots + first + 2 * i) * pitch];
-      total *= s;
-      if (product.addend != nullptr) total += addend[i];
-      if (product.y_f32 != nullptr)
-        product.y_f32[out + token_of(i) * n] = total;
-      else
-        product.y_bf16[out + token_of(i) * n] = __float2bfloat16_rn(total);
+        for (int i = 0; i < kBatch; ++i)
+          if (token(i) < tokens) {
+            const float* const sum = sums + token(i) * kSumsPitch + row;
+            const float4 part = block == rank ? *reinterpret_cast<const float4*>(sum)
+                                              : load_from_block(shared_address(sum), block);
+            total[i][0] += part.x, total[i][1] += part.y;
+            total[i][2] += part.z, total[i][3] += part.w;
+          }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (token(i) >= tokens) continue;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          total[i][j] *= s;
+          if (product.addend != nullptr) total[i][j] += addend[i][j];
+        }
+        outputs.store(total[i], out + token(i) * n);
+      }
     }
+  }
+  if (split > 1) {  // the other blocks have read this one's sums
+    cluster_arrive();
+    cluster_wait();
   }
 #endif
 }
@@ -373,9 +399,8 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
   const int64_t limit_bytes = at.block_bytes(blocks_of(kTokens));
   const int64_t stages =
       std::min({slices, int64_t{kMaxStages}, (limit_bytes - kAlignment) / stage_bytes});
-  const int64_t sums_bytes = by.split * slots_of(kTokens, static_cast<unsigned>(by.split)) *
-                             sums_pitch(static_cast<int>(by.groups)) * 4;
-  const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, sums_bytes);
+  constexpr int64_t kSumsBytes = kTokens * kSumsPitch * 4;
+  const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, kSumsBytes);
   BBB_ASSERT((stages > 1 || slices == 1) && smem_bytes <= limit_bytes);
   launch(
       at.stream,
