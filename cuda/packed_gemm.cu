@@ -30,6 +30,7 @@
 // moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from the
 // L2 cache.
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "cuda/cuda_backend.h"
@@ -347,26 +348,49 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
 #endif
 }
 
-// Clusters of `split` blocks that run at once, a block a multiprocessor: a cluster is within a
-// group of 16 multiprocessors.
-int64_t clusters_of(int processors, int64_t split) {
-  return split == 1 ? processors : std::max<int64_t>(processors / 16 * (16 / split), 1);
+// Clusters of 1 .. kMaxSplit blocks that run at once, a block a multiprocessor. A cluster is within
+// a group of multiprocessors, and the groups of a GPU differ in size.
+using ClusterLimits = std::array<int64_t, kMaxSplit + 1>;
+
+ClusterLimits find_cluster_limits(const ProductLaunch& at) {
+  const auto kernel = reinterpret_cast<const void*>(packed_gemm_kernel<128>);
+  const auto smem_bytes = static_cast<int>(at.block_bytes(1));
+  BBB_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  ClusterLimits limits{0, at.processors};
+  for (unsigned split = 2; split <= kMaxSplit; ++split) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {split, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(split);
+    config.blockDim = dim3(kWarpgroup);
+    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    BBB_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    limits[split] = clusters;
+  }
+  return limits;
 }
 
 // How products are divided: each into shares of at most `groups` warpgroups, each taken by a
 // cluster of `split` blocks.
 struct Division {
-  Division(Products products, int processors, int tokens, int64_t token_tiles, int groups,
-           int64_t split)
+  Division(Products products, const ClusterLimits& limits, int tokens, int64_t token_tiles,
+           int groups, int64_t split)
       : groups(groups), split(split) {
     int64_t clusters = 0;
     for (size_t i = 0; i < products.size(); ++i)
       clusters += shares[i] = ceil_div(products[i].w.n, int64_t{groups} * kGroupRows);
-    const int64_t waves = ceil_div(clusters * token_tiles, clusters_of(processors, split));
+    const int64_t waves = ceil_div(clusters * token_tiles, limits[split]);
     const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    // Cycles of a slice: of the instructions that make A and of products for each warpgroup, and of
-    // a copy of x from the L2 cache. Then those of a block's start and end.
-    const int64_t slice = std::max<int64_t>(groups * std::max(130, 4 * tokens), 9 * tokens) + 60;
+    // Cycles of a slice: of the instructions that make A and of products, for all warpgroups or
+    // one after another for one of them; and of a copy of x from the L2 cache. Then those of a
+    // block's start and end.
+    const int64_t slice =
+        std::max({int64_t{700}, int64_t{groups} * std::max(250, 4 * tokens), int64_t{9} * tokens}) +
+        60;
     const int64_t ends = 1500 + 6 * tokens * groups + (split > 1 ? 700 : 0);
     cost = waves * (slices * slice + ends);
   }
@@ -376,12 +400,13 @@ struct Division {
   int64_t shares[kMaxProducts] = {};
 };
 
-Division divide(Products products, int processors, int tokens, int64_t token_tiles) {
-  Division best(products, processors, tokens, token_tiles, kMaxGroups, 1);
+Division divide(Products products, const ClusterLimits& limits, int tokens, int64_t token_tiles) {
+  Division best(products, limits, tokens, token_tiles, kMaxGroups, 1);
   const int64_t slices = quant::column_slices(products[0].w.k);
   for (int groups = 1; groups <= kMaxGroups; ++groups)
     for (int64_t split = 1; split <= std::min<int64_t>(slices, kMaxSplit); ++split) {
-      const Division other(products, processors, tokens, token_tiles, groups, split);
+      if (limits[split] == 0) continue;
+      const Division other(products, limits, tokens, token_tiles, groups, split);
       if (other.cost < best.cost) best = other;
     }
   return best;
@@ -390,7 +415,8 @@ Division divide(Products products, int processors, int tokens, int64_t token_til
 template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
   const int64_t k = products[0].w.k, token_tiles = ceil_div(m, kTokens);
-  const Division by = divide(products, at.processors, kTokens, token_tiles);
+  static const ClusterLimits limits = find_cluster_limits(at);
+  const Division by = divide(products, limits, kTokens, token_tiles);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) list.items[i] = {products[i], by.shares[i]};
   constexpr int64_t kAlignment = 1024;
