@@ -5,13 +5,14 @@
 //
 // Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns
 // of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16, so a product differs
-// from one in F64 only by the FP32 sums. S is applied at the end. With bits 4, 5 of a bf16 of
-// exponent 250 the code, a register of A takes one shift, one mask and one fused multiply-add:
+// from one in F64 only by the FP32 sums. The eight low bits of a bf16, the lowest bit of the
+// exponent among them, are an integer in units of 2^-133. So the code q of sub-group i in its place
+// is 2^(2i - 133) q, and a register of A takes one mask and one fused multiply-add:
 //
-//   2^120 (8 + q)  *  2^-120 e  -  (8 + z) e        both factors and (8 + z) e are exact in bf16
+//   2^(2i - 133) q  *  2^(118 - 2i) e  -  2^-15 z e       both factors and the offset are exact
 //
-// 2^-120 e is the E4M3 code shifted into the bits of a bf16, subnormal codes included. Of NaN it is
-// 480; a sum of the codes' top bits finds it.
+// S 2^15 is applied at the end. The E4M3 code shifted into the bits of a bf16 is 2^-120 e,
+// subnormal codes included. Of NaN it is 480; a sum of the codes' top bits finds it.
 //
 // A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
 // tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
@@ -64,6 +65,12 @@ constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
 constexpr int kSumsPitch = kMaxGroups * kGroupRows + 4;
 constexpr int kWidth = 4;  // output rows of a thread
 
+constexpr int kShiftedDown = 15;  // A is 2^-15 (q - z) e
+
+BBB_HD constexpr uint32_t power_of_two(int exponent) {  // as bf16
+  return static_cast<uint32_t>(exponent + 127) << 7;
+}
+
 // A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
 // bytes 1 and 3 into the place of bytes 0 and 2; scales of rows r and r + 8, two sub-groups a word;
 // zero points of rows r and r + 8, in the halves.
@@ -88,22 +95,23 @@ struct LaneTile {
   // A of the two k16 products of sub-group kSubgroup.
   template <int kSubgroup>
   __device__ __forceinline__ void make(uint32_t (&a)[2][4]) const {
-    constexpr uint32_t kCode = 0x00300030u, kExponent = 0x7D007D00u, kSign = 0x80008000u;
-    const auto to_place = [](uint32_t x) {  // the sub-group's codes to bits 4, 5 of the halves
-      return kSubgroup < 2 ? x << (4 - 2 * kSubgroup) : x >> (2 * kSubgroup - 4);
-    };
-    const uint32_t e =
+    constexpr uint32_t kCode = 0x00030003u << (2 * kSubgroup), kSign = 0x80008000u;
+    constexpr uint32_t kTwice = 0x00010001u;
+    constexpr int kTop = 133 + 120 - 119 - kShiftedDown;
+    const uint32_t scale =  // 2^-120 e
         __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0, kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
         << 4;
-    const uint32_t offset = mul_bf16x2(mask_or<kCode, kExponent | kSign>(to_place(zeros)), e);
+    const uint32_t e = mul_bf16x2(mul_bf16x2(scale, power_of_two(119) * kTwice),
+                                  power_of_two(kTop - 2 * kSubgroup) * kTwice);
+    const uint32_t offset = mul_bf16x2(mask_or<kCode, kSign>(zeros), e);
     const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
     const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
-        a[i / 2][odd * 2 + i % 2] = fma_bf16x2(mask_or<kCode, kExponent>(to_place(words[odd][i])),
-                                               e_row[i % 2], offset_row[i % 2]);
+        a[i / 2][odd * 2 + i % 2] =
+            fma_bf16x2(words[odd][i] & kCode, e_row[i % 2], offset_row[i % 2]);
   }
 };
 
@@ -301,7 +309,7 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
   // A thread takes kWidth consecutive output rows, and of the block's tokens every kStep-th.
   constexpr int kStep = kWarpgroup / (kGroupRows / kWidth);
   constexpr int kBatch = kTokens <= 32 ? 2 : 4;  // at a time
-  const float s = *product.w.master_scale;
+  const float s = *product.w.master_scale * (1 << kShiftedDown);
   const int threads_across = most_groups * (kGroupRows / kWidth);
   const int row = thread % threads_across * kWidth;
   const int64_t output = first_group * kGroupRows + row;
