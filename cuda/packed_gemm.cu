@@ -16,18 +16,17 @@
 //
 // A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
 // tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
-// fragments of its own row tile, those of a sub-group, A(i), while the one before is multiplied:
+// fragments of its own row tile, those of half a slice, A(i), while the half before is multiplied:
 //
-//     issue A(0) | make A(1) | issue A(1) | wait for A(0) | make A(2) | issue A(2) | wait for A(1)
-//     | make A(3) | issue A(3) | wait full | make the next slice's A(0) | wait for A(3) | arrive
-//     empty
+//     wait full | make A(0) | issue A(0) | wait for the half before, leave its stage | make A(1)
+//     | issue A(1) | wait for A(0)
 //
-// Thread 0 refills the stage of the slice before behind A(1), once all warps have left it.
+// Thread 0 refills a stage once all warps have left it.
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. The sums of a row of x are added up by one of the blocks, which reads those
-// of the others from their shared memory, in the order of blocks. So runs repeat bit for bit. Bytes
+// part of the slices. Each block adds up the sums of some of the tokens: the others copy theirs to
+// its shared memory. They are added in the order of blocks, so runs repeat bit for bit. Bytes
 // moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from the
 // L2 cache.
 #include <algorithm>
@@ -50,19 +49,20 @@ using quant::kTileRows;
 
 constexpr int kGroupTiles = 4;  // row tiles of a warpgroup, one a warp
 constexpr int kGroupRows = kGroupTiles * kTileRows;
-constexpr int kMaxGroups = 4;  // of a block
-constexpr int kMaxSplit = 8;   // blocks of a cluster
+constexpr int kMaxSplit = 8;  // blocks of a cluster
 constexpr int kMaxStages = 8;
 
 // Blocks that fit on a multiprocessor. With two, the next product's copies start while this one
 // still runs.
-constexpr int blocks_of(int tokens) { return tokens <= 32 ? 2 : 1; }
+constexpr int blocks_of(int tokens) { return tokens <= 64 ? 2 : 1; }
+// The most warpgroups of a block: four on a multiprocessor, whose registers they fill.
+constexpr int groups_of(int tokens) { return 4 / blocks_of(tokens); }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
-// Sums in shared memory: (kTokens, rows) FP32. The pitch is four more than the rows: the lanes of a
-// fragment's store use distinct banks. Rank r of a cluster adds up tokens r, r + split, ..
-constexpr int kSumsPitch = kMaxGroups * kGroupRows + 4;
+// Rows of sums in shared memory, FP32, one a token: four longer than a block has output rows. Then
+// the lanes of a fragment's store use distinct banks.
+BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
 constexpr int kWidth = 4;  // output rows of a thread
 
 constexpr int kShiftedDown = 15;  // A is 2^-15 (q - z) e
@@ -71,11 +71,10 @@ BBB_HD constexpr uint32_t power_of_two(int exponent) {  // as bf16
   return static_cast<uint32_t>(exponent + 127) << 7;
 }
 
-// A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
-// bytes 1 and 3 into the place of bytes 0 and 2; scales of rows r and r + 8, two sub-groups a word;
+// A lane's part of its warp's row tile: words; scales of rows r and r + 8, two sub-groups a word;
 // zero points of rows r and r + 8, in the halves.
 struct LaneTile {
-  uint32_t words[2][4];
+  uint32_t words[4];
   uint2 scales;
   uint32_t zeros;
 
@@ -84,17 +83,30 @@ struct LaneTile {
     scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
     zeros = __byte_perm(*reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2),
                         0, 0x4140);
-    const uint32_t word[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[0][i] = word[i];
-      words[1][i] = shifted_down<8>(word[i]);
-    }
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
   }
 
-  // A of the two k16 products of sub-group kSubgroup.
+  // A of the four k16 products of sub-groups 2 kHalf and 2 kHalf + 1.
+  template <int kHalf>
+  __device__ __forceinline__ void make(uint32_t (&a)[4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // 8 bits further down, bytes 1 and 3 are in the place of bytes 0 and 2.
+      const uint32_t pairs[2] = {words[i], shifted_down<8>(words[i])};
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        a[i / 2][odd * 2 + i % 2] = pairs[odd];
+        a[2 + i / 2][odd * 2 + i % 2] = pairs[odd];
+      }
+    }
+    multiply<2 * kHalf>(a[0], a[1]);
+    multiply<2 * kHalf + 1>(a[2], a[3]);
+  }
+
+ private:
+  // Turns words into A of the two products of a sub-group.
   template <int kSubgroup>
-  __device__ __forceinline__ void make(uint32_t (&a)[2][4]) const {
+  __device__ __forceinline__ void multiply(uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
     constexpr uint32_t kCode = 0x00030003u << (2 * kSubgroup), kSign = 0x80008000u;
     constexpr uint32_t kTwice = 0x00010001u;
     constexpr int kTop = 133 + 120 - 119 - kShiftedDown;
@@ -107,11 +119,10 @@ struct LaneTile {
     const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
     const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        a[i / 2][odd * 2 + i % 2] =
-            fma_bf16x2(words[odd][i] & kCode, e_row[i % 2], offset_row[i % 2]);
+    for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are of row r, 1 and 3 of row r + 8
+      a0[i] = fma_bf16x2(a0[i] & kCode, e_row[i % 2], offset_row[i % 2]);
+      a1[i] = fma_bf16x2(a1[i] & kCode, e_row[i % 2], offset_row[i % 2]);
+    }
   }
 };
 
@@ -153,12 +164,20 @@ struct Outputs {
 struct GemmShape {
   int64_t k;
   int m, stages;
+  int received_at, barriers_at;  // bytes of shared memory
 };
 
-// Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
-// of x, their tiles, and two barriers a stage; at the end sums (kSumsPitch).
+// A cluster's tokens are divided: block `rank` adds up the sums of those from here on.
 template <int kTokens>
-__global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
+BBB_HD constexpr int first_token_of(int rank, int split) {
+  return rank * kTokens / split;
+}
+
+// Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
+// of x and their tiles, at the end the block's own sums (kTokens, pitch); the others' sums of this
+// block's tokens (split - 1, tokens, pitch); two barriers a stage and one for those sums.
+template <int kTokens>
+__global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -167,13 +186,16 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int most_groups = static_cast<int>(blockDim.x) / kWarpgroup;
   const int group = thread / kWarpgroup, warp = thread / 32;  // row tile `warp` of the block
-  const unsigned split = cluster_blocks(), rank = cluster_rank();
-  const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
-  const int first_slice = static_cast<int>(rank * all_slices / split);
-  const int slices = static_cast<int>((rank + 1) * all_slices / split) - first_slice;
+  const int pitch = sums_pitch(most_groups);
+  const int split = cluster_blocks(), rank = cluster_rank();
+  const int all_slices = static_cast<int>(quant::column_slices(shape.k));
+  const int first_slice = rank * all_slices / split;
+  const int slices = (rank + 1) * all_slices / split - first_slice;
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
+  const int own_token = first_token_of<kTokens>(rank, split);
+  const int own_tokens = first_token_of<kTokens>(rank + 1, split) - own_token;
 
-  int64_t share = blockIdx.x / split;
+  int64_t share = blockIdx.x / static_cast<unsigned>(split);
   const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
@@ -184,8 +206,9 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
 
   const int tile_stage = most_groups * kGroupTiles * kTileBytes;
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
-  const uint32_t full = shared_address(tiles + shape.stages * tile_stage);
-  const uint32_t empty = full + shape.stages * 8;
+  float* const received = reinterpret_cast<float*>(smem + shape.received_at);
+  const uint32_t full = shared_address(smem + shape.barriers_at);
+  const uint32_t empty = full + shape.stages * 8, all_received = empty + shape.stages * 8;
   // Thread 0 copies.
   const int64_t first_tile = first_group * kGroupTiles;
   const int tile_bytes =
@@ -211,14 +234,20 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
       mbarrier_init(full + i * 8, 1);
       mbarrier_init(empty + i * 8, groups * kGroupTiles);
     }
+    mbarrier_init(all_received, 1);
     mbarrier_init_fence();
     async_proxy_fence();
+    mbarrier_expect(all_received, (split - 1) * own_tokens * pitch * 4);
+    prefetch_map(x_map);
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_tiles(i);
   }
   __syncthreads();
+  if (split > 1) cluster_arrive();
+  if (thread == 0) prefetch_to_l2(product.w.master_scale);
   start_next_kernel();
   wait_for_previous_kernel();
+  const float s = load_past_l1(product.w.master_scale) * (1 << kShiftedDown);
   if (thread == 0) {
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_x(i, i);
@@ -230,64 +259,54 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
   if (group < groups) {
     int stage = 0, parity = 0;
     LaneTile tile;
-    uint32_t a[2][2][4];  // of two sub-groups: one is made while the other is multiplied
-    const auto load_tile = [&] {
+    uint32_t a[2][4][4];  // of both halves: one is made while the other is multiplied
+    uint64_t x = 0;
+    const auto issue = [&]<int kHalf>() {
+      fragment_fence(a[kHalf]);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma<Along::Columns>(d, a[kHalf][j],
+                              Rows::template slice<Along::Columns>(x, kHalf * 4 + j), 1);
+      wgmma_commit();
+    };
+    // The stage of slice i, the one before the current stage.
+    const auto leave_stage = [&](int i) {
+      const int last = stage == 0 ? shape.stages - 1 : stage - 1;
+      mbarrier_arrive_warp(empty + last * 8, lane);
+      if (i + shape.stages >= slices) return;
+      if (thread == 0) {
+        mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
+        copy_tiles(last);
+        copy_x(i + shape.stages, last);
+      }
+      __syncwarp();
+    };
+#pragma unroll 1
+    for (int i = 0; i < slices; ++i) {
       mbarrier_wait(full + stage * 8, parity);
       tile.load(tiles + stage * tile_stage + warp * kTileBytes, static_cast<unsigned>(lane));
       scale_bits |= (tile.scales.x + 0x01010101u) | (tile.scales.y + 0x01010101u);
-    };
-    const auto make = [&]<int kSubgroup>() { tile.make<kSubgroup>(a[kSubgroup % 2]); };
-    load_tile();
-    make.template operator()<0>();
-#pragma unroll 1
-    for (int i = 0; i < slices; ++i) {
-      const uint32_t stage_empty = empty + stage * 8;
       // From lane 0: then the compiler knows that all lanes have the same.
-      const uint64_t x = Rows::template descriptor<Along::Columns>(
+      x = Rows::template descriptor<Along::Columns>(
           __shfl_sync(0xFFFFFFFFu, shared_address(smem + stage * Rows::kBytes), 0));
-      const auto issue = [&]<int kSubgroup>() {
-        fragment_fence(a[kSubgroup % 2]);
-        wgmma_fence();
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          wgmma<Along::Columns>(d, a[kSubgroup % 2][j],
-                                Rows::template slice<Along::Columns>(x, kSubgroup * 2 + j), 1);
-        wgmma_commit();
-      };
+      tile.make<0>(a[0]);
       issue.template operator()<0>();
-      make.template operator()<1>();
+      wgmma_wait<1>();
+      if (i > 0) leave_stage(i - 1);
+      tile.make<1>(a[1]);
       issue.template operator()<1>();
-      if (i > 0 && i - 1 + shape.stages < slices) {
-        if (thread == 0) {  // the stage of the slice before
-          const int last = stage == 0 ? shape.stages - 1 : stage - 1;
-          mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
-          copy_tiles(last);
-          copy_x(i - 1 + shape.stages, last);
-        }
-        __syncwarp();
-      }
-      wgmma_wait<1>();
-      make.template operator()<2>();
-      issue.template operator()<2>();
-      wgmma_wait<1>();
-      make.template operator()<3>();
-      issue.template operator()<3>();
       wgmma_wait<1>();
       if (++stage == shape.stages) stage = 0, parity ^= 1;
-      if (i + 1 < slices) {
-        load_tile();
-        make.template operator()<0>();
-      }
-      wgmma_wait<0>();
-      mbarrier_arrive_warp(stage_empty, lane);
     }
+    wgmma_wait<0>();
     accumulator_fence(d);
   }
 
   __syncthreads();  // all copies have landed and all products have read them
   float* const sums = reinterpret_cast<float*>(smem);
   if (group < groups) {
-    float* const to = sums + lane % 4 * 2 * kSumsPitch + warp * kTileRows + lane / 4;
+    float* const to = sums + lane % 4 * 2 * pitch + warp * kTileRows + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
@@ -295,48 +314,59 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
       for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          to[(i * 8 + j) * kSumsPitch + half * 8] =
+          to[(i * 8 + j) * pitch + half * 8] =
               is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
     }
   }
   if (split > 1) {
+    async_proxy_fence();
+    cluster_wait();  // the others' barriers are initialised
+  }
+  __syncthreads();
+  if (split > 1) {
+    if (thread < split && thread != rank) {  // sends block `thread` the sums of its tokens
+      const int first = first_token_of<kTokens>(thread, split);
+      const int floats = (first_token_of<kTokens>(thread + 1, split) - first) * pitch;
+      copy_to_block(shared_address(received + (rank - (rank > thread)) * floats), all_received,
+                    thread, shared_address(sums + first * pitch), floats * 4);
+    }
+    __syncwarp();
+    mbarrier_wait(all_received, 0);
+    __syncwarp();
     cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
   }
 
-  // A thread takes kWidth consecutive output rows, and of the block's tokens every kStep-th.
-  constexpr int kStep = kWarpgroup / (kGroupRows / kWidth);
+  // A thread takes kWidth consecutive output rows, and of the block's tokens every warps-th.
   constexpr int kBatch = kTokens <= 32 ? 2 : 4;  // at a time
-  const float s = *product.w.master_scale * (1 << kShiftedDown);
-  const int threads_across = most_groups * (kGroupRows / kWidth);
-  const int row = thread % threads_across * kWidth;
-  const int64_t output = first_group * kGroupRows + row;
-  const int tokens = min(kTokens, shape.m - first_token);
-  if (row < groups * kGroupRows && output < n) {
-    const int64_t out = int64_t{first_token} * n + output;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int tokens = min(own_tokens, shape.m - first_token - own_token);
+#pragma unroll 1
+  for (int row = lane * kWidth; row < groups * kGroupRows; row += 32 * kWidth) {
+    const int64_t output = first_group * kGroupRows + row;
+    if (output >= n) break;
+    const int64_t out = int64_t{first_token + own_token} * n + output;
     const Outputs outputs{product, n - output};
 #pragma unroll 1
-    for (int first = thread / threads_across * split + rank; first < tokens;
-         first += kBatch * kStep * split) {
-      const auto token = [&](int i) { return first + i * kStep * static_cast<int>(split); };
+    for (int first = warp; first < tokens; first += kBatch * warps) {
+      const auto token = [&](int i) { return first + i * warps; };
       float total[kBatch][kWidth] = {}, addend[kBatch][kWidth] = {};
       if (product.addend != nullptr)
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
           if (token(i) < tokens) outputs.load(addend[i], out + token(i) * n);
 #pragma unroll 1
-      for (unsigned block = 0; block < split; ++block)
+      for (int block = 0; block < split; ++block) {
+        const float* const from = block == rank
+                                      ? sums + own_token * pitch
+                                      : received + (block - (block > rank)) * own_tokens * pitch;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
           if (token(i) < tokens) {
-            const float* const sum = sums + token(i) * kSumsPitch + row;
-            const float4 part = block == rank ? *reinterpret_cast<const float4*>(sum)
-                                              : load_from_block(shared_address(sum), block);
+            const float4 part = *reinterpret_cast<const float4*>(from + token(i) * pitch + row);
             total[i][0] += part.x, total[i][1] += part.y;
             total[i][2] += part.z, total[i][3] += part.w;
           }
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (token(i) >= tokens) continue;
@@ -349,10 +379,8 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
       }
     }
   }
-  if (split > 1) {  // the other blocks have read this one's sums
-    cluster_arrive();
-    cluster_wait();
-  }
+  __syncwarp();
+  if (split > 1) cluster_wait();  // the others have received this block's sums
 #endif
 }
 
@@ -391,15 +419,19 @@ struct Division {
     int64_t clusters = 0;
     for (size_t i = 0; i < products.size(); ++i)
       clusters += shares[i] = ceil_div(products[i].w.n, int64_t{groups} * kGroupRows);
-    const int64_t waves = ceil_div(clusters * token_tiles, limits[split]);
+    clusters *= token_tiles;
+    // Blocks that share a multiprocessor.
+    const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks_of(tokens));
+    const int64_t waves = ceil_div(clusters, limits[split] * shared);
     const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    // Cycles of a slice: of the instructions that make A and of products, for all warpgroups or
-    // one after another for one of them; and of a copy of x from the L2 cache. Then those of a
-    // block's start and end.
+    // Cycles of a slice: one step after another for a warpgroup; the instructions that make A and
+    // the products of all warpgroups; the copies of x from the L2 cache. Then those of a block's
+    // start and end.
     const int64_t slice =
-        std::max({int64_t{700}, int64_t{groups} * std::max(250, 4 * tokens), int64_t{9} * tokens}) +
+        std::max({int64_t{500} + 2 * tokens, shared * groups * std::max(130, 4 * tokens),
+                  shared * 9 * tokens}) +
         60;
-    const int64_t ends = 1500 + 6 * tokens * groups + (split > 1 ? 700 : 0);
+    const int64_t ends = 2000 + 6 * tokens * groups * shared / split + (split > 1 ? 1500 : 0);
     cost = waves * (slices * slice + ends);
   }
   int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
@@ -408,15 +440,39 @@ struct Division {
   int64_t shares[kMaxProducts] = {};
 };
 
-Division divide(Products products, const ClusterLimits& limits, int tokens, int64_t token_tiles) {
-  Division best(products, limits, tokens, token_tiles, kMaxGroups, 1);
-  const int64_t slices = quant::column_slices(products[0].w.k);
-  for (int groups = 1; groups <= kMaxGroups; ++groups)
-    for (int64_t split = 1; split <= std::min<int64_t>(slices, kMaxSplit); ++split) {
+// A block's shared memory.
+struct Memory {
+  Memory(const ProductLaunch& at, const Division& by, int tokens, int64_t k) {
+    constexpr int64_t kAlignment = 1024;
+    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.groups)) * 4;
+    const int64_t received_bytes = (by.split - 1) * ceil_div(tokens, by.split) * pitch_bytes;
+    const int64_t stage_bytes = x_bytes(tokens) + by.groups * kGroupTiles * kTileBytes;
+    const int64_t slices = ceil_div(quant::column_slices(k), by.split);
+    const int64_t limit_bytes = at.block_bytes(blocks_of(tokens));
+    stages = std::min({slices, int64_t{kMaxStages},
+                       (limit_bytes - kAlignment - received_bytes - 8) / (stage_bytes + 16)});
+    received_at = std::max(stages * stage_bytes, tokens * pitch_bytes);
+    barriers_at = received_at + received_bytes;
+    bytes = kAlignment + barriers_at + stages * 16 + 8;
+    fits = (stages > 1 || slices == 1) && bytes <= limit_bytes;
+  }
+
+  int64_t stages, received_at, barriers_at, bytes;
+  bool fits;
+};
+
+Division divide(const ProductLaunch& at, Products products, const ClusterLimits& limits, int tokens,
+                int64_t token_tiles) {
+  const int64_t k = products[0].w.k;
+  Division best(products, limits, tokens, token_tiles, groups_of(tokens), 1);
+  for (int groups = 1; groups <= groups_of(tokens); ++groups)
+    for (int64_t split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
+         ++split) {
       if (limits[split] == 0) continue;
       const Division other(products, limits, tokens, token_tiles, groups, split);
-      if (other.cost < best.cost) best = other;
+      if (other.cost < best.cost && Memory(at, other, tokens, k).fits) best = other;
     }
+  BBB_ASSERT(Memory(at, best, tokens, k).fits);
   return best;
 }
 
@@ -424,25 +480,18 @@ template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
   const int64_t k = products[0].w.k, token_tiles = ceil_div(m, kTokens);
   static const ClusterLimits limits = find_cluster_limits(at);
-  const Division by = divide(products, limits, kTokens, token_tiles);
+  const Division by = divide(at, products, limits, kTokens, token_tiles);
+  const Memory memory(at, by, kTokens, k);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) list.items[i] = {products[i], by.shares[i]};
-  constexpr int64_t kAlignment = 1024;
-  const int64_t stage_bytes = x_bytes(kTokens) + by.groups * kGroupTiles * kTileBytes + 16;
-  const int64_t slices = ceil_div(quant::column_slices(k), by.split);
-  const int64_t limit_bytes = at.block_bytes(blocks_of(kTokens));
-  const int64_t stages =
-      std::min({slices, int64_t{kMaxStages}, (limit_bytes - kAlignment) / stage_bytes});
-  constexpr int64_t kSumsBytes = kTokens * kSumsPitch * 4;
-  const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, kSumsBytes);
-  BBB_ASSERT((stages > 1 || slices == 1) && smem_bytes <= limit_bytes);
   launch(
       at.stream,
       {dim3(static_cast<unsigned>(by.all_shares() * by.split), static_cast<unsigned>(token_tiles)),
-       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), smem_bytes, true,
+       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
        static_cast<unsigned>(by.split)},
       packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
-      GemmShape{k, static_cast<int>(m), static_cast<int>(stages)});
+      GemmShape{k, static_cast<int>(m), static_cast<int>(memory.stages),
+                static_cast<int>(memory.received_at), static_cast<int>(memory.barriers_at)});
 }
 
 }  // namespace
