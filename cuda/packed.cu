@@ -82,8 +82,11 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        const auto launch_it = x.dim(0) < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
-        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), x.dim(0));
+        const int64_t m = x.dim(0);
+        const auto launch_it = m < kMinMmaRows    ? launch_packed_gemv
+                               : m < kMinGemmRows ? launch_packed_mma
+                                                  : launch_packed_gemm;
+        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),

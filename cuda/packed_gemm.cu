@@ -4,15 +4,8 @@
 //   y = S x ((q - z) e)^T (+ addend)        x (M, K) bf16, y (M, N) bf16 or FP32
 //
 // Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns
-// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16, so a product differs
-// from one in F64 only by the FP32 sums. The eight low bits of a bf16, the lowest bit of the
-// exponent among them, are an integer in units of 2^-133. So the code q of sub-group i in its place
-// is 2^(2i - 133) q, and a register of A takes one mask and one fused multiply-add:
-//
-//   2^(2i - 133) q  *  2^(118 - 2i) e  -  2^-15 z e       both factors and the offset are exact
-//
-// S 2^15 is applied at the end. The E4M3 code shifted into the bits of a bf16 is 2^-120 e,
-// subnormal codes included. Of NaN it is 480; a sum of the codes' top bits finds it.
+// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h),
+// so a product differs from one in F64 only by the FP32 sums.
 //
 // A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
 // tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
@@ -25,18 +18,15 @@
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. Each block adds up the sums of some of the tokens: the others copy theirs to
-// its shared memory. They are added in the order of blocks, so runs repeat bit for bit. Bytes
-// moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from the
-// L2 cache.
+// part of the slices. They add up their sums as cuda/packed_sums.h describes. Bytes moved: tiles
+// once for each kTokens rows of x, from memory once; x once for each share, from the L2 cache.
 #include <algorithm>
 #include <array>
 #include <numeric>
 
 #include "cuda/cuda_backend.h"
-#include "cuda/early_start.h"
-#include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
+#include "cuda/packed_sums.h"
 #include "quant/packed_tiles.h"
 
 namespace bbb::cuda {
@@ -60,118 +50,11 @@ constexpr int groups_of(int tokens) { return 4 / blocks_of(tokens); }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
-// Rows of sums in shared memory, FP32, one a token: four longer than a block has output rows. Then
-// the lanes of a fragment's store use distinct banks.
-BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
-constexpr int kWidth = 4;  // output rows of a thread
-
-constexpr int kShiftedDown = 15;  // A is 2^-15 (q - z) e
-
-BBB_HD constexpr uint32_t power_of_two(int exponent) {  // as bf16
-  return static_cast<uint32_t>(exponent + 127) << 7;
-}
-
-// A lane's part of its warp's row tile: words; scales of rows r and r + 8, two sub-groups a word;
-// zero points of rows r and r + 8, in the halves.
-struct LaneTile {
-  uint32_t words[4];
-  uint2 scales;
-  uint32_t zeros;
-
-  __device__ __forceinline__ void load(const unsigned char* tile, unsigned lane) {
-    const uint4 all = *reinterpret_cast<const uint4*>(tile + lane * 16);
-    scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-    zeros = __byte_perm(*reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2),
-                        0, 0x4140);
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-  }
-
-  // A of the four k16 products of sub-groups 2 kHalf and 2 kHalf + 1.
-  template <int kHalf>
-  __device__ __forceinline__ void make(uint32_t (&a)[4][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // 8 bits further down, bytes 1 and 3 are in the place of bytes 0 and 2.
-      const uint32_t pairs[2] = {words[i], shifted_down<8>(words[i])};
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        a[i / 2][odd * 2 + i % 2] = pairs[odd];
-        a[2 + i / 2][odd * 2 + i % 2] = pairs[odd];
-      }
-    }
-    multiply<2 * kHalf>(a[0], a[1]);
-    multiply<2 * kHalf + 1>(a[2], a[3]);
-  }
-
- private:
-  // Turns words into A of the two products of a sub-group.
-  template <int kSubgroup>
-  __device__ __forceinline__ void multiply(uint32_t (&a0)[4], uint32_t (&a1)[4]) const {
-    constexpr uint32_t kCode = 0x00030003u << (2 * kSubgroup), kSign = 0x80008000u;
-    constexpr uint32_t kTwice = 0x00010001u;
-    constexpr int kTop = 133 + 120 - 119 - kShiftedDown;
-    const uint32_t scale =  // 2^-120 e
-        __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0, kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
-        << 4;
-    const uint32_t e = mul_bf16x2(mul_bf16x2(scale, power_of_two(119) * kTwice),
-                                  power_of_two(kTop - 2 * kSubgroup) * kTwice);
-    const uint32_t offset = mul_bf16x2(mask_or<kCode, kSign>(zeros), e);
-    const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
-    const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are of row r, 1 and 3 of row r + 8
-      a0[i] = fma_bf16x2(a0[i] & kCode, e_row[i % 2], offset_row[i % 2]);
-      a1[i] = fma_bf16x2(a1[i] & kCode, e_row[i % 2], offset_row[i % 2]);
-    }
-  }
-};
-
-// kWidth consecutive values of a row of y and of the addend, of which `count` are in the matrix.
-struct Outputs {
-  const TiledProduct& product;
-  int64_t count;
-  bool wide;  // one access for all of them
-
-  __device__ __forceinline__ Outputs(const TiledProduct& product, int64_t count)
-      : product(product), count(count) {
-    const auto is_wide = [](const auto* p) {
-      return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(*p)) == 0;
-    };
-    wide = product.w.n % kWidth == 0 && is_wide(product.y_bf16) && is_wide(product.y_f32) &&
-           is_wide(product.addend);
-  }
-  __device__ __forceinline__ void load(float (&x)[kWidth], int64_t at) const {
-    if (wide) return load_past_l1(x, product.addend + at, kWidth);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (i < count) x[i] = to_float(load_past_l1(product.addend + at + i));
-  }
-  __device__ __forceinline__ void store(const float (&x)[kWidth], int64_t at) const {
-    if (product.y_f32 != nullptr)
-      store(product.y_f32 + at, x);
-    else
-      store(product.y_bf16 + at, x);
-  }
-  template <typename T>
-  __device__ __forceinline__ void store(T* y, const float (&x)[kWidth]) const {
-    if (wide) return cuda::store(y, x, kWidth);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (i < count) from_float(y[i], x[i]);
-  }
-};
-
 struct GemmShape {
   int64_t k;
   int m, stages;
   int received_at, barriers_at;  // bytes of shared memory
 };
-
-// A cluster's tokens are divided: block `rank` adds up the sums of those from here on.
-template <int kTokens>
-BBB_HD constexpr int first_token_of(int rank, int split) {
-  return rank * kTokens / split;
-}
 
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
 // of x and their tiles, at the end the block's own sums (kTokens, pitch); the others' sums of this
@@ -186,14 +69,11 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int most_groups = static_cast<int>(blockDim.x) / kWarpgroup;
   const int group = thread / kWarpgroup, warp = thread / 32;  // row tile `warp` of the block
-  const int pitch = sums_pitch(most_groups);
   const int split = cluster_blocks(), rank = cluster_rank();
   const int all_slices = static_cast<int>(quant::column_slices(shape.k));
   const int first_slice = rank * all_slices / split;
   const int slices = (rank + 1) * all_slices / split - first_slice;
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
-  const int own_token = first_token_of<kTokens>(rank, split);
-  const int own_tokens = first_token_of<kTokens>(rank + 1, split) - own_token;
 
   int64_t share = blockIdx.x / static_cast<unsigned>(split);
   const int p = find_product(products, share);
@@ -206,9 +86,15 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
 
   const int tile_stage = most_groups * kGroupTiles * kTileBytes;
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
-  float* const received = reinterpret_cast<float*>(smem + shape.received_at);
   const uint32_t full = shared_address(smem + shape.barriers_at);
-  const uint32_t empty = full + shape.stages * 8, all_received = empty + shape.stages * 8;
+  const uint32_t empty = full + shape.stages * 8;
+  const ClusterSums<kTokens> sums{reinterpret_cast<float*>(smem),
+                                  reinterpret_cast<float*>(smem + shape.received_at),
+                                  empty + shape.stages * 8,
+                                  1,
+                                  sums_pitch(most_groups * kGroupRows),
+                                  split,
+                                  rank};
   // Thread 0 copies.
   const int64_t first_tile = first_group * kGroupTiles;
   const int tile_bytes =
@@ -234,10 +120,9 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
       mbarrier_init(full + i * 8, 1);
       mbarrier_init(empty + i * 8, groups * kGroupTiles);
     }
-    mbarrier_init(all_received, 1);
+    sums.init();
     mbarrier_init_fence();
     async_proxy_fence();
-    mbarrier_expect(all_received, (split - 1) * own_tokens * pitch * 4);
     prefetch_map(x_map);
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_tiles(i);
@@ -255,7 +140,7 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
   __syncwarp();
 
   float d[kTokens / 8][4] = {};
-  uint32_t scale_bits = 0;  // bit 7 of a byte: a NaN; bytes 0, 2 are of row r, 1, 3 of row r + 8
+  uint32_t nan_bits = 0;
   if (group < groups) {
     int stage = 0, parity = 0;
     LaneTile tile;
@@ -285,8 +170,8 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) {
       mbarrier_wait(full + stage * 8, parity);
-      tile.load(tiles + stage * tile_stage + warp * kTileBytes, static_cast<unsigned>(lane));
-      scale_bits |= (tile.scales.x + 0x01010101u) | (tile.scales.y + 0x01010101u);
+      tile.load(tiles + stage * tile_stage + warp * kTileBytes, lane);
+      nan_bits |= tile.nan_bits();
       // From lane 0: then the compiler knows that all lanes have the same.
       x = Rows::template descriptor<Along::Columns>(
           __shfl_sync(0xFFFFFFFFu, shared_address(smem + stage * Rows::kBytes), 0));
@@ -304,82 +189,21 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
   }
 
   __syncthreads();  // all copies have landed and all products have read them
-  float* const sums = reinterpret_cast<float*>(smem);
   if (group < groups) {
-    float* const to = sums + lane % 4 * 2 * pitch + warp * kTileRows + lane / 4;
+    float* const to = sums.own + lane % 4 * 2 * sums.pitch + warp * kTileRows + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
+      const bool is_nan = nan_bits & kNanRow << (8 * half);
 #pragma unroll
       for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          to[(i * 8 + j) * pitch + half * 8] =
+          to[(i * 8 + j) * sums.pitch + half * 8] =
               is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
     }
   }
-  if (split > 1) {
-    async_proxy_fence();
-    cluster_wait();  // the others' barriers are initialised
-  }
-  __syncthreads();
-  if (split > 1) {
-    if (thread < split && thread != rank) {  // sends block `thread` the sums of its tokens
-      const int first = first_token_of<kTokens>(thread, split);
-      const int floats = (first_token_of<kTokens>(thread + 1, split) - first) * pitch;
-      copy_to_block(shared_address(received + (rank - (rank > thread)) * floats), all_received,
-                    thread, shared_address(sums + first * pitch), floats * 4);
-    }
-    __syncwarp();
-    mbarrier_wait(all_received, 0);
-    __syncwarp();
-    cluster_arrive();
-  }
-
-  // A thread takes kWidth consecutive output rows, and of the block's tokens every warps-th.
-  constexpr int kBatch = kTokens <= 32 ? 2 : 4;  // at a time
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  const int tokens = min(own_tokens, shape.m - first_token - own_token);
-#pragma unroll 1
-  for (int row = lane * kWidth; row < groups * kGroupRows; row += 32 * kWidth) {
-    const int64_t output = first_group * kGroupRows + row;
-    if (output >= n) break;
-    const int64_t out = int64_t{first_token + own_token} * n + output;
-    const Outputs outputs{product, n - output};
-#pragma unroll 1
-    for (int first = warp; first < tokens; first += kBatch * warps) {
-      const auto token = [&](int i) { return first + i * warps; };
-      float total[kBatch][kWidth] = {}, addend[kBatch][kWidth] = {};
-      if (product.addend != nullptr)
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (token(i) < tokens) outputs.load(addend[i], out + token(i) * n);
-#pragma unroll 1
-      for (int block = 0; block < split; ++block) {
-        const float* const from = block == rank
-                                      ? sums + own_token * pitch
-                                      : received + (block - (block > rank)) * own_tokens * pitch;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (token(i) < tokens) {
-            const float4 part = *reinterpret_cast<const float4*>(from + token(i) * pitch + row);
-            total[i][0] += part.x, total[i][1] += part.y;
-            total[i][2] += part.z, total[i][3] += part.w;
-          }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (token(i) >= tokens) continue;
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          total[i][j] *= s;
-          if (product.addend != nullptr) total[i][j] += addend[i][j];
-        }
-        outputs.store(total[i], out + token(i) * n);
-      }
-    }
-  }
-  __syncwarp();
+  sums.exchange(thread);
+  sums.write(product, s, first_group * kGroupRows, groups * kGroupRows, first_token, shape.m);
   if (split > 1) cluster_wait();  // the others have received this block's sums
 #endif
 }
@@ -444,7 +268,7 @@ struct Division {
 struct Memory {
   Memory(const ProductLaunch& at, const Division& by, int tokens, int64_t k) {
     constexpr int64_t kAlignment = 1024;
-    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.groups)) * 4;
+    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.groups) * kGroupRows) * 4;
     const int64_t received_bytes = (by.split - 1) * ceil_div(tokens, by.split) * pitch_bytes;
     const int64_t stage_bytes = x_bytes(tokens) + by.groups * kGroupTiles * kTileBytes;
     const int64_t slices = ceil_div(quant::column_slices(k), by.split);
