@@ -1,6 +1,6 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
-// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
-// file's layout (quant/packed.cu, quant/quantized_gemv.cu).
+// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_mma.cu, packed_gemm.cu). All
+// others keep the file's layout (quant/packed.cu, quant/quantized_gemv.cu).
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
 #include "quant/cuda_kernels.h"

@@ -50,6 +50,7 @@ constexpr int groups_of(int tokens) { return 4 / blocks_of(tokens); }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
+
 struct GemmShape {
   int64_t k;
   int m, stages;
@@ -322,9 +323,7 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
 
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& all,
                         const bf16* x, int64_t m) {
-  const auto launch_it = m <= 8    ? launch_tokens<8>
-                         : m <= 16 ? launch_tokens<16>
-                         : m <= 32 ? launch_tokens<32>
+  const auto launch_it = m <= 32   ? launch_tokens<32>
                          : m <= 64 ? launch_tokens<64>
                                    : launch_tokens<128>;
   for (size_t i = 0; i < all.size(); i += kMaxProducts)

@@ -6,10 +6,10 @@
 // Weights are the operand A, a tile's 16 output rows, made in registers (cuda/packed_sums.h); rows
 // of x are columns of B, kTokens of them.
 //
-// A block has eight warps: row groups times parts of K. A warp takes up to four row tiles, and of
-// the block's slices of 128 positions every kParts-th. It copies its tiles to a ring of its own;
-// the row groups of a part share a ring of slices of x, which the warp of the first row group
-// fills. A slice of x is read from shared memory once for all tiles of a warp.
+// A block has eight warps: row groups times parts. A warp takes up to four row tiles; slices of 128
+// positions go to the parts in turn. A warp copies its tiles to a ring of its own. The row groups
+// of a part share a ring of slices of x, which the warp of the first one fills. A warp reads a
+// slice of x from shared memory once for all its tiles.
 //
 // A launch takes up to three products of the same x, each divided into shares of row tiles. A
 // cluster of two blocks takes a share, and each block half of the slices. Two blocks fit on a
