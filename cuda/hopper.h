@@ -183,6 +183,11 @@ __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t b
       : "memory");
 }
 
+// Fetches the map itself, ahead of its first copy.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // The same of a matrix.
 __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int column,
                                 int row) {
@@ -303,6 +308,24 @@ __device__ inline void store_to_block(uint32_t address, int rank, float2 value, 
       "[counter];\n"
       "}" ::"r"(address),
       "r"(barrier), "r"(rank), "f"(value.x), "f"(value.y)
+      : "memory");
+}
+
+// Copies `bytes`, a multiple of 16, of this block's shared memory to another block of the cluster,
+// which has arrived once. They count towards that block's `barrier`. `dst` and `barrier` are
+// addresses of the same objects in this block. Neither block may end before. Ordinary writes of
+// `src` take an async_proxy_fence().
+__device__ inline void copy_to_block(uint32_t dst, uint32_t barrier, int rank, uint32_t src,
+                                     int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %1, %2;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+      "[remote], [%3], %4, [remote_barrier];\n"
+      "}" ::"r"(dst),
+      "r"(barrier), "r"(rank), "r"(src), "r"(bytes)
       : "memory");
 }
 

@@ -1,6 +1,6 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
-// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
-// file's layout (quant/packed.cu, quant/quantized_gemv.cu).
+// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_mma.cu, packed_gemm.cu). All
+// others keep the file's layout (quant/packed.cu, quant/quantized_gemv.cu).
 #include <algorithm>
 
 #include "cuda/cuda_backend.h"
@@ -99,8 +99,11 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        const auto launch_it = x.dim(0) < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
-        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), x.dim(0));
+        const int64_t m = x.dim(0);
+        const auto launch_it = m < kMinMmaRows   ? launch_packed_gemv
+                               : m < kMinMmaRows ? launch_packed_mma
+                                                 : launch_packed_gemm;
+        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
@@ -113,7 +116,7 @@ void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Te
   check_aligned(x, "x");
   check_aligned(w, "the norm's weight");
   const int64_t m = x.dim(0);
-  if (all_in_tiles(products) && m < kMinGemmRows)
+  if (all_in_tiles(products) && m < kMinMmaRows)
     return launch_packed_gemv_normed(product_launch(stream_, properties_), tiled_products(products),
                                      bf16_of(x), w.data<float>(), static_cast<float>(eps), m);
   const Tensor normed = do_empty(x.shape(), act());
@@ -126,7 +129,7 @@ void CudaBackend::do_packed_gemv_gated(const PackedProducts& products, const Ten
   check_aligned(gate, "gate");
   check_aligned(up, "up");
   const int64_t m = gate.dim(0);
-  if (all_in_tiles(products) && m < kMinGemmRows)
+  if (all_in_tiles(products) && m < kMinMmaRows)
     return launch_packed_gemv_gated(product_launch(stream_, properties_), tiled_products(products),
                                     bf16_of(gate), bf16_of(up), m);
   const Tensor h = do_empty(gate.shape(), act());

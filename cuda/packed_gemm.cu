@@ -4,38 +4,29 @@
 //   y = S x ((q - z) e)^T (+ addend)        x (M, K) bf16, y (M, N) bf16 or FP32
 //
 // Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns
-// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16, so a product differs
-// from one in F64 only by the FP32 sums. S is applied at the end. With bits 4, 5 of a bf16 of
-// exponent 250 the code, a register of A takes one shift, one mask and one fused multiply-add:
-//
-//   2^120 (8 + q)  *  2^-120 e  -  (8 + z) e        both factors and (8 + z) e are exact in bf16
-//
-// 2^-120 e is the E4M3 code shifted into the bits of a bf16, subnormal codes included. Of NaN it is
-// 480; a sum of the codes' top bits finds it.
+// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h),
+// so a product differs from one in F64 only by the FP32 sums.
 //
 // A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
 // tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
-// fragments of its own row tile, those of a sub-group, A(i), while the one before is multiplied:
+// fragments of its own row tile, those of half a slice, A(i), while the half before is multiplied:
 //
-//     issue A(0) | make A(1) | issue A(1) | wait for A(0) | make A(2) | issue A(2) | wait for A(1)
-//     | make A(3) | issue A(3) | wait full | make the next slice's A(0) | wait for A(3) | arrive
-//     empty
+//     wait full | make A(0) | issue A(0) | wait for the half before, leave its stage | make A(1)
+//     | issue A(1) | wait for A(0)
 //
-// Thread 0 refills the stage of the slice before behind A(1), once all warps have left it.
+// Thread 0 refills a stage once all warps have left it.
 //
 // A launch takes up to three products of the same x. Each is divided into shares of whole
 // warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. Each block sends its sums of a row of x to the shared memory of the one that
-// adds them up, in the order of blocks. So runs repeat bit for bit.
-// Bytes moved: tiles once for each kTokens rows of x, from memory once; x once for each share, from
-// the L2 cache.
+// part of the slices. They add up their sums as cuda/packed_sums.h describes. Bytes moved: tiles
+// once for each kTokens rows of x, from memory once; x once for each share, from the L2 cache.
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "cuda/cuda_backend.h"
-#include "cuda/early_start.h"
-#include "cuda/hopper.h"
 #include "cuda/packed_gemv.h"
+#include "cuda/packed_sums.h"
 #include "quant/packed_tiles.h"
 
 namespace bbb::cuda {
@@ -48,82 +39,29 @@ using quant::kTileRows;
 
 constexpr int kGroupTiles = 4;  // row tiles of a warpgroup, one a warp
 constexpr int kGroupRows = kGroupTiles * kTileRows;
-constexpr int kMaxGroups = 4;  // of a block
-constexpr int kMaxSplit = 8;   // blocks of a cluster
+constexpr int kMaxSplit = 8;  // blocks of a cluster
 constexpr int kMaxStages = 8;
 
 // Blocks that fit on a multiprocessor. With two, the next product's copies start while this one
 // still runs.
-constexpr int blocks_of(int tokens) { return tokens <= 32 ? 2 : 1; }
+constexpr int blocks_of(int tokens) { return tokens <= 64 ? 2 : 1; }
+// The most warpgroups of a block: four on a multiprocessor, whose registers they fill.
+constexpr int groups_of(int tokens) { return 4 / blocks_of(tokens); }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
-// Sums in shared memory: (blocks, slots, pitch) FP32. Rank r of a cluster adds up tokens r, r +
-// split, .., one a slot. The pitch is four more than rows: the lanes of a fragment's store use
-// distinct banks.
-constexpr int kOutputs = 4;  // that a thread makes at a time
-BBB_HD constexpr int slots_of(int tokens, unsigned split) {
-  return static_cast<int>((tokens + split - 1) / split);
-}
-BBB_HD constexpr int sums_pitch(int groups) { return groups * kGroupRows + 4; }
-
-// A lane's part of its warp's row tile: words as they are and 8 bits further down, which brings
-// bytes 1 and 3 into the place of bytes 0 and 2; scales of rows r and r + 8, two sub-groups a word;
-// zero points of rows r and r + 8, in the halves.
-struct LaneTile {
-  uint32_t words[2][4];
-  uint2 scales;
-  uint32_t zeros;
-
-  __device__ __forceinline__ void load(const unsigned char* tile, unsigned lane) {
-    const uint4 all = *reinterpret_cast<const uint4*>(tile + lane * 16);
-    scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
-    zeros = __byte_perm(*reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2),
-                        0, 0x4140);
-    const uint32_t word[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[0][i] = word[i];
-      words[1][i] = shifted_down<8>(word[i]);
-    }
-  }
-
-  // A of the two k16 products of sub-group kSubgroup.
-  template <int kSubgroup>
-  __device__ __forceinline__ void make(uint32_t (&a)[2][4]) const {
-    constexpr uint32_t kCode = 0x00300030u, kExponent = 0x7D007D00u, kSign = 0x80008000u;
-    const auto to_place = [](uint32_t x) {  // the sub-group's codes to bits 4, 5 of the halves
-      return kSubgroup < 2 ? x << (4 - 2 * kSubgroup) : x >> (2 * kSubgroup - 4);
-    };
-    const uint32_t e =
-        __byte_perm(kSubgroup < 2 ? scales.x : scales.y, 0, kSubgroup % 2 == 0 ? 0x4140 : 0x4342)
-        << 4;
-    const uint32_t offset = mul_bf16x2(mask_or<kCode, kExponent | kSign>(to_place(zeros)), e);
-    const uint32_t e_row[2] = {lower_twice(e), upper_twice(e)};
-    const uint32_t offset_row[2] = {lower_twice(offset), upper_twice(offset)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        a[i / 2][odd * 2 + i % 2] = fma_bf16x2(mask_or<kCode, kExponent>(to_place(words[odd][i])),
-                                               e_row[i % 2], offset_row[i % 2]);
-  }
-};
-
-// A value that an earlier kernel wrote.
-__device__ __forceinline__ float load_bf16(const bf16* p) {
-  return __uint_as_float(uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(p))} << 16);
-}
 
 struct GemmShape {
   int64_t k;
   int m, stages;
+  int received_at, barriers_at;  // bytes of shared memory
 };
 
 // Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
-// of x, their tiles, and two barriers a stage; at the end sums (sums_pitch).
+// of x and their tiles, at the end the block's own sums (kTokens, pitch); the others' sums of this
+// block's tokens (split - 1, tokens, pitch); two barriers a stage and one for those sums.
 template <int kTokens>
-__global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
+__global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -132,13 +70,13 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int most_groups = static_cast<int>(blockDim.x) / kWarpgroup;
   const int group = thread / kWarpgroup, warp = thread / 32;  // row tile `warp` of the block
-  const unsigned split = cluster_blocks(), rank = cluster_rank();
-  const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
-  const int first_slice = static_cast<int>(rank * all_slices / split);
-  const int slices = static_cast<int>((rank + 1) * all_slices / split) - first_slice;
+  const int split = cluster_blocks(), rank = cluster_rank();
+  const int all_slices = static_cast<int>(quant::column_slices(shape.k));
+  const int first_slice = rank * all_slices / split;
+  const int slices = (rank + 1) * all_slices / split - first_slice;
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
 
-  int64_t share = blockIdx.x / split;
+  int64_t share = blockIdx.x / static_cast<unsigned>(split);
   const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
@@ -149,8 +87,15 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
 
   const int tile_stage = most_groups * kGroupTiles * kTileBytes;
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
-  const uint32_t full = shared_address(tiles + shape.stages * tile_stage);
+  const uint32_t full = shared_address(smem + shape.barriers_at);
   const uint32_t empty = full + shape.stages * 8;
+  const ClusterSums<kTokens> sums{reinterpret_cast<float*>(smem),
+                                  reinterpret_cast<float*>(smem + shape.received_at),
+                                  empty + shape.stages * 8,
+                                  1,
+                                  sums_pitch(most_groups * kGroupRows),
+                                  split,
+                                  rank};
   // Thread 0 copies.
   const int64_t first_tile = first_group * kGroupTiles;
   const int tile_bytes =
@@ -176,14 +121,19 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
       mbarrier_init(full + i * 8, 1);
       mbarrier_init(empty + i * 8, groups * kGroupTiles);
     }
+    sums.init();
     mbarrier_init_fence();
     async_proxy_fence();
+    prefetch_map(x_map);
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_tiles(i);
   }
   __syncthreads();
+  if (split > 1) cluster_arrive();
+  if (thread == 0) prefetch_to_l2(product.w.master_scale);
   start_next_kernel();
   wait_for_previous_kernel();
+  const float s = load_past_l1(product.w.master_scale) * (1 << kShiftedDown);
   if (thread == 0) {
 #pragma unroll 1
     for (int i = 0; i < ahead; ++i) copy_x(i, i);
@@ -191,157 +141,122 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup, blocks_of(kTokens))
   __syncwarp();
 
   float d[kTokens / 8][4] = {};
-  uint32_t scale_bits = 0;  // bit 7 of a byte: a NaN; bytes 0, 2 are of row r, 1, 3 of row r + 8
+  uint32_t nan_bits = 0;
   if (group < groups) {
     int stage = 0, parity = 0;
     LaneTile tile;
-    uint32_t a[2][2][4];  // of two sub-groups: one is made while the other is multiplied
-    const auto load_tile = [&] {
-      mbarrier_wait(full + stage * 8, parity);
-      tile.load(tiles + stage * tile_stage + warp * kTileBytes, static_cast<unsigned>(lane));
-      scale_bits |= (tile.scales.x + 0x01010101u) | (tile.scales.y + 0x01010101u);
+    uint32_t a[2][4][4];  // of both halves: one is made while the other is multiplied
+    uint64_t x = 0;
+    const auto issue = [&]<int kHalf>() {
+      fragment_fence(a[kHalf]);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma<Along::Columns>(d, a[kHalf][j],
+                              Rows::template slice<Along::Columns>(x, kHalf * 4 + j), 1);
+      wgmma_commit();
     };
-    const auto make = [&]<int kSubgroup>() { tile.make<kSubgroup>(a[kSubgroup % 2]); };
-    load_tile();
-    make.template operator()<0>();
+    // The stage of slice i, the one before the current stage.
+    const auto leave_stage = [&](int i) {
+      const int last = stage == 0 ? shape.stages - 1 : stage - 1;
+      mbarrier_arrive_warp(empty + last * 8, lane);
+      if (i + shape.stages >= slices) return;
+      if (thread == 0) {
+        mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
+        copy_tiles(last);
+        copy_x(i + shape.stages, last);
+      }
+      __syncwarp();
+    };
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) {
-      const uint32_t stage_empty = empty + stage * 8;
+      mbarrier_wait(full + stage * 8, parity);
+      tile.load(tiles + stage * tile_stage + warp * kTileBytes, lane);
+      nan_bits |= tile.nan_bits();
       // From lane 0: then the compiler knows that all lanes have the same.
-      const uint64_t x = Rows::template descriptor<Along::Columns>(
+      x = Rows::template descriptor<Along::Columns>(
           __shfl_sync(0xFFFFFFFFu, shared_address(smem + stage * Rows::kBytes), 0));
-      const auto issue = [&]<int kSubgroup>() {
-        fragment_fence(a[kSubgroup % 2]);
-        wgmma_fence();
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          wgmma<Along::Columns>(d, a[kSubgroup % 2][j],
-                                Rows::template slice<Along::Columns>(x, kSubgroup * 2 + j), 1);
-        wgmma_commit();
-      };
+      tile.make<0>(a[0]);
       issue.template operator()<0>();
-      make.template operator()<1>();
+      wgmma_wait<1>();
+      if (i > 0) leave_stage(i - 1);
+      tile.make<1>(a[1]);
       issue.template operator()<1>();
-      if (i > 0 && i - 1 + shape.stages < slices) {
-        if (thread == 0) {  // the stage of the slice before
-          const int last = stage == 0 ? shape.stages - 1 : stage - 1;
-          mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
-          copy_tiles(last);
-          copy_x(i - 1 + shape.stages, last);
-        }
-        __syncwarp();
-      }
-      wgmma_wait<1>();
-      make.template operator()<2>();
-      issue.template operator()<2>();
-      wgmma_wait<1>();
-      make.template operator()<3>();
-      issue.template operator()<3>();
       wgmma_wait<1>();
       if (++stage == shape.stages) stage = 0, parity ^= 1;
-      if (i + 1 < slices) {
-        load_tile();
-        make.template operator()<0>();
-      }
-      wgmma_wait<0>();
-      mbarrier_arrive_warp(stage_empty, lane);
     }
+    wgmma_wait<0>();
     accumulator_fence(d);
   }
 
-  // The ring is free in all blocks: all copies have landed and all products have read them.
-  if (split > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
-  float* const sums = reinterpret_cast<float*>(smem);
-  const int pitch = sums_pitch(most_groups), slots = slots_of(kTokens, split);
+  __syncthreads();  // all copies have landed and all products have read them
   if (group < groups) {
-    const int row = warp * kTileRows + lane / 4;
-    const unsigned inverse = (65536 + split - 1) / split;  // its products give quotients of tokens
+    float* const to = sums.own + lane % 4 * 2 * sums.pitch + warp * kTileRows + lane / 4;
 #pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const bool is_nan = nan_bits & kNanRow << (8 * half);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const unsigned token = i * 8 + lane % 4 * 2 + j, slot = token * inverse >> 16;
-        float* const to = sums + (rank * slots + slot) * pitch + row;
+      for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool is_nan = scale_bits & (half == 0 ? 0x00800080u : 0x80008000u);
-          const float sum = is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
-          if (split > 1)
-            store_to_block(shared_address(to + half * 8), static_cast<int>(token - slot * split),
-                           sum);
-          else
-            to[half * 8] = sum;
-        }
-      }
-  }
-  if (split > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
-
-  // A thread takes an output row, and every second slot.
-  const float s = *product.w.master_scale;
-  const int block_rows = most_groups * kGroupRows, row = thread % block_rows;
-  const int64_t output = first_group * kGroupRows + row;
-  if (row >= groups * kGroupRows || output >= n) return;
-  const float* const from = sums + row;
-#pragma unroll 1
-  for (int first = thread / block_rows; first < slots; first += 2 * kOutputs) {
-    const auto token_of = [&](int i) { return static_cast<int>((first + 2 * i) * split + rank); };
-    const auto is_output = [&](int i) {
-      return token_of(i) < kTokens && first_token + token_of(i) < shape.m;
-    };
-    const int64_t out = int64_t{first_token} * n + output;
-    float addend[kOutputs] = {};
-    if (product.addend != nullptr)
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i)
-        if (is_output(i)) addend[i] = load_bf16(product.addend + out + token_of(i) * n);
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) {
-      if (!is_output(i)) continue;
-      float total = from[(first + 2 * i) * pitch];
-      for (unsigned block = 1; block < split; ++block)
-        total += from[(block * slots + first + 2 * i) * pitch];
-      total *= s;
-      if (product.addend != nullptr) total += addend[i];
-      if (product.y_f32 != nullptr)
-        product.y_f32[out + token_of(i) * n] = total;
-      else
-        product.y_bf16[out + token_of(i) * n] = __float2bfloat16_rn(total);
+        for (int j = 0; j < 2; ++j)
+          to[(i * 8 + j) * sums.pitch + half * 8] =
+              is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
     }
   }
+  sums.exchange(thread);
+  sums.write(product, s, first_group * kGroupRows, groups * kGroupRows, first_token, shape.m);
+  if (split > 1) cluster_wait();  // the others have received this block's sums
 #endif
 }
 
-// Clusters of `split` blocks that run at once, a block a multiprocessor: a cluster is within a
-// group of 16 multiprocessors.
-int64_t clusters_of(int processors, int64_t split) {
-  return split == 1 ? processors : std::max<int64_t>(processors / 16 * (16 / split), 1);
+// Clusters of 1 .. kMaxSplit blocks that run at once, a block a multiprocessor. A cluster is within
+// a group of multiprocessors, and the groups of a GPU differ in size.
+using ClusterLimits = std::array<int64_t, kMaxSplit + 1>;
+
+ClusterLimits find_cluster_limits(const ProductLaunch& at) {
+  const auto kernel = reinterpret_cast<const void*>(packed_gemm_kernel<128>);
+  const auto smem_bytes = static_cast<int>(at.block_bytes(1));
+  BBB_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  ClusterLimits limits{0, at.processors};
+  for (unsigned split = 2; split <= kMaxSplit; ++split) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {split, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(split);
+    config.blockDim = dim3(kWarpgroup);
+    config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    BBB_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    limits[split] = clusters;
+  }
+  return limits;
 }
 
 // How products are divided: each into shares of at most `groups` warpgroups, each taken by a
 // cluster of `split` blocks.
 struct Division {
-  Division(Products products, int processors, int tokens, int64_t token_tiles, int groups,
-           int64_t split)
+  Division(Products products, const ClusterLimits& limits, int tokens, int64_t token_tiles,
+           int groups, int64_t split)
       : groups(groups), split(split) {
     int64_t clusters = 0;
     for (size_t i = 0; i < products.size(); ++i)
       clusters += shares[i] = ceil_div(products[i].w.n, int64_t{groups} * kGroupRows);
-    const int64_t waves = ceil_div(clusters * token_tiles, clusters_of(processors, split));
+    clusters *= token_tiles;
+    // Blocks that share a multiprocessor.
+    const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks_of(tokens));
+    const int64_t waves = ceil_div(clusters, limits[split] * shared);
     const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    // Cycles of a slice: of the instructions that make A and of products for each warpgroup, and of
-    // a copy of x from the L2 cache. Then those of a block's start and end.
-    const int64_t slice = std::max<int64_t>(groups * std::max(130, 4 * tokens), 9 * tokens) + 60;
-    const int64_t ends = 1500 + 6 * tokens * groups + (split > 1 ? 700 : 0);
+    // Cycles of a slice: one step after another for a warpgroup; the instructions that make A and
+    // the products of all warpgroups; the copies of x from the L2 cache. Then those of a block's
+    // start and end.
+    const int64_t slice =
+        std::max({int64_t{500} + 2 * tokens, shared * groups * std::max(130, 4 * tokens),
+                  shared * 9 * tokens}) +
+        60;
+    const int64_t ends = 2000 + 6 * tokens * groups * shared / split + (split > 1 ? 1500 : 0);
     cost = waves * (slices * slice + ends);
   }
   int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
@@ -350,49 +265,65 @@ struct Division {
   int64_t shares[kMaxProducts] = {};
 };
 
-Division divide(Products products, int processors, int tokens, int64_t token_tiles) {
-  Division best(products, processors, tokens, token_tiles, kMaxGroups, 1);
-  const int64_t slices = quant::column_slices(products[0].w.k);
-  for (int groups = 1; groups <= kMaxGroups; ++groups)
-    for (int64_t split = 1; split <= std::min<int64_t>(slices, kMaxSplit); ++split) {
-      const Division other(products, processors, tokens, token_tiles, groups, split);
-      if (other.cost < best.cost) best = other;
+// A block's shared memory.
+struct Memory {
+  Memory(const ProductLaunch& at, const Division& by, int tokens, int64_t k) {
+    constexpr int64_t kAlignment = 1024;
+    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.groups) * kGroupRows) * 4;
+    const int64_t received_bytes = (by.split - 1) * ceil_div(tokens, by.split) * pitch_bytes;
+    const int64_t stage_bytes = x_bytes(tokens) + by.groups * kGroupTiles * kTileBytes;
+    const int64_t slices = ceil_div(quant::column_slices(k), by.split);
+    const int64_t limit_bytes = at.block_bytes(blocks_of(tokens));
+    stages = std::min({slices, int64_t{kMaxStages},
+                       (limit_bytes - kAlignment - received_bytes - 8) / (stage_bytes + 16)});
+    received_at = std::max(stages * stage_bytes, tokens * pitch_bytes);
+    barriers_at = received_at + received_bytes;
+    bytes = kAlignment + barriers_at + stages * 16 + 8;
+    fits = (stages > 1 || slices == 1) && bytes <= limit_bytes;
+  }
+
+  int64_t stages, received_at, barriers_at, bytes;
+  bool fits;
+};
+
+Division divide(const ProductLaunch& at, Products products, const ClusterLimits& limits, int tokens,
+                int64_t token_tiles) {
+  const int64_t k = products[0].w.k;
+  Division best(products, limits, tokens, token_tiles, groups_of(tokens), 1);
+  for (int groups = 1; groups <= groups_of(tokens); ++groups)
+    for (int64_t split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
+         ++split) {
+      if (limits[split] == 0) continue;
+      const Division other(products, limits, tokens, token_tiles, groups, split);
+      if (other.cost < best.cost && Memory(at, other, tokens, k).fits) best = other;
     }
+  BBB_ASSERT(Memory(at, best, tokens, k).fits);
   return best;
 }
 
 template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
   const int64_t k = products[0].w.k, token_tiles = ceil_div(m, kTokens);
-  const Division by = divide(products, at.processors, kTokens, token_tiles);
+  static const ClusterLimits limits = find_cluster_limits(at);
+  const Division by = divide(at, products, limits, kTokens, token_tiles);
+  const Memory memory(at, by, kTokens, k);
   ProductList list{};
   for (size_t i = 0; i < products.size(); ++i) list.items[i] = {products[i], by.shares[i]};
-  constexpr int64_t kAlignment = 1024;
-  const int64_t stage_bytes = x_bytes(kTokens) + by.groups * kGroupTiles * kTileBytes + 16;
-  const int64_t slices = ceil_div(quant::column_slices(k), by.split);
-  const int64_t limit_bytes = at.block_bytes(blocks_of(kTokens));
-  const int64_t stages =
-      std::min({slices, int64_t{kMaxStages}, (limit_bytes - kAlignment) / stage_bytes});
-  const int64_t sums_bytes = by.split * slots_of(kTokens, static_cast<unsigned>(by.split)) *
-                             sums_pitch(static_cast<int>(by.groups)) * 4;
-  const int64_t smem_bytes = kAlignment + std::max(stages * stage_bytes, sums_bytes);
-  BBB_ASSERT((stages > 1 || slices == 1) && smem_bytes <= limit_bytes);
   launch(
       at.stream,
       {dim3(static_cast<unsigned>(by.all_shares() * by.split), static_cast<unsigned>(token_tiles)),
-       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), smem_bytes, true,
+       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
        static_cast<unsigned>(by.split)},
       packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
-      GemmShape{k, static_cast<int>(m), static_cast<int>(stages)});
+      GemmShape{k, static_cast<int>(m), static_cast<int>(memory.stages),
+                static_cast<int>(memory.received_at), static_cast<int>(memory.barriers_at)});
 }
 
 }  // namespace
 
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& all,
                         const bf16* x, int64_t m) {
-  const auto launch_it = m <= 8    ? launch_tokens<8>
-                         : m <= 16 ? launch_tokens<16>
-                         : m <= 32 ? launch_tokens<32>
+  const auto launch_it = m <= 32   ? launch_tokens<32>
                          : m <= 64 ? launch_tokens<64>
                                    : launch_tokens<128>;
   for (size_t i = 0; i < all.size(); i += kMaxProducts)
