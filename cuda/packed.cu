@@ -100,9 +100,9 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
       products,
       [&](const std::vector<TiledProduct>& tiled) {
         const int64_t m = x.dim(0);
-        const auto launch_it = m < kMinMmaRows   ? launch_packed_gemv
-                               : m < kMinMmaRows ? launch_packed_mma
-                                                 : launch_packed_gemm;
+        const auto launch_it = m < kMinMmaRows    ? launch_packed_gemv
+                               : m < kMinGemmRows ? launch_packed_mma
+                                                  : launch_packed_gemm;
         launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
