@@ -59,9 +59,10 @@ Progress::~Progress() {
 
 std::string Progress::line(const std::string& label, int64_t done, int64_t total, double elapsed_s,
                            double left_s, const std::string& note) {
-  const std::string begin = label + " [",
-                    end = cat("] ", done, "/", total, "  ", duration_text(elapsed_s),
+  const std::string end = cat("] ", done, "/", total, "  ", duration_text(elapsed_s),
                               left_s < 0 ? "" : cat(", ", duration_text(left_s), " left"));
+  const size_t fixed = end.size() + kLeastBar + 2;
+  const std::string begin = label.substr(0, kColumns - std::min(kColumns, fixed)) + " [";
   const size_t taken = begin.size() + end.size();
   const size_t bar = std::clamp(kColumns - std::min(kColumns, taken), kLeastBar, kBar);
   const auto filled =

@@ -22,7 +22,8 @@ class Progress {
   ~Progress();  // ends the line
   void set(int64_t done, const std::string& note = "");
 
-  // At most kColumns wide: the note is cut, then the bar gets shorter. left_s < 0: unknown.
+  // At most kColumns wide: the note is cut, then the bar gets shorter, then the label. left_s < 0:
+  // unknown.
   static std::string line(const std::string& label, int64_t done, int64_t total, double elapsed_s,
                           double left_s, const std::string& note);
 

@@ -105,7 +105,7 @@ TEST_CASE("files: a directory appears whole or not at all") {
 
   CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out"), Contains("is not empty"));
   CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f"), Contains("not a directory"));
-  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f/g"), Contains("not a directory"));
+  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f/g"), Contains("Not a directory"));
   CHECK(entries(dir.path()) == 1);
 }
 
