@@ -155,7 +155,8 @@ TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing beh
     INFO(run.out << run.err);
     REQUIRE(run.code == 0);
     CHECK_THAT(run.out, Contains("GB of tensors") && Contains("results: ") &&
-                            Contains("GB free\ntime: about ") && Contains("nothing was written\n"));
+                            Contains("GB are free\ntime: about ") &&
+                            Contains("nothing was written\n"));
     CHECK((run.out.find("blocks ") != run.out.npos) ==
           (options[0] == "--stages" && options[2] != "--block-schedule"));
     CHECK_THAT(run.out, Contains(" steps of "));

@@ -79,6 +79,10 @@ TEST_CASE("fit: what was typed stays, and the line names the rest", "[fit]") {
   CHECK(train::describe_fit(config, far, 512, 1000000) ==
         "to fit the text (1000000 tokens) and the model (512 positions): --seq-len 512 instead of "
         "2048");
+  config.samples = 3;
+  const TrainConfig few = fitted(config, 512, 1000000, {"samples", "seq-len"});
+  CHECK(train::describe_fit(config, few, 512, 1000000) ==
+        "to fit 3 samples: --e2e-batch 3 instead of 16");
   config.seq_len = 4096;
   config.samples = 2000;
   const TrainConfig typed =

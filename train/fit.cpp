@@ -47,6 +47,8 @@ std::string describe_fit(const TrainConfig& asked, const TrainConfig& fitted, in
     if (before != after)
       list += cat(list.empty() ? "" : ", ", "--", option, " ", after, " instead of ", before);
   };
+  const bool text = asked.seq_len != fitted.seq_len || asked.samples != fitted.samples ||
+                    asked.val_samples != fitted.val_samples;
   add("seq-len", asked.seq_len, fitted.seq_len);
   add("samples", asked.samples, fitted.samples);
   if (block_stages(asked) > 0) add("val-samples", asked.val_samples, fitted.val_samples);
@@ -54,6 +56,7 @@ std::string describe_fit(const TrainConfig& asked, const TrainConfig& fitted, in
   if (asked.e2e_steps != 0) add("e2e-batch", asked.e2e_batch, fitted.e2e_batch);
   if (list.empty()) return "";
   const bool positions = fitted.seq_len == max_position && asked.seq_len > max_position;
+  if (!text) return cat("to fit ", fitted.samples, " samples: ", list);
   return cat("to fit the text (", tokens, " tokens)",
              positions ? cat(" and the model (", max_position, " positions)") : "", ": ", list);
 }

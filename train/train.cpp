@@ -23,6 +23,8 @@ using models::LayerResult;
 
 namespace {
 
+constexpr int64_t kStatesAtOnce = 2;  // a new one is written before the old one goes
+
 const char* describe(models::Recompute recompute) {
   switch (recompute) {
     case models::Recompute::None:
@@ -55,8 +57,12 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
                 gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
                 describe(end_to_end->recompute));
-  std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config, outer)),
-              config.out.c_str());
+  const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
+                                 end_to_end != nullptr ? end_to_end->state_bytes : 0);
+  std::printf(
+      "results: %.2f GB in %s, and at most %.2f GB of states while it trains; %.2f GB are free\n",
+      gigabytes(result_bytes(model, config, outer)), config.out.c_str(),
+      gigabytes(kStatesAtOnce * state), gigabytes(data::free_disk_bytes(config.out)));
   std::fflush(stdout);  // so that the plan is seen before training starts
 }
 
@@ -165,11 +171,10 @@ TrainConfig with_absolute_paths(TrainConfig config) {
   return config;
 }
 
-// Results and states that the run has still to write. A new state is written before the old one
-// goes.
+// Throws if the results and states that the run has still to write do not fit on its disk.
 void check_run_disk(const RunDirectory& run, const models::LlamaConfig& model,
                     const TrainConfig& config, OuterStart outer, int64_t state_bytes) {
-  const int64_t most = result_bytes(model, config, outer) + 2 * state_bytes;
+  const int64_t most = result_bytes(model, config, outer) + kStatesAtOnce * state_bytes;
   data::check_disk(config.out, std::max<int64_t>(0, most - run.stored_bytes()));
 }
 
