@@ -8,7 +8,7 @@
 #include "data/files.h"
 #include "tests/model_files.h"
 #include "tests/printed.h"
-#include "tests/tiny_model.h"
+#include "tests/tiny_run.h"
 #include "tools/cli.h"
 #include "train/config_table.h"
 #include "train/run_directory.h"
@@ -141,6 +141,28 @@ TEST_CASE("answers: the summary's perplexities are those of bbb ppl", "[answers]
     CHECK(bits == Approx(models::open_checkpoint(model.dir / "made/" + name)->bits_per_weight())
                       .epsilon(1e-3));
   }
+}
+
+TEST_CASE("answers: a finished run stays one where its perplexity is no number", "[answers]") {
+  Fixture fixture;
+  fixture.poison_last_token();
+  fixture.windows.ids.back() = Fixture::kPoisoned;  // in the last validation window
+  train::TrainConfig config = fixture.config;
+  config.out = fixture.dir / "run";
+  config.e2e_steps = 1;
+  const std::string text = printed_by([&] {
+                             train::train_windows(backend(), *fixture.source, fixture.windows,
+                                                  config, train::Observer());
+                           }).out;
+  CHECK_THAT(text, Contains("no perplexity: the loss of window 3 "));
+  CHECK_THAT(text, Contains("next: bbb export"));
+  config.val_samples = 0;
+  config.out = fixture.dir / "without";
+  CHECK_THAT(printed_by([&] {
+               train::train_windows(backend(), *fixture.source, fixture.windows, config,
+                                    train::Observer());
+             }).out,
+             Contains("no perplexity: there are no validation windows\n"));
 }
 
 TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing behind", "[answers]") {

@@ -73,15 +73,17 @@ void print_summary(Backend& backend, const Checkpoint& source, const data::Windo
               bits_per_weight(source.config(), recipe));
   const data::Windows validation = validation_windows(windows, config);
   const auto start = std::chrono::steady_clock::now();
-  if (validation.count > 0) {
+  // The run has finished: whatever is wrong with its perplexity, it can be exported.
+  try {
+    BBB_CHECK(validation.count > 0, "there are no validation windows");
     const auto [full, result] =
         perplexities(backend, source, validation, config, recipe, run, observer);
     std::printf(
         "perplexity on %lld validation windows of %lld tokens: %.2f, in full precision %.2f\n",
         static_cast<long long>(validation.count), static_cast<long long>(config.seq_len), result,
         full);
-  } else {
-    std::printf("no perplexity: there are no validation windows\n");
+  } catch (const Error& error) {
+    std::printf("no perplexity: %s\n", error.what());
   }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

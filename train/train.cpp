@@ -46,8 +46,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
     };
     std::printf(
         "blocks: %.3f GB of tensors, at most %.2f GB of the device, %.2f GB of host memory, %.2f "
-        "GB of "
-        "scratch files; streams there: %d, %d, %d; %s\n",
+        "GB of scratch files; streams there: %d, %d, %d; %s\n",
         gigabytes(blocks->device_bytes), gigabytes(allocated_bytes(backend, blocks->device_bytes)),
         gigabytes(streams.host_bytes), gigabytes(streams.scratch_bytes), count(Tier::Device),
         count(Tier::Host), count(Tier::File), describe(blocks->recompute));
@@ -194,9 +193,6 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
               " is not in the model's vocabulary of ", model.vocab);
 
-  const auto now = [start = std::chrono::steady_clock::now()] {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
   // An existing run is locked before the model is read and memory is planned. A new run is created
   // only once it is known to fit, so that a refused run leaves nothing behind.
   RunDirectory run(config.out);
@@ -267,8 +263,11 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
   };
-  double before_s = now();
-  const auto taken = [&] { return now() - std::exchange(before_s, now()); };
+  auto since = std::chrono::steady_clock::now();
+  const auto taken = [&] {
+    const auto now = std::chrono::steady_clock::now();
+    return std::chrono::duration<double>(now - std::exchange(since, now)).count();
+  };
   const Recipe recipe(config, model,
                       statistics_of(backend, source, windows, config, run, from, observer));
   if (Recipe::needs_statistics(config)) times.statistics_s = taken();
