@@ -101,6 +101,8 @@ if [ ! -s "$work/out" ] || grep -qv '^loading \[' "$work/err"; then
   bad=1
 fi
 printf 'Say hi.\n' >"$work/chat.txt"
+expect 0 'context is 8192 tokens, as many as the model has positions' \
+  bash -c "echo /exit | '$bbb' chat --model '$model' --context 9000 --device cpu"
 expect 0 'context of 20 tokens is full' \
   bash -c "'$bbb' chat --model '$model' --context 20 --device cpu <'$work/chat.txt'"
 
