@@ -1,7 +1,9 @@
 #include "data/files.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <regex>
 
 #include "quant/check.h"
 
@@ -31,13 +34,36 @@ std::string parent_of(const std::string& path) {
   return parent.empty() ? "." : parent;
 }
 
-// "path.tmp-<pid>-<attempt>": no other process uses it, and the next attempt skips a crash's
-// leftovers.
+// Processes on several machines may write to one directory, so a name may be taken: the next
+// attempt has another.
 std::string temporary_name(const std::string& path, int attempt) {
   return cat(path, ".tmp-", ::getpid(), "-", attempt);
 }
 
 constexpr int kAttempts = 1000;
+
+// Locks a new temporary. Returns false if a cleaner has taken it for a leftover, and removes it. A
+// file system without locks has no cleaners either.
+bool claim(int fd) {
+  struct stat info = {};
+  return (::flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) && ::fstat(fd, &info) == 0 &&
+         info.st_nlink > 0;
+}
+
+// Removes the temporaries of `path` that no process holds.
+void remove_leftovers(const std::string& path) {
+  const std::string name = fs::path(path).filename().string();
+  std::error_code ignored;
+  std::vector<fs::path> leftovers;
+  for (const auto& entry : fs::directory_iterator(parent_of(path), ignored)) {
+    const std::string other = entry.path().filename().string();
+    if (other.starts_with(name + ".tmp-") && is_temporary(other)) leftovers.push_back(entry.path());
+  }
+  for (const fs::path& leftover : leftovers) {
+    const Descriptor d{::open(leftover.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)};
+    if (d.fd >= 0 && ::flock(d.fd, LOCK_EX | LOCK_NB) == 0) fs::remove_all(leftover, ignored);
+  }
+}
 
 // Makes a rename inside the directory durable. Some file systems cannot sync a directory: EINVAL is
 // no error.
@@ -68,7 +94,34 @@ std::string read_file(const std::string& path) {
     if (used == content.size()) content.resize(content.size() * 2);
   }
   content.resize(used);
+  refuse_lfs_pointer(content, path);
   return content;
+}
+
+void refuse_lfs_pointer(std::string_view content, const std::string& path) {
+  BBB_CHECK(!content.starts_with("version https://git-lfs.github.com/spec/"), path,
+            ": is a Git LFS pointer, not the file itself; `git lfs pull` fetches the file");
+}
+
+int64_t free_disk_bytes(const std::string& path) {
+  std::error_code error;
+  fs::path at = fs::absolute(path);
+  while (!fs::exists(at, error) && at.has_relative_path()) at = at.parent_path();
+  struct statvfs info = {};
+  BBB_CHECK(::statvfs(at.c_str(), &info) == 0, path, ": its disk cannot be asked: ", cause());
+  if (info.f_blocks == 0) return INT64_MAX;  // a file system that does not tell
+  return static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
+}
+
+void check_disk(const std::string& path, int64_t bytes) {
+  const int64_t free = free_disk_bytes(path);
+  BBB_CHECK(bytes <= free, path, ": needs ", (bytes >> 20) + 1, " MiB, but its disk has ",
+            free >> 20, " MiB free");
+}
+
+bool is_temporary(const std::string& name) {
+  static const std::regex form(".+\\.tmp-[0-9]+-[0-9]+");
+  return std::regex_match(name, form);
 }
 
 void write_file_atomic(const std::string& path, const std::string& content) {
@@ -89,14 +142,34 @@ std::string printable(const std::string& name) {
   return name.size() > kLongest ? out + "..." : out;
 }
 
+Parents::Parents(const std::string& path) {
+  std::error_code error;
+  for (fs::path at = fs::path(path).parent_path(); !at.empty() && !fs::exists(at, error);
+       at = at.parent_path())
+    made_.push_back(at.string());
+  // The outermost one first. Another process may make it meanwhile.
+  for (auto directory = made_.rbegin(); directory != made_.rend(); ++directory)
+    BBB_CHECK(::mkdir(directory->c_str(), 0777) == 0 || errno == EEXIST, "cannot make directory ",
+              *directory, ": ", cause());
+}
+
+Parents::~Parents() {
+  for (const std::string& directory : made_) ::rmdir(directory.c_str());
+}
+
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   std::error_code error;
   BBB_CHECK(!fs::is_directory(path_, error), "cannot write ", path_, ": it is a directory");
+  remove_leftovers(path_);
   for (int attempt = 0; fd_ < 0; ++attempt) {
     temporary_ = temporary_name(path_, attempt);
     fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     BBB_CHECK(fd_ >= 0 || (errno == EEXIST && attempt < kAttempts), "cannot write ", path_, ": ",
               cause());
+    if (fd_ >= 0 && !claim(fd_)) {
+      ::close(fd_);
+      fd_ = -1;
+    }
   }
 }
 
@@ -134,6 +207,7 @@ void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
 void AtomicFile::commit() {
   BBB_ASSERT(fd_ >= 0);
   BBB_CHECK(::fsync(fd_) == 0, "cannot write ", path_, ": ", cause());
+  const Descriptor lock{::dup(fd_)};  // until the temporary has its name
   const int fd = fd_;
   fd_ = -1;
   BBB_CHECK(::close(fd) == 0, "cannot write ", path_, ": ", cause());
@@ -143,24 +217,38 @@ void AtomicFile::commit() {
   sync_directory(parent_of(path_));
 }
 
-AtomicDirectory::AtomicDirectory(std::string path) : path_(std::move(path)) {
-  while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
+static std::string without_slashes(std::string path) {
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  return path;
+}
+
+AtomicDirectory::AtomicDirectory(std::string path)
+    : path_(without_slashes(std::move(path))), parents_(path_) {
   std::error_code error;
   if (fs::exists(path_, error)) {
     BBB_CHECK(fs::is_directory(path_, error), path_, " exists and is not a directory");
     BBB_CHECK(fs::is_empty(path_, error), path_, " exists and is not empty");
   }
-  for (int attempt = 0;; ++attempt) {
+  remove_leftovers(path_);
+  for (int attempt = 0; lock_ < 0; ++attempt) {
     temporary_ = temporary_name(path_, attempt);
-    if (::mkdir(temporary_.c_str(), 0777) == 0) break;
-    BBB_CHECK(errno == EEXIST && attempt < kAttempts, "cannot make directory ", path_, ": ",
-              cause());
+    const bool made = ::mkdir(temporary_.c_str(), 0777) == 0;
+    BBB_CHECK(made || (errno == EEXIST && attempt < kAttempts), "cannot make directory ", path_,
+              ": ", cause());
+    if (!made) continue;
+    lock_ = ::open(temporary_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    BBB_CHECK(lock_ >= 0 || errno == ENOENT, "cannot open directory ", path_, ": ", cause());
+    if (lock_ >= 0 && !claim(lock_)) {
+      ::close(lock_);
+      lock_ = -1;
+    }
   }
 }
 
 AtomicDirectory::~AtomicDirectory() {
   std::error_code ignored;  // a destructor cannot report it
   if (!committed_) fs::remove_all(temporary_, ignored);
+  ::close(lock_);
 }
 
 void AtomicDirectory::commit() {
@@ -170,6 +258,7 @@ void AtomicDirectory::commit() {
   BBB_CHECK(::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot make directory ", path_, ": ",
             cause());
   committed_ = true;
+  parents_.keep();
   sync_directory(parent_of(path_));
 }
 

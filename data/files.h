@@ -3,10 +3,23 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace bbb::data {
 
 std::string read_file(const std::string& path);  // whole file; throws, naming it
+// The end of an error about bytes that a header promises and the file does not hold.
+inline constexpr const char* kCutShort = ": the file is cut short, or damaged; fetch it again";
+// A checkout without its large files holds a short text in the place of each. Throws if this is
+// one.
+void refuse_lfs_pointer(std::string_view content, const std::string& path);
+
+// The bytes that are free on the disk of `path` or, if it does not exist, of its nearest parent.
+int64_t free_disk_bytes(const std::string& path);
+// Throws, naming both sizes, unless `bytes` more fit on that disk.
+void check_disk(const std::string& path, int64_t bytes);
+
 // Writes text or bytes under a temporary name in the same directory, syncs it, renames it to
 // `path`, and syncs the directory. Throws, naming path and cause, and then leaves nothing behind.
 void write_file_atomic(const std::string& path, const std::string& content);
@@ -14,6 +27,26 @@ void write_file_atomic(const std::string& path, const std::string& content);
 // A name that was read from a file, made fit for a one-line message: control and non-ASCII bytes
 // become \xNN, and it is cut after 80 bytes.
 std::string printable(const std::string& name);
+
+// Is this the name of a file or directory that an atomic writer had not committed?
+bool is_temporary(const std::string& name);
+
+// Creates the missing parents of a path. Without keep() the destructor removes them again, as far
+// as they are empty.
+class Parents {
+ public:
+  explicit Parents(const std::string& path);
+  ~Parents();
+  Parents(const Parents&) = delete;
+  Parents& operator=(const Parents&) = delete;
+  void keep() { made_.clear(); }
+
+ private:
+  std::vector<std::string> made_;  // the innermost one first
+};
+
+// Atomic writers lock what they write. So a temporary without a lock is the rest of a process that
+// was killed; the next writer of the same path removes it.
 
 // A file that is written piece by piece under a temporary name next to `path`. commit() syncs and
 // renames it; without commit() the destructor removes it. Throws, naming path and cause, on any I/O
@@ -38,8 +71,8 @@ class AtomicFile {
 };
 
 // A directory that is filled under a temporary name next to `path`. commit() renames it into place;
-// without commit() the destructor removes it. The constructor throws if `path` exists and is not an
-// empty directory, or if the parent is missing or read-only.
+// without commit() the destructor removes it. The constructor makes missing parents, and throws if
+// `path` exists and is not an empty directory, or if a parent is read-only.
 class AtomicDirectory {
  public:
   explicit AtomicDirectory(std::string path);
@@ -51,7 +84,9 @@ class AtomicDirectory {
 
  private:
   std::string path_;
+  Parents parents_;
   std::string temporary_;
+  int lock_ = -1;  // of the temporary directory
   bool committed_ = false;
 };
 

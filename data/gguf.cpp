@@ -241,7 +241,8 @@ class Reader {
 
   template <typename T>
   T take(const char* what) {
-    BBB_CHECK(left() >= sizeof(T), path_, ": truncated at ", what, ", byte ", cursor_);
+    BBB_CHECK(left() >= sizeof(T), path_, ": no byte left for ", what, " at byte ", cursor_,
+              kCutShort);
     const T value = load_as<T>(data_ + cursor_);
     cursor_ += static_cast<int64_t>(sizeof(T));
     return value;
@@ -250,7 +251,7 @@ class Reader {
   std::string take_string(const char* what) {
     const uint64_t length = take<uint64_t>(what);
     BBB_CHECK(length <= left(), path_, ": ", what, " of ", length, " bytes at byte ", cursor_,
-              " runs past the file's end");
+              " runs past the file's end", kCutShort);
     std::string text(reinterpret_cast<const char*>(data_ + cursor_), length);
     cursor_ += static_cast<int64_t>(length);
     return text;
@@ -265,7 +266,7 @@ class Reader {
   }
   void check_count(uint64_t count, const char* what, uint64_t least_bytes) const {
     BBB_CHECK(count <= left() / least_bytes, path_, ": ", what, " of ", count,
-              " is more than the file can hold");
+              " is more than the file can hold", kCutShort);
   }
 
  private:
@@ -440,6 +441,7 @@ const std::vector<T>& typed_array(const Gguf& gguf, const std::string& key, cons
 }  // namespace
 
 GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& path) {
+  refuse_lfs_pointer({reinterpret_cast<const char*>(data), static_cast<size_t>(bytes)}, path);
   Reader in(data, bytes, path);
   BBB_CHECK(bytes >= 4 && std::memcmp(data, "GGUF", 4) == 0, path,
             ": not a GGUF file; a model is one, or a directory with config.json");
@@ -485,7 +487,7 @@ GgufContents parse_gguf(const uint8_t* data, int64_t bytes, const std::string& p
     const uint64_t tensor_bytes = static_cast<uint64_t>(p.tensor.bytes);
     BBB_CHECK(p.offset <= data_bytes && tensor_bytes <= data_bytes - p.offset, what, " needs ",
               tensor_bytes, " bytes at offset ", p.offset, "; the file holds ", data_bytes,
-              " bytes of data: truncated?");
+              " bytes of data", kCutShort);
     p.tensor.data = data + start + p.offset;
     cursor = padded(p.offset + tensor_bytes, alignment);
     BBB_CHECK(out.tensors.emplace(p.name, p.tensor).second, what, " is given twice");

@@ -61,7 +61,7 @@ SafeTensor parse_entry(const json& entry, const uint8_t* data, int64_t data_byte
             what, ": data_offsets is not a pair of sizes");
   const int64_t begin = offsets[0].get<int64_t>(), end = offsets[1].get<int64_t>();
   BBB_CHECK(begin <= end && end <= data_bytes, what, ": bytes ", begin, " to ", end,
-            " lie outside the file's ", data_bytes, " bytes of data");
+            " lie outside the file's ", data_bytes, " bytes of data", kCutShort);
   BBB_CHECK(end - begin == needed, what, ": shape ", engine::to_string(t.shape), " of ", row->name,
             " needs ", needed, " bytes, the header gives it ", end - begin);
   t.data = data + begin;
@@ -137,11 +137,12 @@ MappedFile::~MappedFile() { ::munmap(const_cast<uint8_t*>(data_), static_cast<si
 
 std::map<std::string, SafeTensor> parse_safetensors(const uint8_t* data, int64_t bytes,
                                                     const std::string& path) {
-  BBB_CHECK(bytes >= 8, path, ": ", bytes, " bytes are too few for a safetensors file");
+  refuse_lfs_pointer({reinterpret_cast<const char*>(data), static_cast<size_t>(bytes)}, path);
+  BBB_CHECK(bytes >= 8, path, ": ", bytes, " bytes are too few for a safetensors file", kCutShort);
   const uint64_t header_bytes = load_as<uint64_t>(data);
   BBB_CHECK(header_bytes <= kLargestHeader && header_bytes <= static_cast<uint64_t>(bytes - 8),
             path, ": header of ", header_bytes, " bytes in a file of ", bytes,
-            ": truncated, or not safetensors");
+            ", or no safetensors file", kCutShort);
   const char* text = reinterpret_cast<const char*>(data + 8);
   const json header = parse_json(text, text + header_bytes, path);
   BBB_CHECK(header.is_object(), path, ": the header is not a JSON object");

@@ -1,19 +1,31 @@
 // Text files to token windows: one document per line (.jsonl) or per file (anything else).
 #include "data/text.h"
 
+#include <algorithm>
+#include <cctype>
+
 #include "data/files.h"
+#include "data/gzip.h"
 #include "data/json.h"
 #include "quant/check.h"
 
 namespace bbb::data {
 
-std::vector<std::string> read_documents(const std::string& path) {
+std::string read_text(const std::string& path) {
   std::string content = read_file(path);
-  const std::string_view suffix = ".jsonl";
-  const bool is_jsonl =
-      path.size() >= suffix.size() && path.substr(path.size() - suffix.size()) == suffix;
+  return is_gzip(content) ? gunzip(content, path) : content;
+}
+
+bool is_jsonl(const std::string& path) {
+  std::string name = path;
+  std::ranges::transform(name, name.begin(), [](unsigned char c) { return std::tolower(c); });
+  return name.ends_with(".jsonl") || name.ends_with(".jsonl.gz");
+}
+
+std::vector<std::string> read_documents(const std::string& path) {
+  std::string content = read_text(path);
   std::vector<std::string> documents;
-  if (is_jsonl) {
+  if (is_jsonl(path)) {
     const std::string_view view = content;
     int64_t line_number = 0;
     for (size_t begin = 0; begin < view.size();) {

@@ -10,6 +10,11 @@
 
 namespace bbb::data {
 
+// The content of a text file; of a gzip file, known by its first bytes, what it unpacks to.
+std::string read_text(const std::string& path);
+// Whether the file's name ends in .jsonl or .jsonl.gz, in any case.
+bool is_jsonl(const std::string& path);
+
 // The "text" fields of a .jsonl file in order; any other file, such as a .txt, is one document.
 // Throws, naming file and line, on malformed JSON, a missing "text", or no text at all.
 std::vector<std::string> read_documents(const std::string& path);

@@ -11,6 +11,7 @@
 
 #include "data/files.h"
 #include "data/json.h"
+#include "data/model_path.h"
 #include "data/pre_tokenizer.h"
 #include "data/tokenizer_parts.h"
 #include "quant/check.h"
@@ -364,6 +365,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const std::string& model_path) {
     const std::string path = model_path + "/" + name;
     if (is_regular_file(path)) files.files.emplace_back(name, read_file(path));
   }
+  if (files.files.empty()) check_model_path(model_path);
   return make_tokenizer(std::move(files));
 }
 

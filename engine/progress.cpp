@@ -4,10 +4,43 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
+
+#include "quant/check.h"
 
 namespace bbb::engine {
 
 using Clock = std::chrono::steady_clock;
+
+namespace {
+
+constexpr size_t kBar = 24, kLeastBar = 8;
+
+// Can a line be overwritten?
+bool redraws() {
+  const char* terminal = std::getenv("TERM");
+  return isatty(STDERR_FILENO) != 0 && terminal != nullptr && terminal != std::string("dumb");
+}
+
+double seconds_between(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double>(end - begin).count();
+}
+
+}  // namespace
+
+std::string duration_text(double seconds) {
+  if (seconds < 9.95) {
+    char text[16];
+    std::snprintf(text, sizeof text, "%.1f s", seconds);
+    return text;
+  }
+  const auto whole = static_cast<int64_t>(seconds + 0.5), minutes = whole / 60,
+             hours = whole / 3600;
+  if (minutes == 0) return cat(whole, " s");
+  if (hours == 0) return cat(minutes, " min ", whole % 60, " s");
+  if (hours < 48) return cat(hours, " h ", minutes % 60, " min");
+  return cat(hours / 24, " d ", hours % 24, " h");
+}
 
 Progress::Progress(std::string label, int64_t total, double silent_s)
     : label_(std::move(label)),
@@ -16,10 +49,27 @@ Progress::Progress(std::string label, int64_t total, double silent_s)
       start_(Clock::now()),
       first_(start_),
       last_(start_),
-      terminal_(isatty(STDERR_FILENO) != 0) {}
+      terminal_(redraws()) {
+  std::fflush(stdout);  // text that was written before it comes before it in a common file, too
+}
 
 Progress::~Progress() {
   if (terminal_ && last_tenth_ >= 0) std::fputc('\n', stderr);
+}
+
+std::string Progress::line(const std::string& label, int64_t done, int64_t total, double elapsed_s,
+                           double left_s, const std::string& note) {
+  const std::string end = cat("] ", done, "/", total, "  ", duration_text(elapsed_s),
+                              left_s < 0 ? "" : cat(", ", duration_text(left_s), " left"));
+  const size_t fixed = end.size() + kLeastBar + 2;
+  const std::string begin = label.substr(0, kColumns - std::min(kColumns, fixed)) + " [";
+  const size_t taken = begin.size() + end.size();
+  const size_t bar = std::clamp(kColumns - std::min(kColumns, taken), kLeastBar, kBar);
+  const auto filled =
+      static_cast<size_t>(static_cast<int64_t>(bar) * std::min(done, total) / total);
+  std::string text = begin + std::string(filled, '#') + std::string(bar - filled, '.') + end;
+  if (!note.empty()) text += "  " + note;
+  return text.substr(0, kColumns);
 }
 
 void Progress::set(int64_t done, const std::string& note) {
@@ -28,27 +78,27 @@ void Progress::set(int64_t done, const std::string& note) {
     first_done_ = done;
     first_ = now;
   }
-  const double elapsed = std::chrono::duration<double>(now - start_).count();
+  const double elapsed = seconds_between(start_, now);
   if (elapsed < silent_s_) return;
   const int tenth = static_cast<int>(10 * std::min(done, total_) / total_);
-  const bool due = terminal_ ? std::chrono::duration<double>(now - last_).count() >= 0.1 : false;
+  const bool due = terminal_ && seconds_between(last_, now) >= 0.1;
   if (!due && tenth == last_tenth_) return;
   last_tenth_ = tenth;
   last_ = now;
-  const double left = static_cast<double>(std::max<int64_t>(total_ - done, 0));
-  char eta[32] = "?";
-  if (left == 0 || done > first_done_) {
-    const double since = std::chrono::duration<double>(now - first_).count();
-    const double rate = left == 0 ? 1 : since / static_cast<double>(done - first_done_);
-    std::snprintf(eta, sizeof eta, "%.0f s", left * rate);
+  const auto left = static_cast<double>(std::max<int64_t>(total_ - done, 0));
+  double left_s = left == 0 ? 0 : -1;
+  if (left > 0 && done > first_done_)
+    left_s = left * seconds_between(first_, now) / static_cast<double>(done - first_done_);
+  std::string text = line(label_, done, total_, elapsed, left_s, note);
+  const size_t columns = text.size();
+  if (terminal_) {
+    // Spaces cover the rest of a longer line: no terminal needs escape codes.
+    text = "\r" + text + std::string(drawn_ > columns ? drawn_ - columns : 0, ' ');
+    drawn_ = columns;
+  } else {
+    text += '\n';
   }
-  const int filled = static_cast<int>(24 * std::min(done, total_) / total_);
-  char bar[25];
-  for (int i = 0; i < 24; ++i) bar[i] = i < filled ? '#' : '.';
-  bar[24] = 0;
-  std::fprintf(stderr, "%s%s [%s] %lld/%lld  %.1f s, ETA %s  %s%s", terminal_ ? "\r" : "",
-               label_.c_str(), bar, static_cast<long long>(done), static_cast<long long>(total_),
-               elapsed, eta, note.c_str(), terminal_ ? "\033[K" : "\n");
+  std::fputs(text.c_str(), stderr);
   std::fflush(stderr);
 }
 

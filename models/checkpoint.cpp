@@ -12,6 +12,7 @@
 #include "data/files.h"
 #include "data/half.h"
 #include "data/json.h"
+#include "data/model_path.h"
 #include "data/tokenizer.h"
 #include "models/synthetic_checkpoint.h"
 #include "quant/check.h"
@@ -616,8 +617,6 @@ class GgufCheckpoint final : public Checkpoint {
 
 std::unique_ptr<Checkpoint> open_directory(const std::string& path, int bits) {
   const std::string config_path = join(path, "config.json");
-  std::error_code error;
-  BBB_CHECK(fs::exists(config_path, error), path, ": no config.json: not a model directory");
   std::string text = data::read_file(config_path);
   const json config = data::parse_json(text, config_path);
   BBB_CHECK(config.is_object(), config_path, ": not a JSON object");
@@ -693,17 +692,16 @@ std::vector<int32_t> Checkpoint::stop_ids() const {
 }
 
 std::unique_ptr<Checkpoint> open_checkpoint(const std::string& path, int bits) {
+  data::check_model_path(path);
   std::unique_ptr<Checkpoint> checkpoint;
   std::error_code error;
   if (path.starts_with(data::kSyntheticPrefix)) {
     const std::string name = path.substr(data::kSyntheticPrefix.size());
     checkpoint = make_synthetic_checkpoint(synthetic_config(name), path);
+  } else if (fs::is_directory(path, error)) {
+    checkpoint = open_directory(path, bits);
   } else {
-    BBB_CHECK(fs::exists(path, error), path, ": no such file or directory");
-    if (fs::is_directory(path, error))
-      checkpoint = open_directory(path, bits);
-    else
-      checkpoint = std::make_unique<GgufCheckpoint>(path);
+    checkpoint = std::make_unique<GgufCheckpoint>(path);
   }
   BBB_CHECK(bits == 0 || checkpoint->kind() == CheckpointKind::Packed, path,
             ": --bits reads fewer bits of a nested export (--any-precision), and this is none");

@@ -45,6 +45,8 @@ class ShardedWriter {
     }
   }
 
+  int64_t total_bytes() const { return total_bytes_; }
+
   template <typename T>
   void add(const std::string& name, const std::vector<T>& values) {
     if (!file_ || added_ == shards_[shard_].size()) open_next();
@@ -162,6 +164,7 @@ class DirectoryExport final : public ExportFiles {
         output_(directory) {
     const char* stem = format_ == ExportFormat::Packed ? data::kPackedStem : data::kModelStem;
     writer_.emplace(output_.temporary(), stem, plan(), source.max_shard_bytes);
+    data::check_disk(directory, writer_->total_bytes());
   }
 
   void add_outer(const OuterWeight& weight, const std::vector<float>& values) override {

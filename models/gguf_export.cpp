@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "data/files.h"
 #include "data/gguf_tokenizer.h"
 #include "data/gguf_writer.h"
 #include "data/half.h"
@@ -173,6 +174,8 @@ class GgufExport final : public ExportFiles {
     check_architecture(config_);
     GgufMetadata metadata = model_entries(config_);
     for (auto& entry : tokenizer_entries(source)) metadata.push_back(std::move(entry));
+    data::check_disk(path, expected_bytes(source.formats));
+    parents_.emplace(path);
     metadata.emplace_back("bbb.json", source.bbb_json);
     writer_.emplace(path, std::move(metadata), plan());
   }
@@ -247,6 +250,7 @@ class GgufExport final : public ExportFiles {
   void commit() override {
     written_.reset();
     writer_->commit();
+    parents_->keep();
   }
 
  private:
@@ -270,6 +274,21 @@ class GgufExport final : public ExportFiles {
     return entries;
   }
 
+  // Of all tensors, if F16 holds the scales.
+  int64_t expected_bytes(const Formats& formats) const {
+    int64_t bytes = 0;
+    const auto add = [&](GgmlType type, int64_t numel) {
+      bytes += data::gguf_type_bytes(static_cast<uint32_t>(type), numel);
+    };
+    const GgmlType table = tables_ == GgufTables::Q8_0 ? GgmlType::Q8_0 : GgmlType::BF16;
+    for (const OuterWeight& weight : outer_weights(config_))
+      add(is_table(weight) ? table : GgmlType::F32, engine::numel_of(weight.shape));
+    for (int64_t i = 0; i < config_.layers; ++i)
+      for (const quant::LinearFormat& format : formats(i))
+        add(code_type(format).value_or(GgmlType::BF16), format.n * format.k);
+    return bytes;
+  }
+
   static std::vector<float> rounded_q8_0(const std::vector<float>& values) {
     const std::vector<uint8_t> blocks = data::round_q8_0(values);
     std::vector<float> out(values.size());
@@ -290,6 +309,7 @@ class GgufExport final : public ExportFiles {
   std::string path_;
   const LlamaConfig& config_;
   GgufTables tables_;
+  std::optional<data::Parents> parents_;
   std::optional<data::GgufWriter> writer_;
   std::unique_ptr<Checkpoint> written_;  // read back
 };

@@ -220,6 +220,26 @@ void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
   set_operands(formats, source.kind() == CheckpointKind::Packed);
 }
 
+void LlamaBlock::set_packed(const LayerResult& result) {
+  const std::vector<QuantLinear*> all = linears();
+  std::vector<quant::LinearFormat> formats;
+  int64_t largest = 0;
+  for (const LinearResult& linear : result.linears) {
+    formats.push_back(linear.format);
+    largest = std::max(largest, QuantLinear::buffer_elements(backend_, linear.format));
+  }
+  const Tensor buffer = largest > 0 ? backend_.empty({largest}, backend_.act()) : Tensor();
+  for (size_t i = 0; i < all.size(); ++i)
+    all[i]->set_packed(engine::upload_packed(backend_, formats[i],
+                                             [&](const quant::StoredTensor& tensor) -> const void* {
+                                               return result.linears[i].part(tensor.part).data();
+                                             }),
+                       buffer);
+  set_norms(result);
+  set_biases(result);
+  set_operands(formats, true);
+}
+
 // Training.
 
 void LlamaBlock::declare_parameters(ParameterSet& set,

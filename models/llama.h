@@ -66,6 +66,8 @@ class LlamaBlock {
   // The checkpoint's weights, one at a time. A linear that is stored in full precision becomes a
   // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
+  // A quantized result, as a load of its export sets it.
+  void set_packed(const LayerResult& result);
   void set_norms(const LayerResult& from);   // constants
   void set_biases(const LayerResult& from);  // of the linears that have one
   // Makes the operands for linears of these formats.
@@ -207,9 +209,17 @@ struct Perplexity {
   int64_t windows = 0;
   int64_t tokens = 0;  // predicted
 };
+// `window_nll`: the mean NLL of each window.
+Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len);
 // kv: quantized keys and values go through a cache of this format, so they cost what they cost when
 // the model generates.
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
                       const std::function<void(int64_t done)>& progress, quant::KvFormat kv = {});
+// The same with one block of the model in memory at a time, through which all windows pass. Of
+// `model` embedding, final norm and head are used; load(block) gives a new block its weights.
+// progress(done): blocks done so far.
+Perplexity perplexity_by_blocks(Llama& model, const std::vector<int32_t>& ids, int64_t count,
+                                int64_t seq_len, const std::function<void(LlamaBlock&)>& load,
+                                const std::function<void(int64_t done)>& progress);
 
 }  // namespace bbb::models

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <optional>
 
+#include "autograd/ops.h"
 #include "data/text.h"
 #include "models/llama.h"
 
@@ -74,54 +75,116 @@ void Llama::token_losses(const Tensor& losses, const Tensor& h, const Tensor& ta
   }
 }
 
-Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
-                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {
+namespace {
+
+void check_windows(const Llama& model, const std::vector<int32_t>& ids, int64_t count,
+                   int64_t seq_len) {
   BBB_ASSERT(static_cast<int64_t>(ids.size()) == count * seq_len);
   BBB_CHECK(count > 0 && seq_len > 1, "perplexity needs a window of two tokens or more");
-  Backend& backend = model.backend();
-  const int64_t vocab = model.config().vocab, width = model.config().d_model;
+  const int64_t vocab = model.config().vocab;
   for (int32_t id : ids)
     BBB_CHECK(id >= 0 && id < vocab, "token ", id, " is not in the model's vocabulary of ", vocab);
+}
 
-  // Several windows at once keep a GPU busy; on a CPU they would only take memory.
-  const int64_t batch_limit = backend.device() == engine::DeviceType::Cuda ? 8 : 1;
-  std::vector<double> window_nll;
-  for (int64_t begin = 0; begin < count; begin += batch_limit) {
-    const int64_t batch = std::min(batch_limit, count - begin), rows = batch * seq_len;
-    const int32_t* window = ids.data() + begin * seq_len;
-    const Tensor tokens = upload_ints(backend, {window, window + rows}, {batch, seq_len});
-    const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
-    Tensor losses = backend.empty({rows}, backend.real());
-    Tape tape(backend, autograd::TapeMode::Inference);
-    std::optional<KvCache> cache;
-    if (kv.quantized()) cache.emplace(backend, model.config(), batch, seq_len, kv);
-    const Var hidden = model.forward(tape, tokens, cache ? &*cache : nullptr, Recompute::None);
-    model.token_losses(losses, hidden.value().view({rows, width}), targets);
+// Several windows at once keep a GPU busy; on a CPU they would only take memory.
+int64_t windows_at_once(const Backend& backend) {
+  return backend.device() == engine::DeviceType::Cuda ? 8 : 1;
+}
 
-    const std::vector<float> host = download_floats(backend, losses);
-    for (int64_t w = 0; w < batch; ++w) {
-      double sum = 0;
-      for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
-      const int64_t first = (begin + w) * seq_len;
-      BBB_CHECK(std::isfinite(sum), "the loss of window ", begin + w, " (tokens ", first, " to ",
-                first + seq_len - 1, ") is ", sum, ": no perplexity can be given");
-      window_nll.push_back(sum / static_cast<double>(seq_len - 1));
-    }
-    if (progress) progress(begin + batch);
+// Appends the mean NLL of each of these windows, (batch, T), the first of which has the number
+// `begin`. hidden: after the final norm, act (batch, T, D).
+void add_window_nll(std::vector<double>& window_nll, const Llama& model, const Tensor& hidden,
+                    const int32_t* window, int64_t begin) {
+  Backend& backend = model.backend();
+  const int64_t batch = hidden.dim(0), seq_len = hidden.dim(1), rows = batch * seq_len;
+  const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
+  const Tensor losses = backend.empty({rows}, backend.real());
+  model.token_losses(losses, hidden.view({rows, hidden.dim(2)}), targets);
+  const std::vector<float> host = download_floats(backend, losses);
+  for (int64_t w = 0; w < batch; ++w) {
+    double sum = 0;
+    for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
+    const int64_t first = (begin + w) * seq_len;
+    BBB_CHECK(std::isfinite(sum), "the loss of window ", begin + w, " (tokens ", first, " to ",
+              first + seq_len - 1, ") is ", sum, ": no perplexity can be given");
+    window_nll.push_back(sum / static_cast<double>(seq_len - 1));
   }
+}
 
+}  // namespace
+
+Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len) {
   Perplexity result;
-  result.windows = count;
-  result.tokens = count * (seq_len - 1);
-  const double n = static_cast<double>(count);
+  result.windows = static_cast<int64_t>(window_nll.size());
+  result.tokens = result.windows * (seq_len - 1);
+  const double n = static_cast<double>(window_nll.size());
   for (double nll : window_nll) result.nll += nll / n;
   result.perplexity = std::exp(result.nll);
   BBB_CHECK(std::isfinite(result.perplexity), "the mean loss is ", result.nll,
             ": its perplexity is beyond F64");
   double squares = 0;
   for (double nll : window_nll) squares += (nll - result.nll) * (nll - result.nll);
-  if (count > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);
+  if (result.windows > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);
   return result;
+}
+
+Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
+                      const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {
+  check_windows(model, ids, count, seq_len);
+  Backend& backend = model.backend();
+  std::vector<double> window_nll;
+  for (int64_t begin = 0; begin < count; begin += windows_at_once(backend)) {
+    const int64_t batch = std::min(windows_at_once(backend), count - begin);
+    const int32_t* window = ids.data() + begin * seq_len;
+    const Tensor tokens =
+        upload_ints(backend, {window, window + batch * seq_len}, {batch, seq_len});
+    Tape tape(backend, autograd::TapeMode::Inference);
+    std::optional<KvCache> cache;
+    if (kv.quantized()) cache.emplace(backend, model.config(), batch, seq_len, kv);
+    const Var hidden = model.forward(tape, tokens, cache ? &*cache : nullptr, Recompute::None);
+    add_window_nll(window_nll, model, hidden.value(), window, begin);
+    if (progress) progress(begin + batch);
+  }
+  return perplexity_of(window_nll, seq_len);
+}
+
+Perplexity perplexity_by_blocks(Llama& model, const std::vector<int32_t>& ids, int64_t count,
+                                int64_t seq_len, const std::function<void(LlamaBlock&)>& load,
+                                const std::function<void(int64_t done)>& progress) {
+  check_windows(model, ids, count, seq_len);
+  Backend& backend = model.backend();
+  const LlamaConfig& config = model.config();
+  // A packed weight is unpacked once a batch: many short windows share it.
+  constexpr int64_t kLeastTokens = 2048;
+  const int64_t at_once = std::max(windows_at_once(backend), kLeastTokens / seq_len);
+  std::vector<Tensor> hidden;  // of each batch of windows
+  for (int64_t begin = 0; begin < count; begin += at_once) {
+    const int64_t batch = std::min(at_once, count - begin);
+    const int32_t* window = ids.data() + begin * seq_len;
+    const Tensor tokens =
+        upload_ints(backend, {window, window + batch * seq_len}, {batch * seq_len});
+    const Tensor out = backend.empty({batch * seq_len, config.d_model}, backend.act());
+    backend.embed(out, tokens, model.embedding());
+    hidden.push_back(out.view({batch, seq_len, config.d_model}));
+  }
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    LlamaBlock block(backend, config, layer, model.inv_freq());
+    load(block);
+    for (Tensor& h : hidden) {
+      Tape tape(backend, autograd::TapeMode::Inference);
+      h = block.forward(tape, Var(h), nullptr, Recompute::None).value();
+    }
+    backend.synchronize();  // otherwise progress would run ahead of the device
+    if (progress) progress(layer + 1);
+  }
+  std::vector<double> window_nll;
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    Tape tape(backend, autograd::TapeMode::Inference);
+    const Var h = autograd::rms_norm(tape, Var(hidden[i]), model.norm().var(), config.rms_eps);
+    const int64_t begin = static_cast<int64_t>(i) * at_once;
+    add_window_nll(window_nll, model, h.value(), ids.data() + begin * seq_len, begin);
+  }
+  return perplexity_of(window_nll, seq_len);
 }
 
 }  // namespace bbb::models

@@ -34,6 +34,8 @@ head -c 50 "$model" >"$work/cut2.gguf"
 
 expect 2 'no command' "$bbb"
 expect 2 'unknown command' "$bbb" fly
+expect 2 'did you mean train\?' "$bbb" trian
+expect 2 'did you mean --samples\?' "$bbb" train --sampels 3
 expect 2 'wings' "$bbb" ppl --wings
 expect 2 'missing' "$bbb" ppl --text x
 expect 2 'seq-len' "$bbb" ppl --model "$model" --text "$work/short.txt" --seq-len many
@@ -66,12 +68,14 @@ expect 1 'key|hidden_size' "$bbb" inspect --model "$work/nokey"
 expect 1 'cut.gguf' "$bbb" inspect --model "$work/cut.gguf"
 expect 1 'cut2.gguf' "$bbb" inspect --model "$work/cut2.gguf"
 expect 1 'empty' "$bbb" ppl --model "$model" --text "$work/empty.txt" --device cpu
-expect 1 'window|token' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cpu
+expect 0 'instead of 2048, to fit the text' "$bbb" ppl --model "$model" --text "$work/short.txt" --device cpu
+expect 1 'fewer than one window' "$bbb" ppl --model "$model" --text "$work/short.txt" --seq-len 64 --device cpu
 expect 1 'text|line 1' "$bbb" ppl --model "$model" --text "$work/bad.jsonl" --device cpu
 expect 1 'bad.jsonl:1' "$bbb" decode --model "$model" --prompts "$work/bad.jsonl" --device cpu
 expect 1 'long.txt:2: the prompt has' "$bbb" decode --model "$model" --prompts "$work/long.txt" --device cpu
 expect 1 'empty.txt: no prompt' "$bbb" decode --model "$model" --prompts "$work/empty.txt" --device cpu
-expect 1 'window|token' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu
+expect 1 'fewer than one window' "$bbb" train --model "$model" --data "$work/short.txt" --seq-len 64 --out "$work/run" --device cpu
+expect 2 'e2e-batch is 9' "$bbb" train --model "$model" --data "$work/short.txt" --samples 8 --e2e-batch 9 --out "$work/run" --device cpu
 expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu
 expect 2 'data is missing' "$bbb" eval --model "$model"
 expect 2 'tasks.*piqa.*boolq' "$bbb" eval --model "$model" --data "$work" --tasks piqa,boolq
@@ -97,6 +101,8 @@ if [ ! -s "$work/out" ] || grep -qv '^loading \[' "$work/err"; then
   bad=1
 fi
 printf 'Say hi.\n' >"$work/chat.txt"
+expect 0 'context is 8192 tokens, as many as the model has positions' \
+  bash -c "echo /exit | '$bbb' chat --model '$model' --context 9000 --device cpu"
 expect 0 'context of 20 tokens is full' \
   bash -c "'$bbb' chat --model '$model' --context 20 --device cpu <'$work/chat.txt'"
 
@@ -110,17 +116,16 @@ expect 1 'held/lock: another process is training' \
 
 # A full disk and a read-only one, if we may mount them.
 if mkdir "$work/small" && mount -t tmpfs -o size=4m none "$work/small" 2>/dev/null; then
-  expect 1 'small' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
+  expect 1 'small/x: needs .* MiB, but its disk has 4 MiB free' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/x" --device cpu
   if [ -n "$(ls -A "$work/small")" ]; then
     echo "FAILED: a full disk left $(ls -A "$work/small") behind"
     bad=1
   fi
-  expect 1 'small/run/blocks/block_000.*no space' "$bbb" "${tiny[@]}" --out "$work/small/run"
-  if [ ! -e "$work/small/run/run.json" ] || [ -n "$(find "$work/small" -name '*.tmp-*')" ]; then
+  expect 1 'small/a/run: needs .* MiB' "$bbb" "${tiny[@]}" --out "$work/small/a/run"
+  if [ -n "$(ls -A "$work/small")" ]; then
     echo "FAILED: a full disk left $(find "$work/small") behind"
     bad=1
   fi
-  rm -r "$work/small/run"
   mount -o remount,ro "$work/small"
   expect 1 'small/y.*read-only' "$bbb" export --model "$model" --rtn --bits 2 --out "$work/small/y" --device cpu
   umount "$work/small"

@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-packages=(git g++ cmake ninja-build libpcre2-dev libutf8proc-dev libopenblas-dev libfmt-dev
+packages=(git g++ cmake ninja-build libpcre2-dev libutf8proc-dev zlib1g-dev libopenblas-dev libfmt-dev
   libcxxopts-dev libxxhash-dev nlohmann-json3-dev catch2 python3 python3-pip ca-certificates)
 missing=()
 for package in "${packages[@]}"; do

@@ -148,4 +148,22 @@ TEST_CASE("bench: a median is the middle, and random tensors fill their shape") 
 }
 
 }  // namespace
+TEST_CASE("bench: prompts and context that nobody typed give way to few positions", "[bench]") {
+  tools::DecodeBench bench{
+      .batch = 1, .prompts = {512, 1024, 2048}, .tokens = 256, .context = 1024};
+  tools::DecodeBench kept = bench, shrunk = bench;
+  const int64_t asked = bench.positions();
+  CHECK(asked == 2048 + 256);
+  shrunk.shrink(asked, true, true);
+  CHECK(shrunk.prompts == bench.prompts);
+  CHECK(shrunk.context == bench.context);
+  for (const int64_t positions : {2048, 800, 300}) {
+    shrunk.shrink(positions, true, true);
+    CHECK(shrunk.positions() <= positions);
+    kept.shrink(positions, false, false);
+  }
+  CHECK(shrunk.prompts.empty());
+  CHECK(kept.positions() == asked);
+}
+
 }  // namespace bbb::tests

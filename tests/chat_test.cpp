@@ -1,13 +1,12 @@
 // bbb chat and bbb decode on a tiny chat model: turns in the cache, batches, files of prompts.
 #include "tools/chat.h"
 
-#include <unistd.h>
-
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "data/files.h"
+#include "tests/printed.h"
 #include "tests/tiny_model.h"
 
 namespace bbb::tests {
@@ -18,37 +17,7 @@ using nlohmann::json;
 
 const std::string kChats = golden_folder() + "/chat/";
 
-// Runs `work` with stdout in a file and returns what it wrote. stderr is dropped.
-std::string stdout_of(const std::function<void()>& work) {
-  std::FILE *file = std::tmpfile(), *dropped = std::fopen("/dev/null", "w");
-  REQUIRE((file != nullptr && dropped != nullptr));
-  std::fflush(stdout);
-  const int out = dup(STDOUT_FILENO), error = dup(STDERR_FILENO);
-  dup2(fileno(file), STDOUT_FILENO);
-  dup2(fileno(dropped), STDERR_FILENO);
-  const auto restore = [&] {
-    std::fflush(stdout);
-    dup2(out, STDOUT_FILENO);
-    dup2(error, STDERR_FILENO);
-    close(out);
-    close(error);
-    std::fclose(dropped);
-  };
-  try {
-    work();
-  } catch (...) {
-    restore();
-    std::fclose(file);
-    throw;
-  }
-  restore();
-  std::fseek(file, 0, SEEK_END);
-  std::string text(static_cast<size_t>(std::ftell(file)), '\0');
-  std::rewind(file);
-  CHECK(std::fread(text.data(), 1, text.size(), file) == text.size());
-  std::fclose(file);
-  return text;
-}
+std::string stdout_of(const std::function<void()>& work) { return printed_by(work).out; }
 
 // A random model with the tokenizer of the chat goldens and the chat format of SmolLM2.
 struct ChatModel {

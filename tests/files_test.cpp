@@ -105,8 +105,67 @@ TEST_CASE("files: a directory appears whole or not at all") {
 
   CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out"), Contains("is not empty"));
   CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f"), Contains("not a directory"));
-  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "no/out"), Contains("No such file"));
+  CHECK_THROWS_WITH(data::AtomicDirectory(dir / "out/f/g"), Contains("Not a directory"));
   CHECK(entries(dir.path()) == 1);
+}
+
+TEST_CASE("files: missing parents are made, and go again with an abandoned directory") {
+  const tests::TempDir dir;
+  fs::create_directory(dir / "a");
+  { const data::AtomicDirectory abandoned(dir / "a/b/c/out"); }
+  CHECK(entries(dir / "a") == 0);
+  {
+    const data::AtomicDirectory abandoned(dir / "a/b/c/out");
+    tests::write_plain(dir / "a/b/theirs", "x");
+  }
+  CHECK(data::read_file(dir / "a/b/theirs") == "x");  // of another process
+  CHECK(entries(dir / "a/b") == 1);
+  data::AtomicDirectory made(dir / "a/b/c/out");
+  made.commit();
+  CHECK(fs::is_directory(dir / "a/b/c/out"));
+}
+
+TEST_CASE("files: the next writer removes what a killed one left, and nothing else") {
+  const tests::TempDir dir;
+  const auto leave = [&](const std::string& path) {
+    fs::create_directory(dir / path);
+    tests::write_plain(dir / path + "/weights", "x");
+  };
+  leave("out.tmp-123-0");
+  leave("out.tmp-123-0.kept");
+  leave("other.tmp-123-0");
+  tests::write_plain(dir / "out.tmp-7-3", "x");
+  data::AtomicDirectory running(dir / "out");  // still being written: locked
+  const std::string temporary = running.temporary();
+  CHECK(entries(dir.path()) == 3);
+  { const data::AtomicDirectory next(dir / "out"); }
+  CHECK(fs::exists(temporary));
+
+  tests::write_plain(dir / "f.tmp-1-0", "half");
+  data::write_file_atomic(dir / "f", "whole");
+  CHECK(data::read_file(dir / "f") == "whole");
+  CHECK_FALSE(fs::exists(dir / "f.tmp-1-0"));
+  data::AtomicFile open(dir / "g");
+  data::write_file_atomic(dir / "g", "first");
+  open.write("second", 6);
+  open.commit();
+  CHECK(data::read_file(dir / "g") == "second");
+  CHECK(fs::exists(dir / "other.tmp-123-0"));
+}
+
+TEST_CASE("files: a disk without room is an error before anything is written") {
+  const tests::TempDir dir;
+  const int64_t free = data::free_disk_bytes(dir / "not/there/yet");
+  CHECK(free > 0);
+  CHECK_NOTHROW(data::check_disk(dir.path(), 1));
+  CHECK_THROWS_WITH(data::check_disk(dir / "not/there/yet", INT64_MAX),
+                    Contains("not/there/yet: needs") && Contains("MiB free"));
+}
+
+TEST_CASE("files: a Git LFS pointer is no content") {
+  const tests::TempDir dir;
+  tests::write_plain(dir / "f", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n");
+  CHECK_THROWS_WITH(data::read_file(dir / "f"), Contains("git lfs pull"));
 }
 
 TEST_CASE("files: a directory filled meanwhile is not overwritten") {

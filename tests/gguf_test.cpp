@@ -273,7 +273,7 @@ TEST_CASE("gguf: malformed tensors") {
       {{0}, 0, 0, "empty, or too many"},
       {{~uint64_t{0}}, 0, 0, "too many elements"},
       {{huge, huge}, 0, 0, "too many elements"},
-      {{huge}, 0, 0, "truncated?"},
+      {{huge}, 0, 0, "cut short"},
       {{4}, 4, 0, "tensor 't': unsupported ggml type Q4_2"},
       {{4}, 16, 0, "tensor 't': unsupported ggml type IQ2_XXS"},
       {{31}, 2, 0, "not a multiple of Q4_0's 32"},
@@ -281,7 +281,7 @@ TEST_CASE("gguf: malformed tensors") {
       {{4}, 0, 8, "not aligned to 32"},
       {{4}, 0, 32, "a gap of 32 bytes"},
       {{4}, 0, ~uint64_t{31}, "a gap of"},
-      {{32}, 0, 0, "truncated?"},
+      {{32}, 0, 0, "cut short"},
   };
   for (const Case& c : cases) {
     GgufFile f;

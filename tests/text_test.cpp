@@ -43,6 +43,44 @@ TEST_CASE("bad texts name the file and the line", "[text]") {
   CHECK_THROWS_WITH(data::read_documents("/nowhere/a.txt"), Contains("/nowhere/a.txt"));
 }
 
+TEST_CASE("gzip files are read as what they hold", "[text]") {
+  // Deflate's stored blocks, so that the expected bytes can be written here: one member a text.
+  const auto member = [](const std::string& text) {
+    const auto word = [](uint32_t value, int bytes) {
+      std::string out;
+      for (int i = 0; i < bytes; ++i) out += static_cast<char>(value >> (8 * i));
+      return out;
+    };
+    uint32_t crc = 0xffffffff;
+    for (const unsigned char c : text) {
+      crc ^= c;
+      for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
+    }
+    const auto size = static_cast<uint32_t>(text.size());
+    return std::string("\x1f\x8b\x08\0\0\0\0\0\0\xff\1", 11) + word(size, 2) + word(~size, 2) +
+           text + word(~crc, 4) + word(size, 4);
+  };
+  CHECK(documents_of("a.txt.gz", member("one ") + member("two")) ==
+        std::vector<std::string>{"one two"});
+  CHECK(documents_of("a.JSONL.GZ", member("{\"text\": \"one\"}\n{\"text\": \"two\"}")) ==
+        std::vector<std::string>{"one", "two"});
+  CHECK(documents_of("no_suffix", member("one")) == std::vector<std::string>{"one"});
+  CHECK(documents_of("a.Jsonl", "{\"text\": \"one\"}") == std::vector<std::string>{"one"});
+  // More than the buffers hold, over many members.
+  const std::string part(60000, 'x');
+  std::string many, whole;
+  for (int i = 0; i < 50; ++i) many += member(part), whole += part;
+  CHECK((documents_of("a.gz", many) == std::vector<std::string>{whole}));
+
+  const std::string good = member("some text");
+  for (const size_t size : {good.size() - 1, good.size() - 9, size_t{5}})
+    CHECK_THROWS_WITH(documents_of("a.gz", good.substr(0, size)),
+                      Contains("a.gz: its gzip content"));
+  std::string damaged = good;
+  damaged[16] ^= 1;
+  CHECK_THROWS_WITH(documents_of("a.gz", damaged), Contains("damaged"));
+}
+
 TEST_CASE("training ends each document, evaluation joins them", "[text]") {
   const auto plain = data::load_tokenizer(kFixtures + "gpt2");
   const auto with_bos = data::load_tokenizer(kFixtures + "llama3");

@@ -95,6 +95,8 @@ struct DecodeBench {
   quant::KvFormat kv = {};
 
   int64_t positions() const;  // that a sequence reaches at most
+  // Drops prompts and shortens the context, if these may change, to what `positions` allow.
+  void shrink(int64_t positions, bool change_prompts, bool change_context);
 };
 
 struct DecodeTime {

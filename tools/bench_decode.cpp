@@ -1,4 +1,5 @@
 // Times decoding and prefill as the commands run them: models/generator.h.
+#include <algorithm>
 #include <chrono>
 
 #include "engine/rng.h"
@@ -47,6 +48,13 @@ int64_t DecodeBench::positions() const {
   int64_t most = context + kWarmSteps + kContextSteps;
   for (const int64_t prompt : prompts) most = std::max(most, prompt + std::max(tokens, kWarmSteps));
   return most;
+}
+
+void DecodeBench::shrink(int64_t positions, bool change_prompts, bool change_context) {
+  const int64_t steps = std::max(tokens, kWarmSteps);
+  if (change_prompts) std::erase_if(prompts, [&](int64_t p) { return p + steps > positions; });
+  if (change_context)
+    context = std::clamp<int64_t>(positions - kWarmSteps - kContextSteps, 1, context);
 }
 
 DecodeResult bench_decode(models::Llama& model, const DecodeBench& bench) {

@@ -246,15 +246,20 @@ int bench_decode_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
   BenchModel::check(line);
   check_writable(line, "json");
-  const DecodeBench bench{.batch = line.integer("batch", 1, 64),
-                          .prompts = token_counts(line, "prefill"),
-                          .tokens = line.integer("tokens", 1, kMostTokens),
-                          .context = line.integer("context", 1, kMostTokens),
-                          .kv = line.kv_format()};
+  DecodeBench bench{.batch = line.integer("batch", 1, 64),
+                    .prompts = token_counts(line, "prefill"),
+                    .tokens = line.integer("tokens", 1, kMostTokens),
+                    .context = line.integer("context", 1, kMostTokens),
+                    .kv = line.kv_format()};
   const auto backend = line.make_backend();
   const double bandwidth = measure_read_bandwidth(*backend);
   const BenchModel loaded(line, *backend);
   const int64_t positions = loaded.model->config().max_position;
+  const int64_t asked = bench.positions();
+  bench.shrink(positions, !line.has("prefill"), !line.has("context"));
+  if (bench.positions() < asked)
+    fmt::print("the model has {} positions: no longer prompts, and {} tokens in the cache\n",
+               positions, bench.context);
   BBB_CHECK(bench.positions() <= positions, loaded.name, " has ", positions,
             " positions, and the longest of --prefill and --context needs ", bench.positions());
   const DecodeResult r = bench_decode(*loaded.model, bench);
@@ -309,7 +314,7 @@ int bench_prefill_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
   BenchModel::check(line);
   check_writable(line, "json");
-  const int64_t tokens = line.integer("tokens", 1, kMostTokens);
+  int64_t tokens = line.integer("tokens", 1, kMostTokens);
   const auto backend = line.make_backend();
   refuse_cpu(*backend, "bench prefill");
 
@@ -324,6 +329,7 @@ int bench_prefill_command(const Arguments& arguments) {
   {
     const BenchModel loaded(line, *backend);
     const int64_t positions = loaded.model->config().max_position;
+    if (!line.has("tokens")) tokens = std::min(tokens, positions);
     BBB_CHECK(tokens <= positions, loaded.name, " has ", positions, " positions, not ", tokens);
     time(loaded.name, *loaded.model);
   }

@@ -67,8 +67,11 @@ int chat_command(const Arguments& arguments) {
   files.chat_ids(first);
   models::KvCache::check(files.source->config(), kv);
   const auto model = files.load(*backend);
-  models::Generator generator(*model, 1, std::min(context, model->config().max_position), sampling,
-                              kv);
+  const int64_t positions = model->config().max_position;
+  if (context > positions)
+    std::fprintf(stderr, "the context is %lld tokens, as many as the model has positions\n",
+                 static_cast<long long>(positions));
+  models::Generator generator(*model, 1, std::min(context, positions), sampling, kv);
   chat(generator, files, max_tokens, seed, messages, std::cin, stdout);
   return 0;
 }

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <new>
 
+#include "tools/nearest.h"
+
 namespace bbb::tools {
 
 extern const char* const kBuild;  // commit, CUDA and architectures (cmake/build_text.cmake)
@@ -14,6 +16,12 @@ extern const char* const kBuild;  // commit, CUDA and architectures (cmake/build
 namespace {
 
 void print_version() { fmt::print("bbb {} ({})\n", BBB_VERSION, kBuild); }
+
+// Without dashes and without the value behind a "=".
+std::string option_name(const std::string& argument) {
+  const size_t begin = argument.find_first_not_of('-');
+  return begin == argument.npos ? "" : argument.substr(begin, argument.find('=') - begin);
+}
 
 OptionTable table_of(const cxxopts::Options& options) {
   OptionTable table;
@@ -42,6 +50,15 @@ bool CommandLine::parse(const Arguments& arguments) {
   for (const std::string& argument : arguments) argv.push_back(argument.c_str());
   try {
     result_ = options_.parse(static_cast<int>(argv.size()), argv.data());
+  } catch (const cxxopts::exceptions::no_such_option& e) {
+    std::vector<std::string> names;
+    for (const OptionHelp& option : table_of(options_).options) names.push_back(option.name);
+    // The exception has the name only inside of its text.
+    for (const std::string& argument : arguments)
+      if (const std::string name = option_name(argument);
+          argument.starts_with("-") && cat(e.what()).find("‘" + name + "’") != std::string::npos)
+        throw UsageError(cat("there is no option --", name, did_you_mean(name, names, "--")));
+    throw UsageError(e.what());
   } catch (const cxxopts::exceptions::exception& e) {
     throw UsageError(e.what());
   }
@@ -54,7 +71,8 @@ bool CommandLine::parse(const Arguments& arguments) {
     return false;
   }
   if (!result_.unmatched().empty())
-    throw UsageError(cat("unexpected argument '", result_.unmatched().front(), "'"));
+    throw UsageError(
+        cat("unexpected argument '", result_.unmatched().front(), "'; options begin with --"));
   choice("device", {"auto", "cpu", "cuda"});
   threads();
   return true;
@@ -124,9 +142,13 @@ std::string CommandLine::required(const std::string& name) const {
 int CommandLine::threads() const { return static_cast<int>(integer("threads", 0, 4096)); }
 
 std::unique_ptr<engine::Backend> CommandLine::make_backend() const {
-  const size_t device = choice("device", {"auto", "cpu", "cuda"});
-  if (device == 2 || (device == 0 && engine::cuda_available())) return engine::make_cuda_backend(0);
-  return engine::make_cpu_backend(threads());
+  return make_backend(text("device"), threads());
+}
+
+std::unique_ptr<engine::Backend> CommandLine::make_backend(const std::string& device, int threads) {
+  if (device == "cuda" || (device == "auto" && engine::cuda_available()))
+    return engine::make_cuda_backend(0);
+  return engine::make_cpu_backend(threads);
 }
 
 namespace {
@@ -167,7 +189,11 @@ int dispatch(int argc, char** argv) {
   }
   for (const Command& command : kCommands)
     if (name == command.name) return command.run(Arguments(argv + 2, argv + argc));
-  throw UsageError(cat("unknown command '", name, "'; bbb --help lists them"));
+  std::vector<std::string> names;
+  for (const Command& command : kCommands) names.push_back(command.name);
+  const std::string near = did_you_mean(name, names);
+  throw UsageError(
+      cat("unknown command '", name, "'", near.empty() ? "; bbb --help lists them" : near));
 }
 
 }  // namespace

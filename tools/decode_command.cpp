@@ -15,6 +15,7 @@
 
 #include "data/files.h"
 #include "data/json.h"
+#include "data/text.h"
 #include "models/generator.h"
 #include "tools/generation.h"
 #include "tools/measure.h"
@@ -30,6 +31,7 @@ using Clock = std::chrono::steady_clock;
 namespace {
 
 constexpr int64_t kMaxBatch = 64;
+constexpr const char* kContextFull = "context";
 constexpr int64_t kDefaultBatch = Backend::kMaxPackedRows;  // of --prompts
 
 int64_t batch_of(const CommandLine& line, int64_t otherwise) {
@@ -226,13 +228,13 @@ Prompt prompt_of(std::string where, const Encode& encode) {
 std::vector<Prompt> file_prompts(const std::string& path, const ModelFiles& files,
                                  SpecialText special) {
   std::vector<Prompt> prompts;
-  std::istringstream lines(data::read_file(path));
+  std::istringstream lines(data::read_text(path));
   int64_t number = 0;
   for (std::string line; std::getline(lines, line);) {
     const std::string where = cat(path, ":", ++number);
     if (line.ends_with('\r')) line.pop_back();
     if (line.find_first_not_of(" \t") == std::string::npos) continue;
-    if (!path.ends_with(".jsonl")) {
+    if (!data::is_jsonl(path)) {
       prompts.push_back(prompt_of(where, [&] { return files.text_ids(line, special); }));
       continue;
     }
@@ -333,7 +335,9 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
     const int64_t limit = std::min(max_tokens, positions - n);
     report.prompt_tokens += n;
     capacity = std::max(capacity, n + limit);
-    report.sequences.push_back({std::move(prompt.ids), {.limit = limit}});
+    report.sequences.push_back(
+        {std::move(prompt.ids),
+         {.limit = limit, .at_limit = limit < max_tokens ? kContextFull : "max-tokens"}});
   }
   const int64_t count = static_cast<int64_t>(report.sequences.size());
   report.batch = std::min(count, batch_of(line, kDefaultBatch));
@@ -343,7 +347,14 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
   const auto model = files.load(backend);  // last: it reads every weight
   models::Generator generator(*model, report.batch, capacity, sampling, line.kv_format());
   generate(report, generator, files, sample_seed(line));
-  for (const Sequence& one : report.sequences) report.generated += one.answer.generated;
+  int64_t full = 0;
+  for (const Sequence& one : report.sequences) {
+    report.generated += one.answer.generated;
+    full += one.answer.stopped == kContextFull;
+  }
+  if (full > 0)
+    fmt::print(stderr, "{}the context of {} tokens is full\n",
+               report.listed ? fmt::format("texts that end early: {}; ", full) : "", positions);
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.token_kv_bytes = generator.kv_bytes_per_token();
   report.kv_bytes = static_cast<double>(report.token_kv_bytes *

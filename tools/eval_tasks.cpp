@@ -19,6 +19,7 @@
 
 #include "data/files.h"
 #include "data/json.h"
+#include "data/text.h"
 #include "quant/check.h"
 
 namespace bbb::tools {
@@ -42,7 +43,7 @@ void replace_all(std::string& text, std::string_view from, std::string_view to) 
 }
 
 Texts lines_of(const std::string& path) {
-  const std::string content = data::read_file(path);
+  const std::string content = data::read_text(path);
   Texts lines;
   for (size_t begin = 0; begin < content.size();) {
     const size_t end = std::min(content.find('\n', begin), content.size());

@@ -86,7 +86,8 @@ int export_command(const Arguments& arguments) {
     const std::string path = line.required("model");
     const auto source = models::open_checkpoint(path);
     const auto tokenizer = data::load_tokenizer(path);
-    summary = train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, options);
+    summary = train::export_rtn(*line.make_backend(), *source, *tokenizer, config, out, options,
+                                [&](const char* option) { return line.has(option); });
   }
   // Only formats for other readers round; of these, some merge pairs and undo rotations first.
   if (summary.rounding.difference > 0)

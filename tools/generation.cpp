@@ -94,7 +94,7 @@ std::string Answer::append(int32_t token, const ModelFiles& files) {
   }
   const std::string piece = files.tokenizer->piece(token, false);
   text += piece;
-  if (++generated == limit) stopped = "max-tokens";
+  if (++generated == limit) stopped = at_limit;
   return piece;
 }
 

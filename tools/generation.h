@@ -45,7 +45,8 @@ struct ModelFiles {
 
 // What follows a prompt: it grows until a stop token comes or it has `limit` tokens.
 struct Answer {
-  int64_t limit = 0;  // tokens
+  int64_t limit = 0;                    // tokens
+  const char* at_limit = "max-tokens";  // why it stops there
   int64_t generated = 0;
   std::string text = {};
   std::string stopped = {};  // why; empty while it runs

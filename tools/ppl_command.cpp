@@ -2,6 +2,7 @@
 // stream, non-overlapping windows, the tail dropped, exp of the mean over windows.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <nlohmann/json.hpp>
 
@@ -28,7 +29,8 @@ int ppl_command(const Arguments& arguments) {
       ("json", "write the result to this file too", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   const std::string model_path = line.required("model"), text_path = line.required("text");
-  const int64_t seq_len = line.integer("seq-len", 2), limit = line.integer("max-windows", 0);
+  int64_t seq_len = line.integer("seq-len", 2);
+  const int64_t limit = line.integer("max-windows", 0);
   const quant::KvFormat kv = line.kv_format();
 
   const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
@@ -38,6 +40,20 @@ int ppl_command(const Arguments& arguments) {
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
       data::evaluation_tokens(*tokenizer, data::read_documents(text_path));
+  const int64_t positions = source->config().max_position;
+  if (!line.has("seq-len")) {
+    const int64_t asked = seq_len, count = static_cast<int64_t>(tokens.size());
+    if (positions > 0) seq_len = std::min(seq_len, positions);
+    seq_len = std::clamp<int64_t>(count, 2, seq_len);
+    if (seq_len < asked)
+      fmt::print(stderr, "--seq-len {} instead of {}, to fit {}\n", seq_len, asked,
+                 seq_len == count ? "the text" : "the model's positions");
+  }
+  if (positions > 0 && seq_len > positions)
+    fmt::print(stderr,
+               "windows of {} tokens go beyond the model's {} positions: it was not trained for "
+               "them\n",
+               seq_len, positions);
   data::Windows windows = data::make_windows(tokens, seq_len, text_path);
   const int64_t count = limit > 0 ? std::min(limit, windows.count) : windows.count;
   windows.ids.resize(static_cast<size_t>(count * seq_len));

@@ -4,6 +4,7 @@
 
 #include "data/chat_format.h"
 #include "data/files.h"
+#include "data/text.h"
 #include "data/tokenizer.h"
 #include "tools/cli.h"
 
@@ -20,7 +21,7 @@ int tokenize_command(const Arguments& arguments) {
        cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   const std::string model = line.required("model");
-  std::string text = data::read_file(line.required("text-file"));
+  std::string text = data::read_text(line.required("text-file"));
   const auto tokenizer = data::load_tokenizer(model);
   const bool is_chat = line.has("chat");
   if (is_chat) text = data::render_chat(*tokenizer, {{"user", text}}, model);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
 
 #include "tools/config_options.h"
@@ -23,18 +24,27 @@ void adapt_defaults(train::TrainConfig& config, const CommandLine& line) {
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
 
-// A run that starts from another one keeps its grid, except for what was typed.
-void inherit_grid(train::TrainConfig& config, const CommandLine& line) {
+// A run that starts from another one keeps its grid and its model, and with its text the windows,
+// except for what was typed.
+void inherit(train::TrainConfig& config, const CommandLine& line) {
   const train::TrainConfig earlier = train::RunDirectory(config.from).identity().config;
+  const bool same_text = !line.has("data");
+  const auto kept = [&](const std::string& name) {
+    if (name == "model") return !line.has("synthetic");
+    for (const char* of_text :
+         {"data", "samples", "val-samples", "seq-len", "doc-end", "e2e-batch"})
+      if (name == of_text) return same_text;
+    return name == "group-size";
+  };
   std::map<std::string, std::string> texts;
   train::visit(earlier, [&](const auto& value, const train::Field& f) {
     texts[f.name] = train::option_text(value, f);
   });
   train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-    const bool grid = f.group != nullptr &&
-                      (f.group == std::string(train::kGrid) || f.name == std::string("group-size"));
     // Ranges of activations are the last stage's own affair.
-    if (grid && !line.has(f.name) && f.name != std::string("act-range") && !texts[f.name].empty())
+    const bool grid = f.group != nullptr && f.group == std::string(train::kGrid) &&
+                      f.name != std::string("act-range");
+    if ((grid || kept(f.name)) && !line.has(f.name) && !texts[f.name].empty())
       value = train::parse<T>(texts[f.name], f);
   });
 }
@@ -93,20 +103,21 @@ int train_command(const Arguments& arguments) {
        "instead of --stages, the paper's: A weights, then activations; B alternating; C cyclic",
        cxxopts::value<std::string>())  //
       ("to", "where --schedule ends: w2a16 or w2a2",
-       cxxopts::value<std::string>()->default_value("w2a16"))  //
-      ("deterministic", "no algorithm of a matrix product is chosen by timing");
+       cxxopts::value<std::string>()->default_value("w2a16"))                    //
+      ("deterministic", "no algorithm of a matrix product is chosen by timing")  //
+      ("dry-run", "say what memory, disk and time the run will take, and write nothing");
   if (!line.parse(arguments)) return 0;
 
   read_config_options(config, line, every);
   adapt_defaults(config, line);
   const bool starts_from = !config.from.empty();
-  if (starts_from) inherit_grid(config, line);
+  if (starts_from) inherit(config, line);
   if (line.has("synthetic")) {
     if (line.has("model")) throw UsageError("give one of --model and --synthetic");
     config.model = cat(data::kSyntheticPrefix, line.text("synthetic"));
   }
   if (config.model.empty()) line.required("model");
-  line.required("data");
+  if (config.data.empty()) line.required("data");
   line.required("out");
   if (line.text("e2e-steps") == "auto") config.e2e_steps = train::TrainConfig::kAutoSteps;
   if (line.has("schedule")) {
@@ -115,7 +126,7 @@ int train_command(const Arguments& arguments) {
       2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2
     });
   }
-  config.threads = line.threads();
+  config.dry_run = line.has("dry-run");
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
 
   name_unused(config, line);
@@ -129,18 +140,45 @@ int train_command(const Arguments& arguments) {
       config.group < narrowest)
     config.act_outliers = config.group;
   const auto tokenizer = data::load_tokenizer(config.model);
-  const auto backend = line.make_backend();
+  // A run continues on the device and with the threads with which it began: it ends with the same
+  // bytes on a machine with other cores.
+  const train::RunDirectory run(config.out);
+  std::optional<train::TrainConfig> begun;
+  std::string device = line.text("device");
+  config.threads = line.threads();
+  if (run.exists()) {
+    const train::RunIdentity identity = run.identity();
+    begun = identity.config;
+    if (!line.has("device")) device = identity.device;
+    if (!line.has("threads") && device == "cpu") config.threads = begun->threads;
+  }
+  const auto backend = CommandLine::make_backend(device, config.threads);
+  backend->check_head_size(source->config().head_dim);
+
+  const auto typed = [&](const char* option) { return line.has(option); };
+  const int64_t positions = source->config().max_position;
+  // What is impossible with any text is refused before the text is read.
+  train::resolve(train::fit_to_data(config, typed, positions, INT64_MAX), source->config(),
+                 backend->device());
+  source->check_finite();
+  const std::vector<int32_t> tokens = train::training_tokens(*source, *tokenizer, config);
+  const auto count = static_cast<int64_t>(tokens.size());
   const bool by_default = !line.has("stages") && !line.has("schedule") && !line.has("e2e-stages") &&
                           line.text("e2e-steps") == "auto" && !starts_from;
-  const train::RunDirectory run(config.out);
   // A run that exists has decided this already.
-  if (by_default && (run.exists() ? run.identity().config.e2e_steps == 0
-                                  : !whole_model_fits(*backend, *source, config))) {
+  if (by_default &&
+      (begun ? begun->e2e_steps == 0
+             : !whole_model_fits(*backend, *source,
+                                 train::fit_to_data(config, typed, positions, count)))) {
     fmt::print("the whole model does not fit for end-to-end training: blocks alone are trained\n");
     config.stages = {train::Stage{}};
     config.e2e_steps = 0;
   }
-  train::train(*backend, *source, *tokenizer, config);
+  const train::TrainConfig fitted = train::fit_to_data(config, typed, positions, count);
+  if (const std::string text = train::describe_fit(config, fitted, positions, count); !text.empty())
+    fmt::print("{}\n", text);
+  train::train_windows(*backend, *source, data::make_windows(tokens, fitted.seq_len, config.data),
+                       fitted, train::Observer(), tokenizer.get());
   return 0;
 }
 

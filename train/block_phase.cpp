@@ -263,13 +263,13 @@ class BlockPhase {
 
 }  // namespace
 
-int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
-                        const TrainConfig& config, models::Recompute recompute,
-                        const StreamPlan& streams) {
+Rehearsal rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
+                          const TrainConfig& config, models::Recompute recompute,
+                          const StreamPlan& streams) {
   DryRun<BlockPhase> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
                          streams);
   dry.phase.rehearse();
-  return backend.recorded_bytes();
+  return {backend.recorded_bytes(), dry.phase.trainer().state_bytes()};
 }
 
 StepProbe probe_block_step(Backend& backend, const Checkpoint& source, const data::Windows& windows,

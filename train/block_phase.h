@@ -22,10 +22,9 @@ void train_blocks(Backend& backend, const Checkpoint& source, const data::Window
                   const TrainConfig& config, const Recipe& recipe, const BlockMemory& memory,
                   const RunDirectory& run, const Observer& observer);
 
-// Allocates on `backend` what the phase will hold, without training. Returns the bytes that
-// recorded steps keep.
-int64_t rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
-                        const TrainConfig& config, models::Recompute recompute,
-                        const StreamPlan& streams);
+// Allocates on `backend` what the phase will hold, without training.
+Rehearsal rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
+                          const TrainConfig& config, models::Recompute recompute,
+                          const StreamPlan& streams);
 
 }  // namespace bbb::train

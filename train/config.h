@@ -136,6 +136,7 @@ struct TrainConfig {
   int threads = 0;                 // 0: all cores
   GemmAlgorithms gemm_algorithms = GemmAlgorithms::Timed;  // on the CPU always Heuristic
   MemoryBudget memory;
+  bool dry_run = false;                  // plan, time a few steps, write nothing
   std::optional<RunLength> extrapolate;  // after the blocks, report the time of such a run
 };
 
@@ -147,8 +148,8 @@ std::string to_string(const std::vector<Stage>& stages);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
 
-// Converts to indented JSON, and back: all fields except out, memory and extrapolate, which do not
-// decide the result. `where`: the file, for error messages.
+// Converts to indented JSON, and back: all fields except out, memory, dry_run and extrapolate,
+// which do not decide the result. `where`: the file, for error messages.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 

@@ -106,6 +106,14 @@ class EndToEnd {
 
   Student& student() { return student_; }
 
+  // All tensors that steps change.
+  NamedTensors state() const {
+    NamedTensors state = optimizer_state(student_.parameters(), *optimizer_);
+    if (average_.defined()) state.emplace_back("average", average_);
+    if (flips_.defined()) state.emplace_back("flips", flips_);
+    return state;
+  }
+
  private:
   // Loads the student and, unless the loss is cross-entropy, the teacher.
   void load(const Checkpoint& source, const StartOfModel& start) {
@@ -180,13 +188,6 @@ class EndToEnd {
     }
   }
 
-  NamedTensors state() const {
-    NamedTensors state = optimizer_state(student_.parameters(), *optimizer_);
-    if (average_.defined()) state.emplace_back("average", average_);
-    if (flips_.defined()) state.emplace_back("flips", flips_);
-    return state;
-  }
-
   void write_result() {
     if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     student_.prepare();
@@ -233,9 +234,9 @@ static StartOfModel start_of(const Checkpoint& source) {
   return {[&source](int64_t layer) { return models::full_precision(source, layer); }, nullptr};
 }
 
-int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
-                            const TrainConfig& config, models::Recompute recompute) {
-  int64_t recorded_bytes = 0;
+Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
+                              const TrainConfig& config, models::Recompute recompute) {
+  Rehearsal most;
   const size_t stages = Recipe(config, source.config()).whole_stages().size();
   for (size_t stage = 0; stage < stages; ++stage) {
     DryRun<EndToEnd> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
@@ -243,9 +244,10 @@ int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& 
     dry.phase.student().prepare();
     const auto step = dry.phase.record(StepPart::Optimizer);
     step->run();
-    recorded_bytes = std::max(recorded_bytes, backend.recorded_bytes());
+    most.recorded_bytes = std::max(most.recorded_bytes, backend.recorded_bytes());
+    most.state_bytes = std::max(most.state_bytes, bytes_of(dry.phase.state()));
   }
-  return recorded_bytes;
+  return most;
 }
 
 StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,

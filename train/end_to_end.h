@@ -9,6 +9,7 @@
 #pragma once
 
 #include "engine/counting_backend.h"
+#include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/student.h"
 #include "train/train.h"
@@ -22,9 +23,8 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
                       models::Recompute recompute, const RunDirectory& run,
                       const Observer& observer);
 
-// Allocates on `backend` the most that a stage will hold, without training. Returns the bytes that
-// the recorded step keeps.
-int64_t rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
-                            const TrainConfig& config, models::Recompute recompute);
+// Allocates on `backend` the most that a stage will hold, without training.
+Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
+                              const TrainConfig& config, models::Recompute recompute);
 
 }  // namespace bbb::train

@@ -1,7 +1,9 @@
 #include "train/memory_plan.h"
 
 #include <algorithm>
+#include <filesystem>
 
+#include "data/files.h"
 #include "engine/counting_backend.h"
 #include "engine/cpu/memory.h"
 #include "models/synthetic_checkpoint.h"
@@ -40,7 +42,7 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   const auto source = models::make_weightless_checkpoint(model);
   PhaseMemory memory;
   memory.recompute = recompute;
-  memory.recorded_bytes = rehearse_blocks(counter, *source, config, recompute, streams);
+  static_cast<Rehearsal&>(memory) = rehearse_blocks(counter, *source, config, recompute, streams);
   memory.device_bytes = counter.memory_peak_bytes();
   return memory;
 }
@@ -59,7 +61,11 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
   if (config.memory.host_bytes > 0)
     room.host_bytes = std::min(room.host_bytes, config.memory.host_bytes);
   room.scratch = config.memory.scratch;
-  if (!room.scratch.empty()) room.scratch_bytes = free_disk_bytes(room.scratch);
+  if (!room.scratch.empty()) {
+    BBB_CHECK(std::filesystem::is_directory(room.scratch), "--scratch ", room.scratch,
+              ": is no directory to write to");
+    room.scratch_bytes = data::free_disk_bytes(room.scratch);
+  }
   return room;
 }
 
@@ -104,7 +110,7 @@ PhaseMemory count_end_to_end_memory(const Backend& backend, const LlamaConfig& m
   const auto source = models::make_weightless_checkpoint(model);
   PhaseMemory memory;
   memory.recompute = recompute;
-  memory.recorded_bytes = rehearse_end_to_end(counter, *source, config, recompute);
+  static_cast<Rehearsal&>(memory) = rehearse_end_to_end(counter, *source, config, recompute);
   memory.device_bytes = counter.memory_peak_bytes();
   return memory;
 }

@@ -11,9 +11,13 @@
 
 namespace bbb::train {
 
-struct PhaseMemory {
-  int64_t device_bytes = 0;    // most that tensors hold at once, streams included
-  int64_t recorded_bytes = 0;  // of that by recorded steps; 0 on a CPU
+// What a phase will need, counted without training.
+struct Rehearsal {
+  int64_t recorded_bytes = 0;  // that recorded steps keep
+  int64_t state_bytes = 0;     // of the largest state that a killed run continues from
+};
+struct PhaseMemory : Rehearsal {
+  int64_t device_bytes = 0;  // most that tensors hold at once, streams included
   models::Recompute recompute = models::Recompute::None;
 };
 struct BlockMemory : PhaseMemory {

@@ -10,7 +10,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <regex>
 
 #include "data/checksum.h"
 #include "data/files.h"
@@ -38,11 +37,8 @@ void make_directory(const std::string& path) {
   BBB_CHECK(!error, path, ": cannot be created: ", error.message());
 }
 
-// Atomic writers write NAME.tmp-PROCESS-ATTEMPT first; a kill leaves that file behind.
-bool is_leftover(const fs::path& path) {
-  static const std::regex form(".+\\.tmp-[0-9]+-[0-9]+");
-  return std::regex_match(path.filename().string(), form);
-}
+// A kill leaves temporaries behind.
+bool is_leftover(const fs::path& path) { return data::is_temporary(path.filename().string()); }
 
 // True for what a run killed before its first file leaves behind.
 bool holds_no_file(const std::string& path) {
@@ -211,15 +207,20 @@ void RunDirectory::check_identity(const RunIdentity& identity) const {
   const Json here = record_of(identity);
   // The record of another version of bbb may have other keys, so the version is compared first.
   for (const char* key : {"program", "device", "device_name", "data_checksum", "from_checksum"})
-    BBB_CHECK(there.value(key, "none") == here.value(key, "none"), path_,
-              ": holds a run with another ", key, ": ", there.value(key, "none"), ", here ",
-              here.value(key, "none"), "; name another --out");
+    BBB_CHECK(
+        there.value(key, "none") == here.value(key, "none"), path_, ": holds a run with another ",
+        key, ": ", there.value(key, "none"), ", here ", here.value(key, "none"),
+        key == std::string("device") ? cat("; give --device ", there.value(key, "none"), " or")
+                                     : ";",
+        " name another --out");
   const std::string part = difference(this->identity(), identity);
   BBB_CHECK(part.empty(), path_, ": holds a run of another model: ", part,
             " differs; name another --out");
   for (const auto& [key, value] : here["config"].items()) {
     if (!decides(key) || (key == "threads" && identity.device == "cuda")) continue;
     const Json other = there["config"].value(key, Json());
+    BBB_CHECK(key != "threads" || other == value, path_, ": holds a run of ", other.dump(),
+              " threads; give --threads ", other.dump(), " to continue it");
     BBB_CHECK(other == value, path_, ": holds a run with another configuration: ", key, " is ",
               other.dump(), " there and ", value.dump(), " here; name another --out");
   }
@@ -265,6 +266,14 @@ bool RunDirectory::finished(const TrainConfig& config, int64_t layers) const {
 
 bool RunDirectory::has_states() const {
   return fs::exists(block_state_file()) || fs::exists(e2e_state_file());
+}
+
+int64_t RunDirectory::stored_bytes() const {
+  int64_t bytes = 0;
+  if (exists())
+    for (const auto& entry : fs::recursive_directory_iterator(path_))
+      if (entry.is_regular_file()) bytes += static_cast<int64_t>(entry.file_size());
+  return bytes;
 }
 
 models::LayerResult RunDirectory::stage_result(int64_t block, int64_t stage, const Recipe& recipe,

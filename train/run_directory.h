@@ -115,6 +115,7 @@ class RunDirectory {
   bool blocks_finished(const TrainConfig& config, int64_t layers) const;
   bool finished(const TrainConfig& config, int64_t layers) const;
   bool has_states() const;
+  int64_t stored_bytes() const;  // of all files that are there; 0 if there is no run
   // The result of a finished stage. Throws if its file is damaged.
   models::LayerResult stage_result(int64_t block, int64_t stage, const Recipe& recipe,
                                    const models::LlamaConfig& model) const;

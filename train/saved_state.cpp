@@ -50,6 +50,12 @@ std::vector<T> values_of(const SafeTensor& tensor, FileDType dtype, const std::s
 
 }  // namespace
 
+int64_t bytes_of(const NamedTensors& tensors) {
+  int64_t bytes = 0;
+  for (const auto& [name, tensor] : tensors) bytes += tensor.bytes();
+  return bytes;
+}
+
 void save_state(const std::string& path, uint64_t run, const Position& position,
                 engine::Backend& backend, const NamedTensors& tensors) {
   const std::vector<int64_t> where{position.block, position.stage, position.step};

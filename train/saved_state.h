@@ -26,6 +26,7 @@ struct Position {
 };
 
 using NamedTensors = std::vector<std::pair<std::string, engine::Tensor>>;  // act or real
+int64_t bytes_of(const NamedTensors& tensors);
 
 // Replaces the file at `path` completely or not at all. The work that computes the tensors must
 // have finished. Throws, naming path and cause, if the file cannot be written.

@@ -53,6 +53,7 @@ class StageTrainer {
   void feed_first(size_t t);  // its batch, from streams that are not on the device
   // What train() holds, without training.
   void rehearse(int64_t layer, size_t t);
+  int64_t state_bytes() const { return bytes_of(state(0)); }  // after record() of stage 0
 
  private:
   struct Stage {

@@ -1,7 +1,6 @@
 #include "train/stream_store.h"
 
 #include <fcntl.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -148,13 +147,6 @@ int64_t StreamShape::stride_bytes() const { return (row_bytes + kPage - 1) / kPa
 
 bool StreamPlan::uses(Tier tier) const {
   return std::find(tiers.begin(), tiers.end(), tier) != tiers.end();
-}
-
-int64_t free_disk_bytes(const std::string& directory) {
-  struct statvfs info {};
-  BBB_CHECK(statvfs(directory.c_str(), &info) == 0, "--scratch ", directory,
-            ": is no directory to write to: ", std::strerror(errno));
-  return static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
 }
 
 StreamPlan plan_streams(int64_t count, int rings, const StreamShape& shape,

@@ -61,9 +61,6 @@ struct StreamPlan {
   bool uses(Tier tier) const;
 };
 
-// Free bytes of the file system that holds `directory`. Throws if there is no such directory.
-int64_t free_disk_bytes(const std::string& directory);
-
 // Places the first streams on the device, the next on the host, the last in files. `rings`: how
 // many rings are needed if any stream is off the device. Throws, saying what to change, if the
 // streams do not fit.

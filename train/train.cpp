@@ -1,23 +1,29 @@
 #include "train/train.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <optional>
+#include <utility>
 
 #include "data/files.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
+#include "train/estimate.h"
 #include "train/gemm_choices.h"
 #include "train/run_directory.h"
 #include "train/run_file.h"
 #include "train/statistics.h"
+#include "train/summary.h"
 
 namespace bbb::train {
 
 using models::LayerResult;
 
 namespace {
+
+constexpr int64_t kStatesAtOnce = 2;  // a new one is written before the old one goes
 
 const char* describe(models::Recompute recompute) {
   switch (recompute) {
@@ -40,8 +46,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
     };
     std::printf(
         "blocks: %.3f GB of tensors, at most %.2f GB of the device, %.2f GB of host memory, %.2f "
-        "GB of "
-        "scratch files; streams there: %d, %d, %d; %s\n",
+        "GB of scratch files; streams there: %d, %d, %d; %s\n",
         gigabytes(blocks->device_bytes), gigabytes(allocated_bytes(backend, blocks->device_bytes)),
         gigabytes(streams.host_bytes), gigabytes(streams.scratch_bytes), count(Tier::Device),
         count(Tier::Host), count(Tier::File), describe(blocks->recompute));
@@ -51,33 +56,25 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
                 gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
                 describe(end_to_end->recompute));
-  std::printf("results: %.2f GB in %s\n", gigabytes(result_bytes(model, config, outer)),
-              config.out.c_str());
+  const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
+                                 end_to_end != nullptr ? end_to_end->state_bytes : 0);
+  std::printf(
+      "results: %.2f GB in %s, and at most %.2f GB of states while it trains; %.2f GB are free\n",
+      gigabytes(result_bytes(model, config, outer)), config.out.c_str(),
+      gigabytes(kStatesAtOnce * state), gigabytes(data::free_disk_bytes(config.out)));
   std::fflush(stdout);  // so that the plan is seen before training starts
 }
 
 }  // namespace
 
-// The data's tokens, cut into windows.
-static data::Windows training_windows(const Checkpoint& source, const data::Tokenizer& tokenizer,
-                                      const TrainConfig& config) {
+std::vector<int32_t> training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                     const TrainConfig& config) {
   const int32_t doc_end =
       config.doc_end ? *config.doc_end : tokenizer.document_end(source.stop_ids());
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
-  return data::make_windows(
-      data::training_tokens(tokenizer, data::read_documents(config.data), doc_end), config.seq_len,
-      config.data);
-}
-
-void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-           TrainConfig config) {
-  backend.check_head_size(source.config().head_dim);
-  config = resolve(config, source.config(), backend.device());
-  source.check_finite();
-  train_windows(backend, source, training_windows(source, tokenizer, config), config, Observer(),
-                &tokenizer);
+  return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
 }
 
 namespace {
@@ -165,6 +162,21 @@ std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Check
   return layers;
 }
 
+// A run is found again from any directory.
+TrainConfig with_absolute_paths(TrainConfig config) {
+  for (std::string* path : {&config.model, &config.data, &config.from})
+    if (!path->empty() && !path->starts_with(data::kSyntheticPrefix))
+      *path = std::filesystem::absolute(*path).lexically_normal().string();
+  return config;
+}
+
+// Throws if the results and states that the run has still to write do not fit on its disk.
+void check_run_disk(const RunDirectory& run, const models::LlamaConfig& model,
+                    const TrainConfig& config, OuterStart outer, int64_t state_bytes) {
+  const int64_t most = result_bytes(model, config, outer) + kStatesAtOnce * state_bytes;
+  data::check_disk(config.out, std::max<int64_t>(0, most - run.stored_bytes()));
+}
+
 }  // namespace
 
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -186,8 +198,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   RunDirectory run(config.out);
   // A finished run is not changed: not even the lock is written.
   const bool finished = run.exists() && run.finished(config, model.layers) && !run.has_states();
-  if (run.exists() && !finished) run.lock();
-  const RunIdentity identity{config,
+  PhaseTimes times{.resumed = run.exists()};
+  if (run.exists() && !finished && !config.dry_run) run.lock();
+  const RunIdentity identity{with_absolute_paths(config),
                              backend.device() == engine::DeviceType::Cuda ? "cuda" : "cpu",
                              backend.device_name(),
                              model_parts(source),
@@ -195,14 +208,15 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                              data_checksum(windows),
                              from_checksum(config, run)};
   if (!observer.quiet) std::printf("%s", identity.summary().c_str());
-  if (finished) {
+  if (run.exists() && (finished || config.dry_run)) {
     run.check_identity(identity);
   } else if (run.exists()) {
     run.create_or_resume(identity);
     run.remove_spent_states(config, model.layers);
   }
   if (run.exists() && run.finished(config, model.layers)) {
-    if (!observer.quiet) std::printf("%s: finished already\n", config.out.c_str());
+    if (!observer.quiet)
+      std::printf("%s: finished already\n%s", config.out.c_str(), next_commands(config).c_str());
     return;
   }
   // The earlier run is read for the statistics and for the first stage, until both are saved.
@@ -227,9 +241,15 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   const bool earlier_outer =
       from ? from->outer() != nullptr
            : saved(first_stage) && data::SafeTensors(first_stage).contains(models::kEmbedding);
+  const OuterStart outer = earlier_outer ? OuterStart::EarlierRun : OuterStart::Source;
   if (!observer.quiet)
-    print_plan(backend, model, config, earlier_outer ? OuterStart::EarlierRun : OuterStart::Source,
-               blocks ? &memory : nullptr, trains_whole(config) ? &whole : nullptr);
+    print_plan(backend, model, config, outer, blocks ? &memory : nullptr,
+               trains_whole(config) ? &whole : nullptr);
+  check_run_disk(run, model, config, outer, std::max(memory.state_bytes, whole.state_bytes));
+  if (config.dry_run) {
+    print_dry_run(backend, source, windows, config, blocks, whole);
+    return;
+  }
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
@@ -243,156 +263,38 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
   };
+  auto since = std::chrono::steady_clock::now();
+  const auto taken = [&] {
+    const auto now = std::chrono::steady_clock::now();
+    return std::chrono::duration<double>(now - std::exchange(since, now)).count();
+  };
   const Recipe recipe(config, model,
                       statistics_of(backend, source, windows, config, run, from, observer));
+  if (Recipe::needs_statistics(config)) times.statistics_s = taken();
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
     train_blocks(backend, source, windows, config, recipe, memory, run, observer);
+    times.blocks_s = taken();
   }
-  if (!trains_whole(config)) return;
-  int64_t steps = 0;
-  for (const WholeStage& stage : recipe.whole_stages()) steps += stage.steps;
-  tune_for(steps, 1, whole.recorded_bytes);
-  if (config.e2e_snap == Snap::On && !observer.quiet)
-    std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
-  const auto start_layer = [&](int64_t layer) {
-    if (from) return from->result(layer);
-    return block_stages(config) > 0
-               ? run.stage_result(layer, recipe.block_stages() - 1, recipe, model)
-               : models::full_precision(source, layer);
-  };
-  train_end_to_end(backend, source, windows, config, recipe,
-                   {start_layer, from ? from->outer() : nullptr}, whole.recompute, run, observer);
-}
-
-namespace {
-
-// Quantizes the masters of a layer with the code that training runs. A layer that is already
-// quantized is returned unchanged.
-class Quantizer {
- public:
-  Quantizer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-            const Recipe& recipe)
-      : backend_(backend), model_(model), config_(config), recipe_(recipe) {}
-
-  LayerResult operator()(int64_t layer, LayerResult result) const {
-    if (result.linears[0].quantized()) return result;
-    const std::vector<quant::LinearFormat> formats = recipe_.result_formats(layer);
-    result = recipe_.start(layer, result, formats);
-    autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
-    models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
-    block.declare_parameters(parameters, formats);
-    parameters.allocate();
-    autograd::WeightQuantizer quantizer(parameters, config_.group, config_.range);
-    block.bind_parameters(quantizer, formats);
-    block.set_masters(result);
-    quantizer.prepare();
-    result.linears = block.result(models::LinearContent::Stored).linears;
-    return result;
+  if (trains_whole(config)) {
+    int64_t steps = 0;
+    for (const WholeStage& stage : recipe.whole_stages()) steps += stage.steps;
+    tune_for(steps, 1, whole.recorded_bytes);
+    if (config.e2e_snap == Snap::On && !observer.quiet)
+      std::printf("end to end: masters start in the middle of their bins (e2e_snap)\n");
+    const auto start_layer = [&](int64_t layer) {
+      if (from) return from->result(layer);
+      return block_stages(config) > 0
+                 ? run.stage_result(layer, recipe.block_stages() - 1, recipe, model)
+                 : models::full_precision(source, layer);
+    };
+    train_end_to_end(backend, source, windows, config, recipe,
+                     {start_layer, from ? from->outer() : nullptr}, whole.recompute, run, observer);
+    times.whole_s = taken();
   }
-
- private:
-  Backend& backend_;
-  const models::LlamaConfig& model_;
-  const TrainConfig& config_;
-  const Recipe& recipe_;
-};
-
-// The record of an export: how the weights were made, and the bits of their activations.
-std::string export_record(Json record, const Recipe& recipe, const models::LlamaConfig& model,
-                          const models::ExportOptions& options) {
-  const quant::ActivationBits bits = models::bits_per_activation(
-      model, [&](int64_t layer) { return recipe.result_formats(layer); });
-  record["bits_per_activation"] = bits.codes;
-  record["bits_per_activation_with_scales"] = bits.all;
-  record["head_bits"] = options.head_bits;
-  return record.dump(2) + "\n";
-}
-
-}  // namespace
-
-models::ExportSummary export_run(Backend& backend, const std::string& run_directory,
-                                 const std::string& model_path, const std::string& out_directory,
-                                 const models::ExportOptions& options) {
-  const std::string model =
-      model_path.empty() ? RunDirectory(run_directory).identity().config.model : model_path;
-  return export_run(backend, *models::open_checkpoint(model), *data::load_tokenizer(model),
-                    run_directory, out_directory, options);
-}
-
-models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
-                                 const data::Tokenizer& tokenizer, const std::string& run_directory,
-                                 const std::string& out_directory,
-                                 const models::ExportOptions& options) {
-  const RunDirectory run(run_directory);
-  const RunIdentity identity = run.identity();
-  const TrainConfig& config = identity.config;
-  const models::LlamaConfig& model = source.config();
-  BBB_CHECK(run.finished(config, model.layers), run_directory,
-            ": the run is not finished; the same `bbb train` command continues it");
-  RunIdentity here;
-  here.model = model_parts(source);
-  here.tokenizer = tokenizer_parts(tokenizer);
-  const std::string part = difference(identity, here);
-  BBB_CHECK(part.empty(), source.path(), ": is not the model that ", run_directory,
-            " was trained from: ", part, " differs");
-
-  const Recipe recipe(config, model, run.finished_statistics(config, model));
-  const Quantizer quantizer(backend, model, config, recipe);
-  const auto formats = [&](int64_t i) { return recipe.result_formats(i); };
-  const auto layer = [&](int64_t i) { return quantizer(i, run.result(i, recipe, model)); };
-  const models::LoadOuter trained = run.outer(recipe);
-  engine::Progress progress("export", 2 * model.layers);
-  return models::export_model(
-      out_directory, source, tokenizer, formats, options,
-      trained ? trained : models::outer_of(source), layer,
-      export_record(Json::parse(data::read_file(run.run_file())), recipe, model, options),
-      [&](int64_t done) { progress.set(done); });
-}
-
-models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
-                                 const data::Tokenizer& tokenizer, TrainConfig config,
-                                 const std::string& out_directory,
-                                 const models::ExportOptions& options) {
-  BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
-            ": is quantized already; rounding starts from full precision");
-  source.check_finite();
-  const models::LlamaConfig& model = source.config();
-  config.stages = {{.weight_bits = config.bits, .activation_bits = config.act_bits}};
-  config.e2e_steps = 0;
-  config.val_samples = std::max<int64_t>(1, config.val_samples);
-  if (config.samples < config.batch) config.batch = config.samples;
-  if (config.data.empty() && model.max_position > 0)  // no window is read
-    config.seq_len = std::min(config.seq_len, model.max_position);
-  config = resolve(config, model, backend.device());
-  std::vector<models::LayerStatistics> statistics;
-  if (Recipe::needs_statistics(config)) {
-    if (config.data.empty())
-      throw UsageError(
-          "--range search, --ocs-ratio, --act-outliers and --down-kurtosis need --data FILE: they "
-          "follow from the model's activations on a text");
-    const data::Windows windows = training_windows(source, tokenizer, config);
-    config.samples = std::min(config.samples, windows.count);
-    engine::Progress progress("statistics", model.layers, engine::Progress::kPatience_s);
-    statistics = collect_statistics(backend, source, windows, config,
-                                    [&](int64_t done) { progress.set(done); });
-  }
-  Json record;
-  record["program"] = "bbb " BBB_VERSION;
-  record["method"] = "round to nearest";
-  record["bits"] = config.bits;
-  record["group_size"] = config.group;
-  record["model"] = source.path();
-  record["model_checksum"] = checksum_of(model_parts(source));
-  record["config"] = Json::parse(to_json(config));
-  const Recipe recipe(config, model, std::move(statistics));
-  const Quantizer quantizer(backend, model, config, recipe);
-  engine::Progress progress("export", 2 * model.layers);
-  return models::export_model(
-      out_directory, source, tokenizer, [&](int64_t i) { return recipe.result_formats(i); },
-      options, models::outer_of(source),
-      [&](int64_t i) { return quantizer(i, models::full_precision(source, i)); },
-      export_record(record, recipe, model, options), [&](int64_t done) { progress.set(done); });
+  tuning.reset();
+  if (!observer.quiet)
+    print_summary(backend, source, windows, config, recipe, run, times, observer);
 }
 
 }  // namespace bbb::train

@@ -25,7 +25,7 @@
 #include "engine/progress.h"
 #include "models/checkpoint.h"
 #include "models/packed_checkpoint.h"
-#include "train/config.h"
+#include "train/fit.h"
 
 namespace bbb::train {
 
@@ -47,13 +47,14 @@ struct Observer {
   }
 };
 
-// Creates or resumes the run in config.out. A finished run is not changed. Throws if the directory
-// holds something else, or a run with another configuration, model or data.
-void train(Backend& backend, const Checkpoint& source, const data::Tokenizer& tokenizer,
-           TrainConfig config);
+// The tokens of config.data, with the end of a document behind each.
+std::vector<int32_t> training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                     const TrainConfig& config);
 
-// The same on token windows: the first `samples` train, the last `val_samples` validate. An export
-// then requires this tokenizer; if it is null, any.
+// Creates or resumes the run in config.out. A finished run is not changed. Throws if the directory
+// holds something else, or a run with another configuration, model or data. Of the windows the
+// first `samples` train, the last `val_samples` validate. An export then requires this tokenizer;
+// if it is null, any. With config.dry_run it prints what the run will take, and writes nothing.
 void train_windows(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    TrainConfig config, const Observer& observer,
                    const data::Tokenizer* tokenizer = nullptr);
@@ -69,10 +70,11 @@ models::ExportSummary export_run(Backend& backend, const Checkpoint& source,
                                  const models::ExportOptions& options);
 
 // Exports `source` rounded to nearest, without training: config.bits and act_bits, group and the
-// options of the grid. config.data is read only if they need statistics.
+// options of the grid. config.data is read only if they need statistics; then options that were not
+// typed shrink to fit it.
 models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
                                  const data::Tokenizer& tokenizer, TrainConfig config,
                                  const std::string& out_directory,
-                                 const models::ExportOptions& options);
+                                 const models::ExportOptions& options, const Typed& typed = {});
 
 }  // namespace bbb::train

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "engine/cpu/cgroup.h"
+
 namespace bbb::engine {
 namespace {
 
@@ -127,7 +129,8 @@ int64_t HostMemory::cached_bytes() const {
 int64_t HostMemory::total_bytes() {
   struct sysinfo info {};
   if (sysinfo(&info) != 0) return 0;
-  return static_cast<int64_t>(info.totalram) * static_cast<int64_t>(info.mem_unit);
+  return std::min(cgroup_memory().limit_bytes,
+                  static_cast<int64_t>(info.totalram) * static_cast<int64_t>(info.mem_unit));
 }
 
 int64_t HostMemory::available_bytes() {
@@ -135,7 +138,7 @@ int64_t HostMemory::available_bytes() {
   std::string key, unit;
   int64_t kib = 0;
   while (meminfo >> key >> kib) {
-    if (key == "MemAvailable:") return kib * 1024;
+    if (key == "MemAvailable:") return std::min(kib * 1024, cgroup_memory().room_bytes);
     std::getline(meminfo, unit);
   }
   return total_bytes();

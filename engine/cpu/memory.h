@@ -36,8 +36,9 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
   // The request, rounded up to a multiple of 64 bytes; above 512 bytes to a multiple of 1/8 of the
   // power of two below it. Few sizes, little waste.
   static int64_t block_bytes(int64_t bytes);
-  static int64_t total_bytes();      // of the machine
-  static int64_t available_bytes();  // /proc/meminfo: MemAvailable
+  // Both: of the machine, at most what the process's control group allows (cgroup.h).
+  static int64_t total_bytes();
+  static int64_t available_bytes();  // without swap: MemAvailable of /proc/meminfo
 
  private:
   static constexpr double kCacheShare = 0.25;

@@ -1,0 +1,118 @@
+#include "train/estimate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+#include "engine/progress.h"
+#include "train/recipe.h"
+#include "train/run_directory.h"
+#include "train/step_probe.h"
+
+namespace bbb::train {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct PhaseEstimate {
+  int64_t steps = 0;  // of the optimizer; 0: there is no such phase
+  double step_s = 0;  // the mean
+  double total_s = 0;
+};
+
+constexpr int64_t kSteps = 3, kBatches = 2;  // timed steps, and the batches that they take
+constexpr double kLong_s = 10;
+
+// A run of a few steps. Ranges are not searched: that needs statistics, and once they are found, a
+// step takes as long.
+TrainConfig few_steps(TrainConfig config) {
+  config.range = RangeRule::MinMax;
+  return config;
+}
+
+// Mean seconds of a step up to `last`. The first one is slower, and counts only if it is so long
+// that the difference does not matter.
+double step_seconds(Backend& backend, const StepProbe& probe, StepPart last) {
+  probe.rewind();
+  const auto replay = probe.record(last);
+  const auto seconds_of = [&](int64_t steps) {
+    const auto start = Clock::now();
+    for (int64_t i = 0; i < steps; ++i) replay->run();
+    backend.synchronize();
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const double first = seconds_of(1);
+  return first > kLong_s ? first : seconds_of(kSteps) / kSteps;
+}
+
+PhaseEstimate estimate_blocks(Backend& backend, const Checkpoint& source,
+                              const data::Windows& windows, const TrainConfig& config) {
+  TrainConfig few = few_steps(config);
+  few.samples = std::min(config.samples, kBatches * config.batch);
+  few.val_samples = 1;
+  few.epochs = kSteps + 1;
+  const BlockMemory memory = plan_block_memory(backend, source.config(), few);
+  const StepProbe probe = probe_block_step(backend, source, windows, few, memory);
+  const double step = step_seconds(backend, probe, StepPart::Optimizer),
+               forward = step_seconds(backend, probe, StepPart::Forward);
+  // Of a block: the steps of every stage; every stage validates before its steps and after each
+  // epoch; the full-precision block and every stage pass over all windows.
+  const auto stages = static_cast<double>(block_stages(config));
+  const auto batches = [&](int64_t count) {
+    return static_cast<double>(count) / static_cast<double>(config.batch);
+  };
+  const double passes =
+      stages * static_cast<double>(config.epochs + 1) * batches(config.val_samples) +
+      (stages + 1) * batches(config.samples + config.val_samples);
+  const int64_t layers = source.config().layers;
+  PhaseEstimate estimate{layers * block_stages(config) * steps_per_stage(config), step, 0};
+  estimate.total_s =
+      static_cast<double>(estimate.steps) * step + static_cast<double>(layers) * passes * forward;
+  return estimate;
+}
+
+PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
+                             const data::Windows& windows, const TrainConfig& config,
+                             const PhaseMemory& memory) {
+  PhaseEstimate estimate;
+  const Recipe recipe(config, source.config());
+  for (const WholeStage& stage : recipe.whole_stages()) {
+    TrainConfig few = few_steps(config);
+    few.samples = std::min(config.samples, kBatches * config.e2e_batch);
+    few.stages.clear();
+    few.block_schedule = BlockSchedule::All;
+    ModelStage widths{stage.widths.back(), kSteps + 1};
+    if (widths.weight_bits > 8) widths.weight_bits = 8;  // a stage that leaves the last block alone
+    few.e2e_stages = {widths};
+    few.e2e_steps = kSteps + 1;
+    few.e2e_lr = {stage.lr};
+    few.from.clear();
+    few.bits = widths.weight_bits;
+    few.act_bits = widths.activation_bits;
+    const double step = step_seconds(
+        backend, probe_end_to_end_step(backend, source, windows, few, memory), StepPart::Optimizer);
+    estimate.steps += stage.steps;
+    estimate.total_s += static_cast<double>(stage.steps) * step;
+  }
+  if (estimate.steps > 0) estimate.step_s = estimate.total_s / static_cast<double>(estimate.steps);
+  return estimate;
+}
+
+}  // namespace
+
+void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                   const TrainConfig& config, bool blocks, const PhaseMemory& whole) {
+  PhaseEstimate of_blocks, of_whole;
+  if (blocks) of_blocks = estimate_blocks(backend, source, windows, config);
+  if (trains_whole(config)) of_whole = estimate_whole(backend, source, windows, config, whole);
+  std::string phases;
+  for (const auto& [name, phase] :
+       {std::pair{"blocks", of_blocks}, std::pair{"end to end", of_whole}})
+    if (phase.steps > 0)
+      phases += cat(phases.empty() ? "" : ", ", name, " ", engine::duration_text(phase.total_s),
+                    " (", phase.steps, " steps of ", engine::duration_text(phase.step_s), ")");
+  std::printf("time: about %s: %s\ndry run: nothing was written\n",
+              engine::duration_text(of_blocks.total_s + of_whole.total_s).c_str(), phases.c_str());
+}
+
+}  // namespace bbb::train
