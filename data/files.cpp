@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <regex>
 
 #include "quant/check.h"
 
@@ -34,10 +33,12 @@ std::string parent_of(const std::string& path) {
   return parent.empty() ? "." : parent;
 }
 
+constexpr std::string_view kTemporary = ".tmp-";
+
 // Processes on several machines may write to one directory, so a name may be taken: the next
 // attempt has another.
 std::string temporary_name(const std::string& path, int attempt) {
-  return cat(path, ".tmp-", ::getpid(), "-", attempt);
+  return cat(path, kTemporary, ::getpid(), "-", attempt);
 }
 
 constexpr int kAttempts = 1000;
@@ -57,7 +58,8 @@ void remove_leftovers(const std::string& path) {
   std::vector<fs::path> leftovers;
   for (const auto& entry : fs::directory_iterator(parent_of(path), ignored)) {
     const std::string other = entry.path().filename().string();
-    if (other.starts_with(name + ".tmp-") && is_temporary(other)) leftovers.push_back(entry.path());
+    if (other.starts_with(cat(name, kTemporary)) && is_temporary(other))
+      leftovers.push_back(entry.path());
   }
   for (const fs::path& leftover : leftovers) {
     const Descriptor d{::open(leftover.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)};
@@ -120,8 +122,14 @@ void check_disk(const std::string& path, int64_t bytes) {
 }
 
 bool is_temporary(const std::string& name) {
-  static const std::regex form(".+\\.tmp-[0-9]+-[0-9]+");
-  return std::regex_match(name, form);
+  const size_t mark = name.rfind(kTemporary);
+  if (mark == name.npos || mark == 0) return false;
+  const size_t first = mark + kTemporary.size(), dash = name.find('-', first);
+  const auto is_number = [](const std::string& text) {
+    return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+  };
+  return dash != name.npos && is_number(name.substr(first, dash - first)) &&
+         is_number(name.substr(dash + 1));
 }
 
 void write_file_atomic(const std::string& path, const std::string& content) {

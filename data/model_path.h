@@ -5,8 +5,8 @@
 
 namespace bbb::data {
 
-// Throws, saying what the path is and what to give instead, unless it is a file, a directory with
-// config.json, or a synthetic model.
+// Throws, saying what the path is and what to give instead, if nothing is there, or a directory
+// without config.json that holds a run, an adapter or GGUF files.
 void check_model_path(const std::string& path);
 
 }  // namespace bbb::data

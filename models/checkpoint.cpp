@@ -617,6 +617,7 @@ class GgufCheckpoint final : public Checkpoint {
 
 std::unique_ptr<Checkpoint> open_directory(const std::string& path, int bits) {
   const std::string config_path = join(path, "config.json");
+  BBB_CHECK(fs::exists(config_path), path, ": no config.json: not a model directory");
   std::string text = data::read_file(config_path);
   const json config = data::parse_json(text, config_path);
   BBB_CHECK(config.is_object(), config_path, ": not a JSON object");

@@ -153,6 +153,14 @@ TEST_CASE("files: the next writer removes what a killed one left, and nothing el
   CHECK(fs::exists(dir / "other.tmp-123-0"));
 }
 
+TEST_CASE("files: only what an atomic writer left is a temporary") {
+  for (const char* name : {"a.tmp-1-0", "a.b.tmp-123-45", ".tmp-1-0.tmp-2-3"})
+    CHECK(data::is_temporary(name));
+  for (const char* name : {"a", ".tmp-1-0", "a.tmp-1", "a.tmp--1", "a.tmp-1-", "a.tmp-1-0x",
+                           "a.tmp-x-0", "a.tmp-1-0-0", "a.tmp-1-0.txt"})
+    CHECK_FALSE(data::is_temporary(name));
+}
+
 TEST_CASE("files: a disk without room is an error before anything is written") {
   const tests::TempDir dir;
   const int64_t free = data::free_disk_bytes(dir / "not/there/yet");
