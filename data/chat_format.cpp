@@ -65,7 +65,33 @@ void set_content(Values* values, const std::string& content) {
   (*values)["answer"] = end == std::string::npos ? content : content.substr(end + think.size());
 }
 
+std::string without_newlines(const std::string& text) {
+  const size_t begin = text.find_first_not_of('\n');
+  return begin == std::string::npos ? ""
+                                    : text.substr(begin, text.find_last_not_of('\n') + 1 - begin);
+}
+
+// The text between <think> and </think>; nothing where there is no </think>.
+std::string thought_in(const std::string& content) {
+  const std::string begin = "<think>";
+  const size_t end = content.find("</think>");
+  if (end == std::string::npos) return "";
+  const std::string thought = content.substr(0, end);
+  const size_t at = thought.rfind(begin);
+  return without_newlines(at == std::string::npos ? thought : thought.substr(at + begin.size()));
+}
+
 bool is_system(const ChatMessage& message) { return message.role == "system"; }
+
+// The index of the last user's message that is no result of a tool; the last index if there is
+// none.
+size_t last_question(const std::vector<ChatMessage>& messages) {
+  for (size_t i = messages.size(); i-- > 0;)
+    if (messages[i].role == "user" && !(messages[i].content.starts_with("<tool_response>") &&
+                                        messages[i].content.ends_with("</tool_response>")))
+      return i;
+  return messages.size() - 1;
+}
 
 // The text that `known` writes for a message; null if the format has no such turn.
 const char* turn_text(const KnownChat& known, const ChatMessage& message, bool last) {
@@ -137,16 +163,27 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
   for (size_t i = begin; known_->alternate && i < messages.size(); ++i)
     BBB_CHECK((messages[i].role == "user") == ((i - begin) % 2 == 0),
               "the chat template refuses these messages: ", filled(known_->alternate, values));
+  const size_t question = last_question(messages);
   for (size_t i = begin; i < messages.size(); ++i) {
     const ChatMessage& message = messages[i];
     const bool last = i + 1 == messages.size();
     const char* text = turn_text(*known_, message, last);
+    const std::string thought = thought_in(message.content);
+    const bool thinks = known_->thinking && message.role == "assistant" && i > question &&
+                        (!thought.empty() || (last && known_->thinking_ends));
+    if (thinks) text = known_->thinking;
     BBB_CHECK(text || !known_->refusal,
               "the chat template refuses these messages: ", filled(known_->refusal, values));
     BBB_CHECK(text, "message ", i + 1, " has no place in the chat template: it is the ",
               message.role, "'s");
     values["role"] = message.role;
     set_content(&values, message.content);
+    values["thought"] = thought;
+    const std::string& answer = values["answer"];
+    const bool whole = answer.size() == message.content.size();
+    values["reply"] = whole && !thinks
+                          ? answer
+                          : answer.substr(std::min(answer.find_first_not_of('\n'), answer.size()));
     const bool carries = known_->system_in == SystemIn::FirstTurn ? i == begin : last;
     if (system && carries && message.role == "user") {
       values["system"] = *system;

@@ -95,6 +95,58 @@ std::string if_string(const std::string& object, const std::string& body) {
   return "{%if " + object + ".content is string%}" + body + "{%else%}{..}{%endif%}";
 }
 
+// The system prompt of Qwen's templates, which stands outside the loop over the turns.
+std::string qwen_system(const std::string& otherwise) {
+  return "{%if tools%}{..}{%else%}{%if messages[0].role=='system'%}<|im_start|>system\n"
+         "{{messages[0].content}}<|im_end|>\n" +
+         otherwise + "{%endif%}{%endif%}";
+}
+const std::string kQwenTool = "{%elif message.role=='tool'%}{..}{%endif%}{%endfor%}";
+const std::string kQwenAnswer = "<|im_start|>{{message.role}}\n{{content}}";
+const std::string kQwenCalls = "{%if message.tool_calls%}{..}{%endif%}<|im_end|>\n";
+
+enum class Content { Text, TextOrList };
+
+// From the start of the turns' loop to an assistant's turn. `content`: how the template names the
+// text of a message before an assistant's turn renames it.
+std::string qwen3_loop(Content kind, const std::string& content) {
+  const std::string text_or_empty =
+      "{%if message.content is string%}{%set content=message.content%}{%else%}{%set content=''%}"
+      "{%endif%}";
+  return "{%for message in messages%}" + (kind == Content::Text ? "" : text_or_empty) +
+         "{%if(message.role=='user')or(message.role=='system' and not loop.first)%}"
+         "<|im_start|>{{message.role}}\n{{" +
+         content + "}}<|im_end|>\n{%elif message.role=='assistant'%}";
+}
+
+// Qwen3, which keeps thoughts behind the last question alone. `condition`: of keeping one.
+std::string qwen3(Content kind, const std::string& condition) {
+  const bool text = kind == Content::Text;
+  const std::string content = text ? "message.content" : "content";
+  const std::string answer = "{%set content=" + content + ".split('</think>')[-1].lstrip('\n')%}";
+  const std::string thought = "{%set reasoning_content=" + content +
+                              ".split('</think>')[0].rstrip('\n').split('<think>')[-1]"
+                              ".lstrip('\n')%}";
+  const std::string is_text =
+      text ? " is defined and message.reasoning_content is not none" : " is string";
+  return qwen_system("") +
+         "{%set ns=namespace(multi_step_tool=true,last_query_index=messages|length-1)%}"
+         "{%for message in messages[::-1]%}{%set index=(messages|length-1)-loop.index0%}"
+         "{%if ns.multi_step_tool and message.role=='user'" +
+         (text ? "" : " and message.content is string") +
+         " and not(message.content.startswith('<tool_response>')and message.content.endswith("
+         "'</tool_response>'))%}{%set ns.multi_step_tool=false%}{%set ns.last_query_index=index%}"
+         "{%endif%}{%endfor%}" +
+         qwen3_loop(kind, content) + (text ? "{%set content=message.content%}" : "") +
+         "{%set reasoning_content=''%}{%if message.reasoning_content" + is_text +
+         "%}{%set reasoning_content=message.reasoning_content%}{%else%}{%if '</think>' in " +
+         content + "%}" + (text ? answer + thought : thought + answer) +
+         "{%endif%}{%endif%}{%if loop.index0>ns.last_query_index%}{%if " + condition +
+         "%}<|im_start|>{{message.role}}\n<think>\n{{reasoning_content.strip('\n')}}\n</think>\n\n"
+         "{{content.lstrip('\n')}}{%else%}" +
+         kQwenAnswer + "{%endif%}{%else%}" + kQwenAnswer + "{%endif%}" + kQwenCalls + kQwenTool;
+}
+
 std::vector<KnownChat> make_known_chats() {
   std::vector<KnownChat> all;
   KnownChat chat{.name = "ChatML", .generation = "<|im_start|>assistant\n"};
@@ -110,6 +162,31 @@ std::vector<KnownChat> make_known_chats() {
   add(chatml(kChatmlDefault, "message.content|trim"));
   chat.no_system = nullptr;
   add(chatml("", "message.content|trim"));
+
+  chat = {.name = "Qwen2.5",
+          .turn = "<|im_start|>{role}\n{content}<|im_end|>\n",
+          .no_system = "<|im_start|>system\n{1}<|im_end|>\n",
+          .generation = "<|im_start|>assistant\n"};
+  add(qwen_system("{%else%}<|im_start|>system\n{1}<|im_end|>\n") +
+      "{%for message in messages%}{%if(message.role=='user')or(message.role=='system' and not "
+      "loop.first)or(message.role=='assistant' and not message.tool_calls)%}<|im_start|>"
+      "{{message.role}}\n{{message.content}}<|im_end|>\n{%elif message.role=='assistant'%}{..}" +
+      kQwenTool + generation(chat.generation));
+  chat.name = "Qwen3";
+  chat.no_system = nullptr;
+  add(qwen_system("") + qwen3_loop(Content::TextOrList, "content") + kQwenAnswer + kQwenCalls +
+      kQwenTool + generation(chat.generation));
+  chat.assistant = "<|im_start|>assistant\n{reply}<|im_end|>\n";
+  chat.thinking = "<|im_start|>assistant\n<think>\n{thought}\n</think>\n\n{reply}<|im_end|>\n";
+  add(qwen3(Content::TextOrList, "reasoning_content") + generation(chat.generation));
+  chat.thinking_ends = true;
+  const std::string ends = "loop.last or(not loop.last and reasoning_content)";
+  for (const Content kind : {Content::Text, Content::TextOrList})
+    add(qwen3(kind, ends) +
+        generation(std::string(chat.generation) +
+                   "{%if enable_thinking is defined and enable_thinking is false%}{..}{%endif%}"));
+  chat.generation = "<|im_start|>assistant\n<think>\n";
+  add(qwen3(Content::TextOrList, ends) + generation(chat.generation));
 
   chat = {.name = "Llama-2",
           .user = "{bos}[INST] {trimmed} [/INST]",

@@ -10,7 +10,8 @@ enum class SystemIn { OwnTurn, FirstTurn, LastTurn };
 
 // The texts may hold {bos}, {eos}, {0} .. {9} (the wildcards of `pattern`) and, in turns:
 // {role}, {content}, {trimmed} (the content without white space at its ends), {answer} (the content
-// after its last </think>) and {system} (the system prompt).
+// after its last </think>), {reply} and {thought} (see `thinking`) and {system} (the system
+// prompt).
 struct KnownChat {
   const char* name;
   std::string pattern = {};    // the canonical template (chat_template.h) without a leading BOS
@@ -20,7 +21,12 @@ struct KnownChat {
   const char* user = nullptr;
   const char* assistant = nullptr;
   const char* last_assistant = nullptr;  // if it differs: an assistant's turn that ends the chat
-  const char* first_system = nullptr;    // if it differs: a system message that begins the chat
+  // Qwen3's turn of an assistant behind the last question: a user's message that is no
+  // <tool_response>. {thought} is the text between <think> and </think>, {reply} what follows it,
+  // without newlines at the start.
+  const char* thinking = nullptr;
+  bool thinking_ends = false;  // the turn that ends the chat is written like this without a thought
+  const char* first_system = nullptr;  // if it differs: a system message that begins the chat
   SystemIn system_in = SystemIn::OwnTurn;
   const char* content_with_system = nullptr;  // of the user's turn that carries the system prompt
   // Used if the first message is not the system's. With OwnTurn it is written before the turns;

@@ -7,6 +7,7 @@
 //
 // s = S e of the block's group. Norms are F32, embedding and head BF16 or Q8_0.
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <optional>
@@ -97,7 +98,8 @@ void permute_rows(std::vector<uint8_t>& bytes, int64_t rows, int64_t head_dim) {
 
 constexpr const char* kRopeDivisors = "rope_freqs.weight";
 
-// Throws if llama.cpp computes something else than this configuration says. Source: llama.cpp,
+// Throws if llama.cpp computes something else than this configuration says; a sliding window that
+// it ignores makes a line on stderr, since shorter texts come out the same. Source: llama.cpp,
 // llama-model.cpp (the tensors of each architecture) and ggml's rope_yarn().
 void check_architecture(const LlamaConfig& c) {
   const std::string architecture = gguf_architecture(c);
@@ -108,6 +110,11 @@ void check_architecture(const LlamaConfig& c) {
   refuse_if(architecture == "qwen3" && c.qkv_bias, "biases");
   refuse_if(!llama && c.sliding_window > 0, "sliding window");
   refuse_if(!llama && !rope_divisors(c).empty(), "rope factors (rope_type llama3)");
+  if (c.sliding_window > 0 && c.sliding_window < c.max_position)
+    std::fprintf(stderr,
+                 "--format gguf: llama.cpp's llama has no sliding window: beyond %lld tokens it "
+                 "computes otherwise\n",
+                 static_cast<long long>(c.sliding_window));
   if (!c.rope_scaling) return;
   const RopeScaling& s = *c.rope_scaling;
   refuse_if(s.kind == RopeKind::Dynamic, "rope scaling dynamic");

@@ -3,20 +3,27 @@
 
     scripts/check_readers.py --model MODEL --text FILE [--run RUN | --bits B] [CHECK ..]
 
-gptq          GPTQModel's torch kernel on the CPU: perplexity within 0.5 % of `bbb ppl`
+gptq          GPTQModel's torch kernel on the CPU: perplexity; split channels are refused
               (packages gptqmodel, torch, transformers)
-gguf          gguf-py: every tensor equals the packed model's; llama.cpp: perplexity within 0.5 %,
-              and greedy texts of 40 tokens, up to a token whose logit is within 2 % of our best
-              (packages gguf, xllamacpp; torch and transformers where a text differs)
+gguf          gguf-py: every tensor equals the packed model's. llama.cpp: perplexity and greedy
+              texts, of the file and of its weights in F32
+              (packages numpy, safetensors, gguf, xllamacpp, torch, transformers)
 transformers  refuses the packed directory (packages torch, transformers)
 
-Without names all three run. Nothing is installed; a missing package is named, and the exit code is
-1. The exports come from a finished run, or from --model rounded to nearest.
+Without names all three run, and a table follows. Nothing is installed; a missing package is named,
+and the exit code is 1. The exports come from a finished run, or from --model rounded to nearest.
+
+Perplexities must be within 0.5 % of `bbb ppl`, over the same tokens. A text of 40 tokens must be
+that of `bbb decode`, up to a token where our two best logits are within 2 %. llama.cpp multiplies
+quantized weights by inputs that it rounds to 8 bits, in blocks of 32. With the weights in F32 it
+does not, so both rules hold for them without exception. The file itself may differ by more, if the
+rules hold for a forward in transformers that rounds inputs in this way.
 """
 import argparse
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,29 +35,43 @@ PROMPTS = ["The capital of France is", "Once upon a time there was a small dog",
            "To bake a cake you need"]
 PERPLEXITY_MARGIN, LOGIT_MARGIN, TEXT_TOKENS = 0.005, 0.02, 40
 PACKAGES = {"gptq": ["gptqmodel", "torch", "transformers"],
-            "gguf": ["numpy", "safetensors", "gguf", "xllamacpp"],
+            "gguf": ["numpy", "safetensors", "gguf", "xllamacpp", "torch", "transformers"],
             "transformers": ["torch", "transformers"]}
+
+
+TABLE = []  # rows: reader, what, result, whether it is good
+
+
+def report(reader, what, result, good):
+    TABLE.append((reader, what, result, "yes" if good else "NO"))
+    print(f"{reader}: {what}: {result}{'' if good else '  <-- NOT GOOD'}", flush=True)
+    return good
 
 
 class Bbb:
     """The program, and the exports of one model."""
 
     def __init__(self, options, work):
-        self.options, self.work, self.made = options, work, {}
+        self.options, self.work, self.made, self.measured = options, work, {}, None
+
+    def start(self, *arguments):
+        return subprocess.run([self.options.bbb, *map(str, arguments), "--device", "cpu"],
+                              capture_output=True, text=True)
 
     def run(self, *arguments):
-        result = subprocess.run([self.options.bbb, *map(str, arguments), "--device", "cpu"],
-                                capture_output=True, text=True)
+        result = self.start(*arguments)
         if result.returncode:
             sys.exit(f"bbb {' '.join(map(str, arguments))}: {result.stderr.strip()}")
-        return result.stdout
+
+    def source(self):
+        o = self.options
+        return (["--run", o.run, "--model", o.model] if o.run else
+                ["--model", o.model, "--rtn", "--bits", o.bits])
 
     def export(self, form):
         if form not in self.made:
-            o, out = self.options, self.work / (form + (".gguf" if form == "gguf" else ""))
-            source = (["--run", o.run, "--model", o.model] if o.run else
-                      ["--model", o.model, "--rtn", "--bits", o.bits])
-            self.run("export", *source, "--format", form, "--out", out)
+            out = self.work / (form + (".gguf" if form == "gguf" else ""))
+            self.run("export", *self.source(), "--format", form, "--out", out)
             self.made[form] = out
         return self.made[form]
 
@@ -61,8 +82,10 @@ class Bbb:
 
     def perplexity(self):
         o = self.options
-        return self.json("ppl", "--model", self.export("bbb"), "--text", o.text, "--seq-len",
-                         o.seq_len, "--max-windows", o.windows)["perplexity"]
+        if self.measured is None:
+            self.measured = self.json("ppl", "--model", self.export("bbb"), "--text", o.text,
+                                      "--seq-len", o.seq_len, "--max-windows", o.windows)["perplexity"]
+        return self.measured
 
     def ids(self, path):
         return self.json("tokenize", "--model", self.options.model, "--text-file", path)["ids"]
@@ -70,13 +93,17 @@ class Bbb:
     def windows(self):
         o = self.options
         ids = self.ids(o.text)
+        if len(ids) < o.windows * o.seq_len:
+            sys.exit(f"{o.text}: {len(ids)} tokens are fewer than {o.windows} windows of {o.seq_len}")
         return [ids[i * o.seq_len : (i + 1) * o.seq_len] for i in range(o.windows)]
 
 
-def close(name, theirs, ours):
-    off = theirs / ours - 1
-    print(f"{name}: perplexity {theirs:.4f}, bbb {ours:.4f}, {100 * off:+.3f} %")
-    return abs(off) <= PERPLEXITY_MARGIN
+def is_close(theirs, ours):
+    return abs(theirs / ours - 1) <= PERPLEXITY_MARGIN
+
+
+def compared(theirs, ours, whose="bbb"):
+    return f"{theirs:.3f}, {whose} {ours:.3f}, {100 * (theirs / ours - 1):+.2f} %"
 
 
 def torch_perplexity(model, windows):
@@ -92,14 +119,31 @@ def torch_perplexity(model, windows):
     return math.exp(total / count)
 
 
+def dequantized(bbb):
+    """The same model in transformers, in F32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(bbb.export("hf"), dtype=torch.float32)
+
+
 def check_gptq(bbb):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs more than it gains here
     from gptqmodel import BACKEND, GPTQModel
 
     backend = getattr(BACKEND, "GPTQ_TORCH", None) or BACKEND.TORCH
     model = GPTQModel.load(str(bbb.export("gptq")), device="cpu", backend=backend)
     kernels = {type(m).__name__ for m in model.model.modules() if hasattr(m, "qzeros")}
-    print(f"gptq: GPTQModel's kernels: {', '.join(sorted(kernels))}")
-    return close("gptq", torch_perplexity(model.model, bbb.windows()), bbb.perplexity())
+    theirs, ours = torch_perplexity(model.model, bbb.windows()), bbb.perplexity()
+    good = report(f"GPTQModel, {', '.join(sorted(kernels))}", "perplexity", compared(theirs, ours),
+                  is_close(theirs, ours))
+    o = bbb.options
+    split = bbb.start("export", "--model", o.model, "--rtn", "--bits", "4", "--ocs-ratio", "0.1",
+                      "--data", o.text, "--samples", 2, "--seq-len", 64, "--format", "gptq",
+                      "--out", bbb.work / "split")
+    said = split.stderr.strip().splitlines()[-1:] or [""]
+    refused = split.returncode == 1 and "splits or reorders channels" in said[0]
+    return report("bbb", "GPTQ of split channels", said[0], refused) and good
 
 
 def hf_name(name):
@@ -124,7 +168,7 @@ def check_tensors(bbb):
     architecture = str(reader.fields["general.architecture"].contents())
     size = int(reader.fields[f"{architecture}.attention.key_length"].contents())
     packed = weights(bbb.export("bbb"))
-    types, worst = {}, 0.0
+    types, worst, equal = {}, 0.0, 0
     for tensor in reader.tensors:
         if tensor.name == "rope_freqs.weight":
             continue
@@ -133,9 +177,36 @@ def check_tensors(bbb):
         if architecture == "llama" and ("attn_q." in tensor.name or "attn_k." in tensor.name):
             pairs = weight.reshape(-1, size // 2, 2, weight[0].size)  # a bias is a column
             weight = pairs.transpose(0, 2, 1, 3).reshape(weight.shape)
-        worst = max(worst, float(np.abs(weight - packed.pop(hf_name(tensor.name))).max()))
-    print(f"gguf: {types}, largest difference to the packed model {worst}; missing: {list(packed)}")
-    return worst == 0 and not packed
+        difference = float(np.abs(weight - packed.pop(hf_name(tensor.name))).max())
+        worst, equal = max(worst, difference), equal + (difference == 0)
+    kinds = ", ".join(f"{count} {name}" for name, count in types.items())
+    result = f"{equal} of {sum(types.values())} equal ({kinds}), largest difference {worst}"
+    if packed:
+        result += f"; missing: {', '.join(packed)}"
+    return report("gguf-py", "tensors", result, worst == 0 and not packed)
+
+
+def write_f32(path, out):
+    """The same GGUF with every weight in F32."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
+
+    reader = GGUFReader(path)
+    writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        is_array = field.types[0] == GGUFValueType.ARRAY
+        writer.add_key_value(field.name, field.contents(), field.types[0],
+                             sub_type=field.types[-1] if is_array else None)
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        writer.add_tensor(tensor.name, np.ascontiguousarray(weight, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 class LlamaCpp:
@@ -164,59 +235,92 @@ class LlamaCpp:
         return made["logprob"]
 
 
-def check_llama_perplexity(bbb, llama):
-    total = count = 0
-    for window in bbb.windows():
-        for at in range(1, len(window)):
-            total -= llama.logprob(window[:at], window[at])
-            count += 1
-    return close("gguf: llama.cpp", math.exp(total / count), bbb.perplexity())
+    def perplexity(self, windows):
+        total = count = 0
+        for window in windows:
+            for at in range(1, len(window)):
+                total -= self.logprob(window[:at], window[at])
+                count += 1
+        return math.exp(total / count)
 
 
-def check_texts(bbb, llama):
-    good = True
-    for prompt in PROMPTS:
-        ours = bbb.json("decode", "--model", bbb.export("bbb"), "--prompt", prompt, "--max-tokens",
-                        TEXT_TOKENS)["text"]
-        path = bbb.work / "prompt.txt"
-        path.write_text(prompt)
-        context = bbb.ids(path)
-        made = llama.complete(context, TEXT_TOKENS)
-        text, same = b"", 0
-        for token in made:
-            text += bytes(token["bytes"])
-            if not ours.encode().startswith(text):
-                break
-            context.append(token["id"])
-            same += 1
-        if same == len(made) and text == ours.encode():
-            print(f"gguf: llama.cpp: {prompt!r}: the same {same} tokens")
-            continue
-        if same == len(made):
-            print(f"gguf: llama.cpp: {prompt!r}: ends after {same} tokens, bbb goes on")
-            good = False
-            continue
-        import torch
-        from transformers import AutoModelForCausalLM
+def rounding(bbb):
+    """The model in transformers, computing as llama.cpp does from quantized weights: the inputs of
+    their linears are rounded to 8 bits, in blocks of 32."""
+    import torch
 
-        model = AutoModelForCausalLM.from_pretrained(bbb.export("hf"), dtype=torch.float32)
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([context])).logits[0, -1]
-        best, second = logits.topk(2).values.tolist()
-        theirs = logits[made[same]["id"]].item()
-        near = abs(best - second) <= LOGIT_MARGIN * abs(best) and theirs >= second
-        print(f"gguf: llama.cpp: {prompt!r}: {same} equal tokens, then our logits {best:.4f} and "
-              f"{second:.4f}; theirs has {theirs:.4f}: {'near' if near else 'TOO FAR'}")
-        good = good and near
-    return good
+    def round_input(_, arguments):
+        blocks = arguments[0].unflatten(-1, (-1, 32))
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        codes = (blocks / scale.clamp(min=1e-30)).round()
+        return ((codes * scale.half().float()).flatten(-2),)
+
+    model = dequantized(bbb)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(round_input)
+    return model
+
+
+def logits_behind(model, context, token):
+    """The two best logits and that of the token, and whether 2 % are enough to prefer the token."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([context])).logits[0, -1]
+    best, second = logits.topk(2).values.tolist()
+    theirs = logits[token].item()
+    near = best - theirs <= LOGIT_MARGIN * abs(best)
+    return f"best logits {best:.3f} and {second:.3f}, of llama.cpp's token {theirs:.3f}", near
+
+
+def check_text(bbb, llama, prompt, rounds):
+    """What llama.cpp's text is, beside ours; and whether our logits allow it."""
+    answer = bbb.json("decode", "--model", bbb.export("bbb"), "--prompt", prompt, "--max-tokens",
+                      TEXT_TOKENS)
+    ours = answer["text"].encode()
+    path = bbb.work / "prompt.txt"
+    path.write_text(prompt)
+    context, text, same = bbb.ids(path), b"", 0
+    made = llama.complete(context, TEXT_TOKENS)
+    for token in made:
+        piece = bytes(token["bytes"])  # empty for the token that ends the text
+        ends = not piece and text == ours and answer["stopped"] != "max-tokens"
+        if not ends and not (piece and ours.startswith(text + piece)):
+            break
+        text += piece
+        context.append(token["id"])
+        same += 1
+    if same == len(made) and text == ours:
+        return f"the same {same} tokens", True
+    if same == len(made):
+        return f"llama.cpp ends after {same} equal tokens", False
+    result, near = logits_behind(dequantized(bbb), context, made[same]["id"])
+    if not near and rounds:
+        more, near = logits_behind(rounding(bbb), context, made[same]["id"])
+        result += f"; inputs in 8 bits: {more}"
+    return f"{same} equal tokens, then {result}", near
 
 
 def check_gguf(bbb):
     good = check_tensors(bbb)
-    llama = LlamaCpp(bbb.export("gguf"), max(2 * bbb.options.seq_len, 512),
-                     bbb.options.threads)
-    good = check_texts(bbb, llama) and good
-    return check_llama_perplexity(bbb, llama) and good
+    ours, context = bbb.perplexity(), max(2 * bbb.options.seq_len, 512)
+    files = {"llama.cpp": bbb.export("gguf"),
+             "llama.cpp, F32": write_f32(bbb.export("gguf"), bbb.work / "f32.gguf")}
+    for name, path in files.items():
+        llama = LlamaCpp(path, context, bbb.options.threads)
+        theirs = llama.perplexity(bbb.windows())
+        result, near = compared(theirs, ours), is_close(theirs, ours)
+        rounds = name == "llama.cpp"
+        if not near and rounds:
+            rounded = torch_perplexity(rounding(bbb), bbb.windows())
+            result += f"; inputs in 8 bits: {compared(theirs, rounded, 'transformers')}"
+            near = is_close(theirs, rounded)
+        good = report(name, "perplexity", result, near) and good
+        for prompt in PROMPTS:
+            result, near = check_text(bbb, llama, prompt, rounds)
+            good = report(name, f"text behind {prompt!r}", result, near) and good
+    return good
 
 
 def check_transformers(bbb):
@@ -224,11 +328,10 @@ def check_transformers(bbb):
 
     try:
         AutoModelForCausalLM.from_pretrained(bbb.export("bbb"))
-    except Exception as error:  # whatever it raises, it does not load
-        print(f"transformers: refuses the packed directory: {str(error).splitlines()[0][:150]}")
-        return True
-    print("transformers: LOADS the packed directory")
-    return False
+    except OSError as error:  # it finds no file of weights
+        said = str(error).split(", found in")[0]
+        return report("transformers", "refuses the packed directory", said, "model.safetensors" in said)
+    return report("transformers", "refuses the packed directory", "LOADS it", False)
 
 
 def main():
@@ -258,6 +361,9 @@ def main():
                 good = False
                 continue
             good = globals()["check_" + check](bbb) and good
+    widths = [max(len(row[i]) for row in TABLE) for i in range(3)] if TABLE else []
+    for row in TABLE:
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + f" | {row[3]} |")
     print("every reader agrees" if good else "NOT every reader agrees")
     sys.exit(not good)
 

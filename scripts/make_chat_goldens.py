@@ -2,7 +2,8 @@
 
 usage: make_chat_goldens.py      needs: pip install transformers jinja2
 
-The templates are from real models: tests/goldens/chat/*.jinja. The tokenizer is the byte-level one
+The templates are those of real models: tests/goldens/chat/*.jinja (in Qwen's, what serves tools is
+shortened). The tokenizer is the byte-level one
 of tests/goldens/tokenizers/gpt2, plus the special tokens of the formats. Writes
 tests/goldens/chat/tokenizer.json, tokenizer_config.json and goldens.json.
 """
@@ -41,6 +42,11 @@ CHATS = [
     turns("one", "two") + turns("three", system="A late system prompt."),
     turns("x", system="one")[:1] + turns("x", system="two"),
     [{"role": "system", "content": "alone"}],
+    turns("Hi", "<think>\nhm\n\n</think>\n\nHello", "So?", "\nno thought", system="Think."),
+    turns("Hi", "<think>\n one\n</think>a<think>\ntwo\n</think>\n\nHello\n") +
+    [{"role": "assistant", "content": "</think>and"}, {"role": "assistant", "content": "\nmore"}],
+    turns("Hi", "<think>a</think>b", "<tool_response>c</tool_response>", "<think>d</think>\n\ne", "<tool_response>f"),
+    [{"role": "assistant", "content": "<think>a</think>\nnobody asked"}],
 ]
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds everything and runs every test: on the CPU; on the GPU if there is one (on Hopper a second
-# time, with the kernels for any GPU); the parsers' fuzzer; errors of build and command line.
+# time, with the kernels for any GPU); the parsers' fuzzer; documentation against code; errors of
+# build and command line.
 # Ends with "N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,6 +59,7 @@ if [ "${capability%%$'\n'*}" = 9.0 ]; then
 fi
 
 if build/bbb_fuzz 100000 1; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+if scripts/docs_test.py; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/cmake_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/install_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 if scripts/cli_test.sh; then passed=$((passed + 1)); else failed=$((failed + 1)); fi

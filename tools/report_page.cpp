@@ -37,8 +37,9 @@ h2 { font-size: 17px; margin: 0 0 4px; }
 p { margin: 4px 0; max-width: 80ch; color: var(--muted); overflow-wrap: anywhere; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 14px 16px; margin: 14px 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin-top: 12px; }
-.tiles div { flex: 1 1 150px; background: var(--card); border: 1px solid var(--rule);
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px;
+  margin-top: 12px; }
+.tiles div { background: var(--card); border: 1px solid var(--rule);
   border-radius: 8px; padding: 8px 12px; }
 .tiles b { display: block; font-size: 17px; }
 .tiles span { color: var(--muted); font-size: 13px; }

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Checks README.md and docs/*.md against the code: every path exists, every option and every name in
+code style occurs in a source file, every link has its heading. In docs/develop.md, `name` stands for
+the name of any op. Then runs prepare_text.py.
+
+usage: scripts/docs_test.py      (standard library only; exit code 1 and one line for each fault)
+"""
+import gzip
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = "quant engine cuda autograd data models train tools tests scripts docs cmake".split()
+SOURCES = {".h", ".cpp", ".cu", ".py", ".sh", ".txt", ".cmake"}
+# Names of other programs' options, files and functions.
+FOREIGN = set("""--build-arg --gpus --install --prefix --list-tags --list-tests --rm --pull
+    config.json tokenizer.json tokenizer.model tokenizer_config.json generation_config.json""".split())
+
+
+def sources():
+    files = [ROOT / "CMakeLists.txt", ROOT / "Dockerfile"]
+    for folder in FOLDERS:
+        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES and "goldens" not in p.parts]
+    return "\n".join(p.read_text() for p in files)
+
+
+def headings(path):
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+def faults_of(path, code):
+    text = path.read_text()
+    for folder, rest in re.findall(rf"(?<![\w/.<$-])({'|'.join(FOLDERS)})/([\w./-]*\w)", text):
+        name = f"{folder}/{rest}"
+        if not (ROOT / name).exists() and not re.search(r"\bname(_test)?\.", name):  # of any op
+            yield f"no file {name}"
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - FOREIGN:
+        if f'"{option[2:]}' not in code and option not in code:
+            yield f"no option {option}"
+    for span in re.findall(r"`([^`\n]+)`", text):
+        names = re.findall(r"^(?:\w+::)*(\w+)(?:\(\))?$", span)
+        is_code = names and (span.endswith("()") or "::" in span or re.search(r"[a-z][A-Z]|\w_\w", span))
+        is_test = span.endswith("_test") and (ROOT / "tests" / f"{span}.cpp").exists()
+        if is_code and not is_test and names[0] not in code and not span.endswith("_name"):
+            yield f"no name {span}"
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        if not linked.exists() or anchor and anchor not in headings(linked):
+            yield f"no target {target}"
+
+
+def prepared_text():
+    """Two runs give the same bytes; documents are kept once, in one of the two files."""
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work, "source", "below")
+        source.mkdir(parents=True)
+        texts = [f"document {i} " * 40 for i in range(20)]
+        (source / "a.txt").write_text(texts[0])
+        (source / "again.md").write_text(texts[0])
+        (source / "short.txt").write_text("short")
+        with gzip.open(source / "rest.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": t}) + "\n" for t in texts[1:])
+        results = []
+        for out in ("one", "two"):
+            subprocess.run([sys.executable, ROOT / "scripts" / "prepare_text.py", source.parent,
+                            "--out", f"{work}/{out}", "--eval-share", "0.1"],
+                           check=True, stdout=subprocess.DEVNULL)
+            results.append([Path(work, out, f"{n}.jsonl").read_text() for n in ("train", "eval")])
+        train, held_out = ([json.loads(line)["text"] for line in part.splitlines()]
+                           for part in results[0])
+        if results[0] != results[1] or len(held_out) != 2 or sorted(train + held_out) != sorted(texts):
+            yield f"prepare_text.py: {len(train)} and {len(held_out)} documents of {len(texts)}"
+
+
+def main():
+    code = sources()
+    faults = list(prepared_text())
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        faults += [f"{path.relative_to(ROOT)}: {fault}" for fault in faults_of(path, code)]
+    for fault in faults:
+        print(fault)
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
