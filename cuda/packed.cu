@@ -1,6 +1,6 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
-// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_mma.cu, packed_gemm.cu). All
-// others keep the file's layout (quant/packed.cu, quant/quantized_gemv.cu).
+// are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
+// file's layout (quant/packed.cu, quant/quantized_gemv.cu).
 #include <algorithm>
 
 #include "cuda/cuda_backend.h"
@@ -100,9 +100,7 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
       products,
       [&](const std::vector<TiledProduct>& tiled) {
         const int64_t m = x.dim(0);
-        const auto launch_it = m < kMinMmaRows    ? launch_packed_gemv
-                               : m < kMinGemmRows ? launch_packed_mma
-                                                  : launch_packed_gemm;
+        const auto launch_it = m < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
         launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
@@ -116,7 +114,7 @@ void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Te
   check_aligned(x, "x");
   check_aligned(w, "the norm's weight");
   const int64_t m = x.dim(0);
-  if (all_in_tiles(products) && m < kMinMmaRows)
+  if (all_in_tiles(products) && m < kMinGemmRows)
     return launch_packed_gemv_normed(product_launch(stream_, properties_), tiled_products(products),
                                      bf16_of(x), w.data<float>(), static_cast<float>(eps), m);
   const Tensor normed = do_empty(x.shape(), act());
@@ -129,7 +127,7 @@ void CudaBackend::do_packed_gemv_gated(const PackedProducts& products, const Ten
   check_aligned(gate, "gate");
   check_aligned(up, "up");
   const int64_t m = gate.dim(0);
-  if (all_in_tiles(products) && m < kMinMmaRows)
+  if (all_in_tiles(products) && m < kMinGemmRows)
     return launch_packed_gemv_gated(product_launch(stream_, properties_), tiled_products(products),
                                     bf16_of(gate), bf16_of(up), m);
   const Tensor h = do_empty(gate.shape(), act());

@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
   const ClusterSums<kTokens> sums{reinterpret_cast<float*>(smem),
                                   reinterpret_cast<float*>(smem + shape.received_at),
                                   empty + shape.stages * 8,
-                                  1,
                                   sums_pitch(most_groups * kGroupRows),
                                   split,
                                   rank};

@@ -1,5 +1,5 @@
 // Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu for few rows of
-// x, cuda/packed_mma.cu and packed_gemm.cu for more), sm_90a only, and of the tiles themselves
+// x, cuda/packed_gemm.cu for more), sm_90a only, and of the tiles themselves
 // (cuda/packed_tiles.cu).
 #pragma once
 
@@ -84,11 +84,8 @@ void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledPr
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m);
-// On the bf16 tensor cores, for any number of rows: the first is faster from kMinMmaRows to
-// kMinGemmRows - 1.
-constexpr int64_t kMinMmaRows = 5, kMinGemmRows = 17;
-void launch_packed_mma(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                       const bf16* x, int64_t m);
+// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on.
+constexpr int64_t kMinGemmRows = 5;
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 

@@ -1,5 +1,5 @@
-// What the products of several rows with 2-bit weights in tiles share (cuda/packed_mma.cu,
-// packed_gemm.cu): operand A of bf16 products, made in registers; the sums of a cluster of blocks.
+// Pieces of the products of many rows with 2-bit weights in tiles (cuda/packed_gemm.cu): operand A
+// of bf16 products, made in registers; the sums of a cluster of blocks.
 //
 // (q - z) e is exact in bf16. The eight low bits of a bf16, the lowest bit of the exponent among
 // them, are an integer in units of 2^-133. So the code q of sub-group i in its place is
@@ -136,10 +136,10 @@ constexpr uint32_t kNanRow = 0x00800080u;  // of LaneTile::nan_bits(): row r; 8 
 
 template <int kTokens>
 struct ClusterSums {
-  float* own;             // (parts, kTokens, pitch): this block's, in parts that add up
-  float* received;        // (split - 1, parts, tokens of this block, pitch): the others'
+  float* own;             // (kTokens, pitch): this block's
+  float* received;        // (split - 1, tokens of this block, pitch): the others'
   uint32_t all_received;  // barrier
-  int parts, pitch, split, rank;
+  int pitch, split, rank;
 
   // Block `block` adds up the tokens from here on.
   __device__ __forceinline__ int first_token(int block) const { return block * kTokens / split; }
@@ -150,7 +150,7 @@ struct ClusterSums {
   // By one thread, before mbarrier_init_fence() and the cluster's first barrier.
   __device__ __forceinline__ void init() const {
     mbarrier_init(all_received, 1);
-    mbarrier_expect(all_received, (split - 1) * parts * tokens(rank) * pitch * 4);
+    mbarrier_expect(all_received, (split - 1) * tokens(rank) * pitch * 4);
   }
 
   // By all threads, which have written `own` and arrived once at the cluster's barrier. They wait
@@ -162,11 +162,10 @@ struct ClusterSums {
     }
     __syncthreads();
     if (split == 1) return;
-    if (thread < split * parts && thread / parts != rank) {
-      const int to = thread / parts, part = thread % parts, floats = tokens(to) * pitch;
-      copy_to_block(shared_address(received + ((rank - (rank > to)) * parts + part) * floats),
-                    all_received, to,
-                    shared_address(own + (part * kTokens + first_token(to)) * pitch), floats * 4);
+    if (thread < split && thread != rank) {  // sends block `thread` the sums of its tokens
+      const int floats = tokens(thread) * pitch;
+      copy_to_block(shared_address(received + (rank - (rank > thread)) * floats), all_received,
+                    thread, shared_address(own + first_token(thread) * pitch), floats * 4);
     }
     __syncwarp();
     mbarrier_wait(all_received, 0);
@@ -197,11 +196,10 @@ struct ClusterSums {
           for (int i = 0; i < kBatch; ++i)
             if (token(i) < count) outputs.load(addend[i], out + token(i) * n);
 #pragma unroll 1
-        for (int part = 0; part < split * parts; ++part) {
-          const int block = part / parts;
-          const float* const from =
-              block == rank ? own + ((part - rank * parts) * kTokens + begin) * pitch
-                            : received + (part - (block > rank ? parts : 0)) * all * pitch;
+        for (int block = 0; block < split; ++block) {
+          const float* const from = block == rank
+                                        ? own + begin * pitch
+                                        : received + (block - (block > rank)) * all * pitch;
 #pragma unroll
           for (int i = 0; i < kBatch; ++i)
             if (token(i) < count) {

@@ -272,6 +272,9 @@ TEST_CASE("answers: ppl takes windows that suit text and model, and warns beyond
 
 TEST_CASE("answers: decoding says when the context is full", "[answers]") {
   const TextModel model;
+  // No token ends a text.
+  data::write_file_atomic(model.dir / "model/tokenizer_config.json",
+                          R"({"bos_token": null, "eos_token": null})");
   write_plain(model.dir / "prompts.jsonl.gz", "{\"prompt\": \"one\"}\n{\"prompt\": \"two\"}\n");
   const auto decode = [&](const tools::Arguments& more) {
     tools::Arguments all = {"--model", model.dir / "model", "--json", model.dir / "out.json"};
