@@ -730,6 +730,10 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
        "--e2e-train scales"},
       {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"block-schedule", "prefix"}},
        "--block-schedule"},
+      {{{"stages", "w8a16,w2a16"}, {"block-schedule", "stochastic"}, {"e2e-freeze", "flips"}},
+       "at most 4 bits, not for w8a16"},
+      {{{"stages", "w8a16,w2a16"}, {"block-schedule", "prefix"}, {"e2e-damping", "0.1"}},
+       "at most 4 bits, not for w8a16"},
       {{{"stages", "w8a16"}, {"any-precision", "4,2"}}, "--any-precision"},
       {{{"stages", "w2a16"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"range", "search"}}, "--range search"},
@@ -740,6 +744,10 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
     CAPTURE(message);
     CHECK_THAT(refusal(made(options)), Contains(message));
   }
+  // Block by block, masters of 8 bits are none of the end-to-end phase's.
+  CHECK(
+      refusal(made({{"stages", "w8a16,w2a16"}, {"e2e-stages", "w2a16:1"}, {"e2e-freeze", "flips"}}))
+          .empty());
   // Ratios by depth: from half of the mean to one and a half, or from the first to the last.
   models::LlamaConfig deep = tiny_config();
   deep.layers = 5;
