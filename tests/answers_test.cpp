@@ -22,23 +22,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct Output : Printed {
-  int code = -1;
-};
-
-// `bbb COMMAND ..`, as main() runs it.
-Output bbb(tools::Arguments arguments) {
-  arguments.insert(arguments.begin(), "bbb");
-  std::vector<char*> argv;
-  for (std::string& argument : arguments) argv.push_back(argument.data());
-  Output output;
-  const Printed printed =
-      printed_by([&] { output.code = tools::run(static_cast<int>(argv.size()), argv.data()); });
-  output.out = printed.out;
-  output.err = printed.err;
-  return output;
-}
-
 // A random model of 128 positions with a tokenizer, and texts.
 struct TextModel {
   TempDir dir;

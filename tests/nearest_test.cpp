@@ -27,14 +27,9 @@ TEST_CASE("nearest: typing errors find their word, others none", "[nearest]") {
 }
 
 TEST_CASE("nearest: the command line says what was meant", "[nearest]") {
-  const auto refused = [](tools::Arguments arguments, const std::string& message) {
-    arguments.insert(arguments.begin(), "bbb");
-    std::vector<char*> argv;
-    for (std::string& argument : arguments) argv.push_back(argument.data());
-    int code = 0;
-    const Printed printed =
-        printed_by([&] { code = tools::run(static_cast<int>(argv.size()), argv.data()); });
-    CHECK(code == 2);
+  const auto refused = [](const tools::Arguments& arguments, const std::string& message) {
+    const Output printed = bbb(arguments);
+    CHECK(printed.code == 2);
     CHECK(printed.err == "bbb: " + message + "\n");
   };
   refused({"trian"}, "unknown command 'trian'; did you mean train?");

@@ -6,8 +6,10 @@
 #include <cstdio>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "quant/check.h"
+#include "tools/cli.h"
 
 namespace bbb::tests {
 
@@ -60,6 +62,20 @@ inline Printed printed_by(const std::function<void()>& work) {
   }
   restore();
   return {out.text(), err.text()};
+}
+
+// `bbb COMMAND ..`, as main() runs it.
+struct Output : Printed {
+  int code = -1;
+};
+inline Output bbb(tools::Arguments arguments) {
+  arguments.insert(arguments.begin(), "bbb");
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  int code = -1;
+  const Printed printed =
+      printed_by([&] { code = tools::run(static_cast<int>(argv.size()), argv.data()); });
+  return {printed, code};
 }
 
 }  // namespace bbb::tests

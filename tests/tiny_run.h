@@ -2,9 +2,10 @@
 // the files that a run writes.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <map>
 
@@ -69,19 +70,23 @@ struct Fixture {
     train::train_windows(backend(), *source, windows, c, observer);
   }
 
-  // Makes the embedding of the last token NaN.
-  void poison_last_token() {
+  // Changes the values of a tensor of the model.
+  void change(const std::string& tensor, const std::function<void(float* values)>& change) {
     const std::string path = dir / "model/model.safetensors";
     std::string bytes = data::read_file(path);
     const uint8_t* begin = reinterpret_cast<const uint8_t*>(bytes.data());
     const auto tensors = data::parse_safetensors(begin, static_cast<int64_t>(bytes.size()), path);
-    const int64_t table = tensors.at("model.embed_tokens.weight").data - begin;
-    const std::vector<float> row(static_cast<size_t>(tiny_config().d_model),
-                                 std::numeric_limits<float>::quiet_NaN());
-    const int64_t row_bytes = static_cast<int64_t>(row.size() * sizeof(float));
-    std::memcpy(bytes.data() + table + kPoisoned * row_bytes, row.data(), row.size() * 4);
+    change(reinterpret_cast<float*>(bytes.data() + (tensors.at(tensor).data - begin)));
     data::write_file_atomic(path, bytes);
     source = models::open_checkpoint(dir / "model");
+  }
+
+  // Makes the embedding of the last token NaN.
+  void poison_last_token() {
+    change("model.embed_tokens.weight", [](float* table) {
+      std::fill_n(table + kPoisoned * tiny_config().d_model, tiny_config().d_model,
+                  std::numeric_limits<float>::quiet_NaN());
+    });
   }
 
   TempDir dir;

@@ -4,6 +4,7 @@
 
 #include <catch2/catch.hpp>
 
+#include "tests/printed.h"
 #include "tests/tiny_run.h"
 #include "tools/cli.h"
 
@@ -257,6 +258,7 @@ TEST_CASE("train config: the command refuses options that exclude each other, by
       {{"--schedule", "B"}, "--to w2a2"},
       {{"--schedule", "A", "--stages", "w2a16"}, "--schedule and --stages"},
       {{"--schedule", "A", "--to", "w4a4"}, "--to"},
+      {{"--to", "w2a2"}, "--to says where a schedule ends: it needs --schedule"},
       {{"--e2e-stages", "w2a2"}, "--e2e-stages is 'w2a2'"},
       {{"--ocs-ratio", "2"}, "--ocs-ratio is '2'"},
       {{"--split-side", "left"}, "--split-side is 'left'"},
@@ -269,6 +271,94 @@ TEST_CASE("train config: the command refuses options that exclude each other, by
     CHECK_THROWS_AS(tools::train_command(arguments), UsageError);
     CHECK_THROWS_WITH(tools::train_command(arguments), Contains(message));
   }
+}
+
+TEST_CASE("train config: typed options that decide nothing are named", "[config]") {
+  const auto errors = [](const tools::Arguments& command, const tools::Arguments& options) {
+    tools::Arguments arguments = command;
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    return bbb(arguments).err;
+  };
+  const struct {
+    tools::Arguments options;
+    const char* unused;
+  } cases[] = {
+      {{"--e2e-steps", "0", "--e2e-loss", "ce"}, "--e2e-loss is unused: there is no end-to-end"},
+      {{"--target", "follow"}, "--target is unused: there is no block phase"},
+      {{"--stages", "w2a16", "--first-ratio", "0.5"}, "--first-ratio is unused: --block-schedule"},
+      {{"--stages", "w2a16", "--depth-bias", "2"}, "--depth-bias is unused: only"},
+      {{"--block-schedule", "prefix", "--depth-bias", "2"}, "--depth-bias is unused: only"},
+      {{"--ocs-metric", "kurtosis"}, "--ocs-metric is unused: no channels are split without"},
+      {{"--split-side", "auto"}, "--split-side is unused: no channels are split without"},
+      {{"--nested-dequant", "floor"}, "--nested-dequant is unused: codes are not nested without"},
+      {{"--e2e-jsd-beta", "0.3"}, "--e2e-jsd-beta is unused: --e2e-loss is not jsd"},
+      {{"--e2e-train", "scales", "--e2e-embedding", "train"}, "--e2e-embedding is unused"},
+  };
+  const tools::Arguments train = {"train", "--model", "absent", "--data", "absent", "--out", "out"};
+  for (const auto& c : cases) {
+    CAPTURE(c.unused);
+    CHECK_THAT(errors(train, c.options), Contains(c.unused));
+  }
+  CHECK_THAT(errors(train, {"--block-schedule", "stochastic", "--first-ratio",    "0.5",
+                            "--depth-bias",     "2",          "--ocs-ratio",      "0.1",
+                            "--ocs-metric",     "kurtosis",   "--split-side",     "auto",
+                            "--any-precision",  "8,2",        "--nested-dequant", "floor",
+                            "--e2e-loss",       "jsd",        "--e2e-jsd-beta",   "0.3"}),
+             !Contains("is unused"));
+
+  const std::string of_run =
+      errors({"export", "--run", "absent", "--out", "out"},
+             {"--bits", "4", "--act-bits", "2", "--group-size", "64", "--range", "search"});
+  for (const char* option : {"bits", "act-bits", "group-size", "range"})
+    CHECK_THAT(of_run, Contains(cat("--", option, " is unused: the run decides it\n")));
+  CHECK_THAT(errors({"export", "--rtn", "--model", "absent", "--out", "out"},
+                    {"--split-side", "auto", "--range", "minmax"}),
+             Contains("--split-side is unused: no channels") && !Contains("--range"));
+}
+
+TEST_CASE("train config: --from refuses nothing that was not typed", "[config]") {
+  const TempDir dir;
+  const auto write_run = [&](const std::string& name, const auto& change) {
+    train::RunIdentity identity;
+    identity.device = "cpu";
+    identity.config.model = "synthetic:smollm2-135m";
+    identity.config.data = dir / "absent.txt";
+    change(identity.config);
+    std::filesystem::create_directory(dir / name);
+    data::write_file_atomic(dir / (name + "/run.json"), identity.to_json());
+  };
+  write_run("searched", [](TrainConfig& c) { c.range = train::RangeRule::Search; });
+  write_run("nested", [](TrainConfig& c) { c.any_precision = {8, 4, 2}; });
+  const auto from = [&](const std::string& name, tools::Arguments options) {
+    const tools::Arguments common = {"train",    "--device", "cpu",      "--from",
+                                     dir / name, "--out",    dir / "out"};
+    options.insert(options.begin(), common.begin(), common.end());
+    return bbb(options);
+  };
+  // The text is read after the options are checked.
+  const auto accepted = [&](const std::string& name, const tools::Arguments& options) {
+    const Output output = from(name, options);
+    CAPTURE(name, options);
+    CHECK(output.code == 1);
+    CHECK_THAT(output.err, Contains("absent.txt"));
+  };
+  accepted("searched", {});
+  accepted("searched", {"--any-precision", "8,4,2"});
+  accepted("nested", {});
+  accepted("nested", {"--e2e-stages", "w2a16:1"});
+  accepted("nested", {"--e2e-stages", "w8a16:1,w2a16:1"});
+  accepted("nested", {"--block-schedule", "prefix", "--schedule", "A"});
+  const auto refused = [&](const std::string& name, const tools::Arguments& options,
+                           const char* message) {
+    const Output output = from(name, options);
+    CAPTURE(message);
+    CHECK(output.code == 2);
+    CHECK_THAT(output.err, Contains(message));
+  };
+  refused("searched", {"--e2e-steps", "0"}, "--e2e-steps 0 leaves nothing to train");
+  refused("searched", {"--stages", "w2a16"}, "--from starts the end-to-end phase");
+  refused("searched", {"--any-precision", "8,4,2", "--range", "search"}, "no --range search");
+  refused("nested", {"--any-precision", "8,2", "--e2e-stages", "w2a16:1"}, "not w2a16");
 }
 
 TEST_CASE("train config: values that a program sets must obey the options' rules", "[config]") {

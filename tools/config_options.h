@@ -32,4 +32,13 @@ void read_config_options(train::TrainConfig& config, const CommandLine& line,
   });
 }
 
+// Why this option of the grid decides nothing; null: it decides something.
+inline const char* unused_in_grid(const train::TrainConfig& config, const std::string& option) {
+  if (config.ocs_ratio.empty() && (option == "ocs-metric" || option == "split-side"))
+    return "no channels are split without --ocs-ratio";
+  if (config.any_precision.empty() && option == "nested-dequant")
+    return "codes are not nested without --any-precision";
+  return nullptr;
+}
+
 }  // namespace bbb::tools

@@ -63,9 +63,12 @@ int export_command(const Arguments& arguments) {
 
   models::ExportSummary summary;
   if (line.has("run")) {
+    const auto name_unused = [&](const char* option) {
+      if (line.has(option)) fmt::print(stderr, "--{} is unused: the run decides it\n", option);
+    };
+    for (const char* option : {"bits", "group-size", "act-bits"}) name_unused(option);
     train::visit(config, [&](const auto&, const train::Field& f) {
-      if (rounds_with(f) && line.has(f.name))
-        fmt::print(stderr, "--{} is unused: the run decides it\n", f.name);
+      if (rounds_with(f)) name_unused(f.name);
     });
     summary =
         train::export_run(*line.make_backend(), line.text("run"), line.text("model"), out, options);
@@ -80,6 +83,11 @@ int export_command(const Arguments& arguments) {
     }
     config.group = groups[line.choice("group-size", {"32", "64", "128"})];
     config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
+    train::visit(config, [&](const auto&, const train::Field& f) {
+      const char* reason = unused_in_grid(config, f.name);
+      if (reason != nullptr && line.has(f.name))
+        fmt::print(stderr, "--{} is unused: {}\n", f.name, reason);
+    });
     if (config.act_outliers % config.group != 0)
       fmt::print("--act-outliers {} is rounded up to whole groups of {}\n", config.act_outliers,
                  config.group);

@@ -15,15 +15,6 @@ namespace bbb::tools {
 
 namespace {
 
-// Defaults that other options exclude give way: nobody typed them.
-void adapt_defaults(train::TrainConfig& config, const CommandLine& line) {
-  const bool nested = !config.any_precision.empty();
-  if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
-  if (line.has("stages") || line.has("schedule")) return;
-  if (line.text("e2e-steps") == "0" || config.block_schedule != train::BlockSchedule::All)
-    config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
-}
-
 // A run that starts from another one keeps its grid and its model, and with its text the windows,
 // except for what was typed.
 void inherit(train::TrainConfig& config, const CommandLine& line) {
@@ -49,22 +40,53 @@ void inherit(train::TrainConfig& config, const CommandLine& line) {
   });
 }
 
-// Names typed options of a phase that the run does not have. Algorithm 2 trains the whole model
-// with the end-to-end phase's options, in the block phase's stages.
-void name_unused(const train::TrainConfig& config, const CommandLine& line) {
+// What nobody typed gives way to what other options exclude: defaults, and the grid of the run from
+// which this one starts.
+void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
+  const auto other_width = [](const train::Stage& s) {
+    return s.weight_bits != quant::kNestedBits;
+  };
+  if (!line.has("any-precision") && (std::ranges::any_of(config.stages, other_width) ||
+                                     std::ranges::any_of(config.e2e_stages, other_width)))
+    config.any_precision.clear();
+  const bool nested = !config.any_precision.empty();
+  if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
+  if (line.has("stages") || line.has("schedule")) return;
+  const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
+  if (algorithm2 || (line.text("e2e-steps") == "0" && config.from.empty()))
+    config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
+}
+
+// Why the run does not use an option, or "". Algorithm 2 trains the whole model with the end-to-end
+// phase's options, in the block phase's stages.
+std::string reason_unused(const train::TrainConfig& config, const train::Field& f) {
+  const std::string name = f.name, group = f.group;
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
   std::set<std::string> used = {"stages", "block-schedule", "batch", "e2e-steps"};
   if (algorithm2) used.insert({"lr", "epochs", "first-ratio", "depth-bias"});
+  const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
+  if (group == train::kEndToEnd && config.e2e_steps == 0 && !used.count(name) &&
+      (!algorithm2 || of_last_stages))
+    return "there is no end-to-end phase";
+  if (group == train::kBlocks && train::block_stages(config) == 0 && !used.count(name))
+    return "there is no block phase";
+  if (name == "first-ratio" && !algorithm2)
+    return "--block-schedule all switches all blocks at once";
+  if (name == "depth-bias" && config.block_schedule != train::BlockSchedule::Stochastic)
+    return "only --block-schedule stochastic draws blocks";
+  if (name == "e2e-embedding" && config.e2e_train == train::EndToEndTrain::Scales)
+    return "--e2e-train scales trains scales alone";
+  if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
+    return "--e2e-loss is not jsd";
+  const char* in_grid = unused_in_grid(config, name);
+  return in_grid != nullptr ? in_grid : "";
+}
+
+void name_unused(const train::TrainConfig& config, const CommandLine& line) {
   train::visit(config, [&](const auto&, const train::Field& f) {
-    if (f.group == nullptr || !line.has(f.name) || used.count(f.name)) return;
-    const std::string name = f.name, group = f.group;
-    const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
-    if (group == train::kEndToEnd && config.e2e_steps == 0 && (!algorithm2 || of_last_stages))
-      fmt::print(stderr, "--{} is unused: there is no end-to-end phase\n", name);
-    else if (name == "e2e-embedding" && config.e2e_train == train::EndToEndTrain::Scales)
-      fmt::print(stderr, "--{} is unused: --e2e-train scales trains scales alone\n", name);
-    if (group == train::kBlocks && train::block_stages(config) == 0)
-      fmt::print(stderr, "--{} is unused: there is no block phase\n", name);
+    if (f.group == nullptr || !line.has(f.name)) return;
+    const std::string reason = reason_unused(config, f);
+    if (!reason.empty()) fmt::print(stderr, "--{} is unused: {}\n", f.name, reason);
   });
 }
 
@@ -109,7 +131,6 @@ int train_command(const Arguments& arguments) {
   if (!line.parse(arguments)) return 0;
 
   read_config_options(config, line, every);
-  adapt_defaults(config, line);
   const bool starts_from = !config.from.empty();
   if (starts_from) inherit(config, line);
   if (line.has("synthetic")) {
@@ -125,7 +146,10 @@ int train_command(const Arguments& arguments) {
     config.stages = train::scheduled_stages("ABC" [line.choice("schedule", {"A", "B", "C"})], {
       2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2
     });
+  } else if (line.has("to")) {
+    throw UsageError("--to says where a schedule ends: it needs --schedule A, B or C");
   }
+  adapt_untyped(config, line);
   config.dry_run = line.has("dry-run");
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
 

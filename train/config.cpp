@@ -39,7 +39,7 @@ constexpr Anchor kStageHigh{1e-4, 1e-5};  // 3 bits and more; of either phase
 constexpr Anchor kNested{1e-3, 1e-5};     // several precisions at once, end to end
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllFirst{2e-3, 2e-5};   // 2 bits, from rounding or from snapped blocks
-constexpr Anchor kAllLater{1e-3, 1e-5};  // behind a stage of the whole model, or another run
+constexpr Anchor kAllLater{1e-3, 1e-5};   // behind a stage of the whole model, or another run
 constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
 // steps would flip them all at once and destroy the model, unless the masters are snapped first.
@@ -235,9 +235,13 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
        "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
-  for (const ModelStage& s : c.e2e_stages)
+  const auto few_bits = [&](const Stage& s) {
     want(s.weight_bits <= 4 || (c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
-         "--e2e-damping and --e2e-freeze are for weights of at most 4 bits");
+         cat("--e2e-damping and --e2e-freeze are for weights of at most 4 bits, not for ", s));
+  };
+  if (algorithm2)
+    for (const Stage& s : c.stages) few_bits(s);
+  for (const ModelStage& s : c.e2e_stages) few_bits(s);
   if (c.e2e_snap == Snap::Auto)
     c.e2e_snap = all && blocks && !algorithm2 && !c.e2e_stages.empty() &&
                          c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
@@ -259,9 +263,13 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   });
   if (automatic) c.e2e_steps = TrainConfig::kAutoSteps;
   for (const Stage& s : c.stages) check_stage(s, "--stages");
-  want(!c.stages.empty() || c.e2e_steps != 0, "nothing to train: no --stages and no --e2e-steps");
+  want(!c.stages.empty() || c.e2e_steps != 0,
+       c.from.empty()
+           ? "nothing to train: no --stages and no --e2e-steps"
+           : "--from starts the end-to-end phase: --e2e-steps 0 leaves nothing to train");
   want(c.from.empty() || c.stages.empty() || c.block_schedule != BlockSchedule::All,
-       "--from starts the end-to-end phase: it needs --stages \"\"");
+       "--from starts the end-to-end phase: it takes --stages and --schedule only with "
+       "--block-schedule stochastic or prefix");
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
   resolve_grid(c, model);

@@ -92,7 +92,7 @@ void visit_stored(Config& c, const Visitor& v) {
      kRatios, "none"});
   v(c.ocs_metric, {"ocs-metric",
                    kGrid,
-                   "of the channels to split",
+                   "of the channels to split: l2-mean, l2-max, act-max, weight-max or kurtosis",
                    {"l2-mean, l2-max, act-max, weight-max, kurtosis"}});
   v(c.split_side, {"split-side",
                    kGrid,
