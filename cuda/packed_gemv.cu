@@ -29,11 +29,9 @@
 // then fewer warps make the same integers of x.
 //
 // Two blocks fit on a multiprocessor: one more warp copies the next product's tiles to its ring
-// while this one still runs. It keeps kBytesInFlight on the way. More would hide no more latency,
-// and this product's last tiles, which queue behind them, would come late. Slices that the ring
-// does not hold go to the L2 cache. Once x is complete, the warps copy it to shared memory
-// together: were each of its lines read by every warp, all multiprocessors would wait for a few
-// banks of L2. A warp refills the slots that it has read.
+// while this one still runs. It keeps kBytesInFlight on the way; slices that the ring does not hold
+// go to the L2 cache. Once x is complete, the warps copy it to shared memory together. A warp
+// refills the slots that it has read.
 //
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block.
 #include <algorithm>
