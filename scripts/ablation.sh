@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Repeats the README's tables of the method: trains, exports, evaluates, one line a run.
+# Repeats the tables of the method in docs/performance.md: trains, exports, evaluates, one line a run.
 #
 #   scripts/ablation.sh TABLE [SEED]
 #
@@ -87,11 +87,12 @@ case $table in
         --ocs-ratio 0.1 --group-size $group
     done
     ;;
-  recipe)  # the paper's recipe at its budget, blocks alone and with the end-to-end phase
+  recipe)  # the paper's recipe and grid, at its budget; each line is a run of its own
     paper="$(windows 4096) --val-samples 128 --epochs 2 --ocs-ratio 0.1 --range minmax --rotate none"
+    paper+=" --act-range minmax --act-outliers 0"
     for to in w2a16 w2a2; do
-      run "schedule A to $to" "$all" $paper --schedule A --to $to --e2e-steps 0
-      run "schedule A to $to, then end to end" "$all" $paper --schedule A --to $to
+      run "schedule A to $to, blocks alone" "$all" $paper --schedule A --to $to --e2e-steps 0
+      run "schedule A to $to, then two passes end to end" "$all" $paper --schedule A --to $to
     done
     ;;
   widths)  # 2-bit weights alone and with 2-bit activations: pure, outlier group, rotation, splitting

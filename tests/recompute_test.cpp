@@ -2,6 +2,7 @@
 // a budget selects.
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <cstring>
 #include <filesystem>
 #include <set>
 
