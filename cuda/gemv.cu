@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       load_steps(same ? row : row + step, same ? from + kAhead * kStep : 0);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        const int chunk = min((from + i * kStep) / kWide + lane, k / kWide - 1);
-        sum = dot(now[i], staged[chunk], sum);  // zeros past the row
+        const int column = from + i * kStep + lane * kWide;
+        if (column < k) sum = dot(now[i], staged[column / kWide], sum);
       }
     }
     sum = warp_sum(sum);

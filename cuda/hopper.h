@@ -183,11 +183,6 @@ __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t b
       : "memory");
 }
 
-// Fetches the map itself, ahead of its first copy.
-__device__ inline void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
-}
-
 // The same of a matrix.
 __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t barrier, int column,
                                 int row) {
@@ -196,6 +191,11 @@ __device__ inline void copy_box(uint32_t dst, const CUtensorMap& map, uint32_t b
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
       : "memory");
+}
+
+// Fetches the map itself, ahead of its first copy.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
 // A whole tile: its panels, each of kRows rows.
@@ -271,19 +271,8 @@ __device__ inline void cluster_wait() {
 }
 
 // Writes to the shared memory of another block of the cluster, which has arrived once. `address` is
-// that of the same object in this block.
-__device__ inline void store_to_block(uint32_t address, int rank, float value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.f32 [remote], %2;\n"
-      "}" ::"r"(address),
-      "r"(rank), "f"(value)
-      : "memory");
-}
-
-// The same; the four bytes count towards `barrier` of that block.
+// that of the same object in this block. The four bytes count towards `barrier` of that block.
+// Executed only in clusters of two blocks or more, as the next one.
 __device__ inline void store_to_block(uint32_t address, int rank, float value, uint32_t barrier) {
   asm volatile(
       "{\n"
@@ -296,8 +285,7 @@ __device__ inline void store_to_block(uint32_t address, int rank, float value, u
       : "memory");
 }
 
-// Two values and their eight bytes. Only in kernels that are launched with clusters of two blocks
-// or more.
+// Two values and their eight bytes.
 __device__ inline void store_to_block(uint32_t address, int rank, float2 value, uint32_t barrier) {
   asm volatile(
       "{\n"

@@ -408,7 +408,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   };
   if (lane == 0) {
 #pragma unroll 1
-    for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
+    for (int i = warp; i < slices; i += warps + 1) mbarrier_init(barriers + i * 8, 1);
     if (split > 1 && warp == 0) {
       mbarrier_init(second_barrier, 1);
       const int squares = RowStager<Input>::kHasFactor ? shape.m : 0;
@@ -440,7 +440,8 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 #pragma unroll 1
   for (int row = 0; row < shape.m; ++row)
     RowStager<Input>::stage(x, staged + row * Input::kSliceBytes, x_pitch, row,
-                            first_slice * kTileColumns, shape.staged, slices, thread, threads);
+                            first_slice * kTileColumns, min(shape.staged, slices), slices, thread,
+                            threads);
   named_sync(1, threads);
   typename Input::Raw raw[Operand::kLoads];
   const auto read = [&](int slice) {
@@ -573,10 +574,11 @@ void launch_shape(const ProductLaunch& at, const ProductList& products, const In
   const int64_t slices = ceil_div(quant::column_slices(x.k), by.split);
   const int64_t x_bytes = m * Input::kSliceBytes;
   const int64_t staged = std::min(slices, kMaxStagedBytes / x_bytes);
-  const int64_t other_bytes = staged * x_bytes + (by.split > 1 ? kTiles * 64 * 4 : 0) + 16 +
-                              slices * 8 + RowStager<Input>::kSmemBytes;
+  const int64_t other_bytes =
+      staged * x_bytes + (by.split > 1 ? kTiles * 64 * 4 : 0) + 16 + slices * 8;
   const int64_t slot_bytes = kTiles * kTileBytes;
-  const int64_t slots = std::min(slices, (at.block_bytes(kBlocks) - other_bytes) / slot_bytes);
+  const int64_t ring_bytes = at.block_bytes(kBlocks) - RowStager<Input>::kSmemBytes - other_bytes;
+  const int64_t slots = std::min(slices, ring_bytes / slot_bytes);
   BBB_ASSERT(slots >= by.warps);
   launch(at.stream,
          {dim3(static_cast<unsigned>(by.all_shares() * by.split)),

