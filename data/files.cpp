@@ -51,6 +51,14 @@ bool claim(int fd) {
          info.st_nlink > 0;
 }
 
+// Is this open file or directory the one that `path` names now? The name of a removed temporary may
+// be in use again.
+bool is_at(int fd, const fs::path& path) {
+  struct stat opened = {}, named = {};
+  return ::fstat(fd, &opened) == 0 && ::lstat(path.c_str(), &named) == 0 &&
+         opened.st_dev == named.st_dev && opened.st_ino == named.st_ino;
+}
+
 // Removes the temporaries of `path` that no process holds.
 void remove_leftovers(const std::string& path) {
   const std::string name = fs::path(path).filename().string();
@@ -63,7 +71,8 @@ void remove_leftovers(const std::string& path) {
   }
   for (const fs::path& leftover : leftovers) {
     const Descriptor d{::open(leftover.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)};
-    if (d.fd >= 0 && ::flock(d.fd, LOCK_EX | LOCK_NB) == 0) fs::remove_all(leftover, ignored);
+    if (d.fd >= 0 && ::flock(d.fd, LOCK_EX | LOCK_NB) == 0 && is_at(d.fd, leftover))
+      fs::remove_all(leftover, ignored);
   }
 }
 
@@ -101,8 +110,10 @@ std::string read_file(const std::string& path) {
 }
 
 void refuse_lfs_pointer(std::string_view content, const std::string& path) {
-  BBB_CHECK(!content.starts_with("version https://git-lfs.github.com/spec/"), path,
-            ": is a Git LFS pointer, not the file itself; `git lfs pull` fetches the file");
+  constexpr size_t kLongest = 1023;  // bytes of a pointer
+  BBB_CHECK(
+      content.size() > kLongest || !content.starts_with("version https://git-lfs.github.com/spec/"),
+      path, ": is a Git LFS pointer, not the file itself; `git lfs pull` fetches the file");
 }
 
 int64_t free_disk_bytes(const std::string& path) {
@@ -111,7 +122,7 @@ int64_t free_disk_bytes(const std::string& path) {
   while (!fs::exists(at, error) && at.has_relative_path()) at = at.parent_path();
   struct statvfs info = {};
   BBB_CHECK(::statvfs(at.c_str(), &info) == 0, path, ": its disk cannot be asked: ", cause());
-  if (info.f_blocks == 0) return INT64_MAX;  // a file system that does not tell
+  if (info.f_blocks == 0) return kUnknownBytes;
   return static_cast<int64_t>(info.f_bavail) * static_cast<int64_t>(info.f_frsize);
 }
 
@@ -150,19 +161,28 @@ std::string printable(const std::string& name) {
   return name.size() > kLongest ? out + "..." : out;
 }
 
-Parents::Parents(const std::string& path) {
+std::string without_slashes(std::string path) {
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  return path;
+}
+
+Parents::Parents(const std::string& path) : Parents() {
   std::error_code error;
+  std::vector<std::string> missing;  // the innermost one first
   for (fs::path at = fs::path(path).parent_path(); !at.empty() && !fs::exists(at, error);
        at = at.parent_path())
-    made_.push_back(at.string());
-  // The outermost one first. Another process may make it meanwhile.
-  for (auto directory = made_.rbegin(); directory != made_.rend(); ++directory)
-    BBB_CHECK(::mkdir(directory->c_str(), 0777) == 0 || errno == EEXIST, "cannot make directory ",
-              *directory, ": ", cause());
+    missing.push_back(at.string());
+  for (auto directory = missing.rbegin(); directory != missing.rend(); ++directory) {
+    const bool made = ::mkdir(directory->c_str(), 0777) == 0;
+    // Another process may make it meanwhile.
+    BBB_CHECK(made || errno == EEXIST, "cannot make directory ", *directory, ": ", cause());
+    if (made) made_.push_back(*directory);
+  }
 }
 
 Parents::~Parents() {
-  for (const std::string& directory : made_) ::rmdir(directory.c_str());
+  for (auto directory = made_.rbegin(); directory != made_.rend(); ++directory)
+    ::rmdir(directory->c_str());
 }
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
@@ -223,11 +243,6 @@ void AtomicFile::commit() {
             cause());
   committed_ = true;
   sync_directory(parent_of(path_));
-}
-
-static std::string without_slashes(std::string path) {
-  while (path.size() > 1 && path.back() == '/') path.pop_back();
-  return path;
 }
 
 AtomicDirectory::AtomicDirectory(std::string path)

@@ -12,9 +12,11 @@ std::string read_file(const std::string& path);  // whole file; throws, naming i
 // The end of an error about bytes that a header promises and the file does not hold.
 inline constexpr const char* kCutShort = ": the file is cut short, or damaged; fetch it again";
 // A checkout without its large files holds a short text in the place of each. Throws if this is
-// one.
+// one. `content`: the whole file.
 void refuse_lfs_pointer(std::string_view content, const std::string& path);
 
+// What free_disk_bytes() returns on a file system that does not tell.
+inline constexpr int64_t kUnknownBytes = INT64_MAX;
 // The bytes that are free on the disk of `path` or, if it does not exist, of its nearest parent.
 int64_t free_disk_bytes(const std::string& path);
 // Throws, naming both sizes, unless `bytes` more fit on that disk.
@@ -31,8 +33,10 @@ std::string printable(const std::string& name);
 // Is this the name of a file or directory that an atomic writer had not committed?
 bool is_temporary(const std::string& name);
 
-// Creates the missing parents of a path. Without keep() the destructor removes them again, as far
-// as they are empty.
+std::string without_slashes(std::string path);  // at its end
+
+// Creates the missing parents of a path. Without keep() the destructor removes those it made again,
+// as far as they are empty; so does a constructor that throws.
 class Parents {
  public:
   explicit Parents(const std::string& path);
@@ -42,7 +46,9 @@ class Parents {
   void keep() { made_.clear(); }
 
  private:
-  std::vector<std::string> made_;  // the innermost one first
+  Parents() = default;  // the destructor runs even if the other constructor throws
+
+  std::vector<std::string> made_;  // the outermost one first
 };
 
 // Atomic writers lock what they write. So a temporary without a lock is the rest of a process that

@@ -209,8 +209,6 @@ struct Perplexity {
   int64_t windows = 0;
   int64_t tokens = 0;  // predicted
 };
-// `window_nll`: the mean NLL of each window.
-Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len);
 // kv: quantized keys and values go through a cache of this format, so they cost what they cost when
 // the model generates.
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,

@@ -111,8 +111,7 @@ void add_window_nll(std::vector<double>& window_nll, const Llama& model, const T
   }
 }
 
-}  // namespace
-
+// window_nll: the mean NLL of each window.
 Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len) {
   Perplexity result;
   result.windows = static_cast<int64_t>(window_nll.size());
@@ -127,6 +126,8 @@ Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len)
   if (result.windows > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);
   return result;
 }
+
+}  // namespace
 
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
                       const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Checks README.md and docs/*.md against the code: every path exists, every option and every name in
-code style occurs in a source file, every link has its heading. In docs/develop.md, `name` stands for
-the name of any op. Then runs prepare_text.py.
+"""Checks README.md and docs/*.md against the code: every path exists, every option is declared in
+tools/, train/ or scripts/, every name in code style is a word of a source file, every link has its
+heading. In docs/develop.md, `name` stands for the name of any op. Then runs prepare_text.py.
 
 usage: scripts/docs_test.py      (standard library only; exit code 1 and one line for each fault)
 """
@@ -21,9 +21,9 @@ FOREIGN = set("""--build-arg --gpus --install --prefix --list-tags --list-tests 
     config.json tokenizer.json tokenizer.model tokenizer_config.json generation_config.json""".split())
 
 
-def sources():
-    files = [ROOT / "CMakeLists.txt", ROOT / "Dockerfile"]
-    for folder in FOLDERS:
+def sources(folders, files=()):
+    files = [ROOT / name for name in files]
+    for folder in folders:
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in SOURCES and "goldens" not in p.parts]
     return "\n".join(p.read_text() for p in files)
 
@@ -33,20 +33,25 @@ def headings(path):
     return {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
-def faults_of(path, code):
+def is_declared(option, commands):
+    """As "name" or "x,name" by cxxopts, as "--name" by argparse, or as the case --name) in a shell."""
+    return re.search(rf'"(\w,|--)?{option[2:]}"|^\s*{option}\)', commands, re.M)
+
+
+def faults_of(path, code, commands):
     text = path.read_text()
     for folder, rest in re.findall(rf"(?<![\w/.<$-])({'|'.join(FOLDERS)})/([\w./-]*\w)", text):
         name = f"{folder}/{rest}"
         if not (ROOT / name).exists() and not re.search(r"\bname(_test)?\.", name):  # of any op
             yield f"no file {name}"
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - FOREIGN:
-        if f'"{option[2:]}' not in code and option not in code:
+        if not is_declared(option, commands):
             yield f"no option {option}"
     for span in re.findall(r"`([^`\n]+)`", text):
         names = re.findall(r"^(?:\w+::)*(\w+)(?:\(\))?$", span)
         is_code = names and (span.endswith("()") or "::" in span or re.search(r"[a-z][A-Z]|\w_\w", span))
         is_test = span.endswith("_test") and (ROOT / "tests" / f"{span}.cpp").exists()
-        if is_code and not is_test and names[0] not in code and not span.endswith("_name"):
+        if is_code and not is_test and not re.search(rf"\b{names[0]}\b", code) and not span.endswith("_name"):
             yield f"no name {span}"
     for target in re.findall(r"\]\(([^)]+)\)", text):
         if target.startswith("http"):
@@ -81,10 +86,11 @@ def prepared_text():
 
 
 def main():
-    code = sources()
+    code = sources(FOLDERS, ["CMakeLists.txt", "Dockerfile"])
+    commands = sources(["tools", "train", "scripts"])
     faults = list(prepared_text())
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        faults += [f"{path.relative_to(ROOT)}: {fault}" for fault in faults_of(path, code)]
+        faults += [f"{path.relative_to(ROOT)}: {fault}" for fault in faults_of(path, code, commands)]
     for fault in faults:
         print(fault)
     sys.exit(bool(faults))

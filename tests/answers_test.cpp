@@ -12,6 +12,7 @@
 #include "tools/cli.h"
 #include "train/config_table.h"
 #include "train/run_directory.h"
+#include "train/summary.h"
 #include "train/train.h"
 
 namespace bbb::tests {
@@ -148,6 +149,19 @@ TEST_CASE("answers: a finished run stays one where its perplexity is no number",
              Contains("no perplexity: there are no validation windows\n"));
 }
 
+TEST_CASE("answers: the next commands name the export beside the run, as words of a shell",
+          "[answers]") {
+  train::TrainConfig config;
+  config.out = "runs/a//";
+  config.bits = 2;
+  config.act_bits = 8;
+  CHECK_THAT(train::next_commands(config), Contains("--run runs/a --out runs/a-w2a8\n") &&
+                                               Contains("--model runs/a-w2a8 --text"));
+  config.out = "it's mine/";
+  CHECK_THAT(train::next_commands(config),
+             Contains(R"(--run 'it'\''s mine' --out 'it'\''s mine-w2a8')"));
+}
+
 TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing behind", "[answers]") {
   const TextModel model;
   for (const tools::Arguments& options :
@@ -196,6 +210,10 @@ TEST_CASE("answers: a run continues with the threads and from the paths with whi
     return model.train("run", all);
   };
   const std::string result = data::read_file(run.final_file());
+  const Output dry = again({"--dry-run"});
+  INFO(dry.err);
+  CHECK(dry.code == 0);
+  CHECK_THAT(dry.out, Contains("time, each phase from its start: about "));
   const Output resumed = again({});
   INFO(resumed.err);
   CHECK(resumed.code == 0);
@@ -284,7 +302,7 @@ TEST_CASE("answers: decoding says when the context is full", "[answers]") {
                                 "; the context of 128 tokens is full\n")));
 }
 
-TEST_CASE("answers: an export makes parents, removes leftovers, and needs room", "[answers]") {
+TEST_CASE("answers: an export makes parents and removes leftovers", "[answers]") {
   const TextModel model;
   const auto rounded = [&](const std::string& out, const char* format) {
     return bbb(model.command("export", {"--model", model.dir / "model", "--rtn", "--format", format,

@@ -120,6 +120,10 @@ TEST_CASE("files: missing parents are made, and go again with an abandoned direc
   }
   CHECK(data::read_file(dir / "a/b/theirs") == "x");  // of another process
   CHECK(entries(dir / "a/b") == 1);
+  // The last of these cannot be made: the first two go again.
+  CHECK_THROWS_WITH(data::Parents(dir / "n/o/" + std::string(300, 'x') + "/out"),
+                    Contains("cannot make directory"));
+  CHECK_FALSE(fs::exists(dir / "n"));
   data::AtomicDirectory made(dir / "a/b/c/out");
   made.commit();
   CHECK(fs::is_directory(dir / "a/b/c/out"));
@@ -174,6 +178,10 @@ TEST_CASE("files: a Git LFS pointer is no content") {
   const tests::TempDir dir;
   tests::write_plain(dir / "f", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n");
   CHECK_THROWS_WITH(data::read_file(dir / "f"), Contains("git lfs pull"));
+  // A text about pointers is longer than one.
+  tests::write_plain(dir / "g",
+                     "version https://git-lfs.github.com/spec/v1\n" + std::string(1000, 'x'));
+  CHECK(data::read_file(dir / "g").size() > 1000);
 }
 
 TEST_CASE("files: a directory filled meanwhile is not overwritten") {

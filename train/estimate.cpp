@@ -101,7 +101,7 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
 }  // namespace
 
 void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windows& windows,
-                   const TrainConfig& config, bool blocks, const PhaseMemory& whole) {
+                   const TrainConfig& config, bool blocks, const PhaseMemory& whole, bool begun) {
   PhaseEstimate of_blocks, of_whole;
   if (blocks) of_blocks = estimate_blocks(backend, source, windows, config);
   if (trains_whole(config)) of_whole = estimate_whole(backend, source, windows, config, whole);
@@ -111,7 +111,8 @@ void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windo
     if (phase.steps > 0)
       phases += cat(phases.empty() ? "" : ", ", name, " ", engine::duration_text(phase.total_s),
                     " (", phase.steps, " steps of ", engine::duration_text(phase.step_s), ")");
-  std::printf("time: about %s: %s\ndry run: nothing was written\n",
+  std::printf("time%s: about %s: %s\ndry run: nothing was written\n",
+              begun ? ", each phase from its start" : "",
               engine::duration_text(of_blocks.total_s + of_whole.total_s).c_str(), phases.c_str());
 }
 

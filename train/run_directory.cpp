@@ -269,10 +269,13 @@ bool RunDirectory::has_states() const {
 }
 
 int64_t RunDirectory::stored_bytes() const {
+  if (!exists()) return 0;
   int64_t bytes = 0;
-  if (exists())
-    for (const auto& entry : fs::recursive_directory_iterator(path_))
-      if (entry.is_regular_file()) bytes += static_cast<int64_t>(entry.file_size());
+  // A process that trains here may remove a file meanwhile: it counts nothing.
+  std::error_code stopped, gone;
+  for (fs::recursive_directory_iterator at(path_, stopped), end; at != end; at.increment(stopped))
+    if (at->is_regular_file(gone))
+      if (const auto size = at->file_size(gone); !gone) bytes += static_cast<int64_t>(size);
   return bytes;
 }
 

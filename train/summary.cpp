@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <exception>
 
+#include "data/files.h"
 #include "engine/progress.h"
 #include "models/llama.h"
 #include "train/result_quantizer.h"
@@ -50,6 +52,16 @@ std::pair<double, double> perplexities(Backend& backend, const Checkpoint& sourc
   return {full, result};
 }
 
+// A name as one word of a command line.
+std::string shell_word(const std::string& name) {
+  constexpr const char* kPlain =
+      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%";
+  if (!name.empty() && name.find_first_not_of(kPlain) == name.npos) return name;
+  std::string quoted = "'";
+  for (const char c : name) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+  return quoted + "'";
+}
+
 }  // namespace
 
 data::Windows validation_windows(const data::Windows& windows, const TrainConfig& config) {
@@ -61,9 +73,12 @@ data::Windows validation_windows(const data::Windows& windows, const TrainConfig
 }
 
 std::string next_commands(const TrainConfig& config) {
-  const std::string model = config.out + "-" + to_string({Stage{config.bits, config.act_bits}});
-  return cat("next: bbb export --run ", config.out, " --out ", model, "\n      bbb ppl --model ",
-             model, " --text FILE    or    bbb decode --model ", model, " --prompt TEXT\n");
+  const std::string run = data::without_slashes(config.out);
+  const std::string model =
+      shell_word(cat(run, "-", to_string({Stage{config.bits, config.act_bits}})));
+  return cat("next: bbb export --run ", shell_word(run), " --out ", model,
+             "\n      bbb ppl --model ", model, " --text FILE    or    bbb decode --model ", model,
+             " --prompt TEXT\n");
 }
 
 void print_summary(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -71,10 +86,10 @@ void print_summary(Backend& backend, const Checkpoint& source, const data::Windo
                    const PhaseTimes& times, const Observer& observer) {
   std::printf("\n%s: %.4f bits per weight\n", config.out.c_str(),
               bits_per_weight(source.config(), recipe));
-  const data::Windows validation = validation_windows(windows, config);
   const auto start = std::chrono::steady_clock::now();
   // The run has finished: whatever is wrong with its perplexity, it can be exported.
   try {
+    const data::Windows validation = validation_windows(windows, config);
     BBB_CHECK(validation.count > 0, "there are no validation windows");
     const auto [full, result] =
         perplexities(backend, source, validation, config, recipe, run, observer);
@@ -82,7 +97,7 @@ void print_summary(Backend& backend, const Checkpoint& source, const data::Windo
         "perplexity on %lld validation windows of %lld tokens: %.2f, in full precision %.2f\n",
         static_cast<long long>(validation.count), static_cast<long long>(config.seq_len), result,
         full);
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     std::printf("no perplexity: %s\n", error.what());
   }
   const double seconds =

@@ -58,10 +58,12 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
                 describe(end_to_end->recompute));
   const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
                                  end_to_end != nullptr ? end_to_end->state_bytes : 0);
-  std::printf(
-      "results: %.2f GB in %s, and at most %.2f GB of states while it trains; %.2f GB are free\n",
-      gigabytes(result_bytes(model, config, outer)), config.out.c_str(),
-      gigabytes(kStatesAtOnce * state), gigabytes(data::free_disk_bytes(config.out)));
+  std::printf("results: %.2f GB in %s, and at most %.2f GB of states while it trains",
+              gigabytes(result_bytes(model, config, outer)), config.out.c_str(),
+              gigabytes(kStatesAtOnce * state));
+  const int64_t free = data::free_disk_bytes(config.out);
+  if (free != data::kUnknownBytes) std::printf("; %.2f GB are free", gigabytes(free));
+  std::printf("\n");
   std::fflush(stdout);  // so that the plan is seen before training starts
 }
 
@@ -247,7 +249,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                trains_whole(config) ? &whole : nullptr);
   check_run_disk(run, model, config, outer, std::max(memory.state_bytes, whole.state_bytes));
   if (config.dry_run) {
-    print_dry_run(backend, source, windows, config, blocks, whole);
+    print_dry_run(backend, source, windows, config, blocks, whole, run.exists());
     return;
   }
   run.create_or_resume(identity);                 // locks, whoever made it meanwhile
