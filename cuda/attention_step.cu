@@ -77,13 +77,9 @@ struct StepMemory {
   }
 };
 
-__device__ inline float2 unpacked(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
-
 // Rotates pairs of neighbours: columns c, c + 1 with d/2 + c, d/2 + c + 1, rounded to bf16.
 __device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2* rotations) {
-  float2 a = unpacked(low), b = unpacked(high);
+  float2 a = unpack_bf16(low), b = unpack_bf16(high);
   const float4 r = *reinterpret_cast<const float4*>(rotations);
   rotate(a.x, b.x, make_float2(r.x, r.y));
   rotate(a.y, b.y, make_float2(r.z, r.w));

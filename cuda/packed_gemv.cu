@@ -73,10 +73,6 @@ struct Levels {
   float unit;
 };
 
-__device__ __forceinline__ float2 floats_of(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
-
 // Rows of bf16. In shared memory a slice of a row is 128 of them.
 struct PlainRows {
   using Raw = uint2;
@@ -147,7 +143,7 @@ struct GatedRows : PlainRows {
 
  private:
   __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
-    const float2 g = floats_of(gate), u = floats_of(up);
+    const float2 g = unpack_bf16(gate), u = unpack_bf16(up);
     return pack_bf16(silu(g.x) * u.x, silu(g.y) * u.y);
   }
   // Within 2^-21 relative.
@@ -184,11 +180,11 @@ struct NormedRows : PlainRows {
 
  private:
   __device__ uint32_t weighted(uint32_t pair, int at) const {
-    const float2 v = floats_of(pair), factor = *reinterpret_cast<const float2*>(w + at);
+    const float2 v = unpack_bf16(pair), factor = *reinterpret_cast<const float2*>(w + at);
     return pack_bf16(v.x * factor.x, v.y * factor.y);
   }
   __device__ static float square(uint32_t pair) {
-    const float2 v = floats_of(pair);
+    const float2 v = unpack_bf16(pair);
     return fmaf(v.x, v.x, v.y * v.y);
   }
   __device__ static float squares_of(const uint4& v) {
@@ -516,9 +512,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     if (row >= n || i % 4 >= shape.m) continue;
     const int64_t out = i % 4 * n + row;
     total *= *master_scale * RowStager<Input>::factor(x, kManyRows ? i % 4 : 0, warps, split > 1);
-    if (product.addend != nullptr)
-      total += __uint_as_float(
-          uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(product.addend + out))} << 16);
+    if (product.addend != nullptr) total += to_float(load_past_l1(product.addend + out));
     if (product.y_f32 != nullptr)
       product.y_f32[out] = total;
     else
