@@ -57,6 +57,13 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
 
+int lowest_activation_bits(const train::TrainConfig& config) {
+  int bits = 16;
+  for (const train::Stage& s : config.stages) bits = std::min(bits, s.activation_bits);
+  for (const train::ModelStage& s : config.e2e_stages) bits = std::min(bits, s.activation_bits);
+  return bits;
+}
+
 // Why the run does not use an option, or "". Algorithm 2 trains the whole model with the end-to-end
 // phase's options, in the block phase's stages.
 std::string reason_unused(const train::TrainConfig& config, const train::Field& f) {
@@ -78,7 +85,7 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
     return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";
-  const char* in_grid = unused_in_grid(config, name);
+  const char* in_grid = unused_in_grid(config, name, lowest_activation_bits(config));
   return in_grid != nullptr ? in_grid : "";
 }
 
@@ -97,13 +104,6 @@ bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source
   return train::count_end_to_end_memory(backend, source.config(), resolved,
                                         models::Recompute::Block)
              .device_bytes <= train::tensor_room(backend, config.memory);
-}
-
-int lowest_activation_bits(const train::TrainConfig& config) {
-  int bits = 16;
-  for (const train::Stage& s : config.stages) bits = std::min(bits, s.activation_bits);
-  for (const train::ModelStage& s : config.e2e_stages) bits = std::min(bits, s.activation_bits);
-  return bits;
 }
 
 }  // namespace
