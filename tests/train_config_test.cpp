@@ -255,7 +255,7 @@ TEST_CASE("train config: the command refuses options that exclude each other, by
           "[config]") {
   const std::pair<tools::Arguments, const char*> wrong[] = {
       {{"--schedule", "D"}, "--schedule"},
-      {{"--schedule", "B"}, "--to w2a2"},
+      {{"--schedule", "B", "--to", "w2a16"}, "--to w2a2"},
       {{"--schedule", "A", "--stages", "w2a16"}, "--schedule and --stages"},
       {{"--schedule", "A", "--to", "w4a4"}, "--to"},
       {{"--to", "w2a2"}, "--to says where a schedule ends: it needs --schedule"},
@@ -308,6 +308,7 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
                             "--any-precision",  "8,2",        "--nested-dequant", "floor",
                             "--e2e-loss",       "jsd",        "--e2e-jsd-beta",   "0.3"}),
              !Contains("is unused"));
+  CHECK_THAT(errors(train, {"--schedule", "B", "--act-range", "search"}), !Contains("--schedule"));
   CHECK_THAT(errors(train, {"--e2e-stages", "w2a16:1,w2a2:1", "--act-range", "minmax",
                             "--down-kurtosis", "5"}),
              !Contains("is unused"));

@@ -124,7 +124,7 @@ int train_command(const Arguments& arguments) {
       ("schedule",
        "instead of --stages, the paper's: A weights, then activations; B alternating; C cyclic",
        cxxopts::value<std::string>())  //
-      ("to", "where --schedule ends: w2a16 or w2a2",
+      ("to", "where --schedule ends: w2a16 or w2a2; B ends at w2a2",
        cxxopts::value<std::string>()->default_value("w2a16"))                    //
       ("deterministic", "no algorithm of a matrix product is chosen by timing")  //
       ("dry-run", "say what memory, disk and time the run will take, and write nothing");
@@ -143,9 +143,10 @@ int train_command(const Arguments& arguments) {
   if (line.text("e2e-steps") == "auto") config.e2e_steps = train::TrainConfig::kAutoSteps;
   if (line.has("schedule")) {
     if (line.has("stages")) throw UsageError("give one of --schedule and --stages");
-    config.stages = train::scheduled_stages("ABC" [line.choice("schedule", {"A", "B", "C"})], {
-      2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2
-    });
+    const char schedule = "ABC"[line.choice("schedule", {"A", "B", "C"})];
+    const size_t to = line.choice("to", {"w2a16", "w2a2"});
+    const bool quantizes_both = line.has("to") ? to == 1 : schedule == 'B';
+    config.stages = train::scheduled_stages(schedule, {2, quantizes_both ? 2 : 16});
   } else if (line.has("to")) {
     throw UsageError("--to says where a schedule ends: it needs --schedule A, B or C");
   }
