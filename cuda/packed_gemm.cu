@@ -22,7 +22,6 @@
 // once for each kTokens rows of x, from memory once; x once for each share, from the L2 cache.
 #include <algorithm>
 #include <array>
-#include <numeric>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
@@ -37,74 +36,82 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kGroupTiles = 4;  // row tiles of a warpgroup, one a warp
-constexpr int kGroupRows = kGroupTiles * kTileRows;
 constexpr int kMaxSplit = 8;  // blocks of a cluster
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 16;
+constexpr int kMaxGroups = 4;  // warpgroups of a multiprocessor, whose registers they fill
 
-// Blocks that fit on a multiprocessor. With two, the next product's copies start while this one
-// still runs.
-constexpr int blocks_of(int tokens) { return tokens <= 64 ? 2 : 1; }
-// The most warpgroups of a block: four on a multiprocessor, whose registers they fill.
-constexpr int groups_of(int tokens) { return 4 / blocks_of(tokens); }
+// Whether the warpgroups of a block take slices in turn, each for all output rows of the block.
+// Otherwise each takes 64 output rows, and all slices: then they share the rows of x, which are the
+// larger part of a stage.
+constexpr bool by_slices(int tokens) { return tokens <= 32; }
+// The most blocks that fit on a multiprocessor. With two, the next product's copies start while
+// this one still runs.
+constexpr int most_blocks(int tokens) { return tokens <= 64 ? 2 : 1; }
+
+// Fragments of A, of half a slice each: with two, one is made while the other is multiplied.
+constexpr int buffers_of(int tokens, int tiles) {
+  return tokens * tiles > 32 && tokens == 32 ? 1 : 2;
+}
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
 
 struct GemmShape {
-  int64_t k;
+  int slices;  // of K
   int m, stages;
   int received_at, barriers_at;  // bytes of shared memory
 };
 
-// Block (share and rank, token tile). Shared memory from a multiple of 1024 on: the stages' slices
-// of x and their tiles, at the end the block's own sums (kTokens, pitch); the others' sums of this
-// block's tokens (split - 1, tokens, pitch); two barriers a stage and one for those sums.
-template <int kTokens>
-__global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTokens))
+// kTiles: row tiles that a warp multiplies by each slice. Block (share and rank, token tile).
+// Shared memory from a multiple of 1024 on: the stages' slices of x and their tiles, at the end the
+// block's own sums (kTokens, pitch), if the warpgroups take slices those of each; the others' sums
+// of this block's tokens (split - 1, tokens, pitch); two barriers a stage and one for those sums.
+template <int kTokens, int kTiles>
+__global__ void __launch_bounds__(kMaxGroups* kWarpgroup /
+                                      (by_slices(kTokens) ? 1 : most_blocks(kTokens)),
+                                  by_slices(kTokens) ? 1 : most_blocks(kTokens))
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Rows = Operand<kTileColumns, kTokens>;
+  constexpr bool kBySlices = by_slices(kTokens);
+  constexpr int kGroupTiles = kTiles * 4;  // row tiles of a warpgroup
+  constexpr int kBuffers = buffers_of(kTokens, kTiles);
   unsigned char* const smem = swizzled_smem();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int most_groups = static_cast<int>(blockDim.x) / kWarpgroup;
-  const int group = thread / kWarpgroup, warp = thread / 32;  // row tile `warp` of the block
+  const int groups = static_cast<int>(blockDim.x) / kWarpgroup;
+  const int group = thread / kWarpgroup;
   const int split = cluster_blocks(), rank = cluster_rank();
-  const int all_slices = static_cast<int>(quant::column_slices(shape.k));
-  const int first_slice = rank * all_slices / split;
-  const int slices = (rank + 1) * all_slices / split - first_slice;
+  const int first_slice = rank * shape.slices / split;
+  const int slices = (rank + 1) * shape.slices / split - first_slice;
   const int first_token = static_cast<int>(blockIdx.y) * kTokens;
 
-  int64_t share = blockIdx.x / static_cast<unsigned>(split);
+  int64_t share = static_cast<int>(blockIdx.x) / split;
   const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
-  const int64_t all_groups = (all_tiles + kGroupTiles - 1) / kGroupTiles;
-  const int64_t shares = products.items[p].shares;
-  const int64_t first_group = share * all_groups / shares;
-  const int groups = static_cast<int>((share + 1) * all_groups / shares - first_group);
+  const int block_tiles = kGroupTiles * (kBySlices ? 1 : groups);  // at most
+  const int64_t first_tile = share * block_tiles;
+  const int row_tiles = static_cast<int>(min(int64_t{block_tiles}, all_tiles - first_tile));
 
-  const int tile_stage = most_groups * kGroupTiles * kTileBytes;
+  const int tile_stage = block_tiles * kTileBytes;
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
   const uint32_t full = shared_address(smem + shape.barriers_at);
   const uint32_t empty = full + shape.stages * 8;
   const ClusterSums<kTokens> sums{reinterpret_cast<float*>(smem),
                                   reinterpret_cast<float*>(smem + shape.received_at),
                                   empty + shape.stages * 8,
-                                  sums_pitch(most_groups * kGroupRows),
+                                  sums_pitch(block_tiles * kTileRows),
                                   split,
                                   rank};
-  // Thread 0 copies.
-  const int64_t first_tile = first_group * kGroupTiles;
-  const int tile_bytes =
-      static_cast<int>(min(int64_t{groups} * kGroupTiles, all_tiles - first_tile)) * kTileBytes;
-  const uint8_t* source =  // the next slice's tiles
+  const uint8_t* const source =
       product.w.tiles + quant::tile_index(n, first_slice, first_tile) * kTileBytes;
-  const auto copy_tiles = [&](int stage) {
-    mbarrier_expect(full + stage * 8, tile_bytes + Rows::kBytes);
-    copy_bytes(shared_address(tiles + stage * tile_stage), source, tile_bytes, full + stage * 8);
-    source += all_tiles * kTileBytes;
+  const int64_t source_pitch = all_tiles * kTileBytes;
+  const auto copy_tiles = [&](int i, int stage) {
+    const int bytes = row_tiles * kTileBytes;
+    mbarrier_expect(full + stage * 8, bytes + Rows::kBytes);
+    copy_bytes(shared_address(tiles + stage * tile_stage), source + i * source_pitch, bytes,
+               full + stage * 8);
   };
   const auto copy_x = [&](int i, int stage) {
 #pragma unroll
@@ -113,19 +120,22 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
                full + stage * 8, (first_slice + i) * kTileColumns + panel * Rows::Panel::kColumns,
                first_token);
   };
+  // Thread 0 starts the first copies.
   const int ahead = min(slices, shape.stages);
-  if (thread == 0) {
-#pragma unroll 1
-    for (int i = 0; i < shape.stages; ++i) {
-      mbarrier_init(full + i * 8, 1);
-      mbarrier_init(empty + i * 8, groups * kGroupTiles);
+  if (thread < 32) {
+    if (lane < shape.stages) {
+      mbarrier_init(full + lane * 8, 1);
+      mbarrier_init(empty + lane * 8, (kBySlices ? 1 : groups) * 4);
     }
-    sums.init();
+    if (lane == 0) sums.init();
     mbarrier_init_fence();
     async_proxy_fence();
-    prefetch_map(x_map);
+    __syncwarp();
+    if (lane == 0) {
+      prefetch_map(x_map);
 #pragma unroll 1
-    for (int i = 0; i < ahead; ++i) copy_tiles(i);
+      for (int i = 0; i < ahead; ++i) copy_tiles(i, i);
+    }
   }
   __syncthreads();
   if (split > 1) cluster_arrive();
@@ -139,71 +149,88 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
   }
   __syncwarp();
 
-  float d[kTokens / 8][4] = {};
-  uint32_t nan_bits = 0;
-  if (group < groups) {
-    int stage = 0, parity = 0;
-    LaneTile tile;
-    uint32_t a[2][4][4];  // of both halves: one is made while the other is multiplied
+  float d[kTiles][kTokens / 8][4] = {};
+  uint32_t nan_bits[kTiles] = {};
+  // Of the warp: its first row tile; others are four on.
+  const int warp_tile = (kBySlices ? 0 : group * kGroupTiles) + thread / 32 % 4;
+  const int first = kBySlices ? group : 0, step = kBySlices ? groups : 1;
+  {
+    int stage = first, parity = 0;
+    LaneTile tile[kTiles];
+    uint32_t a[kBuffers][kTiles][4][4];
     uint64_t x = 0;
-    const auto issue = [&]<int kHalf>() {
-      fragment_fence(a[kHalf]);
+    const auto make_and_issue = [&]<int kHalf>() {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) tile[t].template make<kHalf>(a[kHalf % kBuffers][t]);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) fragment_fence(a[kHalf % kBuffers][t]);
       wgmma_fence();
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        wgmma<Along::Columns>(d, a[kHalf][j],
-                              Rows::template slice<Along::Columns>(x, kHalf * 4 + j), 1);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+          wgmma<Along::Columns>(d[t], a[kHalf % kBuffers][t][j],
+                                Rows::template slice<Along::Columns>(x, kHalf * 4 + j), 1);
       wgmma_commit();
+      wgmma_wait<kBuffers - 1>();
     };
-    // The stage of slice i, the one before the current stage.
+    // Leaves the stage of slice i - step and starts the copies of the slice that takes its place.
     const auto leave_stage = [&](int i) {
-      const int last = stage == 0 ? shape.stages - 1 : stage - 1;
-      mbarrier_arrive_warp(empty + last * 8, lane);
-      if (i + shape.stages >= slices) return;
-      if (thread == 0) {
-        mbarrier_wait(empty + last * 8, stage == 0 ? parity ^ 1 : parity);
-        copy_tiles(last);
-        copy_x(i + shape.stages, last);
+      const bool wraps = stage < step;
+      const int left = wraps ? stage - step + shape.stages : stage - step;
+      mbarrier_arrive_warp(empty + left * 8, lane);
+      const int next = i - step + shape.stages;
+      if (next >= slices) return;
+      if (thread == (kBySlices ? group * kWarpgroup : 0)) {
+        mbarrier_wait(empty + left * 8, wraps ? parity ^ 1 : parity);
+        copy_tiles(next, left);
+        copy_x(next, left);
       }
       __syncwarp();
     };
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) accumulator_fence(d[t]);
 #pragma unroll 1
-    for (int i = 0; i < slices; ++i) {
+    for (int i = first; i < slices; i += step) {
       mbarrier_wait(full + stage * 8, parity);
-      tile.load(tiles + stage * tile_stage + warp * kTileBytes, lane);
-      nan_bits |= tile.nan_bits();
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        tile[t].load(tiles + stage * tile_stage + (warp_tile + t * 4) * kTileBytes, lane);
+        nan_bits[t] |= tile[t].nan_bits();
+      }
       // From lane 0: then the compiler knows that all lanes have the same.
       x = Rows::template descriptor<Along::Columns>(
           __shfl_sync(0xFFFFFFFFu, shared_address(smem + stage * Rows::kBytes), 0));
-      tile.make<0>(a[0]);
-      issue.template operator()<0>();
-      wgmma_wait<1>();
-      if (i > 0) leave_stage(i - 1);
-      tile.make<1>(a[1]);
-      issue.template operator()<1>();
-      wgmma_wait<1>();
-      if (++stage == shape.stages) stage = 0, parity ^= 1;
+      make_and_issue.template operator()<0>();
+      if (i > first) leave_stage(i);
+      make_and_issue.template operator()<1>();
+      stage += step;
+      if (stage >= shape.stages) stage -= shape.stages, parity ^= 1;
     }
     wgmma_wait<0>();
-    accumulator_fence(d);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) accumulator_fence(d[t]);
   }
 
   __syncthreads();  // all copies have landed and all products have read them
-  if (group < groups) {
-    float* const to = sums.own + lane % 4 * 2 * sums.pitch + warp * kTileRows + lane / 4;
+  const int group_floats = kTokens * sums.pitch;
+  float* const to = sums.own + (kBySlices ? group * group_floats : 0) + lane % 4 * 2 * sums.pitch +
+                    warp_tile * kTileRows + lane / 4;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool is_nan = nan_bits & kNanRow << (8 * half);
+      const bool is_nan = nan_bits[t] & kNanRow << (8 * half);
 #pragma unroll
       for (int i = 0; i < kTokens / 8; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j)
-          to[(i * 8 + j) * sums.pitch + half * 8] =
-              is_nan ? __uint_as_float(0x7FC00000u) : d[i][half * 2 + j];
+          to[(i * 8 + j) * sums.pitch + t * 4 * kTileRows + half * 8] =
+              is_nan ? __uint_as_float(0x7FC00000u) : d[t][i][half * 2 + j];
     }
-  }
+  if (kBySlices && groups > 1) sums.add_groups(thread, groups);
   sums.exchange(thread);
-  sums.write(product, s, first_group * kGroupRows, groups * kGroupRows, first_token, shape.m);
+  sums.write(product, s, first_tile * kTileRows, row_tiles * kTileRows, first_token, shape.m);
   if (split > 1) cluster_wait();  // the others have received this block's sums
 #endif
 }
@@ -213,7 +240,7 @@ __global__ void __launch_bounds__(groups_of(kTokens) * kWarpgroup, blocks_of(kTo
 using ClusterLimits = std::array<int64_t, kMaxSplit + 1>;
 
 ClusterLimits find_cluster_limits(const ProductLaunch& at) {
-  const auto kernel = reinterpret_cast<const void*>(packed_gemm_kernel<128>);
+  const auto kernel = reinterpret_cast<const void*>(packed_gemm_kernel<128, 1>);
   const auto smem_bytes = static_cast<int>(at.block_bytes(1));
   BBB_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   ClusterLimits limits{0, at.processors};
@@ -234,51 +261,62 @@ ClusterLimits find_cluster_limits(const ProductLaunch& at) {
   return limits;
 }
 
-// How products are divided: each into shares of at most `groups` warpgroups, each taken by a
-// cluster of `split` blocks.
+// How products are divided: each into shares of at most block_tiles() row tiles, each taken by a
+// cluster of `split` blocks of `groups` warpgroups, of which `blocks` fit on a multiprocessor.
 struct Division {
-  Division(Products products, const ClusterLimits& limits, int tokens, int64_t token_tiles,
-           int groups, int64_t split)
-      : groups(groups), split(split) {
+  int tokens;  // of a block
+  int tiles;   // of a warp
+  int blocks, groups, split;
+  int64_t cost = 0;
+
+  int64_t block_tiles() const { return int64_t{tiles} * 4 * (by_slices(tokens) ? 1 : groups); }
+  int64_t shares(const TiledProduct& product) const {
+    return ceil_div(quant::row_tiles(product.w.n), block_tiles());
+  }
+  // Slices of a block, and of a warpgroup of these.
+  int64_t block_slices(int64_t k) const { return ceil_div(quant::column_slices(k), split); }
+  int64_t group_slices(int64_t k) const {
+    return ceil_div(block_slices(k), by_slices(tokens) ? groups : 1);
+  }
+
+  // Cycles on an H200.
+  void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles) {
+    const int64_t k = products[0].w.k;
     int64_t clusters = 0;
-    for (size_t i = 0; i < products.size(); ++i)
-      clusters += shares[i] = ceil_div(products[i].w.n, int64_t{groups} * kGroupRows);
+    for (const TiledProduct& product : products) clusters += shares(product);
     clusters *= token_tiles;
     // Blocks that share a multiprocessor.
-    const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks_of(tokens));
+    const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks);
     const int64_t waves = ceil_div(clusters, limits[split] * shared);
-    const int64_t slices = ceil_div(quant::column_slices(products[0].w.k), split);
-    // Cycles of a slice: one step after another for a warpgroup; the instructions that make A and
-    // the products of all warpgroups; the copies of x from the L2 cache. Then those of a block's
-    // start and end.
-    const int64_t slice =
-        std::max({int64_t{500} + 2 * tokens, shared * groups * std::max(130, 4 * tokens),
-                  shared * 9 * tokens}) +
-        60;
-    const int64_t ends = 2000 + 6 * tokens * groups * shared / split + (split > 1 ? 1500 : 0);
-    cost = waves * (slices * slice + ends);
+    // Of a slice: one step after another for a warpgroup; the instructions that make A and the
+    // products of all warpgroups; the copies of x from the L2 cache.
+    const int64_t step = tiles * (300 + 2 * tokens) + 260;
+    const int64_t multiprocessor =
+        shared * groups * tiles * std::max(tiles == 1 ? 220 : 180, 4 * tokens);
+    const int64_t steps = group_slices(k) * std::max(step, multiprocessor);
+    const int64_t copies = shared * block_slices(k) * 9 * tokens;
+    // Of a block's start and end.
+    const int64_t sums = tokens * tiles * groups * shared;
+    cost = waves * (std::max(steps, copies) + 2000 + 6 * sums / split + (split > 1 ? 1000 : 0));
   }
-  int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
-
-  int64_t groups, split, cost;
-  int64_t shares[kMaxProducts] = {};
 };
 
 // A block's shared memory.
 struct Memory {
-  Memory(const ProductLaunch& at, const Division& by, int tokens, int64_t k) {
+  Memory(const ProductLaunch& at, const Division& by, int64_t k) {
     constexpr int64_t kAlignment = 1024;
-    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.groups) * kGroupRows) * 4;
-    const int64_t received_bytes = (by.split - 1) * ceil_div(tokens, by.split) * pitch_bytes;
-    const int64_t stage_bytes = x_bytes(tokens) + by.groups * kGroupTiles * kTileBytes;
-    const int64_t slices = ceil_div(quant::column_slices(k), by.split);
-    const int64_t limit_bytes = at.block_bytes(blocks_of(tokens));
+    const int64_t pitch_bytes = sums_pitch(static_cast<int>(by.block_tiles()) * kTileRows) * 4;
+    const int64_t received_bytes = (by.split - 1) * ceil_div(by.tokens, by.split) * pitch_bytes;
+    const int64_t stage_bytes = x_bytes(by.tokens) + by.block_tiles() * kTileBytes;
+    const int64_t slices = by.block_slices(k), step = by_slices(by.tokens) ? by.groups : 1;
+    const int64_t limit_bytes = at.block_bytes(by.blocks);
     stages = std::min({slices, int64_t{kMaxStages},
                        (limit_bytes - kAlignment - received_bytes - 8) / (stage_bytes + 16)});
-    received_at = std::max(stages * stage_bytes, tokens * pitch_bytes);
+    received_at = std::max(stages * stage_bytes, step * by.tokens * pitch_bytes);
     barriers_at = received_at + received_bytes;
     bytes = kAlignment + barriers_at + stages * 16 + 8;
-    fits = (stages > 1 || slices == 1) && bytes <= limit_bytes;
+    // A warpgroup leaves a stage once the slice of its next step is there.
+    fits = (stages > step || stages == slices) && bytes <= limit_bytes;
   }
 
   int64_t stages, received_at, barriers_at, bytes;
@@ -288,41 +326,58 @@ struct Memory {
 Division divide(const ProductLaunch& at, Products products, const ClusterLimits& limits, int tokens,
                 int64_t token_tiles) {
   const int64_t k = products[0].w.k;
-  Division best(products, limits, tokens, token_tiles, groups_of(tokens), 1);
-  for (int groups = 1; groups <= groups_of(tokens); ++groups)
-    for (int64_t split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
-         ++split) {
-      if (limits[split] == 0) continue;
-      const Division other(products, limits, tokens, token_tiles, groups, split);
-      if (other.cost < best.cost && Memory(at, other, tokens, k).fits) best = other;
-    }
-  BBB_ASSERT(Memory(at, best, tokens, k).fits);
+  Division best{};
+  for (int tiles = 1; tiles <= (by_slices(tokens) ? 2 : 1); ++tiles)
+    for (int blocks = 1; blocks <= most_blocks(tokens); ++blocks)
+      for (int groups = 1; groups <= kMaxGroups / blocks; ++groups)
+        for (int split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
+             ++split) {
+          if (limits[static_cast<size_t>(split)] == 0) continue;
+          Division other{tokens, tiles, blocks, groups, split};
+          other.estimate(products, limits, token_tiles);
+          if ((best.cost == 0 || other.cost < best.cost) && Memory(at, other, k).fits) best = other;
+        }
+  BBB_ASSERT(best.cost > 0);
   return best;
+}
+
+template <int kTokens, int kTiles>
+void launch_division(const ProductLaunch& at, Products products, const bf16* x, int64_t m,
+                     const Division& by) {
+  const int64_t k = products[0].w.k;
+  const Memory memory(at, by, k);
+  ProductList list{};
+  int64_t shares = 0;
+  for (size_t i = 0; i < products.size(); ++i) {
+    list.items[i] = {products[i], by.shares(products[i])};
+    shares += list.items[i].shares;
+  }
+  launch(
+      at.stream,
+      {dim3(static_cast<unsigned>(shares * by.split), static_cast<unsigned>(ceil_div(m, kTokens))),
+       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
+       static_cast<unsigned>(by.split)},
+      packed_gemm_kernel<kTokens, kTiles>, matrix_map(x, m, k, kTokens), list,
+      GemmShape{static_cast<int>(quant::column_slices(k)), static_cast<int>(m),
+                static_cast<int>(memory.stages), static_cast<int>(memory.received_at),
+                static_cast<int>(memory.barriers_at)});
 }
 
 template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
-  const int64_t k = products[0].w.k, token_tiles = ceil_div(m, kTokens);
   static const ClusterLimits limits = find_cluster_limits(at);
-  const Division by = divide(at, products, limits, kTokens, token_tiles);
-  const Memory memory(at, by, kTokens, k);
-  ProductList list{};
-  for (size_t i = 0; i < products.size(); ++i) list.items[i] = {products[i], by.shares[i]};
-  launch(
-      at.stream,
-      {dim3(static_cast<unsigned>(by.all_shares() * by.split), static_cast<unsigned>(token_tiles)),
-       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
-       static_cast<unsigned>(by.split)},
-      packed_gemm_kernel<kTokens>, matrix_map(x, m, k, kTokens), list,
-      GemmShape{k, static_cast<int>(m), static_cast<int>(memory.stages),
-                static_cast<int>(memory.received_at), static_cast<int>(memory.barriers_at)});
+  const Division by = divide(at, products, limits, kTokens, ceil_div(m, kTokens));
+  if constexpr (by_slices(kTokens))
+    if (by.tiles == 2) return launch_division<kTokens, 2>(at, products, x, m, by);
+  launch_division<kTokens, 1>(at, products, x, m, by);
 }
 
 }  // namespace
 
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& all,
                         const bf16* x, int64_t m) {
-  const auto launch_it = m <= 32   ? launch_tokens<32>
+  const auto launch_it = m <= 16   ? launch_tokens<16>
+                         : m <= 32 ? launch_tokens<32>
                          : m <= 64 ? launch_tokens<64>
                                    : launch_tokens<128>;
   for (size_t i = 0; i < all.size(); i += kMaxProducts)

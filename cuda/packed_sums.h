@@ -153,6 +153,21 @@ struct ClusterSums {
     mbarrier_expect(all_received, (split - 1) * tokens(rank) * pitch * 4);
   }
 
+  // By all threads: adds to `own`, the first warpgroup's sums, those of the others, behind it.
+  __device__ __forceinline__ void add_groups(int thread, int groups) const {
+    __syncthreads();
+    float4* const first = reinterpret_cast<float4*>(own);
+    const int count = kTokens * pitch / 4;
+    for (int i = thread; i < count; i += groups * kWarpgroup) {
+      float4 total = first[i];
+      for (int group = 1; group < groups; ++group) {
+        const float4 sum = first[group * count + i];
+        total.x += sum.x, total.y += sum.y, total.z += sum.z, total.w += sum.w;
+      }
+      first[i] = total;
+    }
+  }
+
   // By all threads, which have written `own` and arrived once at the cluster's barrier. They wait
   // for it once more before they end.
   __device__ __forceinline__ void exchange(int thread) const {

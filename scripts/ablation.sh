@@ -3,7 +3,7 @@
 #
 #   scripts/ablation.sh TABLE [SEED]
 #
-# TABLE: defaults | components | recipe | widths | precisions | end-to-end
+# TABLE: defaults | components | targets | recipe | widths | precisions | end-to-end
 #
 # MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
 # perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
@@ -11,7 +11,7 @@
 # are added to every bbb train, and EVALUATION to every bbb ppl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?TABLE: defaults, components, recipe, widths, precisions or end-to-end} seed=${2:-0}
+table=${1:?TABLE: defaults, components, targets, recipe, widths, precisions or end-to-end} seed=${2:-0}
 bbb=${BBB:-build/bbb}
 model=${MODEL:-demo/SmolLM2-135M-Instruct.Q4_1.gguf}
 data=${DATA:-demo/train.txt}
@@ -27,17 +27,22 @@ fi
 # windows N: --samples N, or fewer if SAMPLES says so.
 windows() { echo "--samples $((${SAMPLES:-$1} < $1 ? ${SAMPLES:-$1} : $1))"; }
 
+# failed LABEL: the row of a command that failed, with its error.
+failed() { echo "| $1 | failed: $(tail -n 1 "$out/log") |"; }
+
 # evaluate LABEL SECONDS DIRECTORY [--bits B]: perplexities, task average and bits.
 evaluate() {
   local label=$1 seconds=$2 directory=$3 line="" text result bits=""
   shift 3
   for text in ${texts//,/ }; do
-    result=$("$bbb" ppl --model "$directory" --text "$text" ${EVALUATION:-} "$@" 2>/dev/null)
+    result=$("$bbb" ppl --model "$directory" --text "$text" ${EVALUATION:-} "$@" 2>"$out/log") ||
+      { failed "$label"; return; }
     line+=" | $(awk '{print $2}' <<<"$result")"
     bits=$(grep -o '[0-9.]* bits per' <<<"$result" | cut -d' ' -f1 | paste -sd'/')
   done
   if [ -n "${TASKS:-}" ]; then
-    "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" >/dev/null 2>&1
+    "$bbb" eval --model "$directory" --data "$TASKS" "$@" --json "$out/eval.json" \
+      >/dev/null 2>"$out/log" || { failed "$label"; return; }
     line+=" | $(grep -o '"average": [0-9.]*' "$out/eval.json" | cut -d' ' -f2)"
   fi
   echo "| $label | $seconds s | $bits$line | $(du -sm "$directory" | cut -f1) MB |"
@@ -48,10 +53,11 @@ run() {
   local label=$1 text=$2 begin=$SECONDS
   shift 2
   rm -rf "$out/run" "$out/export"
-  "$bbb" train --model "$model" --data "$text" --out "$out/run" --seed "$seed" "$@" ${OPTIONS:-} >"$out/log" 2>&1 ||
-    { echo "| $label | failed: $(tail -n 1 "$out/log") |"; return; }
+  "$bbb" train --model "$model" --data "$text" --out "$out/run" --seed "$seed" "$@" \
+    ${OPTIONS:-} >"$out/log" 2>&1 || { failed "$label"; return; }
   local seconds=$((SECONDS - begin))
-  "$bbb" export --run "$out/run" --out "$out/export" >/dev/null 2>&1
+  "$bbb" export --run "$out/run" --out "$out/export" >"$out/log" 2>&1 ||
+    { failed "$label"; return; }
   evaluate "$label" $seconds "$out/export"
 }
 
@@ -85,6 +91,15 @@ case $table in
     for group in 64 128; do
       run "w8 w4 w2, 10 % split, group $group" "$data" $plain --schedule A --e2e-steps 0 \
         --ocs-ratio 0.1 --group-size $group
+    done
+    ;;
+  targets)  # what a block reproduces, and what a stage is fed
+    blocks="$(windows 1024) --e2e-steps 0"
+    for target in full follow; do
+      run "straight blocks, --target $target" "$data" $blocks --stages w2a16 --target $target
+    done
+    for stream in same higher mix; do
+      run "w8 w4 w2, --input-stream $stream" "$data" $blocks --schedule A --input-stream $stream
     done
     ;;
   recipe)  # the paper's recipe and grid, at its budget; each line is a run of its own

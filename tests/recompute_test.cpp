@@ -210,6 +210,30 @@ TEST_CASE("recompute: several precisions at once use the predicted memory, and g
   }
 }
 
+TEST_CASE("recompute: what single options of either phase keep is counted, too",
+          "[train][recompute]") {
+  using Options = std::vector<std::pair<const char*, const char*>>;
+  const std::pair<bool, Options> cases[] = {
+      {true, {{"target", "follow"}}},
+      {true, {{"input-stream", "higher"}}},
+      {true, {{"input-stream", "mix"}}},
+      {false, {{"e2e-average", "0.9"}}},
+      {false, {{"e2e-damping", "1e-4"}, {"e2e-freeze", "flips"}}},
+      {false, {{"e2e-loss", "jsd"}}},
+      {false, {{"stages", "w4a16,w2a4"}, {"block-schedule", "stochastic"}}}};
+  for (const auto& [blocks, options] : cases) {
+    WideRun run;
+    run.config.stages = train::parse_stages(blocks ? "w4a16,w2a16" : "");
+    run.config.e2e_steps = blocks ? 0 : 2;
+    for (const auto& [option, text] : options) set_option(run.config, option, text);
+    CAPTURE(options[0].first, options[0].second);
+    const int64_t predicted =
+        blocks ? run.plan_blocks().device_bytes
+               : train::plan_end_to_end_memory(backend(), run.model, run.resolved()).device_bytes;
+    check_prediction(predicted, run.measured_bytes("out"));
+  }
+}
+
 TEST_CASE("recompute: the statistics of input sites use the predicted memory",
           "[train][recompute]") {
   WideRun run;

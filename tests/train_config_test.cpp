@@ -255,7 +255,7 @@ TEST_CASE("train config: the command refuses options that exclude each other, by
           "[config]") {
   const std::pair<tools::Arguments, const char*> wrong[] = {
       {{"--schedule", "D"}, "--schedule"},
-      {{"--schedule", "B"}, "--to w2a2"},
+      {{"--schedule", "B", "--to", "w2a16"}, "--to w2a2"},
       {{"--schedule", "A", "--stages", "w2a16"}, "--schedule and --stages"},
       {{"--schedule", "A", "--to", "w4a4"}, "--to"},
       {{"--to", "w2a2"}, "--to says where a schedule ends: it needs --schedule"},
@@ -291,6 +291,9 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
       {{"--ocs-metric", "kurtosis"}, "--ocs-metric is unused: no channels are split without"},
       {{"--split-side", "auto"}, "--split-side is unused: no channels are split without"},
       {{"--nested-dequant", "floor"}, "--nested-dequant is unused: codes are not nested without"},
+      {{"--stages", "w2a16", "--act-range", "search"},
+       "--act-range is unused: activations are not"},
+      {{"--e2e-stages", "w2a4:1", "--down-kurtosis", "5"}, "--down-kurtosis is unused: no activ"},
       {{"--e2e-jsd-beta", "0.3"}, "--e2e-jsd-beta is unused: --e2e-loss is not jsd"},
       {{"--e2e-train", "scales", "--e2e-embedding", "train"}, "--e2e-embedding is unused"},
   };
@@ -305,6 +308,10 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
                             "--any-precision",  "8,2",        "--nested-dequant", "floor",
                             "--e2e-loss",       "jsd",        "--e2e-jsd-beta",   "0.3"}),
              !Contains("is unused"));
+  CHECK_THAT(errors(train, {"--schedule", "B", "--act-range", "search"}), !Contains("--schedule"));
+  CHECK_THAT(errors(train, {"--e2e-stages", "w2a16:1,w2a2:1", "--act-range", "minmax",
+                            "--down-kurtosis", "5"}),
+             !Contains("is unused"));
 
   const std::string of_run =
       errors({"export", "--run", "absent", "--out", "out"},
@@ -314,6 +321,12 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
   CHECK_THAT(errors({"export", "--rtn", "--model", "absent", "--out", "out"},
                     {"--split-side", "auto", "--range", "minmax"}),
              Contains("--split-side is unused: no channels") && !Contains("--range"));
+  const tools::Arguments rounded = {"export", "--rtn", "--model", "absent", "--out", "out"};
+  CHECK_THAT(errors(rounded, {"--data", "absent", "--samples", "4", "--act-bits", "2"}),
+             Contains("--data is unused: no option needs") && Contains("--samples is unused"));
+  CHECK_THAT(errors(rounded, {"--data", "absent", "--range", "search", "--act-bits", "2",
+                              "--act-range", "search", "--down-kurtosis", "5"}),
+             !Contains("is unused"));
 }
 
 TEST_CASE("train config: --from refuses nothing that was not typed", "[config]") {

@@ -32,12 +32,17 @@ void read_config_options(train::TrainConfig& config, const CommandLine& line,
   });
 }
 
-// Why this option of the grid decides nothing; null: it decides something.
-inline const char* unused_in_grid(const train::TrainConfig& config, const std::string& option) {
+// Why this option of the grid decides nothing; null: it decides something. `activation_bits`: the
+// fewest of any stage.
+inline const char* unused_in_grid(const train::TrainConfig& config, const std::string& option,
+                                  int activation_bits) {
   if (config.ocs_ratio.empty() && (option == "ocs-metric" || option == "split-side"))
     return "no channels are split without --ocs-ratio";
   if (config.any_precision.empty() && option == "nested-dequant")
     return "codes are not nested without --any-precision";
+  if (activation_bits == 16 && option == "act-range") return "activations are not quantized";
+  if (activation_bits >= 4 && option == "down-kurtosis")
+    return "no activations have fewer than 4 bits";
   return nullptr;
 }
 

@@ -5,6 +5,7 @@
 #include "models/packed_checkpoint.h"
 #include "tools/config_options.h"
 #include "tools/load_model.h"
+#include "train/recipe.h"
 #include "train/statistics.h"
 #include "train/train.h"
 
@@ -83,10 +84,13 @@ int export_command(const Arguments& arguments) {
     }
     config.group = groups[line.choice("group-size", {"32", "64", "128"})];
     config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
+    const bool reads_text = train::Recipe::needs_statistics(config);
     train::visit(config, [&](const auto&, const train::Field& f) {
-      const char* reason = unused_in_grid(config, f.name);
-      if (reason != nullptr && line.has(f.name))
-        fmt::print(stderr, "--{} is unused: {}\n", f.name, reason);
+      if (!rounds_with(f) || !line.has(f.name)) return;
+      const char* reason = unused_in_grid(config, f.name, config.act_bits);
+      if (!reads_text && f.group != std::string(train::kGrid))
+        reason = "no option needs a text's statistics";
+      if (reason != nullptr) fmt::print(stderr, "--{} is unused: {}\n", f.name, reason);
     });
     if (config.act_outliers % config.group != 0)
       fmt::print("--act-outliers {} is rounded up to whole groups of {}\n", config.act_outliers,

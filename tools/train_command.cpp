@@ -57,6 +57,13 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
 
+int lowest_activation_bits(const train::TrainConfig& config) {
+  int bits = 16;
+  for (const train::Stage& s : config.stages) bits = std::min(bits, s.activation_bits);
+  for (const train::ModelStage& s : config.e2e_stages) bits = std::min(bits, s.activation_bits);
+  return bits;
+}
+
 // Why the run does not use an option, or "". Algorithm 2 trains the whole model with the end-to-end
 // phase's options, in the block phase's stages.
 std::string reason_unused(const train::TrainConfig& config, const train::Field& f) {
@@ -78,7 +85,7 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
     return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";
-  const char* in_grid = unused_in_grid(config, name);
+  const char* in_grid = unused_in_grid(config, name, lowest_activation_bits(config));
   return in_grid != nullptr ? in_grid : "";
 }
 
@@ -99,13 +106,6 @@ bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source
              .device_bytes <= train::tensor_room(backend, config.memory);
 }
 
-int lowest_activation_bits(const train::TrainConfig& config) {
-  int bits = 16;
-  for (const train::Stage& s : config.stages) bits = std::min(bits, s.activation_bits);
-  for (const train::ModelStage& s : config.e2e_stages) bits = std::min(bits, s.activation_bits);
-  return bits;
-}
-
 }  // namespace
 
 int train_command(const Arguments& arguments) {
@@ -124,7 +124,7 @@ int train_command(const Arguments& arguments) {
       ("schedule",
        "instead of --stages, the paper's: A weights, then activations; B alternating; C cyclic",
        cxxopts::value<std::string>())  //
-      ("to", "where --schedule ends: w2a16 or w2a2",
+      ("to", "where --schedule ends: w2a16 or w2a2; B ends at w2a2",
        cxxopts::value<std::string>()->default_value("w2a16"))                    //
       ("deterministic", "no algorithm of a matrix product is chosen by timing")  //
       ("dry-run", "say what memory, disk and time the run will take, and write nothing");
@@ -143,9 +143,10 @@ int train_command(const Arguments& arguments) {
   if (line.text("e2e-steps") == "auto") config.e2e_steps = train::TrainConfig::kAutoSteps;
   if (line.has("schedule")) {
     if (line.has("stages")) throw UsageError("give one of --schedule and --stages");
-    config.stages = train::scheduled_stages("ABC" [line.choice("schedule", {"A", "B", "C"})], {
-      2, line.choice("to", {"w2a16", "w2a2"}) == 0 ? 16 : 2
-    });
+    const char schedule = "ABC"[line.choice("schedule", {"A", "B", "C"})];
+    const size_t to = line.choice("to", {"w2a16", "w2a2"});
+    const bool quantizes_both = line.has("to") ? to == 1 : schedule == 'B';
+    config.stages = train::scheduled_stages(schedule, {2, quantizes_both ? 2 : 16});
   } else if (line.has("to")) {
     throw UsageError("--to says where a schedule ends: it needs --schedule A, B or C");
   }
