@@ -68,12 +68,21 @@ struct Portable {
       return out;
     });
   }
+  static Dots four_times(const Dots& sum) { return shift_left(sum, 2); }
   static Ints total(const Dots& sum) { return sum; }
+  static Ints quarter(const Ints& x) {
+    return each<Ints>([&](size_t i) { return x[i] >> 2; });
+  }
   static Ints bytes(const uint8_t* from) {
     return each<Ints>([=](size_t i) { return int32_t{from[i]}; });
   }
+  // In the lowest 2 bits of a lane.
   static Ints zeros_of_2_bits(const uint8_t* from, int) {
-    return each<Ints>([=](size_t i) { return from[i / 4] >> (2 * (i % 4)) & 3; });
+    return each<Ints>([=](size_t i) { return from[i / 4] >> (2 * (i % 4)); });
+  }
+  // four[the lowest 2 bits of a lane].
+  static Ints one_of_four(const int32_t* four, const Ints& index) {
+    return each<Ints>([&](size_t i) { return four[index[i] & 3]; });
   }
   static Floats scales(const uint8_t* from) {
     return each<Floats>([=](size_t i) { return e4m3_decode(from[i]) * 0x1p-8f; });
@@ -95,22 +104,27 @@ PanelLayout::PanelLayout(int64_t k, const WeightGrid& grid)
              : grid.bits <= 4 ? 2
                               : 4),
       zero_bits(grid.bits == 2 && !grid.nested ? 2 : 8),
+      groups(k / grid.group),
+      zero_bytes(2 * zero_bits),
+      code_bytes(planes * grid.group * kPanelRows / 4),
       factor(grid.nested ? 2 << (kNestedBits - grid.bits) : 2),
       offset(grid.nested ? nested_level_doubled(0, 0, grid.bits, grid.dequant) : 0) {
-  const int64_t groups = k / grid.group;
-  scales = planes * k * kPanelRows / 4;
-  zeros = scales + groups * kPanelRows;
-  bytes = (zeros + groups * 2 * zero_bits + 63) / 64 * 64;
+  bytes = of_group(groups - 1).codes + code_bytes;
+}
+
+PanelLayout::Places PanelLayout::of_group(int64_t g) const {
+  const int64_t first = g / kUnitGroups * kUnitGroups;
+  const auto codes_after = [&](int64_t count) {
+    return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;
+  };
+  const int64_t unit = g / kUnitGroups * (codes_after(kUnitGroups) + kUnitGroups * code_bytes);
+  const int64_t count = std::min(kUnitGroups, groups - first);
+  return {unit + (g - first) * zero_bytes, unit + count * zero_bytes + (g - first) * kPanelRows,
+          unit + codes_after(count) + (g - first) * code_bytes};
 }
 
 // In a word of codes, the lower bit of its position i.
 static constexpr int position_shift(int i) { return i % 4 * 8 + i / 4 * 2; }
-
-// Of a vector of words in a panel; `words` a group.
-static int64_t word_offset(const PanelLayout& layout, int64_t words, int64_t group, int plane,
-                           int64_t word) {
-  return ((group * layout.planes + plane) * words + word) * 4 * kPanelRows;
-}
 
 int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid) {
   return (n + kPanelRows - 1) / kPanelRows * PanelLayout(k, grid).bytes;
@@ -119,8 +133,9 @@ int64_t panels_bytes(int64_t n, int64_t k, const WeightGrid& grid) {
 void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
   const PanelLayout layout(file.k, file.grid);
   const int group = file.grid.group, zero_width = file.grid.nested ? kNestedBits : file.grid.bits;
-  const int64_t groups = file.k / group, words = group / 16;
-  std::vector<uint8_t> codes(static_cast<size_t>(file.k)), zeros(static_cast<size_t>(groups));
+  const int64_t words = group / 16;
+  std::vector<uint8_t> codes(static_cast<size_t>(file.k)),
+      zeros(static_cast<size_t>(layout.groups));
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     uint8_t* const base = out + panel * layout.bytes;
     std::memset(base, 0, static_cast<size_t>(layout.bytes));
@@ -129,23 +144,24 @@ void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
       if (row >= file.n) break;
       row_codes(codes.data(), file, row);
       unpack_codes(zeros.data(), file.zeros + row * zero_row_bytes(file.k, group, zero_width),
-                   groups, zero_width);
+                   layout.groups, zero_width);
       const uint8_t* code = codes.data();
-      for (int64_t g = 0; g < groups; ++g)
+      for (int64_t g = 0; g < layout.groups; ++g) {
+        const PanelLayout::Places at = layout.of_group(g);
         for (int64_t word = 0; word < words; ++word, code += 16)
           for (int plane = 0; plane < layout.planes; ++plane) {
             uint32_t packed = 0;
             for (int i = 0; i < 16; ++i)
               packed |= static_cast<uint32_t>(code[i] >> (2 * plane) & 3) << position_shift(i);
-            std::memcpy(base + word_offset(layout, words, g, plane, word) + 4 * r, &packed, 4);
+            std::memcpy(base + at.codes + ((plane * words + word) * kPanelRows + r) * 4, &packed,
+                        4);
           }
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t e = file.scales[row * groups + g], z = zeros[static_cast<size_t>(g)];
-        base[layout.scales + g * kPanelRows + r] = (e & 0x7F) == kE4m3Nan ? kPanelNan : e;
+        const uint8_t e = file.scales[row * layout.groups + g], z = zeros[static_cast<size_t>(g)];
+        base[at.scales + r] = (e & 0x7F) == kE4m3Nan ? kPanelNan : e;
         if (layout.zero_bits == 8)
-          base[layout.zeros + g * kPanelRows + r] = z;
+          base[at.zeros + r] = z;
         else
-          base[layout.zeros + (g * kPanelRows + r) / 4] |= static_cast<uint8_t>(z << (2 * (r % 4)));
+          base[at.zeros + r / 4] |= static_cast<uint8_t>(z << (2 * (r % 4)));
       }
     }
   }
@@ -157,16 +173,16 @@ void unpack_panel_row(float* wq, const PanelView& w, int64_t row) {
   const int64_t words = group / 16, r = row % kPanelRows;
   const uint8_t* const base = w.panels + row / kPanelRows * layout.bytes;
   float* out = wq;
-  for (int64_t g = 0; g < w.k / group; ++g, out += group) {
-    const int64_t at = g * kPanelRows + r;
-    const float half = e4m3_decode(base[layout.scales + at]) / 2;
-    const int32_t z = layout.zero_bits == 8 ? base[layout.zeros + at]
-                                            : base[layout.zeros + at / 4] >> (2 * (r % 4)) & 3;
+  for (int64_t g = 0; g < layout.groups; ++g, out += group) {
+    const PanelLayout::Places at = layout.of_group(g);
+    const float half = e4m3_decode(base[at.scales + r]) / 2;
+    const int32_t z =
+        layout.zero_bits == 8 ? base[at.zeros + r] : base[at.zeros + r / 4] >> (2 * (r % 4)) & 3;
     for (int64_t word = 0; word < words; ++word) {
       int32_t codes[16] = {};
       for (int plane = 0; plane < layout.planes; ++plane) {
         uint32_t packed;
-        std::memcpy(&packed, base + word_offset(layout, words, g, plane, word) + 4 * r, 4);
+        std::memcpy(&packed, base + at.codes + ((plane * words + word) * kPanelRows + r) * 4, 4);
         for (int i = 0; i < 16; ++i)
           codes[i] |= static_cast<int32_t>(packed >> position_shift(i) & 3) << (2 * plane);
       }
@@ -190,6 +206,7 @@ SplitRows::SplitRows(int64_t m, int64_t k, int group)
       groups(k / group),
       parts(static_cast<size_t>(2 * m * k)),
       sums(static_cast<size_t>(m * groups)),
+      zero_terms(static_cast<size_t>(4 * m * groups)),
       scales(static_cast<size_t>(m * groups)) {}
 
 // Writes a group: both parts of its integers, their sum and the scale. integer(i) is number i.
@@ -206,7 +223,8 @@ static void split_group(SplitRows& out, int64_t g, float scale, const Integer& i
     sum += 256 * high[i] + low[i];
   }
   out.sums[static_cast<size_t>(g)] = sum;
-  out.scales[static_cast<size_t>(g)] = scale;
+  for (int z = 0; z < 4; ++z) out.zero_terms[static_cast<size_t>(4 * g + z)] = -4 * z * sum;
+  out.scales[static_cast<size_t>(g)] = 64 * scale;
 }
 
 void split_rows(SplitRows& out, const float* x, Rows groups) {

@@ -1,11 +1,12 @@
 // Products of few rows with packed weights on a CPU, from 2-bit codes and 8-bit activations.
 //
-// A panel is 16 rows of W; rows beyond N hold zeros. In memory, a panel after another:
+// A panel is 16 rows of W; rows beyond N hold zeros. One pass reads the panels in the order of
+// their bytes. A panel is a sequence of units of 16 groups; the last may have fewer. A unit:
 //
-//     codes   for each group and plane, G/16 vectors of 64 bytes; 32-bit word r is row r's
-//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN; no others with a sign, which a
-//             checkpoint refuses
 //     zeros   for each group, 16 zero points of 2 bits (plain 2-bit codes) or of 8
+//     scales  for each group, 16 bytes: E4M3 codes, 0xFF for NaN; no others with a sign, which a
+//             checkpoint refuses. Then zeros up to a multiple of 64 bytes
+//     codes   for each group and plane, G/16 vectors of 64 bytes; 32-bit word r is row r's
 //
 // A plane holds two bits of every code, lowest first: 1 plane for 2 bits, 2 for 3 or 4, 4 for 8. In
 // word w of a group, bits 2 i of byte j belong to position 16 w + 4 i + j. So a shift and a mask
@@ -35,16 +36,23 @@
 
 namespace bbb::quant::host {
 
-inline constexpr int64_t kPanelRows = 16;
+inline constexpr int64_t kPanelRows = 16, kUnitGroups = 16;
 
-// The sizes in a panel of rows of K' codes.
+// The places in a panel of rows of K' codes.
 struct PanelLayout {
   PanelLayout(int64_t k, const WeightGrid& grid);
 
+  struct Places {
+    int64_t zeros, scales, codes;
+  };
+  Places of_group(int64_t g) const;
+
   int planes;
-  int zero_bits;                 // 2 or 8
-  int64_t scales, zeros, bytes;  // offsets and size of a panel, a multiple of 64
-  int32_t factor, offset;        // f and c
+  int zero_bits;                   // 2 or 8
+  int64_t groups;                  // of a row
+  int64_t zero_bytes, code_bytes;  // of a group
+  int64_t bytes;                   // of a panel, a multiple of 64
+  int32_t factor, offset;          // f and c
 };
 
 // A repacked linear.
@@ -72,10 +80,11 @@ struct SplitRows {
 
   int64_t m, k;
   int group;
-  int64_t groups;             // of a row
-  std::vector<int8_t> parts;  // (M, 2, K): high, low
-  std::vector<int32_t> sums;  // (M, K/G): of A
-  std::vector<float> scales;  // (M, K/G)
+  int64_t groups;                   // of a row
+  std::vector<int8_t> parts;        // (M, 2, K): high, low
+  std::vector<int32_t> sums;        // (M, K/G): of A
+  std::vector<int32_t> zero_terms;  // (M, K/G, 4): -4 z sum, for z = 0 .. 3
+  std::vector<float> scales;        // (M, K/G): 64 times the scale
 };
 // Groups [begin, end) of the M K/G of all rows.
 void split_rows(SplitRows& out, const float* x, Rows groups);

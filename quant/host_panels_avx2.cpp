@@ -1,7 +1,7 @@
 // panel_gemv with AVX2: 8 rows a vector.
 //
-// A 16-bit lane of Dots adds two products of a code, at most 3, and a signed byte: at most 768 in
-// magnitude. 32 such sums, a group of 128, fit.
+// A 16-bit lane of Dots holds 4 times the sum of 16 products of a code, at most 3, and a signed
+// byte: at most 24576 in magnitude.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -39,16 +39,24 @@ struct Avx2 {
     std::memcpy(&four, x, 4);
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, splat(four)));
   }
+  static Dots four_times(Dots sum) { return _mm256_slli_epi16(sum, 2); }
+  static Ints quarter(Ints x) { return _mm256_srai_epi32(x, 2); }
   static Ints total(Dots sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 
   static Ints bytes(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   }
+  // In the lowest 2 bits of a lane.
   static Ints zeros_of_2_bits(const uint8_t* from, int lane) {
     uint16_t eight;
     std::memcpy(&eight, from + lane / 4, 2);
     const Ints by = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    return mask(_mm256_srlv_epi32(splat(eight), by), 3);
+    return _mm256_srlv_epi32(splat(eight), by);
+  }
+  // four[the lowest 2 bits of a lane].
+  static Ints one_of_four(const int32_t* four, Ints index) {
+    const __m128 values = _mm_loadu_ps(reinterpret_cast<const float*>(four));
+    return _mm256_castps_si256(_mm256_permutevar_ps(_mm256_set_m128(values, values), index));
   }
   // E4M3 bits 7 places up are an F16 of e / 256, subnormals too; 0xFF becomes a NaN.
   static Floats scales(const uint8_t* from) {

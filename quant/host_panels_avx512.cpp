@@ -36,16 +36,24 @@ struct Avx512 {
     std::memcpy(&four, x, 4);
     return _mm512_dpbusd_epi32(sum, codes, splat(four));
   }
+  static Dots four_times(Dots sum) { return shift_left(sum, 2); }
   static Ints total(Dots sum) { return sum; }
+  static Ints quarter(Ints x) { return _mm512_srai_epi32(x, 2); }
 
   static Ints bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  // In the lowest 2 bits of a lane.
   static Ints zeros_of_2_bits(const uint8_t* from, int) {
     int32_t all;
     std::memcpy(&all, from, 4);
     const Ints by = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return mask(_mm512_srlv_epi32(splat(all), by), 3);
+    return _mm512_srlv_epi32(splat(all), by);
+  }
+  // four[the lowest 2 bits of a lane].
+  static Ints one_of_four(const int32_t* four, Ints index) {
+    const __m128 values = _mm_loadu_ps(reinterpret_cast<const float*>(four));
+    return _mm512_castps_si512(_mm512_permutevar_ps(_mm512_broadcast_f32x4(values), index));
   }
   // E4M3 bits 7 places up are an F16 of e / 256, subnormals too; 0xFF becomes a NaN.
   static Floats scales(const uint8_t* from) {

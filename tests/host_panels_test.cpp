@@ -170,7 +170,7 @@ TEST_CASE("panels: split rows", "[panels]") {
       for (int64_t i = 32 * g; i < 32 * (g + 1); ++i) {
         const int32_t a = 256 * rows.parts[static_cast<size_t>(2 * row * k + i)] +
                           rows.parts[static_cast<size_t>((2 * row + 1) * k + i)];
-        const double scale = rows.scales[static_cast<size_t>(6 * row + g)];
+        const double scale = rows.scales[static_cast<size_t>(6 * row + g)] / 64;
         // Half a step, and the rounding of the scale and of the quotient.
         CHECK(std::abs(a * scale - x[static_cast<size_t>(row * k + i)]) <=
               (tiny ? 0x1p-113 : 0.51 * scale));
