@@ -5,8 +5,8 @@
 //   packed_gemv   y = S x ((q - z) e)^T (+ addend)        M <= 8 rows of x
 //
 // unpack and packed_gemv read nested codes too, whose levels are u e / 2, u = 2 (q' - z)
-// (quant/grid.h): unpack a byte of each plane for eight weights; nested_gemv a word of each plane
-// for 32, a warp an output row.
+// (quant/grid.h): a thread reads a byte of each plane for eight weights. In nested_gemv a warp
+// takes an output row.
 //
 // unpack, unpack_rows: a thread makes eight consecutive weights, one 16-byte store; b bits read and
 // 16 written a weight.

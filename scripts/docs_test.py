@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Checks README.md and docs/*.md against the code: every path exists, every option is declared in
 tools/, train/ or scripts/, every name in code style is a word of a source file, every link has its
-heading. In docs/develop.md, `name` stands for the name of any op. Then runs prepare_text.py.
+heading. In docs/develop.md, `name` stands for the name of any op. Every option of a command is in
+docs/reference.md. Then runs prepare_text.py.
 
 usage: scripts/docs_test.py      (standard library only; exit code 1 and one line for each fault)
 """
@@ -62,6 +63,16 @@ def faults_of(path, code, commands):
             yield f"no target {target}"
 
 
+def missing_options():
+    """Options as cxxopts gets them, and fields of train/config_table.h that have a heading."""
+    declared = re.findall(r'^\s*(?:line\.options\(\))?\("([a-z][a-z0-9-]+)",', sources(["tools"]), re.M)
+    declared += re.findall(r'\{"([a-z0-9-]+)",\s*k[A-Z]', (ROOT / "train" / "config_table.h").read_text())
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    for option in sorted(set(declared)):
+        if not re.search(rf"--{option}(?![\w-])", reference):
+            yield f"docs/reference.md: option --{option} is missing"
+
+
 def prepared_text():
     """Two runs give the same bytes; documents are kept once, in one of the two files."""
     with tempfile.TemporaryDirectory() as work:
@@ -88,7 +99,7 @@ def prepared_text():
 def main():
     code = sources(FOLDERS, ["CMakeLists.txt", "Dockerfile"])
     commands = sources(["tools", "train", "scripts"])
-    faults = list(prepared_text())
+    faults = [*prepared_text(), *missing_options()]
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         faults += [f"{path.relative_to(ROOT)}: {fault}" for fault in faults_of(path, code, commands)]
     for fault in faults:

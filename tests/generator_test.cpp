@@ -30,9 +30,9 @@ struct Fixture {
 
 // The tokens of every sequence after prompts of its own, `count` of each.
 std::vector<Ids> generate(models::Llama& model, const std::vector<Ids>& prompts,
-                          const std::vector<uint64_t>& seeds, int64_t count,
-                          const SampleSpec& spec) {
-  Generator generator(model, static_cast<int64_t>(prompts.size()), kCapacity, spec);
+                          const std::vector<uint64_t>& seeds, int64_t count, const SampleSpec& spec,
+                          quant::KvFormat kv = {}) {
+  Generator generator(model, static_cast<int64_t>(prompts.size()), kCapacity, spec, kv);
   std::vector<Ids> out;
   for (size_t b = 0; b < prompts.size(); ++b)
     out.push_back({generator.prefill(static_cast<int64_t>(b), prompts[b], seeds[b])});
@@ -45,9 +45,9 @@ std::vector<Ids> generate(models::Llama& model, const std::vector<Ids>& prompts,
 
 // One sequence, `copies` times in a batch: products of as many rows round alike.
 Ids alone(models::Llama& model, const Ids& prompt, uint64_t seed, size_t copies, int64_t count,
-          const SampleSpec& spec) {
+          const SampleSpec& spec, quant::KvFormat kv = {}) {
   return generate(model, std::vector<Ids>(copies, prompt), std::vector<uint64_t>(copies, seed),
-                  count, spec)[0];
+                  count, spec, kv)[0];
 }
 
 const SampleSpec kSpecs[] = {
@@ -97,6 +97,24 @@ TEST_CASE("generator: sequences of a batch equal each one alone", "[generator]")
               alone(*fixture.model, prompts.ids[b], prompts.seeds[b], copies, 20, spec));
     }
   }
+}
+
+TEST_CASE("generator: sequences of a batch equal each one alone with a quantized cache",
+          "[generator]") {
+  const Fixture fixture;
+  for (const int bits : {8, 4})
+    for (const int64_t batch : {2, 11}) {
+      const Prompts prompts(batch);
+      const size_t copies = on_cuda() ? prompts.ids.size() : 1;
+      for (const SampleSpec& spec : {kSpecs[0], kSpecs[3]}) {
+        CAPTURE(bits, batch, spec.temperature);
+        const auto together =
+            generate(*fixture.model, prompts.ids, prompts.seeds, 20, spec, {bits});
+        for (size_t b = 0; b < prompts.ids.size(); ++b)
+          CHECK(together[b] ==
+                alone(*fixture.model, prompts.ids[b], prompts.seeds[b], copies, 20, spec, {bits}));
+      }
+    }
 }
 
 // An export of a tiny model, rounded to nearest, and the bits that a load reads of nested codes.

@@ -106,6 +106,50 @@ TEST_CASE("master scale, codes and levels equal the formula", "[quantizer]") {
   });
 }
 
+TEST_CASE("nested_levels are those of the top bits of 8-bit codes", "[quantizer][nested]") {
+  engine::Rng rng(29);
+  Backend& b = backend();
+  for (const int group : {32, 64, 128})
+    for (const auto& [n, groups] : kSizes) {
+      const int64_t count = n * groups * group;
+      const Values w = masters(rng, n, groups * group, group);
+      const FormulaResult eight = quantize_by_formula(w, quant::kNestedBits, group);
+      // Parameters of other widths, and norms, are not nested: their levels stay.
+      const FlatWeights flat(b,
+                             {{5, quant::kNotQuantized},
+                              {count, quant::kNestedBits},
+                              {count, 2},
+                              {130, quant::kNotQuantized}},
+                             group);
+      for (const size_t parameter : {1, 2}) flat.set(flat.w.tensor(), parameter, w);
+      b.max_group_range(flat.q, flat.w.tensor());
+      b.fake_quant(flat.q, flat.w.tensor());
+      for (const int bits : {2, 3, 4})
+        for (const auto dequant : {quant::NestedDequant::Middle, quant::NestedDequant::Floor}) {
+          CAPTURE(group, n, groups, bits, dequant == quant::NestedDequant::Middle);
+          const int bin = 1 << (quant::kNestedBits - bits);
+          Values want;
+          for (int64_t i = 0; i < count; ++i) {
+            const auto at = static_cast<size_t>(i), g = static_cast<size_t>(i / group);
+            const double low = eight.codes[at] / bin * bin,
+                         offset = dequant == quant::NestedDequant::Middle ? (bin - 1) / 2.0 : 0.0;
+            want.push_back((low + offset - eight.z[g]) * quant::e4m3_decode(eight.e[g]));
+          }
+          const Guarded wq(b, {flat.total}, b.act());
+          const Values before(static_cast<size_t>(flat.total), 7.0);
+          b.copy(wq.tensor(), make(b, {flat.total}, b.act(), before));
+          b.nested_levels(wq.tensor(), flat.q, flat.w.tensor(), bits, dequant);
+          CHECK(values_of(b, wq.tensor().slice(flat.begins[1], count)) == as_act(want));
+          for (const auto& [begin, end] :
+               {std::pair{int64_t{0}, flat.begins[1]}, {flat.begins[2], flat.total}}) {
+            const Values others = values_of(b, wq.tensor().slice(begin, end - begin));
+            CHECK(std::ranges::count(others, 7.0) == end - begin);
+          }
+          CHECK((wq.untouched() && flat.untouched()));
+        }
+    }
+}
+
 TEST_CASE("scales at every code and midpoint and weights at every tie equal the formula",
           "[quantizer]") {
   constexpr float kMaster = 0x1p-9f, kInfinity = std::numeric_limits<float>::infinity();

@@ -76,6 +76,31 @@ TEST_CASE("add rounds once, also in place and unaligned", "[add]") {
   }
 }
 
+TEST_CASE("scale multiplies in place, also unaligned, and propagates NaN", "[scale]") {
+  Backend& b = backend();
+  for (const int64_t n : {1, 31, 33, 4096, 5000})
+    for (const int64_t offset : {0, 1}) {  // 1: not aligned for wide loads
+      CAPTURE(n, offset);
+      engine::Rng rng(7);
+      constexpr float kFactor = -0.3f;
+      const Guarded x(b, {n + 2}, b.act());
+      b.copy(x.tensor(), make(b, {n + 2}, b.act(), activations(rng, n + 2)));
+      std::vector<double> want = values_of(b, x.tensor());
+      for (int64_t i = offset; i < offset + n; ++i) want[static_cast<size_t>(i)] *= kFactor;
+      b.scale(x.tensor().slice(offset, n), make(b, {1}, b.real(), {kFactor}));
+      const auto got = values_of(b, x.tensor());
+      for (size_t i = 0; i < got.size(); ++i)
+        REQUIRE(std::abs(got[i] - want[i]) <= (act_epsilon() + real_epsilon()) * std::abs(want[i]));
+      const auto behind = static_cast<size_t>(offset + n);
+      CHECK(got[behind] == want[behind]);
+      CHECK(x.untouched());
+    }
+  const Tensor x = make(b, {3}, b.act(), {1, std::nan(""), 2});
+  b.scale(x, make(b, {1}, b.real(), {0.5}));
+  const auto got = values_of(b, x);
+  CHECK((got[0] == 0.5 && std::isnan(got[1]) && got[2] == 1));
+}
+
 TEST_CASE("add_bias adds to every row, and propagates NaN", "[add]") {
   Backend& b = backend();
   for (const auto& [m, n] :
