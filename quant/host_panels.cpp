@@ -199,15 +199,16 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels) {
     unpack_panel_row(wq + row * w.k, w, row);
 }
 
-SplitRows::SplitRows(int64_t m, int64_t k, int group)
-    : m(m),
-      k(k),
-      group(group),
-      groups(k / group),
-      parts(static_cast<size_t>(2 * m * k)),
-      sums(static_cast<size_t>(m * groups)),
-      zero_terms(static_cast<size_t>(4 * m * groups)),
-      scales(static_cast<size_t>(m * groups)) {}
+void SplitRows::resize(int64_t rows, int64_t columns, int group_size) {
+  m = rows;
+  k = columns;
+  group = group_size;
+  groups = k / group;
+  parts.resize(static_cast<size_t>(2 * m * k));
+  sums.resize(static_cast<size_t>(m * groups));
+  zero_terms.resize(static_cast<size_t>(4 * m * groups));
+  scales.resize(static_cast<size_t>(m * groups));
+}
 
 // Writes a group: both parts of its integers, their sum and the scale. integer(i) is number i.
 template <typename Integer>

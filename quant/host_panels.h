@@ -76,11 +76,11 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels);
 
 // Rows of activations as integers, which split_rows() writes.
 struct SplitRows {
-  SplitRows(int64_t m, int64_t k, int group);
+  void resize(int64_t rows, int64_t columns, int group_size);  // the content is lost
 
-  int64_t m, k;
-  int group;
-  int64_t groups;                   // of a row
+  int64_t m = 0, k = 0;
+  int group = 0;
+  int64_t groups = 0;               // of a row
   std::vector<int8_t> parts;        // (M, 2, K): high, low
   std::vector<int32_t> sums;        // (M, K/G): of A
   std::vector<int32_t> zero_terms;  // (M, K/G, 4): -4 z sum, for z = 0 .. 3
