@@ -112,17 +112,6 @@ PanelLayout::PanelLayout(int64_t k, const WeightGrid& grid)
   bytes = of_group(groups - 1).codes + code_bytes;
 }
 
-PanelLayout::Places PanelLayout::of_group(int64_t g) const {
-  const int64_t first = g / kUnitGroups * kUnitGroups;
-  const auto codes_after = [&](int64_t count) {
-    return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;
-  };
-  const int64_t unit = g / kUnitGroups * (codes_after(kUnitGroups) + kUnitGroups * code_bytes);
-  const int64_t count = std::min(kUnitGroups, groups - first);
-  return {unit + (g - first) * zero_bytes, unit + count * zero_bytes + (g - first) * kPanelRows,
-          unit + codes_after(count) + (g - first) * code_bytes};
-}
-
 // In a word of codes, the lower bit of its position i.
 static constexpr int position_shift(int i) { return i % 4 * 8 + i / 4 * 2; }
 

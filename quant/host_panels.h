@@ -45,7 +45,17 @@ struct PanelLayout {
   struct Places {
     int64_t zeros, scales, codes;
   };
-  Places of_group(int64_t g) const;
+  Places of_group(int64_t g) const {
+    const int64_t i = g % kUnitGroups, first = g - i, left = groups - first;
+    const int64_t count = left < kUnitGroups ? left : kUnitGroups;
+    const int64_t unit = g / kUnitGroups * (codes_after(kUnitGroups) + kUnitGroups * code_bytes);
+    return {unit + i * zero_bytes, unit + count * zero_bytes + i * kPanelRows,
+            unit + codes_after(count) + i * code_bytes};
+  }
+  // Of a unit of `count` groups, the place of its codes.
+  int64_t codes_after(int64_t count) const {
+    return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;
+  }
 
   int planes;
   int zero_bits;                   // 2 or 8

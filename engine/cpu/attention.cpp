@@ -327,17 +327,18 @@ void CpuBackend<T>::do_append_kv(const Tensor& k_cache, const Tensor& v_cache, c
   check_positions(start, time, capacity);
   const int64_t half = d / 2, q_width = q.defined() ? q.dim(2) * d : 0;
   parallel_for(batch * time, row_grain(2 * width + q_width), [&](int64_t begin, int64_t end) {
-    std::vector<T> angles(static_cast<size_t>(d)), rotated(static_cast<size_t>(width));
-    T *const cosine = angles.data(), *const sine = cosine + half;
+    static thread_local std::vector<T> buffer;
+    T* const cosine = scratch(buffer, d + width);
+    T *const sine = cosine + half, *const rotated = cosine + d;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / time, position = first[b] + row % time;
       const T *key = data(k) + row * width, *const value = data(v) + row * width;
       if (inv_freq.defined()) {
         rope_angles(cosine, sine, position, inv_freq.data<float>(), half, rope_factor, 1.0);
         rotate_row(data(q) + row * q_width, cosine, sine, q_width / d, half);
-        std::copy_n(key, width, rotated.data());
-        key = rotated.data();
-        rotate_row(rotated.data(), cosine, sine, heads, half);
+        std::copy_n(key, width, rotated);
+        key = rotated;
+        rotate_row(rotated, cosine, sine, heads, half);
       }
       if (format.quantized()) {
         for (int64_t h = 0; h < heads; ++h) {
@@ -365,7 +366,8 @@ void CpuBackend<T>::attend_step(const Tensor& o, const Tensor& q, const Tensor& 
     chunks.push_back(chunks.back() + (keys.end - keys.begin + kKeyChunk - 1) / kKeyChunk);
   }
   const int64_t stride = heads * (d + 2);
-  std::vector<T> parts(static_cast<size_t>(chunks.back() * stride));
+  static thread_local std::vector<T> buffer;
+  T* const parts = scratch(buffer, chunks.back() * stride);
   parallel_for(chunks.back(), 1, [&](int64_t chunk, int64_t) {
     const int64_t b = std::ranges::upper_bound(chunks, chunk) - chunks.begin() - 1;
     const Keys all = visible(start[b], spec);
@@ -380,12 +382,12 @@ void CpuBackend<T>::attend_step(const Tensor& o, const Tensor& q, const Tensor& 
       return {out, head_stride, d};
     };
     static thread_local std::vector<T> k_buffer, v_buffer;
-    attend_chunk(parts.data() + chunk * stride, data(q) + b * heads * d, rows_of(k_cache, k_buffer),
+    attend_chunk(parts + chunk * stride, data(q) + b * heads * d, rows_of(k_cache, k_buffer),
                  rows_of(v_cache, v_buffer), keys.end - keys.begin, kv_heads, heads / kv_heads, d);
   });
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = chunks[static_cast<size_t>(b)];
-    join_chunks(data(o) + b * heads * d, parts.data() + first * stride, stride,
+    join_chunks(data(o) + b * heads * d, parts + first * stride, stride,
                 chunks[static_cast<size_t>(b + 1)] - first, heads, d);
   }
 }

@@ -48,7 +48,7 @@ constexpr int64_t kWidenedRows = 128;  // of w at a time: the block stays in the
 template <typename T>
 T paired_dot(const T* even, const T* odd, const uint16_t* w, int64_t pairs) {
   constexpr int kLanes = 16;        // of each kind: one cache line of w
-  constexpr int64_t kAhead = 1024;  // elements from a prefetch to the use
+  constexpr int64_t kAhead = 2048;  // elements from a prefetch to the use
   T lower[kLanes] = {}, upper[kLanes] = {};
   int64_t c = 0;
   for (; c + kLanes <= pairs; c += kLanes) {

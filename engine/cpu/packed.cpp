@@ -5,6 +5,7 @@
 //
 // Rows of a packed table are unpacked by id, times S.
 #include <algorithm>
+#include <vector>
 
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/row_ops.h"
@@ -29,6 +30,14 @@ host::PanelView panel_view(const PackedWeight& w) {
 int64_t panel_grain(int64_t count, int64_t k, int threads) {
   const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * k;
   return std::max((count + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
+}
+
+// Kept by the thread: a step has hundreds of products.
+template <typename T>
+T* scratch_of(int64_t elements) {
+  static thread_local std::vector<T> buffer;
+  buffer.resize(static_cast<size_t>(elements));
+  return buffer.data();
 }
 
 }  // namespace
@@ -130,17 +139,23 @@ void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor&
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
                                           const Tensor& w, double eps) {
-  const Tensor normed = empty(x.shape(), act());
-  do_rms_norm(normed, empty({x.dim(0)}, real()), x, w, eps);
-  do_packed_gemv(products, normed);
+  const int64_t rows = x.dim(0), d = x.dim(1);
+  T* const normed = scratch_of<T>(rows * d);
+  parallel_for(rows, row_grain(d), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      rms_norm_row(normed + m * d, data(x) + m * d, data(w), d, static_cast<T>(eps));
+  });
+  packed_products(products, static_cast<const T*>(normed), rows);
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
                                          const Tensor& up) {
-  const Tensor h = empty(gate.shape(), act());
-  do_swiglu(h, gate, up);
-  do_packed_gemv(products, h);
+  T* const h = scratch_of<T>(gate.numel());
+  parallel_for(gate.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    swiglu_run(h + begin, data(gate) + begin, data(up) + begin, end - begin);
+  });
+  packed_products(products, static_cast<const T*>(h), gate.dim(0));
 }
 
 template <typename T>
