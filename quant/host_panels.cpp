@@ -112,17 +112,6 @@ PanelLayout::PanelLayout(int64_t k, const WeightGrid& grid)
   bytes = of_group(groups - 1).codes + code_bytes;
 }
 
-PanelLayout::Places PanelLayout::of_group(int64_t g) const {
-  const int64_t first = g / kUnitGroups * kUnitGroups;
-  const auto codes_after = [&](int64_t count) {
-    return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;
-  };
-  const int64_t unit = g / kUnitGroups * (codes_after(kUnitGroups) + kUnitGroups * code_bytes);
-  const int64_t count = std::min(kUnitGroups, groups - first);
-  return {unit + (g - first) * zero_bytes, unit + count * zero_bytes + (g - first) * kPanelRows,
-          unit + codes_after(count) + (g - first) * code_bytes};
-}
-
 // In a word of codes, the lower bit of its position i.
 static constexpr int position_shift(int i) { return i % 4 * 8 + i / 4 * 2; }
 
@@ -199,15 +188,16 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels) {
     unpack_panel_row(wq + row * w.k, w, row);
 }
 
-SplitRows::SplitRows(int64_t m, int64_t k, int group)
-    : m(m),
-      k(k),
-      group(group),
-      groups(k / group),
-      parts(static_cast<size_t>(2 * m * k)),
-      sums(static_cast<size_t>(m * groups)),
-      zero_terms(static_cast<size_t>(4 * m * groups)),
-      scales(static_cast<size_t>(m * groups)) {}
+void SplitRows::resize(int64_t rows, int64_t columns, int group_size) {
+  m = rows;
+  k = columns;
+  group = group_size;
+  groups = k / group;
+  parts.resize(static_cast<size_t>(2 * m * k));
+  sums.resize(static_cast<size_t>(m * groups));
+  zero_terms.resize(static_cast<size_t>(4 * m * groups));
+  scales.resize(static_cast<size_t>(m * groups));
+}
 
 // Writes a group: both parts of its integers, their sum and the scale. integer(i) is number i.
 template <typename Integer>

@@ -45,7 +45,17 @@ struct PanelLayout {
   struct Places {
     int64_t zeros, scales, codes;
   };
-  Places of_group(int64_t g) const;
+  Places of_group(int64_t g) const {
+    const int64_t i = g % kUnitGroups, first = g - i, left = groups - first;
+    const int64_t count = left < kUnitGroups ? left : kUnitGroups;
+    const int64_t unit = g / kUnitGroups * (codes_after(kUnitGroups) + kUnitGroups * code_bytes);
+    return {unit + i * zero_bytes, unit + count * zero_bytes + i * kPanelRows,
+            unit + codes_after(count) + i * code_bytes};
+  }
+  // Of a unit of `count` groups, the place of its codes.
+  int64_t codes_after(int64_t count) const {
+    return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;
+  }
 
   int planes;
   int zero_bits;                   // 2 or 8
@@ -76,11 +86,11 @@ void unpack_panels(float* wq, const PanelView& w, Rows panels);
 
 // Rows of activations as integers, which split_rows() writes.
 struct SplitRows {
-  SplitRows(int64_t m, int64_t k, int group);
+  void resize(int64_t rows, int64_t columns, int group_size);  // the content is lost
 
-  int64_t m, k;
-  int group;
-  int64_t groups;                   // of a row
+  int64_t m = 0, k = 0;
+  int group = 0;
+  int64_t groups = 0;               // of a row
   std::vector<int8_t> parts;        // (M, 2, K): high, low
   std::vector<int32_t> sums;        // (M, K/G): of A
   std::vector<int32_t> zero_terms;  // (M, K/G, 4): -4 z sum, for z = 0 .. 3

@@ -51,7 +51,8 @@ std::vector<VectorSet> sets() {
 
 template <typename Activations>
 host::SplitRows split(const Activations& x, int64_t m, int64_t k, int group) {
-  host::SplitRows rows(m, k, group);
+  host::SplitRows rows;
+  rows.resize(m, k, group);
   host::split_rows(rows, x, {0, m * rows.groups});
   return rows;
 }

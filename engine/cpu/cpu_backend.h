@@ -86,6 +86,9 @@ class CpuBackend final : public Backend {
   // Activations: rows of T, or a quantized operand's.
   template <typename Activations>
   void packed_products(const PackedProducts& products, const Activations& x, int64_t m);
+  // attention_cached of one query a sequence.
+  void attend_step(const Tensor& o, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                   const int32_t* start, const AttentionSpec& spec, KvFormat format);
   // The row indices of a batch of `count`, all checked to be rows of src. `op` is for errors.
   static const int32_t* order_of(const char* op, const Rows& batch, int64_t count);
 

@@ -9,6 +9,9 @@
 //
 // A bf16 w is read as it is for few rows of x. For more rows a block of it is widened first.
 #include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "engine/bf16.h"
@@ -40,16 +43,44 @@ T alpha_of(const Tensor& alpha) {
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kWidenedRows = 128;  // of w at a time: the block stays in the cache
 
+// sum_c x[c] w[c] over `pairs` pairs of elements, x as even and odd elements. Two bf16 are a 32-bit
+// word: the upper is an F32 after a mask, the lower after a shift.
+template <typename T>
+T paired_dot(const T* even, const T* odd, const uint16_t* w, int64_t pairs) {
+  constexpr int kLanes = 16;        // of each kind: one cache line of w
+  constexpr int64_t kAhead = 2048;  // elements from a prefetch to the use
+  T lower[kLanes] = {}, upper[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= pairs; c += kLanes) {
+    __builtin_prefetch(w + 2 * c + kAhead);
+    for (int l = 0; l < kLanes; ++l) {
+      uint32_t pair;
+      std::memcpy(&pair, w + 2 * (c + l), sizeof pair);
+      lower[l] = std::fma(even[c + l], T{std::bit_cast<float>(pair << 16)}, lower[l]);
+      upper[l] = std::fma(odd[c + l], T{std::bit_cast<float>(pair & 0xFFFF0000u)}, upper[l]);
+    }
+  }
+  T total = lane_sum<T>(kLanes, [&](int64_t l) { return lower[l] + upper[l]; });
+  for (; c < pairs; ++c)
+    total += even[c] * T{from_bf16(w[2 * c])} + odd[c] * T{from_bf16(w[2 * c + 1])};
+  return total;
+}
+
 // Columns [begin, end) of y (m, n) = scale x w^T + beta y, with bf16 w (n, k).
 template <typename T>
 void gemm_nt_bf16(T* y, const T* x, const uint16_t* w, int64_t m, int64_t n, int64_t k, T scale,
                   T beta, int64_t begin, int64_t end) {
   if (m <= kFewRows) {
+    const int64_t pairs = k / 2;
+    std::vector<T> split(static_cast<size_t>(m * 2 * pairs));  // (m, 2, pairs): even, odd
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t c = 0; c < 2 * pairs; ++c)
+        split[static_cast<size_t>((2 * i + c % 2) * pairs + c / 2)] = x[i * k + c];
     for (int64_t j = begin; j < end; ++j)
       for (int64_t i = 0; i < m; ++i) {
-        const T* a = x + i * k;
-        const uint16_t* b = w + j * k;
-        const T sum = lane_sum<T>(k, [=](int64_t c) { return a[c] * T{from_bf16(b[c])}; });
+        const T* even = split.data() + 2 * i * pairs;
+        T sum = paired_dot(even, even + pairs, w + j * k, pairs);
+        if (k % 2 == 1) sum += x[i * k + k - 1] * T{from_bf16(w[j * k + k - 1])};
         T& out = y[i * n + j];
         out = beta == T{0} ? scale * sum : scale * sum + beta * out;
       }

@@ -5,6 +5,7 @@
 //
 // Rows of a packed table are unpacked by id, times S.
 #include <algorithm>
+#include <vector>
 
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/row_ops.h"
@@ -25,10 +26,18 @@ host::PanelView panel_view(const PackedWeight& w) {
           w.format.stored_k(), w.format.weight};
 }
 
-// Panels of one task.
-int64_t panel_grain(const host::PanelView& w, int threads) {
-  const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * w.k;
-  return std::max((w.count() + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
+// Panels of one task, of `count` panels of rows of k codes.
+int64_t panel_grain(int64_t count, int64_t k, int threads) {
+  const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * k;
+  return std::max((count + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
+}
+
+// Kept by the thread: a step has hundreds of products.
+template <typename T>
+T* scratch_of(int64_t elements) {
+  static thread_local std::vector<T> buffer;
+  buffer.resize(static_cast<size_t>(elements));
+  return buffer.data();
 }
 
 }  // namespace
@@ -53,9 +62,10 @@ template <typename T>
 void CpuBackend<T>::do_unpack(const Tensor& wq, const PackedWeight& w) {
   if constexpr (kPanels) {
     const host::PanelView panels = panel_view(w);
-    parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
-      host::unpack_panels(data(wq), panels, {begin, end});
-    });
+    parallel_for(panels.count(), panel_grain(panels.count(), panels.k, threads()),
+                 [&](int64_t begin, int64_t end) {
+                   host::unpack_panels(data(wq), panels, {begin, end});
+                 });
   } else {
     const quant::PackedView packed = joined_view(w);
     parallel_for(packed.n, row_grain(packed.k), [&](int64_t begin, int64_t end) {
@@ -89,20 +99,28 @@ template <typename Activations>
 void CpuBackend<T>::packed_products(const PackedProducts& products, const Activations& x,
                                     int64_t m) {
   if constexpr (kPanels) {
-    // All products take the same rows: they are split once.
+    // All products take the same rows, which are split once, and share one loop.
+    static thread_local host::SplitRows rows;
     const quant::LinearFormat& format = products[0].weight.format;
-    host::SplitRows rows(m, format.stored_k(), format.weight.group);
+    rows.resize(m, format.stored_k(), format.weight.group);
     parallel_for(m * rows.groups, kSplitElements / format.weight.group,
-                 [&](int64_t begin, int64_t end) {
-                   host::split_rows(rows, x, {begin, end});
+                 [&, to = &rows](int64_t begin, int64_t end) {
+                   host::split_rows(*to, x, {begin, end});
                  });
-    for (const PackedProduct& product : products) {
-      const host::PanelView panels = panel_view(product.weight);
-      parallel_for(panels.count(), panel_grain(panels, threads()), [&](int64_t begin, int64_t end) {
-        host::panel_gemv(data(product.y), rows, panels, data(product.addend), {begin, end},
-                         host::fastest_set());
-      });
-    }
+    int64_t count = 0;
+    for (const PackedProduct& product : products) count += panel_view(product.weight).count();
+    parallel_for(count, panel_grain(count, rows.k, threads()),
+                 [&, from = &rows](int64_t begin, int64_t end) {
+                   for (const PackedProduct& product : products) {
+                     const host::PanelView w = panel_view(product.weight);
+                     if (begin < w.count() && end > 0)
+                       host::panel_gemv(data(product.y), *from, w, data(product.addend),
+                                        {std::max<int64_t>(begin, 0), std::min(end, w.count())},
+                                        host::fastest_set());
+                     begin -= w.count();
+                     end -= w.count();
+                   }
+                 });
   } else {
     for (const PackedProduct& product : products) {
       const quant::PackedView packed = joined_view(product.weight);
@@ -121,17 +139,23 @@ void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor&
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
                                           const Tensor& w, double eps) {
-  const Tensor normed = empty(x.shape(), act());
-  do_rms_norm(normed, empty({x.dim(0)}, real()), x, w, eps);
-  do_packed_gemv(products, normed);
+  const int64_t rows = x.dim(0), d = x.dim(1);
+  T* const normed = scratch_of<T>(rows * d);
+  parallel_for(rows, row_grain(d), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      rms_norm_row(normed + m * d, data(x) + m * d, data(w), d, static_cast<T>(eps));
+  });
+  packed_products(products, static_cast<const T*>(normed), rows);
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
                                          const Tensor& up) {
-  const Tensor h = empty(gate.shape(), act());
-  do_swiglu(h, gate, up);
-  do_packed_gemv(products, h);
+  T* const h = scratch_of<T>(gate.numel());
+  parallel_for(gate.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
+    swiglu_run(h + begin, data(gate) + begin, data(up) + begin, end - begin);
+  });
+  packed_products(products, static_cast<const T*>(h), gate.dim(0));
 }
 
 template <typename T>

@@ -2,13 +2,13 @@
 // rotated by the angle (start[b] + t) * inv_freq[i], or by its negative for Rotation::Inverse, and
 // multiplied by `factor`.
 //
-// The angle is a product in T, as on the GPU. Its sine and cosine are computed in double, once for
-// all heads of a token, and where all sequences start at 0, once for all sequences too.
+// Angles (row_ops.h) are computed once for all heads of a token, and where all sequences start at
+// 0, once for all sequences too.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "engine/cpu/cpu_backend.h"
+#include "engine/cpu/row_ops.h"
 
 namespace bbb::engine {
 
@@ -25,25 +25,14 @@ void CpuBackend<T>::do_rope(const Tensor& x, const Tensor& inv_freq, const Tenso
   parallel_for(tokens, angle_grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t position = token % time + (first != nullptr ? first[token / time] : 0);
-      for (int64_t i = 0; i < half; ++i) {
-        const double angle = static_cast<T>(position) * static_cast<T>(freq[i]);
-        const auto at = static_cast<size_t>(token * half + i);
-        cosine[at] = static_cast<T>(factor * std::cos(angle));
-        sine[at] = static_cast<T>(sign * factor * std::sin(angle));
-      }
+      rope_angles(cosine.data() + token * half, sine.data() + token * half, position, freq, half,
+                  factor, sign);
     }
   });
   parallel_for(batch * time, row_grain(heads * d), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T *c = cosine.data() + row % tokens * half, *s = sine.data() + row % tokens * half;
-      for (int64_t h = 0; h < heads; ++h) {
-        T *low = data(x) + (row * heads + h) * d, *high = low + half;
-        for (int64_t i = 0; i < half; ++i) {
-          const T a = low[i], b = high[i];
-          low[i] = a * c[i] - b * s[i];
-          high[i] = b * c[i] + a * s[i];
-        }
-      }
+      const int64_t at = row % tokens * half;
+      rotate_row(data(x) + row * heads * d, cosine.data() + at, sine.data() + at, heads, half);
     }
   });
 }

@@ -18,6 +18,31 @@ T rms_norm_row(T* out, const T* in, const T* weight, int64_t d, T eps) {
   return r;
 }
 
+// Cosines and sines (d/2) of a position's angles, times `factor`. The angle is a product in T, as
+// on the GPU; its sine and cosine are computed in double.
+template <typename T>
+void rope_angles(T* cosine, T* sine, int64_t position, const float* inv_freq, int64_t half,
+                 double factor, double sign) {
+  for (int64_t i = 0; i < half; ++i) {
+    const double angle = static_cast<T>(position) * static_cast<T>(inv_freq[i]);
+    cosine[i] = static_cast<T>(factor * std::cos(angle));
+    sine[i] = static_cast<T>(sign * factor * std::sin(angle));
+  }
+}
+
+// Rotates x (heads, d) by the angles of one position.
+template <typename T>
+void rotate_row(T* x, const T* cosine, const T* sine, int64_t heads, int64_t half) {
+  for (int64_t h = 0; h < heads; ++h) {
+    T *low = x + 2 * h * half, *high = low + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const T a = low[i], b = high[i];
+      low[i] = a * cosine[i] - b * sine[i];
+      high[i] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
 template <typename T>
 quant::host::QuantizedRows<T> quantized_rows(const OperandRows& rows) {
   return {rows.codes.data<uint8_t>(), rows.zeros.data<uint8_t>(), rows.scales.data<T>()};
