@@ -3,25 +3,28 @@
 //
 //   y = S x ((q - z) e)^T (+ addend)        x (M, K) bf16, y (M, N) bf16 or FP32
 //
-// Weights are the operand A, 64 output rows a warpgroup, made in registers; rows of x are columns
-// of B, kTokens of them, a tile in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h),
+// Weights are the operand A, made in registers; rows of x are columns of B, kTokens of them, a tile
+// in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h),
 // so a product differs from one in F64 only by the FP32 sums.
 //
-// A block has up to four warpgroups. A stage of its ring holds a slice of 128 positions: the row
-// tiles of all its warpgroups, consecutive in memory, and kTokens rows of x. Each warp makes the
-// fragments of its own row tile, those of half a slice, A(i), while the half before is multiplied:
+// A stage of a block's ring holds a slice of 128 positions: the block's row tiles, consecutive in
+// memory, and kTokens rows of x. Up to 32 rows of x, a block has 64 or 128 output rows, and its
+// warpgroups take slices in turn; their sums are added in shared memory. For more rows of x, each
+// warpgroup has its own 64 output rows, and takes all slices. Each warp makes the fragments of its
+// own one or two row tiles, those of half a slice, A(i), while the half before is multiplied:
 //
 //     wait full | make A(0) | issue A(0) | wait for the half before, leave its stage | make A(1)
 //     | issue A(1) | wait for A(0)
 //
-// Thread 0 refills a stage once all warps have left it.
+// The first thread of those that share a stage refills it once all their warps have left it.
 //
-// A launch takes up to three products of the same x. Each is divided into shares of whole
-// warpgroups. A cluster of up to eight blocks takes a share and kTokens rows of x, and each block a
-// part of the slices. They add up their sums as cuda/packed_sums.h describes. Bytes moved: tiles
-// once for each kTokens rows of x, from memory once; x once for each share, from the L2 cache.
+// A launch takes up to three products of the same x. Each is divided into shares. A cluster of up
+// to eight blocks takes a share and kTokens rows of x, and each block a part of the slices. They
+// add up their sums as cuda/packed_sums.h describes. Bytes moved: tiles once for each kTokens rows
+// of x, from memory once; x once for each share, from the L2 cache.
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
@@ -38,20 +41,18 @@ using quant::kTileRows;
 
 constexpr int kMaxSplit = 8;  // blocks of a cluster
 constexpr int kMaxStages = 16;
-constexpr int kMaxGroups = 4;  // warpgroups of a multiprocessor, whose registers they fill
+constexpr int kMaxBlocks = 3;  // on a multiprocessor
 
 // Whether the warpgroups of a block take slices in turn, each for all output rows of the block.
 // Otherwise each takes 64 output rows, and all slices: then they share the rows of x, which are the
 // larger part of a stage.
 constexpr bool by_slices(int tokens) { return tokens <= 32; }
-// The most blocks that fit on a multiprocessor. With two, the next product's copies start while
-// this one still runs.
-constexpr int most_blocks(int tokens) { return tokens <= 64 ? 2 : 1; }
-
+// A warp multiplies kTiles row tiles by a slice. Warpgroups of a multiprocessor: they fill its
+// registers.
+constexpr int most_groups(int tokens, int tiles) { return tokens <= 32 && tiles == 1 ? 6 : 4; }
+constexpr int most_tiles(int tokens) { return tokens <= 32 ? 2 : 1; }
 // Fragments of A, of half a slice each: with two, one is made while the other is multiplied.
-constexpr int buffers_of(int tokens, int tiles) {
-  return tokens * tiles > 32 && tokens == 32 ? 1 : 2;
-}
+constexpr int buffers_of(int tokens, int tiles) { return tokens == 32 && tiles == 2 ? 1 : 2; }
 
 // Bytes of a stage's slice of x. The stages' slices come first, aligned as swizzled tiles are.
 constexpr int x_bytes(int tokens) { return tokens * kTileColumns * 2; }
@@ -62,14 +63,12 @@ struct GemmShape {
   int received_at, barriers_at;  // bytes of shared memory
 };
 
-// kTiles: row tiles that a warp multiplies by each slice. Block (share and rank, token tile).
+// Block (share and rank, token tile).
 // Shared memory from a multiple of 1024 on: the stages' slices of x and their tiles, at the end the
 // block's own sums (kTokens, pitch), if the warpgroups take slices those of each; the others' sums
 // of this block's tokens (split - 1, tokens, pitch); two barriers a stage and one for those sums.
 template <int kTokens, int kTiles>
-__global__ void __launch_bounds__(kMaxGroups* kWarpgroup /
-                                      (by_slices(kTokens) ? 1 : most_blocks(kTokens)),
-                                  by_slices(kTokens) ? 1 : most_blocks(kTokens))
+__global__ void __launch_bounds__(most_groups(kTokens, kTiles) * kWarpgroup, 1)
     packed_gemm_kernel(const __grid_constant__ CUtensorMap x_map,
                        const __grid_constant__ ProductList products, GemmShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -80,7 +79,8 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup /
   unsigned char* const smem = swizzled_smem();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int groups = static_cast<int>(blockDim.x) / kWarpgroup;
-  const int group = thread / kWarpgroup;
+  // From lane 0: then the compiler knows that all lanes have the same.
+  const int warp = __shfl_sync(0xFFFFFFFFu, thread / 32, 0), group = warp / 4;
   const int split = cluster_blocks(), rank = cluster_rank();
   const int first_slice = rank * shape.slices / split;
   const int slices = (rank + 1) * shape.slices / split - first_slice;
@@ -90,9 +90,14 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup /
   const int p = find_product(products, share);
   const TiledProduct& product = products.items[p].of;
   const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
-  const int block_tiles = kGroupTiles * (kBySlices ? 1 : groups);  // at most
-  const int64_t first_tile = share * block_tiles;
-  const int row_tiles = static_cast<int>(min(int64_t{block_tiles}, all_tiles - first_tile));
+  // Row tiles are divided among the shares by fours, at most block_tiles each.
+  const int block_tiles = kGroupTiles * (kBySlices ? 1 : groups);
+  const auto fours = static_cast<unsigned>((all_tiles + 3) / 4);
+  const auto shares = static_cast<unsigned>(products.items[p].shares);
+  const unsigned first_four = static_cast<unsigned>(share) * fours / shares;
+  const unsigned end_four = (static_cast<unsigned>(share) + 1) * fours / shares;
+  const int64_t first_tile = int64_t{first_four} * 4;
+  const int row_tiles = static_cast<int>(min(int64_t{end_four} * 4, all_tiles) - first_tile);
 
   const int tile_stage = block_tiles * kTileBytes;
   unsigned char* const tiles = smem + shape.stages * Rows::kBytes;
@@ -120,39 +125,39 @@ __global__ void __launch_bounds__(kMaxGroups* kWarpgroup /
                full + stage * 8, (first_slice + i) * kTileColumns + panel * Rows::Panel::kColumns,
                first_token);
   };
-  // Thread 0 starts the first copies.
-  const int ahead = min(slices, shape.stages);
   if (thread < 32) {
     if (lane < shape.stages) {
       mbarrier_init(full + lane * 8, 1);
       mbarrier_init(empty + lane * 8, (kBySlices ? 1 : groups) * 4);
     }
-    if (lane == 0) sums.init();
+    if (lane == 0) {
+      sums.init();
+      prefetch_map(x_map);
+      prefetch_to_l2(product.w.master_scale);
+    }
     mbarrier_init_fence();
     async_proxy_fence();
-    __syncwarp();
-    if (lane == 0) {
-      prefetch_map(x_map);
-#pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_tiles(i, i);
-    }
   }
   __syncthreads();
   if (split > 1) cluster_arrive();
-  if (thread == 0) prefetch_to_l2(product.w.master_scale);
+  // Each warp starts some of the first copies.
+  const auto start_copies = [&](const auto& copy) {
+    if (lane == 0) {
+#pragma unroll 1
+      for (int i = warp; i < min(slices, shape.stages); i += groups * 4) copy(i, i);
+    }
+    __syncwarp();
+  };
+  start_copies(copy_tiles);
   start_next_kernel();
   wait_for_previous_kernel();
+  start_copies(copy_x);
   const float s = load_past_l1(product.w.master_scale) * (1 << kShiftedDown);
-  if (thread == 0) {
-#pragma unroll 1
-    for (int i = 0; i < ahead; ++i) copy_x(i, i);
-  }
-  __syncwarp();
 
   float d[kTiles][kTokens / 8][4] = {};
   uint32_t nan_bits[kTiles] = {};
   // Of the warp: its first row tile; others are four on.
-  const int warp_tile = (kBySlices ? 0 : group * kGroupTiles) + thread / 32 % 4;
+  const int warp_tile = (kBySlices ? 0 : group * kGroupTiles) + warp % 4;
   const int first = kBySlices ? group : 0, step = kBySlices ? groups : 1;
   {
     int stage = first, parity = 0;
@@ -270,8 +275,17 @@ struct Division {
   int64_t cost = 0;
 
   int64_t block_tiles() const { return int64_t{tiles} * 4 * (by_slices(tokens) ? 1 : groups); }
-  int64_t shares(const TiledProduct& product) const {
-    return ceil_div(quant::row_tiles(product.w.n), block_tiles());
+  // Shares of each product, into which its row tiles are divided by fours. One product alone gets
+  // a share for each multiprocessor if it can: where all have a block of a product, all have room
+  // for one of the next.
+  std::array<int64_t, kMaxProducts> shares(Products products, const ClusterLimits& limits,
+                                           int64_t token_tiles) const {
+    std::array<int64_t, kMaxProducts> all{};
+    const auto most = [&](size_t i) { return ceil_div(quant::row_tiles(products[i].w.n), 4); };
+    for (size_t i = 0; i < products.size(); ++i) all[i] = ceil_div(most(i), block_tiles() / 4);
+    if (products.size() == 1)
+      all[0] = std::max(all[0], std::min(most(0), limits[split] / token_tiles));
+    return all;
   }
   // Slices of a block, and of a warpgroup of these.
   int64_t block_slices(int64_t k) const { return ceil_div(quant::column_slices(k), split); }
@@ -282,9 +296,8 @@ struct Division {
   // Cycles on an H200.
   void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles) {
     const int64_t k = products[0].w.k;
-    int64_t clusters = 0;
-    for (const TiledProduct& product : products) clusters += shares(product);
-    clusters *= token_tiles;
+    const auto all = shares(products, limits, token_tiles);
+    const int64_t clusters = std::accumulate(all.begin(), all.end(), int64_t{0}) * token_tiles;
     // Blocks that share a multiprocessor.
     const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks);
     const int64_t waves = ceil_div(clusters, limits[split] * shared);
@@ -312,6 +325,9 @@ struct Memory {
     const int64_t limit_bytes = at.block_bytes(by.blocks);
     stages = std::min({slices, int64_t{kMaxStages},
                        (limit_bytes - kAlignment - received_bytes - 8) / (stage_bytes + 16)});
+    // Each warpgroup has its own stages. So none waits for a phase of a barrier before it has seen
+    // the one before, which has the parity of the one after.
+    if (stages < slices) stages -= stages % step;
     received_at = std::max(stages * stage_bytes, step * by.tokens * pitch_bytes);
     barriers_at = received_at + received_bytes;
     bytes = kAlignment + barriers_at + stages * 16 + 8;
@@ -327,9 +343,9 @@ Division divide(const ProductLaunch& at, Products products, const ClusterLimits&
                 int64_t token_tiles) {
   const int64_t k = products[0].w.k;
   Division best{};
-  for (int tiles = 1; tiles <= (by_slices(tokens) ? 2 : 1); ++tiles)
-    for (int blocks = 1; blocks <= most_blocks(tokens); ++blocks)
-      for (int groups = 1; groups <= kMaxGroups / blocks; ++groups)
+  for (int tiles = 1; tiles <= most_tiles(tokens); ++tiles)
+    for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
+      for (int groups = 1; groups <= most_groups(tokens, tiles) / blocks; ++groups)
         for (int split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
              ++split) {
           if (limits[static_cast<size_t>(split)] == 0) continue;
@@ -343,33 +359,32 @@ Division divide(const ProductLaunch& at, Products products, const ClusterLimits&
 
 template <int kTokens, int kTiles>
 void launch_division(const ProductLaunch& at, Products products, const bf16* x, int64_t m,
-                     const Division& by) {
+                     const Division& by, const std::array<int64_t, kMaxProducts>& shares) {
   const int64_t k = products[0].w.k;
   const Memory memory(at, by, k);
   ProductList list{};
-  int64_t shares = 0;
-  for (size_t i = 0; i < products.size(); ++i) {
-    list.items[i] = {products[i], by.shares(products[i])};
-    shares += list.items[i].shares;
-  }
-  launch(
-      at.stream,
-      {dim3(static_cast<unsigned>(shares * by.split), static_cast<unsigned>(ceil_div(m, kTokens))),
-       dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
-       static_cast<unsigned>(by.split)},
-      packed_gemm_kernel<kTokens, kTiles>, matrix_map(x, m, k, kTokens), list,
-      GemmShape{static_cast<int>(quant::column_slices(k)), static_cast<int>(m),
-                static_cast<int>(memory.stages), static_cast<int>(memory.received_at),
-                static_cast<int>(memory.barriers_at)});
+  for (size_t i = 0; i < products.size(); ++i) list.items[i] = {products[i], shares[i]};
+  launch(at.stream,
+         {dim3(static_cast<unsigned>(std::accumulate(shares.begin(), shares.end(), int64_t{0}) *
+                                     by.split),
+               static_cast<unsigned>(ceil_div(m, kTokens))),
+          dim3(static_cast<unsigned>(by.groups * kWarpgroup)), memory.bytes, true,
+          static_cast<unsigned>(by.split)},
+         packed_gemm_kernel<kTokens, kTiles>, matrix_map(x, m, k, kTokens), list,
+         GemmShape{static_cast<int>(quant::column_slices(k)), static_cast<int>(m),
+                   static_cast<int>(memory.stages), static_cast<int>(memory.received_at),
+                   static_cast<int>(memory.barriers_at)});
 }
 
 template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
   static const ClusterLimits limits = find_cluster_limits(at);
-  const Division by = divide(at, products, limits, kTokens, ceil_div(m, kTokens));
-  if constexpr (by_slices(kTokens))
-    if (by.tiles == 2) return launch_division<kTokens, 2>(at, products, x, m, by);
-  launch_division<kTokens, 1>(at, products, x, m, by);
+  const int64_t token_tiles = ceil_div(m, kTokens);
+  const Division by = divide(at, products, limits, kTokens, token_tiles);
+  const auto shares = by.shares(products, limits, token_tiles);
+  if constexpr (most_tiles(kTokens) == 2)
+    if (by.tiles == 2) return launch_division<kTokens, 2>(at, products, x, m, by, shares);
+  launch_division<kTokens, 1>(at, products, x, m, by, shares);
 }
 
 }  // namespace
