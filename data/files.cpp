@@ -19,13 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Descriptor {
-  int fd;
-  ~Descriptor() {
-    if (fd >= 0) ::close(fd);
-  }
-};
-
 std::string cause() { return std::strerror(errno); }
 
 std::string parent_of(const std::string& path) {
@@ -70,34 +63,46 @@ void remove_leftovers(const std::string& path) {
       leftovers.push_back(entry.path());
   }
   for (const fs::path& leftover : leftovers) {
-    const Descriptor d{::open(leftover.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)};
-    if (d.fd >= 0 && ::flock(d.fd, LOCK_EX | LOCK_NB) == 0 && is_at(d.fd, leftover))
+    const Descriptor d(::open(leftover.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+    if (d.is_open() && ::flock(d.fd(), LOCK_EX | LOCK_NB) == 0 && is_at(d.fd(), leftover))
       fs::remove_all(leftover, ignored);
   }
+}
+
+// Can a rename replace this empty directory? Not one that a process works in, or that a file system
+// is mounted on.
+void check_replaceable(const std::string& path) {
+  std::error_code error;
+  BBB_CHECK(!fs::equivalent(path, fs::current_path(), error), path,
+            " is the working directory, which cannot be replaced: name a directory inside it");
+  struct stat own = {}, above = {};
+  const bool known = ::stat(path.c_str(), &own) == 0 && ::stat((path + "/..").c_str(), &above) == 0;
+  BBB_CHECK(!known || own.st_dev == above.st_dev, path,
+            " is a mount point, which cannot be replaced: name a directory inside it");
 }
 
 // Makes a rename inside the directory durable. Some file systems cannot sync a directory: EINVAL is
 // no error.
 void sync_directory(const std::string& directory) {
-  const Descriptor d{::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
-  BBB_CHECK(d.fd >= 0, "cannot open ", directory, ": ", cause());
-  BBB_CHECK(::fsync(d.fd) == 0 || errno == EINVAL, "cannot sync ", directory, ": ", cause());
+  const Descriptor d(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  BBB_CHECK(d.is_open(), "cannot open ", directory, ": ", cause());
+  BBB_CHECK(::fsync(d.fd()) == 0 || errno == EINVAL, "cannot sync ", directory, ": ", cause());
 }
 
 }  // namespace
 
 std::string read_file(const std::string& path) {
-  const Descriptor d{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  BBB_CHECK(d.fd >= 0, "cannot open ", path, ": ", cause());
+  const Descriptor d(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  BBB_CHECK(d.is_open(), "cannot open ", path, ": ", cause());
   struct stat info = {};
-  BBB_CHECK(::fstat(d.fd, &info) == 0, "cannot read ", path, ": ", cause());
+  BBB_CHECK(::fstat(d.fd(), &info) == 0, "cannot read ", path, ": ", cause());
   BBB_CHECK(!S_ISDIR(info.st_mode), path, " is a directory, not a file");
   // Read to the end, not to st_size: a pipe has no size.
   std::string content;
   size_t used = 0;
   content.resize(static_cast<size_t>(std::max<off_t>(info.st_size, 0)) + 1);
   for (;;) {
-    const ssize_t n = ::read(d.fd, content.data() + used, content.size() - used);
+    const ssize_t n = ::read(d.fd(), content.data() + used, content.size() - used);
     if (n < 0 && errno == EINTR) continue;
     BBB_CHECK(n >= 0, "cannot read ", path, ": ", cause());
     if (n == 0) break;
@@ -185,32 +190,34 @@ Parents::~Parents() {
     ::rmdir(directory->c_str());
 }
 
+bool Descriptor::close() {
+  const int fd = std::exchange(fd_, -1);
+  return fd < 0 || ::close(fd) == 0;
+}
+
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   std::error_code error;
   BBB_CHECK(!fs::is_directory(path_, error), "cannot write ", path_, ": it is a directory");
   remove_leftovers(path_);
-  for (int attempt = 0; fd_ < 0; ++attempt) {
+  for (int attempt = 0; !file_.is_open(); ++attempt) {
     temporary_ = temporary_name(path_, attempt);
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    BBB_CHECK(fd_ >= 0 || (errno == EEXIST && attempt < kAttempts), "cannot write ", path_, ": ",
-              cause());
-    if (fd_ >= 0 && !claim(fd_)) {
-      ::close(fd_);
-      fd_ = -1;
-    }
+    file_ = Descriptor(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+    BBB_CHECK(file_.is_open() || (errno == EEXIST && attempt < kAttempts), "cannot write ", path_,
+              ": ", cause());
+    if (file_.is_open() && !claim(file_.fd())) file_.close();
   }
 }
 
 AtomicFile::~AtomicFile() {
-  if (fd_ >= 0) ::close(fd_);
   if (!committed_) ::unlink(temporary_.c_str());
 }
 
 void AtomicFile::write(const void* data, int64_t bytes) {
-  BBB_ASSERT(fd_ >= 0 && bytes >= 0);
+  BBB_ASSERT(file_.is_open() && bytes >= 0);
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
-    const ssize_t n = ::write(fd_, p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)));
+    const ssize_t n =
+        ::write(file_.fd(), p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)));
     if (n < 0 && errno == EINTR) continue;
     BBB_CHECK(n > 0, "cannot write ", path_, ": ", cause());
     p += n;
@@ -219,11 +226,11 @@ void AtomicFile::write(const void* data, int64_t bytes) {
 }
 
 void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
-  BBB_ASSERT(fd_ >= 0 && offset >= 0 && bytes >= 0);
+  BBB_ASSERT(file_.is_open() && offset >= 0 && bytes >= 0);
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
     const ssize_t n =
-        ::pwrite(fd_, p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
+        ::pwrite(file_.fd(), p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
     if (n < 0 && errno == EINTR) continue;
     BBB_CHECK(n > 0, "cannot write ", path_, ": ", cause());
     p += n;
@@ -233,12 +240,10 @@ void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
 }
 
 void AtomicFile::commit() {
-  BBB_ASSERT(fd_ >= 0);
-  BBB_CHECK(::fsync(fd_) == 0, "cannot write ", path_, ": ", cause());
-  const Descriptor lock{::dup(fd_)};  // until the temporary has its name
-  const int fd = fd_;
-  fd_ = -1;
-  BBB_CHECK(::close(fd) == 0, "cannot write ", path_, ": ", cause());
+  BBB_ASSERT(file_.is_open());
+  BBB_CHECK(::fsync(file_.fd()) == 0, "cannot write ", path_, ": ", cause());
+  const Descriptor lock(::dup(file_.fd()));  // until the temporary has its name
+  BBB_CHECK(file_.close(), "cannot write ", path_, ": ", cause());
   BBB_CHECK(::rename(temporary_.c_str(), path_.c_str()) == 0, "cannot write ", path_, ": ",
             cause());
   committed_ = true;
@@ -251,27 +256,24 @@ AtomicDirectory::AtomicDirectory(std::string path)
   if (fs::exists(path_, error)) {
     BBB_CHECK(fs::is_directory(path_, error), path_, " exists and is not a directory");
     BBB_CHECK(fs::is_empty(path_, error), path_, " exists and is not empty");
+    check_replaceable(path_);
   }
   remove_leftovers(path_);
-  for (int attempt = 0; lock_ < 0; ++attempt) {
+  for (int attempt = 0; !lock_.is_open(); ++attempt) {
     temporary_ = temporary_name(path_, attempt);
     const bool made = ::mkdir(temporary_.c_str(), 0777) == 0;
     BBB_CHECK(made || (errno == EEXIST && attempt < kAttempts), "cannot make directory ", path_,
               ": ", cause());
     if (!made) continue;
-    lock_ = ::open(temporary_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    BBB_CHECK(lock_ >= 0 || errno == ENOENT, "cannot open directory ", path_, ": ", cause());
-    if (lock_ >= 0 && !claim(lock_)) {
-      ::close(lock_);
-      lock_ = -1;
-    }
+    lock_ = Descriptor(::open(temporary_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    BBB_CHECK(lock_.is_open() || errno == ENOENT, "cannot open directory ", path_, ": ", cause());
+    if (lock_.is_open() && !claim(lock_.fd())) lock_.close();
   }
 }
 
 AtomicDirectory::~AtomicDirectory() {
   std::error_code ignored;  // a destructor cannot report it
   if (!committed_) fs::remove_all(temporary_, ignored);
-  ::close(lock_);
 }
 
 void AtomicDirectory::commit() {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace bbb::data {
@@ -51,6 +52,26 @@ class Parents {
   std::vector<std::string> made_;  // the outermost one first
 };
 
+// An open file or directory; -1: none.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd = -1) : fd_(fd) {}
+  ~Descriptor() { close(); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  int fd() const { return fd_; }
+  bool is_open() const { return fd_ >= 0; }
+  bool close();  // false, with errno set, if what was written could not be stored
+
+ private:
+  int fd_;
+};
+
 // Atomic writers lock what they write. So a temporary without a lock is the rest of a process that
 // was killed; the next writer of the same path removes it.
 
@@ -72,13 +93,14 @@ class AtomicFile {
  private:
   std::string path_;
   std::string temporary_;
-  int fd_ = -1;
+  Descriptor file_;
   bool committed_ = false;
 };
 
 // A directory that is filled under a temporary name next to `path`. commit() renames it into place;
 // without commit() the destructor removes it. The constructor makes missing parents, and throws if
-// `path` exists and is not an empty directory, or if a parent is read-only.
+// `path` exists and is not an empty directory, if it is the working directory or a mount point, or
+// if a parent is read-only.
 class AtomicDirectory {
  public:
   explicit AtomicDirectory(std::string path);
@@ -92,7 +114,7 @@ class AtomicDirectory {
   std::string path_;
   Parents parents_;
   std::string temporary_;
-  int lock_ = -1;  // of the temporary directory
+  Descriptor lock_;  // of the temporary directory
   bool committed_ = false;
 };
 

@@ -160,8 +160,8 @@ class SentencePieceTokenizer final : public Tokenizer {
                    const std::string& where) {
     const auto status = processor->LoadFromSerializedProto(model);
     BBB_CHECK(status.ok(), where,
-              ": tokenizer.model is not a sentencepiece model, and there is no ",
-              "tokenizer.json of BPE: ", printable(status.ToString()));
+              ": tokenizer.model is no sentencepiece model, or cut short, and there is no "
+              "tokenizer.json of BPE");
   }
   int32_t pieces() const { return processor_.GetPieceSize(); }
   std::optional<int32_t> find_piece(std::string_view text) const {

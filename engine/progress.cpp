@@ -14,7 +14,7 @@ using Clock = std::chrono::steady_clock;
 
 namespace {
 
-constexpr size_t kBar = 24, kLeastBar = 8;
+constexpr size_t kBar = 24, kLeastBar = 8, kLeastLabel = 8;
 
 // Can a line be overwritten?
 bool redraws() {
@@ -59,17 +59,23 @@ Progress::~Progress() {
 
 std::string Progress::line(const std::string& label, int64_t done, int64_t total, double elapsed_s,
                            double left_s, const std::string& note) {
-  const std::string end = cat("] ", done, "/", total, "  ", duration_text(elapsed_s),
-                              left_s < 0 ? "" : cat(", ", duration_text(left_s), " left"));
-  const size_t fixed = end.size() + kLeastBar + 2;
-  const std::string begin = label.substr(0, kColumns - std::min(kColumns, fixed)) + " [";
-  const size_t taken = begin.size() + end.size();
-  const size_t bar = std::clamp(kColumns - std::min(kColumns, taken), kLeastBar, kBar);
-  const auto filled =
-      static_cast<size_t>(static_cast<int64_t>(bar) * std::min(done, total) / total);
-  std::string text = begin + std::string(filled, '#') + std::string(bar - filled, '.') + end;
-  if (!note.empty()) text += "  " + note;
-  return text.substr(0, kColumns);
+  const auto behind = [](const std::string& text) { return text.empty() ? "" : "  " + text; };
+  const std::string count = cat(done, "/", total), end = behind(note.substr(0, kLongestNote)),
+                    left = left_s < 0 ? "" : cat(duration_text(left_s), " left"),
+                    both = cat(duration_text(elapsed_s), left.empty() ? "" : ", ", left);
+  for (const std::string& times : {both, left}) {
+    const std::string right = cat("] ", count, behind(times), end);
+    const size_t taken = label.size() + 2 + right.size();
+    if (taken + kLeastBar > kColumns) continue;
+    const size_t bar = std::min(kBar, kColumns - taken);
+    const auto filled =
+        static_cast<size_t>(static_cast<double>(bar) * static_cast<double>(std::min(done, total)) /
+                            static_cast<double>(total));
+    return cat(label, " [", std::string(filled, '#'), std::string(bar - filled, '.'), right);
+  }
+  std::string right = cat(" ", count, behind(left), end);
+  if (right.size() + std::min(label.size(), kLeastLabel) > kColumns) right = cat(" ", count, end);
+  return label.substr(0, kColumns - right.size()) + right;
 }
 
 void Progress::set(int64_t done, const std::string& note) {

@@ -160,6 +160,15 @@ TEST_CASE("answers: the next commands name the export beside the run, as words o
   config.out = "it's mine/";
   CHECK_THAT(train::next_commands(config),
              Contains(R"(--run 'it'\''s mine' --out 'it'\''s mine-w2a8')"));
+  const std::pair<const char*, const char*> unnamed[] = {
+      {".", "--run . --out w2a8\n"},       {"./", "--run . --out w2a8\n"},
+      {"..", "--run .. --out ../w2a8\n"},  {"a/..", "--run a/.. --out w2a8\n"},
+      {"a/.", "--run a/. --out a-w2a8\n"}, {"./a", "--run ./a --out a-w2a8\n"},
+      {"/", "--run / --out /w2a8\n"}};
+  for (const auto& [out, command] : unnamed) {
+    config.out = out;
+    CHECK_THAT(train::next_commands(config), Contains(command));
+  }
 }
 
 TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing behind", "[answers]") {
@@ -178,7 +187,7 @@ TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing beh
                             Contains("nothing was written\n"));
     CHECK((run.out.find("blocks ") != run.out.npos) ==
           (options[0] == "--stages" && options[2] != "--block-schedule"));
-    CHECK_THAT(run.out, Contains(" steps of "));
+    CHECK_THAT(run.out, Contains("statistics ") && Contains(" steps of "));
     CHECK_FALSE(fs::exists(model.dir / "a"));
   }
 }

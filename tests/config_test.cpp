@@ -312,7 +312,10 @@ TEST_CASE("config: an invalid value is named") {
     INFO(c.message);
     CHECK_THROWS_WITH(read(c.change), Contains(c.message));
   }
-  CHECK_THROWS_WITH(config_from_json("{", "f"), Contains("f: malformed JSON"));
+  CHECK_THROWS_WITH(config_from_json("{", "f"),
+                    Contains("f: malformed JSON") && Contains("cut short"));
+  CHECK_THROWS_WITH(config_from_json("{]", "f"),
+                    Catch::Matchers::EndsWith("f: malformed JSON at byte 2"));
   CHECK_THROWS_WITH(config_from_json("[]", "f"), Contains("f: not a JSON object"));
 }
 

@@ -109,6 +109,16 @@ TEST_CASE("files: a directory appears whole or not at all") {
   CHECK(entries(dir.path()) == 1);
 }
 
+TEST_CASE("files: a directory that no rename can replace is refused before anything is written") {
+  const tests::TempDir dir;
+  const fs::path before = fs::current_path();
+  fs::current_path(dir.path());
+  for (const std::string& path : {std::string("."), std::string("./"), dir.path()})
+    CHECK_THROWS_WITH(data::AtomicDirectory(path), Contains("is the working directory"));
+  fs::current_path(before);
+  CHECK(entries(dir.path()) == 0);
+}
+
 TEST_CASE("files: missing parents are made, and go again with an abandoned directory") {
   const tests::TempDir dir;
   fs::create_directory(dir / "a");

@@ -34,12 +34,16 @@ TEST_CASE("nearest: the command line says what was meant", "[nearest]") {
   };
   refused({"trian"}, "unknown command 'trian'; did you mean train?");
   refused({"fly"}, "unknown command 'fly'; bbb --help lists them");
+  refused({"--verison"}, "unknown command '--verison'; did you mean --version?");
+  refused({"train", "-samples", "3"}, "there is no option -samples; did you mean --samples?");
+  refused({"train", "-x"}, "there is no option -x");
   refused({"train", "--sampels", "3"}, "there is no option --sampels; did you mean --samples?");
   refused({"train", "--sampels=3"}, "there is no option --sampels; did you mean --samples?");
   refused({"ppl", "--wings"}, "there is no option --wings");
   // The text of an option may begin with dashes.
   refused({"decode", "--prompt", "--x", "--modle", "m"},
           "there is no option --modle; did you mean --model?");
+  CHECK(bbb({"help"}).out == bbb({"--help"}).out);
   refused({"ppl", "model"}, "unexpected argument 'model'; options begin with --");
 }
 

@@ -126,7 +126,7 @@ TEST_CASE("report: perplexity from bbb ppl, and from a loss on the text", "[repo
   write("before.json", 21.76, 4094);
   write("after.json", 34.12, 4094);
   write("other.json", 34.12, 2047);
-  const std::string out = fixture.dir / "report.html";
+  const std::string out = fixture.dir / "pages/report.html";
   const auto report = [&](const std::string& after) {
     return tools::report_command({"--run", fixture.path, "--out", out, "--before",
                                   fixture.dir / "before.json", "--after", after});

@@ -53,11 +53,15 @@ bool CommandLine::parse(const Arguments& arguments) {
   } catch (const cxxopts::exceptions::no_such_option& e) {
     std::vector<std::string> names;
     for (const OptionHelp& option : table_of(options_).options) names.push_back(option.name);
-    // The exception has the name only inside of its text.
-    for (const std::string& argument : arguments)
-      if (const std::string name = option_name(argument);
-          argument.starts_with("-") && cat(e.what()).find("‘" + name + "’") != std::string::npos)
-        throw UsageError(cat("there is no option --", name, did_you_mean(name, names, "--")));
+    // The exception has the name only inside of its text; behind one dash, the first letter alone.
+    for (const std::string& argument : arguments) {
+      if (!argument.starts_with("-")) continue;
+      const std::string name = option_name(argument),
+                        dashes = argument.starts_with("--") ? "--" : "-",
+                        named = dashes == "--" ? name : name.substr(0, 1);
+      if (cat(e.what()).find("‘" + named + "’") != std::string::npos)
+        throw UsageError(cat("there is no option ", dashes, name, did_you_mean(name, names, "--")));
+    }
     throw UsageError(e.what());
   } catch (const cxxopts::exceptions::exception& e) {
     throw UsageError(e.what());
@@ -179,7 +183,7 @@ std::string usage() {
 int dispatch(int argc, char** argv) {
   if (argc < 2) throw UsageError("no command given; bbb --help lists them");
   const std::string name = argv[1];
-  if (name == "--help" || name == "-h") {
+  if (name == "--help" || name == "-h" || name == "help") {
     std::fputs(usage().c_str(), stdout);
     return 0;
   }
@@ -189,7 +193,7 @@ int dispatch(int argc, char** argv) {
   }
   for (const Command& command : kCommands)
     if (name == command.name) return command.run(Arguments(argv + 2, argv + argc));
-  std::vector<std::string> names;
+  std::vector<std::string> names = {"--help", "--version"};
   for (const Command& command : kCommands) names.push_back(command.name);
   const std::string near = did_you_mean(name, names);
   throw UsageError(

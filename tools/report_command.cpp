@@ -26,7 +26,9 @@ int report_command(const Arguments& arguments) {
     BBB_CHECK(report.before->tokens == report.after->tokens, report.before->file, " measured ",
               report.before->tokens, " tokens and ", report.after->file, " ", report.after->tokens,
               ": only equal windows of one text compare");
+  data::Parents parents(out);
   data::write_file_atomic(out, report_page(report));
+  parents.keep();
   fmt::print("{}: {}, {}\n", out, run, report.state);
   return 0;
 }

@@ -1,6 +1,7 @@
 #include "train/end_to_end.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <filesystem>
 #include <optional>
 
@@ -80,7 +81,9 @@ class EndToEnd {
       save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
     };
     hooks.show = [&](const Position& position, float loss) {
-      progress.set(position.step, cat("loss ", loss));
+      char note[32];  // "loss -1.234e-38" at the longest
+      std::snprintf(note, sizeof note, "loss %.4g", loss);
+      progress.set(position.step, note);
     };
     hooks.after_step = [this](const Position& position) {
       if (observer_.after_e2e_step) observer_.after_e2e_step(position.step);

@@ -7,6 +7,7 @@
 #include "engine/progress.h"
 #include "train/recipe.h"
 #include "train/run_directory.h"
+#include "train/statistics.h"
 #include "train/step_probe.h"
 
 namespace bbb::train {
@@ -98,6 +99,19 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
   return estimate;
 }
 
+// From the first windows of those that the pass would take; 0: there is no such pass.
+double statistics_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                          const TrainConfig& config) {
+  if (!Recipe::needs_statistics(config)) return 0;
+  const int64_t count = std::min(config.samples, kStatisticsWindows);
+  TrainConfig few = config;
+  few.samples = std::min(count, kBatches);
+  const auto start = Clock::now();
+  collect_statistics(backend, source, windows, few, [](int64_t) {});
+  return std::chrono::duration<double>(Clock::now() - start).count() * static_cast<double>(count) /
+         static_cast<double>(few.samples);
+}
+
 }  // namespace
 
 void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -105,7 +119,9 @@ void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windo
   PhaseEstimate of_blocks, of_whole;
   if (blocks) of_blocks = estimate_blocks(backend, source, windows, config);
   if (trains_whole(config)) of_whole = estimate_whole(backend, source, windows, config, whole);
+  const double statistics_s = statistics_seconds(backend, source, windows, config);
   std::string phases;
+  if (statistics_s > 0) phases = cat("statistics ", engine::duration_text(statistics_s));
   for (const auto& [name, phase] :
        {std::pair{"blocks", of_blocks}, std::pair{"end to end", of_whole}})
     if (phase.steps > 0)
@@ -113,7 +129,8 @@ void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windo
                     " (", phase.steps, " steps of ", engine::duration_text(phase.step_s), ")");
   std::printf("time%s: about %s: %s\ndry run: nothing was written\n",
               begun ? ", each phase from its start" : "",
-              engine::duration_text(of_blocks.total_s + of_whole.total_s).c_str(), phases.c_str());
+              engine::duration_text(statistics_s + of_blocks.total_s + of_whole.total_s).c_str(),
+              phases.c_str());
 }
 
 }  // namespace bbb::train

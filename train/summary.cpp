@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 
 #include "data/files.h"
 #include "engine/progress.h"
@@ -73,9 +74,15 @@ data::Windows validation_windows(const data::Windows& windows, const TrainConfig
 }
 
 std::string next_commands(const TrainConfig& config) {
-  const std::string run = data::without_slashes(config.out);
-  const std::string model =
-      shell_word(cat(run, "-", to_string({Stage{config.bits, config.act_bits}})));
+  const std::string run = data::without_slashes(config.out),
+                    widths = to_string({Stage{config.bits, config.act_bits}});
+  // Beside the run, with its name in front; inside of it if the path ends in no name.
+  const std::filesystem::path path =
+      data::without_slashes(std::filesystem::path(run).lexically_normal().string());
+  const std::string name = path.filename().string();
+  const bool named = !name.empty() && name != "." && name != "..";
+  const std::string model = shell_word(named ? cat(path.string(), "-", widths)
+                                             : (path / widths).lexically_normal().string());
   return cat("next: bbb export --run ", shell_word(run), " --out ", model,
              "\n      bbb ppl --model ", model, " --text FILE    or    bbb decode --model ", model,
              " --prompt TEXT\n");
