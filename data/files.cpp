@@ -69,12 +69,15 @@ void remove_leftovers(const std::string& path) {
   }
 }
 
-// Can a rename replace this empty directory? Not one that a process works in, or that a file system
-// is mounted on.
+// Can a rename replace this empty directory? Not the working directory, a link to a directory, or
+// one that a file system is mounted on.
 void check_replaceable(const std::string& path) {
   std::error_code error;
-  BBB_CHECK(!fs::equivalent(path, fs::current_path(), error), path,
+  BBB_CHECK(!fs::equivalent(path, ".", error), path,
             " is the working directory, which cannot be replaced: name a directory inside it");
+  const std::string name = fs::path(path).filename().string();
+  BBB_CHECK(name != "." && name != ".." && !fs::is_symlink(path, error), path,
+            " is another name of a directory, which cannot be replaced: name the directory itself");
   struct stat own = {}, above = {};
   const bool known = ::stat(path.c_str(), &own) == 0 && ::stat((path + "/..").c_str(), &above) == 0;
   BBB_CHECK(!known || own.st_dev == above.st_dev, path,

@@ -117,6 +117,12 @@ TEST_CASE("files: a directory that no rename can replace is refused before anyth
     CHECK_THROWS_WITH(data::AtomicDirectory(path), Contains("is the working directory"));
   fs::current_path(before);
   CHECK(entries(dir.path()) == 0);
+  fs::create_directory(dir / "out");
+  fs::create_directory_symlink(dir / "out", dir / "link");
+  for (const char* path : {"link", "link/", "out/."})
+    CHECK_THROWS_WITH(data::AtomicDirectory(dir / path), Contains("cannot be replaced"));
+  CHECK(entries(dir.path()) == 2);
+  CHECK(entries(dir / "out") == 0);
 }
 
 TEST_CASE("files: missing parents are made, and go again with an abandoned directory") {

@@ -99,17 +99,24 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
   return estimate;
 }
 
-// From the first windows of those that the pass would take; 0: there is no such pass.
+// From one and from three of the windows that the pass would take: what does not depend on their
+// number, such as reading the model, counts once. 0: no option needs the pass.
 double statistics_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                           const TrainConfig& config) {
   if (!Recipe::needs_statistics(config)) return 0;
   const int64_t count = std::min(config.samples, kStatisticsWindows);
-  TrainConfig few = config;
-  few.samples = std::min(count, kBatches);
-  const auto start = Clock::now();
-  collect_statistics(backend, source, windows, few, [](int64_t) {});
-  return std::chrono::duration<double>(Clock::now() - start).count() * static_cast<double>(count) /
-         static_cast<double>(few.samples);
+  const auto seconds_of = [&](int64_t samples) {
+    TrainConfig few = config;
+    few.samples = samples;
+    const auto start = Clock::now();
+    collect_statistics(backend, source, windows, few, [](int64_t) {});
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  const double one = seconds_of(1);
+  if (count == 1) return one;
+  const int64_t more = std::min<int64_t>(count, 3);
+  const double each = (seconds_of(more) - one) / static_cast<double>(more - 1);
+  return one + std::max(each, 0.0) * static_cast<double>(count - 1);
 }
 
 }  // namespace

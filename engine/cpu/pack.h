@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Without AVX, GCC warns that a returned Pack has no fixed place; none leaves its file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace bbb::engine {
 
 template <typename T>
@@ -18,7 +21,6 @@ struct PackOf {
     return pack;
   }
   static void store(T* to, const Pack& pack) { std::memcpy(to, &pack, sizeof pack); }
-  static Pack splat(T x) { return Pack{} + x; }
   // The upper half is added to the lower one, and so on.
   static T sum(const Pack& pack) {
     T lanes[kLanes];

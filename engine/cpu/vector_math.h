@@ -49,7 +49,9 @@ T lane_sum(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] += f(i + l);
+#ifndef __CUDACC__  // nvcc does not know the pragma
 #pragma GCC unroll 8
+#endif
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   T total = lanes[0];
@@ -66,7 +68,9 @@ T lane_max(const T* x, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int l = 0; l < kLanes; ++l) lanes[l] = lanes[l] < x[i + l] ? x[i + l] : lanes[l];
+#ifndef __CUDACC__  // nvcc does not know the pragma
 #pragma GCC unroll 8
+#endif
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l)
       lanes[l] = lanes[l] < lanes[l + half] ? lanes[l + half] : lanes[l];
