@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
 constexpr int64_t kSplitElements = 8192;    // of x that one task splits: 4 us
-constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
+constexpr int64_t kTasksPerThread = 1;      // evens out threads of unequal speed
 
 host::PanelView panel_view(const PackedWeight& w) {
   return {w.layout.data<uint8_t>(), w[quant::StoredPart::MasterScale].data<float>(), w.format.n,
