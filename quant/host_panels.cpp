@@ -156,29 +156,40 @@ void make_panels(uint8_t* out, const PackedView& file, Rows panels) {
   }
 }
 
+// out = q step + first of a group of one row, whose first word is at `codes`.
+template <int kPlanes>
+static void unpack_group(float* out, const uint8_t* codes, int64_t words, float step, float first) {
+  for (int64_t word = 0; word < words; ++word, out += 16) {
+    uint32_t packed[kPlanes];
+    for (int plane = 0; plane < kPlanes; ++plane)
+      std::memcpy(&packed[plane], codes + (plane * words + word) * 4 * kPanelRows, 4);
+    for (int i = 0; i < 16; ++i) {
+      uint32_t q = 0;
+      for (int plane = 0; plane < kPlanes; ++plane)
+        q |= (packed[plane] >> position_shift(i) & 3) << (2 * plane);
+      out[i] = static_cast<float>(static_cast<int32_t>(q)) * step + first;
+    }
+  }
+}
+
 void unpack_panel_row(float* wq, const PanelView& w, int64_t row) {
   const PanelLayout layout(w.k, w.grid);
   const int group = w.grid.group;
-  const int64_t words = group / 16, r = row % kPanelRows;
+  const int64_t r = row % kPanelRows;
   const uint8_t* const base = w.panels + row / kPanelRows * layout.bytes;
-  float* out = wq;
-  for (int64_t g = 0; g < layout.groups; ++g, out += group) {
-    const PanelLayout::Places at = layout.of_group(g);
+  const auto unpack = layout.planes == 1   ? unpack_group<1>
+                      : layout.planes == 2 ? unpack_group<2>
+                                           : unpack_group<4>;
+  PanelLayout::Places at{};
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    at = g % kUnitGroups == 0 ? layout.of_group(g) : layout.after(at);
     const float half = e4m3_decode(base[at.scales + r]) / 2;
     const int32_t z =
         layout.zero_bits == 8 ? base[at.zeros + r] : base[at.zeros + r / 4] >> (2 * (r % 4)) & 3;
-    for (int64_t word = 0; word < words; ++word) {
-      int32_t codes[16] = {};
-      for (int plane = 0; plane < layout.planes; ++plane) {
-        uint32_t packed;
-        std::memcpy(&packed, base + at.codes + ((plane * words + word) * kPanelRows + r) * 4, 4);
-        for (int i = 0; i < 16; ++i)
-          codes[i] |= static_cast<int32_t>(packed >> position_shift(i) & 3) << (2 * plane);
-      }
-      for (int i = 0; i < 16; ++i)
-        out[16 * word + i] =
-            static_cast<float>(layout.factor * codes[i] + layout.offset - 2 * z) * half;
-    }
+    // Both are exact, and so is their sum: a few bits times an integer.
+    unpack(wq + g * group, base + at.codes + 4 * r, group / 16,
+           static_cast<float>(layout.factor) * half,
+           static_cast<float>(layout.offset - 2 * z) * half);
   }
 }
 

@@ -52,6 +52,10 @@ struct PanelLayout {
     return {unit + i * zero_bytes, unit + count * zero_bytes + i * kPanelRows,
             unit + codes_after(count) + i * code_bytes};
   }
+  // Of the next group in the same unit.
+  Places after(const Places& at) const {
+    return {at.zeros + zero_bytes, at.scales + kPanelRows, at.codes + code_bytes};
+  }
   // Of a unit of `count` groups, the place of its codes.
   int64_t codes_after(int64_t count) const {
     return (count * (zero_bytes + kPanelRows) + 63) / 64 * 64;

@@ -111,14 +111,14 @@ void add_values(T* o, const T* p, const T* v, int64_t stride, int64_t d) {
 template <typename T>
 void attend_chunk(T* out, const T* q, const ChunkRows<T>& k, const ChunkRows<T>& v, int64_t keys,
                   int64_t kv_heads, int64_t group, int64_t d) {
-  constexpr int kTogether = 4;  // keys for which o is loaded and stored once
-  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);
+  constexpr int kTogether = 4;                           // keys for which o is loaded once
+  constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);  // keys to a prefetch; elements of a line
   static thread_local std::vector<T> strip;
   const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(d)));
   const int64_t heads = kv_heads * group;
   T* const scores = scratch(strip, heads * kKeyChunk);  // (H, kKeyChunk)
   for (int64_t i = 0; i < keys; ++i) {
-    // Nearly twice the speed from memory. The values are read after all keys.
+    // From memory, prefetches nearly double the speed. The values are read after all keys.
     for (int64_t at = 0; at < k.key_stride; at += kLine) {
       __builtin_prefetch(k.row(0, i + kAhead) + at);
       __builtin_prefetch(v.row(0, i) + at);

@@ -19,17 +19,17 @@ namespace {
 
 constexpr int64_t kLeastWeights = 1 << 14;  // of one task; less is not worth waking a thread
 constexpr int64_t kSplitElements = 8192;    // of x that one task splits: 4 us
-constexpr int64_t kTasksPerThread = 2;      // evens out threads of unequal speed
 
 host::PanelView panel_view(const PackedWeight& w) {
   return {w.layout.data<uint8_t>(), w[quant::StoredPart::MasterScale].data<float>(), w.format.n,
           w.format.stored_k(), w.format.weight};
 }
 
-// Panels of one task, of `count` panels of rows of k codes.
+// Panels of one task, of `count` panels of rows of k codes. One task a thread: a product of a small
+// model takes a few microseconds, and fetching another task a good part of one.
 int64_t panel_grain(int64_t count, int64_t k, int threads) {
-  const int64_t pieces = threads * kTasksPerThread, panel = host::kPanelRows * k;
-  return std::max((count + pieces - 1) / pieces, (kLeastWeights + panel - 1) / panel);
+  const int64_t panel = host::kPanelRows * k;
+  return std::max((count + threads - 1) / threads, (kLeastWeights + panel - 1) / panel);
 }
 
 // Kept by the thread: a step has hundreds of products.
