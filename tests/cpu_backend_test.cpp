@@ -487,6 +487,7 @@ TEST_CASE("the same bytes from any number of threads, and from any run") {
   engine::Rng rng(9);
   constexpr int64_t kRows = 150, kWidth = 200, kPadded = 30080;
   const std::vector<double> x = normal(rng, kRows * kWidth), w = normal(rng, kWidth);
+  const std::vector<double> query = normal(rng, 2 * kWidth);
   std::vector<std::vector<uint8_t>> results;
   for (const int threads : {1, 2, 3, 3}) {
     const auto b = engine::make_cpu_backend(threads);
@@ -500,8 +501,17 @@ TEST_CASE("the same bytes from any number of threads, and from any run") {
     b->rms_norm_backward(dx, dw, y, tx, r, tw, Write::Overwrite, Write::Overwrite);
     b->copy(g.slice(0, dx.numel()), dx);
     b->step_control(control, r.slice(0, 1), g, clipped, engine::Schedule{});
+    // A decode step: several chunks of keys, and a product of one row by a bf16 matrix.
+    const Tensor cache = make(*b, {1, kRows, 4, kWidth / 4}, DType::F32, x),
+                 q = make(*b, {1, 1, 8, kWidth / 4}, DType::F32, query),
+                 o = b->empty({1, 1, 8, kWidth / 4}, DType::F32);
+    b->attention_cached(o, q, cache, cache, make_ids(*b, {1}, {kRows - 1}),
+                        engine::AttentionSpec{});
+    const Tensor logits = b->empty({1, kRows}, DType::F32);
+    b->gemm_nt(logits, tx.slice(0, 1), make(*b, {kRows, kWidth}, DType::BF16, x), Tensor(),
+               Tensor());
     std::vector<uint8_t> all;
-    for (const Tensor& t : {y, dx, dw, control})
+    for (const Tensor& t : {y, dx, dw, control, o, logits})
       for (const uint8_t byte : bytes_of(*b, t)) all.push_back(byte);
     results.push_back(all);
   }

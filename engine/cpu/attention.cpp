@@ -45,27 +45,19 @@ Keys visible(int64_t position, const AttentionSpec& spec) {
   return {spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0, position + 1};
 }
 
-// Scratch of one thread, kept between tasks because a strip of scores is large.
-template <typename T>
-T* scratch(std::vector<T>& buffer, int64_t size) {
-  if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
-  return buffer.data();
-}
-
 // Attention of `rows` queries q (row stride ldq) to one head of k and v (row stride ldk), which
-// start at the first visible key. Row r is at position first + r * stride: stride 1 for a block of
-// queries, 0 for the heads of a group at one position. lse: null, or one value per row.
+// start at the first visible key. Row r is at position first + r. lse: null, or one value per row.
 template <typename T>
 void attend(T* o, T* lse, const T* q, int64_t ldq, const T* k, const T* v, int64_t ldk,
-            int64_t rows, int64_t d, int64_t first, int64_t stride, const AttentionSpec& spec) {
+            int64_t rows, int64_t d, int64_t first, const AttentionSpec& spec) {
   static thread_local std::vector<T> strip;
   const int64_t low = visible(first, spec).begin;
-  const int64_t width = visible(first + (rows - 1) * stride, spec).end - low;
+  const int64_t width = visible(first + rows - 1, spec).end - low;
   const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(d)));
   T* scores = scratch(strip, rows * width);
   blas_gemm(CblasNoTrans, CblasTrans, rows, width, d, scale, q, ldq, k, ldk, T{0}, scores, width);
   for (int64_t r = 0; r < rows; ++r) {
-    const Keys keys = visible(first + r * stride, spec);
+    const Keys keys = visible(first + r, spec);
     T* row = scores + r * width;
     T *begin = row + (keys.begin - low), *end = row + (keys.end - low);
     const int64_t n = end - begin;
@@ -252,7 +244,7 @@ void CpuBackend<T>::do_attention(const Tensor& o, const Tensor& lse, const Tenso
     const int64_t at_q = (b * time + t) * ldq + h * d;
     const int64_t at_k = (b * time + visible(t, spec).begin) * ldk + h / group * d;
     attend(data(o) + at_q, data(lse) + (b * heads + h) * time + t, data(q) + at_q, ldq,
-           data(k) + at_k, data(v) + at_k, ldk, std::min(kQueryBlock, time - t), d, t, 1, spec);
+           data(k) + at_k, data(v) + at_k, ldk, std::min(kQueryBlock, time - t), d, t, spec);
   });
 }
 
@@ -404,8 +396,8 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
   if (time == 1) return attend_step(o, q, k_cache, v_cache, first, spec, format);
   // `rows` queries at `at` of o and q, of sequence b and kv-head kv, as attend() takes them.
   const auto attend_cache = [&](int64_t b, int64_t kv, int64_t at, int64_t row_stride, int64_t rows,
-                                int64_t position, int64_t stride) {
-    const Keys keys{visible(position, spec).begin, position + (rows - 1) * stride + 1};
+                                int64_t position) {
+    const Keys keys{visible(position, spec).begin, position + rows};
     const T *k_rows, *v_rows;
     int64_t ld = ldk;
     if (format.quantized()) {
@@ -423,14 +415,14 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
       v_rows = data(v_cache) + from;
     }
     attend<T>(data(o) + at, nullptr, data(q) + at, row_stride, k_rows, v_rows, ld, rows, d,
-              position, stride, spec);
+              position, spec);
   };
   const int64_t blocks = (time + kQueryBlock - 1) / kQueryBlock;
   parallel_for(batch * heads * blocks, 1, [&](int64_t task, int64_t) {
     const int64_t t = (blocks - 1 - task / (batch * heads)) * kQueryBlock;
     const int64_t h = task % heads, b = task / heads % batch;
     attend_cache(b, h / group, (b * time + t) * ldq + h * d, ldq, std::min(kQueryBlock, time - t),
-                 first[b] + t, 1);
+                 first[b] + t);
   });
 }
 

@@ -32,14 +32,6 @@ int64_t panel_grain(int64_t count, int64_t k, int threads) {
   return std::max((count + threads - 1) / threads, (kLeastWeights + panel - 1) / panel);
 }
 
-// Kept by the thread: a step has hundreds of products.
-template <typename T>
-T* scratch_of(int64_t elements) {
-  static thread_local std::vector<T> buffer;
-  buffer.resize(static_cast<size_t>(elements));
-  return buffer.data();
-}
-
 }  // namespace
 
 template <typename T>
@@ -140,7 +132,8 @@ template <typename T>
 void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
                                           const Tensor& w, double eps) {
   const int64_t rows = x.dim(0), d = x.dim(1);
-  T* const normed = scratch_of<T>(rows * d);
+  static thread_local std::vector<T> buffer;
+  T* const normed = scratch(buffer, rows * d);
   parallel_for(rows, row_grain(d), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       rms_norm_row(normed + m * d, data(x) + m * d, data(w), d, static_cast<T>(eps));
@@ -151,7 +144,8 @@ void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
                                          const Tensor& up) {
-  T* const h = scratch_of<T>(gate.numel());
+  static thread_local std::vector<T> buffer;
+  T* const h = scratch(buffer, gate.numel());
   parallel_for(gate.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     swiglu_run(h + begin, data(gate) + begin, data(up) + begin, end - begin);
   });

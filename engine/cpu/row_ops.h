@@ -1,13 +1,21 @@
-// One row, or one run of elements, of ops that the operands' ops contain.
+// One row, or one run of elements, of ops that the operands' ops contain, and scratch for it.
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "engine/backend.h"
 #include "engine/cpu/vector_math.h"
 #include "quant/host.h"
 
 namespace bbb::engine {
+
+// The first `size` elements of a buffer that a thread keeps between tasks, and that only grows.
+template <typename T>
+T* scratch(std::vector<T>& buffer, int64_t size) {
+  if (buffer.size() < static_cast<size_t>(size)) buffer.resize(static_cast<size_t>(size));
+  return buffer.data();
+}
 
 // out = in r weight with r = 1 / sqrt(mean(in^2) + eps), which is returned.
 template <typename T>
