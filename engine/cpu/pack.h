@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Packs stay inside inline functions, so that how they are passed without AVX does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace bbb::engine {
 
 template <typename T>
@@ -18,7 +21,6 @@ struct PackOf {
     return pack;
   }
   static void store(T* to, const Pack& pack) { std::memcpy(to, &pack, sizeof pack); }
-  static Pack splat(T x) { return Pack{} + x; }
   // The upper half is added to the lower one, and so on.
   static T sum(const Pack& pack) {
     T lanes[kLanes];
