@@ -26,8 +26,8 @@
 //     y = S sum_g D[g] (e[g] / 2 * scale[g])                     in FP32, groups in order
 //
 // Every instruction set gives the same bits. The packed bytes are read once for up to 4 rows of
-// activations. 4 positions of 16 rows take a shift, a mask and, for each row of activations, two
-// products of bytes.
+// activations. 8 positions of 16 rows take a shift, two masks and, for each row of activations,
+// four products of bytes.
 #pragma once
 
 #include <vector>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Without AVX, GCC warns that a returned Pack has no fixed place; none leaves its file.
+// Packs stay inside inline functions, so that how they are passed without AVX does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace bbb::engine {
