@@ -303,14 +303,15 @@ struct Division {
     const int64_t waves = ceil_div(clusters, limits[split] * shared);
     // Of a slice: one step after another for a warpgroup; the instructions that make A and the
     // products of all warpgroups; the copies of x from the L2 cache.
-    const int64_t step = tiles * (300 + 2 * tokens) + 260;
+    const int64_t step = tiles == 1 ? 560 + 5 * tokens : 820 + 4 * tokens;
     const int64_t multiprocessor =
-        shared * groups * tiles * std::max(tiles == 1 ? 220 : 180, 4 * tokens);
-    const int64_t steps = group_slices(k) * std::max(step, multiprocessor);
-    const int64_t copies = shared * block_slices(k) * 9 * tokens;
-    // Of a block's start and end.
+        shared * groups * tiles * std::max(tiles == 1 ? 160 : 130, tokens * 19 / 4);
+    const int64_t copies = shared * block_slices(k) * 5 * tokens;
+    // Of a block's start and end: a block that fills a multiprocessor starts late.
     const int64_t sums = tokens * tiles * groups * shared;
-    cost = waves * (std::max(steps, copies) + 2000 + 6 * sums / split + (split > 1 ? 1000 : 0));
+    const int64_t ends = 3900 + 6 * sums / split + (split > 1 ? 650 : 0);
+    cost = waves * (std::max(group_slices(k) * std::max(step, multiprocessor), copies) + ends) +
+           (blocks == 1 ? 1500 : 0);
   }
 };
 

@@ -393,6 +393,14 @@ void Llama::load_blocks(const Checkpoint& source,
   }
 }
 
+std::shared_ptr<const quant::ChannelOrder> evenly_split(int64_t k, int group, double ratio) {
+  const auto all = static_cast<int64_t>(std::round(ratio * static_cast<double>(k)));
+  if (all == 0) return nullptr;
+  std::vector<int32_t> split;
+  for (int64_t i = 0; i < all; ++i) split.push_back(static_cast<int32_t>(i * k / all));
+  return std::make_shared<const quant::ChannelOrder>(k, group, std::vector<int32_t>(), split);
+}
+
 std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& config,
                                         const SyntheticFormat& format, uint64_t seed) {
   const WeightGrid& grid = format.weight;
@@ -422,10 +430,17 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
   int64_t stream_bytes =
       head_bits == kDenseBits ? 0 : config.vocab * config.d_model * head_bits / 8;
   int64_t largest = 0;
+  const auto format_of = [&](int64_t n, int64_t k) -> quant::LinearFormat {
+    return {.n = n,
+            .k = k,
+            .weight = grid,
+            .input = format.input,
+            .order = evenly_split(k, grid.group, format.split)};
+  };
   for (const LinearShape& shape : block_linears(config)) {
-    stream_bytes = std::max(stream_bytes, shape.n * shape.k * grid.bits / 8);
-    largest = std::max(largest, QuantLinear::buffer_elements(
-                                    backend, {.n = shape.n, .k = shape.k, .weight = grid}));
+    const quant::LinearFormat linear = format_of(shape.n, shape.k);
+    stream_bytes = std::max(stream_bytes, shape.n * linear.stored_k() * grid.bits / 8);
+    largest = std::max(largest, QuantLinear::buffer_elements(backend, linear));
   }
   stream_bytes += kLayerOffset * config.layers;
   std::vector<uint64_t> words(static_cast<size_t>((stream_bytes + 7) / 8));
@@ -446,6 +461,8 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
                                  [&](const quant::StoredTensor& tensor) -> const void* {
                                    if (tensor.part == quant::StoredPart::MasterScale)
                                      return &master_scale;
+                                   if (tensor.part == quant::StoredPart::SplitChannels)
+                                     return format.order->split().data();
                                    if (tensor.part != quant::StoredPart::Scales) return bytes;
                                    scales.resize(static_cast<size_t>(tensor.bytes()));
                                    for (size_t i = 0; i < scales.size(); ++i)
@@ -468,8 +485,7 @@ std::unique_ptr<Llama> Llama::synthetic(Backend& backend, const LlamaConfig& con
     const uint8_t* bytes = stream + kLayerOffset * block->layer();
     std::vector<quant::LinearFormat> formats;
     for (QuantLinear* linear : block->linears()) {
-      formats.push_back(
-          {.n = linear->n(), .k = linear->k(), .weight = grid, .input = format.input});
+      formats.push_back(format_of(linear->n(), linear->k()));
       const float master_scale = static_cast<float>(
           std::exp2(std::round(-0.5 * std::log2(static_cast<double>(linear->k())))));
       linear->set_packed(packed(formats.back(), master_scale, bytes), buffer);

@@ -135,7 +135,11 @@ struct SyntheticFormat {
   WeightGrid weight = {};
   quant::InputGrid input = {};  // bits 16 or without outliers
   int head_bits = kDenseBits;   // of the head and a tied embedding: 16, 8 or 4
+  double split = 0;             // ratio of the channels of each linear that are split
 };
+
+// Splits this ratio of K channels, evenly spread; null if that is none.
+std::shared_ptr<const quant::ChannelOrder> evenly_split(int64_t k, int group, double ratio);
 
 class Llama {
  public:

@@ -97,6 +97,24 @@ TEST_CASE("bench: a packed linear of any number of rows, and a dense one") {
   }
 }
 
+TEST_CASE("bench: weights of more bits, and split channels") {
+  const auto act = static_cast<double>(engine::size_bytes(backend().act()));
+  // 16 of 64 channels: 80 positions, padded to 96.
+  quant::LinearFormat format{.n = 96, .k = 64, .order = models::evenly_split(64, 32, 0.25)};
+  for (const int bits : {2, 3, 4, 8}) {
+    CAPTURE(bits);
+    format.weight.bits = bits;
+    const double weight = 96 * (96 * bits / 8 + 3 + (3 * bits + 7) / 8) + 4 + 16 * 4;
+    const double outside = 3 * (96 + 96) * act;
+    CHECK(tools::bench_gemv(backend(), format, 3, 0).packed.bytes == weight + outside);
+    const tools::GemvResult r = tools::bench_gemm(backend(), format, 3, 0);
+    CHECK(r.packed.bytes == weight + outside);
+    CHECK(r.quantized.flops == 2.0 * 3 * 96 * 96);
+    CHECK(r.dense.flops == 2.0 * 3 * 96 * 64);
+  }
+  CHECK(models::evenly_split(64, 32, 0) == nullptr);
+}
+
 TEST_CASE("bench: decoding and prefill of a random model") {
   const models::LlamaConfig config = tiny_config();
   const auto act = static_cast<double>(engine::size_bytes(backend().act()));

@@ -103,6 +103,17 @@ Product multiply(const PackedMatrix& matrix, const Values& x, const Values& adde
   return out;
 }
 
+void check_product(const Values& got, const PackedMatrix& matrix, const Product& want, int64_t m,
+                   DType y_dtype) {
+  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A partial sum is at most the
+  // sum of the terms' magnitudes. The output is rounded once more.
+  const double sum_error =
+      roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) * want.magnitude;
+  for (size_t i = 0; i < got.size(); ++i)
+    REQUIRE(std::abs(got[i] - want.y[i]) <=
+            sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
+}
+
 void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t m,
                 bool with_addend, DType y_dtype) {
   CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
@@ -113,14 +124,7 @@ void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t
   Guarded y(b, {m, n}, y_dtype);
   b.packed_gemv(y.tensor(), make(b, {m, k}, b.act(), x), matrix.on(b),
                 with_addend ? make(b, {m, n}, b.act(), addend) : Tensor());
-  const Product want = multiply(matrix, x, addend, m);
-  const Values got = values_of(b, y.tensor());
-  // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A partial sum is at most the
-  // sum of the terms' magnitudes. The output is rounded once more.
-  const double sum_error = roundings(spec, k, m) * epsilon_of(DType::F32) * want.magnitude;
-  for (size_t i = 0; i < got.size(); ++i)
-    REQUIRE(std::abs(got[i] - want.y[i]) <=
-            sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
+  check_product(values_of(b, y.tensor()), matrix, multiply(matrix, x, addend, m), m, y_dtype);
   CHECK(y.untouched());
 }
 
@@ -201,6 +205,50 @@ TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[p
     for (int64_t i = 0; i < m * n; ++i)
       CHECK(std::isnan(got[static_cast<size_t>(i)]) == (i % n == 5 || i % n == 139 || i / n == 3));
   }
+}
+
+// Products in a row overlap: each starts while the one in front still runs. With -DBBB_STRESS=ON,
+// threads also pause at random points. Copies, warps and clusters that are in order only by luck
+// then go out of order.
+TEST_CASE("products with 2-bit weights give the same bytes whichever threads are delayed",
+          "[packed][rows][stress]") {
+  if (!needs_cuda()) return;
+#ifdef BBB_STRESS
+  constexpr int kRuns = 20;
+#else
+  constexpr int kRuns = 3;
+#endif
+  constexpr int kInARow = 8;
+  engine::Rng rng(57);
+  Backend& b = backend();
+  // Of each range of rows one small matrix, and one whose K wraps all rings.
+  for (const int64_t most_rows : {1, 4, 16, 32, 64, 128})
+    for (const int64_t most_k : {1024, 15000}) {
+      const int64_t m = most_rows - rng.below((most_rows + 1) / 2);
+      const int64_t k = 32 * (most_k / 32 - rng.below(most_k / 64));
+      const int64_t n = 1 + rng.below(std::min<int64_t>(3000, 30'000'000 / (m * k)));
+      if (refused(m)) continue;
+      CAPTURE(n, k, m);
+      const PackedMatrix matrix(rng, n, k, {2, 32});
+      const Values values = activations(rng, m * k);
+      const PackedWeight weight = matrix.on(b);
+      const Tensor x = make(b, {m, k}, b.act(), values);
+      Values first;
+      for (int run = 0; run < kRuns; ++run) {
+        std::deque<Guarded> y;
+        for (int i = 0; i < kInARow; ++i) y.emplace_back(b, Shape{m, n}, b.real());
+        for (const Guarded& out : y) b.packed_gemv(out.tensor(), x, weight, Tensor());
+        for (const Guarded& out : y) {
+          const Values got = values_of(b, out.tensor());
+          if (first.empty()) {
+            first = got;
+            check_product(first, matrix, multiply(matrix, values, {}, m), m, b.real());
+          }
+          REQUIRE(got == first);
+          REQUIRE(out.untouched());
+        }
+      }
+    }
 }
 
 TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[packed][tiles]") {

@@ -60,10 +60,6 @@ TrainBenchResult bench_train(engine::Backend& backend, const TrainBench& bench);
 // fit on the device; at least 1.
 int64_t layers_that_fit(engine::Backend& backend, const TrainBench& bench);
 
-struct GemvShape {
-  int64_t n, k;
-};
-
 // One kind of product: what it must read and write, its operations, and its time with the weight in
 // memory (cold) and where it fits, in a cache (warm).
 struct TimedProduct {
@@ -72,19 +68,20 @@ struct TimedProduct {
 };
 
 struct GemvResult {
-  TimedProduct packed;     // 2-bit weights, act x: packed_gemv
-  TimedProduct quantized;  // 2-bit weights, 2-bit x: quantized_gemv
-  TimedProduct dense;      // act weights: gemm_nt
+  TimedProduct packed;     // packed weights, act x: packed_gemv
+  TimedProduct quantized;  // packed weights, x of as many bits: quantized_gemv
+  TimedProduct dense;      // act weights (N, K): gemm_nt
 };
 
-// Times products of `rows` rows of x, at most Backend::kMaxPackedRows. Cold products rotate through
-// copies of the weight that fill `rotation_bytes`, so that none is still in a cache.
-GemvResult bench_gemv(engine::Backend& backend, GemvShape shape, int64_t rows,
+// Times products of `rows` rows of x (rows, K'), at most Backend::kMaxPackedRows, with a packed
+// weight of this format. Cold products rotate through copies of the weight that fill
+// `rotation_bytes`, so that none is still in a cache.
+GemvResult bench_gemv(engine::Backend& backend, const quant::LinearFormat& format, int64_t rows,
                       int64_t rotation_bytes);
 
 // The same for any number of rows: `packed` and `quantized` are the forward of a model's packed
-// linear, from a finished operand of 16 and of 2 bits.
-GemvResult bench_gemm(engine::Backend& backend, GemvShape shape, int64_t rows,
+// linear, from a finished operand of 16 bits and of as many as the weight has.
+GemvResult bench_gemm(engine::Backend& backend, const quant::LinearFormat& format, int64_t rows,
                       int64_t rotation_bytes);
 
 struct DecodeBench {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <cstdio>
 #include <memory>
@@ -24,6 +25,9 @@ using nlohmann::ordered_json;
 namespace {
 
 constexpr int64_t kRotationBytes = 256 << 20;  // several times a GPU's L2, or most CPUs' L3
+struct GemvShape {
+  int64_t n, k;
+};
 constexpr GemvShape kGemvShapes[] = {{14336, 4096}, {4096, 14336}, {4096, 4096}, {8192, 2048},
                                      {2048, 8192},  {2048, 2048},  {576, 576},   {192, 576},
                                      {1536, 576},   {576, 1536}};
@@ -33,6 +37,9 @@ constexpr int64_t kMostTokens = 1 << 20;
 
 auto text_option() { return cxxopts::value<std::string>(); }
 auto text_option(const char* otherwise) { return text_option()->default_value(otherwise); }
+
+constexpr double kMostSplit = 0.9;
+constexpr const char* kSplitHelp = "ratio of the input channels that are split";
 
 // The products of a block of --synthetic, or `otherwise`.
 std::vector<GemvShape> shapes_of(const CommandLine& line, std::span<const GemvShape> otherwise) {
@@ -44,6 +51,11 @@ std::vector<GemvShape> shapes_of(const CommandLine& line, std::span<const GemvSh
     if (std::ranges::none_of(shapes, same)) shapes.push_back({linear.n, linear.k});
   }
   return shapes;
+}
+
+// Of one of the shapes: choosing the algorithm of each takes seconds, and they differ by 1 %.
+double measure_inference_peak(Backend& backend) {
+  return measure_gemm_peak(backend, {peak_shapes(backend).front()});
 }
 
 void refuse_cpu(const Backend& backend, const char* what) {
@@ -74,6 +86,7 @@ void add_model_options(CommandLine& line) {
        text_option("w2a16"))                                                           //
       ("head-bits", "with --synthetic: of the head and a tied embedding: 16, 8 or 4",  //
        text_option("16"))                                                              //
+      ("ocs-ratio", cat("with --synthetic: ", kSplitHelp), text_option("0"))           //
       ("model", "directory or GGUF file", text_option())                               //
       ("bits", CommandLine::kNestedBitsHelp, text_option())                            //
       ("json", "write the result to this file too", text_option());
@@ -89,12 +102,15 @@ struct BenchModel {
       const train::Stage widths = parsed_widths(line);
       const int head_bits[] = {models::kDenseBits, 8, 4};
       const size_t head = line.choice("head-bits", {"16", "8", "4"});
+      const double split = line.real("ocs-ratio", 0, kMostSplit);
       name = fmt::format("{}, w{}a{}, head of {} bits", line.text("synthetic"), widths.weight_bits,
                          widths.activation_bits, head_bits[head]);
+      if (split > 0) name += fmt::format(", {:.0f} % of the channels split", 100 * split);
       model = models::Llama::synthetic(backend, models::synthetic_config(line.text("synthetic")),
                                        {.weight = {.bits = widths.weight_bits},
                                         .input = {.bits = widths.activation_bits},
-                                        .head_bits = head_bits[head]},
+                                        .head_bits = head_bits[head],
+                                        .split = split},
                                        1);
     } else {
       const ModelFiles files(line, backend);
@@ -106,12 +122,13 @@ struct BenchModel {
   static void check(const CommandLine& line) {
     if (line.has("synthetic") == line.has("model"))
       throw UsageError("give either --synthetic or --model");
-    for (const char* option : {"widths", "head-bits"})
+    for (const char* option : {"widths", "head-bits", "ocs-ratio"})
       if (line.has(option) && line.has("model"))
         throw UsageError(cat("--", option, " needs --synthetic: a model has its own"));
     if (line.has("bits") && line.has("synthetic")) throw UsageError("--bits needs --model");
     parsed_widths(line);
     line.choice("head-bits", {"16", "8", "4"});
+    line.real("ocs-ratio", 0, kMostSplit);
     if (line.has("synthetic")) models::synthetic_config(line.text("synthetic"));
   }
 
@@ -151,85 +168,110 @@ ordered_json product_json(const TimedProduct& p, const Roofs& roofs) {
   return json;
 }
 
-// A line of the table, and its JSON: w2a16, w2a2 and dense, cold with percent of the floor, warm.
-ordered_json print_products(GemvShape shape, int64_t rows, const GemvResult& r,
-                            const Roofs& roofs) {
-  ordered_json json = {{"n", shape.n}, {"k", shape.k}, {"rows", rows}};
-  std::string text;
-  for (const auto& [name, p] :
-       {std::pair{"w2a16", &r.packed}, {"w2a2", &r.quantized}, {"dense", &r.dense}}) {
-    json[name] = product_json(*p, roofs);
-    text += fmt::format("  {:8.2f} {:3.0f}%{} {:8.2f}", 1e6 * p->cold_s,
-                        100 * roofs.floor_s(*p) / p->cold_s, roofs.reads(*p) ? 'r' : 'g',
-                        1e6 * p->warm_s);
+// The options of gemv and gemm, and their table.
+class ProductTable {
+ public:
+  static void add_options(CommandLine& line, const char* otherwise) {
+    line.options()  //
+        ("synthetic",
+         cat("the products of a block of ", models::kSyntheticSizes, "; default: ", otherwise),
+         text_option())                                                                 //
+        ("bits", "of weights, and of the quantized x: 2, 3, 4 or 8", text_option("2"))  //
+        ("ocs-ratio", kSplitHelp, text_option("0"))                                     //
+        ("json", "write the result to this file too", text_option());
   }
-  json["floor_us"] = 1e6 * roofs.floor_s(r.packed);
-  fmt::print("{:>14} {:>5} {:8.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k), rows,
-             1e6 * roofs.floor_s(r.packed), text);
-  std::fflush(stdout);  // products of many rows take a while
-  return json;
-}
+  // Checks the options before any work.
+  explicit ProductTable(const CommandLine& line)
+      : bits_(std::array{2, 3, 4, 8}[line.choice("bits", {"2", "3", "4", "8"})]),
+        split_(line.real("ocs-ratio", 0, kMostSplit)) {
+    check_writable(line, "json");
+  }
 
-void print_products_head() {
-  fmt::print("{:>14} {:>5} {:>8}  {:>23}  {:>23}  {:>23}\n", "N x K", "rows", "floor",
-             "w2a16 cold    warm", "w2a2 cold    warm", "dense cold    warm");
-}
+  void print_head() const {
+    fmt::print("{:>14} {:>5} {:>8}", "N x K", "rows", "floor");
+    for (const std::string& name : names()) fmt::print("  {:>23}", name + " cold    warm");
+    fmt::print("\n");
+  }
+  quant::LinearFormat format(GemvShape shape) const {
+    const quant::WeightGrid grid{.bits = bits_};
+    return {.n = shape.n,
+            .k = shape.k,
+            .weight = grid,
+            .order = models::evenly_split(shape.k, grid.group, split_)};
+  }
+  // A line, and its JSON: each product cold with percent of the floor, and warm.
+  ordered_json print(GemvShape shape, int64_t rows, const GemvResult& r, const Roofs& roofs) const {
+    ordered_json json = {{"n", shape.n}, {"k", shape.k}, {"rows", rows}};
+    std::string text;
+    const TimedProduct* const products[] = {&r.packed, &r.quantized, &r.dense};
+    for (size_t i = 0; i < std::size(products); ++i) {
+      const TimedProduct& p = *products[i];
+      json[names()[i]] = product_json(p, roofs);
+      text += fmt::format("  {:8.2f} {:3.0f}%{} {:8.2f}", 1e6 * p.cold_s,
+                          100 * roofs.floor_s(p) / p.cold_s, roofs.reads(p) ? 'r' : 'g',
+                          1e6 * p.warm_s);
+    }
+    json["floor_us"] = 1e6 * roofs.floor_s(r.packed);
+    fmt::print("{:>14} {:>5} {:8.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k), rows,
+               1e6 * roofs.floor_s(r.packed), text);
+    std::fflush(stdout);  // products of many rows take a while
+    return json;
+  }
+
+ private:
+  std::array<std::string, 3> names() const {
+    return {fmt::format("w{}a16", bits_), fmt::format("w{0}a{0}", bits_), "dense"};
+  }
+  int bits_;
+  double split_;
+};
 
 }  // namespace
 
 int bench_gemv_command(const Arguments& arguments) {
-  CommandLine line("bench gemv", "Time a few rows times a 2-bit matrix, and times a dense one");
-  line.options()                          //
-      ("rows", "of x", text_option("1"))  //
-      ("synthetic",
-       cat("the products of a block of ", models::kSyntheticSizes, "; default: a table of shapes"),
-       text_option())  //
-      ("json", "write the result to this file too", text_option());
+  CommandLine line("bench gemv", "Time a few rows times a packed matrix, and times a dense one");
+  line.options()("rows", "of x", text_option("1"));
+  ProductTable::add_options(line, "a table of shapes");
   if (!line.parse(arguments)) return 0;
-  check_writable(line, "json");
+  const ProductTable table(line);
   const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
   const std::vector<GemvShape> shapes = shapes_of(line, kGemvShapes);
   const auto backend = line.make_backend();
   const Roofs roofs{measure_read_bandwidth(*backend)};
   fmt::print("{}: reads {:.0f} GB/s; us, and percent of that bandwidth\n", backend->device_name(),
              roofs.bandwidth / 1e9);
-  print_products_head();
+  table.print_head();
   ordered_json json = {
       {"device", backend->device_name()}, {"read_gb_per_s", roofs.bandwidth / 1e9}, {"rows", rows}};
   for (const GemvShape& shape : shapes)
-    json["shapes"].push_back(
-        print_products(shape, rows, bench_gemv(*backend, shape, rows, kRotationBytes), roofs));
+    json["shapes"].push_back(table.print(
+        shape, rows, bench_gemv(*backend, table.format(shape), rows, kRotationBytes), roofs));
   write_json(line, json);
   return 0;
 }
 
 int bench_gemm_command(const Arguments& arguments) {
   CommandLine line("bench gemm",
-                   "Time 16, 64, 256 and 2048 rows times a 2-bit matrix, and times a dense one");
-  line.options()  //
-      ("synthetic",
-       cat("the products of a block of ", models::kSyntheticSizes, "; default: those of an 8B's"),
-       text_option())  //
-      ("json", "write the result to this file too", text_option());
+                   "Time 16, 64, 256 and 2048 rows times a packed matrix, and times a dense one");
+  ProductTable::add_options(line, "those of an 8B's");
   if (!line.parse(arguments)) return 0;
-  check_writable(line, "json");
+  const ProductTable table(line);
   const std::vector<GemvShape> shapes = shapes_of(line, kGemmShapes);
   const auto backend = line.make_backend();
   refuse_cpu(*backend, "bench gemm");
-  const Roofs roofs{measure_read_bandwidth(*backend),
-                    measure_gemm_peak(*backend, peak_shapes(*backend))};
+  const Roofs roofs{measure_read_bandwidth(*backend), measure_inference_peak(*backend)};
   fmt::print(
       "{}: reads {:.0f} GB/s, GEMM peak {:.1f} TFLOP/s; us, and percent of the one that limits the "
       "product: r reading, g GEMM\n",
       backend->device_name(), roofs.bandwidth / 1e9, roofs.gemm_peak / 1e12);
-  print_products_head();
+  table.print_head();
   ordered_json json = {{"device", backend->device_name()},
                        {"read_gb_per_s", roofs.bandwidth / 1e9},
                        {"gemm_peak_tflops", roofs.gemm_peak / 1e12}};
   for (const GemvShape& shape : shapes)
     for (const int64_t rows : kGemmRows)
-      json["products"].push_back(
-          print_products(shape, rows, bench_gemm(*backend, shape, rows, kRotationBytes), roofs));
+      json["products"].push_back(table.print(
+          shape, rows, bench_gemm(*backend, table.format(shape), rows, kRotationBytes), roofs));
   write_json(line, json);
   return 0;
 }
@@ -341,7 +383,7 @@ int bench_prefill_command(const Arguments& arguments) {
     const auto model = load_model(*backend, *source);
     time(name + ", bf16", *model);
   }
-  const double peak = measure_gemm_peak(*backend, peak_shapes(*backend));
+  const double peak = measure_inference_peak(*backend);
   fmt::print("a prompt of {} tokens on {}, GEMM peak {:.1f} TFLOP/s\n", tokens,
              backend->device_name(), peak / 1e12);
   ordered_json json = {

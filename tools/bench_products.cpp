@@ -18,8 +18,9 @@ using engine::Tensor;
 
 namespace {
 
-constexpr int64_t kMaxProducts = 2048;  // in a graph: far more time than its launch
-constexpr double kMaxFlops = 2e13;      // of a graph, about: 30 ms on an H100
+// In a graph, about 3 to 5 ms on an H100: far more time than its launch.
+constexpr int64_t kMaxProducts = 2048;
+constexpr double kMaxFlops = 2e12, kMaxBytes = 1e10;
 constexpr int64_t kMaxCopies = 4096;
 
 int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
@@ -27,10 +28,11 @@ int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
 }
 
 // Returns the seconds of one product. product(i) queues one with copy i of the weight.
-double measure_products(Backend& backend, double flops, int64_t copies,
+double measure_products(Backend& backend, const TimedProduct& timed, int64_t copies,
                         const std::function<void(int64_t copy)>& product) {
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
-  const auto wanted = static_cast<int64_t>(std::clamp<double>(kMaxFlops / flops, 1, kMaxProducts));
+  const double most = std::min(kMaxFlops / timed.flops, kMaxBytes / timed.bytes);
+  const auto wanted = static_cast<int64_t>(std::clamp<double>(most, 1, kMaxProducts));
   // Whole rounds of the copies.
   const int64_t products = gpu ? (wanted + copies - 1) / copies * copies : 1;
   int64_t at = 0;  // a CPU's replay goes on where the last one ended
@@ -41,14 +43,14 @@ double measure_products(Backend& backend, double flops, int64_t copies,
          static_cast<double>(products);
 }
 
-// product(i) makes y (rows, N) from x with copy i of a weight (N, K). `bytes` of all three.
-TimedProduct time_product(Backend& backend, GemvShape shape, int64_t rows, int64_t copies,
-                          int64_t bytes, const std::function<void(int64_t copy)>& product) {
+// product(i) makes y (M, N) from x with copy i of a weight (N, K). `bytes` of all three.
+TimedProduct time_product(Backend& backend, const GemmShape& shape, int64_t copies, int64_t bytes,
+                          const std::function<void(int64_t copy)>& product) {
   TimedProduct timed;
   timed.bytes = static_cast<double>(bytes);
-  timed.flops = GemmShape{rows, shape.n, shape.k}.flops();
-  timed.cold_s = measure_products(backend, timed.flops, copies, product);
-  timed.warm_s = measure_products(backend, timed.flops, 1, product);
+  timed.flops = shape.flops();
+  timed.cold_s = measure_products(backend, timed, copies, product);
+  timed.warm_s = measure_products(backend, timed, 1, product);
   return timed;
 }
 
@@ -59,7 +61,10 @@ PackedWeight random_weight(Backend& backend, const quant::LinearFormat& format) 
   for (const quant::StoredTensor& stored : format.tensors()) {
     Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
     const bool scales = stored.part == quant::StoredPart::Scales;
-    if (stored.part != quant::StoredPart::MasterScale) {
+    if (stored.part == quant::StoredPart::SplitChannels) {
+      tensor = backend.empty(stored.shape, DType::I32);
+      backend.upload(tensor, format.order->split().data());
+    } else if (stored.part != quant::StoredPart::MasterScale) {
       tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
                             scales ? 16 : 256, 1)
                    .view(stored.shape);
@@ -71,11 +76,11 @@ PackedWeight random_weight(Backend& backend, const quant::LinearFormat& format) 
   return file;
 }
 
-// Rows of 2-bit codes.
-engine::OperandRows random_operand(Backend& backend, int64_t rows, int64_t k, int64_t groups) {
+engine::OperandRows random_operand(Backend& backend, int64_t rows, int64_t k, int64_t groups,
+                                   int bits) {
   engine::OperandRows operand;
-  operand.codes = random_bytes(backend, rows * k, 0, 4, 2).view({rows, k});
-  operand.zeros = random_bytes(backend, rows * groups, 0, 4, 3).view({rows, groups});
+  operand.codes = random_bytes(backend, rows * k, 0, 1 << bits, 2).view({rows, k});
+  operand.zeros = random_bytes(backend, rows * groups, 0, 1 << bits, 3).view({rows, groups});
   operand.scales = random_normal(backend, {rows, groups}, backend.real(), 4);
   return operand;
 }
@@ -91,36 +96,34 @@ std::vector<PackedWeight> packed_copies(Backend& backend, const quant::LinearFor
 }
 
 // gemm_nt with act weights.
-TimedProduct time_dense(Backend& backend, GemvShape shape, const Tensor& x,
-                        int64_t rotation_bytes) {
-  const auto [n, k] = shape;
-  const int64_t rows = x.dim(0), act = engine::size_bytes(backend.act());
+TimedProduct time_dense(Backend& backend, int64_t n, const Tensor& x, int64_t rotation_bytes) {
+  const int64_t rows = x.dim(0), k = x.dim(1), act = engine::size_bytes(backend.act());
   const int64_t copies = copies_for(n * k * act, rotation_bytes);
   const Tensor weights = random_activations(backend, {copies * n, k}, 2);
   const Tensor y = backend.empty({rows, n}, backend.act());
-  return time_product(backend, shape, rows, copies, (n * k + rows * (k + n)) * act, [&](int64_t i) {
-    backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor());
-  });
+  return time_product(
+      backend, {rows, n, k}, copies, (n * k + rows * (k + n)) * act,
+      [&](int64_t i) { backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor()); });
 }
 
-// Forward of a linear of 2-bit weights, from the operand that its input of these bits makes.
-TimedProduct time_linear(Backend& backend, GemvShape shape, const Tensor& x, int activation_bits,
-                         int64_t rotation_bytes) {
-  const auto [n, k] = shape;
+// Forward of a packed linear, from the operand that its input of these bits makes of x.
+TimedProduct time_linear(Backend& backend, quant::LinearFormat format, const Tensor& x,
+                         int activation_bits, int64_t rotation_bytes) {
+  format.input.bits = activation_bits;
+  const int64_t n = format.n, k = format.stored_k();
   const int64_t rows = x.dim(0), act = engine::size_bytes(backend.act());
-  const quant::LinearFormat format{.n = n, .k = k, .input = {.bits = activation_bits}};
   models::Operand operand;
   operand.set(backend, format, true);
   autograd::Tape tape(backend, autograd::TapeMode::Inference);
   const models::LinearInput input = operand.plain(tape, autograd::Var(x));
 
-  const Tensor buffer = backend.empty({n * format.stored_k()}, backend.act());
+  const Tensor buffer = backend.empty({n * k}, backend.act());
   std::vector<std::unique_ptr<models::QuantLinear>> linears;
   for (PackedWeight& weight : packed_copies(backend, format, rotation_bytes)) {
-    linears.push_back(std::make_unique<models::QuantLinear>(backend, "bench", n, k));
+    linears.push_back(std::make_unique<models::QuantLinear>(backend, "bench", n, format.k));
     linears.back()->set_packed(std::move(weight), buffer);
   }
-  return time_product(backend, shape, rows, static_cast<int64_t>(linears.size()),
+  return time_product(backend, {rows, n, k}, static_cast<int64_t>(linears.size()),
                       format.bytes() + rows * (k + n) * act, [&](int64_t i) {
                         linears[static_cast<size_t>(i)]->forward(tape, input, autograd::Var());
                       });
@@ -128,9 +131,9 @@ TimedProduct time_linear(Backend& backend, GemvShape shape, const Tensor& x, int
 
 }  // namespace
 
-GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t rotation_bytes) {
-  const auto [n, k] = shape;
-  const quant::LinearFormat format{.n = n, .k = k};
+GemvResult bench_gemv(Backend& backend, const quant::LinearFormat& format, int64_t rows,
+                      int64_t rotation_bytes) {
+  const int64_t n = format.n, k = format.stored_k();
   const int64_t act = engine::size_bytes(backend.act());
   const int64_t real = engine::size_bytes(backend.real());
   const int64_t y_bytes = rows * n * act, x_bytes = rows * k * act;
@@ -140,29 +143,32 @@ GemvResult bench_gemv(Backend& backend, GemvShape shape, int64_t rows, int64_t r
   const Tensor x = random_activations(backend, {rows, k}, 1);
   {
     const Tensor y = backend.empty({rows, n}, backend.act());
-    const engine::OperandRows operand = random_operand(backend, rows, k, format.groups());
+    const engine::OperandRows operand =
+        random_operand(backend, rows, k, format.groups(), format.weight.bits);
     const std::vector<PackedWeight> weights = packed_copies(backend, format, rotation_bytes);
     const auto copies = static_cast<int64_t>(weights.size());
     const auto weight = [&](int64_t i) -> const PackedWeight& {
       return weights[static_cast<size_t>(i)];
     };
     result.packed =
-        time_product(backend, shape, rows, copies, format.bytes() + x_bytes + y_bytes,
+        time_product(backend, {rows, n, k}, copies, format.bytes() + x_bytes + y_bytes,
                      [&](int64_t i) { backend.packed_gemv(y, x, weight(i), Tensor()); });
     result.quantized =
-        time_product(backend, shape, rows, copies, format.bytes() + operand_bytes + y_bytes,
+        time_product(backend, {rows, n, k}, copies, format.bytes() + operand_bytes + y_bytes,
                      [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
   }
-  result.dense = time_dense(backend, shape, x, rotation_bytes);
+  result.dense =
+      time_dense(backend, n, random_activations(backend, {rows, format.k}, 1), rotation_bytes);
   return result;
 }
 
-GemvResult bench_gemm(Backend& backend, GemvShape shape, int64_t rows, int64_t rotation_bytes) {
-  const Tensor x = random_activations(backend, {rows, shape.k}, 1);
+GemvResult bench_gemm(Backend& backend, const quant::LinearFormat& format, int64_t rows,
+                      int64_t rotation_bytes) {
+  const Tensor x = random_activations(backend, {rows, format.k}, 1);
   GemvResult result;
-  result.packed = time_linear(backend, shape, x, 16, rotation_bytes);
-  result.quantized = time_linear(backend, shape, x, 2, rotation_bytes);
-  result.dense = time_dense(backend, shape, x, rotation_bytes);
+  result.packed = time_linear(backend, format, x, models::kDenseBits, rotation_bytes);
+  result.quantized = time_linear(backend, format, x, format.weight.bits, rotation_bytes);
+  result.dense = time_dense(backend, format.n, x, rotation_bytes);
   return result;
 }
 
