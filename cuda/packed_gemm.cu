@@ -4,8 +4,8 @@
 //   y = S x ((q - z) e)^T (+ addend)        x (M, K) bf16, y (M, N) bf16 or FP32
 //
 // Weights are the operand A, made in registers; rows of x are columns of B, kTokens of them, a tile
-// in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h),
-// so a product differs from one in F64 only by the FP32 sums.
+// in shared memory. (q - z) e is exact in bf16 (cuda/packed_sums.h), so a product differs from one
+// in F64 only by the FP32 sums.
 //
 // A stage of a block's ring holds a slice of 128 positions: the block's row tiles, consecutive in
 // memory, and kTokens rows of x. Up to 32 rows of x, a block has 64 or 128 output rows, and its
@@ -15,6 +15,8 @@
 //
 //     wait full | make A(0) | issue A(0) | wait for the half before, leave its stage | make A(1)
 //     | issue A(1) | wait for A(0)
+//
+// With 32 rows of x and two row tiles a warp, registers hold one fragment: it is waited for first.
 //
 // The first thread of those that share a stage refills it once all their warps have left it.
 //
@@ -47,9 +49,9 @@ constexpr int kMaxBlocks = 3;  // on a multiprocessor
 // Otherwise each takes 64 output rows, and all slices: then they share the rows of x, which are the
 // larger part of a stage.
 constexpr bool by_slices(int tokens) { return tokens <= 32; }
-// A warp multiplies kTiles row tiles by a slice. Warpgroups of a multiprocessor: they fill its
-// registers.
+// Warpgroups of a multiprocessor: they fill its registers.
 constexpr int most_groups(int tokens, int tiles) { return tokens <= 32 && tiles == 1 ? 6 : 4; }
+// Row tiles that a warp multiplies by a slice.
 constexpr int most_tiles(int tokens) { return tokens <= 32 ? 2 : 1; }
 // Fragments of A, of half a slice each: with two, one is made while the other is multiplied.
 constexpr int buffers_of(int tokens, int tiles) { return tokens == 32 && tiles == 2 ? 1 : 2; }
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(most_groups(kTokens, kTiles) * kWarpgroup, 1)
 
   float d[kTiles][kTokens / 8][4] = {};
   uint32_t nan_bits[kTiles] = {};
-  // Of the warp: its first row tile; others are four on.
+  // The warp's first row tile; its others are each four further.
   const int warp_tile = (kBySlices ? 0 : group * kGroupTiles) + warp % 4;
   const int first = kBySlices ? group : 0, step = kBySlices ? groups : 1;
   {
@@ -326,8 +328,8 @@ struct Memory {
     const int64_t limit_bytes = at.block_bytes(by.blocks);
     stages = std::min({slices, int64_t{kMaxStages},
                        (limit_bytes - kAlignment - received_bytes - 8) / (stage_bytes + 16)});
-    // Each warpgroup has its own stages. So none waits for a phase of a barrier before it has seen
-    // the one before, which has the parity of the one after.
+    // Each warpgroup has its own stages. A wait names only a parity: a warpgroup that skipped a
+    // phase would take the one before for the one after.
     if (stages < slices) stages -= stages % step;
     received_at = std::max(stages * stage_bytes, step * by.tokens * pitch_bytes);
     barriers_at = received_at + received_bytes;

@@ -153,7 +153,8 @@ struct ClusterSums {
     mbarrier_expect(all_received, (split - 1) * tokens(rank) * pitch * 4);
   }
 
-  // By all threads: adds to `own`, the first warpgroup's sums, those of the others, behind it.
+  // Called by all threads. Adds the other warpgroups' sums, which are stored behind `own`, to
+  // `own`.
   __device__ __forceinline__ void add_groups(int thread, int groups) const {
     __syncthreads();
     float4* const first = reinterpret_cast<float4*>(own);

@@ -160,7 +160,7 @@ class SentencePieceTokenizer final : public Tokenizer {
                    const std::string& where) {
     const auto status = processor->LoadFromSerializedProto(model);
     BBB_CHECK(status.ok(), where,
-              ": tokenizer.model is no sentencepiece model, or cut short, and there is no "
+              ": tokenizer.model is no sentencepiece model or is cut short, and there is no "
               "tokenizer.json of BPE");
   }
   int32_t pieces() const { return processor_.GetPieceSize(); }

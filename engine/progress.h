@@ -22,9 +22,9 @@ class Progress {
   ~Progress();  // ends the line
   void set(int64_t done, const std::string& note = "");
 
-  // At most kColumns wide. What is too much goes in this order: columns of the bar, the time that
-  // passed, the rest of the bar, the end of the label, the time that is left. Counts and note stay
-  // whole; a note has at most kLongestNote columns. left_s < 0: unknown.
+  // At most kColumns wide. A line that is too long loses, in this order: columns of the bar, the
+  // time that passed, the rest of the bar, the end of the label, the time that is left. Counts and
+  // note stay whole; a note has at most kLongestNote columns. left_s < 0: unknown.
   static std::string line(const std::string& label, int64_t done, int64_t total, double elapsed_s,
                           double left_s, const std::string& note);
 

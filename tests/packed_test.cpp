@@ -188,7 +188,7 @@ TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[p
   constexpr int64_t kK = 1536;
   // The larger matrix gives a warp several row tiles.
   for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{
-           {150, 5}, {150, 16}, {150, 40}, {150, 200}, {4300, 5}, {4300, 16}}) {
+           {150, 5}, {150, 16}, {150, 40}, {150, 200}, {4300, 5}, {4300, 16}, {4300, 32}}) {
     if (refused(m)) continue;
     CAPTURE(n, m);
     PackedMatrix matrix(rng, n, kK, {2, 32});
@@ -391,7 +391,7 @@ TEST_CASE("products with large 2-bit matrices", "[packed][tiles][large]") {
                                                      {12680, 2176}, {70000, 160},  {200, 32000}};
   for (int64_t tiles = 1; tiles <= 9; ++tiles) shapes.push_back({132 * 16 * tiles - 20, 96});
   for (const auto& [n, k] : shapes)
-    for (const int64_t m : {1, 3, 16, 64, 200}) {
+    for (const int64_t m : {1, 3, 16, 32, 64, 200}) {
       if (m == 3 && n * k > 20'000'000) continue;
       if (m > 16 && k < 1000) continue;
       if (m > b.max_packed_rows({.n = n, .k = k})) continue;
