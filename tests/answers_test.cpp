@@ -160,15 +160,6 @@ TEST_CASE("answers: the next commands name the export beside the run, as words o
   config.out = "it's mine/";
   CHECK_THAT(train::next_commands(config),
              Contains(R"(--run 'it'\''s mine' --out 'it'\''s mine-w2a8')"));
-  const std::pair<const char*, const char*> unnamed[] = {
-      {".", "--run . --out w2a8\n"},       {"./", "--run . --out w2a8\n"},
-      {"..", "--run .. --out ../w2a8\n"},  {"a/..", "--run a/.. --out w2a8\n"},
-      {"a/.", "--run a/. --out a-w2a8\n"}, {"./a", "--run ./a --out a-w2a8\n"},
-      {"/", "--run / --out /w2a8\n"}};
-  for (const auto& [out, command] : unnamed) {
-    config.out = out;
-    CHECK_THAT(train::next_commands(config), Contains(command));
-  }
 }
 
 TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing behind", "[answers]") {
@@ -187,7 +178,7 @@ TEST_CASE("answers: a dry run says memory, disk and time, and leaves nothing beh
                             Contains("nothing was written\n"));
     CHECK((run.out.find("blocks ") != run.out.npos) ==
           (options[0] == "--stages" && options[2] != "--block-schedule"));
-    CHECK_THAT(run.out, Contains("statistics ") && Contains(" steps of "));
+    CHECK_THAT(run.out, Contains(" steps of "));
     CHECK_FALSE(fs::exists(model.dir / "a"));
   }
 }
@@ -282,14 +273,15 @@ TEST_CASE("answers: ppl takes windows that suit text and model, and warns beyond
 
 TEST_CASE("answers: decoding says when the context is full", "[answers]") {
   const TextModel model;
-  // No token ends a text, whichever a random model comes to.
+  // No token ends a text: neither a setting nor a name makes one.
   data::write_file_atomic(model.dir / "model/tokenizer_config.json",
                           R"({"bos_token": null, "eos_token": null})");
-  std::string tokenizer = data::read_file(model.dir / "model/tokenizer.json");
-  const std::string end = "<|endoftext|>";
-  for (size_t at = 0; (at = tokenizer.find(end, at)) != std::string::npos;)
-    tokenizer.replace(at, end.size(), "<|plain|>");
-  data::write_file_atomic(model.dir / "model/tokenizer.json", tokenizer);
+  const std::string tokenizer = model.dir / "model/tokenizer.json";
+  std::string vocabulary = data::read_file(tokenizer);
+  for (const std::string name : {"<|endoftext|>", "<|im_end|>"})
+    for (size_t at; (at = vocabulary.find(name)) != std::string::npos;)
+      vocabulary.replace(at, 2, "<!");
+  data::write_file_atomic(tokenizer, vocabulary);
   write_plain(model.dir / "prompts.jsonl.gz", "{\"prompt\": \"one\"}\n{\"prompt\": \"two\"}\n");
   const auto decode = [&](const tools::Arguments& more) {
     tools::Arguments all = {"--model", model.dir / "model", "--json", model.dir / "out.json"};
@@ -309,11 +301,8 @@ TEST_CASE("answers: decoding says when the context is full", "[answers]") {
   CHECK(two["stopped"] == "max-tokens");
   const auto [list, texts] =
       decode({"--prompts", model.dir / "prompts.jsonl.gz", "--max-tokens", "500"});
-  int full_texts = 0;
-  for (const json& text : texts["sequences"]) full_texts += text["stopped"] == "context";
-  REQUIRE(full_texts > 0);
-  CHECK_THAT(list, Contains(cat("texts that end early: ", full_texts,
-                                "; the context of 128 tokens is full\n")));
+  for (const json& text : texts["sequences"]) CHECK(text["stopped"] == "context");
+  CHECK_THAT(list, Contains("texts that end early: 2; the context of 128 tokens is full\n"));
 }
 
 TEST_CASE("answers: an export makes parents and removes leftovers", "[answers]") {

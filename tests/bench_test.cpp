@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "data/files.h"
+#include "tests/printed.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 
@@ -37,6 +38,16 @@ TEST_CASE("bench: training steps of both phases") {
     if (on_cuda() && std::getenv("BBB_SYNC_LAUNCHES") == nullptr) CHECK(r.kernels > 0);
     CHECK(r.flops == Approx(tools::training_flops_per_token(bench.model, 32, end_to_end) * 64));
   }
+}
+
+TEST_CASE("bench: the report of a training step names its widths") {
+  const TempDir dir;
+  const Output output = bbb({"bench", "train", "--synthetic", "smollm2-135m", "--steps", "1",
+                             "--batch", "1", "--seq-len", "32", "--widths", "w2a4",
+                             "--deterministic", "--json", dir / "bench.json", "--device", "cpu"});
+  CHECK(output.code == 0);
+  CHECK_THAT(output.out, Catch::Contains("one block, w2a4, 1 x 32 tokens a step"));
+  CHECK_THAT(data::read_file(dir / "bench.json"), Catch::Contains("\"widths\": \"w2a4\""));
 }
 
 TEST_CASE("bench: a damaged file of algorithms is refused and not changed") {

@@ -78,11 +78,12 @@ int bench_train_command(const Arguments& arguments) {
 
   const double tokens = static_cast<double>(bench.batch * bench.seq_len);
   const double rate = r.flops / r.step_s;
+  const std::string trained_widths = train::to_string({bench.widths});
   fmt::print("{}, {}, {}, {} x {} tokens a step on {}\n", name,
              bench.end_to_end ? fmt::format("end to end, {} of {} layers, teacher included",
                                             bench.model.layers, whole.layers)
                               : std::string("one block"),
-             line.text("widths"), bench.batch, bench.seq_len, backend->device_name());
+             trained_widths, bench.batch, bench.seq_len, backend->device_name());
   fmt::print("  step       {:9.3f} ms  {:.1f} ktok/s  {:.1f} TFLOP/s, {:.1f} % of {:.1f} by GEMM\n",
              1e3 * r.step_s, tokens / r.step_s / 1e3, rate / 1e12, 100 * rate / r.gemm_peak,
              r.gemm_peak / 1e12);
@@ -92,10 +93,10 @@ int bench_train_command(const Arguments& arguments) {
   if (r.kernels > 0) fmt::print("  launches   {} kernels in 1 graph\n", r.kernels);
   fmt::print("  memory     {:.2f} GiB at most\n", static_cast<double>(r.peak_bytes) / (1 << 30));
   ordered_json json = {{"model", name},
-                       {"widths", line.text("widths")},
                        {"device", backend->device_name()},
                        {"end_to_end", bench.end_to_end},
                        {"layers", bench.end_to_end ? bench.model.layers : 1},
+                       {"widths", trained_widths},
                        {"batch", bench.batch},
                        {"seq_len", bench.seq_len},
                        {"step_ms", 1e3 * r.step_s},
