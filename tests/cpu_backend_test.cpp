@@ -508,8 +508,8 @@ TEST_CASE("the same bytes from any number of threads, and from any run") {
     b->attention_cached(o, q, cache, cache, make_ids(*b, {1}, {kRows - 1}),
                         engine::AttentionSpec{});
     const Tensor logits = b->empty({1, kRows}, DType::F32);
-    b->gemm_nt(logits, tx.slice(0, 1), make(*b, {kRows, kWidth}, DType::BF16, x), Tensor(),
-               Tensor());
+    b->gemm_nt(logits, tx.slice(0, kWidth).view({1, kWidth}),
+               make(*b, {kRows, kWidth}, DType::BF16, x), Tensor(), Tensor());
     std::vector<uint8_t> all;
     for (const Tensor& t : {y, dx, dw, control, o, logits})
       for (const uint8_t byte : bytes_of(*b, t)) all.push_back(byte);
