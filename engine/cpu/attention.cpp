@@ -394,9 +394,12 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
   const int32_t* first = start.data<int32_t>();
   check_positions(start, time, capacity);
   if (time == 1) return attend_step(o, q, k_cache, v_cache, first, spec, format);
-  // `rows` queries at `at` of o and q, of sequence b and kv-head kv, as attend() takes them.
-  const auto attend_cache = [&](int64_t b, int64_t kv, int64_t at, int64_t row_stride, int64_t rows,
-                                int64_t position) {
+  const int64_t blocks = (time + kQueryBlock - 1) / kQueryBlock;
+  parallel_for(batch * heads * blocks, 1, [&](int64_t task, int64_t) {
+    const int64_t t = (blocks - 1 - task / (batch * heads)) * kQueryBlock;
+    const int64_t h = task % heads, kv = h / group, b = task / heads % batch;
+    const int64_t rows = std::min(kQueryBlock, time - t), position = first[b] + t;
+    const int64_t at = (b * time + t) * ldq + h * d;
     const Keys keys{visible(position, spec).begin, position + rows};
     const T *k_rows, *v_rows;
     int64_t ld = ldk;
@@ -414,15 +417,8 @@ void CpuBackend<T>::do_attention_cached(const Tensor& o, const Tensor& q, const 
       k_rows = data(k_cache) + from;
       v_rows = data(v_cache) + from;
     }
-    attend<T>(data(o) + at, nullptr, data(q) + at, row_stride, k_rows, v_rows, ld, rows, d,
-              position, spec);
-  };
-  const int64_t blocks = (time + kQueryBlock - 1) / kQueryBlock;
-  parallel_for(batch * heads * blocks, 1, [&](int64_t task, int64_t) {
-    const int64_t t = (blocks - 1 - task / (batch * heads)) * kQueryBlock;
-    const int64_t h = task % heads, b = task / heads % batch;
-    attend_cache(b, h / group, (b * time + t) * ldq + h * d, ldq, std::min(kQueryBlock, time - t),
-                 first[b] + t);
+    attend<T>(data(o) + at, nullptr, data(q) + at, ldq, k_rows, v_rows, ld, rows, d, position,
+              spec);
   });
 }
 

@@ -66,26 +66,37 @@ T paired_dot(const T* even, const T* odd, const uint16_t* w, int64_t pairs) {
   return total;
 }
 
-// Columns [begin, end) of y (m, n) = scale x w^T + beta y, with bf16 w (n, k).
+// The even and the odd elements of each row of x (m, k): (m, 2, k / 2).
 template <typename T>
-void gemm_nt_bf16(T* y, const T* x, const uint16_t* w, int64_t m, int64_t n, int64_t k, T scale,
-                  T beta, int64_t begin, int64_t end) {
-  if (m <= kFewRows) {
-    const int64_t pairs = k / 2;
-    std::vector<T> split(static_cast<size_t>(m * 2 * pairs));  // (m, 2, pairs): even, odd
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t c = 0; c < 2 * pairs; ++c)
-        split[static_cast<size_t>((2 * i + c % 2) * pairs + c / 2)] = x[i * k + c];
-    for (int64_t j = begin; j < end; ++j)
-      for (int64_t i = 0; i < m; ++i) {
-        const T* even = split.data() + 2 * i * pairs;
-        T sum = paired_dot(even, even + pairs, w + j * k, pairs);
-        if (k % 2 == 1) sum += x[i * k + k - 1] * T{from_bf16(w[j * k + k - 1])};
-        T& out = y[i * n + j];
-        out = beta == T{0} ? scale * sum : scale * sum + beta * out;
-      }
-    return;
-  }
+std::vector<T> split_pairs(const T* x, int64_t m, int64_t k) {
+  const int64_t pairs = k / 2;
+  std::vector<T> split(static_cast<size_t>(m * 2 * pairs));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t c = 0; c < 2 * pairs; ++c)
+      split[static_cast<size_t>((2 * i + c % 2) * pairs + c / 2)] = x[i * k + c];
+  return split;
+}
+
+// Columns [begin, end) of y (m, n) = scale x w^T + beta y, with bf16 w (n, k) and few rows of x, of
+// which `split` are the pairs.
+template <typename T>
+void gemm_nt_few_rows(T* y, const T* x, const T* split, const uint16_t* w, int64_t m, int64_t n,
+                      int64_t k, T scale, T beta, int64_t begin, int64_t end) {
+  const int64_t pairs = k / 2;
+  for (int64_t j = begin; j < end; ++j)
+    for (int64_t i = 0; i < m; ++i) {
+      const T* even = split + 2 * i * pairs;
+      T sum = paired_dot(even, even + pairs, w + j * k, pairs);
+      if (k % 2 == 1) sum += x[i * k + k - 1] * T{from_bf16(w[j * k + k - 1])};
+      T& out = y[i * n + j];
+      out = beta == T{0} ? scale * sum : scale * sum + beta * out;
+    }
+}
+
+// The same for any number of rows.
+template <typename T>
+void gemm_nt_widened(T* y, const T* x, const uint16_t* w, int64_t m, int64_t n, int64_t k, T scale,
+                     T beta, int64_t begin, int64_t end) {
   std::vector<T> block(static_cast<size_t>(kWidenedRows * k));
   for (int64_t j = begin; j < end; j += kWidenedRows) {
     const int64_t rows = std::min(kWidenedRows, end - j);
@@ -106,10 +117,17 @@ void CpuBackend<T>::do_gemm_nt(const Tensor& y, const Tensor& x, const Tensor& w
   if (m == 0 || n == 0 || k == 0) return;
   T* out = data(y);
   const T* a = data(x);
-  if (w.dtype() == DType::BF16)
+  if (w.dtype() == DType::BF16) {
+    const bool few = m <= kFewRows;
+    const std::vector<T> split = few ? split_pairs(a, m, k) : std::vector<T>();
     return parallel_for(n, strip_length(n, 2 * m * k, threads()), [&](int64_t begin, int64_t end) {
-      gemm_nt_bf16(out, a, w.data<uint16_t>(), m, n, k, scale, beta, begin, end);
+      const auto* rows = w.data<uint16_t>();
+      if (few)
+        gemm_nt_few_rows(out, a, split.data(), rows, m, n, k, scale, beta, begin, end);
+      else
+        gemm_nt_widened(out, a, rows, m, n, k, scale, beta, begin, end);
     });
+  }
   const T* b = data(w);
   if (m == 1) {
     parallel_for(n, strip_length(n, 2 * k, threads()), [&](int64_t begin, int64_t end) {
