@@ -26,6 +26,7 @@
 // of x, from memory once; x once for each share, from the L2 cache.
 #include <algorithm>
 #include <array>
+#include <map>
 #include <numeric>
 
 #include "cuda/cuda_backend.h"
@@ -78,6 +79,10 @@ __global__ void __launch_bounds__(most_groups(kTokens, kTiles) * kWarpgroup, 1)
   constexpr bool kBySlices = by_slices(kTokens);
   constexpr int kGroupTiles = kTiles * 4;  // row tiles of a warpgroup
   constexpr int kBuffers = buffers_of(kTokens, kTiles);
+  // Lanes of a warp that arrive when it leaves a stage. One stands for all: they have converged,
+  // and none reads the stage any more. But where warpgroups share stages, compute-sanitizer's
+  // racecheck reports the reads of lanes that do not arrive themselves.
+  constexpr int kArriving = kBySlices ? 1 : 32;
   unsigned char* const smem = swizzled_smem();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int groups = static_cast<int>(blockDim.x) / kWarpgroup;
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(most_groups(kTokens, kTiles) * kWarpgroup, 1)
   if (thread < 32) {
     if (lane < shape.stages) {
       mbarrier_init(full + lane * 8, 1);
-      mbarrier_init(empty + lane * 8, (kBySlices ? 1 : groups) * 4);
+      mbarrier_init(empty + lane * 8, (kBySlices ? 1 : groups) * 4 * kArriving);
     }
     if (lane == 0) {
       sums.init();
@@ -185,7 +190,10 @@ __global__ void __launch_bounds__(most_groups(kTokens, kTiles) * kWarpgroup, 1)
     const auto leave_stage = [&](int i) {
       const bool wraps = stage < step;
       const int left = wraps ? stage - step + shape.stages : stage - step;
-      mbarrier_arrive_warp(empty + left * 8, lane);
+      if constexpr (kArriving == 1)
+        mbarrier_arrive_warp(empty + left * 8, lane);
+      else
+        mbarrier_arrive(empty + left * 8);
       const int next = i - step + shape.stages;
       if (next >= slices) return;
       if (thread == (kBySlices ? group * kWarpgroup : 0)) {
@@ -295,8 +303,9 @@ struct Division {
     return ceil_div(block_slices(k), by_slices(tokens) ? groups : 1);
   }
 
-  // Cycles on an H200.
-  void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles) {
+  // Cycles on an H200, with a ring of so many stages.
+  void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles,
+                int64_t stages) {
     const int64_t k = products[0].w.k;
     const auto all = shares(products, limits, token_tiles);
     const int64_t clusters = std::accumulate(all.begin(), all.end(), int64_t{0}) * token_tiles;
@@ -304,15 +313,18 @@ struct Division {
     const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks);
     const int64_t waves = ceil_div(clusters, limits[split] * shared);
     // Of a slice: one step after another for a warpgroup; the instructions that make A and the
-    // products of all warpgroups; the copies of x from the L2 cache.
-    const int64_t step = tiles == 1 ? 560 + 5 * tokens : 820 + 4 * tokens;
+    // products of all warpgroups; the copies of x from the L2 cache, and the latency of a stage's
+    // copies.
+    const int64_t step = tiles == 1 ? std::min(560 + 5 * tokens, 790) : 820 + 4 * tokens;
     const int64_t multiprocessor =
         shared * groups * tiles * std::max(tiles == 1 ? 160 : 130, tokens * 19 / 4);
-    const int64_t copies = shared * block_slices(k) * 5 * tokens;
+    const int64_t copies = std::max(shared * 5 * tokens, 29 * tokens / stages);
     // Of a block's start and end: a block that fills a multiprocessor starts late.
     const int64_t sums = tokens * tiles * groups * shared;
-    const int64_t ends = 3900 + 6 * sums / split + (split > 1 ? 650 : 0);
-    cost = waves * (std::max(group_slices(k) * std::max(step, multiprocessor), copies) + ends) +
+    const int64_t ends = 3900 + 6 * sums / split + (split > 1 ? 450 + 12 * tokens : 0);
+    cost = waves * (std::max(group_slices(k) * std::max(step, multiprocessor),
+                             block_slices(k) * copies) +
+                    ends) +
            (blocks == 1 ? 1500 : 0);
   }
 };
@@ -353,11 +365,26 @@ Division divide(const ProductLaunch& at, Products products, const ClusterLimits&
              ++split) {
           if (limits[static_cast<size_t>(split)] == 0) continue;
           Division other{tokens, tiles, blocks, groups, split};
-          other.estimate(products, limits, token_tiles);
-          if ((best.cost == 0 || other.cost < best.cost) && Memory(at, other, k).fits) best = other;
+          const Memory memory(at, other, k);
+          if (!memory.fits) continue;
+          other.estimate(products, limits, token_tiles, memory.stages);
+          if (best.cost == 0 || other.cost < best.cost) best = other;
         }
   BBB_ASSERT(best.cost > 0);
   return best;
+}
+
+// The same, searched once for each shape: that takes a few microseconds.
+const Division& known_division(const ProductLaunch& at, Products products,
+                               const ClusterLimits& limits, int tokens, int64_t token_tiles) {
+  using Key = std::array<int64_t, 3 + kMaxProducts>;
+  thread_local std::map<Key, Division> known;
+  Key key{tokens, token_tiles, products[0].w.k};
+  for (size_t i = 0; i < products.size(); ++i) key[3 + i] = products[i].w.n;
+  auto found = known.find(key);
+  if (found == known.end())
+    found = known.emplace(key, divide(at, products, limits, tokens, token_tiles)).first;
+  return found->second;
 }
 
 template <int kTokens, int kTiles>
@@ -383,7 +410,7 @@ template <int kTokens>
 void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, int64_t m) {
   static const ClusterLimits limits = find_cluster_limits(at);
   const int64_t token_tiles = ceil_div(m, kTokens);
-  const Division by = divide(at, products, limits, kTokens, token_tiles);
+  const Division& by = known_division(at, products, limits, kTokens, token_tiles);
   const auto shares = by.shares(products, limits, token_tiles);
   if constexpr (most_tiles(kTokens) == 2)
     if (by.tiles == 2) return launch_division<kTokens, 2>(at, products, x, m, by, shares);
