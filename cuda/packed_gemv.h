@@ -12,14 +12,19 @@
 namespace bbb::cuda {
 
 struct TiledView {
-  const uint8_t* tiles;  // quant/packed_tiles.h; aligned to 16 bytes
+  const uint8_t* tiles;  // quant/packed_tiles.h; of 3, 4 and 8 bits quant/slice_pairs.h. Aligned
+                         // to 16 bytes, as codes
   const float* master_scale;
   int64_t n, k;
   int group;
+  int bits = 2;
+  const uint8_t* codes = nullptr;  // of 3, 4 and 8 bits: as in the file
 };
 
 // tiles: quant::tiled_bytes(w.n, w.k).
 void launch_repack_tiles(cudaStream_t stream, uint8_t* tiles, const quant::PackedView& w);
+// pairs: quant::slice_pairs_bytes(w.n, w.k).
+void launch_slice_pairs(cudaStream_t stream, uint8_t* pairs, const quant::PackedView& w);
 // wq = (q - z) e, (N, K).
 void launch_unpack_tiles(cudaStream_t stream, bf16* wq, const TiledView& w);
 
