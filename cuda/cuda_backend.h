@@ -95,9 +95,7 @@ class CudaBackend final : public engine::Backend {
   int64_t attention_backward_scratch_bytes(const Shape& q, const Shape& k,
                                            const AttentionSpec& spec) const override;
   int64_t repacked_bytes(const quant::LinearFormat& format) const override;
-  int64_t max_packed_rows(const quant::LinearFormat& format) const override {
-    return takes_tiles(format) ? kAnyRows : kMaxPackedRows;
-  }
+  int64_t max_packed_rows(const quant::LinearFormat& format) const override;
   std::string gemm_library() const override;
   void tune_gemms(std::optional<engine::GemmTuning> tuning) override;
 
@@ -116,6 +114,8 @@ class CudaBackend final : public engine::Backend {
   void check_faults();
   // Whether packed weights of this format are in tiles (cuda/packed.cu).
   bool takes_tiles(const quant::LinearFormat& format) const;
+  // Whether they are as in the file, with what products of many rows need beside it.
+  bool takes_slice_pairs(const quant::LinearFormat& format) const;
   bool all_in_tiles(const PackedProducts& products) const;
   template <typename Tiled, typename Other>
   void packed_products(const PackedProducts& products, const Tiled& tiled,

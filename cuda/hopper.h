@@ -47,6 +47,12 @@ CUtensorMap panel_map(const __nv_bfloat16* x, int batch, int t, int heads, int r
 // panel of 64 columns. Positions outside of x read as zeros.
 CUtensorMap matrix_map(const __nv_bfloat16* x, int64_t rows, int64_t columns, int box_rows);
 
+// A tensor map of bytes (rows, row_bytes), row_bytes a multiple of 16, with boxes of `box_rows`
+// rows of `box_bytes`. In a box, rows of 64 and 128 bytes are swizzled as above. Positions outside
+// read as zeros.
+CUtensorMap code_map(const uint8_t* codes, int64_t rows, int64_t row_bytes, int box_bytes,
+                     int box_rows);
+
 #ifdef __CUDACC__
 
 // The block's dynamic shared memory from its first multiple of 1024 on.

@@ -1,12 +1,15 @@
 // Packed weights on the GPU: passes tensors to kernels. On Hopper, 2-bit codes that are not nested
 // are in tiles (quant/packed_tiles.h; cuda/packed_gemv.cu, packed_gemm.cu). All others keep the
-// file's layout (quant/packed.cu, quant/quantized_gemv.cu).
+// file's layout (quant/packed.cu, quant/quantized_gemv.cu); on Hopper, most of them have their
+// scales and zero points once more behind it, for products of many rows (quant/slice_pairs.h).
 #include <algorithm>
+#include <array>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
 #include "quant/cuda_kernels.h"
 #include "quant/packed_tiles.h"
+#include "quant/slice_pairs.h"
 
 namespace bbb::cuda {
 
@@ -21,10 +24,22 @@ static quant::PackedView view_of(const PackedWeight& w) {
   return engine::joined_view(w);
 }
 
+static int64_t slice_pairs_offset(const quant::LinearFormat& format) {
+  return (quant::joined_parts(format).bytes + 15) / 16 * 16;
+}
+
+// Of a weight in tiles, or as in the file with slice pairs.
 static TiledView tiles_of(const PackedWeight& w) {
   check_aligned(w.layout, "layout");
-  return {w.layout.data<uint8_t>(), w[quant::StoredPart::MasterScale].data<float>(), w.format.n,
-          w.format.stored_k(), w.format.weight.group};
+  const auto* const layout = w.layout.data<uint8_t>();
+  const bool in_tiles = quant::has_tiles(w.format.weight);
+  return {in_tiles ? layout : layout + slice_pairs_offset(w.format),
+          w[quant::StoredPart::MasterScale].data<float>(),
+          w.format.n,
+          w.format.stored_k(),
+          w.format.weight.group,
+          w.format.weight.bits,
+          in_tiles ? nullptr : layout};
 }
 
 static ProductLaunch product_launch(cudaStream_t stream, const cudaDeviceProp& properties) {
@@ -37,14 +52,30 @@ bool CudaBackend::takes_tiles(const quant::LinearFormat& format) const {
   return has_warpgroup_products() && quant::has_tiles(format.weight);
 }
 
+bool CudaBackend::takes_slice_pairs(const quant::LinearFormat& format) const {
+  return has_warpgroup_products() && quant::has_slice_pairs(format);
+}
+
+int64_t CudaBackend::max_packed_rows(const quant::LinearFormat& format) const {
+  return takes_tiles(format) || takes_slice_pairs(format) ? kAnyRows : kMaxPackedRows;
+}
+
 int64_t CudaBackend::repacked_bytes(const quant::LinearFormat& format) const {
-  return takes_tiles(format) ? quant::tiled_bytes(format.n, format.stored_k())
-                             : quant::joined_parts(format).bytes;
+  const int64_t n = format.n, k = format.stored_k();
+  return takes_tiles(format)         ? quant::tiled_bytes(n, k)
+         : takes_slice_pairs(format) ? slice_pairs_offset(format) + quant::slice_pairs_bytes(n, k)
+                                     : quant::joined_parts(format).bytes;
 }
 
 void CudaBackend::do_repack(const Tensor& layout, const PackedWeight& file) {
-  if (!takes_tiles(file.format)) return engine::join_parts(*this, layout, file);
-  launch_repack_tiles(stream_, layout.data<uint8_t>(), file.view());
+  const quant::LinearFormat& format = file.format;
+  if (takes_tiles(format)) {
+    launch_repack_tiles(stream_, layout.data<uint8_t>(), file.view());
+  } else {
+    engine::join_parts(*this, layout, file);
+    if (!takes_slice_pairs(format)) return;
+    launch_slice_pairs(stream_, layout.data<uint8_t>() + slice_pairs_offset(format), file.view());
+  }
   // Products read tiles before the kernel in front of them has ended (cuda/packed_gemv.h).
   BBB_CUDA(cudaStreamSynchronize(stream_));
 }
@@ -96,17 +127,26 @@ void CudaBackend::packed_products(const PackedProducts& products, const Tiled& t
 
 void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
   check_aligned(x, "x");
+  const int64_t m = x.dim(0);
+  std::array<std::vector<TiledProduct>, 9> with_pairs;  // of each number of bits
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        const int64_t m = x.dim(0);
         const auto launch_it = m < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
         launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
+        const quant::LinearFormat& format = product.weight.format;
+        const int bits = format.weight.bits;
+        // With more rows, a weight of 8 bits is rounded to bf16, as it is for a GEMM.
+        const int64_t few = bits == 8 ? kMaxPackedRows : kMinGemmRows - 1;
+        if (takes_slice_pairs(format) && m > few)
+          return with_pairs[static_cast<size_t>(bits)].push_back(tiled_product(product));
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
-                                  bf16_of(product.addend), x.dim(0));
+                                  bf16_of(product.addend), m);
       });
+  for (const std::vector<TiledProduct>& all : with_pairs)
+    if (!all.empty()) launch_packed_gemm(product_launch(stream_, properties_), all, bf16_of(x), m);
 }
 
 void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,

@@ -1,6 +1,7 @@
 // Launch functions of the products with 2-bit weights in tiles (cuda/packed_gemv.cu for few rows of
-// x, cuda/packed_gemm.cu for more), sm_90a only, and of the tiles themselves
-// (cuda/packed_tiles.cu).
+// x, cuda/packed_gemm.cu for more) and of many rows with weights of 3, 4 and 8 bits
+// (cuda/packed_gemm.cu), sm_90a only; of the tiles themselves, and of what those weights need
+// beside their codes (cuda/packed_tiles.cu).
 #pragma once
 
 #include <span>
@@ -12,14 +13,19 @@
 namespace bbb::cuda {
 
 struct TiledView {
-  const uint8_t* tiles;  // quant/packed_tiles.h; aligned to 16 bytes
+  // quant/packed_tiles.h; of 3, 4 and 8 bits quant/slice_pairs.h. Aligned to 16 bytes, as codes.
+  const uint8_t* tiles;
   const float* master_scale;
   int64_t n, k;
   int group;
+  int bits = 2;
+  const uint8_t* codes = nullptr;  // of 3, 4 and 8 bits: as in the file
 };
 
 // tiles: quant::tiled_bytes(w.n, w.k).
 void launch_repack_tiles(cudaStream_t stream, uint8_t* tiles, const quant::PackedView& w);
+// pairs: quant::slice_pairs_bytes(w.n, w.k).
+void launch_slice_pairs(cudaStream_t stream, uint8_t* pairs, const quant::PackedView& w);
 // wq = (q - z) e, (N, K).
 void launch_unpack_tiles(cudaStream_t stream, bf16* wq, const TiledView& w);
 
@@ -84,7 +90,8 @@ void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledPr
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                            const uint8_t* codes, const uint8_t* zeros, const float* scales,
                            int64_t m);
-// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on.
+// For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on. All weights have
+// the same number of bits.
 constexpr int64_t kMinGemmRows = 5;
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);

@@ -1,11 +1,13 @@
 // Tiles of 2-bit codes (quant/packed_tiles.h), to and from.
 //
 //   repack_tiles   the tiles of a stored matrix: a thread makes four bytes
+//   slice_pairs    scales and zero points once more (quant/slice_pairs.h): a thread makes an entry
 //   unpack_tiles   wq = (q - z) e: a thread makes eight consecutive weights, one 16-byte store
 #include "cuda/packed_gemv.h"
 #include "cuda/ptx.h"
 #include "quant/grid.h"
 #include "quant/packed_tiles.h"
+#include "quant/slice_pairs.h"
 
 namespace bbb::cuda {
 
@@ -34,6 +36,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
+    slice_pairs_kernel(uint2* __restrict__ pairs, quant::PackedView w) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t rows = quant::slice_pair_rows(w.n);
+  if (i >= rows * quant::column_slices(w.k)) return;
+  uint32_t words[2] = {};
+  for (int byte = 0; byte < quant::kSlicePairBytes; ++byte)
+    words[byte / 4] |= uint32_t{quant::slice_pair_byte(w, i / rows, i % rows, byte)}
+                       << (byte % 4 * 8);
+  pairs[i] = {words[0], words[1]};
+}
+
+__global__ void __launch_bounds__(kThreads)
     unpack_tiles_kernel(uint4* __restrict__ wq, const uint8_t* __restrict__ tiles, int64_t n,
                         int64_t k) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -53,6 +67,12 @@ __global__ void __launch_bounds__(kThreads)
 void launch_repack_tiles(cudaStream_t stream, uint8_t* tiles, const quant::PackedView& w) {
   launch(stream, {dim3(blocks_of(quant::tiled_bytes(w.n, w.k) / 4)), dim3(kThreads)},
          repack_tiles_kernel, reinterpret_cast<uint32_t*>(tiles), w);
+}
+
+void launch_slice_pairs(cudaStream_t stream, uint8_t* pairs, const quant::PackedView& w) {
+  const int64_t entries = quant::slice_pairs_bytes(w.n, w.k) / quant::kSlicePairBytes;
+  launch(stream, {dim3(blocks_of(entries)), dim3(kThreads)}, slice_pairs_kernel,
+         reinterpret_cast<uint2*>(pairs), w);
 }
 
 void launch_unpack_tiles(cudaStream_t stream, bf16* wq, const TiledView& w) {

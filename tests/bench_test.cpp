@@ -88,6 +88,7 @@ TEST_CASE("bench: matrix-vector products, packed and dense") {
       const auto real = static_cast<double>(engine::size_bytes(backend().real()));
       const double weight = 96 * (64 / 4 + 2 + 1) + 4;
       CHECK(r.dense.bytes == (96 * 64 + m * (96 + 64)) * act);
+      CHECK(r.packed.cold_peak == 0);
       CHECK(r.packed.bytes == weight + m * (96 + 64) * act);
       CHECK(r.quantized.bytes == weight + m * (64 + 2 * (1 + real) + 96 * act));
     }
@@ -95,12 +96,15 @@ TEST_CASE("bench: matrix-vector products, packed and dense") {
 
 TEST_CASE("bench: a packed linear of any number of rows, and a dense one") {
   const auto act = static_cast<double>(engine::size_bytes(backend().act()));
+  const tools::PeakProducts peak(backend(), {{32, 32, 32}, {64, 48, 32}});
   for (const int64_t rows : {3, 20}) {
-    const tools::GemvResult r = tools::bench_gemm(backend(), {96, 64}, rows, int64_t{1} << 16);
+    const tools::GemvResult r =
+        tools::bench_gemm(backend(), {96, 64}, rows, int64_t{1} << 16, peak);
     const double outside = static_cast<double>(rows) * (96 + 64) * act;
     for (const tools::TimedProduct* p : {&r.packed, &r.quantized, &r.dense}) {
       CHECK(p->flops == 2.0 * static_cast<double>(rows) * 96 * 64);
       CHECK((p->cold_s > 0 && p->warm_s > 0));
+      CHECK((p->cold_peak > 0 && p->warm_peak > 0));
     }
     CHECK(r.packed.bytes == 96 * (64 / 4 + 2 + 1) + 4 + outside);
     CHECK(r.quantized.bytes == r.packed.bytes);
@@ -112,13 +116,14 @@ TEST_CASE("bench: weights of more bits, and split channels") {
   const auto act = static_cast<double>(engine::size_bytes(backend().act()));
   // 16 of 64 channels: 80 positions, padded to 96.
   quant::LinearFormat format{.n = 96, .k = 64, .order = models::evenly_split(64, 32, 0.25)};
+  const tools::PeakProducts peak(backend(), {{32, 32, 32}});
   for (const int bits : {2, 3, 4, 8}) {
     CAPTURE(bits);
     format.weight.bits = bits;
     const double weight = 96 * (96 * bits / 8 + 3 + (3 * bits + 7) / 8) + 4 + 16 * 4;
     const double outside = 3 * (96 + 96) * act;
     CHECK(tools::bench_gemv(backend(), format, 3, 0).packed.bytes == weight + outside);
-    const tools::GemvResult r = tools::bench_gemm(backend(), format, 3, 0);
+    const tools::GemvResult r = tools::bench_gemm(backend(), format, 3, 0, peak);
     CHECK(r.packed.bytes == weight + outside);
     CHECK(r.quantized.flops == 2.0 * 3 * 96 * 96);
     CHECK(r.dense.flops == 2.0 * 3 * 96 * 64);

@@ -239,6 +239,14 @@ TEST_CASE("decode: options that would do nothing are refused", "[chat]") {
   refused({"--prompt", "a", "--context", "9"}, "--context needs --synthetic");
 }
 
+TEST_CASE("decode: a synthetic model stops at its last position", "[chat]") {
+  const Output output = bbb({"decode", "--synthetic", "smollm2-135m", "--context", "8190",
+                             "--max-tokens", "5", "--device", "cpu"});
+  CHECK(output.code == 0);
+  CHECK_THAT(output.err, Catch::Contains("the context of 8192 tokens is full") &&
+                             Catch::Contains("decode 2 tokens"));
+}
+
 TEST_CASE("decode: prompts and chats of a JSON-lines file", "[chat]") {
   const ChatModel model;
   const std::string path = model.directory / "prompts.jsonl";

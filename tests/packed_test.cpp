@@ -36,9 +36,13 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
         }
 }
 
-// Whether weights of this grid are in tiles, whose products take any number of rows.
+// Whether products with weights of this grid and K columns take any number of rows.
+bool takes_any_rows(const WeightGrid& grid, int64_t k) {
+  return backend().max_packed_rows({.n = 1, .k = k, .weight = grid}) == Backend::kAnyRows;
+}
+// Whether weights of this grid are in tiles.
 bool in_tiles(const WeightGrid& grid) {
-  return backend().max_packed_rows({.n = 1, .k = 128, .weight = grid}) == Backend::kAnyRows;
+  return quant::has_tiles(grid) && takes_any_rows(grid, 128);
 }
 
 // How far packed_gemv may move a value of x, relative to the largest one of its group of
@@ -52,20 +56,21 @@ double half_unit(const WeightGrid& grid, int64_t m) {
 
 // How many roundings of a partial sum a term passes through at most, in epsilons of FP32. A lane
 // adds at most K / 32 of the K products, and 16 more sums join lanes, warps and the addend. Each
-// rounding is by half an epsilon. bf16 tensor cores, which take more than four rows of weights in
-// tiles, add 16 products at a time: K / 16 roundings, each by up to an epsilon.
+// rounding is by half an epsilon. bf16 tensor cores, which take more than four rows, add 16
+// products at a time: K / 16 roundings, each by up to an epsilon.
 double roundings(const WeightGrid& grid, int64_t k, int64_t m) {
-  const bool tensor_cores = on_cuda() && in_tiles(grid) && m > 4;
+  const bool tensor_cores = on_cuda() && takes_any_rows(grid, 128) && m > 4;
   return static_cast<double>(k) / (tensor_cores ? 16 : 32) + 16;
 }
 
-// Whether m rows are more than products with 2-bit weights take on this device. They then throw.
-bool refused(int64_t m) {
+// Whether m rows are more than products with weights of this grid and K columns take on this
+// device. They then throw.
+bool refused(int64_t m, const WeightGrid& grid = {2, 32}, int64_t k = 128) {
   Backend& b = backend();
-  if (m <= b.max_packed_rows({.n = 1, .k = 32})) return false;
+  if (m <= Backend::kMaxPackedRows || takes_any_rows(grid, k)) return false;
   engine::Rng rng(51);
-  const Tensor x = b.zeros({m, 32}, b.act()), y = b.empty({m, 1}, b.act());
-  const PackedWeight weight = PackedMatrix(rng, 1, 32, {2, 32}).on(b);
+  const Tensor x = b.zeros({m, k}, b.act()), y = b.empty({m, 1}, b.act());
+  const PackedWeight weight = PackedMatrix(rng, 1, k, grid).on(b);
   CHECK_THROWS_AS(b.packed_gemv(y, x, weight, Tensor()), Error);
   return true;
 }
@@ -114,11 +119,18 @@ void check_product(const Values& got, const PackedMatrix& matrix, const Product&
             sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
 }
 
+// With many rows, levels of 8 bits are rounded to act, as unpack rounds them.
+void round_levels(PackedMatrix& matrix, int64_t m) {
+  if (matrix.grid.bits == 8 && m > Backend::kMaxPackedRows && backend().act() == DType::BF16)
+    matrix.levels = round_bf16(matrix.levels);
+}
+
 void check_gemv(engine::Rng& rng, int64_t n, int64_t k, WeightGrid spec, int64_t m,
                 bool with_addend, DType y_dtype) {
   CAPTURE(n, k, spec.bits, spec.group, m, with_addend);
   Backend& b = backend();
-  const PackedMatrix matrix(rng, n, k, spec);
+  PackedMatrix matrix(rng, n, k, spec);
+  round_levels(matrix, m);
   const Values x = activations(rng, m * k);
   const Values addend = with_addend ? activations(rng, m * n, 4.0) : Values();
   Guarded y(b, {m, n}, y_dtype);
@@ -182,16 +194,43 @@ TEST_CASE("packed_gemv of many rows with 2-bit weights", "[packed][tiles][rows]"
   }
 }
 
+TEST_CASE("packed_gemv of many rows with 3, 4 and 8 bits", "[packed][rows]") {
+  engine::Rng rng(58);
+  Backend& b = backend();
+  for (const int bits : {3, 4, 8}) {
+    for (const int64_t m : {5, 8, 9, 16, 17, 32, 33, 64, 65, 129, 300})
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 128},
+                                                                         {15, 96},
+                                                                         {64, 128},
+                                                                         {65, 160},
+                                                                         {300, 640},
+                                                                         {130, 2304},
+                                                                         {33, 4224},
+                                                                         {2300, 256}}) {
+        if (n * k * m > 12'000'000 || refused(m, {bits, 32}, k)) continue;
+        check_gemv(rng, n, k, {bits, 32}, m, m % 2 == 0, n % 2 == 0 ? b.real() : b.act());
+      }
+    for (const int group : {64, 128})
+      for (const int64_t m : {5, 20, 70})
+        if (!refused(m, {bits, group}, 640))
+          check_gemv(rng, 31, 640, {bits, group}, m, true, b.act());
+  }
+}
+
 TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[packed][rows]") {
   engine::Rng rng(50);
   Backend& b = backend();
   constexpr int64_t kK = 1536;
   // The larger matrix gives a warp several row tiles.
-  for (const auto& [n, m] : std::vector<std::pair<int64_t, int64_t>>{
-           {150, 5}, {150, 16}, {150, 40}, {150, 200}, {4300, 5}, {4300, 16}, {4300, 32}}) {
-    if (refused(m)) continue;
-    CAPTURE(n, m);
-    PackedMatrix matrix(rng, n, kK, {2, 32});
+  std::vector<std::tuple<int, int64_t, int64_t>> cases = {
+      {2, 150, 5},  {2, 150, 16},  {2, 150, 40}, {2, 150, 200},
+      {2, 4300, 5}, {2, 4300, 16}, {2, 4300, 32}};
+  for (const int bits : {3, 4, 8})
+    for (const int64_t m : {5, 16, 40, 200}) cases.emplace_back(bits, 150, m);
+  for (const auto& [bits, n, m] : cases) {
+    if (refused(m, {bits, 32}, kK)) continue;
+    CAPTURE(bits, n, m);
+    PackedMatrix matrix(rng, n, kK, {bits, 32});
     Values x = activations(rng, m * kK);
     const auto run = [&] {
       const Tensor y = b.empty({m, n}, b.act());
@@ -210,8 +249,7 @@ TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[p
 // Products in a row overlap: each starts while the one in front still runs. With -DBBB_STRESS=ON,
 // threads also pause at random points. Copies, warps and clusters that are in order only by luck
 // then go out of order.
-TEST_CASE("products with 2-bit weights give the same bytes whichever threads are delayed",
-          "[packed][rows][stress]") {
+TEST_CASE("products give the same bytes whichever threads are delayed", "[packed][rows][stress]") {
   if (!needs_cuda()) return;
 #ifdef BBB_STRESS
   constexpr int kRuns = 20;
@@ -222,33 +260,41 @@ TEST_CASE("products with 2-bit weights give the same bytes whichever threads are
   engine::Rng rng(57);
   Backend& b = backend();
   // Of each range of rows one small matrix, and one whose K wraps all rings.
-  for (const int64_t most_rows : {1, 4, 16, 32, 64, 128})
-    for (const int64_t most_k : {1024, 15000}) {
-      const int64_t m = most_rows - rng.below((most_rows + 1) / 2);
-      const int64_t k = 32 * (most_k / 32 - rng.below(most_k / 64));
-      const int64_t n = 1 + rng.below(std::min<int64_t>(3000, 30'000'000 / (m * k)));
-      if (refused(m)) continue;
-      CAPTURE(n, k, m);
-      const PackedMatrix matrix(rng, n, k, {2, 32});
-      const Values values = activations(rng, m * k);
-      const PackedWeight weight = matrix.on(b);
-      const Tensor x = make(b, {m, k}, b.act(), values);
-      Values first;
-      for (int run = 0; run < kRuns; ++run) {
-        std::deque<Guarded> y;
-        for (int i = 0; i < kInARow; ++i) y.emplace_back(b, Shape{m, n}, b.real());
-        for (const Guarded& out : y) b.packed_gemv(out.tensor(), x, weight, Tensor());
-        for (const Guarded& out : y) {
-          const Values got = values_of(b, out.tensor());
-          if (first.empty()) {
-            first = got;
-            check_product(first, matrix, multiply(matrix, values, {}, m), m, b.real());
-          }
-          REQUIRE(got == first);
-          REQUIRE(out.untouched());
+  std::vector<std::tuple<int, int64_t, int64_t>> cases;  // bits; the most rows and columns
+  for (const int64_t most_k : {1024, 15000}) {
+    for (const int64_t most_rows : {1, 4, 16, 32, 64, 128})
+      cases.emplace_back(2, most_rows, most_k);
+    for (const int bits : {3, 4, 8})
+      for (const int64_t most_rows : {18, 64, 128}) cases.emplace_back(bits, most_rows, most_k);
+  }
+  for (const auto& [bits, most_rows, most_k] : cases) {
+    const int64_t m = most_rows - rng.below((most_rows + 1) / 2);
+    const int64_t unit = bits == 3 ? 128 : 32;
+    const int64_t k = unit * (most_k / unit - rng.below(most_k / (2 * unit)));
+    const int64_t n = 1 + rng.below(std::min<int64_t>(3000, 30'000'000 / (m * k)));
+    if (refused(m, {bits, 32}, k)) continue;
+    CAPTURE(bits, n, k, m);
+    PackedMatrix matrix(rng, n, k, {bits, 32});
+    round_levels(matrix, m);
+    const Values values = activations(rng, m * k);
+    const PackedWeight weight = matrix.on(b);
+    const Tensor x = make(b, {m, k}, b.act(), values);
+    Values first;
+    for (int run = 0; run < kRuns; ++run) {
+      std::deque<Guarded> y;
+      for (int i = 0; i < kInARow; ++i) y.emplace_back(b, Shape{m, n}, b.real());
+      for (const Guarded& out : y) b.packed_gemv(out.tensor(), x, weight, Tensor());
+      for (const Guarded& out : y) {
+        const Values got = values_of(b, out.tensor());
+        if (first.empty()) {
+          first = got;
+          check_product(first, matrix, multiply(matrix, values, {}, m), m, b.real());
         }
+        REQUIRE(got == first);
+        REQUIRE(out.untouched());
       }
     }
+  }
 }
 
 TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[packed][tiles]") {
@@ -541,6 +587,11 @@ TEST_CASE("products of the same rows in one op equal one op each",
     check_products(rng, {{4, 32}, {2, 32}}, {33, 65, 48, 17}, 576, m, b.real());
     check_products(rng, {{3, 128}}, {33, 65}, 640, m, b.act());
   }
+  // Many rows, and weights of every number of bits in one op.
+  const std::vector<WeightGrid> grids = {{8, 32}, {2, 32}, {3, 32}, {4, 32}};
+  if (std::ranges::all_of(grids, [](const WeightGrid& g) { return takes_any_rows(g, 640); }))
+    for (const int64_t m : {5, 9, 70})
+      check_products(rng, grids, {33, 65, 48, 17, 90, 20, 7, 300, 16, 5}, 640, m, b.real());
 }
 
 TEST_CASE("products of the same rows in one op: matrices of models",
@@ -924,7 +975,7 @@ TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   const Tensor x = b.zeros({9, 32}, b.act()), y = b.empty({9, 4}, b.act());
   for (const int bits : {2, 3, 4, 8}) {
     const PackedMatrix matrix(rng, 4, 32, {bits, 32});
-    if (in_tiles(matrix.grid))
+    if (takes_any_rows(matrix.grid, 32))
       b.packed_gemv(y, x, matrix.on(b), Tensor());
     else
       CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);

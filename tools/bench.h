@@ -61,10 +61,12 @@ TrainBenchResult bench_train(engine::Backend& backend, const TrainBench& bench);
 int64_t layers_that_fit(engine::Backend& backend, const TrainBench& bench);
 
 // One kind of product: what it must read and write, its operations, and its time with the weight in
-// memory (cold) and where it fits, in a cache (warm).
+// memory (cold) and where it fits, in a cache (warm). Beside each time the operations per second of
+// the PeakProducts that took turns with it; 0: there were none.
 struct TimedProduct {
   double bytes = 0, flops = 0;
   double cold_s = 0, warm_s = 0;
+  double cold_peak = 0, warm_peak = 0;
 };
 
 struct GemvResult {
@@ -82,7 +84,7 @@ GemvResult bench_gemv(engine::Backend& backend, const quant::LinearFormat& forma
 // The same for any number of rows: `packed` and `quantized` are the forward of a model's packed
 // linear, from a finished operand of 16 bits and of as many as the weight has.
 GemvResult bench_gemm(engine::Backend& backend, const quant::LinearFormat& format, int64_t rows,
-                      int64_t rotation_bytes);
+                      int64_t rotation_bytes, const PeakProducts& peak);
 
 struct DecodeBench {
   int64_t batch = 1;

@@ -146,27 +146,24 @@ struct BenchModel {
   }
 };
 
-// What a product or a step could reach at most.
-struct Roofs {
-  double bandwidth;      // bytes read a second
-  double gemm_peak = 0;  // operations a second; 0: not measured
+// A time of a product, and the least that it could take at the bandwidth in bytes read a second and
+// at the GEMM peak measured beside it.
+struct ProductTime {
+  const char* name;
+  double seconds, reading_s, multiplying_s;
 
-  double floor_s(const TimedProduct& p) const {
-    return std::max(p.bytes / bandwidth, gemm_peak > 0 ? p.flops / gemm_peak : 0);
+  static std::array<ProductTime, 2> both(const TimedProduct& p, double bandwidth) {
+    const double reading_s = p.bytes / bandwidth;
+    const auto multiplying_s = [&](double peak) { return peak > 0 ? p.flops / peak : 0; };
+    return {{{"cold", p.cold_s, reading_s, multiplying_s(p.cold_peak)},
+             {"warm", p.warm_s, reading_s, multiplying_s(p.warm_peak)}}};
   }
-  bool reads(const TimedProduct& p) const { return p.bytes / bandwidth == floor_s(p); }
+  double floor_s() const { return std::max(reading_s, multiplying_s); }
+  std::string text() const {
+    return fmt::format(" {:8.2f} {:3.0f}%{}", 1e6 * seconds, 100 * floor_s() / seconds,
+                       reading_s >= multiplying_s ? 'r' : 'g');
+  }
 };
-
-ordered_json product_json(const TimedProduct& p, const Roofs& roofs) {
-  ordered_json json = {{"bytes", p.bytes}};
-  for (const auto& [name, seconds] : {std::pair{"cold", p.cold_s}, {"warm", p.warm_s}}) {
-    json[cat(name, "_us")] = 1e6 * seconds;
-    json[cat(name, "_bandwidth_fraction")] = p.bytes / seconds / roofs.bandwidth;
-    if (roofs.gemm_peak > 0)
-      json[cat(name, "_gemm_peak_fraction")] = p.flops / seconds / roofs.gemm_peak;
-  }
-  return json;
-}
 
 // The options of gemv and gemm, and their table.
 class ProductTable {
@@ -189,7 +186,7 @@ class ProductTable {
 
   void print_head() const {
     fmt::print("{:>14} {:>5} {:>8}", "N x K", "rows", "floor");
-    for (const std::string& name : names()) fmt::print("  {:>23}", name + " cold    warm");
+    for (const std::string& name : names()) fmt::print("  {:>13} {:>13}", name + " cold", "warm");
     fmt::print("\n");
   }
   quant::LinearFormat format(GemvShape shape) const {
@@ -199,21 +196,28 @@ class ProductTable {
             .weight = grid,
             .order = models::evenly_split(shape.k, grid.group, split_)};
   }
-  // A line, and its JSON: each product cold with percent of the floor, and warm.
-  ordered_json print(GemvShape shape, int64_t rows, const GemvResult& r, const Roofs& roofs) const {
+  // A line, and its JSON: each product cold and warm, with percent of the floor.
+  ordered_json print(GemvShape shape, int64_t rows, const GemvResult& r, double bandwidth) const {
     ordered_json json = {{"n", shape.n}, {"k", shape.k}, {"rows", rows}};
     std::string text;
     const TimedProduct* const products[] = {&r.packed, &r.quantized, &r.dense};
     for (size_t i = 0; i < std::size(products); ++i) {
       const TimedProduct& p = *products[i];
-      json[names()[i]] = product_json(p, roofs);
-      text += fmt::format("  {:8.2f} {:3.0f}%{} {:8.2f}", 1e6 * p.cold_s,
-                          100 * roofs.floor_s(p) / p.cold_s, roofs.reads(p) ? 'r' : 'g',
-                          1e6 * p.warm_s);
+      ordered_json& of = json[names()[i]] = {{"bytes", p.bytes}};
+      text += ' ';
+      for (const ProductTime& time : ProductTime::both(p, bandwidth)) {
+        text += time.text();
+        of[cat(time.name, "_us")] = 1e6 * time.seconds;
+        of[cat(time.name, "_bandwidth_fraction")] = time.reading_s / time.seconds;
+        if (time.multiplying_s == 0) continue;
+        of[cat(time.name, "_gemm_peak_tflops")] = p.flops / time.multiplying_s / 1e12;
+        of[cat(time.name, "_gemm_peak_fraction")] = time.multiplying_s / time.seconds;
+      }
     }
-    json["floor_us"] = 1e6 * roofs.floor_s(r.packed);
+    const double floor_s = ProductTime::both(r.packed, bandwidth).front().floor_s();
+    json["floor_us"] = 1e6 * floor_s;
     fmt::print("{:>14} {:>5} {:8.2f}{}\n", fmt::format("{} x {}", shape.n, shape.k), rows,
-               1e6 * roofs.floor_s(r.packed), text);
+               1e6 * floor_s, text);
     std::fflush(stdout);  // products of many rows take a while
     return json;
   }
@@ -237,15 +241,15 @@ int bench_gemv_command(const Arguments& arguments) {
   const int64_t rows = line.integer("rows", 1, Backend::kMaxPackedRows);
   const std::vector<GemvShape> shapes = shapes_of(line, kGemvShapes);
   const auto backend = line.make_backend();
-  const Roofs roofs{measure_read_bandwidth(*backend)};
+  const double bandwidth = measure_read_bandwidth(*backend);
   fmt::print("{}: reads {:.0f} GB/s; us, and percent of that bandwidth\n", backend->device_name(),
-             roofs.bandwidth / 1e9);
+             bandwidth / 1e9);
   table.print_head();
   ordered_json json = {
-      {"device", backend->device_name()}, {"read_gb_per_s", roofs.bandwidth / 1e9}, {"rows", rows}};
+      {"device", backend->device_name()}, {"read_gb_per_s", bandwidth / 1e9}, {"rows", rows}};
   for (const GemvShape& shape : shapes)
     json["shapes"].push_back(table.print(
-        shape, rows, bench_gemv(*backend, table.format(shape), rows, kRotationBytes), roofs));
+        shape, rows, bench_gemv(*backend, table.format(shape), rows, kRotationBytes), bandwidth));
   write_json(line, json);
   return 0;
 }
@@ -259,19 +263,19 @@ int bench_gemm_command(const Arguments& arguments) {
   const std::vector<GemvShape> shapes = shapes_of(line, kGemmShapes);
   const auto backend = line.make_backend();
   refuse_cpu(*backend, "bench gemm");
-  const Roofs roofs{measure_read_bandwidth(*backend), measure_inference_peak(*backend)};
+  const double bandwidth = measure_read_bandwidth(*backend);
+  const PeakProducts peak(*backend);
   fmt::print(
-      "{}: reads {:.0f} GB/s, GEMM peak {:.1f} TFLOP/s; us, and percent of the one that limits the "
-      "product: r reading, g GEMM\n",
-      backend->device_name(), roofs.bandwidth / 1e9, roofs.gemm_peak / 1e12);
+      "{}: reads {:.0f} GB/s; us, and percent of what limits the product: r reading, g the GEMM "
+      "peak, measured in turns with it\n",
+      backend->device_name(), bandwidth / 1e9);
   table.print_head();
-  ordered_json json = {{"device", backend->device_name()},
-                       {"read_gb_per_s", roofs.bandwidth / 1e9},
-                       {"gemm_peak_tflops", roofs.gemm_peak / 1e12}};
+  ordered_json json = {{"device", backend->device_name()}, {"read_gb_per_s", bandwidth / 1e9}};
   for (const GemvShape& shape : shapes)
     for (const int64_t rows : kGemmRows)
       json["products"].push_back(table.print(
-          shape, rows, bench_gemm(*backend, table.format(shape), rows, kRotationBytes), roofs));
+          shape, rows, bench_gemm(*backend, table.format(shape), rows, kRotationBytes, peak),
+          bandwidth));
   write_json(line, json);
   return 0;
 }
@@ -281,7 +285,7 @@ int bench_decode_command(const Arguments& arguments) {
   add_model_options(line);
   line.options()                                                                                //
       ("batch", "sequences, 1 to 64", text_option("1"))                                         //
-      ("prefill", "tokens of each prompt", text_option("512,1024,2048"))                        //
+      ("prefill", "tokens of each prompt", text_option("512,1024,2048,4096"))                   //
       ("tokens", "generated after each prompt", text_option("256"))                             //
       ("context", "and the median step with so many tokens in the cache", text_option("1024"))  //
       ("kv-bits", CommandLine::kKvBitsHelp, text_option("16"));

@@ -27,9 +27,15 @@ int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
   return std::clamp<int64_t>((rotation_bytes + weight_bytes - 1) / weight_bytes, 1, kMaxCopies);
 }
 
-// Returns the seconds of one product. product(i) queues one with copy i of the weight.
-double measure_products(Backend& backend, const TimedProduct& timed, int64_t copies,
-                        const std::function<void(int64_t copy)>& product) {
+struct Measured {
+  double seconds;  // of one product
+  double peak;     // TimedProduct
+};
+
+// product(i) queues one with copy i of the weight. `peak` may be null.
+Measured measure_products(Backend& backend, const TimedProduct& timed, int64_t copies,
+                          const PeakProducts* peak,
+                          const std::function<void(int64_t copy)>& product) {
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
   const double most = std::min(kMaxFlops / timed.flops, kMaxBytes / timed.bytes);
   const auto wanted = static_cast<int64_t>(std::clamp<double>(most, 1, kMaxProducts));
@@ -39,18 +45,24 @@ double measure_products(Backend& backend, const TimedProduct& timed, int64_t cop
   const auto replay = backend.record([&] {
     for (int64_t i = 0; i < products; ++i) product(at++ % copies);
   });
-  return measure_seconds(backend, Repeats(), [&] { replay->run(); }) /
-         static_cast<double>(products);
+  std::vector<std::function<void()>> runs = {[&] { replay->run(); }};
+  if (peak != nullptr) runs.push_back([&] { peak->run(); });
+  const std::vector<double> seconds = measure_in_turns(backend, Repeats(), runs);
+  return {seconds[0] / static_cast<double>(products),
+          peak != nullptr ? peak->flops() / seconds[1] : 0};
 }
 
 // product(i) makes y (M, N) from x with copy i of a weight (N, K). `bytes` of all three.
 TimedProduct time_product(Backend& backend, const GemmShape& shape, int64_t copies, int64_t bytes,
+                          const PeakProducts* peak,
                           const std::function<void(int64_t copy)>& product) {
   TimedProduct timed;
   timed.bytes = static_cast<double>(bytes);
   timed.flops = shape.flops();
-  timed.cold_s = measure_products(backend, timed, copies, product);
-  timed.warm_s = measure_products(backend, timed, 1, product);
+  const Measured cold = measure_products(backend, timed, copies, peak, product);
+  const Measured warm = measure_products(backend, timed, 1, peak, product);
+  timed.cold_s = cold.seconds, timed.cold_peak = cold.peak;
+  timed.warm_s = warm.seconds, timed.warm_peak = warm.peak;
   return timed;
 }
 
@@ -96,19 +108,20 @@ std::vector<PackedWeight> packed_copies(Backend& backend, const quant::LinearFor
 }
 
 // gemm_nt with act weights.
-TimedProduct time_dense(Backend& backend, int64_t n, const Tensor& x, int64_t rotation_bytes) {
+TimedProduct time_dense(Backend& backend, int64_t n, const Tensor& x, int64_t rotation_bytes,
+                        const PeakProducts* peak) {
   const int64_t rows = x.dim(0), k = x.dim(1), act = engine::size_bytes(backend.act());
   const int64_t copies = copies_for(n * k * act, rotation_bytes);
   const Tensor weights = random_activations(backend, {copies * n, k}, 2);
   const Tensor y = backend.empty({rows, n}, backend.act());
   return time_product(
-      backend, {rows, n, k}, copies, (n * k + rows * (k + n)) * act,
+      backend, {rows, n, k}, copies, (n * k + rows * (k + n)) * act, peak,
       [&](int64_t i) { backend.gemm_nt(y, x, weights.rows(i * n, n), Tensor(), Tensor()); });
 }
 
 // Forward of a packed linear, from the operand that its input of these bits makes of x.
 TimedProduct time_linear(Backend& backend, quant::LinearFormat format, const Tensor& x,
-                         int activation_bits, int64_t rotation_bytes) {
+                         int activation_bits, int64_t rotation_bytes, const PeakProducts* peak) {
   format.input.bits = activation_bits;
   const int64_t n = format.n, k = format.stored_k();
   const int64_t rows = x.dim(0), act = engine::size_bytes(backend.act());
@@ -124,7 +137,7 @@ TimedProduct time_linear(Backend& backend, quant::LinearFormat format, const Ten
     linears.back()->set_packed(std::move(weight), buffer);
   }
   return time_product(backend, {rows, n, k}, static_cast<int64_t>(linears.size()),
-                      format.bytes() + rows * (k + n) * act, [&](int64_t i) {
+                      format.bytes() + rows * (k + n) * act, peak, [&](int64_t i) {
                         linears[static_cast<size_t>(i)]->forward(tape, input, autograd::Var());
                       });
 }
@@ -151,24 +164,24 @@ GemvResult bench_gemv(Backend& backend, const quant::LinearFormat& format, int64
       return weights[static_cast<size_t>(i)];
     };
     result.packed =
-        time_product(backend, {rows, n, k}, copies, format.bytes() + x_bytes + y_bytes,
+        time_product(backend, {rows, n, k}, copies, format.bytes() + x_bytes + y_bytes, nullptr,
                      [&](int64_t i) { backend.packed_gemv(y, x, weight(i), Tensor()); });
-    result.quantized =
-        time_product(backend, {rows, n, k}, copies, format.bytes() + operand_bytes + y_bytes,
-                     [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
+    result.quantized = time_product(
+        backend, {rows, n, k}, copies, format.bytes() + operand_bytes + y_bytes, nullptr,
+        [&](int64_t i) { backend.quantized_gemv(y, operand, weight(i), Tensor()); });
   }
-  result.dense =
-      time_dense(backend, n, random_activations(backend, {rows, format.k}, 1), rotation_bytes);
+  result.dense = time_dense(backend, n, random_activations(backend, {rows, format.k}, 1),
+                            rotation_bytes, nullptr);
   return result;
 }
 
 GemvResult bench_gemm(Backend& backend, const quant::LinearFormat& format, int64_t rows,
-                      int64_t rotation_bytes) {
+                      int64_t rotation_bytes, const PeakProducts& peak) {
   const Tensor x = random_activations(backend, {rows, format.k}, 1);
   GemvResult result;
-  result.packed = time_linear(backend, format, x, models::kDenseBits, rotation_bytes);
-  result.quantized = time_linear(backend, format, x, format.weight.bits, rotation_bytes);
-  result.dense = time_dense(backend, format.n, x, rotation_bytes);
+  result.packed = time_linear(backend, format, x, models::kDenseBits, rotation_bytes, &peak);
+  result.quantized = time_linear(backend, format, x, format.weight.bits, rotation_bytes, &peak);
+  result.dense = time_dense(backend, format.n, x, rotation_bytes, &peak);
   return result;
 }
 

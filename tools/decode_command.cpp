@@ -157,24 +157,30 @@ class StepTimes {
   Clock::time_point last_ = Clock::now();
 };
 
+std::string full_context(int64_t positions) {
+  return fmt::format("the context of {} tokens is full", positions);
+}
+
 Report decode_synthetic(const CommandLine& line, Backend& backend, int64_t max_tokens) {
   const models::LlamaConfig config = models::synthetic_config(line.text("synthetic"));
-  const int64_t context = line.integer("context", 1, config.max_position);
+  const int64_t context = line.integer("context", 1, config.max_position - 1);
+  const int64_t steps = std::min(max_tokens, config.max_position - context);
   const auto model = models::Llama::synthetic(backend, config, {}, sample_seed(line));
   Report report;
   report.batch = batch_of(line, 1);
-  models::Generator generator(*model, report.batch, context + max_tokens, sample_spec(line),
+  models::Generator generator(*model, report.batch, context + steps, sample_spec(line),
                               line.kv_format());
   generator.assume(context);
   StepTimes times(report);
-  generator.run(max_tokens, [&](const std::vector<int32_t>&) {
+  generator.run(steps, [&](const std::vector<int32_t>&) {
     times.arrived(report.batch);
     return true;
   });
-  report.generated = report.batch * max_tokens;
+  if (steps < max_tokens) fmt::print(stderr, "{}\n", full_context(config.max_position));
+  report.generated = report.batch * steps;
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.token_kv_bytes = generator.kv_bytes_per_token();
-  report.kv_bytes = static_cast<double>(report.token_kv_bytes * (context + max_tokens / 2));
+  report.kv_bytes = static_cast<double>(report.token_kv_bytes * (context + steps / 2));
   return report;
 }
 
@@ -353,8 +359,9 @@ Report decode_model(const CommandLine& line, Backend& backend, int64_t max_token
     full += one.answer.stopped == kContextFull;
   }
   if (full > 0)
-    fmt::print(stderr, "{}the context of {} tokens is full\n",
-               report.listed ? fmt::format("texts that end early: {}; ", full) : "", positions);
+    fmt::print(stderr, "{}{}\n",
+               report.listed ? fmt::format("texts that end early: {}; ", full) : "",
+               full_context(positions));
   report.weight_bytes = static_cast<double>(weight_bytes(*model, backend));
   report.token_kv_bytes = generator.kv_bytes_per_token();
   report.kv_bytes = static_cast<double>(report.token_kv_bytes *

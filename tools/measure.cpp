@@ -52,17 +52,26 @@ double measure_gemm(Backend& backend, const GemmShape& shape) {
 double median(std::vector<double> values) { return engine::median(std::move(values)); }
 
 double measure_seconds(Backend& backend, const Repeats& repeats, const std::function<void()>& run) {
-  for (int64_t i = 0; i < repeats.warmup; ++i) run();
-  std::vector<double> times;
-  for (int64_t group = 0; group < repeats.groups; ++group) {
-    backend.synchronize();
-    const auto start = Clock::now();
-    for (int64_t call = 0; call < repeats.calls; ++call) run();
-    backend.synchronize();
-    const std::chrono::duration<double> elapsed = Clock::now() - start;
-    times.push_back(elapsed.count() / static_cast<double>(repeats.calls));
-  }
-  return median(times);
+  return measure_in_turns(backend, repeats, {run}).front();
+}
+
+std::vector<double> measure_in_turns(Backend& backend, const Repeats& repeats,
+                                     const std::vector<std::function<void()>>& runs) {
+  for (int64_t i = 0; i < repeats.warmup; ++i)
+    for (const auto& run : runs) run();
+  std::vector<std::vector<double>> times(runs.size());
+  for (int64_t group = 0; group < repeats.groups; ++group)
+    for (size_t i = 0; i < runs.size(); ++i) {
+      backend.synchronize();
+      const auto start = Clock::now();
+      for (int64_t call = 0; call < repeats.calls; ++call) runs[i]();
+      backend.synchronize();
+      const std::chrono::duration<double> elapsed = Clock::now() - start;
+      times[i].push_back(elapsed.count() / static_cast<double>(repeats.calls));
+    }
+  std::vector<double> medians;
+  for (std::vector<double>& of : times) medians.push_back(median(std::move(of)));
+  return medians;
 }
 
 double measure_bandwidth(Backend& backend) {
@@ -129,6 +138,44 @@ double measure_gemm_peak(Backend& backend, const std::vector<GemmShape>& shapes)
   for (const GemmShape& shape : shapes)
     best = std::max(best, shape.flops() / measure_gemm(backend, shape));
   return best;
+}
+
+PeakProducts::Recorded PeakProducts::record(Backend& backend, const GemmShape& shape) {
+  constexpr int kProducts = 2;
+  Recorded of;
+  const Tensor x = of.operands.emplace_back(random_activations(backend, {shape.m, shape.k}, 1));
+  const Tensor w = of.operands.emplace_back(random_activations(backend, {shape.n, shape.k}, 2));
+  const Tensor y = of.operands.emplace_back(backend.empty({shape.m, shape.n}, backend.act()));
+  of.replay = backend.record([&backend, x, w, y] {
+    for (int i = 0; i < kProducts; ++i) backend.gemm_nt(y, x, w, Tensor(), Tensor());
+  });
+  of.flops = kProducts * shape.flops();
+  return of;
+}
+
+PeakProducts::PeakProducts(Backend& backend)
+    : PeakProducts(backend, is_gpu(backend) ? std::vector<GemmShape>{{4096, 8192, 4096},
+                                                                     {8192, 4096, 4096},
+                                                                     {4096, 4096, 8192}}
+                                            : peak_shapes(backend)) {}
+
+PeakProducts::PeakProducts(Backend& backend, const std::vector<GemmShape>& shapes) {
+  engine::GemmTuning tuning;
+  tuning.memory_bytes = backend.memory_available_bytes() / 4;
+  const engine::GemmTuningScope tuned(backend, std::move(tuning));
+  std::vector<Recorded> all;
+  std::vector<std::function<void()>> runs;
+  for (const GemmShape& shape : shapes) {
+    all.push_back(record(backend, shape));
+    runs.push_back([replay = all.back().replay.get()] { replay->run(); });
+  }
+  const std::vector<double> seconds = measure_in_turns(backend, Repeats(), runs);
+  double best = 0;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (const double rate = all[i].flops / seconds[i]; rate > best) {
+      best = rate;
+      of_ = std::move(all[i]);
+    }
 }
 
 std::vector<GemmShape> peak_shapes(const Backend& backend) {

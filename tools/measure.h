@@ -20,6 +20,9 @@ struct Repeats {
 };
 double measure_seconds(engine::Backend& backend, const Repeats& repeats,
                        const std::function<void()>& run);
+// The same of several works that take turns, so that all see the same clocks of the device.
+std::vector<double> measure_in_turns(engine::Backend& backend, const Repeats& repeats,
+                                     const std::vector<std::function<void()>>& runs);
 
 // Bytes per second, read plus written, of a copy far larger than any cache.
 double measure_bandwidth(engine::Backend& backend);
@@ -48,5 +51,26 @@ inline constexpr int64_t kLongRun = 100'000;
 double measure_gemm_peak(engine::Backend& backend, const std::vector<GemmShape>& shapes);
 // Shapes at which a GPU comes near its peak; a small one for a CPU.
 std::vector<GemmShape> peak_shapes(const engine::Backend& backend);
+
+// Products of gemm_nt that come near the peak, to be timed in turns with other work: under load, a
+// GPU's clock changes within tens of milliseconds. A run takes less than one, so that it does not
+// change the clock itself. The algorithm is the fastest of the library's suggestions.
+class PeakProducts {
+ public:
+  explicit PeakProducts(engine::Backend& backend);
+  // Of the fastest of `shapes`.
+  PeakProducts(engine::Backend& backend, const std::vector<GemmShape>& shapes);
+  void run() const { of_.replay->run(); }
+  double flops() const { return of_.flops; }  // of a run
+
+ private:
+  struct Recorded {
+    std::vector<engine::Tensor> operands;
+    std::unique_ptr<engine::Replay> replay;
+    double flops = 0;
+  };
+  static Recorded record(engine::Backend& backend, const GemmShape& shape);
+  Recorded of_;
+};
 
 }  // namespace bbb::tools
