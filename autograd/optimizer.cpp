@@ -8,7 +8,8 @@ Optimizer::Optimizer(ParameterSet& parameters, const WeightQuantizer* quantizer,
       quantizer_(quantizer),
       spec_(spec),
       schedule_(schedule),
-      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())) {}
+      control_(parameters.backend().zeros({engine::kControlSize}, parameters.backend().real())),
+      muon_(parameters) {}
 
 void Optimizer::restart() {
   parameters_.reset_moments();
@@ -20,6 +21,7 @@ void Optimizer::step(const Tensor& loss) {
   const engine::QuantizedWeights epilogue =
       quantizer_ != nullptr ? quantizer_->weights() : engine::QuantizedWeights();
   backend.step_control(control_, loss, parameters_.grads(), epilogue.clipped, schedule_);
+  muon_.replace_gradients(control_, epilogue.clipped);
   backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),
                 control_, parameters_.table(), epilogue, spec_);
 }

@@ -1,7 +1,9 @@
 // Optimizer: AdamW steps over a ParameterSet, all on the device: gradient norm, schedule, clipping,
-// a skip where the loss or the norm is not finite, update.
+// a skip where the loss or the norm is not finite, update. Matrices of UpdateRule::Muon take its
+// steps.
 #pragma once
 
+#include "autograd/muon.h"
 #include "autograd/weight_quantizer.h"
 
 namespace bbb::autograd {
@@ -24,6 +26,7 @@ class Optimizer {
   const engine::AdamWSpec spec_;
   const engine::Schedule schedule_;
   Tensor control_;
+  Muon muon_;
 };
 
 }  // namespace bbb::autograd

@@ -9,8 +9,8 @@ Parameter& ParameterSet::add(std::string name, Shape shape, quant::SlotRule<doub
   parameters_.push_back(std::make_unique<Parameter>());
   parameters_.back()->name = std::move(name);
   parameters_.back()->slot = static_cast<int64_t>(shapes_.size());
+  parameters_.back()->rule = rule;
   shapes_.push_back(std::move(shape));
-  rules_.push_back(rule);
   return *parameters_.back();
 }
 
@@ -35,12 +35,16 @@ void ParameterSet::allocate() {
   const std::vector<quant::WeightTile> tiles = quant::make_tiles(counts);
   table_.tiles = backend_.empty({static_cast<int64_t>(tiles.size()), 4}, engine::DType::I32);
   backend_.upload(table_.tiles, tiles.data());
-  table_.slots = backend_.empty({static_cast<int64_t>(rules_.size()), 2}, backend_.real());
-  if (backend_.real() == engine::DType::F64) return backend_.upload(table_.slots, rules_.data());
-  std::vector<quant::SlotRule<float>> rules;
-  for (const quant::SlotRule<double>& rule : rules_)
-    rules.push_back({static_cast<float>(rule.lr_factor), static_cast<float>(rule.decay)});
-  backend_.upload(table_.slots, rules.data());
+  table_.slots = backend_.empty({static_cast<int64_t>(parameters_.size()), 3}, backend_.real());
+  std::vector<quant::SlotRule<double>> rules;
+  std::vector<quant::SlotRule<float>> rounded;
+  for (const auto& parameter : parameters_) {
+    const quant::SlotRule<double>& rule = rules.emplace_back(parameter->rule);
+    rounded.push_back({static_cast<float>(rule.lr_factor), static_cast<float>(rule.decay),
+                       static_cast<float>(rule.direct)});
+  }
+  if (backend_.real() == engine::DType::F64) return backend_.upload(table_.slots, rules.data());
+  backend_.upload(table_.slots, rounded.data());
 }
 
 int64_t ParameterSet::offset(const Parameter& parameter) const {

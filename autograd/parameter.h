@@ -21,6 +21,7 @@ struct Parameter {
   // elements included.
   Tensor grad;
   int64_t slot = 0;  // its row in every table of the set
+  quant::SlotRule<double> rule = {};
 };
 
 // The backward passes of one optimizer step. One: gradients are act, half the bytes and rounded
@@ -53,7 +54,6 @@ class ParameterSet {
   GradientPasses passes_;
   std::vector<std::unique_ptr<Parameter>> parameters_;
   std::vector<Shape> shapes_;
-  std::vector<quant::SlotRule<double>> rules_;
   std::vector<int64_t> offsets_;
   Tensor masters_, grads_, m_, v_;
   engine::ParameterTable table_;

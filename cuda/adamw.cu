@@ -13,13 +13,15 @@
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
-// Each block walks a run of tiles (quant/tiles.h), four consecutive elements a thread at a time.
-// While the new weights are in registers, the block finds their maximum group range, for the next
-// S, and prequantizes them with the current S. The next S is almost always the same; if so, the
-// next step does not read its masters to quantize them. Traffic: 24.3 bytes an element if g is
-// bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few
-// instructions, so the root and the quotient are the hardware's approximations (ptx.h). The rest of
-// this file is compiled as written, without contraction, like the quantizer's files.
+// A parameter whose rule is `direct` takes w -= lr (g + decay w). muon_momentum, two launches,
+// makes what Muon turns into such a g: 6 bytes an element, then 4 to normalize. Each block walks a
+// run of tiles (quant/tiles.h), four consecutive elements a thread at a time. While the new weights
+// are in registers, the block finds their maximum group range, for the next S, and prequantizes
+// them with the current S. The next S is almost always the same; if so, the next step does not read
+// its masters to quantize them. Traffic: 24.3 bytes an element if g is bf16, and one byte a group
+// if ranges have ratios. Memory limits the time only if there are few instructions, so the root and
+// the quotient are the hardware's approximations (ptx.h). The rest of this file is compiled as
+// written, without contraction, like the quantizer's files.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -285,6 +287,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   const float root = sqrtf(-expm1f(t * c.log_beta2));
   const float base_rate = lr * root / -expm1f(t * c.log_beta1), epsilon = c.epsilon * root;
   float rate = 0.0f, decay = 0.0f;  // of the current parameter
+  bool direct = false;
   Quad<T> next{};
   const auto request = [&] {
     if (i >= end) return;
@@ -303,7 +306,8 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     request();
     if (quantizer.enter(at)) {
       const quant::SlotRule<float> rule = slots[quantizer.slot()];
-      rate = base_rate * rule.lr_factor;
+      direct = rule.direct != 0.0f;
+      rate = (direct ? lr : base_rate) * rule.lr_factor;
       decay = lr * rule.lr_factor * rule.decay;
     }
     const auto old_weight = elements<float>(now.w), old_second = elements<float>(now.v);
@@ -318,14 +322,67 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
       second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
       const float quotient =
           first_moment[j] * reciprocal_approx(sqrt_approx(second_moment[j]) + epsilon);
-      weight[j] = old_weight.v[j] - fmaf(decay, old_weight.v[j], rate * quotient);
+      const float step = direct ? to_float(gradient.v[j]) : quotient;
+      weight[j] = old_weight.v[j] - fmaf(decay, old_weight.v[j], rate * step);
     }
     store_streaming(w + at, weight);
-    store_streaming(m + at, first_moment);
-    store_streaming(v + at, second_moment);
+    if (!direct) {
+      store_streaming(m + at, first_moment);
+      store_streaming(v + at, second_moment);
+    }
     quantizer.take(weight, now.ratio, at);
   }
   quantizer.finish();
+}
+
+// One partial sum of squares a block. n is a multiple of kMaskedWide.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    momentum_kernel(bf16* __restrict__ x, bf16* __restrict__ m, float* __restrict__ partials,
+                    const T* __restrict__ g, const uint8_t* __restrict__ clipped,
+                    const float* __restrict__ control, float keep, int64_t n) {
+  __shared__ float shared[32];
+  const bool skip = control[engine::kSkip] != 0.0f;
+  const float factor = control[engine::kScale];
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x * kMaskedWide;
+  float sum = 0.0f;
+  for (int64_t i = first_element<kMaskedWide>(); i < n; i += stride) {
+    float d[kMaskedWide], moment[kMaskedWide], step[kMaskedWide] = {};
+    if (!skip) {
+      load(d, g + i, kMaskedWide);
+      load(moment, m + i, kMaskedWide);
+      const unsigned mask = clipped != nullptr ? clipped[i / kMaskedWide] : 0;
+#pragma unroll
+      for (int j = 0; j < kMaskedWide; ++j) {
+        d[j] = mask >> j & 1u ? 0.0f : factor * d[j];
+        moment[j] = fmaf(keep, moment[j], d[j]);
+        step[j] = fmaf(keep, moment[j], d[j]);
+        sum = fmaf(step[j], step[j], sum);
+      }
+      store(m + i, moment, kMaskedWide);
+    }
+    store(x + i, step, kMaskedWide);
+  }
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// x /= the root of the sum of `count` partial sums, which every block adds in the same order.
+__global__ void __launch_bounds__(kSumThreads)
+    normalize_kernel(bf16* __restrict__ x, const float* __restrict__ partials, int count,
+                     int64_t n) {
+  __shared__ float shared[32];
+  float squared = 0.0f;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kSumThreads) squared += partials[i];
+  squared = block_sum(squared, shared);
+  const float factor = squared > 0.0f ? rsqrtf(squared) : 0.0f;
+  const int64_t i = first_element<kMaskedWide>();
+  if (i >= n) return;
+  float value[kMaskedWide];
+  load(value, x + i, kMaskedWide);
+#pragma unroll
+  for (float& each : value) each *= factor;
+  store(x + i, value, kMaskedWide);
 }
 
 }  // namespace
@@ -341,6 +398,20 @@ void CudaBackend::do_step_control(const Tensor& control, const Tensor& loss, con
   });
   launch(stream_, {dim3(1), dim3(kControlThreads)}, step_control_kernel, control.data<float>(),
          loss.data<float>(), partials, static_cast<int>(count), schedule);
+}
+
+void CudaBackend::do_muon_momentum(const Tensor& x, const Tensor& m, const Tensor& g,
+                                   const Tensor& clipped, const Tensor& control, double decay,
+                                   const Tensor& scratch) {
+  float* const partials = static_cast<float*>(scratch.raw());
+  const int64_t n = x.numel(), count = partials_for(n, kMaskedWide);
+  with_elements(g, [&]<typename T>(const T* gradient) {
+    launch(stream_, {dim3(static_cast<unsigned>(count)), dim3(kSumThreads)}, momentum_kernel<T>,
+           bf16_of(x), bf16_of(m), partials, gradient, clipped.data<uint8_t>(),
+           control.data<float>(), static_cast<float>(decay), n);
+  });
+  launch(stream_, {blocks_for(n, kSumThreads, kMaskedWide), dim3(kSumThreads)}, normalize_kernel,
+         bf16_of(x), partials, static_cast<int>(count), n);
 }
 
 void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,

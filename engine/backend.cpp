@@ -147,7 +147,7 @@ class Op {
   void table(const Tensor& tiles, const Tensor& slots) const {
     this->tiles(tiles);
     rank("slots", slots, 2);
-    is("slots", slots, backend_.real(), {slots.dim(0), 2});
+    is("slots", slots, backend_.real(), {slots.dim(0), 3});
   }
   // The quantizer of `count` masters.
   void quantizer(const QuantizedWeights& q, int64_t count) const {
@@ -1022,6 +1022,18 @@ void Backend::step_control(const Tensor& control, const Tensor& loss, const Tens
   BBB_CHECK(schedule.total_steps > 0, "step_control: total_steps must be positive, got ",
             schedule.total_steps);
   do_step_control(control, loss, g, clipped, schedule, make_scratch(ScratchOp::StepControl));
+}
+
+void Backend::muon_momentum(const Tensor& x, const Tensor& m, const Tensor& g,
+                            const Tensor& clipped, const Tensor& control, double decay) {
+  const Op op(*this, "muon_momentum");
+  const int64_t n = x.numel();
+  op.is("x", x, act(), {n});
+  op.is("m", m, act(), {n});
+  op.flat_gradient("g", g, n);
+  op.is_or_undefined("clipped", clipped, DType::U8, {n / 8});
+  op.is("control", control, real(), {kControlSize});
+  do_muon_momentum(x, m, g, clipped, control, decay, make_scratch(ScratchOp::Sum));
 }
 
 void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,

@@ -158,7 +158,7 @@ struct OperandRows {
 // table.
 struct ParameterTable {
   Tensor tiles;  // I32 (tiles, 4): quant::WeightTile, covering all parameters
-  Tensor slots;  // real (slots, 2): quant::SlotRule
+  Tensor slots;  // real (slots, 3): quant::SlotRule
 };
 
 // The tables and outputs of the quantizer of P masters. Undefined tensors: there is no quantizer.
@@ -507,13 +507,19 @@ class Backend {
   // (P / 8) or undefined; fixed order.
   void step_control(const Tensor& control, const Tensor& loss, const Tensor& g,
                     const Tensor& clipped, const Schedule& schedule);
+  // The momentum of one matrix, before Muon makes it orthogonal (autograd/muon.h). With d = kScale
+  // g, 0 where clipped: m = decay m + d, and x = d + decay m (Nesterov), divided by its Frobenius
+  // norm; 0 if that is 0. If kSkip is set, m stays unchanged and x is 0.
+  // x, m act (P); g act or real (P); clipped U8 (P / 8) or undefined.
+  void muon_momentum(const Tensor& x, const Tensor& m, const Tensor& g, const Tensor& clipped,
+                     const Tensor& control, double decay);
   // AdamW: decoupled weight decay (Loshchilov & Hutter), bias-corrected. If kSkip is set, w, m and
-  // v stay unchanged. With a quantizer q, an epilogue writes q.max_range of the new w and may
-  // prequantize w with q.s. If it does, it replaces wq, e, z and clipped and sets q.prequantized to
-  // q.s; otherwise it sets q.prequantized to 0. Either way wq, e, z and clipped are valid only
-  // after the next fake_quant.
-  // w, v real (P); m act (P), used before it is rounded; g act or real (P); control as written by
-  // step_control.
+  // v stay unchanged. A parameter whose rule is `direct` takes w -= lr (g + decay w) instead, its
+  // clipped elements too, and keeps m and v. With a quantizer q, an epilogue writes q.max_range of
+  // the new w and may prequantize w with q.s. If it does, it replaces wq, e, z and clipped and sets
+  // q.prequantized to q.s; otherwise it sets q.prequantized to 0. Either way wq, e, z and clipped
+  // are valid only after the next fake_quant. w, v real (P); m act (P), used before it is rounded;
+  // g act or real (P); control as written by step_control.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
              const AdamWSpec& spec);

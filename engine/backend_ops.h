@@ -74,6 +74,7 @@ using quant::KvFormat;
 #define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double
 #define BBB_OP_freeze_flips Arg, Arg, Arg, const QuantizedWeights&, Arg
 #define BBB_OP_step_control Arg, Arg, Arg, Arg, const Schedule&, Arg
+#define BBB_OP_muon_momentum Arg, Arg, Arg, Arg, Arg, double, Arg
 #define BBB_OP_adamw Arg, Arg, Arg, Arg, Arg, const ParameterTable&, const QuantizedWeights&, \
   const AdamWSpec&
 
@@ -90,7 +91,7 @@ using quant::KvFormat;
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
   OP(scale_codes_backward) OP(repack) OP(unpack) OP(packed_gemv) OP(packed_gemv_normed) OP(packed_gemv_gated) \
-  OP(step_control) OP(adamw) \
+  OP(step_control) OP(muon_momentum) OP(adamw) \
   OP(average) OP(dampen) OP(freeze_flips)
 // clang-format on
 #define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;

@@ -243,13 +243,16 @@ void LlamaBlock::set_packed(const LayerResult& result) {
 // Training.
 
 void LlamaBlock::declare_parameters(ParameterSet& set,
-                                    const std::vector<quant::LinearFormat>& formats) {
+                                    const std::vector<quant::LinearFormat>& formats,
+                                    autograd::UpdateRule rule) {
   declared_.clear();
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(formats.size() == all.size());
-  for (size_t i = 0; i < all.size(); ++i)
+  for (size_t i = 0; i < all.size(); ++i) {
+    const engine::Shape shape{formats[i].n, formats[i].stored_k()};
     declared_.push_back(
-        &set.add(all[i]->name() + ".weight", {formats[i].n, formats[i].stored_k()}));
+        &set.add(all[i]->name() + ".weight", shape, autograd::slot_rule(rule, shape)));
+  }
   for (const NormShape& norm : block_norms(config_))
     declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
 }

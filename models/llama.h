@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "autograd/muon.h"
 #include "models/checkpoint.h"
 #include "models/operand.h"
 #include "models/quant_linear.h"
@@ -74,8 +75,9 @@ class LlamaBlock {
   void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
-  // yet.
-  void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats);
+  // yet. `rule` is for the linears; norms take AdamW's.
+  void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
+                          autograd::UpdateRule rule = autograd::UpdateRule::AdamW);
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);

@@ -50,7 +50,8 @@ inline std::vector<WeightTile> make_tiles(const std::vector<int64_t>& counts) {
 template <typename T>
 struct SlotRule {
   T lr_factor = 1;
-  T decay = 0;  // decoupled weight decay
+  T decay = 0;   // decoupled weight decay
+  T direct = 0;  // 1: the gradient is the step itself, as Muon leaves it; the moments are not AdamW's
 };
 
 }  // namespace bbb::quant

@@ -49,10 +49,10 @@ struct FlatWeights {
     std::vector<double> rules;
     std::vector<int32_t> bits;
     for (const FlatParameter& p : parameters) {
-      rules.insert(rules.end(), {p.rule.lr_factor, p.rule.decay});
+      rules.insert(rules.end(), {p.rule.lr_factor, p.rule.decay, p.rule.direct});
       bits.push_back(p.bits);
     }
-    table.slots = make(b, {slots, 2}, b.real(), rules);
+    table.slots = make(b, {slots, 3}, b.real(), rules);
     q = {.tiles = table.tiles,
          .bits = make_ids(b, {slots}, bits),
          .max_range = max_range.tensor(),

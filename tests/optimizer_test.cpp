@@ -363,8 +363,8 @@ TEST_CASE("adamw and fake_quant together equal the quantizer applied to the new 
           b.copy(gradient, make(b, {n}, dtype, normal(rng, n, 1e-3)));
           std::vector<double> rules;
           for (int64_t slot = 0; slot < flat.slots; ++slot)
-            rules.insert(rules.end(), {1.0, decays[t]});
-          b.copy(flat.table.slots, make(b, {flat.slots, 2}, b.real(), rules));
+            rules.insert(rules.end(), {1.0, decays[t], slot % 4 == 3 ? 1.0 : 0.0});
+          b.copy(flat.table.slots, make(b, {flat.slots, 3}, b.real(), rules));
           const auto s = values_of(b, flat.s.tensor());
           // Recorded, as in training.
           b.record([&] {

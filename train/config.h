@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "autograd/muon.h"
 #include "engine/tensor.h"
 #include "models/config.h"
 #include "models/recompute.h"
@@ -105,6 +106,7 @@ struct TrainConfig {
   int64_t val_samples = 64;
   int64_t epochs = 2;
   int64_t batch = 8;
+  autograd::UpdateRule optimizer = autograd::UpdateRule::AdamW;  // of the linears' masters
   std::vector<double> lr;  // per stage, or one for all; empty: by model width and stage
   InputStream input_stream = InputStream::Same;
   Target target = Target::Full;

@@ -116,6 +116,10 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.val_samples, {"val-samples", kRun, "validation windows, from the end of the text", kNatural});
   v(c.epochs, {"epochs", kBlocks, "passes over the samples, each stage", kPositive});
   v(c.batch, {"batch", kBlocks, "windows a step", kPositive});
+  v(c.optimizer, {"optimizer",
+                  kRun,
+                  "of the linears' weights: adamw, or muon; all else takes adamw",
+                  {"adamw, muon"}});
   v(c.lr,
     {"lr", kBlocks, "one rate, or one a stage; default: by the model's width", kRates, "auto"});
   v(c.input_stream,

@@ -45,7 +45,7 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
       parameters_(backend, streams.precisions() == 1 ? autograd::GradientPasses::One
                                                      : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
-  block_.declare_parameters(parameters_, formats_[0]);
+  block_.declare_parameters(parameters_, formats_[0], config.optimizer);
   parameters_.allocate();
   quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
                      std::move(nested));

@@ -28,7 +28,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (all) {
-      block->declare_parameters(parameters_, linears);
+      block->declare_parameters(parameters_, linears, config_.optimizer);
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();

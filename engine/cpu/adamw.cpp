@@ -49,6 +49,31 @@ void CpuBackend<T>::do_step_control(const Tensor& control, const Tensor& loss, c
 }
 
 template <typename T>
+void CpuBackend<T>::do_muon_momentum(const Tensor& x, const Tensor& m, const Tensor& g,
+                                     const Tensor& clipped, const Tensor& control, double decay,
+                                     const Tensor&) {
+  T *const out = data(x), *const moment = data(m);
+  const T *const gradient = data(g), *const slot = data(control);
+  const auto* mask = clipped.data<uint8_t>();
+  const T scale = slot[kScale], keep = static_cast<T>(decay);
+  if (slot[kSkip] != 0) return do_zero(x);
+  const double squared = ordered_sum(x.numel(), [=](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const T d = mask != nullptr && bit_of(mask, i) ? T{0} : scale * gradient[i];
+      moment[i] = keep * moment[i] + d;
+      out[i] = d + keep * moment[i];
+      sum += static_cast<double>(out[i]) * static_cast<double>(out[i]);
+    }
+    return sum;
+  });
+  const T factor = squared > 0 ? static_cast<T>(1 / std::sqrt(squared)) : T{0};
+  parallel_for(x.numel(), kElementGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] *= factor;
+  });
+}
+
+template <typename T>
 void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
                              const Tensor& control, const ParameterTable& table,
                              const QuantizedWeights& q, const AdamWSpec& spec) {
@@ -72,6 +97,11 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
       const quant::SlotRule<T> rule = rules[tiles[tile].slot];
       const T lr = base_lr * rule.lr_factor, decay = rule.decay;
       const int64_t begin = tiles[tile].begin * quant::kTileAlign;
+      if (rule.direct != 0) {
+        for (int64_t i = begin; i < begin + tiles[tile].count; ++i)
+          weight[i] -= lr * (gradient[i] + decay * weight[i]);
+        continue;
+      }
       for (int64_t i = begin; i < begin + tiles[tile].count; ++i) {
         const T grad = clipped != nullptr && bit_of(clipped, i) ? T{0} : scale * gradient[i];
         const T mean = b1 * first[i] + rest1 * grad;
@@ -87,6 +117,7 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
 }
 
 BBB_CPU_INSTANTIATE(step_control);
+BBB_CPU_INSTANTIATE(muon_momentum);
 BBB_CPU_INSTANTIATE(adamw);
 
 }  // namespace bbb::engine
