@@ -234,6 +234,37 @@ TEST_CASE("recompute: what single options of either phase keep is counted, too",
   }
 }
 
+TEST_CASE("recompute: GPTQ uses the predicted memory, wherever its stream is",
+          "[train][recompute]") {
+  WideRun run;
+  run.config.method = train::Method::Gptq;
+  run.config.stages = train::parse_stages("w2a16");
+  for (const auto& [option, text] : std::initializer_list<std::pair<const char*, const char*>>{
+           {"rotate", "group"}, {"ocs-ratio", "0.4,0.1"}})
+    set_option(run.config, option, text);
+  run.config.samples = 12;
+  const int64_t statistics = train::count_statistics_memory(backend(), run.model, run.resolved());
+  std::map<std::string, std::string> expected;
+  for (const bool on_device : {true, false}) {
+    CAPTURE(on_device);
+    const train::BlockMemory resident = run.plan_blocks();
+    if (!on_device)
+      run.config.memory.device_bytes =
+          train::allocated_bytes(backend(), std::max(resident.device_bytes - 1, statistics));
+    const train::BlockMemory plan = run.plan_blocks();
+    check_prediction(std::max(plan.device_bytes, statistics),
+                     run.measured_bytes(cat("out", on_device)));
+    const auto files = results(run.config.out);
+    if (on_device) expected = files;
+    CHECK((files == expected));
+    int64_t bytes = 0;
+    for (const auto& [name, content] : files)
+      if (name.ends_with(".safetensors") && name != "statistics.safetensors")
+        bytes += result_bytes_of(content);
+    CHECK(train::result_bytes(run.model, run.resolved()) == bytes);
+  }
+}
+
 TEST_CASE("recompute: the statistics of input sites use the predicted memory",
           "[train][recompute]") {
   WideRun run;
