@@ -161,7 +161,7 @@ TEST_CASE("ldlq: gives GPTQ's codes, and the error that it says", "[ldlq]") {
                  nearest = problem.error_of(problem.nearest(pool));
     CAPTURE(k, error, measured, nearest);
     CHECK(error == Approx(measured).epsilon(1e-4));
-    CHECK(measured < 0.6 * nearest);
+    CHECK(measured < 0.75 * nearest);
   }
 }
 
