@@ -18,10 +18,10 @@ using quant::StoredTensor;
 
 static constexpr const char *kRatios = ".ratios", *kBias = ".bias";
 
-static float master_scale_of(const LinearResult& linear) {
-  float master_scale;
-  std::memcpy(&master_scale, linear.part(StoredPart::MasterScale).data(), sizeof master_scale);
-  return master_scale;
+float LinearResult::master_scale() const {
+  float value;
+  std::memcpy(&value, part(StoredPart::MasterScale).data(), sizeof value);
+  return value;
 }
 
 static quant::PackedView view_of(const LinearResult& linear, const float* master_scale) {
@@ -35,13 +35,35 @@ static quant::PackedView view_of(const LinearResult& linear, const float* master
           .grid = linear.format.weight};
 }
 
+void LinearResult::store(const std::vector<uint8_t>& codes, const std::vector<uint8_t>& e,
+                         const std::vector<uint8_t>& zeros, float master_scale) {
+  const int bits = format.weight.bits;
+  const auto set = [&](StoredPart p, const void* data, size_t bytes) {
+    const auto* begin = static_cast<const uint8_t*>(data);
+    part(p).assign(begin, begin + bytes);
+  };
+  part(StoredPart::Codes) =
+      format.weight.nested ? bit_planes(codes) : pack_rows(codes, format.n, bits);
+  part(StoredPart::Scales) = e;
+  part(StoredPart::Zeros) = format.weight.nested ? zeros : pack_rows(zeros, format.n, bits);
+  set(StoredPart::MasterScale, &master_scale, sizeof master_scale);
+  if (!format.order) return;
+  const std::vector<int32_t>&split = format.order->split(), &outliers = format.order->outliers();
+  set(StoredPart::SplitChannels, split.data(), split.size() * sizeof(int32_t));
+  set(StoredPart::OutlierChannels, outliers.data(), outliers.size() * sizeof(int32_t));
+}
+
+std::vector<float> LinearResult::levels() const {
+  const float s = master_scale();
+  std::vector<float> levels(static_cast<size_t>(format.n * format.stored_k()));
+  quant::host::unpack(levels.data(), view_of(*this, &s), {0, format.n});
+  for (float& w : levels) w *= s;
+  return levels;
+}
+
 std::vector<float> LinearResult::dequantize() const {
-  const float master_scale = master_scale_of(*this);
-  const quant::PackedView view = view_of(*this, &master_scale);
+  std::vector<float> stored = levels();
   const quant::ChannelOrder order = format.channel_order();
-  std::vector<float> stored(static_cast<size_t>(format.n * order.stored_k()));
-  quant::host::unpack(stored.data(), view, {0, format.n});
-  for (float& w : stored) w *= master_scale;
   if (order.is_identity() && !format.input.hadamard) return stored;
   std::vector<float> weight(static_cast<size_t>(format.n * format.k));
   quant::host::merge_weight(weight.data(), stored.data(), {0, format.n}, format, order);
@@ -51,7 +73,7 @@ std::vector<float> LinearResult::dequantize() const {
 LinearCodes linear_codes(const LinearResult& linear) {
   const LinearFormat& format = linear.format;
   BBB_ASSERT(format.plain_positions());
-  const float master_scale = master_scale_of(linear);
+  const float master_scale = linear.master_scale();
   const quant::PackedView view = view_of(linear, &master_scale);
   const int64_t groups = format.groups(), group = format.weight.group;
   const int64_t zero_bytes = quant::zero_row_bytes(view.k, format.weight.group, format.code_bits());
@@ -90,6 +112,15 @@ std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, 
   for (int64_t r = 0; r < rows; ++r)
     quant::pack_codes(packed.data() + r * row_bytes, codes.data() + r * columns, columns, bits);
   return packed;
+}
+
+std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
+                                 int bits) {
+  const int64_t row_bytes = quant::packed_bytes(columns, bits);
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * columns));
+  for (int64_t r = 0; r < rows; ++r)
+    quant::unpack_codes(codes.data() + r * columns, packed.data() + r * row_bytes, columns, bits);
+  return codes;
 }
 
 void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t layer,

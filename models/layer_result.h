@@ -35,9 +35,14 @@ struct LinearResult {
   const std::vector<uint8_t>& part(quant::StoredPart p) const {
     return stored[static_cast<size_t>(p)];
   }
-  // The weight (N, K) of a quantized result: S e (q - z), exact in float. Pairs are summed (or
-  // averaged) and rotations undone, which rounds.
+  // Fills the stored tensors: codes (N, K') and zeros (N, K'/G), one a byte, e (N, K'/G), S.
+  void store(const std::vector<uint8_t>& codes, const std::vector<uint8_t>& e,
+             const std::vector<uint8_t>& zeros, float master_scale);
+  // S e (q - z) of a quantized result in its stored positions (N, K'), exact in float.
+  std::vector<float> levels() const;
+  // The same as a weight (N, K). Pairs are summed (or averaged) and rotations undone, which rounds.
   std::vector<float> dequantize() const;
+  float master_scale() const;  // of a quantized result
 };
 
 // The integers of a quantized linear without a channel order: W[n, k] = s[n, g] (q[n, k] - z[n, g])
@@ -67,6 +72,9 @@ struct LayerResult {
 
 // From one code per byte to one bit stream per row (quant/pack.h).
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits);
+// The inverse, for `columns` codes a row.
+std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
+                                 int bits);
 // From one 8-bit code per byte to bit planes, the highest first.
 std::vector<uint8_t> bit_planes(const std::vector<uint8_t>& codes);
 

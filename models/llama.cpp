@@ -90,8 +90,8 @@ void LlamaBlock::set_operands(const std::vector<quant::LinearFormat>& formats, b
 }
 
 LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
-  if (tap_ && operands_[site].exact()) {
-    BBB_ASSERT(!input.norm.defined() && !input.up.defined());
+  if (tap_) {
+    BBB_ASSERT(input.x.defined() && !input.norm.defined() && !input.up.defined());
     tap_(site, input.x.value());
   }
   return input;
@@ -201,6 +201,22 @@ void LlamaBlock::set_float(const LayerResult& weights) {
   set_biases(weights);
 }
 
+void LlamaBlock::set_stored(const LayerResult& weights) {
+  const std::vector<QuantLinear*> all = linears();
+  BBB_ASSERT(weights.linears.size() == all.size());
+  std::vector<quant::LinearFormat> formats;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const LinearResult& linear = weights.linears[i];
+    formats.push_back(linear.format);
+    all[i]->set_float(upload_as(backend_, linear.quantized() ? linear.levels() : linear.master,
+                                {linear.format.n, linear.format.stored_k()}, backend_.act()),
+                      linear.format);
+  }
+  set_norms(weights);
+  set_biases(weights);
+  set_operands(formats, false);
+}
+
 void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
   std::vector<quant::LinearFormat> formats;
   const LayerResult constants = norms_and_biases(source, layer_);
@@ -300,6 +316,18 @@ void LlamaBlock::set_formats(const std::vector<quant::LinearFormat>& formats) {
 void LlamaBlock::select_precision(size_t i) {
   nested_ = true;
   for (QuantLinear* linear : linears()) linear->select_precision(i);
+}
+
+void LlamaBlock::freeze_codes(const LayerResult& result, const std::vector<Parameter*>& sigmas) {
+  const std::vector<QuantLinear*> all = linears();
+  std::vector<quant::LinearFormat> formats;
+  for (size_t i = 0; i < all.size(); ++i) {
+    all[i]->freeze_codes(result.linears[i], *sigmas[i]);
+    formats.push_back(result.linears[i].format);
+  }
+  set_norms(result);
+  set_biases(result);
+  set_operands(formats, false);
 }
 
 void LlamaBlock::prepare_scales() {

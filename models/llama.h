@@ -64,6 +64,9 @@ class LlamaBlock {
 
   // Full-precision weights, rounded to act.
   void set_float(const LayerResult& weights);
+  // Weights in the stored positions of their formats, rounded to act: the levels of quantized
+  // linears, the masters of others.
+  void set_stored(const LayerResult& weights);
   // The checkpoint's weights, one at a time. A linear that is stored in full precision becomes a
   // FloatWeight. `buffer` as for QuantLinear::set_packed.
   void load(const Checkpoint& source, const Tensor& buffer);
@@ -92,9 +95,11 @@ class LlamaBlock {
   void set_formats(const std::vector<quant::LinearFormat>& formats);
   // Of every linear (QuantLinear::select_precision).
   void select_precision(size_t i);
-  // Called in forward() with the input of every site, act (..., K), if it is not transformed.
+  // Called in forward() with the operand of every site, act (..., K'), as its linears multiply it.
   void set_tap(std::function<void(Site site, const Tensor& x)> tap) { tap_ = std::move(tap); }
-  void prepare_scales();  // after every linear's freeze_codes()
+  // Frozen codes of a quantized layer; sigmas[i] holds the scales of linear i.
+  void freeze_codes(const LayerResult& result, const std::vector<Parameter*>& sigmas);
+  void prepare_scales();  // after freeze_codes()
   void finish_backward();
   void snap();
 

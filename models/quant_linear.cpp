@@ -77,8 +77,12 @@ std::vector<float> QuantLinear::bias() const {
 
 void QuantLinear::set_float(Tensor weight) {
   BBB_ASSERT(weight.shape() == (Shape{n_, k_}));
+  set_float(std::move(weight), {.n = n_, .k = k_, .weight = {.bits = kNoQuantizer}});
+}
+
+void QuantLinear::set_float(Tensor weight, const quant::LinearFormat& format) {
   state_ = FloatWeight();
-  format_ = {.n = n_, .k = k_, .weight = {.bits = kNoQuantizer}};
+  format_ = format;
   quantized_ = {.wq = std::move(weight), .e = {}, .z = {}, .s = {}, .ratios = {}, .nested = {}};
   dweight_ = Tensor();
   leaf_ = Var(quantized_.wq);
@@ -121,18 +125,31 @@ LinearResult QuantLinear::master() const {
   return result;
 }
 
-void QuantLinear::freeze_codes(Parameter& sigma) {
-  BBB_ASSERT(sigma.master.shape() == (Shape{n_, format_.groups()}));
-  if (backend_.computes()) {
-    const float master_scale = download_floats(backend_, quantized_.s)[0];
-    std::vector<float> initial;
-    for (const uint8_t e : download_bytes(backend_, quantized_.e))
-      initial.push_back(master_scale * quant::e4m3_decode(e));
-    upload_into(backend_, sigma.master, initial);
-  }
-  state_ = FrozenCodes{&sigma, current_codes()};
+void QuantLinear::freeze_codes(const LinearResult& result, Parameter& sigma) {
+  format_ = result.format;
+  const Shape groups{n_, format_.groups()};
+  BBB_ASSERT(sigma.master.shape() == groups);
+  quantized_ = {.wq = backend_.empty({n_, columns()}, backend_.act()),
+                .e = backend_.empty(groups, DType::U8),
+                .z = backend_.empty(groups, DType::U8),
+                .s = backend_.empty({1}, backend_.real()),
+                .ratios = {},
+                .nested = {}};
+  state_ = FrozenCodes{&sigma, backend_.empty({n_, columns()}, DType::U8)};
   dweight_ = backend_.empty({n_, columns()}, sigma.grad.dtype());
   fresh_leaf();
+  if (!backend_.computes()) return;
+  const int bits = format_.weight.bits;
+  const auto upload = [&](const Tensor& to, StoredPart part) {
+    const std::vector<uint8_t> codes = unpack_rows(result.part(part), n_, to.dim(1), bits);
+    backend_.upload(to, codes.data());
+  };
+  upload(get<FrozenCodes>().codes, StoredPart::Codes);
+  upload(quantized_.z, StoredPart::Zeros);
+  std::vector<float> initial;
+  for (const uint8_t e : result.part(StoredPart::Scales))
+    initial.push_back(result.master_scale() * quant::e4m3_decode(e));
+  upload_into(backend_, sigma.master, initial);
 }
 
 int64_t QuantLinear::buffer_elements(const Backend& backend, const quant::LinearFormat& format) {
@@ -200,28 +217,13 @@ Tensor QuantLinear::current_codes() const {
 }
 
 LinearResult QuantLinear::quantized() const {
-  const int bits = format_.weight.bits;
   LinearResult result;
   result.format = format_;
   result.bias = bias();
-  const std::vector<uint8_t> codes = download_bytes(backend_, current_codes());
-  result.part(StoredPart::Scales) = download_bytes(backend_, quantized_.e);
-  const std::vector<uint8_t> zeros = download_bytes(backend_, quantized_.z);
-  result.part(StoredPart::Codes) =
-      format_.weight.nested ? bit_planes(codes) : pack_rows(codes, n_, bits);
-  result.part(StoredPart::Zeros) = format_.weight.nested ? zeros : pack_rows(zeros, n_, bits);
-  const float s = download_floats(backend_, quantized_.s)[0];
-  const auto store = [&](StoredPart part, const void* data, size_t bytes) {
-    const auto* begin = static_cast<const uint8_t*>(data);
-    result.part(part).assign(begin, begin + bytes);
-  };
-  store(StoredPart::MasterScale, &s, sizeof s);
-  if (format_.order) {
-    const std::vector<int32_t>&split = format_.order->split(),
-          &outliers = format_.order->outliers();
-    store(StoredPart::SplitChannels, split.data(), split.size() * sizeof(int32_t));
-    store(StoredPart::OutlierChannels, outliers.data(), outliers.size() * sizeof(int32_t));
-  }
+  if (backend_.computes())
+    result.store(download_bytes(backend_, current_codes()), download_bytes(backend_, quantized_.e),
+                 download_bytes(backend_, quantized_.z),
+                 download_floats(backend_, quantized_.s)[0]);
   return result;
 }
 

@@ -1,7 +1,8 @@
 // QuantLinear: y = x W^T (+ residual) (+ bias), x the operand (..., K') of a site, the bias frozen,
 // W (N, K') in its stored positions (quant/format.h), which holds one of
 //
-//   FloatWeight    an act weight, no gradient: the teacher, or a full-precision model
+//   FloatWeight    an act weight, no gradient: the teacher, a full-precision model, or a weight
+//                  that a method without gradients rounds
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
 //   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
@@ -71,6 +72,8 @@ class QuantLinear {
   // Gives the linear a frozen bias (N), whichever state it is in or enters later.
   void set_bias(const std::vector<float>& bias);
   void set_float(Tensor weight);  // act (N, K); its operand is the input
+  // The same in the stored positions of a format, act (N, K').
+  void set_float(Tensor weight, const quant::LinearFormat& format);
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
                    const quant::LinearFormat& format);
@@ -83,8 +86,8 @@ class QuantLinear {
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   void set_master(const LinearResult& result);
   LinearResult master() const;
-  // From TrainedWeight, after prepare(): freezes its codes. sigma (N, K'/G) starts as its scales.
-  void freeze_codes(Parameter& sigma);
+  // Freezes the codes of a quantized result; sigma (N, K'/G) starts as its scales.
+  void freeze_codes(const LinearResult& result, Parameter& sigma);
   // `buffer`: act, at least buffer_elements(), shared by all layers; holds the unpacked weight for
   // products of more rows than the backend takes.
   static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);

@@ -201,6 +201,7 @@ class StageStarter {
 
   LinearResult operator()(const LinearResult& from, const LinearFormat& format,
                           const std::vector<float>& energy) {
+    if (from.quantized()) return from_levels(from, format, energy);
     LinearResult to;
     to.format = format;
     if (from.master.empty()) return to;  // of a backend that does not compute
@@ -233,6 +234,19 @@ class StageStarter {
   }
 
  private:
+  // Its levels are the masters, each in the middle of its bin: all ratios are 1.
+  LinearResult from_levels(const LinearResult& from, const LinearFormat& format,
+                           const std::vector<float>& energy) {
+    LinearResult masters;
+    masters.format = from.format;
+    masters.master = from.levels();
+    masters.ratios.assign(static_cast<size_t>(from.format.n * from.format.groups()), 0);
+    LinearResult to = (*this)(masters, format, energy);
+    if (same_operand(from.format, format) && from.format.weight == format.weight)
+      to.stored = from.stored;
+    return to;
+  }
+
   template <typename Fn>
   void over_rows(int64_t rows, const Fn& fn) {
     pool_.parallel_for(rows, kRows, [&](int64_t begin, int64_t end) { fn({begin, end}); });

@@ -285,13 +285,6 @@ TEST_CASE("method: what a run cannot start from is refused", "[method]") {
 
   CHECK_THROWS_WITH(fixture.run(next("next", {{"stages", "w2a16"}})),
                     Contains("--from starts the end-to-end phase"));
-  // A run of scales has no masters.
-  const TrainConfig scales = make_config(
-      fixture, "scales", {{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"e2e-train", "scales"}});
-  fixture.run(scales);
-  CHECK_THROWS_WITH(fixture.run(next("next", {{"from", scales.out}})),
-                    Contains("there are no masters to start from"));
-
   // Another model, of the same shapes.
   fs::create_directory(fixture.dir / "other");
   write_tiny_model(fixture.dir / "other", tiny_config(), 8);
@@ -725,6 +718,117 @@ TEST_CASE("method: scales train over a channel order", "[method]") {
   CHECK(format.order->split().size() == 24);  // 0.375 of 64
 }
 
+TEST_CASE("method: GPTQ finds codes, over any channel order, and survives every kill", "[method]") {
+  const Fixture fixture;
+  const Options gptq = {{"method", "gptq"}, {"stages", "w2a16"}};
+  for (const auto& [name, options] :
+       {std::pair{"plain", gptq},
+        {"grid", kGrid + gptq},
+        {"activations", gptq + Options{{"stages", "w3a4"}, {"act-outliers", "32"}}},
+        {"padded", gptq + Options{{"group-size", "128"}}}}) {
+    CAPTURE(name);
+    const TrainConfig config = make_config(fixture, name, options);
+    fixture.run(config);
+    TrainConfig killed = config;
+    killed.out = config.out + "_killed";
+    train::Observer observer;
+    observer.after_block = [](int64_t) { throw Killed(); };
+    CHECK_THROWS_AS(fixture.run(killed, observer), Killed);
+    fixture.run(killed);
+    check_same_run(killed.out, config.out);
+    CHECK(log_lines(config.out, "gptq").size() == 2);
+
+    // The file holds what the export holds.
+    const auto checkpoint = models::open_checkpoint(export_of(fixture, config));
+    const models::LlamaConfig model = tiny_config();
+    const TrainConfig resolved = train::resolve(config, model, backend().device());
+    const train::RunDirectory run(config.out);
+    const Recipe recipe(resolved, model, run.statistics(model));
+    const models::LayerResult result = run.result(1, recipe, model);
+    const LinearFormat format = format_of(*checkpoint, 1, kDown);
+    CHECK(result.linears[kDown].format == format);
+    for (const quant::StoredTensor& tensor : format.tensors()) {
+      const auto* stored = static_cast<const uint8_t*>(
+          checkpoint->stored(models::layer_name(1, "mlp.down_proj") + tensor.suffix));
+      const std::vector<uint8_t>& bytes = result.linears[kDown].part(tensor.part);
+      CHECK(std::equal(bytes.begin(), bytes.end(), stored));
+    }
+  }
+}
+
+TEST_CASE("method: GPTQ loses less than rounding to nearest", "[method]") {
+  const Fixture fixture;
+  const auto logits = [&](const std::string& path) {
+    const auto checkpoint = models::open_checkpoint(path);
+    const auto model = load_model(backend(), *checkpoint);
+    return logits_of(*model, {fixture.windows.ids.begin(), fixture.windows.ids.begin() + 32});
+  };
+  const std::vector<double> full = logits(fixture.config.model);
+  const auto error_of = [&](const std::string& path) {
+    const std::vector<double> of = logits(path);
+    double sum = 0;
+    for (size_t i = 0; i < of.size(); ++i) sum += std::pow(of[i] - full[i], 2);
+    return sum;
+  };
+  const TrainConfig config =
+      make_config(fixture, "gptq", {{"method", "gptq"}, {"stages", "w3a16"}});
+  fixture.run(config);
+  TrainConfig nearest = make_config(fixture, "", {});
+  nearest.bits = 3;
+  train::export_rtn(backend(), *fixture.source, FileTokenizer(), nearest, fixture.dir / "nearest",
+                    models::ExportFormat::Packed);
+  CHECK(error_of(export_of(fixture, config)) < 0.9 * error_of(fixture.dir / "nearest"));
+}
+
+TEST_CASE("method: scales train behind GPTQ, masters start from its codes", "[method]") {
+  const Fixture fixture;
+  const Options gptq = {{"method", "gptq"}, {"stages", "w2a16"}};
+  const TrainConfig alone = make_config(fixture, "alone", kGrid + gptq);
+  fixture.run(alone);
+  const auto codes_of = [&](const std::string& packed) {
+    const auto checkpoint = models::open_checkpoint(packed);
+    const std::string name = models::layer_name(0, "self_attn.q_proj") + quant::kCodesSuffix;
+    const LinearFormat format = format_of(*checkpoint, 0, 0);
+    const auto* bytes = static_cast<const uint8_t*>(checkpoint->stored(name));
+    return std::vector<uint8_t>(bytes, bytes + format.tensors()[0].bytes());
+  };
+  const std::vector<uint8_t> codes = codes_of(export_of(fixture, alone));
+
+  // By default scales train, and the codes stay.
+  const TrainConfig scales = make_config(
+      fixture, "scales", kGrid + gptq + Options{{"e2e-stages", "w2a16:10"}, {"e2e-lr", "3e-3"}});
+  CHECK(train::resolve(scales, tiny_config(), engine::DeviceType::Cpu).e2e_train ==
+        train::EndToEndTrain::Scales);
+  fixture.run(scales);
+  TrainConfig killed = scales;
+  killed.out = scales.out + "_killed";
+  kill_whole(fixture, killed, 0, 3);
+  fixture.run(killed);
+  check_same_run(killed.out, scales.out);
+  CHECK(codes_of(export_of(fixture, scales)) == codes);
+  const auto lines = log_lines(scales.out, "e2e");
+  REQUIRE(lines.size() == 40);
+  double first = 0, last = 0;
+  for (size_t i = 0; i < 4; ++i) {
+    first += lines[i]["loss"].get<double>();
+    last += lines[36 + i]["loss"].get<double>();
+  }
+  CHECK(last < first);
+
+  // All weights: the start is that of the scales; so is that of a run from the finished one.
+  const TrainConfig all = make_config(
+      fixture, "all", kGrid + gptq + Options{{"e2e-stages", "w2a16:1"}, {"e2e-train", "all"}});
+  fixture.run(all);
+  const TrainConfig from =
+      make_config(fixture, "from",
+                  kGrid + Options{{"stages", ""}, {"from", alone.out}, {"e2e-stages", "w2a16:1"}});
+  fixture.run(from);
+  CHECK(log_lines(all.out, "e2e") == log_lines(from.out, "e2e"));
+  // A group that does not use its outer codes has another grid, so the start is not exactly GPTQ's.
+  CHECK(log_lines(all.out, "e2e")[0]["loss"].get<double>() ==
+        Approx(lines[0]["loss"].get<double>()).epsilon(0.2));
+}
+
 TEST_CASE("method: one run for several precisions", "[method]") {
   const Fixture fixture;
   for (const char* dequant : {"middle", "floor"}) {
@@ -819,6 +923,11 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
        "at most 4 bits, not for w8a16"},
       {{{"stages", "w8a16,w2a16"}, {"block-schedule", "prefix"}, {"e2e-damping", "0.1"}},
        "at most 4 bits, not for w8a16"},
+      {{{"stages", "w4a16,w2a16"}, {"method", "gptq"}}, "one stage"},
+      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"method", "gptq"}}, "one stage"},
+      {{{"stages", "w16a16"}, {"method", "gptq"}}, "one stage"},
+      {{{"stages", "w2a16"}, {"method", "gptq"}, {"block-schedule", "prefix"}}, "--block-schedule"},
+      {{{"stages", "w8a16"}, {"method", "gptq"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "4,2"}}, "--any-precision"},
       {{{"stages", "w2a16"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"range", "search"}}, "--range search"},

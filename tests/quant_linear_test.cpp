@@ -160,7 +160,7 @@ TEST_CASE("quant_linear: the gradient of learned scales", "[quant_linear]") {
     autograd::ParameterSet set(trained.device, passes);
     autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
     set.allocate();
-    trained.linear.freeze_codes(sigma);
+    trained.linear.freeze_codes(trained.linear.quantized(), sigma);
     trained.linear.prepare_scales();
     CHECK(trained.linear.holds<models::FrozenCodes>());
 
@@ -180,7 +180,7 @@ TEST_CASE("quant_linear: learned scales start at the fake quantizer's weights", 
   autograd::ParameterSet set(trained.device, GradientPasses::One);
   autograd::Parameter& sigma = set.add("sigma", {kN, kK / 32});
   set.allocate();
-  trained.linear.freeze_codes(sigma);
+  trained.linear.freeze_codes(trained.linear.quantized(), sigma);
   trained.linear.prepare_scales();
   const LinearResult after = trained.linear.quantized();
   for (const quant::StoredPart part : {quant::StoredPart::Codes, quant::StoredPart::Zeros})

@@ -234,6 +234,35 @@ TEST_CASE("recompute: what single options of either phase keep is counted, too",
   }
 }
 
+TEST_CASE("recompute: GPTQ uses the predicted memory, wherever its stream is",
+          "[train][recompute]") {
+  WideRun run;
+  run.windows.count = 40;
+  run.windows.ids = random_tokens(11, run.windows.count * run.windows.seq_len, run.model.vocab);
+  run.config.samples = 40;
+  run.config.batch = 2;  // a stream is larger than the batches in use
+  run.config.method = train::Method::Gptq;
+  run.config.stages = train::parse_stages("w2a16");
+  set_option(run.config, "rotate", "group");
+  std::map<std::string, std::string> expected;
+  for (const bool on_device : {true, false}) {
+    CAPTURE(on_device);
+    if (!on_device)
+      run.config.memory.device_bytes =
+          train::allocated_bytes(backend(), run.plan_blocks().device_bytes - 1);
+    const train::BlockMemory plan = run.plan_blocks();
+    CHECK(plan.streams.uses(train::Tier::Device) == on_device);
+    check_prediction(plan.device_bytes, run.measured_bytes(cat("out", on_device)));
+    const auto files = results(run.config.out);
+    if (on_device) expected = files;
+    CHECK((files == expected));
+    int64_t bytes = 0;
+    for (const auto& [name, content] : files)
+      if (name.ends_with(".safetensors")) bytes += result_bytes_of(content);
+    CHECK(train::result_bytes(run.model, run.resolved()) == bytes);
+  }
+}
+
 TEST_CASE("recompute: the statistics of input sites use the predicted memory",
           "[train][recompute]") {
   WideRun run;

@@ -53,7 +53,8 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
   if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
   if (line.has("stages") || line.has("schedule")) return;
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
-  if (algorithm2 || (line.text("e2e-steps") == "0" && config.from.empty()))
+  if (algorithm2 || config.method != train::Method::Blocks ||
+      (line.text("e2e-steps") == "0" && config.from.empty()))
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
 
@@ -77,12 +78,17 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
     return "there is no end-to-end phase";
   if (group == train::kBlocks && train::block_stages(config) == 0 && !used.count(name))
     return "there is no block phase";
+  if (group == train::kBlocks && !algorithm2 && !train::trains_blocks(config) &&
+      !used.count(name) && name != "method")
+    return "--method gptq does not train";
   if (name == "first-ratio" && !algorithm2)
     return "--block-schedule all switches all blocks at once";
   if (name == "depth-bias" && config.block_schedule != train::BlockSchedule::Stochastic)
     return "only --block-schedule stochastic draws blocks";
-  if (name == "e2e-embedding" && config.e2e_train == train::EndToEndTrain::Scales)
-    return "--e2e-train scales trains scales alone";
+  const bool scales =
+      config.e2e_train == train::EndToEndTrain::Scales ||
+      (config.e2e_train == train::EndToEndTrain::Auto && config.method != train::Method::Blocks);
+  if (name == "e2e-embedding" && scales) return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";
   const char* in_grid = unused_in_grid(config, name, lowest_activation_bits(config));
@@ -188,8 +194,9 @@ int train_command(const Arguments& arguments) {
   source->check_finite();
   const std::vector<int32_t> tokens = train::training_tokens(*source, *tokenizer, config);
   const auto count = static_cast<int64_t>(tokens.size());
-  const bool by_default = !line.has("stages") && !line.has("schedule") && !line.has("e2e-stages") &&
-                          line.text("e2e-steps") == "auto" && !starts_from;
+  const bool by_default = !line.has("stages") && !line.has("method") && !line.has("schedule") &&
+                          !line.has("e2e-stages") && line.text("e2e-steps") == "auto" &&
+                          !starts_from;
   // A run that exists has decided this already.
   if (by_default &&
       (begun ? begun->e2e_steps == 0

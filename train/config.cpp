@@ -245,13 +245,29 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     for (const Stage& s : c.stages) few_bits(s);
   for (const ModelStage& s : c.e2e_stages) few_bits(s);
   if (c.e2e_snap == Snap::Auto)
-    c.e2e_snap = all && blocks && !algorithm2 && !c.e2e_stages.empty() &&
-                         c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
+    c.e2e_snap = all && blocks && c.method == Method::Blocks && !algorithm2 &&
+                         !c.e2e_stages.empty() && c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
                      ? Snap::On
                      : Snap::Off;
 }
 
+// What the method has no use for is refused where it would change the result.
+void check_gptq(const TrainConfig& c) {
+  want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
+       "--method gptq rounds weights once: it takes one stage of at most 8 bits, such as --stages "
+       "w2a16");
+  want(c.block_schedule == BlockSchedule::All,
+       "--method gptq rounds block after block: no --block-schedule stochastic or prefix");
+  want(c.any_precision.empty(),
+       "--method gptq rounds to one width: no --any-precision, whose codes are nested");
+}
+
 }  // namespace
+
+bool trains_blocks(const TrainConfig& config) {
+  return !config.stages.empty() && config.block_schedule == BlockSchedule::All &&
+         config.method != Method::Gptq;
+}
 
 int64_t steps_per_pass(const TrainConfig& config) {
   return std::max<int64_t>(1, config.samples / config.e2e_batch);
@@ -274,21 +290,28 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
        "--block-schedule stochastic or prefix");
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
+  if (c.e2e_train == EndToEndTrain::Auto)
+    c.e2e_train = c.method == Method::Blocks ? EndToEndTrain::All : EndToEndTrain::Scales;
+  if (c.method == Method::Gptq) check_gptq(c);
   resolve_grid(c, model);
   const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {
     c.lr.clear();
   } else {
-    want(!blocks || c.val_samples > 0, "--val-samples must be at least 1");
+    want(!trains_blocks(c) || c.val_samples > 0, "--val-samples must be at least 1");
     want(!blocks || c.batch <= c.samples,
          cat("--batch is ", c.batch, ", but must be between 1 and --samples ", c.samples));
-    spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
-      const bool low = c.stages[t].weight_bits <= 2;
-      if (!blocks) return (low ? kAllFirst : kStageHigh).at(model.d_model);
-      return (low ? kStageLow : kStageHigh).at(model.d_model);
-    });
+    if (c.method == Method::Gptq)
+      c.lr.clear();
+    else
+      spread_rates(c.lr, c.stages.size(), "--lr", [&](size_t t) {
+        const bool low = c.stages[t].weight_bits <= 2;
+        if (!blocks) return (low ? kAllFirst : kStageHigh).at(model.d_model);
+        return (low ? kStageLow : kStageHigh).at(model.d_model);
+      });
     want(c.target == Target::Full || c.input_stream == InputStream::Same,
          "--target follow takes the target from a block's own input: it needs --input-stream same");
+    want(!c.extrapolate || trains_blocks(c), "--extrapolate is for blocks that train");
     want(!c.extrapolate || c.extrapolate->samples >= c.batch,
          cat("--extrapolate asks for fewer samples than --batch ", c.batch));
   }

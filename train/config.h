@@ -51,7 +51,11 @@ using models::SplitMetric;
 using quant::NestedDequant;
 using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
-enum class EndToEndTrain { Scales, All };   // All: the blocks' linears and norms
+// What the block phase does. Blocks: trains their weights. Gptq: rounds them, with the errors of
+// outputs fed back (models/ldlq.h).
+enum class Method { Blocks, Gptq };
+// All: the blocks' linears and norms. Auto: scales behind a method that finds codes.
+enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
 enum class Freeze { None, Flips };
 enum class Snap { Auto, On, Off };  // moves masters to the middle of their bins at the start
@@ -110,6 +114,7 @@ struct TrainConfig {
   std::vector<double> lr;  // per stage, or one for all; empty: by model width and stage
   InputStream input_stream = InputStream::Same;
   Target target = Target::Full;
+  Method method = Method::Blocks;
   BlockSchedule block_schedule = BlockSchedule::All;
   double first_ratio = 0.3;  // of the blocks that the first stage of Algorithm 2 switches
   double depth_bias = 1;     // its alpha: block j of B is drawn with weight (B + 1 - j)^alpha
@@ -123,7 +128,7 @@ struct TrainConfig {
   int64_t e2e_micro_batch = 0;  // windows that go through the model at once; 0: by device
   EndToEndLoss e2e_loss = EndToEndLoss::Kl;
   double e2e_jsd_beta = 0.5;  // of JensenShannon: the teacher's share of the mixture
-  EndToEndTrain e2e_train = EndToEndTrain::All;
+  EndToEndTrain e2e_train = EndToEndTrain::Auto;
   EmbeddingTrain e2e_embedding = EmbeddingTrain::Keep;  // resolved: Keep if there is no use for it
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
@@ -155,6 +160,8 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
+// Does the block phase train, so that it validates?
+bool trains_blocks(const TrainConfig& config);
 // Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.
 int64_t steps_per_pass(const TrainConfig& config);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.

@@ -129,6 +129,11 @@ void visit_stored(Config& c, const Visitor& v) {
                "the full-precision output on the full-precision stream (full: corrects the error "
                "of earlier blocks) or on the block's own input (follow)",
                {"full, follow"}});
+  v(c.method, {"method",
+               kBlocks,
+               "blocks: trains them; gptq: rounds their weights one by one and feeds the error of "
+               "each to those that follow",
+               {"blocks, gptq"}});
   v(c.block_schedule,
     {"block-schedule",
      kBlocks,
@@ -160,7 +165,11 @@ void visit_stored(Config& c, const Visitor& v) {
                  {"kl, ce, jsd"}});
   v(c.e2e_jsd_beta,
     {"e2e-jsd-beta", kEndToEnd, "of jsd: the full-precision model's share of the mixture", kShare});
-  v(c.e2e_train, {"e2e-train", kEndToEnd, "all weights, or scales", {"scales, all"}});
+  v(c.e2e_train,
+    {"e2e-train",
+     kEndToEnd,
+     "all weights, or scales; auto: all, but scales behind a --method that finds codes",
+     {"auto, scales, all"}});
   v(c.e2e_embedding, {"e2e-embedding",
                       kEndToEnd,
                       "of --e2e-train all: keep embedding, head and final norm, or train them too",

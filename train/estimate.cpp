@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "engine/progress.h"
+#include "train/gptq_phase.h"
 #include "train/recipe.h"
 #include "train/run_directory.h"
 #include "train/statistics.h"
@@ -16,9 +17,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 struct PhaseEstimate {
-  int64_t steps = 0;  // of the optimizer; 0: there is no such phase
+  int64_t steps = 0;  // of the optimizer, or blocks; 0: there is no such phase
   double step_s = 0;  // the mean
   double total_s = 0;
+  const char* unit = "steps";
 };
 
 constexpr int64_t kSteps = 3, kBatches = 2;  // timed steps, and the batches that they take
@@ -70,6 +72,22 @@ PhaseEstimate estimate_blocks(Backend& backend, const Checkpoint& source,
   estimate.total_s =
       static_cast<double>(estimate.steps) * step + static_cast<double>(layers) * passes * forward;
   return estimate;
+}
+
+// From one and from two batches: what does not depend on their number counts once.
+PhaseEstimate estimate_gptq(Backend& backend, const Checkpoint& source,
+                            const data::Windows& windows, const TrainConfig& config) {
+  const auto seconds_of = [&](int64_t samples) {
+    TrainConfig few = few_steps(config);
+    few.samples = samples;
+    const BlockMemory memory = plan_block_memory(backend, source.config(), few);
+    return time_gptq_block(backend, source, windows, few, memory.streams);
+  };
+  const int64_t batches = config.samples / config.batch, layers = source.config().layers;
+  const double one = seconds_of(config.batch);
+  const double each = batches > 1 ? std::max(0.0, seconds_of(2 * config.batch) - one) : 0;
+  const double block = one + each * static_cast<double>(batches - 1);
+  return {layers, block, static_cast<double>(layers) * block, "blocks"};
 }
 
 PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
@@ -124,7 +142,9 @@ double statistics_seconds(Backend& backend, const Checkpoint& source, const data
 void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    const TrainConfig& config, bool blocks, const PhaseMemory& whole, bool begun) {
   PhaseEstimate of_blocks, of_whole;
-  if (blocks) of_blocks = estimate_blocks(backend, source, windows, config);
+  if (blocks)
+    of_blocks = config.method == Method::Gptq ? estimate_gptq(backend, source, windows, config)
+                                              : estimate_blocks(backend, source, windows, config);
   if (trains_whole(config)) of_whole = estimate_whole(backend, source, windows, config, whole);
   const double statistics_s = statistics_seconds(backend, source, windows, config);
   std::string phases;
@@ -132,8 +152,9 @@ void print_dry_run(Backend& backend, const Checkpoint& source, const data::Windo
   for (const auto& [name, phase] :
        {std::pair{"blocks", of_blocks}, std::pair{"end to end", of_whole}})
     if (phase.steps > 0)
-      phases += cat(phases.empty() ? "" : ", ", name, " ", engine::duration_text(phase.total_s),
-                    " (", phase.steps, " steps of ", engine::duration_text(phase.step_s), ")");
+      phases +=
+          cat(phases.empty() ? "" : ", ", name, " ", engine::duration_text(phase.total_s), " (",
+              phase.steps, " ", phase.unit, " of ", engine::duration_text(phase.step_s), ")");
   std::printf("time%s: about %s: %s\ndry run: nothing was written\n",
               begun ? ", each phase from its start" : "",
               engine::duration_text(statistics_s + of_blocks.total_s + of_whole.total_s).c_str(),

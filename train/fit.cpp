@@ -13,7 +13,7 @@ static constexpr int64_t kValidationShare = 16;
 TrainConfig fit_to_data(TrainConfig c, const Typed& is_typed, int64_t max_position,
                         int64_t tokens) {
   const auto typed = [&](const char* option) { return is_typed && is_typed(option); };
-  const bool blocks = block_stages(c) > 0;
+  const bool blocks = trains_blocks(c);
   if (!typed("seq-len")) {
     if (max_position > 0) c.seq_len = std::min(c.seq_len, max_position);
     const int64_t asked =
@@ -51,7 +51,7 @@ std::string describe_fit(const TrainConfig& asked, const TrainConfig& fitted, in
                     asked.val_samples != fitted.val_samples;
   add("seq-len", asked.seq_len, fitted.seq_len);
   add("samples", asked.samples, fitted.samples);
-  if (block_stages(asked) > 0) add("val-samples", asked.val_samples, fitted.val_samples);
+  if (trains_blocks(asked)) add("val-samples", asked.val_samples, fitted.val_samples);
   if (block_stages(asked) > 0) add("batch", asked.batch, fitted.batch);
   if (asked.e2e_steps != 0) add("e2e-batch", asked.e2e_batch, fitted.e2e_batch);
   if (list.empty()) return "";

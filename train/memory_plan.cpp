@@ -9,6 +9,7 @@
 #include "models/synthetic_checkpoint.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
+#include "train/gptq_phase.h"
 #include "train/statistics.h"
 #include "train/stream_set.h"
 
@@ -42,7 +43,9 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   const auto source = models::make_weightless_checkpoint(model);
   PhaseMemory memory;
   memory.recompute = recompute;
-  static_cast<Rehearsal&>(memory) = rehearse_blocks(counter, *source, config, recompute, streams);
+  static_cast<Rehearsal&>(memory) =
+      config.method == Method::Gptq ? rehearse_gptq(counter, *source, config, streams)
+                                    : rehearse_blocks(counter, *source, config, recompute, streams);
   memory.device_bytes = counter.memory_peak_bytes();
   return memory;
 }

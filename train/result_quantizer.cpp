@@ -1,12 +1,18 @@
 #include "train/result_quantizer.h"
 
+#include <algorithm>
+#include <ranges>
+
 #include "models/llama.h"
 
 namespace bbb::train {
 
 models::LayerResult ResultQuantizer::operator()(int64_t layer, models::LayerResult result) const {
-  if (result.linears[0].quantized()) return result;
   const std::vector<quant::LinearFormat> formats = recipe_.result_formats(layer);
+  const auto is_done = [&](size_t i) {
+    return result.linears[i].quantized() && result.linears[i].format == formats[i];
+  };
+  if (std::ranges::all_of(std::views::iota(size_t{0}, formats.size()), is_done)) return result;
   result = recipe_.start(layer, result, formats);
   autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
   models::LlamaBlock block(backend_, model_, 0, engine::Tensor());

@@ -13,7 +13,8 @@ class ResultQuantizer {
                   const Recipe& recipe)
       : backend_(backend), model_(model), config_(config), recipe_(recipe) {}
 
-  // A layer that is already quantized is returned unchanged.
+  // From masters or codes in any format. A layer that has the result's formats already is returned
+  // unchanged.
   models::LayerResult operator()(int64_t layer, models::LayerResult result) const;
 
  private:

@@ -294,7 +294,8 @@ static RangeRule result_range(const models::LayerResult& result) {
 void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                                const models::LlamaConfig& model, const models::LayerResult& result,
                                const std::vector<double>& validation) const {
-  const auto content = models::LinearContent::Masters;
+  const auto content = result.linears[0].quantized() ? models::LinearContent::Stored
+                                                     : models::LinearContent::Masters;
   std::vector<data::SafeTensorsWriter::Entry> entries;
   models::declare_layer(entries, block, model, recipe.stage_formats(block, stage), content,
                         result_range(result));
@@ -392,7 +393,7 @@ int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config
   for (int64_t layer = 0; layer < model.layers; ++layer) {
     for (int64_t t = 0; t < block_stages(config); ++t)
       models::declare_layer(entries, layer, model, recipe.stage_formats(layer, t),
-                            models::LinearContent::Masters, config.range);
+                            block_content(config), config.range);
     for (size_t t = 0; t < recipe.whole_stages().size(); ++t)
       models::declare_layer(entries, layer, model, recipe.whole_formats(layer, t),
                             final_content(config), config.range);
@@ -452,6 +453,11 @@ const data::SafeTensors& RunDirectory::final_result() const {
     final_.emplace(
         open_run_file(final_file(), checksum(), "delete it, and the run trains end to end again"));
   return *final_;
+}
+
+models::LinearContent block_content(const TrainConfig& config) {
+  return config.method == Method::Gptq ? models::LinearContent::Stored
+                                       : models::LinearContent::Masters;
 }
 
 models::LinearContent final_content(const TrainConfig& config) {

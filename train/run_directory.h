@@ -119,7 +119,7 @@ class RunDirectory {
   // The result of a finished stage. Throws if its file is damaged.
   models::LayerResult stage_result(int64_t block, int64_t stage, const Recipe& recipe,
                                    const models::LlamaConfig& model) const;
-  // Writes that file: masters, and as metadata the validation losses.
+  // Writes that file: masters or codes (block_content), and as metadata the validation losses.
   void write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                    const models::LlamaConfig& model, const models::LayerResult& result,
                    const std::vector<double>& validation) const;
@@ -154,7 +154,8 @@ int64_t steps_per_stage(const TrainConfig& config);
 uint64_t sub_seed(uint64_t seed, uint64_t a, uint64_t b);
 
 int64_t block_parameters(const models::LlamaConfig& config);  // norms and linears
-// What the final file holds of each linear.
+// What the files of finished stages of blocks, and the final file, hold of each linear.
+models::LinearContent block_content(const TrainConfig& config);
 models::LinearContent final_content(const TrainConfig& config);
 // What holds the weights outside of the layers at the start of the end-to-end phase.
 enum class OuterStart { Source, EarlierRun };

@@ -13,14 +13,19 @@ using engine::Tensor;
 StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& model,
                              const TrainConfig& config) {
   StreamShape shape;
-  shape.rows = config.samples + config.val_samples;
+  shape.rows = rows(config);
   shape.row_numel = config.seq_len * model.d_model;
   shape.row_bytes = shape.row_numel * engine::size_bytes(backend.act());
   shape.batch_rows = config.batch;
   return shape;
 }
 
+int64_t StreamSet::rows(const TrainConfig& config) {
+  return config.samples + (trains_blocks(config) ? config.val_samples : 0);
+}
+
 int64_t StreamSet::count(const TrainConfig& config) {
+  if (!trains_blocks(config)) return 1;
   const size_t of_stages = config.stages.size() * Recipe::precisions(config);
   return static_cast<int64_t>(of_stages) + (config.input_stream == InputStream::Same ? 1 : 2);
 }
@@ -32,17 +37,14 @@ int StreamSet::rings(const TrainConfig& config) {
 
 StreamSet::StreamSet(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
                      const StreamPlan& plan)
-    : backend_(backend),
-      model_(model),
-      config_(config),
-      rows_(config.samples + config.val_samples) {
+    : backend_(backend), model_(model), config_(config), rows_(rows(config)) {
   const StreamShape of_each = shape(backend, model, config);
   for (Tier tier : plan.tiers)
     store_.push_back(std::make_unique<Stream>(backend, of_each, tier, plan.scratch));
   for (int i = 0; i < plan.rings; ++i)
     rings_.push_back(std::make_unique<Ring>(backend, of_each, plan.uses(Tier::File)));
-  for (size_t i = 0; i <= config.stages.size() * precisions(); ++i)
-    streams_.push_back(store_[i].get());
+  const size_t of_stages = trains_blocks(config) ? config.stages.size() * precisions() : 0;
+  for (size_t i = 0; i <= of_stages; ++i) streams_.push_back(store_[i].get());
   target_ = config.input_stream == InputStream::Same ? streams_[0] : store_.back().get();
 }
 
@@ -63,7 +65,7 @@ std::vector<Stream*> StreamSet::inputs(size_t t) const {
 void StreamSet::embed(const Tensor& table, const data::Windows& windows) {
   const int64_t seq = config_.seq_len;
   std::vector<int32_t> ids(windows.ids.begin(), windows.ids.begin() + config_.samples * seq);
-  ids.insert(ids.end(), windows.ids.end() - config_.val_samples * seq, windows.ids.end());
+  ids.insert(ids.end(), windows.ids.end() - (rows_ - config_.samples) * seq, windows.ids.end());
   const Tensor tokens = models::upload_ints(backend_, ids, {rows_ * seq});
   for (Stream* stream : streams_) {
     Writer writer(backend_, *stream, ring(0));

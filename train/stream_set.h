@@ -1,6 +1,7 @@
 // StreamSet: the streams of the block phase, and the batches that training takes from them.
 //
-//   full()     stream_0, in full precision
+//   full()     stream_0, in full precision; of a method that does not train, the only stream: that
+//              of the quantized model
 //   stage(t)   the output of the blocks before, as trained in stage t
 //   target()   y; with --input-stream same it is full(), overwritten
 #pragma once
@@ -19,6 +20,7 @@ class StreamSet {
  public:
   static StreamShape shape(const engine::Backend& backend, const models::LlamaConfig& model,
                            const TrainConfig& config);
+  static int64_t rows(const TrainConfig& config);  // training windows, and validation if it trains
   static int64_t count(const TrainConfig& config);
   // Rings that training uses at once: one for each input stream, one for the target.
   static int rings(const TrainConfig& config);
@@ -51,7 +53,7 @@ class StreamSet {
   }
   // Reads rows [begin, end) in order.
   Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end);
-  int64_t rows() const { return rows_; }                        // training and validation windows
+  int64_t rows() const { return rows_; }
   engine::Tensor as_windows(const engine::Tensor& rows) const;  // (n, T, D)
 
   // The batch of a recorded step: input, act (batch, T, D), and target. If the stream is on the

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 
+#include "train/result_quantizer.h"
+
 namespace bbb::train {
 
 using autograd::GradientPasses;
-using models::LayerResult;
-using models::LlamaBlock;
 using models::OuterWeight;
 using models::QuantLinear;
 
@@ -32,8 +32,9 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();
+    std::vector<autograd::Parameter*>& sigmas = sigmas_.emplace_back();
     for (size_t i = 0; i < linears.size(); ++i)
-      sigmas_.push_back(
+      sigmas.push_back(
           &parameters_.add(named[i]->name() + ".sigma", {linears[i].n, linears[i].groups()}));
   }
   if (config_.e2e_embedding == EmbeddingTrain::Train)
@@ -51,12 +52,12 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
                        recipe_.nested());
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
-    const LayerResult result = recipe_.start(layer, start.layer(layer), formats(*block));
     if (all) {
       block->bind_parameters(*quantizer_, formats(*block));
-      block->set_masters(result);
+      block->set_masters(recipe_.start(layer, start.layer(layer), formats(*block)));
     } else {
-      load_scales(*block, result);
+      const ResultQuantizer quantize(backend_, model_.config(), config_, recipe_);
+      block->freeze_codes(quantize(layer, start.layer(layer)), sigmas_[static_cast<size_t>(layer)]);
     }
     loaded(layer + 1);
   }
@@ -94,21 +95,6 @@ models::LoadOuter Student::outer() const {
     const auto named = [&](const autograd::Parameter* p) { return p->name == weight.name; };
     return models::download_floats(backend_, (*std::ranges::find_if(outer_, named))->master);
   };
-}
-
-// The block's masters live only in this function, until its codes are frozen.
-void Student::load_scales(LlamaBlock& block, const LayerResult& start) {
-  autograd::ParameterSet masters(backend_, GradientPasses::One);
-  block.declare_parameters(masters, formats(block));
-  masters.allocate();
-  autograd::WeightQuantizer quantizer(masters, config_.group, config_.range);
-  block.bind_parameters(quantizer, formats(block));
-  block.set_masters(start);
-  quantizer.prepare();
-  const std::vector<QuantLinear*> linears = block.linears();
-  const size_t first = static_cast<size_t>(block.layer()) * linears.size();
-  for (size_t i = 0; i < linears.size(); ++i) linears[i]->freeze_codes(*sigmas_[first + i]);
-  block.set_norms(start);
 }
 
 void Student::prepare() {

@@ -66,7 +66,6 @@ class Student {
   std::vector<quant::LinearFormat> formats(const models::LlamaBlock& block) const {
     return recipe_.whole_formats(block.layer(), stage_);
   }
-  void load_scales(models::LlamaBlock& block, const models::LayerResult& start);
 
   engine::Backend& backend_;
   const models::Checkpoint& source_;
@@ -76,9 +75,9 @@ class Student {
   models::Llama model_;
   autograd::ParameterSet parameters_;
   std::optional<autograd::WeightQuantizer> quantizer_;
-  std::vector<autograd::Parameter*> sigmas_;  // of all linears in order, if scales train
-  std::vector<autograd::Parameter*> outer_;   // in the order of outer_weights(), if they train
-  std::vector<Table> tables_;                 // of outer_: the embedding first, the head last
+  std::vector<std::vector<autograd::Parameter*>> sigmas_;  // of each layer's linears, if they train
+  std::vector<autograd::Parameter*> outer_;  // in the order of outer_weights(), if they train
+  std::vector<Table> tables_;                // of outer_: the embedding first, the head last
   models::LoadOuter start_outer_;
 };
 

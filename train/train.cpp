@@ -12,9 +12,11 @@
 #include "train/end_to_end.h"
 #include "train/estimate.h"
 #include "train/gemm_choices.h"
+#include "train/gptq_phase.h"
 #include "train/run_directory.h"
 #include "train/run_file.h"
 #include "train/statistics.h"
+#include "train/stream_set.h"
 #include "train/summary.h"
 
 namespace bbb::train {
@@ -41,6 +43,8 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
   const auto gigabytes = [](int64_t bytes) { return static_cast<double>(bytes) / 1e9; };
   if (blocks != nullptr) {
     const StreamPlan& streams = blocks->streams;
+    const char* kept =
+        trains_blocks(config) ? describe(blocks->recompute) : "nothing is kept for gradients";
     const auto count = [&](Tier tier) {
       return static_cast<int>(std::count(streams.tiers.begin(), streams.tiers.end(), tier));
     };
@@ -49,7 +53,7 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
         "GB of scratch files; streams there: %d, %d, %d; %s\n",
         gigabytes(blocks->device_bytes), gigabytes(allocated_bytes(backend, blocks->device_bytes)),
         gigabytes(streams.host_bytes), gigabytes(streams.scratch_bytes), count(Tier::Device),
-        count(Tier::Host), count(Tier::File), describe(blocks->recompute));
+        count(Tier::Host), count(Tier::File), kept);
   }
   if (end_to_end != nullptr)
     std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s\n",
@@ -89,8 +93,9 @@ int64_t block_steps(const models::LlamaConfig& model, const TrainConfig& config)
   return model.layers * block_stages(config) * run_length_of(config).epochs *
          (run_length_of(config).samples / config.batch);
 }
-// Batches through the full-precision blocks.
+// Batches through blocks, outside of steps.
 int64_t target_batches(const models::LlamaConfig& model, const TrainConfig& config) {
+  if (!trains_blocks(config)) return model.layers * kGptqPasses * (config.samples / config.batch);
   return model.layers * ((run_length_of(config).samples + config.val_samples) / config.batch);
 }
 
@@ -105,8 +110,6 @@ class EarlierRun {
         recipe_(identity_.config, model, statistics_) {
     BBB_CHECK(run_.finished(identity_.config, model.layers), path,
               ": the run is not finished; the same `bbb train` command continues it");
-    BBB_CHECK(final_content(identity_.config) == models::LinearContent::Masters, path,
-              ": its last stage trained scales: there are no masters to start from");
   }
 
   const RunIdentity& identity() const { return identity_; }
@@ -187,7 +190,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; training starts from full precision");
   config = resolve(config, model, backend.device());
-  const int64_t wanted = config.samples + (block_stages(config) == 0 ? 0 : config.val_samples);
+  const int64_t wanted = StreamSet::rows(config);
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
             windows.count, " windows of ", windows.seq_len,
             " tokens, but --samples and --val-samples ask for ", wanted);
@@ -275,7 +278,10 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (Recipe::needs_statistics(config)) times.statistics_s = taken();
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
-    train_blocks(backend, source, windows, config, recipe, memory, run, observer);
+    if (config.method == Method::Gptq)
+      quantize_blocks(backend, source, windows, config, recipe, memory.streams, run, observer);
+    else
+      train_blocks(backend, source, windows, config, recipe, memory, run, observer);
     times.blocks_s = taken();
   }
   if (trains_whole(config)) {
