@@ -232,8 +232,8 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
     return kAllFirst.at(model.d_model);
   });
-  want(all || blocks || c.optimizer == autograd::UpdateRule::AdamW,
-       "--optimizer muon is for the weights of linears: --e2e-train scales trains none");
+  want(all || trains_blocks(c) || c.optimizer == autograd::UpdateRule::AdamW,
+       "--optimizer muon is for the weights of linears, but this run trains none");
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
        "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
