@@ -947,6 +947,40 @@ void Backend::scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const
   do_scale_codes_backward(dsigma, dw, codes, z, spec, mode);
 }
 
+void Backend::learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                            const Tensor& w, const Tensor& sigma, const Tensor& zeta,
+                            const WeightGrid& spec) {
+  const Op op(*this, "learned_quant");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.is("wq", wq, act(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  op.is("w", w, real(), {n, k});
+  op.is("sigma", sigma, real(), {n, k / spec.group});
+  op.is_or_undefined("zeta", zeta, real(), {n, k / spec.group});
+  do_learned_quant(wq, e, z, s, w, sigma, zeta, spec);
+}
+
+void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, const Tensor& dzeta,
+                                     const Tensor& w, const Tensor& e, const Tensor& z,
+                                     const Tensor& s, const WeightGrid& spec) {
+  const Op op(*this, "learned_quant_backward");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.gradient("dw", dw, {n, k}, Write::Overwrite);
+  op.is("dsigma", dsigma, dw.dtype(), {n, k / spec.group});
+  op.is_or_undefined("dzeta", dzeta, dw.dtype(), {n, k / spec.group});
+  op.is("w", w, real(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_learned_quant_backward(dw, dsigma, dzeta, w, e, z, s, spec);
+}
+
 // Packed inference.
 
 PackedWeight Backend::repack(const PackedWeight& file) {

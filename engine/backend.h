@@ -464,6 +464,21 @@ class Backend {
   void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
                             const Tensor& z, const WeightGrid& spec, Write mode);
 
+  // A learned grid: S from the largest sigma; e = E4M3(sigma / S); z = clamp(round(zeta), 0, L), L
+  // = 2^b - 1; q = clamp(round(w / s) + z, 0, L), s = S e; wq = (q - z) e. wq act, w real (N, K);
+  // e, z U8, sigma, zeta real (N, K/G); s real (1). zeta undefined: z is an input.
+  void learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                     const Tensor& w, const Tensor& sigma, const Tensor& zeta,
+                     const WeightGrid& spec);
+  // Its gradients, straight through every rounding (Esser et al., "Learned step size quantization",
+  // 2020; the zero point as in Chen et al., "EfficientQAT", 2024). Sums are over the group:
+  //   q not clipped   dw stays;  dsigma = sum dw ((q - z) - w / s);  dzeta: no term
+  //   clipped         dw = 0;    dsigma = sum dw (q - z);            dzeta = sum -dw s
+  // dw (N, K), dsigma, dzeta (N, K/G) all act or all real; dzeta may be undefined.
+  void learned_quant_backward(const Tensor& dw, const Tensor& dsigma, const Tensor& dzeta,
+                              const Tensor& w, const Tensor& e, const Tensor& z, const Tensor& s,
+                              const WeightGrid& spec);
+
   // --- packed inference -------------------------------------------------------------------------
   // The layout that the products below read, from that of the file. Made once, at load.
   PackedWeight repack(const PackedWeight& file);

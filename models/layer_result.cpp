@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "quant/e4m3.h"
+#include "quant/grid.h"
 #include "quant/host.h"
 #include "quant/pack.h"
 
@@ -68,6 +69,33 @@ std::vector<float> LinearResult::dequantize() const {
   std::vector<float> weight(static_cast<size_t>(format.n * format.k));
   quant::host::merge_weight(weight.data(), stored.data(), {0, format.n}, format, order);
   return weight;
+}
+
+LinearGrid stored_grid(const LinearResult& quantized) {
+  const LinearFormat& format = quantized.format;
+  return {quantized.master_scale(), quantized.part(StoredPart::Scales),
+          unpack_rows(quantized.part(StoredPart::Zeros), format.n, format.groups(),
+                      format.weight.bits)};
+}
+
+LinearGrid nearest_grid(const LinearResult& masters) {
+  const int bits = masters.format.code_bits(), group = masters.format.weight.group;
+  std::vector<quant::Range<float>> ranges(masters.master.size() / static_cast<size_t>(group));
+  float largest = 0;
+  for (size_t g = 0; g < ranges.size(); ++g) {
+    for (int i = 0; i < group; ++i)
+      ranges[g].include(masters.master[g * static_cast<size_t>(group) + static_cast<size_t>(i)]);
+    if (!masters.ratios.empty())
+      ranges[g] = ranges[g].scaled(quant::range_ratio<float>(masters.ratios[g]));
+    largest = quant::max_or_nan(largest, ranges[g].width());
+  }
+  LinearGrid grid{quant::master_scale_of(quant::raw_scale(largest, bits)), {}, {}};
+  for (const quant::Range<float>& range : ranges) {
+    const quant::GroupParams params = quant::group_params(range, grid.master_scale, bits);
+    grid.e.push_back(params.e);
+    grid.zeros.push_back(params.z);
+  }
+  return grid;
 }
 
 LinearCodes linear_codes(const LinearResult& linear) {

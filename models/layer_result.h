@@ -45,6 +45,15 @@ struct LinearResult {
   float master_scale() const;  // of a quantized result
 };
 
+// The grid of a linear's groups, in stored positions: e and zeros (N, K'/G), one a byte.
+struct LinearGrid {
+  float master_scale;
+  std::vector<uint8_t> e, zeros;
+};
+LinearGrid stored_grid(const LinearResult& quantized);  // not of nested codes
+// That of rounding the masters to nearest, with their ratios.
+LinearGrid nearest_grid(const LinearResult& masters);
+
 // The integers of a quantized linear without a channel order: W[n, k] = s[n, g] (q[n, k] - z[n, g])
 // with g = k / G. Padding at the end of a row is left out.
 struct LinearCodes {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "quant/host.h"
+#include "quant/grid.h"
 
 namespace bbb::models {
 
@@ -126,18 +126,12 @@ double round_with_feedback(LinearResult& start, const HessianFactor& factor,
   const quant::LinearFormat& format = start.format;
   const int64_t n = format.n, k = format.stored_k(), groups = format.groups();
   const quant::WeightGrid grid{format.code_bits(), format.weight.group};
-  const uint8_t* ratios = start.ratios.empty() ? nullptr : start.ratios.data();
   BBB_ASSERT(static_cast<int64_t>(factor.order.size()) == k);
-  const float s = quant::master_scale_of(quant::raw_scale(
-      quant::host::group_range_max(start.master.data(), ratios, {0, n}, k, grid.group), grid.bits));
-
-  std::vector<uint8_t> codes(static_cast<size_t>(n * k)), e(static_cast<size_t>(n * groups)),
-      z(e.size()), clipped(codes.size() / 8);
-  std::vector<float> level(codes.size());  // of rounding to nearest: only its grid is used
+  const LinearGrid nearest = nearest_grid(start);
+  const float s = nearest.master_scale;
+  std::vector<uint8_t> codes(static_cast<size_t>(n * k));
   std::vector<double> errors(static_cast<size_t>((n + kRows - 1) / kRows));
   pool.parallel_for(n, kRows, [&](int64_t begin, int64_t end) {
-    quant::host::fake_quant(level.data(), e.data(), z.data(), clipped.data(), start.master.data(),
-                            ratios, {begin, end}, k, s, grid, quant::Rounding::Nearest);
     // Errors of the rows so far, and the feedback to the panel's columns; columns are those of L.
     const int64_t rows = end - begin;
     std::vector<float> error(static_cast<size_t>(rows * k)),
@@ -154,8 +148,8 @@ double round_with_feedback(LinearResult& start, const HessianFactor& factor,
                         group = (begin + row) * groups + position / grid.group,
                         at = (begin + row) * k + position;
           float* const fed = feedback.data() + row * kPanel;
-          const float step = quant::step_of(e[static_cast<size_t>(group)], s);
-          const uint8_t zero = z[static_cast<size_t>(group)];
+          const float step = quant::step_of(nearest.e[static_cast<size_t>(group)], s);
+          const uint8_t zero = nearest.zeros[static_cast<size_t>(group)];
           const float w = start.master[static_cast<size_t>(at)], target = w + fed[c - first];
           const float code = quant::code_of(target, step, zero, grid.bits);
           const float rounded = (code - static_cast<float>(zero)) * step;
@@ -170,7 +164,7 @@ double round_with_feedback(LinearResult& start, const HessianFactor& factor,
       last = first;
     }
   });
-  start.store(codes, e, z, s);
+  start.store(codes, nearest.e, nearest.zeros, s);
   return std::accumulate(errors.begin(), errors.end(), 0.0);
 }
 

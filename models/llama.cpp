@@ -273,15 +273,41 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
     declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
 }
 
+void LlamaBlock::declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
+                                 Zeros zeros, const quant::SlotRule<double>& rule) {
+  declare_parameters(set, formats);
+  learned_.clear();
+  for (size_t i = 0; i < formats.size(); ++i) {
+    const auto add = [&](const char* part) {
+      return &set.add(linears()[i]->name() + part, {formats[i].n, formats[i].groups()}, rule);
+    };
+    learned_.push_back(
+        {declared_[i], add(".sigma"), zeros == Zeros::Learned ? add(".zeta") : nullptr});
+  }
+}
+
+void LlamaBlock::bind_learned(const std::vector<quant::LinearFormat>& formats) {
+  BBB_ASSERT(learned_.size() == formats.size());
+  for (size_t i = 0; i < formats.size(); ++i) linears()[i]->set_learned(learned_[i], formats[i]);
+  set_operands(formats, false);
+  bind_norms();
+}
+
+void LlamaBlock::bind_norms() {
+  const std::vector<NormWeight*> weights = norms();
+  const size_t first = declared_.size() - weights.size();
+  for (size_t i = 0; i < weights.size(); ++i) weights[i]->set_parameter(*declared_[first + i]);
+  declared_.clear();
+  learned_.clear();
+}
+
 void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                                  const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
-  const std::vector<NormWeight*> weights = norms();
-  BBB_ASSERT(declared_.size() == all.size() + weights.size() && formats.size() == all.size());
+  BBB_ASSERT(declared_.size() == all.size() + norms().size() && formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], formats[i]);
   set_operands(formats, false);
-  for (size_t i = 0; i < weights.size(); ++i) weights[i]->set_parameter(*declared_[all.size() + i]);
-  declared_.clear();
+  bind_norms();
 }
 
 void LlamaBlock::set_masters(const LayerResult& result) {

@@ -81,9 +81,14 @@ class LlamaBlock {
   // yet. `rule` is for the linears; norms take AdamW's.
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
                           autograd::UpdateRule rule = autograd::UpdateRule::AdamW);
+  // The same with learned grids: scales, and with `zeros` zero points, at `rule`'s rate.
+  enum class Zeros { Fixed, Learned };
+  void declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
+                       Zeros zeros, const quant::SlotRule<double>& rule);
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);
+  void bind_learned(const std::vector<quant::LinearFormat>& formats);  // needs no quantizer
   // Uploads the masters of a result in the block's formats. In the input norm zeros become 2^-60:
   // its gradient may be found by dividing by its weight, so an exact zero could never train again.
   void set_masters(const LayerResult& result);
@@ -99,7 +104,7 @@ class LlamaBlock {
   void set_tap(std::function<void(Site site, const Tensor& x)> tap) { tap_ = std::move(tap); }
   // Frozen codes of a quantized layer; sigmas[i] holds the scales of linear i.
   void freeze_codes(const LayerResult& result, const std::vector<Parameter*>& sigmas);
-  void prepare_scales();  // after freeze_codes()
+  void prepare_scales();  // of learned grids, or after freeze_codes()
   void finish_backward();
   void snap();
 
@@ -126,7 +131,9 @@ class LlamaBlock {
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;
   std::function<void(Site, const Tensor&)> tap_;
-  std::vector<Parameter*> declared_;  // of linears, then norms; until bind_parameters()
+  void bind_norms();                  // and forgets what was declared
+  std::vector<Parameter*> declared_;  // of linears, then norms; until they are bound
+  std::vector<LearnedGrid> learned_;  // of linears, likewise
 };
 
 // BFloat16 rounds embedding and head, so that training, export and later readers see the same

@@ -109,7 +109,39 @@ void QuantLinear::set_format(const quant::LinearFormat& format) {
   format_ = format;
 }
 
+void QuantLinear::own_buffers(const quant::LinearFormat& format) {
+  format_ = format;
+  const Shape groups{n_, format_.groups()};
+  quantized_ = {.wq = backend_.empty({n_, columns()}, backend_.act()),
+                .e = backend_.empty(groups, DType::U8),
+                .z = backend_.empty(groups, DType::U8),
+                .s = backend_.empty({1}, backend_.real()),
+                .ratios = {},
+                .nested = {}};
+}
+
+void QuantLinear::set_learned(const LearnedGrid& parameters, const quant::LinearFormat& format) {
+  BBB_ASSERT(format.n == n_ && format.k == k_ && !format.weight.nested);
+  BBB_ASSERT(parameters.master->master.shape() == (Shape{n_, format.stored_k()}));
+  own_buffers(format);
+  state_ = parameters;
+  dweight_ = parameters.master->grad;
+  fresh_leaf();
+}
+
 void QuantLinear::set_master(const LinearResult& result) {
+  if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
+    if (!backend_.computes()) return;
+    const LinearGrid grid = result.quantized() ? stored_grid(result) : nearest_grid(result);
+    std::vector<float> sigma, zeta(grid.zeros.begin(), grid.zeros.end());
+    for (const uint8_t e : grid.e) sigma.push_back(grid.master_scale * quant::e4m3_decode(e));
+    upload_into(backend_, learned->master->master,
+                result.quantized() ? result.levels() : result.master);
+    upload_into(backend_, learned->sigma->master, sigma);
+    backend_.upload(quantized_.z, grid.zeros.data());
+    if (learned->zeta != nullptr) upload_into(backend_, learned->zeta->master, zeta);
+    return;
+  }
   upload_into(backend_, get<TrainedWeight>().master->master, result.master);
   if (!quantized_.ratios.defined() || !backend_.computes()) return;
   BBB_ASSERT(static_cast<int64_t>(result.ratios.size()) == quantized_.ratios.numel());
@@ -126,29 +158,19 @@ LinearResult QuantLinear::master() const {
 }
 
 void QuantLinear::freeze_codes(const LinearResult& result, Parameter& sigma) {
-  format_ = result.format;
-  const Shape groups{n_, format_.groups()};
-  BBB_ASSERT(sigma.master.shape() == groups);
-  quantized_ = {.wq = backend_.empty({n_, columns()}, backend_.act()),
-                .e = backend_.empty(groups, DType::U8),
-                .z = backend_.empty(groups, DType::U8),
-                .s = backend_.empty({1}, backend_.real()),
-                .ratios = {},
-                .nested = {}};
+  own_buffers(result.format);
+  BBB_ASSERT(sigma.master.shape() == (Shape{n_, format_.groups()}));
   state_ = FrozenCodes{&sigma, backend_.empty({n_, columns()}, DType::U8)};
   dweight_ = backend_.empty({n_, columns()}, sigma.grad.dtype());
   fresh_leaf();
   if (!backend_.computes()) return;
-  const int bits = format_.weight.bits;
-  const auto upload = [&](const Tensor& to, StoredPart part) {
-    const std::vector<uint8_t> codes = unpack_rows(result.part(part), n_, to.dim(1), bits);
-    backend_.upload(to, codes.data());
-  };
-  upload(get<FrozenCodes>().codes, StoredPart::Codes);
-  upload(quantized_.z, StoredPart::Zeros);
+  const LinearGrid grid = stored_grid(result);
+  const std::vector<uint8_t> codes =
+      unpack_rows(result.part(StoredPart::Codes), n_, columns(), format_.weight.bits);
+  backend_.upload(get<FrozenCodes>().codes, codes.data());
+  backend_.upload(quantized_.z, grid.zeros.data());
   std::vector<float> initial;
-  for (const uint8_t e : result.part(StoredPart::Scales))
-    initial.push_back(result.master_scale() * quant::e4m3_decode(e));
+  for (const uint8_t e : grid.e) initial.push_back(grid.master_scale * quant::e4m3_decode(e));
   upload_into(backend_, sigma.master, initial);
 }
 
@@ -175,6 +197,7 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
 
 Parameter* QuantLinear::parameter() const {
   if (const auto* trained = std::get_if<TrainedWeight>(&state_)) return trained->master;
+  if (const auto* learned = std::get_if<LearnedGrid>(&state_)) return learned->master;
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->sigma;
   return nullptr;
 }
@@ -187,6 +210,11 @@ void QuantLinear::fresh_leaf() {
 }
 
 void QuantLinear::prepare_scales() {
+  if (const auto* learned = std::get_if<LearnedGrid>(&state_))
+    return backend_.learned_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,
+                                  learned->master->master, learned->sigma->master,
+                                  learned->zeta != nullptr ? learned->zeta->master : Tensor(),
+                                  format_.weight);
   const auto& frozen = get<FrozenCodes>();
   backend_.scale_codes(quantized_.wq, quantized_.e, quantized_.s, frozen.codes, quantized_.z,
                        frozen.sigma->master, format_.weight);
@@ -200,6 +228,13 @@ bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write 
 
 void QuantLinear::finish_backward() {
   if (parameter() == nullptr) return;
+  if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
+    if (!leaf_.has_grad()) backend_.zero(dweight_);  // then the other two become 0
+    backend_.learned_quant_backward(
+        dweight_, learned->sigma->grad, learned->zeta != nullptr ? learned->zeta->grad : Tensor(),
+        learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
+    return fresh_leaf();
+  }
   if (!leaf_.has_grad()) return backend_.zero(parameter()->grad);
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_))
     backend_.scale_codes_backward(frozen->sigma->grad, dweight_, frozen->codes, quantized_.z,
@@ -211,8 +246,8 @@ Tensor QuantLinear::current_codes() const {
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->codes;
   BBB_ASSERT(format_.weight.bits < kNoQuantizer);
   const Tensor codes = backend_.empty({n_, columns()}, DType::U8);
-  backend_.quantize_codes(codes, get<TrainedWeight>().master->master, quantized_.e, quantized_.z,
-                          quantized_.s, {format_.code_bits(), format_.weight.group});
+  backend_.quantize_codes(codes, parameter()->master, quantized_.e, quantized_.z, quantized_.s,
+                          {format_.code_bits(), format_.weight.group});
   return codes;
 }
 

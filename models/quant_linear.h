@@ -4,6 +4,7 @@
 //   FloatWeight    an act weight, no gradient: the teacher, a full-precision model, or a weight
 //                  that a method without gradients rounds
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
+//   LearnedGrid    a master behind a grid whose scales, and perhaps zero points, train with it
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
 //   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
 //                  take many rows, one buffer, shared by all layers, holds an unpacked weight
@@ -12,6 +13,7 @@
 //
 //                  prepare              passes, 1 or more         finish_backward()
 //   TrainedWeight  WeightQuantizer      dW^ is parameter->grad    -
+//   LearnedGrid    prepare_scales()     dW^ is parameter->grad    dW^ -> the gradients of all three
 //   FrozenCodes    prepare_scales()     dW^ is a scratch          dW^ -> sigma's gradient
 //
 // The optimizer drops the gradients of clipped weights. finish_backward() zeroes a gradient that no
@@ -56,6 +58,11 @@ struct TrainedWeight {
   WeightQuantizer* quantizer;
   Parameter* master;
 };
+struct LearnedGrid {
+  Parameter* master;  // (N, K')
+  Parameter* sigma;   // (N, K'/G)
+  Parameter* zeta;    // (N, K'/G); null: zero points stay as they start
+};
 struct FrozenCodes {
   Parameter* sigma;  // (N, K'/G)
   Tensor codes;      // U8 (N, K')
@@ -77,13 +84,18 @@ class QuantLinear {
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
                    const quant::LinearFormat& format);
-  // TrainedWeight or FrozenCodes: another format with the same stored positions. The width of a
-  // TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps too.
+  // The same for a learned grid (Backend::learned_quant) of fewer than 16 bits.
+  void set_learned(const LearnedGrid& parameters, const quant::LinearFormat& format);
+  // TrainedWeight, LearnedGrid or FrozenCodes: another format with the same stored positions. The
+  // width of a TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps
+  // too.
   void set_format(const quant::LinearFormat& format);
   // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`,
   // or at its own for 0. The gradients of all precisions add up; a step's first one is 0.
   void select_precision(size_t i) { precision_ = i; }
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
+  // LearnedGrid: its master and, as the start of scales and zero points, the grid of rounding to
+  // nearest with its ratios; or the levels and the grid of a quantized result.
   void set_master(const LinearResult& result);
   LinearResult master() const;
   // Freezes the codes of a quantized result; sigma (N, K'/G) starts as its scales.
@@ -93,7 +105,7 @@ class QuantLinear {
   static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
 
-  void prepare_scales();  // FrozenCodes only
+  void prepare_scales();  // LearnedGrid and FrozenCodes
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
   // from the dW^ since the last finish_backward(). If no pass wrote dW^, returns false and leaves
   // ds unchanged.
@@ -106,8 +118,8 @@ class QuantLinear {
   // The outputs of all linears of a site. Few rows of packed weights are one op.
   static std::vector<Var> forward(Tape& tape, const std::vector<QuantLinear*>& site,
                                   const LinearInput& x);
-  // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits) or FrozenCodes, after
-  // prepare() or prepare_scales() and before the next optimizer step.
+  // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits), LearnedGrid or
+  // FrozenCodes, after prepare() or prepare_scales() and before the next optimizer step.
   LinearResult quantized() const;
 
   template <typename State>
@@ -134,13 +146,14 @@ class QuantLinear {
                                          const LinearInput& x, const Var& residual);
   int64_t columns() const { return format_.stored_k(); }  // K'
   Tensor current_codes() const;                           // U8 (N, K')
+  void own_buffers(const quant::LinearFormat& format);    // quantized_, of this linear alone
   std::vector<float> bias() const;                        // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
   std::string name_;
   int64_t n_, k_;
-  std::variant<FloatWeight, TrainedWeight, FrozenCodes, PackedLinear> state_;
+  std::variant<FloatWeight, TrainedWeight, LearnedGrid, FrozenCodes, PackedLinear> state_;
   quant::LinearFormat format_;
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
   Tensor bias_;                             // real (N); undefined: none

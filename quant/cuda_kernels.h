@@ -48,6 +48,15 @@ template <typename T>
 void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, const uint8_t* codes,
                                  const uint8_t* z, int64_t count, WeightGrid spec, bool accumulate);
 
+// Learned grids (engine/backend.h); zeta, dzeta may be null. T is float or __nv_bfloat16.
+void launch_learned_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                          const float* w, const float* sigma, const float* zeta, int64_t count,
+                          WeightGrid spec);
+template <typename T>
+void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dzeta, const float* w,
+                                   const uint8_t* e, const uint8_t* z, const float* s,
+                                   int64_t count, WeightGrid spec);
+
 // wq = (q - z) e, (N, K).
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
 // out[m] = S (q - z) e of row ids[m], (m, K), of codes that are not nested.

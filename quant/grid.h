@@ -177,6 +177,30 @@ BBB_HD Real code_of(Real x, Real step, uint8_t z, int bits) {
   return clamp_code(unclamped_code(x, step, z), Real(max_code(bits)));
 }
 
+// The zero point of a learned grid.
+template <typename Real>
+BBB_HD uint8_t zero_of(Real zeta, int bits) {
+  return static_cast<uint8_t>(clamp_code(round_half_up(zeta), Real(max_code(bits))));
+}
+
+// A group's sums of the gradients of a learned grid (Backend::learned_quant_backward).
+template <typename Real>
+struct GridGradient {
+  Real scale = 0, zero = 0;
+
+  // Adds the terms of a weight with gradient dw of its level, and returns its own gradient.
+  BBB_HD Real take(Real dw, Real w, Real step, uint8_t z, int bits) {
+    const Real quotient = w / step, code = round_half_up(quotient) + Real(z);
+    if (!is_clipped(code, bits)) {
+      scale += dw * (code - Real(z) - quotient);
+      return dw;
+    }
+    scale += dw * (clamp_code(code, Real(max_code(bits))) - Real(z));
+    zero -= dw * step;
+    return Real(0);
+  }
+};
+
 // (q - z) e, the operand of the product: x^ / S. Exact in bf16 for b <= 4.
 template <typename Real>
 BBB_HD Real level_of(Real q, uint8_t z, Real e) {

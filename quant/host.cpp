@@ -144,6 +144,34 @@ void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, co
   }
 }
 
+template <typename Real>
+void learned_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, const Real* sigma,
+                   const Real* zeta, Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    e[g] = encode_scale(sigma[g], master_scale, spec.bits);
+    if (zeta != nullptr) z[g] = zero_of(zeta[g], spec.bits);
+    const Real step = step_of(e[g], master_scale), scale = Real(e4m3_decode(e[g]));
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      wq[i] = level_of(code_of(w[i], step, z[g], spec.bits), z[g], scale);
+  }
+}
+
+template <typename Real>
+void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, const uint8_t* e,
+                            const uint8_t* z, Rows rows, int64_t k, Real master_scale,
+                            WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real step = step_of(e[g], master_scale);
+    GridGradient<Real> sum;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      dw[i] = sum.take(dw[i], w[i], step, z[g], spec.bits);
+    dsigma[g] = sum.scale;
+    if (dzeta != nullptr) dzeta[g] = sum.zero;
+  }
+}
+
 void row_codes(uint8_t* codes, const PackedView& w, int64_t row) {
   if (!w.grid.nested)
     return unpack_codes(codes, w.qweight + row * code_row_bytes(w.k, w.grid.bits), w.k,
@@ -543,6 +571,10 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
                             int64_t, Real, WeightGrid);                                            \
   template void scale_codes_backward(Real*, const Real*, const uint8_t*, const uint8_t*, Rows,     \
                                      int64_t, WeightGrid, bool);                                   \
+  template void learned_quant(Real*, uint8_t*, uint8_t*, const Real*, const Real*, const Real*,    \
+                              Rows, int64_t, Real, WeightGrid);                                    \
+  template void learned_quant_backward(Real*, Real*, Real*, const Real*, const uint8_t*,           \
+                                       const uint8_t*, Rows, int64_t, Real, WeightGrid);           \
   template void unpack_row(Real*, const PackedView&, int64_t);                                     \
   template void unpack(Real*, const PackedView&, Rows);                                            \
   template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);    \

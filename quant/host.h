@@ -53,6 +53,15 @@ template <typename Real>
 void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, const uint8_t* z,
                           Rows rows, int64_t k, WeightGrid spec, bool accumulate);
 
+// Learned grids (engine/backend.h); zeta, dzeta may be null.
+template <typename Real>
+void learned_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, const Real* sigma,
+                   const Real* zeta, Rows rows, int64_t k, Real master_scale, WeightGrid spec);
+template <typename Real>
+void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, const uint8_t* e,
+                            const uint8_t* z, Rows rows, int64_t k, Real master_scale,
+                            WeightGrid spec);
+
 // The codes of a row, one a byte: of nested codes the bits that the load reads.
 void row_codes(uint8_t* codes, const PackedView& w, int64_t row);
 // wq = (q - z) e of row `row`, (K).

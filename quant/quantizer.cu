@@ -8,6 +8,8 @@
 //   scale_codes           S, e, wq from sigma                  1 B read, 2 B written
 //   scale_codes_backward  dsigma                               3 or 5 B read, 2 or 4 B a group
 //                                                              written
+//   learned_quant           S, e, z, wq from w, sigma, zeta    4 B read, 2 B written
+//   learned_quant_backward  dw, dsigma, dzeta                  6 or 8 B read, 2 or 4 B written
 //
 // Thread mapping. The first two take all matrices of a model in one launch. A block takes one tile
 // (quant/tiles.h), or several one after another. It walks a tile in rounds and loads all rounds at
@@ -271,6 +273,61 @@ __global__ void __launch_bounds__(kThreads)
   put(out, accumulate ? float(*out) + sum : sum);
 }
 
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    learned_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
+                         uint8_t* __restrict__ z, const float* __restrict__ s,
+                         const float4* __restrict__ w, const float* __restrict__ sigma,
+                         const float* __restrict__ zeta, int64_t quads, int bits) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  if (i >= quads) return;
+  const int64_t group = i / kLanes;
+  const uint8_t code = encode_scale(sigma[group], *s, bits);
+  const uint8_t zero = zeta != nullptr ? zero_of(zeta[group], bits) : z[group];
+  if (i % kLanes == 0) {
+    e[group] = code;
+    if (zeta != nullptr) z[group] = zero;
+  }
+  const float step = step_of(code, *s), scale = e4m3_decode(code);
+  const float4 x = w[i];
+  const auto level = [&](float v) { return level_of(code_of(v, step, zero, bits), zero, scale); };
+  store_bf16(wq, i, {level(x.x), level(x.y), level(x.z), level(x.w)});
+}
+
+__device__ __forceinline__ void store_quad(float* out, int64_t quad, const float4& x) {
+  reinterpret_cast<float4*>(out)[quad] = x;
+}
+__device__ __forceinline__ void store_quad(__nv_bfloat16* out, int64_t quad, const float4& x) {
+  store_bf16(out, quad, x);
+}
+
+template <int kGroup, typename T>
+__global__ void __launch_bounds__(kThreads)
+    learned_quant_backward_kernel(T* __restrict__ dw, T* __restrict__ dsigma, T* __restrict__ dzeta,
+                                  const float4* __restrict__ w, const uint8_t* __restrict__ e,
+                                  const uint8_t* __restrict__ z, const float* __restrict__ s,
+                                  int64_t quads, int bits) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  GridGradient<float> sum;
+  if (i < quads) {
+    const uint8_t zero = z[i / kLanes];
+    const float step = step_of(e[i / kLanes], *s);
+    const float4 d = load_quad(dw, i), x = w[i];
+    const auto take = [&](float dv, float v) { return sum.take(dv, v, step, zero, bits); };
+    store_quad(dw, i, {take(d.x, x.x), take(d.y, x.y), take(d.z, x.z), take(d.w, x.w)});
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+    sum.scale += __shfl_xor_sync(kFullWarp, sum.scale, lanes);
+    sum.zero += __shfl_xor_sync(kFullWarp, sum.zero, lanes);
+  }
+  if (i >= quads || i % kLanes != 0) return;
+  put(dsigma + i / kLanes, sum.scale);
+  if (dzeta != nullptr) put(dzeta + i / kLanes, sum.zero);
+}
+
 LaunchShape one_quad_a_thread(int64_t count) {
   return {dim3(static_cast<unsigned>(blocks_for(count))), dim3(kThreads)};
 }
@@ -313,15 +370,19 @@ void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, 
   });
 }
 
-void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
-                        const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
-                        WeightGrid spec) {
+// S of these scales.
+static void launch_master_scale(cudaStream_t stream, float* s, const float* sigma, int64_t groups) {
   BBB_CUDA(cudaMemsetAsync(s, 0, sizeof(float), stream));
-  const int64_t groups = count / spec.group;
   const int64_t blocks = std::min((groups + kThreads - 1) / kThreads, kMaxReduceBlocks);
   launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)}, largest_kernel, s, sigma,
          groups);
   launch(stream, {dim3(1), dim3(1)}, finish_master_scale_kernel, s);
+}
+
+void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, float* s,
+                        const uint8_t* codes, const uint8_t* z, const float* sigma, int64_t count,
+                        WeightGrid spec) {
+  launch_master_scale(stream, s, sigma, count / spec.group);
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), scale_codes_kernel<group>, wq, e, s, quads_of(codes),
            z, sigma, count / kPerThread, spec.bits);
@@ -337,6 +398,31 @@ void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, co
            quads_of(codes), z, count / kPerThread, accumulate);
   });
 }
+void launch_learned_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                          const float* w, const float* sigma, const float* zeta, int64_t count,
+                          WeightGrid spec) {
+  launch_master_scale(stream, s, sigma, count / spec.group);
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), learned_quant_kernel<group>, wq, e, z, s, quads_of(w),
+           sigma, zeta, count / kPerThread, spec.bits);
+  });
+}
+
+template <typename T>
+void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dzeta, const float* w,
+                                   const uint8_t* e, const uint8_t* z, const float* s,
+                                   int64_t count, WeightGrid spec) {
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), learned_quant_backward_kernel<group, T>, dw, dsigma,
+           dzeta, quads_of(w), e, z, s, count / kPerThread, spec.bits);
+  });
+}
+template void launch_learned_quant_backward(cudaStream_t, float*, float*, float*, const float*,
+                                            const uint8_t*, const uint8_t*, const float*, int64_t,
+                                            WeightGrid);
+template void launch_learned_quant_backward(cudaStream_t, __nv_bfloat16*, __nv_bfloat16*,
+                                            __nv_bfloat16*, const float*, const uint8_t*,
+                                            const uint8_t*, const float*, int64_t, WeightGrid);
 template void launch_scale_codes_backward(cudaStream_t, float*, const float*, const uint8_t*,
                                           const uint8_t*, int64_t, WeightGrid, bool);
 template void launch_scale_codes_backward(cudaStream_t, __nv_bfloat16*, const __nv_bfloat16*,

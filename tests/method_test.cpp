@@ -815,6 +815,14 @@ TEST_CASE("method: scales train behind GPTQ, masters start from its codes", "[me
   }
   CHECK(last < first);
 
+  // So they do if the activations get fewer bits.
+  const TrainConfig narrow = make_config(
+      fixture, "narrow",
+      kGrid + gptq +
+          Options{{"e2e-stages", "w2a4:1"}, {"e2e-lr", "1e-3"}, {"e2e-train", "scales"}});
+  fixture.run(narrow);
+  CHECK(codes_of(export_of(fixture, narrow)) == codes);
+
   // All weights: the start is that of the scales; so is that of a run from the finished one.
   const TrainConfig all = make_config(
       fixture, "all", kGrid + gptq + Options{{"e2e-stages", "w2a16:1"}, {"e2e-train", "all"}});
@@ -827,6 +835,33 @@ TEST_CASE("method: scales train behind GPTQ, masters start from its codes", "[me
   // A group that does not use its outer codes has another grid, so the start is not exactly GPTQ's.
   CHECK(log_lines(all.out, "e2e")[0]["loss"].get<double>() ==
         Approx(lines[0]["loss"].get<double>()).epsilon(0.2));
+}
+
+TEST_CASE("method: learned grids and Block-AP lower the loss, and survive every kill", "[method]") {
+  const Fixture fixture;
+  const Options stage = {{"stages", "w2a16"}, {"lr", "3e-3"}, {"grid-lr", "1e-3"}};
+  for (const auto& [name, options] :
+       {std::pair{"scales", stage + Options{{"grid-train", "scales"}}},
+        {"both", kGrid + stage + Options{{"grid-train", "scales-zeros"}}},
+        {"block_ap",
+         stage + Options{{"method", "block-ap"}, {"e2e-stages", "w2a16:1"}, {"e2e-lr", "1e-3"}}}}) {
+    CAPTURE(name);
+    const TrainConfig config = make_config(fixture, name, options);
+    fixture.run(config);
+    const auto lines = log_lines(config.out, "validation");
+    REQUIRE(lines.size() == 6);  // before, and after each of two epochs, of two blocks
+    for (const size_t block : {0, 3})
+      CHECK(lines[block + 2]["loss"].get<double>() < lines[block]["loss"].get<double>());
+    TrainConfig killed = config;
+    killed.out = config.out + "_killed";
+    run_with_kills(fixture, killed, {1, 3, 8, 9, 13, 16},
+                   [](int64_t block, int64_t, int64_t step) { return block * 8 + step; });
+    check_same_run(killed.out, config.out);
+    CHECK(log_lines(config.out, "e2e").size() == (name == std::string("block_ap") ? 4 : 0));
+    const auto checkpoint = models::open_checkpoint(export_of(fixture, config));
+    const auto model = load_model(backend(), *checkpoint);
+    for (const double logit : logits_of(*model, {1, 2, 3, 4})) CHECK(std::isfinite(logit));
+  }
 }
 
 TEST_CASE("method: one run for several precisions", "[method]") {
@@ -924,6 +959,9 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
       {{{"stages", "w8a16,w2a16"}, {"block-schedule", "prefix"}, {"e2e-damping", "0.1"}},
        "at most 4 bits, not for w8a16"},
       {{{"stages", "w4a16,w2a16"}, {"method", "gptq"}}, "one stage"},
+      {{{"stages", "w4a16,w2a16"}, {"method", "block-ap"}}, "--method block-ap finds"},
+      {{{"stages", "w4a16,w2a16"}, {"grid-train", "scales"}}, "--grid-train finds"},
+      {{{"stages", "w2a16"}, {"method", "gptq"}, {"grid-train", "scales"}}, "no --grid-train"},
       {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"method", "gptq"}}, "one stage"},
       {{{"stages", "w16a16"}, {"method", "gptq"}}, "one stage"},
       {{{"stages", "w2a16"}, {"method", "gptq"}, {"block-schedule", "prefix"}}, "--block-schedule"},

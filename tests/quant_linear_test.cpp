@@ -188,6 +188,32 @@ TEST_CASE("quant_linear: learned scales start at the fake quantizer's weights", 
   CHECK(after.dequantize() == before.dequantize());
 }
 
+TEST_CASE("quant_linear: a learned grid starts at the fake quantizer's weights", "[quant_linear]") {
+  for (const bool from_codes : {false, true}) {
+    Trained trained(backend(), 2, 32);
+    const LinearResult before = trained.linear.quantized();
+    autograd::ParameterSet set(trained.device, GradientPasses::One);
+    models::LearnedGrid grid{&set.add("w", {kN, kK}), &set.add("sigma", {kN, kK / 32}),
+                             &set.add("zeta", {kN, kK / 32})};
+    set.allocate();
+    const LinearResult start = from_codes ? before : trained.linear.master();
+    trained.linear.set_learned(grid, before.format);
+    trained.linear.set_master(start);
+    trained.linear.prepare_scales();
+    const LinearResult after = trained.linear.quantized();
+    CHECK(after.dequantize() == before.dequantize());
+    CHECK(after.part(quant::StoredPart::Codes) == before.part(quant::StoredPart::Codes));
+    CHECK(after.part(quant::StoredPart::Zeros) == before.part(quant::StoredPart::Zeros));
+    // Without a pass all gradients are 0.
+    for (autograd::Parameter* p : {grid.master, grid.sigma, grid.zeta})
+      trained.device.copy(p->grad, make(trained.device, p->grad.shape(), p->grad.dtype(),
+                                        std::vector<double>(p->grad.numel(), 1.0)));
+    trained.linear.finish_backward();
+    for (autograd::Parameter* p : {grid.master, grid.sigma, grid.zeta})
+      for (const double g : values_of(trained.device, p->grad)) CHECK(g == 0);
+  }
+}
+
 TEST_CASE("quant_linear: finish_backward without a pass zeroes the gradient", "[quant_linear]") {
   Trained trained(backend(), 2, 32);
   trained.pass();

@@ -443,5 +443,168 @@ TEST_CASE("learned scales: S, e and levels, and the gradient of sigma", "[quanti
   });
 }
 
+TEST_CASE("learned grids: levels, and the gradients of weight, scale and zero point",
+          "[quantizer]") {
+  engine::Rng rng(28);
+  for_each_case([&](WeightGrid spec, int64_t n, int64_t k) {
+    const int64_t groups = k / spec.group;
+    const double top = (1 << spec.bits) - 1;
+    Values sigma, zeta, w = normal(rng, n * k), dw = round_bf16(normal(rng, n * k));
+    for (int64_t g = 0; g < n * groups; ++g) {
+      sigma.push_back(static_cast<float>((0.5 + rng.uniform()) * 3 / top));
+      // Some outside of the codes.
+      zeta.push_back(static_cast<float>(rng.uniform() * (top + 2) - 1));
+    }
+    for (double& v : w) v = static_cast<float>(v);
+    struct Result {
+      Values s, wq, dw, dsigma, dzeta, dw_fixed, dsigma_fixed, rounded;
+      std::vector<uint8_t> e, z, z_fixed;
+    };
+    const auto run = [&](Backend& b, const Values& sigmas, const Values& weights) {
+      Guarded wq(b, {n, k}, b.act()), e(b, {n, groups}, DType::U8), z(b, {n, groups}, DType::U8),
+          s(b, {1}, b.real()), d(b, {n, k}, b.real()), ds(b, {n, groups}, b.real()),
+          dz(b, {n, groups}, b.real()), ds_act(b, {n, groups}, b.act());
+      const Tensor master = make(b, {n, k}, b.real(), weights),
+                   scales = make(b, {n, groups}, b.real(), sigmas);
+      const auto backward = [&](const Guarded& to, const Tensor& zeros) {
+        b.copy(to.tensor(), make(b, {n, k}, b.real(), dw));
+        b.learned_quant_backward(to.tensor(), ds.tensor(), zeros, master, e.tensor(), z.tensor(),
+                                 s.tensor(), spec);
+      };
+      b.learned_quant(wq.tensor(), e.tensor(), z.tensor(), s.tensor(), master, scales,
+                      make(b, {n, groups}, b.real(), zeta), spec);
+      backward(d, dz.tensor());
+      Result r{values_of(b, s.tensor()),
+               values_of(b, wq.tensor()),
+               values_of(b, d.tensor()),
+               values_of(b, ds.tensor()),
+               values_of(b, dz.tensor()),
+               {},
+               {},
+               {},
+               bytes_of(b, e.tensor()),
+               bytes_of(b, z.tensor()),
+               {}};
+      // In act: the same sums, rounded. Without zeta: zero points are an input.
+      const Tensor act = make(b, {n, k}, b.act(), dw);
+      b.learned_quant_backward(act, ds_act.tensor(), Tensor(), master, e.tensor(), z.tensor(),
+                               s.tensor(), spec);
+      r.rounded = values_of(b, ds_act.tensor());
+      CHECK(values_of(b, act) == as_act(r.dw));
+      b.learned_quant(wq.tensor(), e.tensor(), z.tensor(), s.tensor(), master, scales, Tensor(),
+                      spec);
+      backward(d, Tensor());
+      CHECK(values_of(b, wq.tensor()) == r.wq);
+      r.dw_fixed = values_of(b, d.tensor());
+      r.dsigma_fixed = values_of(b, ds.tensor());
+      r.z_fixed = bytes_of(b, z.tensor());
+      CHECK((wq.untouched() && e.untouched() && z.untouched() && s.untouched() && d.untouched() &&
+             ds.untouched() && dz.untouched() && ds_act.untouched()));
+      return r;
+    };
+    const Result got = run(backend(), sigma, w);
+    CHECK(got.dw_fixed == got.dw);
+    CHECK(got.dsigma_fixed == got.dsigma);
+    CHECK(got.z_fixed == got.z);
+    CHECK(got.rounded == as_act(got.dsigma));
+
+    const double s = formula_master_scale(*std::max_element(sigma.begin(), sigma.end()));
+    CHECK(got.s == Values{s});
+    Values levels, dws, dsigma(sigma.size(), 0.0), dzeta(sigma.size(), 0.0);
+    Values terms(sigma.size(), 0.0), zero_terms(sigma.size(), 0.0);  // their sums of magnitudes
+    for (size_t g = 0; g < sigma.size(); ++g) {
+      const double e = quant::e4m3_decode(formula_scale(sigma[g] / s, spec.bits)), step = s * e;
+      const double z = std::clamp(std::floor(zeta[g] + 0.5), 0.0, top);
+      CHECK(static_cast<double>(got.z[g]) == z);
+      CHECK(double{quant::e4m3_decode(got.e[g])} == e);
+      for (int j = 0; j < spec.group; ++j) {
+        const size_t i = g * static_cast<size_t>(spec.group) + static_cast<size_t>(j);
+        const auto as_real = [](double v) { return double{static_cast<float>(v)}; };
+        const double quotient = as_real(w[i] / step);
+        const double code = std::floor(as_real(quotient + 0.5)) + z;
+        const double q = std::clamp(code, 0.0, top);
+        levels.push_back((q - z) * e);
+        const bool clipped = q != code;
+        dws.push_back(clipped ? 0 : dw[i]);
+        const double term = dw[i] * (clipped ? q - z : q - z - quotient);
+        dsigma[g] += term;
+        terms[g] += std::abs(term);
+        if (clipped) dzeta[g] -= dw[i] * step, zero_terms[g] += std::abs(dw[i] * step);
+      }
+    }
+    CHECK(got.wq == as_act(levels));
+    CHECK(got.dw == dws);
+    // Sums of G products, each rounded: at most G roundings of their magnitudes.
+    for (size_t g = 0; g < sigma.size(); ++g) {
+      CHECK(std::abs(got.dsigma[g] - dsigma[g]) <= 2 * spec.group * real_epsilon() * terms[g]);
+      CHECK(std::abs(got.dzeta[g] - dzeta[g]) <= 2 * spec.group * real_epsilon() * zero_terms[g]);
+    }
+  });
+}
+
+TEST_CASE("learned grids: the gradients are those of the clamp without rounding", "[quantizer]") {
+  // Weights on levels or far outside: there rounding changes nothing, and the derivative of
+  //   w^ = (clamp(w / s + z, 0, L) - z) s
+  // by central differences in F64 is what the op gives.
+  const auto backend = engine::make_cpu_f64_backend(1);
+  Backend& b = *backend;
+  const WeightGrid spec{2, 32};
+  const int64_t n = 3, k = 64, groups = 2;
+  engine::Rng rng(29);
+  const Values dw = normal(rng, n * k);
+  Values sigma, zeta, w;
+  for (int64_t g = 0; g < n * groups; ++g) {
+    sigma.push_back(std::ldexp(1.0 + 0.125 * static_cast<double>(g), -3));  // E4M3 holds it
+    zeta.push_back(static_cast<double>(rng.below(4)));
+    for (int j = 0; j < 32; ++j) {
+      const double code = static_cast<double>(rng.below(6)) - 1;  // 0 .. 3, and one outside
+      w.push_back((code - zeta.back()) * sigma.back());
+    }
+  }
+  // Codes on the ends of the range have two one-sided derivatives: they move inside.
+  for (size_t i = 0; i < w.size(); ++i) {
+    const size_t g = i / 32;
+    const double code = w[i] / sigma[g] + zeta[g];
+    if (code == 0 || code == 3) w[i] += (code == 0 ? 1 : -1) * sigma[g];
+  }
+  const auto loss = [&](const Values& weights, const Values& scales, const Values& zeros) {
+    double sum = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const double s = scales[i / 32], z = zeros[i / 32];
+      sum += dw[i] * (std::clamp(weights[i] / s + z, 0.0, 3.0) - z) * s;
+    }
+    return sum;
+  };
+  const auto derivative = [&](Values& of, size_t i, const auto& f) {
+    constexpr double kStep = 0x1p-20;
+    const double at = of[i];
+    of[i] = at + kStep;
+    const double up = f();
+    of[i] = at - kStep;
+    const double down = f();
+    of[i] = at;
+    return (up - down) / (2 * kStep);
+  };
+  const Tensor master = make(b, {n, k}, DType::F64, w), d = make(b, {n, k}, DType::F64, dw);
+  const Tensor wq = b.empty({n, k}, DType::F64), e = b.empty({n, groups}, DType::U8),
+               z = b.empty({n, groups}, DType::U8), s = b.empty({1}, DType::F64),
+               ds = b.empty({n, groups}, DType::F64), dz = b.empty({n, groups}, DType::F64);
+  b.learned_quant(wq, e, z, s, master, make(b, {n, groups}, DType::F64, sigma),
+                  make(b, {n, groups}, DType::F64, zeta), spec);
+  b.learned_quant_backward(d, ds, dz, master, e, z, s, spec);
+  const Values dws = values_of(b, d), dsigma = values_of(b, ds), dzeta = values_of(b, dz);
+  const auto now = [&] { return loss(w, sigma, zeta); };
+  int clipped = 0;
+  for (size_t i = 0; i < w.size(); ++i) {
+    CHECK(dws[i] == Approx(derivative(w, i, now)).margin(1e-7));
+    clipped += dws[i] == 0;
+  }
+  CHECK(clipped > 20);
+  for (size_t g = 0; g < sigma.size(); ++g) {
+    CHECK(dsigma[g] == Approx(derivative(sigma, g, now)).epsilon(1e-7).margin(1e-7));
+    CHECK(dzeta[g] == Approx(derivative(zeta, g, now)).epsilon(1e-7).margin(1e-7));
+  }
+}
+
 }  // namespace
 }  // namespace bbb::tests

@@ -53,7 +53,7 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
   if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
   if (line.has("stages") || line.has("schedule")) return;
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
-  if (algorithm2 || config.method != train::Method::Blocks ||
+  if (algorithm2 || config.method != train::Method::Blocks || train::finds_codes(config) ||
       (line.text("e2e-steps") == "0" && config.from.empty()))
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
@@ -81,13 +81,16 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   if (group == train::kBlocks && !algorithm2 && !train::trains_blocks(config) &&
       !used.count(name) && name != "method")
     return "--method gptq does not train";
+  if (name == "grid-lr" && config.grid_train == train::GridTrain::None &&
+      config.method != train::Method::BlockAp)
+    return "no grid trains without --grid-train";
   if (name == "first-ratio" && !algorithm2)
     return "--block-schedule all switches all blocks at once";
   if (name == "depth-bias" && config.block_schedule != train::BlockSchedule::Stochastic)
     return "only --block-schedule stochastic draws blocks";
-  const bool scales =
-      config.e2e_train == train::EndToEndTrain::Scales ||
-      (config.e2e_train == train::EndToEndTrain::Auto && config.method != train::Method::Blocks);
+  const bool scales = config.e2e_train == train::EndToEndTrain::Scales ||
+                      (config.e2e_train == train::EndToEndTrain::Auto &&
+                       (config.method != train::Method::Blocks || train::finds_codes(config)));
   if (name == "e2e-embedding" && scales) return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";

@@ -232,7 +232,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
     return kAllFirst.at(model.d_model);
   });
-  want(all || trains_blocks(c) || c.optimizer == autograd::UpdateRule::AdamW,
+  want(all || (blocks && !finds_codes(c)) || c.optimizer == autograd::UpdateRule::AdamW,
        "--optimizer muon is for the weights of linears, but this run trains none");
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
@@ -245,24 +245,34 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     for (const Stage& s : c.stages) few_bits(s);
   for (const ModelStage& s : c.e2e_stages) few_bits(s);
   if (c.e2e_snap == Snap::Auto)
-    c.e2e_snap = all && blocks && c.method == Method::Blocks && !algorithm2 &&
-                         !c.e2e_stages.empty() && c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
+    c.e2e_snap = all && blocks && !finds_codes(c) && !algorithm2 && !c.e2e_stages.empty() &&
+                         c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
                      ? Snap::On
                      : Snap::Off;
 }
 
-// What the method has no use for is refused where it would change the result.
-void check_gptq(const TrainConfig& c) {
+// A method that finds codes does so once.
+void check_codes(const TrainConfig& c) {
+  const std::string option = c.method == Method::Gptq      ? "--method gptq"
+                             : c.method == Method::BlockAp ? "--method block-ap"
+                                                           : "--grid-train";
+  want(c.method != Method::Gptq || c.grid_train == GridTrain::None,
+       "--method gptq does not train: no --grid-train");
   want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
-       "--method gptq rounds weights once: it takes one stage of at most 8 bits, such as --stages "
-       "w2a16");
+       cat(option,
+           " finds codes once: it takes one stage of at most 8 bits, such as --stages "
+           "w2a16"));
   want(c.block_schedule == BlockSchedule::All,
-       "--method gptq rounds block after block: no --block-schedule stochastic or prefix");
+       cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
   want(c.any_precision.empty(),
-       "--method gptq rounds to one width: no --any-precision, whose codes are nested");
+       cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
 }
 
 }  // namespace
+
+bool finds_codes(const TrainConfig& config) {
+  return config.method == Method::Gptq || config.grid_train != GridTrain::None;
+}
 
 bool trains_blocks(const TrainConfig& config) {
   return !config.stages.empty() && config.block_schedule == BlockSchedule::All &&
@@ -290,9 +300,10 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
        "--block-schedule stochastic or prefix");
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
+  if (c.method == Method::BlockAp) c.grid_train = GridTrain::ScalesZeros;
   if (c.e2e_train == EndToEndTrain::Auto)
-    c.e2e_train = c.method == Method::Blocks ? EndToEndTrain::All : EndToEndTrain::Scales;
-  if (c.method == Method::Gptq) check_gptq(c);
+    c.e2e_train = finds_codes(c) ? EndToEndTrain::Scales : EndToEndTrain::All;
+  if (finds_codes(c)) check_codes(c);
   resolve_grid(c, model);
   const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {

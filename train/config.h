@@ -52,8 +52,11 @@ using quant::NestedDequant;
 using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 // What the block phase does. Blocks: trains their weights. Gptq: rounds them, with the errors of
-// outputs fed back (models/ldlq.h).
-enum class Method { Blocks, Gptq };
+// outputs fed back (models/ldlq.h). BlockAp: trains weights, scales and zero points together
+// (EfficientQAT).
+enum class Method { Blocks, Gptq, BlockAp };
+// What of the grid trains with the weights of a block.
+enum class GridTrain { None, Scales, ScalesZeros };
 // All: the blocks' linears and norms. Auto: scales behind a method that finds codes.
 enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
@@ -115,6 +118,8 @@ struct TrainConfig {
   InputStream input_stream = InputStream::Same;
   Target target = Target::Full;
   Method method = Method::Blocks;
+  GridTrain grid_train = GridTrain::None;
+  double grid_lr = 1e-4;  // of learned scales and zero points
   BlockSchedule block_schedule = BlockSchedule::All;
   double first_ratio = 0.3;  // of the blocks that the first stage of Algorithm 2 switches
   double depth_bias = 1;     // its alpha: block j of B is drawn with weight (B + 1 - j)^alpha
@@ -160,6 +165,8 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
+// Does the block phase leave codes, not masters?
+bool finds_codes(const TrainConfig& config);
 // Does the block phase train, so that it validates?
 bool trains_blocks(const TrainConfig& config);
 // Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.

@@ -132,8 +132,14 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.method, {"method",
                kBlocks,
                "blocks: trains them; gptq: rounds their weights one by one and feeds the error of "
-               "each to those that follow",
-               {"blocks, gptq"}});
+               "each to those that follow; block-ap: EfficientQAT's, with --grid-train "
+               "scales-zeros",
+               {"blocks, gptq, block-ap"}});
+  v(c.grid_train, {"grid-train",
+                   kBlocks,
+                   "what of the grid trains with the weights: none, scales or scales-zeros",
+                   {"none, scales, scales-zeros"}});
+  v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales and zero points", kRate});
   v(c.block_schedule,
     {"block-schedule",
      kBlocks,

@@ -1,7 +1,6 @@
 #include "train/result_quantizer.h"
 
 #include <algorithm>
-#include <ranges>
 
 #include "models/llama.h"
 
@@ -9,11 +8,8 @@ namespace bbb::train {
 
 models::LayerResult ResultQuantizer::operator()(int64_t layer, models::LayerResult result) const {
   const std::vector<quant::LinearFormat> formats = recipe_.result_formats(layer);
-  const auto is_done = [&](size_t i) {
-    return result.linears[i].quantized() && result.linears[i].format == formats[i];
-  };
-  if (std::ranges::all_of(std::views::iota(size_t{0}, formats.size()), is_done)) return result;
   result = recipe_.start(layer, result, formats);
+  if (std::ranges::all_of(result.linears, &models::LinearResult::quantized)) return result;
   autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
   models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
   block.declare_parameters(parameters, formats);

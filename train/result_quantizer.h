@@ -13,8 +13,7 @@ class ResultQuantizer {
                   const Recipe& recipe)
       : backend_(backend), model_(model), config_(config), recipe_(recipe) {}
 
-  // From masters or codes in any format. A layer that has the result's formats already is returned
-  // unchanged.
+  // From masters or codes in any format. Codes of the result's grid stay.
   models::LayerResult operator()(int64_t layer, models::LayerResult result) const;
 
  private:

@@ -456,8 +456,7 @@ const data::SafeTensors& RunDirectory::final_result() const {
 }
 
 models::LinearContent block_content(const TrainConfig& config) {
-  return config.method == Method::Gptq ? models::LinearContent::Stored
-                                       : models::LinearContent::Masters;
+  return finds_codes(config) ? models::LinearContent::Stored : models::LinearContent::Masters;
 }
 
 models::LinearContent final_content(const TrainConfig& config) {

@@ -45,11 +45,21 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
       parameters_(backend, streams.precisions() == 1 ? autograd::GradientPasses::One
                                                      : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
-  block_.declare_parameters(parameters_, formats_[0], config.optimizer);
-  parameters_.allocate();
-  quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
-                     std::move(nested));
-  block_.bind_parameters(*quantizer_, formats_[0]);
+  if (config.grid_train != GridTrain::None) {
+    const auto zeros = config.grid_train == GridTrain::ScalesZeros
+                           ? models::LlamaBlock::Zeros::Learned
+                           : models::LlamaBlock::Zeros::Fixed;
+    block_.declare_learned(parameters_, formats_[0], zeros,
+                           {.lr_factor = config.grid_lr / config.lr[0]});
+    parameters_.allocate();
+    block_.bind_learned(formats_[0]);
+  } else {
+    block_.declare_parameters(parameters_, formats_[0], config.optimizer);
+    parameters_.allocate();
+    quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
+                       std::move(nested));
+    block_.bind_parameters(*quantizer_, formats_[0]);
+  }
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
   const int64_t total = steps_per_stage(config);
   order_ = backend.empty({total * config.batch}, DType::I32);
@@ -60,9 +70,10 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     loss_ = backend.empty({1}, backend.real());
   }
   for (double lr : config.lr)
-    stages_.push_back({std::make_unique<autograd::Optimizer>(
-                           parameters_, &*quantizer_, engine::AdamWSpec{}, schedule_of(lr, total)),
-                       {}});
+    stages_.push_back(
+        {std::make_unique<autograd::Optimizer>(parameters_, quantizer_ ? &*quantizer_ : nullptr,
+                                               engine::AdamWSpec{}, schedule_of(lr, total)),
+         {}});
 }
 
 void StageTrainer::load(size_t t, const LayerResult& result) {
@@ -70,8 +81,18 @@ void StageTrainer::load(size_t t, const LayerResult& result) {
   block_.set_masters(result);
 }
 
+void StageTrainer::prepare() {
+  if (quantizer_) return quantizer_->prepare();
+  block_.prepare_scales();
+}
+
+void StageTrainer::quantize() {
+  if (quantizer_) return quantizer_->quantize();
+  block_.prepare_scales();
+}
+
 models::LlamaBlock& StageTrainer::quantized_block() {
-  quantizer_->prepare();
+  prepare();
   return block_;
 }
 
@@ -97,7 +118,9 @@ std::vector<double> StageTrainer::train(int64_t layer, size_t t, std::optional<S
 
 LayerResult StageTrainer::result() {
   backend_.copy(parameters_.masters(), best_);
-  return block_.result(models::LinearContent::Masters);
+  if (quantizer_) return block_.result(models::LinearContent::Masters);
+  block_.prepare_scales();
+  return block_.result(models::LinearContent::Stored);
 }
 
 std::vector<double> StageTrainer::train_epochs(size_t t, Position at, BlockTime::Stage& time) {
@@ -109,7 +132,7 @@ std::vector<double> StageTrainer::train_epochs(size_t t, Position at, BlockTime:
   while (at.step < total) {
     const int64_t end = (at.step / steps_per_epoch_ + 1) * steps_per_epoch_;
     feed_ = std::make_unique<StepFeed>(streams_, t, host_order_, at.step, end);
-    quantizer_->prepare();  // a step relies on the measured ranges of the masters
+    prepare();  // a step relies on the measured ranges of the masters
     const StepLoop::Outcome outcome = loop_->run(stages_[t].steps, at, end, hooks);
     feed_.reset();
     time.train_s += outcome.seconds;
@@ -158,7 +181,7 @@ void StageTrainer::rewind(int64_t layer, size_t t) {
 
 void StageTrainer::record_steps(size_t t) {
   if (!stages_[t].steps.empty()) return;
-  quantizer_->prepare();  // products are timed on quantized weights
+  prepare();  // products are timed on quantized weights
   const size_t rotation = weights_ ? 1 : streams_.inputs(t).size();
   for (size_t i = 0; i < rotation; ++i)
     stages_[t].steps.push_back(record(t, i, StepPart::Optimizer));
@@ -190,7 +213,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   Tensor x = gather(input);
   const engine::Rows y = streams_.step_target(inputs.size(), order_, cursor);
   const Tensor weights = weights_ ? weights_->at(cursor) : Tensor();
-  quantizer_->quantize();
+  quantize();
   if (last == StepPart::Quantize) return;
   Tensor sum = loss_;
   for (size_t p = 0; p < streams_.precisions(); ++p) {
@@ -221,7 +244,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
 // Mean squared error over the validation windows, on the stage's first input stream; the sum over
 // the precisions, each on its own.
 double StageTrainer::validate(size_t t) {
-  quantizer_->prepare();
+  prepare();
   backend_.zero(validation_);
   for (size_t p = 0; p < streams_.precisions(); ++p) {
     if (weights_) block_.select_precision(p);

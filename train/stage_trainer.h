@@ -42,7 +42,9 @@ class StageTrainer {
   // before training, then after each epoch. Throws if every step was skipped.
   std::vector<double> train(int64_t layer, size_t t, std::optional<SavedState> saved,
                             BlockTime::Stage& time);
-  models::LayerResult result();  // the masters of the best validation loss, which stay in the block
+  // The masters of the best validation loss, which stay in the block; of learned grids, their
+  // codes.
+  models::LayerResult result();
 
   // Records the step of stage t on one of its input streams, up to the part `last`. The masters
   // must have been quantized.
@@ -60,6 +62,8 @@ class StageTrainer {
     std::unique_ptr<autograd::Optimizer> optimizer;
     std::vector<std::unique_ptr<engine::Replay>> steps;  // one for each input stream, in rotation
   };
+  void prepare();   // quantizes masters that anything may have written,
+  void quantize();  // or that only the optimizer has
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
@@ -81,8 +85,8 @@ class StageTrainer {
   const int64_t steps_per_epoch_;
   autograd::ParameterSet parameters_;
   models::LlamaBlock block_;
-  std::optional<autograd::WeightQuantizer> quantizer_;
-  Tensor best_;                      // masters of the best validation loss
+  std::optional<autograd::WeightQuantizer> quantizer_;  // none with learned grids
+  Tensor best_;                                         // masters of the best validation loss
   Tensor order_;                     // I32 (steps * batch): stream rows of all steps of a stage
   std::vector<int32_t> host_order_;  // the same, on the host
   std::optional<StepLoop> loop_;

@@ -116,6 +116,33 @@ void CpuBackend<T>::do_scale_codes_backward(const Tensor& dsigma, const Tensor& 
   });
 }
 
+template <typename T>
+void CpuBackend<T>::do_learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
+                                     const Tensor& s, const Tensor& w, const Tensor& sigma,
+                                     const Tensor& zeta, const WeightGrid& spec) {
+  const int64_t k = w.dim(1);
+  *s.data<T>() = quant::master_scale_of(host::largest(sigma.data<T>(), sigma.numel()));
+  parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
+    host::learned_quant(wq.data<T>(), e.data<uint8_t>(), z.data<uint8_t>(), w.data<T>(),
+                        sigma.data<T>(), zeta.data<T>(), {begin, end}, k, *s.data<T>(), spec);
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_learned_quant_backward(const Tensor& dw, const Tensor& dsigma,
+                                              const Tensor& dzeta, const Tensor& w, const Tensor& e,
+                                              const Tensor& z, const Tensor& s,
+                                              const WeightGrid& spec) {
+  const int64_t k = w.dim(1);
+  parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
+    host::learned_quant_backward(dw.data<T>(), dsigma.data<T>(), dzeta.data<T>(), w.data<T>(),
+                                 e.data<uint8_t>(), z.data<uint8_t>(), {begin, end}, k,
+                                 *s.data<T>(), spec);
+  });
+}
+
+BBB_CPU_INSTANTIATE(learned_quant);
+BBB_CPU_INSTANTIATE(learned_quant_backward);
 BBB_CPU_INSTANTIATE(max_group_range);
 BBB_CPU_INSTANTIATE(fake_quant);
 BBB_CPU_INSTANTIATE(nested_levels);
