@@ -57,7 +57,9 @@ bool CudaBackend::takes_slice_pairs(const quant::LinearFormat& format) const {
 }
 
 int64_t CudaBackend::max_packed_rows(const quant::LinearFormat& format) const {
-  return takes_tiles(format) || takes_slice_pairs(format) ? kAnyRows : kMaxPackedRows;
+  return takes_tiles(format)         ? kAnyRows
+         : takes_slice_pairs(format) ? kMostCodeRows
+                                     : kMaxPackedRows;
 }
 
 int64_t CudaBackend::repacked_bytes(const quant::LinearFormat& format) const {
@@ -138,9 +140,7 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         const quant::LinearFormat& format = product.weight.format;
         const int bits = format.weight.bits;
-        // With more rows, a weight of 8 bits is rounded to bf16, as it is for a GEMM.
-        const int64_t few = bits == 8 ? kMaxPackedRows : kMinGemmRows - 1;
-        if (takes_slice_pairs(format) && m > few)
+        if (takes_slice_pairs(format) && m >= (bits == 8 ? kMinGemmRows : kMinCodeRows))
           return with_pairs[static_cast<size_t>(bits)].push_back(tiled_product(product));
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
                                   bf16_of(product.addend), m);

@@ -58,7 +58,7 @@ constexpr bool by_slices(int tokens) { return tokens <= 32; }
 // Warpgroups of a multiprocessor: they fill its registers.
 constexpr int most_groups(int tokens, int tiles) { return tokens <= 32 && tiles == 1 ? 6 : 4; }
 // Row tiles that a warp multiplies by a slice.
-constexpr int most_tiles(int tokens, int bits) { return tokens <= 32 && bits == 2 ? 2 : 1; }
+constexpr int most_tiles(int tokens) { return tokens <= 32 ? 2 : 1; }
 // Fragments of A, of half a slice each: with two, one is made while the other is multiplied.
 constexpr int buffers_of(int tokens, int tiles) { return tokens == 32 && tiles == 2 ? 1 : 2; }
 
@@ -340,22 +340,23 @@ struct Division {
     return ceil_div(block_slices(k), by_slices(tokens) ? groups : 1);
   }
 
-  // Cycles on an H200, with a ring of so many stages.
-  void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles,
-                int64_t stages) {
+  // Cycles on an H200.
+  void estimate(Products products, const ClusterLimits& limits, int64_t token_tiles) {
     const int64_t k = products[0].w.k;
     const auto all = shares(products, limits, token_tiles);
     const int64_t clusters = std::accumulate(all.begin(), all.end(), int64_t{0}) * token_tiles;
     // Blocks that share a multiprocessor.
     const int64_t shared = std::min<int64_t>(ceil_div(clusters, limits[split]), blocks);
     const int64_t waves = ceil_div(clusters, limits[split] * shared);
+    // Blocks of clusters may share one while others are idle.
+    const int64_t crowded = split > 1 ? blocks : shared;
     // Of a slice: one step after another for a warpgroup; the instructions that make A and the
-    // products of all warpgroups; the copies of x from the L2 cache, and the latency of a stage's
-    // copies.
-    const int64_t step = tiles == 1 ? std::min(560 + 5 * tokens, 790) : 820 + 4 * tokens;
-    const int make = bits != 2 ? 240 : tiles == 1 ? 160 : 130;
-    const int64_t multiprocessor = shared * groups * tiles * std::max(make, tokens * 19 / 4);
-    const int64_t copies = std::max(shared * 5 * tokens, 29 * tokens / stages);
+    // products of all warpgroups; the copies of x from the L2 cache.
+    const int64_t step = (tiles == 1 ? std::min(560 + 5 * tokens, 790) : 820 + 4 * tokens) +
+                         (bits == 2 ? 0 : 200 * tiles);
+    const int make = (tiles == 1 ? 160 : 130) + (bits == 2 ? 0 : tiles == 1 ? 120 : 110);
+    const int64_t multiprocessor = crowded * groups * tiles * std::max(make, tokens * 19 / 4);
+    const int64_t copies = crowded * 5 * tokens;
     // Of a block's start and end: a block that fills a multiprocessor starts late.
     const int64_t sums = tokens * tiles * groups * shared;
     const int64_t ends = 3900 + 6 * sums / split + (split > 1 ? 450 + 12 * tokens : 0);
@@ -383,8 +384,9 @@ struct Memory {
     received_at = std::max(stages * stage_bytes, step * by.tokens * pitch_bytes);
     barriers_at = received_at + received_bytes;
     bytes = kAlignment + barriers_at + stages * 16 + 8;
-    // A warpgroup leaves a stage once the slice of its next step is there.
-    fits = (stages > step || stages == slices) && bytes <= limit_bytes;
+    // A warpgroup leaves a stage once the slice of its next step is there. With two stages it then
+    // waits for the latency of the other one's copies.
+    fits = (stages > std::max<int64_t>(step, 2) || stages == slices) && bytes <= limit_bytes;
   }
 
   int64_t stages, received_at, barriers_at, bytes;
@@ -396,16 +398,15 @@ Division divide(const ProductLaunch& at, Products products, const ClusterLimits&
   const int64_t k = products[0].w.k;
   const int bits = products[0].w.bits;
   Division best{};
-  for (int tiles = 1; tiles <= most_tiles(tokens, bits); ++tiles)
+  for (int tiles = 1; tiles <= most_tiles(tokens); ++tiles)
     for (int blocks = 1; blocks <= kMaxBlocks; ++blocks)
       for (int groups = 1; groups <= most_groups(tokens, tiles) / blocks; ++groups)
         for (int split = 1; split <= std::min<int64_t>(quant::column_slices(k), kMaxSplit);
              ++split) {
           if (limits[static_cast<size_t>(split)] == 0) continue;
           Division other{tokens, bits, tiles, blocks, groups, split};
-          const Memory memory(at, other, k);
-          if (!memory.fits) continue;
-          other.estimate(products, limits, token_tiles, memory.stages);
+          if (!Memory(at, other, k).fits) continue;
+          other.estimate(products, limits, token_tiles);
           if (best.cost == 0 || other.cost < best.cost) best = other;
         }
   BBB_ASSERT(best.cost > 0);
@@ -456,7 +457,7 @@ void launch_tokens(const ProductLaunch& at, Products products, const bf16* x, in
   const int64_t token_tiles = ceil_div(m, kTokens);
   const Division& by = known_division(at, products, limits, kTokens, token_tiles);
   const auto shares = by.shares(products, limits, token_tiles);
-  if constexpr (most_tiles(kTokens, kBits) == 2)
+  if constexpr (most_tiles(kTokens) == 2)
     if (by.tiles == 2) return launch_division<kTokens, 2, kBits>(at, products, x, m, by, shares);
   launch_division<kTokens, 1, kBits>(at, products, x, m, by, shares);
 }

@@ -93,6 +93,10 @@ void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProdu
 // For any number of rows, on the bf16 tensor cores: faster from kMinGemmRows on. All weights have
 // the same number of bits.
 constexpr int64_t kMinGemmRows = 5;
+// Weights as in the file: of 3 and 4 bits faster from kMinCodeRows on, of 8 bits, which it rounds
+// to bf16, used from kMinGemmRows on. With more than kMostCodeRows a GEMM of the unpacked weight is
+// as fast.
+constexpr int64_t kMinCodeRows = 2, kMostCodeRows = 1024;
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 

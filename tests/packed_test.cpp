@@ -36,13 +36,18 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
         }
 }
 
-// Whether products with weights of this grid and K columns take any number of rows.
-bool takes_any_rows(const WeightGrid& grid, int64_t k) {
-  return backend().max_packed_rows({.n = 1, .k = k, .weight = grid}) == Backend::kAnyRows;
+// The most rows of products with weights of this grid and K columns.
+int64_t most_rows(const WeightGrid& grid, int64_t k) {
+  return backend().max_packed_rows({.n = 1, .k = k, .weight = grid});
+}
+// Whether bf16 tensor cores multiply them by so many rows.
+bool on_tensor_cores(const WeightGrid& grid, int64_t k, int64_t m) {
+  const int64_t least = grid.bits == 3 || grid.bits == 4 ? 2 : 5;
+  return on_cuda() && most_rows(grid, k) > Backend::kMaxPackedRows && m >= least;
 }
 // Whether weights of this grid are in tiles.
 bool in_tiles(const WeightGrid& grid) {
-  return quant::has_tiles(grid) && takes_any_rows(grid, 128);
+  return quant::has_tiles(grid) && most_rows(grid, 128) == Backend::kAnyRows;
 }
 
 // How far packed_gemv may move a value of x, relative to the largest one of its group of
@@ -56,18 +61,17 @@ double half_unit(const WeightGrid& grid, int64_t m) {
 
 // How many roundings of a partial sum a term passes through at most, in epsilons of FP32. A lane
 // adds at most K / 32 of the K products, and 16 more sums join lanes, warps and the addend. Each
-// rounding is by half an epsilon. bf16 tensor cores, which take more than four rows, add 16
-// products at a time: K / 16 roundings, each by up to an epsilon.
+// rounding is by half an epsilon. bf16 tensor cores add 16 products at a time: K / 16 roundings,
+// each by up to an epsilon.
 double roundings(const WeightGrid& grid, int64_t k, int64_t m) {
-  const bool tensor_cores = on_cuda() && takes_any_rows(grid, 128) && m > 4;
-  return static_cast<double>(k) / (tensor_cores ? 16 : 32) + 16;
+  return static_cast<double>(k) / (on_tensor_cores(grid, 128, m) ? 16 : 32) + 16;
 }
 
 // Whether m rows are more than products with weights of this grid and K columns take on this
 // device. They then throw.
 bool refused(int64_t m, const WeightGrid& grid = {2, 32}, int64_t k = 128) {
   Backend& b = backend();
-  if (m <= Backend::kMaxPackedRows || takes_any_rows(grid, k)) return false;
+  if (m <= most_rows(grid, k)) return false;
   engine::Rng rng(51);
   const Tensor x = b.zeros({m, k}, b.act()), y = b.empty({m, 1}, b.act());
   const PackedWeight weight = PackedMatrix(rng, 1, k, grid).on(b);
@@ -119,9 +123,9 @@ void check_product(const Values& got, const PackedMatrix& matrix, const Product&
             sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
 }
 
-// With many rows, levels of 8 bits are rounded to act, as unpack rounds them.
+// On tensor cores, levels of 8 bits are rounded to bf16, as unpack rounds them.
 void round_levels(PackedMatrix& matrix, int64_t m) {
-  if (matrix.grid.bits == 8 && m > Backend::kMaxPackedRows && backend().act() == DType::BF16)
+  if (matrix.grid.bits == 8 && on_tensor_cores(matrix.grid, matrix.k, m))
     matrix.levels = round_bf16(matrix.levels);
 }
 
@@ -262,13 +266,12 @@ TEST_CASE("products give the same bytes whichever threads are delayed", "[packed
   // Of each range of rows one small matrix, and one whose K wraps all rings.
   std::vector<std::tuple<int, int64_t, int64_t>> cases;  // bits; the most rows and columns
   for (const int64_t most_k : {1024, 15000}) {
-    for (const int64_t most_rows : {1, 4, 16, 32, 64, 128})
-      cases.emplace_back(2, most_rows, most_k);
+    for (const int64_t rows : {1, 4, 16, 32, 64, 128}) cases.emplace_back(2, rows, most_k);
     for (const int bits : {3, 4, 8})
-      for (const int64_t most_rows : {18, 64, 128}) cases.emplace_back(bits, most_rows, most_k);
+      for (const int64_t rows : {18, 64, 128}) cases.emplace_back(bits, rows, most_k);
   }
-  for (const auto& [bits, most_rows, most_k] : cases) {
-    const int64_t m = most_rows - rng.below((most_rows + 1) / 2);
+  for (const auto& [bits, rows, most_k] : cases) {
+    const int64_t m = rows - rng.below((rows + 1) / 2);
     const int64_t unit = bits == 3 ? 128 : 32;
     const int64_t k = unit * (most_k / unit - rng.below(most_k / (2 * unit)));
     const int64_t n = 1 + rng.below(std::min<int64_t>(3000, 30'000'000 / (m * k)));
@@ -589,8 +592,8 @@ TEST_CASE("products of the same rows in one op equal one op each",
   }
   // Many rows, and weights of every number of bits in one op.
   const std::vector<WeightGrid> grids = {{8, 32}, {2, 32}, {3, 32}, {4, 32}};
-  if (std::ranges::all_of(grids, [](const WeightGrid& g) { return takes_any_rows(g, 640); }))
-    for (const int64_t m : {5, 9, 70})
+  for (const int64_t m : {5, 9, 70})
+    if (std::ranges::all_of(grids, [&](const WeightGrid& g) { return m <= most_rows(g, 640); }))
       check_products(rng, grids, {33, 65, 48, 17, 90, 20, 7, 300, 16, 5}, 640, m, b.real());
 }
 
@@ -975,7 +978,7 @@ TEST_CASE("packed_gemv refuses more rows than it supports", "[packed]") {
   const Tensor x = b.zeros({9, 32}, b.act()), y = b.empty({9, 4}, b.act());
   for (const int bits : {2, 3, 4, 8}) {
     const PackedMatrix matrix(rng, 4, 32, {bits, 32});
-    if (takes_any_rows(matrix.grid, 32))
+    if (most_rows(matrix.grid, 32) >= 9)
       b.packed_gemv(y, x, matrix.on(b), Tensor());
     else
       CHECK_THROWS_AS(b.packed_gemv(y, x, matrix.on(b), Tensor()), Error);
