@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "quant/grid.h"
@@ -14,32 +15,53 @@ constexpr int64_t kPanel = 64;  // columns of L that are finished together
 constexpr int64_t kTile = 64;   // rows and columns of one task of the factorization
 constexpr int64_t kRows = 64;   // rows of weights of one task of the rounding
 
+// Two vectors of 32 bytes: the columns of a tile, whose sums stay in registers.
+template <typename Real>
+struct Lanes {
+  static constexpr int64_t kCount = 32 / static_cast<int64_t>(sizeof(Real)), kWide = 2 * kCount;
+  typedef Real Vector __attribute__((vector_size(32)));
+};
+
+// add_product of kHigh rows and Lanes::kWide columns.
+template <int64_t kHigh, typename Real>
+void add_tile(Real* c, int64_t ldc, const Real* a, int64_t lda, const Real* b, int64_t ldb,
+              int64_t k, Real factor) {
+  constexpr int64_t kCount = Lanes<Real>::kCount;
+  typename Lanes<Real>::Vector low[kHigh] = {}, high[kHigh] = {}, left, right;
+  for (int64_t p = 0; p < k; ++p) {
+    std::memcpy(&left, b + p * ldb, sizeof left);
+    std::memcpy(&right, b + p * ldb + kCount, sizeof right);
+#pragma GCC unroll 8
+    for (int64_t y = 0; y < kHigh; ++y) {
+      low[y] += a[y * lda + p] * left;
+      high[y] += a[y * lda + p] * right;
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t y = 0; y < kHigh; ++y)
+    for (int64_t l = 0; l < kCount; ++l) {
+      c[y * ldc + l] += factor * low[y][l];
+      c[y * ldc + kCount + l] += factor * high[y][l];
+    }
+}
+
 // c (m, n) += factor a (m, k) b (k, n), rows `ldc`, `lda` and `ldb` apart. The terms of an element
 // are added in order of k.
 template <typename Real>
 void add_product(Real* c, int64_t ldc, const Real* a, int64_t lda, const Real* b, int64_t ldb,
                  int64_t m, int64_t n, int64_t k, Real factor) {
-  constexpr int64_t kHigh = 4, kWide = 64 / static_cast<int64_t>(sizeof(Real));
-  const auto block = [&]<int64_t kM>(int64_t i, int64_t j) {
-    Real sum[kM][kWide] = {};
-    for (int64_t p = 0; p < k; ++p)
-      for (int64_t y = 0; y < kM; ++y) {
-        const Real x = a[(i + y) * lda + p];
-        for (int64_t l = 0; l < kWide; ++l) sum[y][l] = std::fma(x, b[p * ldb + j + l], sum[y][l]);
-      }
-    for (int64_t y = 0; y < kM; ++y)
-      for (int64_t l = 0; l < kWide; ++l) c[(i + y) * ldc + j + l] += factor * sum[y][l];
-  };
+  constexpr int64_t kHigh = 4, kWide = Lanes<Real>::kWide;
   const int64_t wide = n / kWide * kWide;
   for (int64_t j = 0; j < wide; j += kWide) {
     int64_t i = 0;
-    for (; i + kHigh <= m; i += kHigh) block.template operator()<kHigh>(i, j);
-    for (; i < m; ++i) block.template operator()<1>(i, j);
+    for (; i + kHigh <= m; i += kHigh)
+      add_tile<kHigh>(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, factor);
+    for (; i < m; ++i) add_tile<1>(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, factor);
   }
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = wide; j < n; ++j) {
       Real sum = 0;
-      for (int64_t p = 0; p < k; ++p) sum = std::fma(a[i * lda + p], b[p * ldb + j], sum);
+      for (int64_t p = 0; p < k; ++p) sum += a[i * lda + p] * b[p * ldb + j];
       c[i * ldc + j] += factor * sum;
     }
 }
