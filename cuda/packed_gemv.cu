@@ -22,21 +22,27 @@
 // for two output rows. For up to four rows of x, columns 2i and 2i + 1 are row i's, and a lane
 // scales each product by itself. More rows take more launches.
 //
-// A block takes up to eight row tiles of one of the matrices. Its warps take slices of 128
+// A block takes up to kMaxTiles row tiles of one of the matrices. Its warps take slices of 128
 // positions in turn, each for all of these row tiles. A slot of the block's ring holds a slice's
 // tiles. The warps' sums are added in shared memory in a fixed order. Where that leaves the warps
 // less to do, a cluster of two blocks takes twice the row tiles and each block half of the slices:
 // then fewer warps make the same integers of x.
 //
 // Two blocks fit on a multiprocessor: the next product's tiles are copied while this one runs. Its
-// warps start the first copies, kBytesInFlight; one more warp starts another as each lands, so that
+// warps start the first copies, 16 or 24 KiB; one more warp starts another as each lands, so that
 // x and the tiles of the product in front do not wait behind them. Once x is complete, each warp
-// reads its slices of it, and refills the slots that it has read.
+// reads its slices of it, and refills the slots that it has read. The one more warp then makes r of
+// the norm from the other warps' sums of squares.
+//
+// Scales and zero points of codes are copied to shared memory first, by the whole block. They are
+// a few lines of the L2 cache, which answers one request for a line after another: a request of
+// each warp and slice of every block would take longer than the product.
 //
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block.
 #include <algorithm>
 #include <bit>
 #include <numeric>
+#include <utility>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
@@ -54,11 +60,13 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;                  // of a block
+constexpr int kMaxWarps = 12;                  // of a block
 constexpr int kMaxTiles = 8;                   // row tiles of a block
-constexpr int64_t kBytesInFlight = 40 * 1024;  // of a block's first copies
+constexpr int64_t kBytesInFlight = 24 * 1024;  // of a block's first copies
+constexpr int64_t kSplitInFlight = 16 * 1024;  // the same in a cluster
 constexpr int kTokens = 4;                     // rows of x of a launch
 constexpr int kBlocks = 2;                     // that fit on a multiprocessor
+constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // Four positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
@@ -67,23 +75,38 @@ struct Levels {
   float unit;
 };
 
+// What a lane does when x is made into operands.
+struct LaneRole {
+  int first_source, second_source;  // lanes, of exchange_positions
+  int unit_source;                  // the first lane of octet t
+  int power;                        // the bits of 4^-t
+
+  __device__ __forceinline__ explicit LaneRole(int lane) {
+    const int first = lane & ~3, t = lane & 3;
+    first_source = kept(first + (0x78 >> (2 * t) & 3));   // 0, 2, 3, 1
+    second_source = kept(first + (0xD2 >> (2 * t) & 3));  // 2, 0, 1, 3
+    unit_source = kept(8 * t);
+    power = kept((127 - 2 * t) << 23);
+  }
+};
+
 // A lane of an octet reads positions 4l to 4l + 3. It gets 2t, 2t + 1, 2t + 8 and 2t + 9, in the
 // upper four lanes 16 more.
-__device__ __forceinline__ void exchange_positions(Levels& levels, int lane) {
+__device__ __forceinline__ void exchange_positions(Levels& levels, int lane, const LaneRole& role) {
   // Four lanes have pairs 2t and 2t + 1; they get pairs t and t + 4. Each sends one at a time.
-  const int first = lane & ~3, t = lane & 3;
+  const int t = lane & 3;
   const bool middle = t == 1 || t == 2;
   const uint32_t a = middle ? levels.second_pair : levels.first_pair;
   const uint32_t b = middle ? levels.first_pair : levels.second_pair;
-  const uint32_t from_a = __shfl_sync(kAllLanes, a, first + (0x78 >> (2 * t) & 3));  // 0, 2, 3, 1
-  const uint32_t from_b = __shfl_sync(kAllLanes, b, first + (0xD2 >> (2 * t) & 3));  // 2, 0, 1, 3
+  const uint32_t from_a = __shfl_sync(kAllLanes, a, role.first_source);
+  const uint32_t from_b = __shfl_sync(kAllLanes, b, role.second_source);
   levels.first_pair = middle ? from_b : from_a;
   levels.second_pair = middle ? from_a : from_b;
 }
 
 // Rows of bf16.
 struct PlainRows {
-  static constexpr bool kNormed = false;
+  static constexpr bool kNormed = false, kHasGrids = false;
   using Raw = uint2;  // what a lane reads
   const bf16* x;      // (M, K)
   int k;
@@ -170,11 +193,10 @@ struct NormedRows : PlainRows {
 
 // Rows of an operand's codes.
 struct CodedRows {
-  static constexpr bool kNormed = false;
+  static constexpr bool kNormed = false, kHasGrids = true;
   struct Raw {
     uint32_t codes;
-    uint32_t zero;
-    float scale;
+    uint2 grid;  // from shared memory
   };
   const uint8_t* codes;  // (M, K)
   const uint8_t* zeros;  // (M, K / G)
@@ -183,14 +205,18 @@ struct CodedRows {
 
   __device__ static void load_fixed(Raw&, int) {}
   __device__ void load(Raw& raw, int row, int at) const {
+    raw.codes = load_past_l1(reinterpret_cast<const uint32_t*>(codes + row * k + at));
+  }
+  // The bits of the scale, and the zero point.
+  __device__ uint2 grid(int row, int at) const {
     const int group = row * (k >> group_log2) + (at >> group_log2);
-    raw = {load_past_l1(reinterpret_cast<const uint32_t*>(codes + row * k + at)),
-           load_past_l1(zeros + group), load_past_l1(scales + group)};
+    return {load_past_l1(reinterpret_cast<const uint32_t*>(scales + group)),
+            load_past_l1(zeros + group)};
   }
   __device__ static Levels levels(const Raw& raw) {
-    const uint32_t shift = ((128 - raw.zero) & 0xFFFFu) * 0x00010001u;
+    const uint32_t shift = ((128 - raw.grid.y) & 0xFFFFu) * 0x00010001u;
     return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
-            __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), raw.scale};
+            __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), __uint_as_float(raw.grid.x)};
   }
 };
 
@@ -235,21 +261,20 @@ struct OperandMaker : SliceOperand<kManyRows> {
     for (int i = 0; i < kLoads; ++i)
       if (at + i * quant::kSubgroup < end) x.load(raw.of[i], row, at + i * quant::kSubgroup);
   }
-  __device__ __forceinline__ void make(const Raw& raw, int lane) {
-    const int t = lane % 4;
+  __device__ __forceinline__ void make(const Raw& raw, int lane, const LaneRole& role) {
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       Levels levels = Input::levels(raw.of[i]);
-      exchange_positions(levels, lane);
+      exchange_positions(levels, lane, role);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
       mma_u8_s8(c, ones, columns[0], columns[1]);
       this->sum[i] = joined(c[0], c[1]);
       // Times 4^-i.
-      this->unit[i] = __shfl_sync(kAllLanes, levels.unit, 8 * t) *
-                      __uint_as_float((127 - 2 * (kManyRows ? i : t)) << 23);
+      this->unit[i] = __shfl_sync(kAllLanes, levels.unit, role.unit_source) *
+                      __uint_as_float(kManyRows ? (127 - 2 * i) << 23 : role.power);
       if constexpr (kManyRows) {
         this->b[i][0] = columns[0];
         this->b[i][1] = columns[1];
@@ -279,9 +304,11 @@ struct GemvShape {
 };
 
 // kTiles: the most row tiles of a block. Shared memory: the ring; the master scale and three words
-// of padding; in a cluster the second block's sums (outputs, rows of x) and squares (rows of x); of
-// NormedRows the squares (warps, rows of x); the barrier of the second block's sums and one for
-// each slice. At the end the last slot that a warp has read holds its sums (kTiles, 2, 32 lanes).
+// of padding; r of the norm (rows of x); of the cluster's second block the sums (outputs, rows of
+// x), then the squares (rows of x); of NormedRows the squares (warps, rows of x); the barriers of
+// the second block's sums and squares, and one for each slice; of CodedRows scale and zero point of
+// each sub-group (rows of x, slices, 4). At the end the last slot that a warp has read holds its
+// sums (kTiles, 2, 32 lanes).
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     packed_gemv_kernel(const __grid_constant__ SharedProducts products, Input x, GemvShape shape) {
@@ -290,10 +317,9 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   constexpr int kSlotBytes = kTiles * kTileBytes;
   constexpr int kRows = kManyRows ? kTokens : 1;  // of x, in shared memory
   constexpr int kOutputs = kTiles * kTileRows * kRows;
-  constexpr int kAhead = kManyRows ? 1 : 2;  // slices of x on the way
   start_next_kernel();
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
-  const unsigned thread = threadIdx.x, threads = blockDim.x - 32;  // the last warp only copies
+  const unsigned thread = threadIdx.x, threads = blockDim.x - 32;  // the last warp copies
   const int lane = thread & 31, warps = threads >> 5;
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(thread >> 5), 0);  // uniform
   const int split = cluster_blocks(), rank = cluster_rank();
@@ -310,11 +336,15 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 
   const int ring_bytes = shape.slots * kSlotBytes;
   float* const master_scale = reinterpret_cast<float*>(smem + ring_bytes);
-  float* const other_sums = master_scale + 4;  // of the cluster's second block
+  float* const factors = master_scale + 4;
+  float* const other_sums = factors + kTokens;  // of the cluster's second block
   float* const other_squares = other_sums + (split - 1) * kOutputs;
   float* const squares = other_squares + (split - 1) * kTokens;
-  const uint32_t other_barrier = shared_address(squares + (Input::kNormed ? kMaxWarps * kRows : 0));
-  const uint32_t barriers = other_barrier + 8;  // of slices
+  const uint32_t sums_barrier = shared_address(squares + (Input::kNormed ? kMaxWarps * kRows : 0));
+  const uint32_t squares_barrier = sums_barrier + 8;
+  const uint32_t barriers = squares_barrier + 8;  // of slices
+  uint2* const grids =
+      reinterpret_cast<uint2*>(squares + (Input::kNormed ? kMaxWarps * kRows : 0)) + 2 + slices;
 
   const unsigned char* const source =
       product.w.tiles + (int64_t{first_slice} * all_tiles + first_tile) * kTileBytes;
@@ -329,9 +359,12 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 #pragma unroll 1
     for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
     if (split > 1 && warp == 0) {
-      mbarrier_init(other_barrier, 1);
-      const int sums = tiles * kTileRows * kRows + (Input::kNormed ? shape.m : 0);
-      if (rank == 0) mbarrier_expect(other_barrier, sums * 4);
+      mbarrier_init(sums_barrier, 1);
+      mbarrier_init(squares_barrier, 1);
+      if (rank == 0) {
+        mbarrier_expect(sums_barrier, tiles * kTileRows * kRows * 4);
+        if (Input::kNormed) mbarrier_expect(squares_barrier, shape.m * 4);
+      }
     }
     mbarrier_init_fence();
     async_proxy_fence();
@@ -352,6 +385,27 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
         start_copy(i, i * kSlotBytes);
       }
     }
+    if constexpr (Input::kNormed) {
+      __syncwarp();
+      named_sync(2, threads + 32);  // all warps have their sums of squares
+      float all = 0.0f;             // lane i: of row i % kRows
+      for (int i = lane; i < warps * kRows; i += 32) all += squares[i];
+#pragma unroll
+      for (int lanes = kRows; lanes < 32; lanes *= 2) all += __shfl_xor_sync(kAllLanes, all, lanes);
+      if (rank > 0) {
+        cluster_wait();  // the first block runs
+        if (lane < shape.m)
+          store_to_block(shared_address(other_squares + lane), 0, all, squares_barrier);
+      } else if (lane < shape.m) {
+        if (split > 1) {
+          mbarrier_wait(squares_barrier, 0);
+          all += other_squares[lane];
+        }
+        factors[lane] = x.factor(all);
+      }
+      __syncwarp();
+      named_arrive(1, threads + 32);
+    }
     return;
   }
 
@@ -359,9 +413,8 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   const int step = warps * kTileColumns;
   const int end = min(x.k, (first_slice + slices) * kTileColumns);
   int at = (first_slice + warp) * kTileColumns + Operand::first_at(lane);
-  typename Operand::Raw raw[kAhead];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) Operand::read_fixed(raw[i], x, at + i * step, end);
+  typename Operand::Raw raw;
+  Operand::read_fixed(raw, x, at, end);
   // At the end, four threads add the sums of an output row. For each row of x one of them writes.
   const int part = lane & 3, written = kManyRows ? shape.m : 1;
   const auto addend_of = [&](unsigned i) {
@@ -370,35 +423,61 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
                ? load_past_l1(product.addend + int64_t{part} * n + row)
                : __float2bfloat16_rn(0.0f);
   };
+  const LaneRole role(lane);
+  const TileLane tile_lane(lane);
   wait_for_previous_kernel();
 
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) Operand::read(raw[i], x, shape.m, at + i * step, end, lane);
+  Operand::read(raw, x, shape.m, at, end, lane);
   bf16 addend = addend_of(thread);
+  if constexpr (Input::kHasGrids) {
+    const int groups = slices * kSubgroups;
+#pragma unroll 1
+    for (int i = static_cast<int>(thread); i < shape.m * groups; i += warps * 32) {
+      const int row = kManyRows ? i / groups : 0;
+      const int from = first_slice * kTileColumns + (i - row * groups) * quant::kSubgroup;
+      grids[i] = from < x.k ? x.grid(row, from) : uint2{};
+    }
+    named_sync(1, threads);
+  }
   float own_squares = 0.0f;
   float sum[kTiles][2] = {};
   int slice = warp, slot = warp * kSlotBytes;
 #pragma unroll 1
   for (;; slice += warps) {
+    const bool last = slice + warps >= slices;
+    if constexpr (Input::kHasGrids) {
+      const int row = kManyRows ? min(lane / 8, shape.m - 1) : 0;
+      const uint2* const from =
+          grids + (row * slices + slice) * kSubgroups + (kManyRows ? 0 : lane / 8);
+#pragma unroll
+      for (int i = 0; i < Operand::kLoads; ++i) raw.of[i].grid = from[i];
+    }
     Operand operand;
-    operand.make(raw[0], lane);
+    operand.make(raw, lane, role);
     if constexpr (Input::kNormed) {
 #pragma unroll
-      for (int i = 0; i < Operand::kLoads; ++i) own_squares += Input::squares(raw[0].of[i]);
-    }
+      for (int i = 0; i < Operand::kLoads; ++i) own_squares += Input::squares(raw.of[i]);
+      if (last) {
+        // Of all lanes, or of an octet, which has a row of x.
+        constexpr int kLanes = kManyRows ? 8 : 32;
 #pragma unroll
-    for (int i = 1; i < kAhead; ++i) raw[i - 1] = raw[i];
-    Operand::read_fixed(raw[kAhead - 1], x, at + kAhead * step, end);
-    Operand::read(raw[kAhead - 1], x, shape.m, at + kAhead * step, end, lane);
+        for (int lanes = 1; lanes < kLanes; lanes *= 2)
+          own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
+        if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
+        named_arrive(2, threads + 32);
+      }
+    }
     at += step;
+    Operand::read_fixed(raw, x, at, end);
+    Operand::read(raw, x, shape.m, at, end, lane);
     mbarrier_wait(barriers + slice * 8, 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
       // Tiles that the block lacks are computed from whatever is there, and not written.
-      multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, lane);
+      multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, tile_lane);
     __syncwarp();
     if (slice + shape.slots < slices && lane == 0) start_copy(slice + shape.slots, slot);
-    if (slice + warps >= slices) break;
+    if (last) break;
     slot += warps * kSlotBytes;
     if (slot >= ring_bytes) slot -= ring_bytes;
   }
@@ -409,19 +488,11 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     own[i * 64] = sum[i][0];
     own[i * 64 + 32] = sum[i][1];
   }
-  if constexpr (Input::kNormed) {
-    // Of all lanes, or of an octet, which has a row of x.
-    constexpr int kLanes = kManyRows ? 8 : 32;
-#pragma unroll
-    for (int lanes = 1; lanes < kLanes; lanes *= 2)
-      own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
-    if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
-  }
   // The last slices, one a warp, are in consecutive slots.
   int first_sums = slot - (slice - (slices - warps)) * kSlotBytes;
   if (first_sums < 0) first_sums += ring_bytes;
   cp_async_wait<0>();
-  named_sync(1, threads);
+  named_sync(1, Input::kNormed ? threads + 32 : threads);
   if (rank > 0) cluster_wait();  // the first block runs
 #pragma unroll 1
   for (unsigned i = thread; i < tiles * kTileRows * 4u; i += threads) {
@@ -452,21 +523,14 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     const int shared_row = kManyRows ? part : 0;  // of x
     const int output = i / 4 * kRows + shared_row;
     if (rank > 0) {
-      if (part < kRows)
-        store_to_block(shared_address(other_sums + output), 0, value, other_barrier);
+      if (part < kRows) store_to_block(shared_address(other_sums + output), 0, value, sums_barrier);
       continue;
     }
     if (split > 1) {
-      mbarrier_wait(other_barrier, 0);
+      mbarrier_wait(sums_barrier, 0);
       value += other_sums[output];
     }
-    if constexpr (Input::kNormed) {
-      float all = split > 1 && shared_row < shape.m ? other_squares[shared_row] : 0.0f;
-#pragma unroll
-      for (int w = 0; w < kMaxWarps; ++w)
-        if (w < warps) all += squares[w * kRows + shared_row];
-      value *= x.factor(all);
-    }
+    if constexpr (Input::kNormed) value *= factors[shared_row];
     value = value * *master_scale + to_float(addend);
     addend = addend_of(i + threads);
     const int row = first_tile * kTileRows + i / 4;
@@ -476,14 +540,6 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       product.y_f32[out] = value;
     else
       product.y_bf16[out] = __float2bfloat16_rn(value);
-  }
-  if constexpr (Input::kNormed) {
-    if (rank > 0 && thread < static_cast<unsigned>(shape.m)) {
-      float all = 0.0f;
-#pragma unroll 1
-      for (int w = 0; w < warps; ++w) all += squares[w * kRows + thread];
-      store_to_block(shared_address(other_squares + thread), 0, all, other_barrier);
-    }
   }
 #endif
 }
@@ -502,8 +558,11 @@ struct Division {
     shares[0] = std::min(quant::row_tiles(products[0].w.n),
                          shares[0] + most - divide_rows(products, tiles));
     const int64_t slices = quant::column_slices(products[0].w.k);
-    warps = std::clamp<int64_t>(slices / split, 1, kMaxWarps);
-    rounds_of_warps = ceil_div(ceil_div(slices, split), warps);
+    rounds_of_warps = ceil_div(ceil_div(slices, split), kMaxWarps);
+    // No more than that takes, but as many for each scheduler of a multiprocessor.
+    const int64_t needed = ceil_div(ceil_div(slices, split), rounds_of_warps);
+    warps = std::clamp<int64_t>(ceil_div(needed, 4) * 4, 1,
+                                std::min<int64_t>(kMaxWarps, std::max<int64_t>(slices / split, 1)));
   }
   // Sets the shares of each matrix, of at most `most` row tiles. Returns their sum.
   int64_t divide_rows(Products products, int64_t most) {
@@ -513,8 +572,9 @@ struct Division {
     return sum;
   }
   int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
-  // Instructions of a warp, as counted in machine code; for a split, the time of its barrier.
-  int64_t cost() const { return rounds_of_warps * (60 + 40 * tiles) + (split > 1 ? 70 : 0); }
+  // Instructions of a warp: 40 a tile, as counted in machine code. Those of a slice count half more
+  // than in machine code, so that the faster division wins (measured on an H200).
+  int64_t cost() const { return rounds_of_warps * (160 + 40 * tiles); }
 
   int split;
   int64_t shares[kMaxProducts] = {};
@@ -543,21 +603,24 @@ void launch_shape(const ProductLaunch& at, const SharedProducts& products, const
                   int64_t m, const Division& by) {
   constexpr int64_t kRows = kManyRows ? kTokens : 1;
   const int64_t all_slices = quant::column_slices(x.k), slices = ceil_div(all_slices, by.split);
-  const int64_t other_bytes = (4 + (by.split - 1) * (kTiles * kTileRows * kRows + kTokens) +
-                               (Input::kNormed ? kMaxWarps * kRows : 0)) *
-                                  4 +
-                              (1 + slices) * 8;
+  const int64_t other_bytes =
+      (4 + kTokens + (by.split - 1) * (kTiles * kTileRows * kRows + kTokens) +
+       (Input::kNormed ? kMaxWarps * kRows : 0)) *
+          4 +
+      (2 + slices) * 8 + (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
   const int64_t slot_bytes = kTiles * kTileBytes, blocks = by.all_shares() * by.split;
   const int64_t bytes = block_bytes(at, products.items[0].of.addend != nullptr);
   const int64_t slots = std::min(slices, (bytes - other_bytes) / slot_bytes);
-  BBB_ASSERT(slots >= by.warps);
+  const int64_t warps = std::min(by.warps, slots);
+  BBB_ASSERT(warps > 0);
   launch(at.stream,
-         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * (by.warps + 1))),
-          bytes, true, static_cast<unsigned>(by.split)},
+         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * (warps + 1))), bytes,
+          true, static_cast<unsigned>(by.split)},
          packed_gemv_kernel<Input, kManyRows, kTiles>, products, x,
          GemvShape{static_cast<int>(all_slices), std::countr_zero(static_cast<unsigned>(by.split)),
                    static_cast<int>(m), static_cast<int>(slots),
-                   static_cast<int>(std::min(slots, kBytesInFlight / slot_bytes))});
+                   static_cast<int>(std::min(
+                       slots, (by.split > 1 ? kSplitInFlight : kBytesInFlight) / slot_bytes))});
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
@@ -589,26 +652,12 @@ void launch_rows(const ProductLaunch& at, Products products, const Input& x, int
                      static_cast<int>(tiles / by.shares[i]),
                      static_cast<int>(tiles % by.shares[i])};
   }
-  const auto run = [&](auto launch_it) { launch_it(at, list, rows_from(x, row), m, by); };
-  static_assert(kMaxTiles == 8);
-  switch (by.tiles) {
-    case 1:
-      return run(launch_shape<kManyRows, 1, Input>);
-    case 2:
-      return run(launch_shape<kManyRows, 2, Input>);
-    case 3:
-      return run(launch_shape<kManyRows, 3, Input>);
-    case 4:
-      return run(launch_shape<kManyRows, 4, Input>);
-    case 5:
-      return run(launch_shape<kManyRows, 5, Input>);
-    case 6:
-      return run(launch_shape<kManyRows, 6, Input>);
-    case 7:
-      return run(launch_shape<kManyRows, 7, Input>);
-    default:
-      return run(launch_shape<kManyRows, 8, Input>);
+  [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+    ((by.tiles == kLess + 1 &&
+      (launch_shape<kManyRows, kLess + 1>(at, list, rows_from(x, row), m, by), true)) ||
+     ...);
   }
+  (std::make_integer_sequence<int, kMaxTiles>());
 }
 
 template <typename Input>
