@@ -22,21 +22,27 @@
 // for two output rows. For up to four rows of x, columns 2i and 2i + 1 are row i's, and a lane
 // scales each product by itself. More rows take more launches.
 //
-// A block takes up to eight row tiles of one of the matrices. Its warps take slices of 128
+// A block takes up to kMaxTiles row tiles of one of the matrices. Its warps take slices of 128
 // positions in turn, each for all of these row tiles. A slot of the block's ring holds a slice's
 // tiles. The warps' sums are added in shared memory in a fixed order. Where that leaves the warps
 // less to do, a cluster of two blocks takes twice the row tiles and each block half of the slices:
 // then fewer warps make the same integers of x.
 //
-// Two blocks fit on a multiprocessor: one more warp copies the next product's tiles to its ring
-// while this one still runs. It keeps kBytesInFlight on the way; slices that the ring does not hold
-// go to the L2 cache. Once x is complete, the warps copy it to shared memory together. A warp
-// refills the slots that it has read.
+// Two blocks fit on a multiprocessor: the next product's tiles are copied while this one runs. Its
+// warps start the first copies, 16 or 24 KiB; one more warp starts another as each lands, so that
+// x and the tiles of the product in front do not wait behind them. Once x is complete, each warp
+// reads its slices of it, and refills the slots that it has read. The one more warp then makes r of
+// the norm from the other warps' sums of squares.
+//
+// Scales and zero points of codes are copied to shared memory first, by the whole block. They are
+// a few lines of the L2 cache, which answers one request for a line after another: a request of
+// each warp and slice of every block would take longer than the product.
 //
 // Bytes moved: those of the tiles; x comes from the L2 cache, once a block.
 #include <algorithm>
 #include <bit>
 #include <numeric>
+#include <utility>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
@@ -54,64 +60,63 @@ using quant::kTileBytes;
 using quant::kTileColumns;
 using quant::kTileRows;
 
-constexpr int kMaxWarps = 16;               // of a block
-constexpr int kMaxSplitTiles = 4;           // row tiles of a cluster of two blocks
-constexpr int kMaxTiles = 8;                // row tiles of a block
-constexpr int kTokens = 4;                  // rows of x of a launch
-constexpr int kBlocks = 2;                  // that fit on a multiprocessor
-constexpr int kBytesInFlight = 40 * 1024;   // of a block's first copies
-constexpr int kMaxStagedBytes = 28 * 1024;  // of x in shared memory
+constexpr int kMaxWarps = 12;                  // of a block
+constexpr int kMaxTiles = 8;                   // row tiles of a block
+constexpr int64_t kBytesInFlight = 24 * 1024;  // of a block's first copies
+constexpr int64_t kSplitInFlight = 16 * 1024;  // the same in a cluster
+constexpr int kTokens = 4;                     // rows of x of a launch
+constexpr int kBlocks = 2;                     // that fit on a multiprocessor
+constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Positions of a lane of an octet: 2t, 2t + 1, 2t + 8 and 2t + 9, in the upper four lanes 16 more.
-__device__ __forceinline__ int first_position(int lane) { return lane % 4 * 2 + lane % 8 / 4 * 16; }
-constexpr int kSecondPair = 8;  // positions behind the first
-
-// A lane's positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
+// Four positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
 struct Levels {
   uint32_t first_pair, second_pair;
   float unit;
 };
 
-// Rows of bf16. In shared memory a slice of a row is 128 of them.
+// What a lane does when x is made into operands.
+struct LaneRole {
+  int first_source, second_source;  // lanes, of exchange_positions
+  int unit_source;                  // the first lane of octet t
+  int power;                        // the bits of 4^-t
+
+  __device__ __forceinline__ explicit LaneRole(int lane) {
+    const int first = lane & ~3, t = lane & 3;
+    first_source = kept(first + (0x78 >> (2 * t) & 3));   // 0, 2, 3, 1
+    second_source = kept(first + (0xD2 >> (2 * t) & 3));  // 2, 0, 1, 3
+    unit_source = kept(8 * t);
+    power = kept((127 - 2 * t) << 23);
+  }
+};
+
+// A lane of an octet reads positions 4l to 4l + 3. It gets 2t, 2t + 1, 2t + 8 and 2t + 9, in the
+// upper four lanes 16 more.
+__device__ __forceinline__ void exchange_positions(Levels& levels, int lane, const LaneRole& role) {
+  // Four lanes have pairs 2t and 2t + 1; they get pairs t and t + 4. Each sends one at a time.
+  const int t = lane & 3;
+  const bool middle = t == 1 || t == 2;
+  const uint32_t a = middle ? levels.second_pair : levels.first_pair;
+  const uint32_t b = middle ? levels.first_pair : levels.second_pair;
+  const uint32_t from_a = __shfl_sync(kAllLanes, a, role.first_source);
+  const uint32_t from_b = __shfl_sync(kAllLanes, b, role.second_source);
+  levels.first_pair = middle ? from_b : from_a;
+  levels.second_pair = middle ? from_a : from_b;
+}
+
+// Rows of bf16.
 struct PlainRows {
-  using Raw = uint2;
-  static constexpr int kSliceBytes = kTileColumns * 2;
-  const bf16* x;  // (M, K)
+  static constexpr bool kNormed = false, kHasGrids = false;
+  using Raw = uint2;  // what a lane reads
+  const bf16* x;      // (M, K)
   int k;
 
-  // Copies `slices` slices of a row, the first from position `begin` on, to places `pitch` bytes
-  // apart. Positions from K on become zeros. All threads take part.
-  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
-                        int threads) const {
-    stage_pieces(to, pitch, begin, slices, thread, threads,
-                 [&](int at) { return eight_of(x, row, at); });
+  // Reads what no kernel writes.
+  __device__ static void load_fixed(Raw&, int) {}
+  __device__ void load(Raw& raw, int row, int at) const { raw = four_of(x, row, at); }
+  __device__ uint2 four_of(const bf16* from, int row, int at) const {
+    return load_past_l1(reinterpret_cast<const uint2*>(from + row * k + at));
   }
-  // The same of what eight(position) returns: eight values.
-  template <typename Eight>
-  __device__ void stage_pieces(unsigned char* to, int pitch, int begin, int slices, int thread,
-                               int threads, const Eight& eight) const {
-    constexpr int kPieces = kSliceBytes / 16;
-    for (int i = thread; i < slices * kPieces; i += threads) {
-      const int at = begin + i * 8;
-      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
-          at < k ? eight(at) : uint4{};
-    }
-  }
-  __device__ uint4 eight_of(const bf16* from, int row, int at) const {
-    return load_past_l1(reinterpret_cast<const uint4*>(from + int64_t{row} * k + at));
-  }
-  // A lane's values from position `at` of a staged slice on.
-  __device__ static Raw staged(const unsigned char* slice, int at) {
-    const uint32_t* const from = reinterpret_cast<const uint32_t*>(slice + at * 2);
-    return {from[0], from[kSecondPair / 2]};
-  }
-  __device__ Raw load(int row, int at) const {
-    const bf16* const from = x + int64_t{row} * k + at;
-    return {load_past_l1(reinterpret_cast<const uint32_t*>(from)),
-            load_past_l1(reinterpret_cast<const uint32_t*>(from + kSecondPair))};
-  }
-  __device__ static Raw zero() { return {0, 0}; }
   __device__ static Levels levels(const Raw& raw) {
     uint32_t most = __vmaxu2(raw.x & 0x7FFF7FFFu, raw.y & 0x7FFF7FFFu);
 #pragma unroll
@@ -127,18 +132,17 @@ struct PlainRows {
 
 // Rows of silu(gate) up.
 struct GatedRows : PlainRows {
+  struct Raw {
+    uint2 gate, up;
+  };
   const bf16* up;  // (M, K); x: gate
 
-  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
-                        int threads) const {
-    stage_pieces(to, pitch, begin, slices, thread, threads, [&](int at) {
-      const uint4 g = eight_of(x, row, at), u = eight_of(up, row, at);
-      return uint4{gated(g.x, u.x), gated(g.y, u.y), gated(g.z, u.z), gated(g.w, u.w)};
-    });
+  __device__ static void load_fixed(Raw&, int) {}
+  __device__ void load(Raw& raw, int row, int at) const {
+    raw = {four_of(x, row, at), four_of(up, row, at)};
   }
-  __device__ Raw load(int row, int at) const {
-    const Raw g = PlainRows::load(row, at), u = PlainRows{up, k}.load(row, at);
-    return {gated(g.x, u.x), gated(g.y, u.y)};
+  __device__ static Levels levels(const Raw& raw) {
+    return PlainRows::levels({gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y)});
   }
 
  private:
@@ -154,100 +158,65 @@ struct GatedRows : PlainRows {
 
 // Rows of x w, whose products are then multiplied by r = 1 / sqrt(mean(x^2) + eps).
 struct NormedRows : PlainRows {
+  static constexpr bool kNormed = true;
+  struct Raw {
+    uint2 x;
+    float4 w;
+  };
   const float* w;  // (K)
   float eps;
 
-  // Adds the squares of what this thread copies.
-  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
-                        int threads, float& squares) const {
-    stage_pieces(to, pitch, begin, slices, thread, threads, [&](int at) {
-      const uint4 v = eight_of(x, row, at);
-      squares += squares_of(v);
-      return uint4{weighted(v.x, at), weighted(v.y, at + 2), weighted(v.z, at + 4),
-                   weighted(v.w, at + 6)};
-    });
+  __device__ void load_fixed(Raw& raw, int at) const {
+    raw.w = *reinterpret_cast<const float4*>(w + at);
   }
-  // Adds those of this thread's part of positions [begin, end).
-  __device__ void add_squares(float& squares, int row, int begin, int end, int thread,
-                              int threads) const {
-    for (int at = begin + thread * 8; at < min(end, k); at += threads * 8)
-      squares += squares_of(eight_of(x, row, at));
+  __device__ void load(Raw& raw, int row, int at) const { raw.x = four_of(x, row, at); }
+  __device__ static Levels levels(const Raw& raw) {
+    return PlainRows::levels(
+        {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w)});
   }
-  __device__ Raw load(int row, int at) const {
-    const Raw v = PlainRows::load(row, at);
-    return {weighted(v.x, at), weighted(v.y, at + kSecondPair)};
+  // Of a lane's four values of x.
+  __device__ static float squares(const Raw& raw) { return square(raw.x.x) + square(raw.x.y); }
+  __device__ float factor(float squares) const {
+    return 1.0f / sqrtf(squares / static_cast<float>(k) + eps);
   }
 
  private:
-  __device__ uint32_t weighted(uint32_t pair, int at) const {
-    const float2 v = unpack_bf16(pair), factor = *reinterpret_cast<const float2*>(w + at);
-    return pack_bf16(v.x * factor.x, v.y * factor.y);
+  __device__ static uint32_t weighted(uint32_t pair, float first, float second) {
+    const float2 v = unpack_bf16(pair);
+    return pack_bf16(v.x * first, v.y * second);
   }
   __device__ static float square(uint32_t pair) {
     const float2 v = unpack_bf16(pair);
     return fmaf(v.x, v.x, v.y * v.y);
   }
-  __device__ static float squares_of(const uint4& v) {
-    return square(v.x) + square(v.y) + (square(v.z) + square(v.w));
-  }
 };
 
-// Rows of an operand's codes. In shared memory a slice of a row is 128 codes, then scale and zero
-// point of each sub-group.
+// Rows of an operand's codes.
 struct CodedRows {
+  static constexpr bool kNormed = false, kHasGrids = true;
   struct Raw {
     uint32_t codes;
-    uint32_t zero;
-    float scale;
+    uint2 grid;  // from shared memory
   };
-  static constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
-  static constexpr int kSliceBytes = kTileColumns + kSubgroups * 8;
   const uint8_t* codes;  // (M, K)
   const uint8_t* zeros;  // (M, K / G)
   const float* scales;   // (M, K / G)
   int k, group_log2;
 
-  __device__ void stage(unsigned char* to, int pitch, int row, int begin, int slices, int thread,
-                        int threads) const {
-    constexpr int kPieces = kTileColumns / 16;
-    for (int i = thread; i < slices * kPieces; i += threads) {
-      const int at = begin + i * 16;
-      *reinterpret_cast<uint4*>(to + i / kPieces * pitch + i % kPieces * 16) =
-          at < k ? load_past_l1(reinterpret_cast<const uint4*>(codes + int64_t{row} * k + at))
-                 : uint4{};
-    }
-    for (int i = thread; i < slices * kSubgroups; i += threads) {
-      const int at = begin + i * quant::kSubgroup;
-      uint2 grid{};
-      if (at < k) grid = {load_past_l1(scale_bits(row, at)), load_past_l1(zeros + group(row, at))};
-      *reinterpret_cast<uint2*>(to + i / kSubgroups * pitch + kTileColumns + i % kSubgroups * 8) =
-          grid;
-    }
+  __device__ static void load_fixed(Raw&, int) {}
+  __device__ void load(Raw& raw, int row, int at) const {
+    raw.codes = load_past_l1(reinterpret_cast<const uint32_t*>(codes + row * k + at));
   }
-  __device__ static Raw staged(const unsigned char* slice, int at) {
-    const uint16_t* const from = reinterpret_cast<const uint16_t*>(slice + at);
-    const uint2 grid =
-        *reinterpret_cast<const uint2*>(slice + kTileColumns + at / quant::kSubgroup * 8);
-    return {from[0] | uint32_t{from[kSecondPair / 2]} << 16, grid.y, __uint_as_float(grid.x)};
+  // The bits of the scale, and the zero point.
+  __device__ uint2 grid(int row, int at) const {
+    const int group = row * (k >> group_log2) + (at >> group_log2);
+    return {load_past_l1(reinterpret_cast<const uint32_t*>(scales + group)),
+            load_past_l1(zeros + group)};
   }
-  __device__ Raw load(int row, int at) const {
-    const uint8_t* const from = codes + int64_t{row} * k + at;
-    return {load_past_l1(reinterpret_cast<const uint16_t*>(from)) |
-                uint32_t{load_past_l1(reinterpret_cast<const uint16_t*>(from + kSecondPair))} << 16,
-            load_past_l1(zeros + group(row, at)),
-            __uint_as_float(load_past_l1(scale_bits(row, at)))};
-  }
-  __device__ int group(int row, int at) const {
-    return row * (k >> group_log2) + (at >> group_log2);
-  }
-  __device__ const uint32_t* scale_bits(int row, int at) const {
-    return reinterpret_cast<const uint32_t*>(scales + group(row, at));
-  }
-  __device__ static Raw zero() { return {0, 0, 0.0f}; }
   __device__ static Levels levels(const Raw& raw) {
-    const uint32_t shift = ((128 - raw.zero) & 0xFFFFu) * 0x00010001u;
+    const uint32_t shift = ((128 - raw.grid.y) & 0xFFFFu) * 0x00010001u;
     return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
-            __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), raw.scale};
+            __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), __uint_as_float(raw.grid.x)};
   }
 };
 
@@ -263,85 +232,49 @@ __device__ __forceinline__ void make_columns(uint32_t (&b)[2], const Levels& lev
   b[1] = upper ? kept : received;
 }
 
-// Stages a row's slices, `staged` of all `slices` from position `begin` on, and knows its factor: r
-// of NormedRows, whose warps leave their sums of squares in shared memory.
-template <typename Input>
-struct RowStager {
-  static constexpr bool kHasFactor = false;
-  static constexpr int kSmemBytes = 0;
-  __device__ static void stage(const Input& x, unsigned char* to, int pitch, int row, int begin,
-                               int staged, int, int thread, int threads) {
-    x.stage(to, pitch, row, begin, staged, thread, threads);
-  }
-  __device__ static float factor(const Input&, int, int, bool) { return 1.0f; }
-};
-template <>
-struct RowStager<NormedRows> {
-  using Squares = float[kTokens];
-  static constexpr bool kHasFactor = true;
-  // By warp and row; then those of the second block of a cluster.
-  static constexpr int kSmemBytes = (kMaxWarps + 1) * sizeof(Squares);
-
-  __device__ static Squares* shared() {
-    __shared__ Squares sums[kMaxWarps + 1];
-    return sums;
-  }
-  __device__ static float* second() { return shared()[kMaxWarps]; }
-  __device__ static void stage(const NormedRows& x, unsigned char* to, int pitch, int row,
-                               int begin, int staged, int slices, int thread, int threads) {
-    float squares = 0.0f;
-    x.stage(to, pitch, row, begin, staged, thread, threads, squares);
-    x.add_squares(squares, row, begin + staged * kTileColumns, begin + slices * kTileColumns,
-                  thread, threads);
-    squares = warp_sum(squares);
-    if (thread % 32 == 0) shared()[thread / 32][row] = squares;
-  }
-  __device__ static float sum_of_warps(int row, int warps) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kMaxWarps; ++w)
-      if (w < warps) sum += shared()[w][row];
-    return sum;
-  }
-  __device__ static float factor(const NormedRows& x, int row, int warps, bool split) {
-    const float sum = sum_of_warps(row, warps) + (split ? second()[row] : 0.0f);
-    return 1.0f / sqrtf(sum / static_cast<float>(x.k) + x.eps);
-  }
-};
-
 // Makes a slice of x.
 template <typename Input, bool kManyRows>
 struct OperandMaker : SliceOperand<kManyRows> {
   static constexpr int kLoads = SliceOperand<kManyRows>::kUnits;
-  using Raw = typename Input::Raw;
+  // What a lane reads of a slice: of its sub-group, or of each of its row.
+  struct Raw {
+    typename Input::Raw of[kLoads];
+  };
 
-  // Reads a slice, from `staged` if that is not null.
-  __device__ __forceinline__ static void read(Raw (&raw)[kLoads], const Input& x, int m, int slice,
-                                              const unsigned char* staged, int lane) {
-    const int row = kManyRows ? lane / 8 : 0;
+  // The position of a lane's first value of slice 0.
+  __device__ __forceinline__ static int first_at(int lane) {
+    return (kManyRows ? lane % 8 : lane) * 4;
+  }
+  // From position `at` of this lane on. Zeros from position `end` on.
+  __device__ __forceinline__ static void read_fixed(Raw& raw, const Input& x, int at, int end) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int inside = (kManyRows ? i : lane / 8) * quant::kSubgroup + first_position(lane);
-      const int at = slice * kTileColumns + inside;
-      raw[i] = at >= x.k || row >= m ? Input::zero()
-               : staged != nullptr   ? Input::staged(staged + row * Input::kSliceBytes, inside)
-                                     : x.load(row, at);
+      raw.of[i] = {};
+      if (at + i * quant::kSubgroup < end) x.load_fixed(raw.of[i], at + i * quant::kSubgroup);
     }
   }
-  __device__ __forceinline__ void make(const Raw (&raw)[kLoads], int lane) {
-    const int t = lane % 4;
+  __device__ __forceinline__ static void read(Raw& raw, const Input& x, int m, int at, int end,
+                                              int lane) {
+    const int row = kManyRows ? lane / 8 : 0;
+    if (row >= m) return;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (at + i * quant::kSubgroup < end) x.load(raw.of[i], row, at + i * quant::kSubgroup);
+  }
+  __device__ __forceinline__ void make(const Raw& raw, int lane, const LaneRole& role) {
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const Levels levels = Input::levels(raw[i]);
+      Levels levels = Input::levels(raw.of[i]);
+      exchange_positions(levels, lane, role);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
       int c[4] = {0, 0, 0, 0};
       mma_u8_s8(c, ones, columns[0], columns[1]);
       this->sum[i] = joined(c[0], c[1]);
       // Times 4^-i.
-      this->unit[i] = __shfl_sync(kAllLanes, levels.unit, 8 * t) *
-                      __uint_as_float((127 - 2 * (kManyRows ? i : t)) << 23);
+      this->unit[i] = __shfl_sync(kAllLanes, levels.unit, role.unit_source) *
+                      __uint_as_float(kManyRows ? (127 - 2 * i) << 23 : role.power);
       if constexpr (kManyRows) {
         this->b[i][0] = columns[0];
         this->b[i][1] = columns[1];
@@ -352,115 +285,199 @@ struct OperandMaker : SliceOperand<kManyRows> {
   }
 };
 
-struct GemvShape {
-  int64_t k;
-  int m;          // rows of x
-  int slots;      // of a block's ring, at least one a warp
-  int in_flight;  // slices of the first copies
-  int staged;     // slices of x in shared memory; the others are read from the L2 cache
+// The products of a launch: blocks, or clusters of two, take the shares of the first, then of the
+// next. A share has `tiles` row tiles, each of the first `wider` shares one more.
+struct SharedProducts {
+  struct Product {
+    TiledProduct of;
+    int shares, tiles, wider;
+  };
+  Product items[kMaxProducts];
 };
 
-// kTiles: the most row tiles of a block. Shared memory: the ring; staged slices of x, of all rows
-// each; in a cluster the second block's sums (kTiles, 2, 32 lanes) and their barrier; a barrier for
-// each slice. At the end the last slot that a warp has read holds its sums in the same order.
+struct GemvShape {
+  int slices;
+  int split_log2;  // of the blocks of a cluster
+  int m;           // rows of x
+  int slots;       // of a block's ring, at least one a warp
+  int in_flight;   // slices of the first copies, at most slots
+};
+
+// kTiles: the most row tiles of a block. Shared memory: the ring; the master scale and three words
+// of padding; r of the norm (rows of x); of the cluster's second block the sums (outputs, rows of
+// x), then the squares (rows of x); of NormedRows the squares (warps, rows of x); the barriers of
+// the second block's sums and squares, and one for each slice; of CodedRows scale and zero point of
+// each sub-group (rows of x, slices, 4). At the end the last slot that a warp has read holds its
+// sums (kTiles, 2, 32 lanes).
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
-    packed_gemv_kernel(const __grid_constant__ ProductList products, Input x, GemvShape shape) {
+    packed_gemv_kernel(const __grid_constant__ SharedProducts products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = OperandMaker<Input, kManyRows>;
   constexpr int kSlotBytes = kTiles * kTileBytes;
-  constexpr bool kCanSplit = kTiles <= kMaxSplitTiles;
+  constexpr int kRows = kManyRows ? kTokens : 1;  // of x, in shared memory
+  constexpr int kOutputs = kTiles * kTileRows * kRows;
+  start_next_kernel();
   unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32 - 1;  // the last warp copies
-  const int threads = warps * 32;
-  const unsigned split = kCanSplit ? cluster_blocks() : 1, rank = kCanSplit ? cluster_rank() : 0;
-  const unsigned all_slices = static_cast<unsigned>(quant::column_slices(shape.k));
-  const int first_slice = static_cast<int>(rank * all_slices / split);
-  const int slices = static_cast<int>((rank + 1) * all_slices / split) - first_slice;
-  int64_t share = blockIdx.x / split;
-  const int p = find_product(products, share);
+  const unsigned thread = threadIdx.x, threads = blockDim.x - 32;  // the last warp copies
+  const int lane = thread & 31, warps = threads >> 5;
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(thread >> 5), 0);  // uniform
+  const int split = cluster_blocks(), rank = cluster_rank();
+  const int first_slice = shape.slices * rank >> shape.split_log2;
+  const int slices = (shape.slices * (rank + 1) >> shape.split_log2) - first_slice;
+  int share = static_cast<int>(blockIdx.x >> shape.split_log2), p = 0;
+#pragma unroll 1
+  for (; share >= products.items[p].shares; ++p) share -= products.items[p].shares;
   const TiledProduct& product = products.items[p].of;
-  const int64_t n = product.w.n, all_tiles = quant::row_tiles(n);
-  const int64_t shares = products.items[p].shares;
-  const int64_t first_tile = share * all_tiles / shares;
-  const int tiles = static_cast<int>((share + 1) * all_tiles / shares - first_tile);
+  const int wider = products.items[p].wider;
+  const int tiles = products.items[p].tiles + (share < wider ? 1 : 0);
+  const int first_tile = share * products.items[p].tiles + min(share, wider);
+  const int n = static_cast<int>(product.w.n), all_tiles = (n + kTileRows - 1) / kTileRows;
 
-  const int ring_bytes = shape.slots * kSlotBytes, x_pitch = shape.m * Input::kSliceBytes;
-  unsigned char* const staged = smem + ring_bytes;
-  float* const second = reinterpret_cast<float*>(staged + shape.staged * x_pitch);
-  const uint32_t second_barrier = shared_address(second + (split > 1 ? kTiles * 64 : 0));
-  float* const master_scale = second + (split > 1 ? kTiles * 64 : 0) + 2;
-  const uint32_t barriers = second_barrier + 16;  // of slices
+  const int ring_bytes = shape.slots * kSlotBytes;
+  float* const master_scale = reinterpret_cast<float*>(smem + ring_bytes);
+  float* const factors = master_scale + 4;
+  float* const other_sums = factors + kTokens;  // of the cluster's second block
+  float* const other_squares = other_sums + (split - 1) * kOutputs;
+  float* const squares = other_squares + (split - 1) * kTokens;
+  const uint32_t sums_barrier = shared_address(squares + (Input::kNormed ? kMaxWarps * kRows : 0));
+  const uint32_t squares_barrier = sums_barrier + 8;
+  const uint32_t barriers = squares_barrier + 8;  // of slices
+  uint2* const grids =
+      reinterpret_cast<uint2*>(squares + (Input::kNormed ? kMaxWarps * kRows : 0)) + 2 + slices;
 
   const unsigned char* const source =
-      product.w.tiles + quant::tile_index(n, first_slice, first_tile) * kTileBytes;
-  const int64_t source_pitch = all_tiles * kTileBytes;
+      product.w.tiles + (int64_t{first_slice} * all_tiles + first_tile) * kTileBytes;
+  const int64_t source_pitch = int64_t{all_tiles} * kTileBytes;
   const int slice_bytes = tiles * kTileBytes;
   const auto start_copy = [&](int slice, int slot) {
     mbarrier_expect(barriers + slice * 8, slice_bytes);
     copy_bytes(shared_address(smem) + slot, source + slice * source_pitch, slice_bytes,
                barriers + slice * 8);
   };
-  if (lane == 0) {
+  if (lane == 0 && warp < warps) {
 #pragma unroll 1
-    for (int i = warp; i < slices; i += warps + 1) mbarrier_init(barriers + i * 8, 1);
+    for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
     if (split > 1 && warp == 0) {
-      mbarrier_init(second_barrier, 1);
-      const int squares = RowStager<Input>::kHasFactor ? shape.m : 0;
-      if (rank == 0) mbarrier_expect(second_barrier, (tiles * 64 + squares) * 4);
+      mbarrier_init(sums_barrier, 1);
+      mbarrier_init(squares_barrier, 1);
+      if (rank == 0) {
+        mbarrier_expect(sums_barrier, tiles * kTileRows * kRows * 4);
+        if (Input::kNormed) mbarrier_expect(squares_barrier, shape.m * 4);
+      }
     }
     mbarrier_init_fence();
     async_proxy_fence();
+#pragma unroll 1
+    for (int i = warp; i < min(slices, shape.in_flight); i += warps) start_copy(i, i * kSlotBytes);
+  }
+  if (thread == 0) {
+    cp_async_4(shared_address(master_scale), product.w.master_scale, true);
+    cp_async_commit();
   }
   __syncthreads();
   if (split > 1) cluster_arrive();
-  start_next_kernel();
   if (warp == warps) {
     if (lane == 0) {
 #pragma unroll 1
-      for (int i = 0; i < min(slices, shape.slots + warps); ++i) {
-        const int landed = i - shape.in_flight;
-        if (landed >= 0) mbarrier_wait(barriers + min(landed, shape.slots - 1) * 8, 0);
-        if (i < shape.slots)
-          start_copy(i, i * kSlotBytes);
-        else
-          prefetch_bytes_to_l2(source + i * source_pitch, slice_bytes);
+      for (int i = shape.in_flight; i < min(slices, shape.slots); ++i) {
+        mbarrier_wait(barriers + (i - shape.in_flight) * 8, 0);
+        start_copy(i, i * kSlotBytes);
       }
+    }
+    if constexpr (Input::kNormed) {
+      __syncwarp();
+      named_sync(2, threads + 32);  // all warps have their sums of squares
+      float all = 0.0f;             // lane i: of row i % kRows
+      for (int i = lane; i < warps * kRows; i += 32) all += squares[i];
+#pragma unroll
+      for (int lanes = kRows; lanes < 32; lanes *= 2) all += __shfl_xor_sync(kAllLanes, all, lanes);
+      if (rank > 0) {
+        cluster_wait();  // the first block runs
+        if (lane < shape.m)
+          store_to_block(shared_address(other_squares + lane), 0, all, squares_barrier);
+      } else if (lane < shape.m) {
+        if (split > 1) {
+          mbarrier_wait(squares_barrier, 0);
+          all += other_squares[lane];
+        }
+        factors[lane] = x.factor(all);
+      }
+      __syncwarp();
+      named_arrive(1, threads + 32);
     }
     return;
   }
-  if (thread == 0) *master_scale = load_past_l1(product.w.master_scale);
+
+  // A lane's positions: of the slice that it multiplies next.
+  const int step = warps * kTileColumns;
+  const int end = min(x.k, (first_slice + slices) * kTileColumns);
+  int at = (first_slice + warp) * kTileColumns + Operand::first_at(lane);
+  typename Operand::Raw raw;
+  Operand::read_fixed(raw, x, at, end);
+  // At the end, four threads add the sums of an output row. For each row of x one of them writes.
+  const int part = lane & 3, written = kManyRows ? shape.m : 1;
+  const auto addend_of = [&](unsigned i) {
+    const int row = first_tile * kTileRows + i / 4;
+    return product.addend != nullptr && i < tiles * kTileRows * 4u && row < n && part < written
+               ? load_past_l1(product.addend + int64_t{part} * n + row)
+               : __float2bfloat16_rn(0.0f);
+  };
+  const LaneRole role(lane);
+  const TileLane tile_lane(lane);
   wait_for_previous_kernel();
 
+  Operand::read(raw, x, shape.m, at, end, lane);
+  bf16 addend = addend_of(thread);
+  if constexpr (Input::kHasGrids) {
+    const int groups = slices * kSubgroups;
 #pragma unroll 1
-  for (int row = 0; row < shape.m; ++row)
-    RowStager<Input>::stage(x, staged + row * Input::kSliceBytes, x_pitch, row,
-                            first_slice * kTileColumns, min(shape.staged, slices), slices, thread,
-                            threads);
-  named_sync(1, threads);
-  typename Input::Raw raw[Operand::kLoads];
-  const auto read = [&](int slice) {
-    Operand::read(raw, x, shape.m, first_slice + slice,
-                  slice < shape.staged ? staged + slice * x_pitch : nullptr, lane);
-  };
+    for (int i = static_cast<int>(thread); i < shape.m * groups; i += warps * 32) {
+      const int row = kManyRows ? i / groups : 0;
+      const int from = first_slice * kTileColumns + (i - row * groups) * quant::kSubgroup;
+      grids[i] = from < x.k ? x.grid(row, from) : uint2{};
+    }
+    named_sync(1, threads);
+  }
+  float own_squares = 0.0f;
   float sum[kTiles][2] = {};
-  if (kManyRows) read(warp);
   int slice = warp, slot = warp * kSlotBytes;
 #pragma unroll 1
   for (;; slice += warps) {
+    const bool last = slice + warps >= slices;
+    if constexpr (Input::kHasGrids) {
+      const int row = kManyRows ? min(lane / 8, shape.m - 1) : 0;
+      const uint2* const from =
+          grids + (row * slices + slice) * kSubgroups + (kManyRows ? 0 : lane / 8);
+#pragma unroll
+      for (int i = 0; i < Operand::kLoads; ++i) raw.of[i].grid = from[i];
+    }
     Operand operand;
-    if (!kManyRows) read(slice);
-    operand.make(raw, lane);
-    if (kManyRows && slice + warps < slices) read(slice + warps);
+    operand.make(raw, lane, role);
+    if constexpr (Input::kNormed) {
+#pragma unroll
+      for (int i = 0; i < Operand::kLoads; ++i) own_squares += Input::squares(raw.of[i]);
+      if (last) {
+        // Of all lanes, or of an octet, which has a row of x.
+        constexpr int kLanes = kManyRows ? 8 : 32;
+#pragma unroll
+        for (int lanes = 1; lanes < kLanes; lanes *= 2)
+          own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
+        if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
+        named_arrive(2, threads + 32);
+      }
+    }
+    at += step;
+    Operand::read_fixed(raw, x, at, end);
+    Operand::read(raw, x, shape.m, at, end, lane);
     mbarrier_wait(barriers + slice * 8, 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
       // Tiles that the block lacks are computed from whatever is there, and not written.
-      multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, lane);
+      multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, tile_lane);
     __syncwarp();
-    if (lane == 0 && slice + shape.slots < slices) start_copy(slice + shape.slots, slot);
-    if (slice + warps >= slices) break;
+    if (slice + shape.slots < slices && lane == 0) start_copy(slice + shape.slots, slot);
+    if (last) break;
     slot += warps * kSlotBytes;
     if (slot >= ring_bytes) slot -= ring_bytes;
   }
@@ -474,49 +491,55 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   // The last slices, one a warp, are in consecutive slots.
   int first_sums = slot - (slice - (slices - warps)) * kSlotBytes;
   if (first_sums < 0) first_sums += ring_bytes;
-  named_sync(1, threads);
-  // Sum i of a block: four an output row, of a sub-group of one row of x each, or of a row of x.
-  const auto sum_of_warps = [&](int i) {
-    float total = 0.0f;
+  cp_async_wait<0>();
+  named_sync(1, Input::kNormed ? threads + 32 : threads);
+  if (rank > 0) cluster_wait();  // the first block runs
+#pragma unroll 1
+  for (unsigned i = thread; i < tiles * kTileRows * 4u; i += threads) {
+    float4 total{};  // of the sub-groups of one row of x, or of four rows of x
 #pragma unroll
-    for (int w = 0; w < kMaxWarps; ++w) {
-      const int at = first_sums + w * kSlotBytes;
-      if (w < warps)
-        total += reinterpret_cast<const float*>(smem + (at < ring_bytes ? at : at - ring_bytes))[i];
+    for (int w = 0; w < kMaxWarps; w += 4) {
+      int from = first_sums + (w + part) * kSlotBytes;
+      if (from >= ring_bytes) from -= ring_bytes;
+      if (w + part >= warps) continue;
+      const float4 sums = reinterpret_cast<const float4*>(smem + from)[i / 4];
+      total.x += sums.x;
+      total.y += sums.y;
+      total.z += sums.z;
+      total.w += sums.w;
     }
-    return total;
-  };
-  if (rank > 0) {
-    cluster_wait();  // the first block runs
-    for (int i = thread; i < tiles * 64; i += threads)
-      store_to_block(shared_address(second + i), 0, sum_of_warps(i), second_barrier);
-    if constexpr (RowStager<Input>::kHasFactor) {
-      using Stager = RowStager<Input>;
-      if (thread < shape.m)
-        store_to_block(shared_address(Stager::second() + thread), 0,
-                       Stager::sum_of_warps(thread, warps), second_barrier);
+    const auto all_parts = [](float v) {
+      v += __shfl_xor_sync(kAllLanes, v, 1);
+      return v + __shfl_xor_sync(kAllLanes, v, 2);
+    };
+    float value;
+    if constexpr (kManyRows) {
+      const float of[] = {all_parts(total.x), all_parts(total.y), all_parts(total.z),
+                          all_parts(total.w)};
+      value = part < 2 ? (part == 0 ? of[0] : of[1]) : part == 2 ? of[2] : of[3];
+    } else {
+      value = all_parts(total.x + total.y + (total.z + total.w));
     }
-    return;
-  }
-  for (int i = thread; i < tiles * 64; i += threads) {
-    float total = sum_of_warps(i);
+    const int shared_row = kManyRows ? part : 0;  // of x
+    const int output = i / 4 * kRows + shared_row;
+    if (rank > 0) {
+      if (part < kRows) store_to_block(shared_address(other_sums + output), 0, value, sums_barrier);
+      continue;
+    }
     if (split > 1) {
-      mbarrier_wait(second_barrier, 0);
-      total += second[i];
+      mbarrier_wait(sums_barrier, 0);
+      value += other_sums[output];
     }
-    if constexpr (!kManyRows) {
-      total += __shfl_xor_sync(kAllLanes, total, 1);
-      total += __shfl_xor_sync(kAllLanes, total, 2);
-    }
-    const int64_t row = first_tile * kTileRows + i / 4;
-    if (row >= n || i % 4 >= shape.m) continue;
-    const int64_t out = i % 4 * n + row;
-    total *= *master_scale * RowStager<Input>::factor(x, kManyRows ? i % 4 : 0, warps, split > 1);
-    if (product.addend != nullptr) total += to_float(load_past_l1(product.addend + out));
+    if constexpr (Input::kNormed) value *= factors[shared_row];
+    value = value * *master_scale + to_float(addend);
+    addend = addend_of(i + threads);
+    const int row = first_tile * kTileRows + i / 4;
+    if (row >= n || part >= written) continue;
+    const int64_t out = int64_t{part} * n + row;
     if (product.y_f32 != nullptr)
-      product.y_f32[out] = total;
+      product.y_f32[out] = value;
     else
-      product.y_bf16[out] = __float2bfloat16_rn(total);
+      product.y_bf16[out] = __float2bfloat16_rn(value);
   }
 #endif
 }
@@ -535,8 +558,11 @@ struct Division {
     shares[0] = std::min(quant::row_tiles(products[0].w.n),
                          shares[0] + most - divide_rows(products, tiles));
     const int64_t slices = quant::column_slices(products[0].w.k);
-    warps = std::clamp<int64_t>(slices / split, 1, kMaxWarps);
-    rounds_of_warps = ceil_div(ceil_div(slices, split), warps);
+    rounds_of_warps = ceil_div(ceil_div(slices, split), kMaxWarps);
+    // No more than that takes, but as many for each scheduler of a multiprocessor.
+    const int64_t needed = ceil_div(ceil_div(slices, split), rounds_of_warps);
+    warps = std::clamp<int64_t>(ceil_div(needed, 4) * 4, 1,
+                                std::min<int64_t>(kMaxWarps, std::max<int64_t>(slices / split, 1)));
   }
   // Sets the shares of each matrix, of at most `most` row tiles. Returns their sum.
   int64_t divide_rows(Products products, int64_t most) {
@@ -546,8 +572,9 @@ struct Division {
     return sum;
   }
   int64_t all_shares() const { return std::accumulate(shares, shares + kMaxProducts, int64_t{0}); }
-  // Instructions of a warp, as counted in machine code; for a split, the time of its barrier.
-  int64_t cost() const { return rounds_of_warps * (100 + 42 * tiles) + (split > 1 ? 70 : 0); }
+  // Instructions of a warp: 40 a tile, as counted in machine code. Those of a slice count half more
+  // than in machine code, so that the faster division wins (measured on an H200).
+  int64_t cost() const { return rounds_of_warps * (160 + 40 * tiles); }
 
   int split;
   int64_t shares[kMaxProducts] = {};
@@ -557,30 +584,43 @@ struct Division {
 
 Division divide(Products products, int processors) {
   const Division whole(products, processors, 1), halves(products, processors, 2);
-  const bool can_split =
-      processors > 1 && quant::column_slices(products[0].w.k) > 1 && halves.tiles <= kMaxSplitTiles;
+  const bool can_split = processors > 1 && quant::column_slices(products[0].w.k) > 1 &&
+                         2 * halves.all_shares() <= processors;
   return can_split && halves.cost() < whole.cost() ? halves : whole;
 }
 
+// Bytes of a block's shared memory: about half of a multiprocessor's. Blocks that end leave some
+// multiprocessors free before others, and a launch should still put one block on each. Blocks of
+// more than half never share one. Then the blocks in front and behind must have less: in a layer of
+// a model, every other product has an addend, the residual stream.
+int64_t block_bytes(const ProductLaunch& at, bool with_addend) {
+  constexpr int64_t kMargin = 1024;
+  return at.block_bytes(kBlocks) + (with_addend ? kMargin : -kMargin);
+}
+
 template <bool kManyRows, int kTiles, typename Input>
-void launch_shape(const ProductLaunch& at, const ProductList& products, const Input& x, int64_t m,
-                  const Division& by) {
-  const int64_t slices = ceil_div(quant::column_slices(x.k), by.split);
-  const int64_t x_bytes = m * Input::kSliceBytes;
-  const int64_t staged = std::min(slices, kMaxStagedBytes / x_bytes);
+void launch_shape(const ProductLaunch& at, const SharedProducts& products, const Input& x,
+                  int64_t m, const Division& by) {
+  constexpr int64_t kRows = kManyRows ? kTokens : 1;
+  const int64_t all_slices = quant::column_slices(x.k), slices = ceil_div(all_slices, by.split);
   const int64_t other_bytes =
-      staged * x_bytes + (by.split > 1 ? kTiles * 64 * 4 : 0) + 16 + slices * 8;
-  const int64_t slot_bytes = kTiles * kTileBytes;
-  const int64_t ring_bytes = at.block_bytes(kBlocks) - RowStager<Input>::kSmemBytes - other_bytes;
-  const int64_t slots = std::min(slices, ring_bytes / slot_bytes);
-  BBB_ASSERT(slots >= by.warps);
+      (4 + kTokens + (by.split - 1) * (kTiles * kTileRows * kRows + kTokens) +
+       (Input::kNormed ? kMaxWarps * kRows : 0)) *
+          4 +
+      (2 + slices) * 8 + (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
+  const int64_t slot_bytes = kTiles * kTileBytes, blocks = by.all_shares() * by.split;
+  const int64_t bytes = block_bytes(at, products.items[0].of.addend != nullptr);
+  const int64_t slots = std::min(slices, (bytes - other_bytes) / slot_bytes);
+  const int64_t warps = std::min(by.warps, slots);
+  BBB_ASSERT(warps > 0);
   launch(at.stream,
-         {dim3(static_cast<unsigned>(by.all_shares() * by.split)),
-          dim3(static_cast<unsigned>(32 * (by.warps + 1))), slot_bytes * slots + other_bytes, true,
-          static_cast<unsigned>(by.split)},
+         {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * (warps + 1))), bytes,
+          true, static_cast<unsigned>(by.split)},
          packed_gemv_kernel<Input, kManyRows, kTiles>, products, x,
-         GemvShape{x.k, static_cast<int>(m), static_cast<int>(slots),
-                   static_cast<int>(kBytesInFlight / slot_bytes), static_cast<int>(staged)});
+         GemvShape{static_cast<int>(all_slices), std::countr_zero(static_cast<unsigned>(by.split)),
+                   static_cast<int>(m), static_cast<int>(slots),
+                   static_cast<int>(std::min(
+                       slots, (by.split > 1 ? kSplitInFlight : kBytesInFlight) / slot_bytes))});
 }
 
 PlainRows rows_from(const PlainRows& x, int64_t row) { return {x.x + row * x.k, x.k}; }
@@ -600,35 +640,24 @@ template <bool kManyRows, typename Input>
 void launch_rows(const ProductLaunch& at, Products products, const Input& x, int64_t row,
                  int64_t m) {
   const Division by = divide(products, at.processors);
-  ProductList list{};
+  SharedProducts list{};
   for (size_t i = 0; i < products.size(); ++i) {
     TiledProduct product = products[i];
     const auto from_row = [&](auto*& y) { y = y == nullptr ? y : y + row * product.w.n; };
     from_row(product.y_bf16);
     from_row(product.y_f32);
     from_row(product.addend);
-    list.items[i] = {product, by.shares[i]};
+    const int64_t tiles = quant::row_tiles(product.w.n);
+    list.items[i] = {product, static_cast<int>(by.shares[i]),
+                     static_cast<int>(tiles / by.shares[i]),
+                     static_cast<int>(tiles % by.shares[i])};
   }
-  const auto run = [&](auto launch_it) { launch_it(at, list, rows_from(x, row), m, by); };
-  static_assert(kMaxTiles == 8);
-  switch (by.tiles) {
-    case 1:
-      return run(launch_shape<kManyRows, 1, Input>);
-    case 2:
-      return run(launch_shape<kManyRows, 2, Input>);
-    case 3:
-      return run(launch_shape<kManyRows, 3, Input>);
-    case 4:
-      return run(launch_shape<kManyRows, 4, Input>);
-    case 5:
-      return run(launch_shape<kManyRows, 5, Input>);
-    case 6:
-      return run(launch_shape<kManyRows, 6, Input>);
-    case 7:
-      return run(launch_shape<kManyRows, 7, Input>);
-    default:
-      return run(launch_shape<kManyRows, 8, Input>);
+  [&]<int... kLess>(std::integer_sequence<int, kLess...>) {
+    ((by.tiles == kLess + 1 &&
+      (launch_shape<kManyRows, kLess + 1>(at, list, rows_from(x, row), m, by), true)) ||
+     ...);
   }
+  (std::make_integer_sequence<int, kMaxTiles>());
 }
 
 template <typename Input>

@@ -79,7 +79,7 @@ struct ProductLaunch {
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 // The same of the rows of rms_norm(x, w) and of silu(gate) up, where x w and silu(gate) up are
-// rounded to bf16. gate and up are aligned to 16 bytes, w to 8; no kernel that writes w may be in
+// rounded to bf16. gate, up and w are aligned to 16 bytes; no kernel that writes w may be in
 // flight.
 void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                                const bf16* x, const float* w, float eps, int64_t m);

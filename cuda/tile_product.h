@@ -50,6 +50,24 @@ struct SliceOperand {
   }
 };
 
+// x, in a register: a loop would compute it again.
+__device__ __forceinline__ int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Where a lane reads in a tile, and which zero points.
+struct TileLane {
+  int codes, scales, zeros;  // bytes from the tile's start
+  int zero_mask;             // one row: of sub-group t
+
+  __device__ __forceinline__ explicit TileLane(int lane)
+      : codes(kept(lane * 16)),
+        scales(kept(quant::kTileScales + lane * 2)),
+        zeros(kept(quant::kTileZeros + lane / 4 * 2)),
+        zero_mask(kept(3 << (lane % 4 * 2))) {}
+};
+
 // 256 high + low of a lane's two columns and its row r.
 __device__ __forceinline__ int joined(int high, int low) { return high * 256 + low; }
 
@@ -71,10 +89,10 @@ __device__ __forceinline__ void add_group(float (&sum)[2], const int (&c)[4], ui
 
 template <bool kManyRows>
 __device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned char* tile,
-                                              const SliceOperand<kManyRows>& x, int lane) {
-  const uint4 words = *reinterpret_cast<const uint4*>(tile + lane * 16);
-  const uint32_t zeros =
-      *reinterpret_cast<const uint16_t*>(tile + quant::kTileZeros + lane / 4 * 2);
+                                              const SliceOperand<kManyRows>& x,
+                                              const TileLane& at) {
+  const uint4 words = *reinterpret_cast<const uint4*>(tile + at.codes);
+  const uint32_t zeros = *reinterpret_cast<const uint16_t*>(tile + at.zeros);
   int c[4] = {0, 0, 0, 0};
   const auto multiply = [&](int i) {
     const uint32_t mask = 3 * kOnes << (2 * i);
@@ -82,7 +100,8 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned ch
     mma_u8_s8(c, a, x.b[i][0], x.b[i][1]);
   };
   if constexpr (kManyRows) {
-    const uint2 scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales + lane / 4 * 8);
+    const uint2 scales = *reinterpret_cast<const uint2*>(tile + quant::kTileScales +
+                                                         (at.zeros - quant::kTileZeros) * 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[0] = c[1] = c[2] = c[3] = 0;
@@ -93,9 +112,8 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2], const unsigned ch
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) multiply(i);
-    const uint32_t scales =
-        *reinterpret_cast<const uint16_t*>(tile + quant::kTileScales + lane * 2);
-    add_group(sum, c, zeros, 3u << (lane % 4 * 2), decode_pair(scales), x.sum[0], x.unit[0]);
+    const uint32_t scales = *reinterpret_cast<const uint16_t*>(tile + at.scales);
+    add_group(sum, c, zeros, at.zero_mask, decode_pair(scales), x.sum[0], x.unit[0]);
   }
 }
 
