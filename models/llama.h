@@ -75,7 +75,8 @@ class LlamaBlock {
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
   // yet.
-  void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats);
+  void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
+                          const autograd::LcTraining& lc = {});
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);
@@ -119,7 +120,9 @@ class LlamaBlock {
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;
   std::function<void(Site, const Tensor&)> tap_;
-  std::vector<Parameter*> declared_;  // of linears, then norms; until bind_parameters()
+  std::vector<Parameter*> declared_;    // of linears, then norms; until bind_parameters()
+  std::vector<Parameter*> declared_v_;  // of linears behind LC, likewise
+  std::array<std::optional<LcSite>, kSites> lc_sites_;  // empty: no LC
 };
 
 // BFloat16 rounds embedding and head, so that training, export and later readers see the same

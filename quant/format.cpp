@@ -69,6 +69,10 @@ std::vector<StoredTensor> LinearFormat::tensors() const {
   return tensors;
 }
 
+LinearFormat LinearFormat::codes_alone() const {
+  return {.n = n, .k = k, .weight = {.bits = kLcBits, .group = weight.group}};
+}
+
 std::vector<StoredTensor> LinearFormat::loaded_tensors() const {
   std::vector<StoredTensor> loaded = tensors();
   if (weight.nested) loaded[0].shape[0] = weight.bits;

@@ -79,6 +79,8 @@ struct LinearFormat {
   bool exact_input() const;
   // Does position k hold channel k, not transformed, for every channel?
   bool plain_positions() const;
+  // Of LC: what a product reads in the codes, q itself. Scales are 1, zero points 0.
+  LinearFormat codes_alone() const;
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
   // The same of a load: of nested codes, the planes that it reads.
