@@ -109,7 +109,10 @@ void QuantLinear::set_trained_lc(WeightQuantizer& quantizer, Parameter& latent, 
 }
 
 void LcSite::finish_backward(Backend& backend) {
-  if (mode == Write::Overwrite) return backend.zero(u->grad);  // no linear had a gradient
+  if (mode == Write::Overwrite) {  // no linear had a gradient
+    backend.zero(u->grad);
+    return backend.zero(map->grad);
+  }
   backend.cast(u->grad, du);
   if (learns_map) backend.cast(map->grad, dmap);
   mode = Write::Overwrite;
@@ -220,9 +223,12 @@ void QuantLinear::set_stored(const quant::LinearFormat& format,
   std::vector<float> map(quant::kLcMapSize);
   std::memcpy(map.data(), find(StoredPart::Map), map.size() * sizeof(float));
   lc.map = upload_as(backend_, map, {quant::kLcVector, quant::kLcVector + 1}, backend_.real());
-  lc.buffer = buffer;
-  set_packed(lc.weight, std::move(buffer));
+  BBB_ASSERT(buffer.numel() >= buffer_elements(backend_, lc.weight.format));
+  lc.buffer = std::move(buffer);
   format_ = format;
+  quantized_ = {};
+  dweight_ = Tensor();
+  leaf_ = Var();
   state_ = std::move(lc);
 }
 

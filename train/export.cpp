@@ -79,8 +79,7 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   if (reads_text && config.data.empty())
     throw UsageError(
         "--range search, --ocs-ratio, --act-outliers, --down-kurtosis and --quantizer lc need "
-        "--data "
-        "FILE: they follow from the model's activations on a text");
+        "--data FILE: they follow from the model's activations on a text");
   std::vector<int32_t> tokens;
   if (reads_text) tokens = training_tokens(source, tokenizer, config);
   const auto count = reads_text ? static_cast<int64_t>(tokens.size()) : INT64_MAX;
