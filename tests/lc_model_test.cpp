@@ -380,6 +380,15 @@ TEST_CASE("LC: runs of either phase repeat, and killed ones end alike", "[lc][tr
   CHECK_THROWS_WITH(fixture.run(next), Contains("its weights are on another grid"));
 }
 
+TEST_CASE("LC: inputs that are not finite have no start", "[lc][train]") {
+  Fixture fixture;
+  fixture.poison_last_token();
+  fixture.windows.ids[3] = Fixture::kPoisoned;
+  CHECK_THROWS_WITH(
+      fixture.run(lc_config(fixture, "run")),
+      Contains("model.layers.0.self_attn.q_proj: its inputs on the calibration text"));
+}
+
 TEST_CASE("LC: options that make no sense with it are refused by name", "[lc][config]") {
   const Fixture fixture;
   const std::pair<const char*, std::vector<std::pair<const char*, const char*>>> wrong[] = {

@@ -108,7 +108,7 @@ TEST_CASE("train config: bbb export --help lists the options of the grid", "[con
     CHECK_THAT(help, Contains(cat("--", f.name, " arg")));
     ++found;
   });
-  CHECK(found == 10);
+  CHECK(found == 12);
   for (const char* option : {"--act-bits arg", "--data arg", "--samples arg", "--rtn"})
     CHECK_THAT(help, Contains(option));
   for (const char* option : {"--schedule arg", "--to arg", "--from arg", "--e2e-stages arg"})

@@ -1,6 +1,7 @@
 #include "train/statistics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "models/llama.h"
@@ -112,9 +113,16 @@ class Collector {
       backend_.gemm_tn(sums[static_cast<size_t>(site)], x, x, engine::Write::Add);
     });
     std::array<std::vector<float>, models::kSites> moments;
-    if (backend_.computes())
-      for (size_t site = 0; site < sums.size(); ++site)
-        moments[site] = models::download_floats(backend_, sums[site]);
+    if (!backend_.computes()) return moments;
+    for (const LinearShape& linear : models::block_linears(model_)) {
+      const auto site = static_cast<size_t>(linear.site);
+      if (!moments[site].empty()) continue;  // its first linear names it
+      moments[site] = models::download_floats(backend_, sums[site]);
+      const bool finite =
+          std::ranges::all_of(moments[site], [](float x) { return std::isfinite(x); });
+      BBB_CHECK(finite, models::layer_name(layer, linear.name),
+                ": its inputs on the calibration text are not finite");
+    }
     return moments;
   }
 
