@@ -7,8 +7,8 @@ namespace bbb::autograd {
 using engine::DType;
 
 WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::RangeRule range,
-                                 engine::Rounding rounding, NestedPrecisions nested)
-    : parameters_(parameters), nested_(std::move(nested)) {
+                                 engine::Rounding rounding, NestedPrecisions nested, LcTraining lc)
+    : parameters_(parameters), nested_(std::move(nested)), lc_(lc) {
   BBB_ASSERT(parameters.masters().defined());
   Backend& backend = parameters.backend();
   const int64_t total = parameters.masters().numel();
@@ -52,6 +52,19 @@ QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
   return views;
 }
 
+LcParameter WeightQuantizer::add_lc(const Parameter& latent, const Parameter& u, const Parameter& v,
+                                    const Parameter& map) {
+  const Shape& shape = latent.master.shape();
+  lc_weights_.push_back(
+      {weights_.wq.slice(parameters_.offset(latent), latent.master.numel()).view(shape),
+       {latent.master,
+        u.master,
+        v.master,
+        map.master,
+        {quant::lc_spread(shape[0], shape[1]), lc_.gradient, weights_.rounding}}});
+  return lc_weights_.back();
+}
+
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
   const int32_t value = bits;
   parameters_.backend().upload(weights_.bits.slice(parameter.slot, 1), &value);
@@ -69,6 +82,8 @@ void WeightQuantizer::quantize() {
   for (size_t i = 0; i < nested_wq_.size(); ++i)
     parameters_.backend().nested_levels(nested_wq_[i], weights_, parameters_.masters(),
                                         nested_.bits[i], nested_.dequant);
+  for (const LcParameter& weight : lc_weights_)
+    parameters_.backend().lc_weight(weight.w, weight.from);
 }
 
 }  // namespace bbb::autograd

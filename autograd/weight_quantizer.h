@@ -22,10 +22,23 @@ struct QuantizedParameter {
   std::vector<Tensor> nested;  // act (N, K): wq at each of the quantizer's lower precisions
 };
 
+// One parameter behind LC.
+struct LcParameter {
+  Tensor w;  // act (N, K), a view of the quantizer's buffer
+  engine::LcWeight from;
+};
+
 // Nested codes of 8 bits that train at fewer bits, too (numerics.md section 4).
 struct NestedPrecisions {
   std::vector<int> bits;  // below 8
   quant::NestedDequant dequant = quant::NestedDequant::Middle;
+};
+
+// How latents behind LC train (quant/lc.h).
+struct LcTraining {
+  quant::LcGradient gradient = quant::LcGradient::Dge;
+  bool learns_map = false;
+  double scale_rate = 0.1;  // the learning rate of u, v and the map, as a part of the latents'
 };
 
 class WeightQuantizer {
@@ -35,11 +48,15 @@ class WeightQuantizer {
   WeightQuantizer(ParameterSet& parameters, int group,
                   quant::RangeRule range = quant::RangeRule::MinMax,
                   engine::Rounding rounding = engine::Rounding::Nearest,
-                  NestedPrecisions nested = {});
+                  NestedPrecisions nested = {}, LcTraining lc = {});
 
   // Puts a parameter (N, K) behind the quantizer; prepare() then fills the returned tensors. bits
   // may be kNoQuantizer. Throws if the group does not divide K.
   QuantizedParameter add(const Parameter& parameter, int bits);
+  // Puts latents (N, K) behind LC instead, with u (K), v (N) and map (4, 5): prepare() and
+  // quantize() then write the weight of the returned parts, W itself.
+  LcParameter add_lc(const Parameter& latent, const Parameter& u, const Parameter& v,
+                     const Parameter& map);
   // Takes effect at the next quantize() or prepare(), in recorded steps too.
   void set_bits(const Parameter& parameter, int bits);
   void prepare();
@@ -52,6 +69,8 @@ class WeightQuantizer {
   ParameterSet& parameters_;
   engine::QuantizedWeights weights_;
   const NestedPrecisions nested_;
+  const LcTraining lc_;
+  std::vector<LcParameter> lc_weights_;
   std::vector<Tensor> nested_wq_;  // act (P), for each of nested_.bits
 };
 

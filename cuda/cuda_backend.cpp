@@ -214,6 +214,8 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
       return rms_norm_backward_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::InputScaleGradient:
       return input_scale_gradient_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::LcWeightBackward:
+      return lc_weight_backward_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::ChannelMoments:
       return channel_moments_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::Sample:

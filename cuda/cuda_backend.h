@@ -29,6 +29,7 @@ using engine::Arg;
 using engine::AttentionSpec;
 using engine::DeviceType;
 using engine::DType;
+using engine::LcWeight;
 using engine::MemoryPool;
 using engine::OperandRows;
 using engine::OperandSpec;
@@ -141,6 +142,7 @@ class CudaBackend final : public engine::Backend {
 // Scratch of ops by their shapes (engine::ScratchOp), each defined with its kernels.
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
+int64_t lc_weight_backward_scratch_bytes(int64_t n, int64_t k);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
 int64_t attention_cached_scratch_bytes(const Shape& shape, int sms);
 int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);

@@ -166,6 +166,24 @@ class Op {
     is_or_undefined("ratios", q.ratios, DType::U8, {count / q.group});
   }
 
+  // A weight behind LC (N, K).
+  void lc(const LcWeight& from) const {
+    rank("latent", from.latent, 2);
+    const int64_t n = from.latent.dim(0), k = from.latent.dim(1);
+    is("latent", from.latent, backend_.real(), {n, k});
+    lc_input(from.u, from.map, k);
+    lc_side("v", from.v, n);
+  }
+  void lc_input(const Tensor& u, const Tensor& map, int64_t k) const {
+    lc_side("u", u, k);
+    is("map", map, backend_.real(), {quant::kLcVector, quant::kLcVector + 1});
+  }
+  void lc_side(const char* what, const Tensor& t, int64_t features) const {
+    BBB_CHECK(quant::lc_block(features) > 0, name_, ": ", features, " features of ", what,
+              " are no multiple of ", quant::kLcLeastBlock);
+    is(what, t, backend_.real(), {features});
+  }
+
   // The outputs of an operand of `rows` rows.
   void operand(const OperandRows& out, int64_t rows, const OperandSpec& spec) const {
     const quant::OperandView& view = spec.view;
@@ -982,6 +1000,52 @@ void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, con
 }
 
 // Packed inference.
+
+void Backend::lc_weight(const Tensor& w, const LcWeight& from) {
+  const Op op(*this, "lc_weight");
+  op.lc(from);
+  op.like("w", w, act(), from.latent.shape());
+  do_lc_weight(w, from);
+}
+
+void Backend::lc_weight_backward(const Tensor& dlatent, const Tensor& dv, const Tensor& dmap,
+                                 const Tensor& dw, const Tensor& w, const LcWeight& from,
+                                 Write dmap_mode) {
+  const Op op(*this, "lc_weight_backward");
+  op.lc(from);
+  const int64_t n = from.latent.dim(0), k = from.latent.dim(1);
+  op.is_act_or_real("dw", dw, {n, k});
+  op.is("dlatent", dlatent, dw.dtype(), {n, k});
+  op.is("dv", dv, dw.dtype(), {n});
+  op.is_or_undefined("dmap", dmap, real(), {quant::kLcVector, quant::kLcVector + 1});
+  op.is("w", w, act(), {n, k});
+  do_lc_weight_backward(dlatent, dv, dmap, dw, w, from, dmap_mode,
+                        make_scratch(ScratchOp::LcWeightBackward, {n, k}));
+}
+
+void Backend::lc_operand(const Tensor& out, const Tensor& constant, const Tensor& x,
+                         const Tensor& u, const Tensor& map) {
+  const Op op(*this, "lc_operand");
+  op.rank("x", x, 2);
+  op.dtype("x", x, act());
+  op.lc_input(u, map, x.dim(1));
+  op.like("out", out, act(), x.shape());
+  op.is("constant", constant, real(), {x.dim(0)});
+  do_lc_operand(out, constant, x, u, map);
+}
+
+void Backend::lc_output(const Tensor& y, const Tensor& product, const Tensor& constant,
+                        const Tensor& v, const Tensor& addend) {
+  const Op op(*this, "lc_output");
+  op.rank("product", product, 2);
+  const int64_t m = product.dim(0), n = product.dim(1);
+  op.dtype("product", product, real());
+  op.is("y", y, act(), {m, n});
+  op.is("constant", constant, real(), {m});
+  op.lc_side("v", v, n);
+  op.is_or_undefined("addend", addend, act(), {m, n});
+  do_lc_output(y, product, constant, v, addend);
+}
 
 PackedWeight Backend::repack(const PackedWeight& file) {
   const Op op(*this, "repack");

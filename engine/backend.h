@@ -34,6 +34,7 @@
 #include "engine/tensor.h"
 #include "engine/transfers.h"
 #include "quant/format.h"
+#include "quant/lc.h"
 #include "quant/tiles.h"
 
 namespace bbb::engine {
@@ -50,6 +51,7 @@ enum class ScratchOp {
   Attention,           // {}
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
+  LcWeightBackward,    // (N, K)
   ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax, K, bits of the cache)
   Sample,              // (M, V)
@@ -177,6 +179,14 @@ struct QuantizedWeights {
   Tensor ratios = {};  // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
   int group = 32;
   Rounding rounding = Rounding::Nearest;
+};
+
+// A weight behind LC (quant/lc.h). N and K are multiples of 32.
+struct LcWeight {
+  Tensor latent;  // real (N, K)
+  Tensor u, v;    // real (K), (N)
+  Tensor map;     // real (4, 5)
+  quant::LcRule rule;
 };
 
 // The state of the optimizer's schedule, real (kControlSize). It is on the device, so that a step
@@ -478,6 +488,24 @@ class Backend {
   void learned_quant_backward(const Tensor& dw, const Tensor& dsigma, const Tensor& dzeta,
                               const Tensor& w, const Tensor& e, const Tensor& z, const Tensor& s,
                               const WeightGrid& spec);
+
+  // --- LC (numerics.md section 8, quant/lc.h) ---------------------------------------------------
+  // w = diag(v) H W^ H diag(u).   w act (N, K).
+  void lc_weight(const Tensor& w, const LcWeight& from);
+  // From w and its gradient dw: dv = sum_k dw w / v; dlatent; dmap (+)= its gradient, if defined.
+  // That of u is input_scale_gradient's. dlatent, dw (N, K) and dv (N) all act or all real; dlatent
+  // may be dw's buffer; dmap real (4, 5).
+  void lc_weight_backward(const Tensor& dlatent, const Tensor& dv, const Tensor& dmap,
+                          const Tensor& dw, const Tensor& w, const LcWeight& from, Write dmap_mode);
+  // The operand of products with the codes: x' = H (u o x); out = A^T of each vector of 4 of x';
+  // constant = c . (their sum).   out, x act (M, K); constant real (M); u real (K); map real (4,
+  // 5).
+  void lc_operand(const Tensor& out, const Tensor& constant, const Tensor& x, const Tensor& u,
+                  const Tensor& map);
+  // y = v o H (product + constant) (+ addend).   y act (M, N); product real (M, N); constant real
+  // (M); v real (N); addend act (M, N) or undefined.
+  void lc_output(const Tensor& y, const Tensor& product, const Tensor& constant, const Tensor& v,
+                 const Tensor& addend);
 
   // --- packed inference -------------------------------------------------------------------------
   // The layout that the products below read, from that of the file. Made once, at load.

@@ -17,6 +17,7 @@
 #include "models/synthetic_checkpoint.h"
 #include "quant/check.h"
 #include "quant/e4m3.h"
+#include "quant/lc.h"
 
 namespace bbb::models {
 namespace {
@@ -290,7 +291,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     }
     DirectoryCheckpoint::check_finite(names);
     for (const auto& [linear, format] : formats_)
-      if (format) check_signs(linear + ".scales");
+      if (format && !format->is_lc()) check_signs(linear + ".scales");
   }
   std::optional<quant::LinearFormat> packed_format(const std::string& linear, int64_t,
                                                    int64_t) const override {
@@ -338,6 +339,12 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     const auto own = overrides_.find(l.name);
     const LinearSettings& settings = own == overrides_.end() ? settings_ : own->second;
     quant::LinearFormat format{.n = l.n, .k = l.k, .weight = grid_, .input = settings.input};
+    if (grid_.levels == quant::Levels::Lc) {
+      BBB_CHECK(quant::lc_block(l.n) > 0 && quant::lc_block(l.k) > 0, path_, ": linear '", l.name,
+                "' of ", l.n, " x ", l.k, " features, which LC does not transform");
+      check_tensors(l.name, format);
+      return format;
+    }
     if (!grid_.nested) format.weight.bits = settings.bits;
     if (format.input.bits == 16) format.input.range = quant::RangeRule::MinMax;  // has none
     const std::vector<int32_t> outliers = channels(l.name + ".outlier_channels"),
@@ -379,6 +386,14 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     }
   }
 
+  // Do both tensors exist with the same bytes, or neither?
+  bool same_content(const std::string& a, const std::string& b) const {
+    if (!tensors_.contains(a) || !tensors_.contains(b))
+      return tensors_.contains(a) == tensors_.contains(b);
+    const SafeTensor &x = tensors_.at(a), &y = tensors_.at(b);
+    return x.bytes == y.bytes && std::memcmp(x.data, y.data, static_cast<size_t>(x.bytes)) == 0;
+  }
+
   // Linears of one input site share their operand.
   void check_sites() const {
     for (int64_t layer = 0; layer < config_.layers; ++layer) {
@@ -397,6 +412,10 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
         const quant::LinearFormat a = operand(before), b = operand(name);
         BBB_CHECK(a == b || (a.exact_input() && b.exact_input()), path_, ": ", before, " and ",
                   name, " read one input, but their channel orders or activations differ");
+        if (grid_.levels == quant::Levels::Lc)
+          for (const char* suffix : {".u", ".map"})
+            BBB_CHECK(same_content(before + suffix, name + suffix), path_, ": ", before, " and ",
+                      name, " read one input, but their ", suffix + 1, " differs");
       }
     }
   }
@@ -415,15 +434,23 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       std::string text = found->dump(-1, ' ', true);
       throw Error(cat(in, ": unsupported ", key, " ", printable(text)));
     };
-    choose(q, where, "quant_method", {"bbb"}, true);
+    const bool lc = choose(q, where, "quant_method", {"bbb", "bbb-lc"}, true) == "bbb-lc";
     choose(q, where, "format_version", {1}, true);
-    choose(q, where, "scale_dtype", {"float8_e4m3fn"}, true);
+    if (lc) {
+      static const std::set<std::string> kOfLc = {"quant_method", "format_version", "bits",
+                                                  "modules_to_not_convert", "overrides"};
+      for (const auto& [key, value] : q.items())
+        BBB_CHECK(kOfLc.count(key), where, ": unknown key '", printable(key), "' of bbb-lc");
+      choose(q, where, "bits", {quant::kLcBits}, true);
+      grid_.levels = quant::Levels::Lc;
+    }
+    choose(q, where, "scale_dtype", {"float8_e4m3fn"}, !lc);
     choose(q, where, "symmetric", {false}, false);
     grid_.nested = choose(q, where, "nested", {false, true}, false) == true;
     grid_.dequant = choose(q, where, "nested_dequant", {"middle", "floor"}, false) == "middle"
                         ? quant::NestedDequant::Middle
                         : quant::NestedDequant::Floor;
-    grid_.group = choose(q, where, "group_size", {32, 64, 128}, true).get<int>();
+    grid_.group = choose(q, where, "group_size", {32, 64, 128}, !lc).get<int>();
     settings_.bits = choose(q, where, "bits", {2, 3, 4, 8}, true).get<int>();
     grid_.bits = settings_.bits;
     if (grid_.nested)
@@ -461,7 +488,7 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
         BBB_CHECK((table || linears.count(name)) && own.is_object(), in,
                   ": no linear of the model");
         for (const auto& [key, value] : own.items())
-          BBB_CHECK(table ? key == "bits" : kOwn.count(key) > 0, in, ": unknown key '",
+          BBB_CHECK(table ? key == "bits" : !lc && kOwn.count(key) > 0, in, ": unknown key '",
                     printable(key), "'");
         LinearSettings settings = read_linear(own, in, settings_);
         if (own.contains("bits"))

@@ -111,14 +111,16 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
   const auto range_of = [](const quant::LinearFormat& f) {
     return f.input.range == quant::RangeRule::Search ? "search" : "minmax";
   };
-  ordered_json q = {{"quant_method", "bbb"},
+  ordered_json q = {{"quant_method", common.is_lc() ? "bbb-lc" : "bbb"},
                     {"format_version", 1},
-                    {"bits", common.code_bits()},
-                    {"group_size", common.weight.group},
-                    {"scale_dtype", "float8_e4m3fn"},
-                    {"symmetric", false},
-                    {"activation_bits", common.input.bits},
-                    {"nested", common.weight.nested}};
+                    {"bits", common.code_bits()}};
+  if (!common.is_lc()) {
+    q["group_size"] = common.weight.group;
+    q["scale_dtype"] = "float8_e4m3fn";
+    q["symmetric"] = false;
+    q["activation_bits"] = common.input.bits;
+    q["nested"] = common.weight.nested;
+  }
   if (common.weight.nested)
     q["nested_dequant"] =
         common.weight.dequant == quant::NestedDequant::Middle ? "middle" : "floor";

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "data/half.h"
 #include "quant/e4m3.h"
 #include "quant/grid.h"
 #include "quant/host.h"
+#include "quant/host_lc.h"
 #include "quant/pack.h"
 
 namespace bbb::models {
@@ -18,6 +20,12 @@ using quant::StoredPart;
 using quant::StoredTensor;
 
 static constexpr const char *kRatios = ".ratios", *kBias = ".bias";
+
+// The suffixes and shapes of what trains beside LC's latents, in the order of LinearResult::Lc.
+static std::array<std::pair<const char*, Shape>, 3> lc_tensors(const LinearFormat& format) {
+  return {
+      {{".u", {format.k}}, {".v", {format.n}}, {".map", {quant::kLcVector, quant::kLcVector + 1}}}};
+}
 
 float LinearResult::master_scale() const {
   float value;
@@ -34,6 +42,47 @@ static quant::PackedView view_of(const LinearResult& linear, const float* master
           .n = linear.format.n,
           .k = linear.format.stored_k(),
           .grid = linear.format.weight};
+}
+
+quant::LcRule lc_rule(const LinearFormat& format) {
+  return {.spread = quant::lc_spread(format.n, format.k)};
+}
+
+void store_lc(LinearResult& result, const std::vector<uint8_t>& codes, const LinearResult::Lc& lc) {
+  result.part(StoredPart::Codes) = pack_rows(codes, result.format.n, quant::kLcBits);
+  const auto halves = [&](StoredPart part, const std::vector<float>& values) {
+    result.part(part).resize(values.size() * sizeof(uint16_t));
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint16_t half = data::float_to_half(quant::lc_half(values[i]));
+      std::memcpy(result.part(part).data() + i * sizeof half, &half, sizeof half);
+    }
+  };
+  halves(StoredPart::InputScale, lc.u);
+  halves(StoredPart::OutputScale, lc.v);
+  result.part(StoredPart::Map).resize(lc.map.size() * sizeof(float));
+  std::memcpy(result.part(StoredPart::Map).data(), lc.map.data(), lc.map.size() * sizeof(float));
+}
+
+LcCodes lc_codes(const LinearResult& result) {
+  const int64_t n = result.format.n, k = result.format.k;
+  LcCodes out{std::vector<uint8_t>(static_cast<size_t>(n * k)), {}};
+  const int64_t row_bytes = quant::code_row_bytes(k, quant::kLcBits);
+  for (int64_t i = 0; i < n * k; ++i)
+    out.codes[static_cast<size_t>(i)] = quant::packed_code(
+        result.part(StoredPart::Codes).data() + i / k * row_bytes, i % k, quant::kLcBits);
+  const auto halves = [&](StoredPart part) {
+    std::vector<float> values;
+    const std::vector<uint8_t>& bytes = result.part(part);
+    for (size_t i = 0; i < bytes.size(); i += sizeof(uint16_t))
+      values.push_back(data::half_to_float(data::load_as<uint16_t>(bytes.data() + i)));
+    return values;
+  };
+  out.lc.u = halves(StoredPart::InputScale);
+  out.lc.v = halves(StoredPart::OutputScale);
+  out.lc.map.resize(quant::kLcMapSize);
+  std::memcpy(out.lc.map.data(), result.part(StoredPart::Map).data(),
+              out.lc.map.size() * sizeof(float));
+  return out;
 }
 
 void LinearResult::store(const std::vector<uint8_t>& codes, const std::vector<uint8_t>& e,
@@ -63,6 +112,15 @@ std::vector<float> LinearResult::levels() const {
 }
 
 std::vector<float> LinearResult::dequantize() const {
+  if (format.is_lc()) {
+    const LcCodes from = lc_codes(*this);
+    std::vector<float> weight(from.codes.size());
+    const quant::host::LcMatrix<float> matrix{
+        nullptr,  from.codes.data(), from.lc.u.data(), from.lc.v.data(), from.lc.map.data(),
+        format.n, format.k,          lc_rule(format)};
+    quant::host::lc_weight(weight.data(), matrix, {0, format.n / quant::lc_block(format.n)});
+    return weight;
+  }
   std::vector<float> stored = levels();
   const quant::ChannelOrder order = format.channel_order();
   if (order.is_identity() && !format.input.hadamard) return stored;
@@ -160,6 +218,9 @@ void declare_layer(std::vector<data::SafeTensorsWriter::Entry>& entries, int64_t
     if (content == LinearContent::Masters) {
       const LinearFormat& format = formats[i];
       entries.push_back({name + ".weight", FileDType::F32, {format.n, format.stored_k()}});
+      if (format.is_lc())
+        for (const auto& [suffix, shape] : lc_tensors(format))
+          entries.push_back({name + suffix, FileDType::F32, shape});
       if (range == quant::RangeRule::Search)
         entries.push_back({name + kRatios, FileDType::U8, {format.n, format.groups()}});
     } else {
@@ -185,6 +246,10 @@ void add_layer(data::SafeTensorsWriter& writer, int64_t layer, const LlamaConfig
     const std::string name = shapes[i].name;
     if (content == LinearContent::Masters) {
       add(name + ".weight", linear.master);
+      if (linear.format.is_lc())
+        for (size_t part = 0; part < std::size(LinearResult::Lc::kParts); ++part)
+          add(name + lc_tensors(linear.format)[part].first,
+              linear.lc.*LinearResult::Lc::kParts[part]);
       if (!linear.ratios.empty()) add(name + kRatios, linear.ratios);
     } else {
       for (const StoredTensor& t : linear.format.tensors())
@@ -232,6 +297,11 @@ LayerResult read_layer(const data::SafeTensors& file, int64_t layer, const Llama
     if (shapes[i].bias) linear.bias = floats(name + kBias, {shapes[i].n});
     if (file.contains(layer_name(layer, name + ".weight"))) {
       linear.master = floats(name + ".weight", {format.n, format.stored_k()});
+      if (format.is_lc())
+        for (size_t part = 0; part < std::size(LinearResult::Lc::kParts); ++part) {
+          const auto [suffix, shape] = lc_tensors(format)[part];
+          linear.lc.*LinearResult::Lc::kParts[part] = floats(name + suffix, shape);
+        }
       if (file.contains(layer_name(layer, name + kRatios))) {
         const SafeTensor& tensor = find(name + kRatios, {format.n, format.groups()}, FileDType::U8);
         linear.ratios.assign(tensor.data, tensor.data + tensor.bytes);

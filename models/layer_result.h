@@ -5,6 +5,7 @@
 //                                                                 needs it
 //   model.layers.L.self_attn.q_proj.ratios      U8 (N, K' / G)    its range ratios, if searched
 //   or model.layers.L.self_attn.q_proj.qweight  ..          the tensors of the linear's format
+//   with LC, beside the latents .weight: .u (K), .v (N) and .map (4, 5), F32 as they train
 //   model.layers.L.self_attn.q_proj.bias        F32 (N)           if the linear has one
 //   model.layers.L.input_layernorm.weight       F32 (D)           and the other norms
 //
@@ -19,6 +20,7 @@
 #include "data/safetensors.h"
 #include "models/checkpoint.h"
 #include "quant/format.h"
+#include "quant/lc.h"
 
 namespace bbb::models {
 
@@ -26,7 +28,13 @@ struct LinearResult {
   quant::LinearFormat format;
   std::vector<float> master;    // (N, K') in stored positions, or empty
   std::vector<uint8_t> ratios;  // (N, K'/G), indices of quant::range_ratio; empty: all are 1
-  std::vector<float> bias;      // (N), the source's; or empty: the linear has none
+  // Of a master behind LC, whose `master` holds the latents: what else trains. u and map are those
+  // of the site.
+  struct Lc {
+    std::vector<float> u, v, map;  // (K), (N), (4, 5)
+    static constexpr std::vector<float> Lc::*kParts[] = {&Lc::u, &Lc::v, &Lc::map};
+  } lc;
+  std::vector<float> bias;  // (N), the source's; or empty: the linear has none
   // The bytes of each of the format's tensors; empty if only the master is stored.
   std::array<std::vector<uint8_t>, quant::kStoredParts> stored;
 
@@ -40,7 +48,8 @@ struct LinearResult {
              const std::vector<uint8_t>& zeros, float master_scale);
   // S e (q - z) of a quantized result in its stored positions (N, K'), exact in float.
   std::vector<float> levels() const;
-  // The same as a weight (N, K). Pairs are summed (or averaged) and rotations undone, which rounds.
+  // The same as a weight (N, K). Pairs are summed (or averaged), rotations undone, and LC
+  // transforms, which rounds.
   std::vector<float> dequantize() const;
   float master_scale() const;  // of a quantized result
 };
@@ -78,6 +87,17 @@ struct LayerResult {
   std::vector<float>& norm(size_t i) { return this->*kNorms[i]; }
   const std::vector<float>& norm(size_t i) const { return this->*kNorms[i]; }
 };
+
+// LC. The parts of a result's format from its codes (N, K), one a byte, and back. u and v are
+// rounded to F16.
+void store_lc(LinearResult& result, const std::vector<uint8_t>& codes, const LinearResult::Lc& lc);
+struct LcCodes {
+  std::vector<uint8_t> codes;
+  LinearResult::Lc lc;
+};
+LcCodes lc_codes(const LinearResult& result);
+// How latents become codes.
+quant::LcRule lc_rule(const quant::LinearFormat& format);
 
 // From one code per byte to one bit stream per row (quant/pack.h).
 std::vector<uint8_t> pack_rows(const std::vector<uint8_t>& codes, int64_t rows, int bits);

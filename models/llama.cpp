@@ -87,6 +87,11 @@ void LlamaBlock::set_operands(const std::vector<quant::LinearFormat>& formats, b
   for (size_t i = 0; i < shapes.size(); ++i)
     if (i == 0 || shapes[i].site != shapes[i - 1].site)
       operands_[shapes[i].site].set(backend_, formats[i], packed);
+  if (!packed) return;
+  const std::vector<QuantLinear*> all = linears();
+  for (size_t i = 0; i < shapes.size(); ++i)
+    if (formats[i].is_lc())
+      operands_[shapes[i].site].set_lc(all[i]->packed().u, all[i]->packed().map);
 }
 
 LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
@@ -227,7 +232,9 @@ void LlamaBlock::load(const Checkpoint& source, const Tensor& buffer) {
     const Shape shape{linear->n(), linear->k()};
     const auto format = source.packed_format(name, linear->n(), linear->k());
     if (format)
-      linear->set_packed(upload_stored(backend_, source, name, *format), buffer);
+      linear->set_stored(
+          *format, [&](const quant::StoredTensor& t) { return source.stored(name + t.suffix); },
+          buffer);
     else
       linear->set_float(
           upload_as(backend_, source.load(name + ".weight", shape), shape, backend_.act()));
@@ -246,11 +253,12 @@ void LlamaBlock::set_packed(const LayerResult& result) {
   }
   const Tensor buffer = largest > 0 ? backend_.empty({largest}, backend_.act()) : Tensor();
   for (size_t i = 0; i < all.size(); ++i)
-    all[i]->set_packed(engine::upload_packed(backend_, formats[i],
-                                             [&](const quant::StoredTensor& tensor) -> const void* {
-                                               return result.linears[i].part(tensor.part).data();
-                                             }),
-                       buffer);
+    all[i]->set_stored(
+        formats[i],
+        [&](const quant::StoredTensor& tensor) {
+          return result.linears[i].part(tensor.part).data();
+        },
+        buffer);
   set_norms(result);
   set_biases(result);
   set_operands(formats, true);
@@ -260,8 +268,9 @@ void LlamaBlock::set_packed(const LayerResult& result) {
 
 void LlamaBlock::declare_parameters(ParameterSet& set,
                                     const std::vector<quant::LinearFormat>& formats,
-                                    autograd::UpdateRule rule) {
+                                    autograd::UpdateRule rule, const autograd::LcTraining& lc) {
   declared_.clear();
+  declared_v_.clear();
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) {
@@ -271,6 +280,20 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
   }
   for (const NormShape& norm : block_norms(config_))
     declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (!formats[i].is_lc()) continue;
+    const std::string& name = all[i]->name();
+    const quant::SlotRule<double> rule{.lr_factor = lc.scale_rate};
+    std::optional<LcSite>& site = lc_sites_[shapes[i].site];
+    if (i == 0 || shapes[i].site != shapes[i - 1].site)
+      site = {.u = &set.add(name + ".u", {formats[i].k}, rule),
+              .map = &set.add(name + ".map", {quant::kLcVector, quant::kLcVector + 1}, rule),
+              .learns_map = lc.learns_map,
+              .du = {},
+              .dmap = {}};
+    declared_v_.push_back(&set.add(name + ".v", {formats[i].n}, rule));
+  }
 }
 
 void LlamaBlock::declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
@@ -305,7 +328,18 @@ void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                                  const std::vector<quant::LinearFormat>& formats) {
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(declared_.size() == all.size() + norms().size() && formats.size() == all.size());
-  for (size_t i = 0; i < all.size(); ++i) all[i]->set_trained(quantizer, *declared_[i], formats[i]);
+  for (std::optional<LcSite>& site : lc_sites_) {
+    if (!site) continue;
+    site->du = backend_.empty(site->u->master.shape(), backend_.real());
+    site->dmap = backend_.empty(site->map->master.shape(), backend_.real());
+  }
+  const std::vector<LinearShape> shapes = block_linears(config_);
+  for (size_t i = 0; i < all.size(); ++i)
+    if (formats[i].is_lc())
+      all[i]->set_trained_lc(quantizer, *declared_[i], *declared_v_[i], *lc_sites_[shapes[i].site],
+                             formats[i]);
+    else
+      all[i]->set_trained(quantizer, *declared_[i], formats[i]);
   set_operands(formats, false);
   bind_norms();
 }
@@ -367,6 +401,8 @@ void LlamaBlock::finish_backward() {
     else
       norm->finish_backward(backend_);
   for (QuantLinear* linear : linears()) linear->finish_backward();
+  for (std::optional<LcSite>& site : lc_sites_)
+    if (site) site->finish_backward(backend_);
 }
 
 void LlamaBlock::finish_input_norm() {

@@ -78,9 +78,10 @@ class LlamaBlock {
   void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
-  // yet. `rule` is for the linears; norms take AdamW's.
+  // yet. `rule` is for the linears; norms take AdamW's. `lc`: of linears behind LC.
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
-                          autograd::UpdateRule rule = autograd::UpdateRule::AdamW);
+                          autograd::UpdateRule rule = autograd::UpdateRule::AdamW,
+                          const autograd::LcTraining& lc = {});
   // The same with learned grids: scales, and with `zeros` zero points, at `rule`'s rate.
   enum class Zeros { Fixed, Learned };
   void declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
@@ -131,9 +132,11 @@ class LlamaBlock {
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;
   std::function<void(Site, const Tensor&)> tap_;
-  void bind_norms();                  // and forgets what was declared
-  std::vector<Parameter*> declared_;  // of linears, then norms; until they are bound
-  std::vector<LearnedGrid> learned_;  // of linears, likewise
+  void bind_norms();                    // and forgets what was declared
+  std::vector<Parameter*> declared_;    // of linears, then norms; until they are bound
+  std::vector<LearnedGrid> learned_;    // of linears, likewise
+  std::vector<Parameter*> declared_v_;  // of linears behind LC, likewise
+  std::array<std::optional<LcSite>, kSites> lc_sites_;  // empty: no LC
 };
 
 // BFloat16 rounds embedding and head, so that training, export and later readers see the same

@@ -13,6 +13,7 @@ static Tensor rows_of(const Tensor& x) { return x.view({x.numel() / x.dim(-1), x
 
 void Operand::set(Backend& backend, const quant::LinearFormat& format, bool packed) {
   packed_ = packed;
+  u_ = map_ = Tensor();
   if (format.exact_input()) return spec_.reset();
   const quant::ChannelOrder order = format.channel_order();
   if (spec_ && order_ == order) {
@@ -21,6 +22,22 @@ void Operand::set(Backend& backend, const quant::LinearFormat& format, bool pack
     spec_ = engine::upload_operand(backend, format);
     order_ = order;
   }
+}
+
+void Operand::set_lc(Tensor u, Tensor map) {
+  spec_.reset();
+  u_ = std::move(u);
+  map_ = std::move(map);
+}
+
+LinearInput Operand::lc(Tape& tape, const Var& x) const {
+  BBB_ASSERT(!tape.recording());
+  Backend& backend = tape.backend();
+  LinearInput input = whole(Var(backend.empty(x.value().shape(), backend.act())));
+  const Tensor rows = rows_of(x.value());
+  input.constant = backend.empty({rows.dim(0)}, backend.real());
+  backend.lc_operand(rows_of(input.x.value()), input.constant, rows, u_, map_);
+  return input;
 }
 
 LinearInput Operand::whole(Var x) {
@@ -60,6 +77,7 @@ LinearInput Operand::codes(Tape& tape, const Tensor& x, const Write& write) cons
 }
 
 LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
+  if (u_.defined()) return lc(tape, autograd::rms_norm(tape, x, w, eps));
   if (exact()) {
     if (!few_rows(tape, x.value())) return whole(autograd::rms_norm(tape, x, w, eps));
     LinearInput input = whole(x);
@@ -77,6 +95,7 @@ LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps
 }
 
 LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
+  if (u_.defined()) return lc(tape, autograd::swiglu(tape, gate, up));
   if (exact()) {
     if (!few_rows(tape, gate.value())) return whole(autograd::swiglu(tape, gate, up));
     LinearInput input = whole(gate);
@@ -91,6 +110,7 @@ LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
 }
 
 LinearInput Operand::plain(Tape& tape, const Var& x) const {
+  if (u_.defined()) return lc(tape, x);
   if (exact()) return whole(x);
   if (!takes_codes(tape, x.value())) return whole(autograd::operand(tape, x, *spec_));
   return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {

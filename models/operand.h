@@ -3,7 +3,8 @@
 //   q, k, v  <- RMSNorm      o <- attention      gate, up <- RMSNorm      down <- SwiGLU
 //
 // Gathered by the linears' channel order, rotated and quantized, fused with the RMSNorm or SwiGLU
-// in front. Where the format asks for none of that, the operand is the input itself.
+// in front. Where the format asks for none of that, the operand is the input itself. Packed linears
+// of LC take A^T H (u o x) (quant/lc.h).
 #pragma once
 
 #include <optional>
@@ -16,8 +17,9 @@ namespace bbb::models {
 // the product makes x from.
 struct LinearInput {
   autograd::Var x;
-  engine::OperandRows codes;  // undefined tensors, or codes, zeros and scales, and no x
-  engine::Shape shape;        // of x
+  engine::OperandRows codes;     // undefined tensors, or codes, zeros and scales, and no x
+  engine::Shape shape;           // of x
+  engine::Tensor constant = {};  // of packed LC: real (rows), which every sum of a row lacks
   // What multiplies rms_norm(x, norm, eps) or swiglu(x, up), if `norm` or `up` is defined.
   autograd::Var norm = {}, up = {};
   double eps = 0;
@@ -35,6 +37,9 @@ class Operand {
   // channel order stays, its device copy keeps its address, so that recorded steps stay valid.
   void set(engine::Backend& backend, const quant::LinearFormat& format, bool packed);
 
+  // Of packed linears of LC: u real (K) and map real (4, 5) of the site.
+  void set_lc(engine::Tensor u, engine::Tensor map);
+
   // x (..., K), w real (K).
   LinearInput rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const;
   // gate, up (..., K).
@@ -43,10 +48,11 @@ class Operand {
 
   // Is the operand the unchanged input? Only then is the weight of a norm in front a scale on the
   // input features (Backend::input_scale_gradient).
-  bool exact() const { return !spec_; }
+  bool exact() const { return !spec_ && !u_.defined(); }
 
  private:
   static LinearInput whole(Var x);
+  LinearInput lc(Tape& tape, const Var& x) const;
   // Codes where integers are multiplied, else nothing: `write` fills them.
   template <typename Write>
   LinearInput codes(Tape& tape, const engine::Tensor& x, const Write& write) const;
@@ -56,6 +62,7 @@ class Operand {
 
   std::optional<engine::OperandSpec> spec_;   // none: exact
   std::optional<quant::ChannelOrder> order_;  // of spec_
+  engine::Tensor u_, map_;                    // undefined: no LC
   bool packed_ = false;
 };
 

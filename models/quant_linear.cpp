@@ -1,8 +1,10 @@
 #include "models/quant_linear.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
+#include "data/half.h"
 #include "engine/cpu/thread_pool.h"
 #include "quant/e4m3.h"
 #include "quant/host.h"
@@ -99,6 +101,27 @@ void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
   fresh_leaf();
 }
 
+void QuantLinear::set_trained_lc(WeightQuantizer& quantizer, Parameter& latent, Parameter& v,
+                                 LcSite& site, const quant::LinearFormat& format) {
+  BBB_ASSERT(format.n == n_ && format.k == k_ && format.is_lc());
+  format_ = format;
+  const autograd::LcParameter lc = quantizer.add_lc(latent, *site.u, v, *site.map);
+  state_ = TrainedLc{&latent, &v, &site, lc.from};
+  quantized_ = {.wq = lc.w, .e = {}, .z = {}, .s = {}, .ratios = {}, .nested = {}};
+  dweight_ = latent.grad;
+  fresh_leaf();
+}
+
+void LcSite::finish_backward(Backend& backend) {
+  if (mode == Write::Overwrite) {  // no linear had a gradient
+    backend.zero(u->grad);
+    return backend.zero(map->grad);
+  }
+  backend.cast(u->grad, du);
+  if (learns_map) backend.cast(map->grad, dmap);
+  mode = Write::Overwrite;
+}
+
 void QuantLinear::set_format(const quant::LinearFormat& format) {
   BBB_ASSERT(parameter() != nullptr && format.stored_k() == columns());
   BBB_ASSERT(format.weight.group == format_.weight.group);
@@ -142,6 +165,12 @@ void QuantLinear::set_master(const LinearResult& result) {
     if (learned->zeta != nullptr) upload_into(backend_, learned->zeta->master, zeta);
     return;
   }
+  if (const auto* lc = std::get_if<TrainedLc>(&state_)) {
+    upload_into(backend_, lc->latent->master, result.master);
+    upload_into(backend_, lc->site->u->master, result.lc.u);
+    upload_into(backend_, lc->v->master, result.lc.v);
+    return upload_into(backend_, lc->site->map->master, result.lc.map);
+  }
   upload_into(backend_, get<TrainedWeight>().master->master, result.master);
   if (!quantized_.ratios.defined() || !backend_.computes()) return;
   BBB_ASSERT(static_cast<int64_t>(result.ratios.size()) == quantized_.ratios.numel());
@@ -151,8 +180,12 @@ void QuantLinear::set_master(const LinearResult& result) {
 LinearResult QuantLinear::master() const {
   LinearResult result;
   result.format = format_;
-  result.master = download_floats(backend_, get<TrainedWeight>().master->master);
+  result.master = download_floats(backend_, parameter()->master);
   result.bias = bias();
+  if (const auto* lc = std::get_if<TrainedLc>(&state_))
+    result.lc = {download_floats(backend_, lc->site->u->master),
+                 download_floats(backend_, lc->v->master),
+                 download_floats(backend_, lc->site->map->master)};
   if (quantized_.ratios.defined()) result.ratios = download_bytes(backend_, quantized_.ratios);
   return result;
 }
@@ -195,9 +228,53 @@ void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
   state_ = PackedLinear{std::move(weight), std::move(buffer)};
 }
 
+void QuantLinear::set_stored(const quant::LinearFormat& format,
+                             const std::function<const void*(const quant::StoredTensor&)>& bytes,
+                             Tensor buffer) {
+  if (!format.is_lc())
+    return set_packed(engine::upload_packed(backend_, format, bytes), std::move(buffer));
+  PackedLinear lc;
+  const std::vector<quant::StoredTensor> stored = format.tensors();
+  const auto find = [&](StoredPart part) {
+    return bytes(*std::ranges::find(stored, part, &quant::StoredTensor::part));
+  };
+  // Products read q as S e (q - z).
+  const float one = 1;
+  const std::vector<uint8_t> scales(static_cast<size_t>(format.n * format.groups()),
+                                    quant::e4m3_encode_nearest(1.0f)),
+      zeros(scales.size());
+  lc.weight = engine::upload_packed(backend_, format.codes_alone(),
+                                    [&](const quant::StoredTensor& t) -> const void* {
+                                      if (t.part == StoredPart::Codes) return find(t.part);
+                                      if (t.part == StoredPart::Scales) return scales.data();
+                                      if (t.part == StoredPart::Zeros) return zeros.data();
+                                      return &one;
+                                    });
+  const auto halves = [&](StoredPart part, int64_t count) {
+    const auto* from = static_cast<const uint8_t*>(find(part));
+    std::vector<float> values;
+    for (int64_t i = 0; i < count; ++i)
+      values.push_back(data::half_to_float(data::load_as<uint16_t>(from + 2 * i)));
+    return upload_as(backend_, values, {count}, backend_.real());
+  };
+  lc.u = halves(StoredPart::InputScale, format.k);
+  lc.v = halves(StoredPart::OutputScale, format.n);
+  std::vector<float> map(quant::kLcMapSize);
+  std::memcpy(map.data(), find(StoredPart::Map), map.size() * sizeof(float));
+  lc.map = upload_as(backend_, map, {quant::kLcVector, quant::kLcVector + 1}, backend_.real());
+  BBB_ASSERT(buffer.numel() >= buffer_elements(backend_, lc.weight.format));
+  lc.buffer = std::move(buffer);
+  format_ = format;
+  quantized_ = {};
+  dweight_ = Tensor();
+  leaf_ = Var();
+  state_ = std::move(lc);
+}
+
 Parameter* QuantLinear::parameter() const {
   if (const auto* trained = std::get_if<TrainedWeight>(&state_)) return trained->master;
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) return learned->master;
+  if (const auto* lc = std::get_if<TrainedLc>(&state_)) return lc->latent;
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->sigma;
   return nullptr;
 }
@@ -235,7 +312,18 @@ void QuantLinear::finish_backward() {
         learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
     return fresh_leaf();
   }
-  if (!leaf_.has_grad()) return backend_.zero(parameter()->grad);
+  const auto* lc = std::get_if<TrainedLc>(&state_);
+  if (!leaf_.has_grad()) {
+    if (lc != nullptr) backend_.zero(lc->v->grad);
+    return backend_.zero(parameter()->grad);
+  }
+  if (lc != nullptr) {
+    LcSite& site = *lc->site;
+    input_scale_gradient(site.du, site.u->master, site.mode);
+    backend_.lc_weight_backward(dweight_, lc->v->grad, site.learns_map ? site.dmap : Tensor(),
+                                dweight_, quantized_.wq, lc->from, site.mode);
+    site.mode = Write::Add;
+  }
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_))
     backend_.scale_codes_backward(frozen->sigma->grad, dweight_, frozen->codes, quantized_.z,
                                   format_.weight, Write::Overwrite);
@@ -252,6 +340,16 @@ Tensor QuantLinear::current_codes() const {
 }
 
 LinearResult QuantLinear::quantized() const {
+  if (holds<TrainedLc>()) {
+    LinearResult result = master();
+    const std::vector<float> latents = std::exchange(result.master, {});
+    const quant::LcRule rule = lc_rule(format_);
+    std::vector<uint8_t> codes;
+    for (const float latent : latents)
+      codes.push_back(static_cast<uint8_t>(quant::lc_code(quant::lc_position(latent, rule), rule)));
+    store_lc(result, codes, std::exchange(result.lc, {}));
+    return result;
+  }
   LinearResult result;
   result.format = format_;
   result.bias = bias();
@@ -265,6 +363,12 @@ LinearResult QuantLinear::quantized() const {
 void QuantLinear::snap() {
   if (format_.weight.bits == kNoQuantizer) return;  // no bins
   LinearResult result = master();
+  if (format_.is_lc()) {
+    const quant::LcRule rule = lc_rule(format_);
+    for (float& latent : result.master)
+      latent = quant::lc_latent(quant::lc_code(quant::lc_position(latent, rule), rule), rule);
+    return set_master(result);
+  }
   const float master_scale = download_floats(backend_, quantized_.s)[0];
   uint8_t* const ratios = result.ratios.empty() ? nullptr : result.ratios.data();
   engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {
@@ -275,6 +379,7 @@ void QuantLinear::snap() {
 }
 
 Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) {
+  if (packed_lc()) return forward_lc(tape, {this}, x, residual)[0];
   if (multiplies_codes(x)) return forward_packed(tape, {this}, x, residual)[0];
   if (const auto* packed = std::get_if<PackedLinear>(&state_)) {
     BBB_ASSERT(!tape.recording());
@@ -295,6 +400,7 @@ std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*
     return linear->multiplies_codes(x) &&
            linear->format_.weight.group == site[0]->format_.weight.group;
   };
+  if (site[0]->packed_lc()) return forward_lc(tape, site, x, Var());
   if (std::ranges::all_of(site, in_one)) return forward_packed(tape, site, x, Var());
   std::vector<Var> outputs;
   for (QuantLinear* linear : site) outputs.push_back(linear->forward(tape, x, Var()));
@@ -339,6 +445,40 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
   for (size_t i = 0; i < site.size(); ++i)
     if (site[i]->bias_.defined() && (residual.defined() || !products[i].addend.defined()))
       backend.add_bias(products[i].y, site[i]->bias_);
+  return outputs;
+}
+
+// x is the operand that LC makes (Operand), with a constant a row.
+std::vector<Var> QuantLinear::forward_lc(Tape& tape, const std::vector<QuantLinear*>& site,
+                                         const LinearInput& x, const Var& residual) {
+  BBB_ASSERT(!tape.recording() && x.constant.defined());
+  Backend& backend = tape.backend();
+  Shape shape = x.shape;
+  const int64_t k = shape.back(), m = engine::numel_of(shape) / k;
+  const Tensor rows = x.x.value().view({m, k});
+  engine::PackedProducts products;
+  for (const QuantLinear* linear : site)
+    products.push_back(
+        {backend.empty({m, linear->n_}, backend.real()), linear->packed().weight, {}});
+  if (m <= backend.max_packed_rows(site[0]->packed().weight.format)) {
+    backend.packed_gemv(products, rows);
+  } else {
+    for (size_t i = 0; i < site.size(); ++i) {
+      const int64_t n = site[i]->n_;
+      const Tensor codes = site[i]->packed().buffer.slice(0, n * k).view({n, k});
+      backend.unpack(codes, products[i].weight);
+      backend.gemm_nt(products[i].y, rows, codes, Tensor(), Tensor());
+    }
+  }
+  std::vector<Var> outputs;
+  for (size_t i = 0; i < site.size(); ++i) {
+    const int64_t n = shape.back() = site[i]->n_;
+    outputs.emplace_back(backend.empty(shape, backend.act()));
+    const Tensor y = outputs.back().value().view({m, n});
+    backend.lc_output(y, products[i].y, x.constant, site[i]->packed().v,
+                      residual.defined() ? residual.value().view({m, n}) : Tensor());
+    if (site[i]->bias_.defined()) backend.add_bias(y, site[i]->bias_);
+  }
   return outputs;
 }
 

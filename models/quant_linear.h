@@ -5,6 +5,7 @@
 //                  that a method without gradients rounds
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
 //   LearnedGrid    a master behind a grid whose scales, and perhaps zero points, train with it
+//   TrainedLc      latents behind LC (quant/lc.h); W is made of them once a step
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
 //   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
 //                  take many rows, one buffer, shared by all layers, holds an unpacked weight
@@ -14,12 +15,15 @@
 //                  prepare              passes, 1 or more         finish_backward()
 //   TrainedWeight  WeightQuantizer      dW^ is parameter->grad    -
 //   LearnedGrid    prepare_scales()     dW^ is parameter->grad    dW^ -> the gradients of all three
+//   TrainedLc      WeightQuantizer      dW is parameter->grad     dW -> gradients of latents, v,
+//                                                                 and (LcSite) of u and the map
 //   FrozenCodes    prepare_scales()     dW^ is a scratch          dW^ -> sigma's gradient
 //
 // The optimizer drops the gradients of clipped weights. finish_backward() zeroes a gradient that no
 // pass wrote. All buffers are allocated once, so that a recorded step keeps its addresses.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -63,13 +67,29 @@ struct LearnedGrid {
   Parameter* sigma;   // (N, K'/G)
   Parameter* zeta;    // (N, K'/G); null: zero points stay as they start
 };
+// What the linears of a site behind LC share, and the sums of its gradients over them.
+struct LcSite {
+  Parameter *u, *map;
+  bool learns_map;
+  Tensor du, dmap;                // real (K), (4, 5)
+  Write mode = Write::Overwrite;  // of the next linear's part
+
+  // After those of its linears.
+  void finish_backward(Backend& backend);
+};
+struct TrainedLc {
+  Parameter *latent, *v;
+  LcSite* site;
+  engine::LcWeight from;
+};
 struct FrozenCodes {
   Parameter* sigma;  // (N, K'/G)
   Tensor codes;      // U8 (N, K')
 };
 struct PackedLinear {
   PackedWeight weight;
-  Tensor buffer;  // act
+  Tensor buffer;                    // act
+  Tensor u = {}, v = {}, map = {};  // of LC: real (K), (N), (4, 5)
 };
 
 class QuantLinear {
@@ -86,9 +106,12 @@ class QuantLinear {
                    const quant::LinearFormat& format);
   // The same for a learned grid (Backend::learned_quant) of fewer than 16 bits.
   void set_learned(const LearnedGrid& parameters, const quant::LinearFormat& format);
-  // TrainedWeight, LearnedGrid or FrozenCodes: another format with the same stored positions. The
-  // width of a TrainedWeight takes effect at the next quantize() or prepare(), in recorded steps
-  // too.
+  // The same behind LC: latents (N, K) and v (N). `site` must outlive this state, too.
+  void set_trained_lc(WeightQuantizer& quantizer, Parameter& latent, Parameter& v, LcSite& site,
+                      const quant::LinearFormat& format);
+  // TrainedWeight, LearnedGrid, TrainedLc or FrozenCodes: another format with the same stored
+  // positions. The width of a TrainedWeight takes effect at the next quantize() or prepare(), in
+  // recorded steps too.
   void set_format(const quant::LinearFormat& format);
   // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`,
   // or at its own for 0. The gradients of all precisions add up; a step's first one is 0.
@@ -96,6 +119,7 @@ class QuantLinear {
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   // LearnedGrid: its master and, as the start of scales and zero points, the grid of rounding to
   // nearest with its ratios; or the levels and the grid of a quantized result.
+  // TrainedLc: the latents, v, and of the site u and the map.
   void set_master(const LinearResult& result);
   LinearResult master() const;
   // Freezes the codes of a quantized result; sigma (N, K'/G) starts as its scales.
@@ -104,6 +128,11 @@ class QuantLinear {
   // products of more rows than the backend takes.
   static int64_t buffer_elements(const Backend& backend, const quant::LinearFormat& format);
   void set_packed(PackedWeight weight, Tensor buffer);
+  // The same from the content of the format's tensors. Of LC too.
+  void set_stored(const quant::LinearFormat& format,
+                  const std::function<const void*(const quant::StoredTensor&)>& bytes,
+                  Tensor buffer);
+  const PackedLinear& packed() const { return get<PackedLinear>(); }
 
   void prepare_scales();  // LearnedGrid and FrozenCodes
   // ds (+)= the gradient of a scale s, real (K), on the input features (Backend's op of that name),
@@ -112,14 +141,15 @@ class QuantLinear {
   bool input_scale_gradient(const Tensor& ds, const Tensor& s, Write mode) const;
   void finish_backward();
   // Moves masters to the middle of their bins, S e (q - z), as far as the grid stays: quantized
-  // again, they give the same S, e, z and codes. TrainedWeight only, after prepare().
+  // again, they give the same S, e, z and codes. TrainedWeight or TrainedLc, after prepare().
   void snap();
   Var forward(Tape& tape, const LinearInput& x, const Var& residual);
   // The outputs of all linears of a site. Few rows of packed weights are one op.
   static std::vector<Var> forward(Tape& tape, const std::vector<QuantLinear*>& site,
                                   const LinearInput& x);
-  // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits), LearnedGrid or
-  // FrozenCodes, after prepare() or prepare_scales() and before the next optimizer step.
+  // The quantized weight, as it is stored. TrainedWeight (fewer than 16 bits), LearnedGrid,
+  // TrainedLc or FrozenCodes, after prepare() or prepare_scales() and before the next optimizer
+  // step.
   LinearResult quantized() const;
 
   template <typename State>
@@ -130,7 +160,7 @@ class QuantLinear {
   int64_t n() const { return n_; }
   int64_t k() const { return k_; }
   const quant::LinearFormat& format() const { return format_; }
-  Parameter* parameter() const;  // master or sigma; null if nothing is trained
+  Parameter* parameter() const;  // master, latent or sigma; null if nothing is trained
 
  private:
   template <typename State>
@@ -139,11 +169,14 @@ class QuantLinear {
     return std::get<State>(state_);
   }
   // S, on the device even if it is 1, so that recorded steps see a change of width. Undefined if
-  // nothing is trained.
+  // nothing is trained, and of LC, whose S is 1.
   Tensor multiplier() const { return parameter() != nullptr ? quantized_.s : Tensor(); }
   bool multiplies_codes(const LinearInput& x) const;  // a packed weight, straight
   static std::vector<Var> forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
                                          const LinearInput& x, const Var& residual);
+  static std::vector<Var> forward_lc(Tape& tape, const std::vector<QuantLinear*>& site,
+                                     const LinearInput& x, const Var& residual);
+  bool packed_lc() const { return holds<PackedLinear>() && format_.is_lc(); }
   int64_t columns() const { return format_.stored_k(); }  // K'
   Tensor current_codes() const;                           // U8 (N, K')
   void own_buffers(const quant::LinearFormat& format);    // quantized_, of this linear alone
@@ -153,7 +186,8 @@ class QuantLinear {
   Backend& backend_;
   std::string name_;
   int64_t n_, k_;
-  std::variant<FloatWeight, TrainedWeight, LearnedGrid, FrozenCodes, PackedLinear> state_;
+  std::variant<FloatWeight, TrainedWeight, LearnedGrid, TrainedLc, FrozenCodes, PackedLinear>
+      state_;
   quant::LinearFormat format_;
   autograd::QuantizedParameter quantized_;  // FloatWeight: wq is W; PackedLinear: s alone
   Tensor bias_;                             // real (N); undefined: none

@@ -1,5 +1,6 @@
 #include "quant/format.h"
 
+#include "quant/lc.h"
 #include "quant/pack.h"
 
 namespace bbb::quant {
@@ -28,7 +29,8 @@ bool LinearFormat::exact_input() const {
 }
 
 bool LinearFormat::plain_positions() const {
-  return !input.hadamard && (!order || (order->split().empty() && order->outliers().empty()));
+  return !is_lc() && !input.hadamard &&
+         (!order || (order->split().empty() && order->outliers().empty()));
 }
 
 const char* const kCodesSuffix = ".qweight";
@@ -36,6 +38,11 @@ const char* const kCodesSuffix = ".qweight";
 std::vector<StoredTensor> LinearFormat::tensors() const {
   std::vector<StoredTensor> tensors;
   const int64_t columns = stored_k();
+  if (is_lc())
+    return {{StoredPart::Codes, kCodesSuffix, FileDType::U8, {n, code_row_bytes(columns, kLcBits)}},
+            {StoredPart::InputScale, ".u", FileDType::F16, {k}},
+            {StoredPart::OutputScale, ".v", FileDType::F16, {n}},
+            {StoredPart::Map, ".map", FileDType::F32, {kLcVector, kLcVector + 1}}};
   if (weight.nested)
     tensors = {{StoredPart::Codes, kCodesSuffix, FileDType::U8, {kNestedBits, n, columns / 8}},
                {StoredPart::Scales, ".scales", FileDType::F8_E4M3, {n, groups()}},
@@ -60,6 +67,10 @@ std::vector<StoredTensor> LinearFormat::tensors() const {
                        FileDType::I32,
                        {static_cast<int64_t>(order->outliers().size())}});
   return tensors;
+}
+
+LinearFormat LinearFormat::codes_alone() const {
+  return {.n = n, .k = k, .weight = {.bits = kLcBits, .group = weight.group}};
 }
 
 std::vector<StoredTensor> LinearFormat::loaded_tensors() const {

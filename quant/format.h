@@ -11,6 +11,11 @@
 //   MasterScale      .master_scale      F32 (1)                       S, a power of two
 //   SplitChannels    .split_channels    I32 (r)                       only if channels are split
 //   OutlierChannels  .outlier_channels  I32 (o)                       only if there are outliers
+// LC (quant/lc.h), W = diag(v) H_N W^ H_K diag(u), has these alone:
+//   Codes            .qweight           U8 (N, K / 4)
+//   InputScale       .u                 F16 (K)
+//   OutputScale      .v                 F16 (N)
+//   Map              .map               F32 (4, 5)                    A and c
 // Bit streams are those of quant/pack.h.
 #pragma once
 
@@ -25,8 +30,18 @@
 
 namespace bbb::quant {
 
-enum class StoredPart { Codes, Scales, Zeros, MasterScale, SplitChannels, OutlierChannels };
-inline constexpr int kStoredParts = 6;
+enum class StoredPart {
+  Codes,
+  Scales,
+  Zeros,
+  MasterScale,
+  SplitChannels,
+  OutlierChannels,
+  InputScale,
+  OutputScale,
+  Map
+};
+inline constexpr int kStoredParts = 9;
 
 // The suffix of the codes, which every packed linear has.
 extern const char* const kCodesSuffix;
@@ -59,10 +74,13 @@ struct LinearFormat {
   int64_t stored_k() const;  // K': the stored positions of a row
   int64_t groups() const { return stored_k() / weight.group; }
   int code_bits() const { return weight.nested ? kNestedBits : weight.bits; }
-  // Is the operand the input itself?
+  bool is_lc() const { return weight.levels == Levels::Lc; }
+  // Is the operand of training the input itself?
   bool exact_input() const;
-  // Does position k hold channel k, unrotated, for every channel?
+  // Does position k hold channel k, not transformed, for every channel?
   bool plain_positions() const;
+  // Of LC: what a product reads in the codes, q itself. Scales are 1, zero points 0.
+  LinearFormat codes_alone() const;
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
   // The same of a load: of nested codes, the planes that it reads.

@@ -10,6 +10,10 @@ enum class RangeRule { MinMax, Search };
 // Nested codes read at fewer bits: at the middle of their bin, or at its lower end.
 enum class NestedDequant { Middle, Floor };
 
+// The values that codes stand for. MinMax: a scale and a zero point a group. Lc: an affine map over
+// vectors of four, between Hadamard transforms (quant/lc.h); 2 bits.
+enum class Levels { MinMax, Lc };
+
 struct WeightGrid {
   int bits = 2;    // 2, 3, 4 or 8; kNoQuantizer where an op says so
   int group = 32;  // input features that share a scale and a zero point: 32, 64 or 128
@@ -17,6 +21,7 @@ struct WeightGrid {
   // those of 8 bits.
   bool nested = false;
   NestedDequant dequant = NestedDequant::Middle;
+  Levels levels = Levels::MinMax;
 
   bool operator==(const WeightGrid&) const = default;
 };

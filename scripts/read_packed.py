@@ -23,6 +23,7 @@ except ImportError as error:
 KNOWN = {"quant_method", "format_version", "bits", "group_size", "scale_dtype", "symmetric",
          "activation_bits", "activation_range", "rotate", "nested", "nested_dequant",
          "modules_to_not_convert", "overrides"}
+METHODS = {"bbb", "bbb-lc"}
 PLAIN = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "F8_E4M3": "u1"}
 
 
@@ -77,16 +78,27 @@ def unrotated(groups):
     return groups * np.float32(0.5 ** ((g.bit_length()) // 2))
 
 
+def transformed(x):
+    """x times H on its last axis: orthonormal Hadamard blocks of 128, 64 or 32."""
+    block = next(b for b in (128, 64, 32) if x.shape[-1] % b == 0)
+    h = np.ones((1, 1))
+    while len(h) < block:
+        h = np.block([[h, h], [h, -h]])
+    return (x.reshape(-1, block) @ (h / np.sqrt(block))).reshape(x.shape)
+
+
 class Packed:
     def __init__(self, directory, bits=None):
         self.directory = Path(directory)
         self.config = json.loads((self.directory / "config.json").read_text())
         self.settings = self.config.get("quantization_config", {})
-        if self.settings.get("quant_method") != "bbb" or self.settings["format_version"] != 1:
+        method = self.settings.get("quant_method")
+        if method not in METHODS or self.settings["format_version"] != 1:
             raise ValueError(f"{directory}: not bbb's packed format, version 1")
         unknown = set(self.settings) - KNOWN
         if unknown:
             raise ValueError(f"{directory}: unknown keys in quantization_config: {unknown}")
+        self.lc = method == "bbb-lc"
         self.tensors = tensors(self.directory)
         self.nested = self.settings.get("nested", False)
         self.load_bits = bits or 8
@@ -137,8 +149,18 @@ class Packed:
         scales = self.tensors[linear + ".master_scale"][0] * scales
         return (levels.astype(np.float32) * scales[:, :, None]).reshape(n, k)
 
+    def lc_weight(self, linear):
+        """(N, K): diag(v) H (A q + c) H diag(u), computed in F64."""
+        part = {name: self.tensors[f"{linear}.{name}"].astype(float) for name in ("u", "v", "map")}
+        q = stream(self.tensors[linear + ".qweight"], 2, len(part["u"]))
+        vectors = q.reshape(-1, 4) @ part["map"][:, :4].T + part["map"][:, 4]
+        levels = transformed(transformed(vectors.reshape(q.shape)).T).T
+        return (part["v"][:, None] * levels * part["u"]).astype(np.float32)
+
     def weight(self, linear):
         """(N, K) F32: rotations undone, pairs summed or averaged, channels in their order."""
+        if self.lc and not self.is_table(linear):
+            return self.lc_weight(linear)
         stored = self.stored_weight(linear)
         if self.is_table(linear):
             return stored
@@ -171,7 +193,8 @@ class Packed:
                 continue
             parts = [t for name, t in self.tensors.items() if name.rpartition(".")[0] == linear]
             stored += 8 * sum(t.nbytes for t in parts)
-            size += len(self.tensors[linear + ".scales"]) * self.inputs(linear)
+            rows = self.tensors[linear + (".qweight" if self.lc else ".scales")]
+            size += len(rows) * self.inputs(linear)
         return stored / size
 
 

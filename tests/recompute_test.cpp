@@ -186,6 +186,33 @@ TEST_CASE("recompute: channel orders, searched ranges and quantized activations 
     }
 }
 
+TEST_CASE("recompute: latents behind LC, their scales and their start are counted, too",
+          "[train][recompute][lc]") {
+  WideRun run;
+  set_option(run.config, "quantizer", "lc");
+  for (const char* map : {"orthonormal", "learned"})
+    for (const bool blocks : {true, false}) {
+      set_option(run.config, "lc-map", map);
+      run.config.stages = train::parse_stages(blocks ? "w2a16" : "");
+      run.config.e2e_steps = blocks ? 0 : 2;
+      std::map<std::string, std::string> expected;
+      for (const Recompute recompute : kModes) {
+        CAPTURE(map, blocks, models::to_string(recompute));
+        run.config.memory.recompute = recompute;
+        const int64_t predicted =
+            blocks
+                ? run.plan_blocks().device_bytes
+                : train::plan_end_to_end_memory(backend(), run.model, run.resolved()).device_bytes;
+        const int64_t start = train::count_statistics_memory(backend(), run.model, run.resolved());
+        check_prediction(std::max(predicted, start),
+                         run.measured_bytes(cat(map, blocks, models::to_string(recompute))));
+        const auto files = results(run.config.out);
+        if (recompute == Recompute::None) expected = files;
+        CHECK((files == expected));
+      }
+    }
+}
+
 TEST_CASE("recompute: several precisions at once use the predicted memory, and give the same bytes",
           "[train][recompute]") {
   WideRun run;

@@ -108,7 +108,7 @@ TEST_CASE("train config: bbb export --help lists the options of the grid", "[con
     CHECK_THAT(help, Contains(cat("--", f.name, " arg")));
     ++found;
   });
-  CHECK(found == 10);
+  CHECK(found == 12);
   for (const char* option : {"--act-bits arg", "--data arg", "--samples arg", "--rtn"})
     CHECK_THAT(help, Contains(option));
   for (const char* option : {"--schedule arg", "--to arg", "--from arg", "--e2e-stages arg"})
@@ -131,6 +131,12 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
   check("range", c.range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
   check("act-range", c.act_range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
   check("rotate", c.rotate, {{"none", Rotate::None}, {"group", Rotate::Group}});
+  check("quantizer", c.quantizer, {{"minmax", Quantizer::MinMax}, {"lc", Quantizer::Lc}});
+  check("lc-map", c.lc_map,
+        {{"scalar", LcMap::Scalar},
+         {"orthonormal", LcMap::Orthonormal},
+         {"learned", LcMap::Learned}});
+  check("lc-gradient", c.lc_gradient, {{"dge", LcGradient::Dge}, {"ste", LcGradient::Straight}});
   check("ocs-metric", c.ocs_metric,
         {{"l2-mean", SplitMetric::L2Mean},
          {"l2-max", SplitMetric::L2Max},
@@ -288,6 +294,7 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
       {{"--stages", "w2a16", "--first-ratio", "0.5"}, "--first-ratio is unused: --block-schedule"},
       {{"--stages", "w2a16", "--depth-bias", "2"}, "--depth-bias is unused: only"},
       {{"--block-schedule", "prefix", "--depth-bias", "2"}, "--depth-bias is unused: only"},
+      {{"--lc-map", "learned"}, "--lc-map is unused: weights are not on the grid of"},
       {{"--ocs-metric", "kurtosis"}, "--ocs-metric is unused: no channels are split without"},
       {{"--split-side", "auto"}, "--split-side is unused: no channels are split without"},
       {{"--nested-dequant", "floor"}, "--nested-dequant is unused: codes are not nested without"},

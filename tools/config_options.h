@@ -36,6 +36,8 @@ void read_config_options(train::TrainConfig& config, const CommandLine& line,
 // fewest of any stage.
 inline const char* unused_in_grid(const train::TrainConfig& config, const std::string& option,
                                   int activation_bits) {
+  if (config.quantizer != train::Quantizer::Lc && option.starts_with("lc-"))
+    return "weights are not on the grid of --quantizer lc";
   if (config.ocs_ratio.empty() && (option == "ocs-metric" || option == "split-side"))
     return "no channels are split without --ocs-ratio";
   if (config.any_precision.empty() && option == "nested-dequant")

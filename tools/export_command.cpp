@@ -84,7 +84,7 @@ int export_command(const Arguments& arguments) {
     }
     config.group = groups[line.choice("group-size", {"32", "64", "128"})];
     config.act_bits = act_bits[line.choice("act-bits", {"16", "8", "4", "3", "2"})];
-    const bool reads_text = train::Recipe::needs_statistics(config);
+    const bool reads_text = train::Recipe::reads_text(config);
     train::visit(config, [&](const auto&, const train::Field& f) {
       if (!rounds_with(f) || !line.has(f.name)) return;
       const char* reason = unused_in_grid(config, f.name, config.act_bits);

@@ -50,7 +50,9 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
                                      std::ranges::any_of(config.e2e_stages, other_width)))
     config.any_precision.clear();
   const bool nested = !config.any_precision.empty();
-  if (nested && !line.has("range")) config.range = train::RangeRule::MinMax;
+  const bool lc = config.quantizer == train::Quantizer::Lc;
+  if ((nested || lc) && !line.has("range")) config.range = train::RangeRule::MinMax;
+  if (lc && !line.has("rotate")) config.rotate = train::Rotate::None;
   if (line.has("stages") || line.has("schedule")) return;
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
   if (algorithm2 || config.method != train::Method::Blocks || train::finds_codes(config) ||

@@ -147,8 +147,8 @@ class BlockPhase {
     hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
     hooks.synchronized = [this] { finish_write_if_done(); };
     trainer_.reset();  // its memory, before the next one takes its own
-    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recompute_,
-                     streams_, inv_freq_, run_, observer_, std::move(hooks));
+    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recipe_.lc(),
+                     recompute_, streams_, inv_freq_, run_, observer_, std::move(hooks));
   }
 
   // Enters a layer and computes the target of its first stage. Returns the original weights.

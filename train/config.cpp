@@ -185,6 +185,38 @@ void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
   for (const ModelStage& s : c.e2e_stages) nested(s);
 }
 
+// LC transforms the whole row of a weight, which has neither groups nor an order of channels.
+void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
+  const auto only = [](bool condition, const char* option) {
+    want(condition, cat("--quantizer lc has no groups of a row: no ", option));
+  };
+  only(c.group == 32, "--group-size");
+  only(c.range == RangeRule::MinMax, "--range search");
+  only(c.rotate == Rotate::None, "--rotate group");
+  only(c.ocs_ratio.empty(), "--ocs-ratio");
+  only(c.act_outliers == 0, "--act-outliers");
+  want(c.any_precision.empty(), "--quantizer lc has codes of 2 bits: no --any-precision");
+  want(c.block_schedule == BlockSchedule::All,
+       "--quantizer lc trains w2a16 alone: no --block-schedule stochastic or prefix");
+  want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
+       "--quantizer lc trains latents: no --e2e-train scales");
+  want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
+       "--e2e-damping and --e2e-freeze are for --quantizer minmax");
+  want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax");
+  want(c.optimizer == autograd::UpdateRule::AdamW, "--optimizer muon is for --quantizer minmax");
+  const auto width = [](const Stage& s) {
+    want(s == Stage{2, 16}, cat("--quantizer lc trains w2a16, not ", s));
+  };
+  for (const Stage& s : c.stages) width(s);
+  for (const ModelStage& s : c.e2e_stages) width(s);
+  width({c.bits, c.act_bits});
+  for (const models::LinearShape& linear : models::block_linears(model))
+    for (const int64_t features : {linear.n, linear.k})
+      want(quant::lc_block(features) > 0,
+           cat("--quantizer lc transforms blocks of 32 features at least; ", linear.name, " has ",
+               features));
+}
+
 // The stages of the whole model, their steps and rates.
 void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
                         engine::DeviceType device) {
@@ -336,6 +368,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(last.weight_bits <= 8, cat("the result cannot have ", last.weight_bits, " bits"));
   c.bits = last.weight_bits;
   c.act_bits = last.activation_bits;
+  if (c.quantizer == Quantizer::Lc) check_lc(c, model);
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
            " positions"));

@@ -46,8 +46,13 @@ enum class Target { Full, Follow };
 // some blocks to its widths: drawn, with a bias to the first ones, or the first ones (Algorithm 2).
 enum class BlockSchedule { All, Stochastic, Prefix };
 enum class Rotate { None, Group };
+// The grid of weights (quant/lc.h has LC), and LC's affine map: A = 1 / sigma, a fixed orthonormal
+// matrix / sigma, or one that starts there and trains.
+enum class Quantizer { MinMax, Lc };
+enum class LcMap { Scalar, Orthonormal, Learned };
 enum class SplitSideChoice { Weight, Activation, Auto };
 using models::SplitMetric;
+using quant::LcGradient;
 using quant::NestedDequant;
 using quant::RangeRule;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
@@ -94,6 +99,10 @@ struct TrainConfig {
   int bits = 0;               // of the result's weights; 0: the last stage's, or 2
   int act_bits = 16;          // of its activations
   int group = 32;
+  Quantizer quantizer = Quantizer::MinMax;
+  LcMap lc_map = LcMap::Orthonormal;
+  LcGradient lc_gradient = LcGradient::Dge;
+  double lc_scale_rate = 0.1;           // rate of u, v and a learned map, as a part of the latents'
   RangeRule range = RangeRule::MinMax;  // of weights
   Rotate rotate = Rotate::None;
   // Split channels: none, the mean ratio (from half of it in the first block to one and a half), or

@@ -81,6 +81,21 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.bits, {"bits"});
   v(c.act_bits, {"act-bits"});
   v(c.group, {"group-size", kRun, "input features that share a scale: 32, 64 or 128", kGroupSize});
+  v(c.quantizer,
+    {"quantizer",
+     kGrid,
+     "of weights: minmax (groups with a scale and a zero point), or lc (an affine map of codes in "
+     "vectors of four, between Hadamard transforms; w2a16)",
+     {"minmax, lc"}});
+  v(c.lc_map,
+    {"lc-map", kGrid, "of lc: scalar, orthonormal, or learned", {"scalar, orthonormal, learned"}});
+  v(c.lc_gradient, {"lc-gradient",
+                    kRun,
+                    "of lc, through the rounding: dge (a smooth step's), or ste (straight)",
+                    {"dge, ste"}});
+  v(c.lc_scale_rate,
+    {"lc-scale-rate", kRun, "of lc: learning rate of its scales and map, as a part of the weights'",
+     kRatio});
   v(c.range, {"range", kGrid, "of weights: minmax, or search (weighted by the input's energy)",
               kRangeWords});
   v(c.rotate,

@@ -121,13 +121,17 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
 // number, such as reading the model, counts once. 0: no option needs the pass.
 double statistics_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                           const TrainConfig& config) {
-  if (!Recipe::needs_statistics(config)) return 0;
+  if (!Recipe::reads_text(config)) return 0;
   const int64_t count = std::min(config.samples, kStatisticsWindows);
   const auto seconds_of = [&](int64_t samples) {
     TrainConfig few = config;
     few.samples = samples;
     const auto start = Clock::now();
-    collect_statistics(backend, source, windows, few, [](int64_t) {});
+    if (Recipe::needs_starts(config))
+      collect_lc_starts(backend, source, windows, few, Recipe(config, source.config()),
+                        [](int64_t, const models::LayerResult&) {});
+    else
+      collect_statistics(backend, source, windows, few, [](int64_t) {});
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
   const double one = seconds_of(1);

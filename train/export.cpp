@@ -75,11 +75,11 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
             ": is quantized already; rounding starts from full precision");
   source.check_finite();
   const models::LlamaConfig& model = source.config();
-  const bool reads_text = Recipe::needs_statistics(config);
+  const bool reads_text = Recipe::reads_text(config);
   if (reads_text && config.data.empty())
     throw UsageError(
-        "--range search, --ocs-ratio, --act-outliers and --down-kurtosis need --data FILE: they "
-        "follow from the model's activations on a text");
+        "--range search, --ocs-ratio, --act-outliers, --down-kurtosis and --quantizer lc need "
+        "--data FILE: they follow from the model's activations on a text");
   std::vector<int32_t> tokens;
   if (reads_text) tokens = training_tokens(source, tokenizer, config);
   const auto count = reads_text ? static_cast<int64_t>(tokens.size()) : INT64_MAX;
@@ -95,12 +95,20 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   config.val_samples = 1;
   config = resolve(config, model, backend.device());
   std::vector<models::LayerStatistics> statistics;
+  std::vector<LayerResult> starts;
   if (reads_text) {
     const data::Windows windows = data::make_windows(tokens, config.seq_len, config.data);
     config.samples = std::min(config.samples, windows.count);
     engine::Progress progress("statistics", model.layers, engine::Progress::kPatience_s);
-    statistics = collect_statistics(backend, source, windows, config,
-                                    [&](int64_t done) { progress.set(done); });
+    if (Recipe::needs_starts(config))
+      collect_lc_starts(backend, source, windows, config, Recipe(config, model),
+                        [&](int64_t layer, LayerResult start) {
+                          starts.push_back(std::move(start));
+                          progress.set(layer + 1);
+                        });
+    else
+      statistics = collect_statistics(backend, source, windows, config,
+                                      [&](int64_t done) { progress.set(done); });
   }
   Json record;
   record["program"] = "bbb " BBB_VERSION;
@@ -110,7 +118,10 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   record["model"] = source.path();
   record["model_checksum"] = checksum_of(model_parts(source));
   record["config"] = Json::parse(to_json(config));
-  const Recipe recipe(config, model, std::move(statistics));
+  LayerStart start_of;
+  if (!starts.empty())
+    start_of = [&](int64_t layer, const auto&) { return starts[static_cast<size_t>(layer)]; };
+  const Recipe recipe(config, model, std::move(statistics), start_of);
   const ResultQuantizer quantizer(backend, model, config, recipe);
   engine::Progress progress("export", 2 * model.layers);
   return models::export_model(

@@ -16,7 +16,8 @@ using quant::LinearFormat;
 
 namespace {
 
-constexpr uint64_t kDrawSeed = 1 << 20;  // apart from the sub-seeds of sample orders
+// Apart from the sub-seeds of sample orders.
+constexpr uint64_t kDrawSeed = 1 << 20, kLcSeed = 1 << 21;
 
 // Statistics of the right sizes: the first channels are outliers, the next ones are split.
 LayerStatistics nominal_statistics(const TrainConfig& config, const LlamaConfig& model,
@@ -81,8 +82,11 @@ std::vector<WholeStage> algorithm2(const TrainConfig& config, const LlamaConfig&
 }  // namespace
 
 Recipe::Recipe(const TrainConfig& config, const LlamaConfig& model,
-               std::vector<LayerStatistics> statistics)
-    : config_(config), model_(model), statistics_(std::move(statistics)) {
+               std::vector<LayerStatistics> statistics, LayerStart starts)
+    : config_(config),
+      model_(model),
+      statistics_(std::move(statistics)),
+      starts_(std::move(starts)) {
   for (int64_t layer = static_cast<int64_t>(statistics_.size()); layer < model.layers; ++layer)
     statistics_.push_back(nominal_statistics(config, model, layer));
   for (const LayerStatistics& layer : statistics_) {
@@ -163,8 +167,18 @@ int64_t Recipe::widest_layer(const TrainConfig& config, const LlamaConfig& model
   return falls ? 0 : model.layers - 1;
 }
 
+models::LcStart Recipe::lc_start(int64_t layer) const {
+  return {config_.lc_map == LcMap::Scalar,
+          sub_seed(config_.seed, kLcSeed, static_cast<uint64_t>(layer))};
+}
+
 models::LayerResult Recipe::start(int64_t layer, const models::LayerResult& from,
                                   const std::vector<LinearFormat>& formats) const {
+  if (config_.quantizer == Quantizer::Lc) {
+    const bool plain = !from.linears[0].format.is_lc();
+    return models::lc_latents(model_, plain && starts_ ? starts_(layer, formats) : from, formats,
+                              lc_start(layer));
+  }
   // Of the precisions that train at once; 0: only one trains.
   const int lowest_bits = config_.any_precision.empty() ? 0 : config_.any_precision.back();
   return models::start_stage(model_, from, formats, statistics(layer), config_.range, lowest_bits);
@@ -180,6 +194,7 @@ std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) con
     format.k = linear.k;
     format.order = orders_[at][site];
     format.weight = {.bits = stage.weight_bits, .group = config_.group};
+    if (config_.quantizer == Quantizer::Lc) format.weight.levels = quant::Levels::Lc;
     if (!config_.any_precision.empty() && stage.weight_bits == quant::kNestedBits) {
       format.weight.nested = true;
       format.weight.dequant = config_.nested_dequant;

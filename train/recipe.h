@@ -6,10 +6,12 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "autograd/weight_quantizer.h"
+#include "models/lc_start.h"
 #include "models/site_statistics.h"
 #include "train/config.h"
 
@@ -23,12 +25,17 @@ struct WholeStage {
   std::string name;  // "w2a16"
 };
 
+// The stored result of a layer, in these formats, from which its weights start.
+using LayerStart = std::function<models::LayerResult(
+    int64_t layer, const std::vector<quant::LinearFormat>& formats)>;
+
 class Recipe {
  public:
   // `config` must be resolved. Both must outlive the recipe. Without statistics the channels of an
-  // order are nominal: for sizes alone.
+  // order are nominal: for sizes alone. `starts`: if the configuration needs them; null: weights
+  // start from their nearest codes.
   Recipe(const TrainConfig& config, const models::LlamaConfig& model,
-         std::vector<models::LayerStatistics> statistics = {});
+         std::vector<models::LayerStatistics> statistics = {}, LayerStart starts = nullptr);
 
   // Formats of a layer's linears, in the order of block_linears(), in a stage of the block phase.
   std::vector<quant::LinearFormat> stage_formats(int64_t layer, int64_t stage) const;
@@ -53,6 +60,19 @@ class Recipe {
   // above the threshold takes at least 4.
   static int activation_bits(const TrainConfig& config, models::Site site, double kurtosis,
                              int bits);
+  // Do weights start from stored codes that the calibration text decides (LayerStart)?
+  static bool needs_starts(const TrainConfig& config) {
+    return config.quantizer == Quantizer::Lc && config.from.empty();
+  }
+  // Does a pass over the text come before training?
+  static bool reads_text(const TrainConfig& config) {
+    return needs_statistics(config) || needs_starts(config);
+  }
+  // How latents behind LC train, and how a layer's start.
+  autograd::LcTraining lc() const {
+    return {config_.lc_gradient, config_.lc_map == LcMap::Learned, config_.lc_scale_rate};
+  }
+  models::LcStart lc_start(int64_t layer) const;
   // The lower precisions that train together with 8 bits; none without --any-precision.
   autograd::NestedPrecisions nested() const;
   // Precisions that train together, 8 bits included.
@@ -75,6 +95,7 @@ class Recipe {
   // The order of each layer and site; null: ascending, without padding.
   std::vector<std::array<std::shared_ptr<const quant::ChannelOrder>, models::kSites>> orders_;
   std::vector<WholeStage> whole_stages_;
+  LayerStart starts_;
 };
 
 }  // namespace bbb::train

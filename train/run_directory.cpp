@@ -391,6 +391,9 @@ int64_t result_bytes(const models::LlamaConfig& model, const TrainConfig& config
   const Recipe recipe(config, model);
   std::vector<data::SafeTensorsWriter::Entry> entries;
   for (int64_t layer = 0; layer < model.layers; ++layer) {
+    if (Recipe::needs_starts(config))
+      models::declare_layer(entries, layer, model, recipe.result_formats(layer),
+                            models::LinearContent::Stored, config.range);
     for (int64_t t = 0; t < block_stages(config); ++t)
       models::declare_layer(entries, layer, model, recipe.stage_formats(layer, t),
                             block_content(config), config.range);
@@ -435,6 +438,14 @@ std::vector<models::LayerStatistics> RunDirectory::finished_statistics(
   BBB_CHECK(!layers.empty() || !Recipe::needs_statistics(config), statistics_file(),
             ": is missing; delete the run's directory to train it again");
   return layers;
+}
+
+LayerStart RunDirectory::starts(const models::LlamaConfig& model) const {
+  const auto file = std::make_shared<data::SafeTensors>(
+      open_run_file(start_file(), checksum(), "delete the run's directory to train it again"));
+  return [file, &model](int64_t layer, const std::vector<quant::LinearFormat>& formats) {
+    return models::read_layer(*file, layer, model, formats);
+  };
 }
 
 models::LayerResult RunDirectory::result(int64_t layer, const Recipe& recipe,

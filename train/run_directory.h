@@ -97,6 +97,9 @@ class RunDirectory {
   std::string e2e_state_file() const { return path_ + "/e2e/state.safetensors"; }
   std::string final_file() const { return path_ + "/e2e/final.safetensors"; }
   std::string statistics_file() const { return path_ + "/statistics.safetensors"; }
+  std::string start_file() const { return path_ + "/start.safetensors"; }
+  // The layers of start_file(), which is opened and checked once. `model` must outlive the result.
+  LayerStart starts(const models::LlamaConfig& model) const;
   // The result of a stage of the whole model; that of the last stage is final_file().
   std::string whole_stage_file(const Recipe& recipe, size_t stage) const;
   // The statistics that the run has saved; empty if it has none yet.

@@ -30,9 +30,9 @@ double best_of(const std::vector<double>& losses) {
 
 StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                            const TrainConfig& config, StageFormats formats,
-                           autograd::NestedPrecisions nested, models::Recompute recompute,
-                           StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
-                           const Observer& observer, StepHooks hooks)
+                           autograd::NestedPrecisions nested, autograd::LcTraining lc,
+                           models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
+                           const RunDirectory& run, const Observer& observer, StepHooks hooks)
     : backend_(backend),
       config_(config),
       formats_(std::move(formats)),
@@ -54,10 +54,10 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     parameters_.allocate();
     block_.bind_learned(formats_[0]);
   } else {
-    block_.declare_parameters(parameters_, formats_[0], config.optimizer);
+    block_.declare_parameters(parameters_, formats_[0], config.optimizer, lc);
     parameters_.allocate();
     quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
-                       std::move(nested));
+                       std::move(nested), lc);
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
   best_ = backend.empty(parameters_.masters().shape(), backend.real());

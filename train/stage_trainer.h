@@ -28,9 +28,9 @@ class StageTrainer {
   // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
   // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-               StageFormats formats, autograd::NestedPrecisions nested, models::Recompute recompute,
-               StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
-               const Observer& observer, StepHooks hooks);
+               StageFormats formats, autograd::NestedPrecisions nested, autograd::LcTraining lc,
+               models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
+               const RunDirectory& run, const Observer& observer, StepHooks hooks);
 
   const StageFormats& formats() const { return formats_; }
   // Sets the block's formats to those of stage t, and its masters to a result in them.

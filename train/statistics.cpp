@@ -1,6 +1,7 @@
 #include "train/statistics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "models/llama.h"
@@ -47,7 +48,7 @@ class Collector {
 
     for (const LinearShape& linear : models::block_linears(model_))
       moments_[static_cast<size_t>(linear.site)] =
-          backend_.empty({Backend::kMoments, linear.k}, DType::F64);
+          backend_.zeros({Backend::kMoments, linear.k}, DType::F64);
     pass(block, Advance::No, [this](Site site, const Tensor& x) {
       backend_.channel_moments(moments_[static_cast<size_t>(site)], x);
     });
@@ -74,7 +75,7 @@ class Collector {
     for (const LinearShape& linear : models::block_linears(model_)) {
       const auto site = static_cast<size_t>(linear.site);
       const quant::LinearFormat format = operand_format(linear, statistics[site]);
-      moments_[site] = backend_.empty({Backend::kMoments, format.stored_k()}, DType::F64);
+      moments_[site] = backend_.zeros({Backend::kMoments, format.stored_k()}, DType::F64);
       if (!format.exact_input()) operands[site] = engine::upload_operand(backend_, format);
     }
     const bool chooses = config_.split_side == SplitSideChoice::Auto && !config_.ocs_ratio.empty();
@@ -99,6 +100,32 @@ class Collector {
     return statistics;
   }
 
+  // E[x x^T] of every site, times the number of tokens, (K, K).
+  std::array<std::vector<float>, models::kSites> second_moments(
+      int64_t layer, const models::LayerResult& original) {
+    models::LlamaBlock block(backend_, model_, layer, inv_freq_);
+    block.set_float(original);
+    std::array<Tensor, models::kSites> sums;
+    for (const LinearShape& linear : models::block_linears(model_))
+      sums[static_cast<size_t>(linear.site)] =
+          backend_.zeros({linear.k, linear.k}, backend_.real());
+    pass(block, Advance::Yes, [&](Site site, const Tensor& x) {
+      backend_.gemm_tn(sums[static_cast<size_t>(site)], x, x, engine::Write::Add);
+    });
+    std::array<std::vector<float>, models::kSites> moments;
+    if (!backend_.computes()) return moments;
+    for (const LinearShape& linear : models::block_linears(model_)) {
+      const auto site = static_cast<size_t>(linear.site);
+      if (!moments[site].empty()) continue;  // its first linear names it
+      moments[site] = models::download_floats(backend_, sums[site]);
+      const bool finite =
+          std::ranges::all_of(moments[site], [](float x) { return std::isfinite(x); });
+      BBB_CHECK(finite, models::layer_name(layer, linear.name),
+                ": its inputs on the calibration text are not finite");
+    }
+    return moments;
+  }
+
  private:
   enum class Advance { No, Yes };
 
@@ -116,7 +143,6 @@ class Collector {
   // stream becomes that behind the block.
   void pass(models::LlamaBlock& block, Advance advance,
             const std::function<void(Site, const Tensor&)>& tap) {
-    for (const Tensor& moments : moments_) backend_.zero(moments);
     block.set_tap([&](Site site, const Tensor& x) {
       tap(site, x.view({x.numel() / x.dim(-1), x.dim(-1)}));
     });
@@ -261,10 +287,26 @@ std::vector<LayerStatistics> collect_statistics(
   return layers;
 }
 
+void collect_lc_starts(Backend& backend, const models::Checkpoint& source,
+                       const data::Windows& windows, const TrainConfig& config,
+                       const Recipe& recipe,
+                       const std::function<void(int64_t layer, models::LayerResult start)>& add) {
+  Collector collector(backend, source, windows, config);
+  for (int64_t layer = 0; layer < source.config().layers; ++layer) {
+    const models::LayerResult original = models::full_precision(source, layer);
+    add(layer,
+        models::lc_layer_start(source.config(), original, recipe.result_formats(layer),
+                               collector.second_moments(layer, original), recipe.lc_start(layer)));
+  }
+}
+
 void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
                          const TrainConfig& config) {
-  Collector(backend, source, data::Windows(), config)
-      .layer(Recipe::widest_layer(config, source.config()));
+  Collector collector(backend, source, data::Windows(), config);
+  if (Recipe::needs_starts(config))
+    collector.second_moments(0, models::full_precision(source, 0));
+  else
+    collector.layer(Recipe::widest_layer(config, source.config()));
 }
 
 }  // namespace bbb::train

@@ -12,6 +12,7 @@
 #include "data/text.h"
 #include "engine/counting_backend.h"
 #include "train/config.h"
+#include "train/recipe.h"
 
 namespace bbb::train {
 
@@ -23,7 +24,14 @@ std::vector<models::LayerStatistics> collect_statistics(
     engine::Backend& backend, const models::Checkpoint& source, const data::Windows& windows,
     const TrainConfig& config, const std::function<void(int64_t layers)>& progress);
 
-// Allocates on `backend` the most that the pass holds.
+// The stored layers from which weights behind LC start, one after another: the same pass finds
+// E[x x^T] of every site. `recipe` has the formats.
+void collect_lc_starts(engine::Backend& backend, const models::Checkpoint& source,
+                       const data::Windows& windows, const TrainConfig& config,
+                       const Recipe& recipe,
+                       const std::function<void(int64_t layer, models::LayerResult start)>& add);
+
+// Allocates on `backend` the most that the passes hold.
 void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
                          const TrainConfig& config);
 

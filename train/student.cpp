@@ -28,7 +28,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (all) {
-      block->declare_parameters(parameters_, linears, config_.optimizer);
+      block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc());
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();
@@ -49,7 +49,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
-                       recipe_.nested());
+                       recipe_.nested(), recipe_.lc());
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {

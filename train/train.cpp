@@ -167,6 +167,31 @@ std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Check
   return layers;
 }
 
+// The start of every layer's weights, which the run saves; null if the configuration needs none.
+LayerStart starts_of(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                     const TrainConfig& config, const RunDirectory& run, const Observer& observer) {
+  if (!Recipe::needs_starts(config)) return nullptr;
+  const models::LlamaConfig& model = source.config();
+  if (!std::filesystem::exists(run.start_file())) {
+    const Recipe recipe(config, model);
+    std::vector<data::SafeTensorsWriter::Entry> entries;
+    const auto content = models::LinearContent::Stored;
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      models::declare_layer(entries, layer, model, recipe.result_formats(layer), content,
+                            config.range);
+    RunFileWriter writer(run.start_file(), run.checksum(), entries);
+    engine::Progress progress =
+        observer.progress("start", model.layers, engine::Progress::kPatience_s);
+    collect_lc_starts(backend, source, windows, config, recipe,
+                      [&](int64_t layer, const LayerResult& start) {
+                        models::add_layer(writer, layer, model, start, content);
+                        progress.set(layer + 1);
+                      });
+    writer.finish();
+  }
+  return run.starts(model);
+}
+
 // A run is found again from any directory.
 TrainConfig with_absolute_paths(TrainConfig config) {
   for (std::string* path : {&config.model, &config.data, &config.from})
@@ -233,6 +258,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     from.emplace(config.from, model);
     const std::string part = difference(from->identity(), identity);
     BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
+    BBB_CHECK(from->identity().config.quantizer == config.quantizer, config.from,
+              ": its weights are on another grid; give its --quantizer");
   }
   // A run that cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
@@ -240,7 +267,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (blocks) memory = plan_block_memory(backend, model, config);
   PhaseMemory whole;
   if (trains_whole(config)) whole = plan_end_to_end_memory(backend, model, config);
-  if (Recipe::needs_statistics(config))
+  if (Recipe::reads_text(config))
     check_memory(backend, count_statistics_memory(backend, model, config), config.memory,
                  "the statistics of the input sites", "lower --batch or --seq-len");
   const bool earlier_outer =
@@ -274,8 +301,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     return std::chrono::duration<double>(now - std::exchange(since, now)).count();
   };
   const Recipe recipe(config, model,
-                      statistics_of(backend, source, windows, config, run, from, observer));
-  if (Recipe::needs_statistics(config)) times.statistics_s = taken();
+                      statistics_of(backend, source, windows, config, run, from, observer),
+                      starts_of(backend, source, windows, config, run, observer));
+  if (Recipe::reads_text(config)) times.statistics_s = taken();
   if (blocks) {
     tune_for(block_steps(model, config), target_batches(model, config), memory.recorded_bytes);
     if (config.method == Method::Gptq)
