@@ -464,7 +464,10 @@ Report read_report(const std::string& path) {
   report.identity = run.identity();
   report.log = train::read_log(run, report.identity.config);
   BBB_CHECK(!report.log.blocks.empty() || !report.log.whole.empty(), run.log_file(),
-            ": holds no step: nothing is trained yet");
+            ": holds no step: ",
+            report.identity.config.method == train::Method::Gptq
+                ? "--method gptq rounds, and nothing is trained behind it yet"
+                : "nothing is trained yet");
   for (const auto& [name, checksum] : report.identity.model)
     report.layers =
         std::max({report.layers, layer_after(name, "model.layers."), layer_after(name, "blk.")});
