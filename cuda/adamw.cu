@@ -13,15 +13,16 @@
 // control[kApplied]:
 //     g' = factor g, 0 where clipped;  m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
-// A parameter whose rule is `direct` takes w -= lr (g + decay w). muon_momentum, two launches,
-// makes what Muon turns into such a g: 6 bytes an element, then 4 to normalize. Each block walks a
-// run of tiles (quant/tiles.h), four consecutive elements a thread at a time. While the new weights
-// are in registers, the block finds their maximum group range, for the next S, and prequantizes
-// them with the current S. The next S is almost always the same; if so, the next step does not read
-// its masters to quantize them. Traffic: 24.3 bytes an element if g is bf16, and one byte a group
-// if ranges have ratios. Memory limits the time only if there are few instructions, so the root and
-// the quotient are the hardware's approximations (ptx.h). The rest of this file is compiled as
-// written, without contraction, like the quantizer's files.
+// Each block walks a run of tiles (quant/tiles.h), four consecutive elements a thread at a time.
+// While the new weights are in registers, the block finds their maximum group range, for the next
+// S, and prequantizes them with the current S. The next S is almost always the same; if so, the
+// next step does not read its masters to quantize them. Traffic: 24.3 bytes an element if g is
+// bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few
+// instructions, so the root and the quotient are the hardware's approximations (ptx.h). The rest of
+// this file is compiled as written, without contraction, like the quantizer's files.
+// A parameter whose rule is `direct` takes w -= lr (g + decay w) instead: Muon makes its g. The
+// momentum for it, muon_momentum, takes two launches: 6 bytes an element if g is bf16, then 4 to
+// divide by the norm, whose partial sums every block adds in the same order.
 #include <algorithm>
 #include <bit>
 #include <cmath>

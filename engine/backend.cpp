@@ -999,7 +999,7 @@ void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, con
   do_learned_quant_backward(dw, dsigma, dzeta, w, e, z, s, spec);
 }
 
-// Packed inference.
+// LC.
 
 void Backend::lc_weight(const Tensor& w, const LcWeight& from) {
   const Op op(*this, "lc_weight");
@@ -1046,6 +1046,8 @@ void Backend::lc_output(const Tensor& y, const Tensor& product, const Tensor& co
   op.is_or_undefined("addend", addend, act(), {m, n});
   do_lc_output(y, product, constant, v, addend);
 }
+
+// Packed inference.
 
 PackedWeight Backend::repack(const PackedWeight& file) {
   const Op op(*this, "repack");

@@ -474,9 +474,10 @@ class Backend {
   void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
                             const Tensor& z, const WeightGrid& spec, Write mode);
 
-  // A learned grid: S from the largest sigma; e = E4M3(sigma / S); z = clamp(round(zeta), 0, L), L
-  // = 2^b - 1; q = clamp(round(w / s) + z, 0, L), s = S e; wq = (q - z) e. wq act, w real (N, K);
-  // e, z U8, sigma, zeta real (N, K/G); s real (1). zeta undefined: z is an input.
+  // A learned grid: S from the largest sigma; e = E4M3(sigma / S); z = clamp(round(zeta), 0, L);
+  // q = clamp(round(w / s) + z, 0, L), s = S e; wq = (q - z) e. L = 2^b - 1.
+  // wq act, w real (N, K); e, z U8, sigma, zeta real (N, K/G); s real (1). zeta undefined: z is an
+  // input.
   void learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
                      const Tensor& w, const Tensor& sigma, const Tensor& zeta,
                      const WeightGrid& spec);
@@ -562,8 +563,9 @@ class Backend {
   // clipped elements too, and keeps m and v. With a quantizer q, an epilogue writes q.max_range of
   // the new w and may prequantize w with q.s. If it does, it replaces wq, e, z and clipped and sets
   // q.prequantized to q.s; otherwise it sets q.prequantized to 0. Either way wq, e, z and clipped
-  // are valid only after the next fake_quant. w, v real (P); m act (P), used before it is rounded;
-  // g act or real (P); control as written by step_control.
+  // are valid only after the next fake_quant.
+  // w, v real (P); m act (P), used before it is rounded; g act or real (P); control as written by
+  // step_control.
   void adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
              const Tensor& control, const ParameterTable& table, const QuantizedWeights& q,
              const AdamWSpec& spec);

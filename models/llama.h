@@ -119,6 +119,7 @@ class LlamaBlock {
   Var mlp_half(Tape& tape, const Var& x);
   LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
+  void bind_norms();                         // and forgets what was declared
   std::vector<NormWeight*> norms();          // in the order of block_norms()
   Tensor frequencies(int64_t tokens) const;  // of the rotations of a sequence
 
@@ -132,7 +133,6 @@ class LlamaBlock {
   QuantLinear q_, k_, v_, o_, gate_, up_, down_;
   std::array<Operand, kSites> operands_;
   std::function<void(Site, const Tensor&)> tap_;
-  void bind_norms();                    // and forgets what was declared
   std::vector<Parameter*> declared_;    // of linears, then norms; until they are bound
   std::vector<LearnedGrid> learned_;    // of linears, likewise
   std::vector<Parameter*> declared_v_;  // of linears behind LC, likewise

@@ -398,6 +398,7 @@ void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, co
            quads_of(codes), z, count / kPerThread, accumulate);
   });
 }
+
 void launch_learned_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
                           const float* w, const float* sigma, const float* zeta, int64_t count,
                           WeightGrid spec) {

@@ -51,7 +51,7 @@ template <typename T>
 struct SlotRule {
   T lr_factor = 1;
   T decay = 0;   // decoupled weight decay
-  T direct = 0;  // 1: the gradient is the step itself, as Muon leaves it; the moments are not AdamW's
+  T direct = 0;  // 1: the gradient is the step itself, as Muon makes it
 };
 
 }  // namespace bbb::quant

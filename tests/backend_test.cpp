@@ -55,7 +55,7 @@ TEST_CASE("a wrong call names its op and the shapes") {
                                          .ratios = Tensor(),
                                          .group = 32,
                                          .rounding = Rounding::Nearest};
-  const engine::ParameterTable table{.tiles = i({1, 4}), .slots = r({1, 2})};
+  const engine::ParameterTable table{.tiles = i({1, 4}), .slots = r({1, 3})};
   std::vector<BadCall> calls = {
       {"copy", "(2, 3)",
        [&] {

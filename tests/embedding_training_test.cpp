@@ -224,7 +224,7 @@ TEST_CASE("embedding: its rate is a part of the stage's, the final norm's is the
   for (const auto& parameter : student.parameters().parameters()) {
     CAPTURE(parameter->name);
     const bool table = parameter->name == models::kEmbedding || parameter->name == models::kHead;
-    CHECK(slots[static_cast<size_t>(2 * parameter->slot)] == (table ? train::kEmbeddingRate : 1));
+    CHECK(slots[static_cast<size_t>(3 * parameter->slot)] == (table ? train::kEmbeddingRate : 1));
   }
   // The forward pass reads them rounded to BF16, on the CPU too.
   student.prepare();

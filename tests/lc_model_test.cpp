@@ -402,6 +402,12 @@ TEST_CASE("LC: options that make no sense with it are refused by name", "[lc][co
       {"--block-schedule", {{"block-schedule", "prefix"}, {"stages", "w2a16"}}},
       {"--e2e-train scales", {{"e2e-train", "scales"}}},
       {"--e2e-damping", {{"e2e-damping", "0.1"}}},
+      {"--down-kurtosis", {{"down-kurtosis", "5"}}},
+      {"--method and --grid-train",
+       {{"stages", "w2a16"}, {"method", "gptq"}, {"e2e-train", "all"}}},
+      {"--method and --grid-train",
+       {{"stages", "w2a16"}, {"grid-train", "scales"}, {"e2e-train", "all"}}},
+      {"--optimizer muon", {{"optimizer", "muon"}}},
       {"not w4a16", {{"stages", "w4a16,w2a16"}}},
       {"not w2a4", {{"e2e-stages", "w2a4:1"}}},
       {"not w3a16", {{"e2e-stages", "w3a16:1"}}}};

@@ -209,4 +209,25 @@ TEST_CASE("Muon: blocks and the whole model train, and a killed run ends with th
   CHECK(results(killed.out) == results(config.out));
 }
 
+TEST_CASE("Muon: options that leave it nothing, or that it would undo, are refused",
+          "[muon][config]") {
+  const Fixture fixture;
+  const std::pair<const char*, std::vector<std::pair<const char*, const char*>>> wrong[] = {
+      {"this run trains none", {{"stages", ""}, {"e2e-steps", "2"}, {"e2e-train", "scales"}}},
+      {"no --method", {{"stages", "w2a16"}, {"method", "gptq"}, {"e2e-steps", "0"}}},
+      {"no --method", {{"stages", "w2a16"}, {"grid-train", "scales"}, {"e2e-train", "all"}}},
+      {"--e2e-damping", {{"e2e-steps", "2"}, {"e2e-damping", "0.1"}}},
+      {"--e2e-freeze", {{"e2e-steps", "2"}, {"e2e-freeze", "flips"}}}};
+  for (const auto& [message, options] : wrong) {
+    CAPTURE(message);
+    train::TrainConfig config = fixture.both_phases("run");
+    config.lr.clear(), config.e2e_lr.clear();
+    set_option(config, "optimizer", "muon");
+    for (const auto& [option, text] : options) set_option(config, option, text);
+    CHECK_THROWS_AS(train::resolve(config, tiny_config(), backend().device()), UsageError);
+    CHECK_THROWS_WITH(train::resolve(config, tiny_config(), backend().device()),
+                      Catch::Contains(message));
+  }
+}
+
 }  // namespace bbb::tests

@@ -199,9 +199,9 @@ int train_command(const Arguments& arguments) {
   source->check_finite();
   const std::vector<int32_t> tokens = train::training_tokens(*source, *tokenizer, config);
   const auto count = static_cast<int64_t>(tokens.size());
-  const bool by_default = !line.has("stages") && !line.has("method") && !line.has("schedule") &&
-                          !line.has("e2e-stages") && line.text("e2e-steps") == "auto" &&
-                          !starts_from;
+  const bool by_default = !line.has("stages") && !line.has("method") && !line.has("grid-train") &&
+                          !line.has("schedule") && !line.has("e2e-stages") &&
+                          line.text("e2e-steps") == "auto" && !starts_from;
   // A run that exists has decided this already.
   if (by_default &&
       (begun ? begun->e2e_steps == 0

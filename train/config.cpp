@@ -188,13 +188,14 @@ void resolve_grid(TrainConfig& c, const models::LlamaConfig& model) {
 // LC transforms the whole row of a weight, which has neither groups nor an order of channels.
 void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
   const auto only = [](bool condition, const char* option) {
-    want(condition, cat("--quantizer lc has no groups of a row: no ", option));
+    want(condition, cat("--quantizer lc takes inputs and rows as they are: no ", option));
   };
   only(c.group == 32, "--group-size");
   only(c.range == RangeRule::MinMax, "--range search");
   only(c.rotate == Rotate::None, "--rotate group");
   only(c.ocs_ratio.empty(), "--ocs-ratio");
   only(c.act_outliers == 0, "--act-outliers");
+  only(c.down_kurtosis == 0, "--down-kurtosis");
   want(c.any_precision.empty(), "--quantizer lc has codes of 2 bits: no --any-precision");
   want(c.block_schedule == BlockSchedule::All,
        "--quantizer lc trains w2a16 alone: no --block-schedule stochastic or prefix");
@@ -205,7 +206,7 @@ void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
   want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax");
   want(c.optimizer == autograd::UpdateRule::AdamW, "--optimizer muon is for --quantizer minmax");
   const auto width = [](const Stage& s) {
-    want(s == Stage{2, 16}, cat("--quantizer lc trains w2a16, not ", s));
+    want(s == Stage{2, 16}, cat("--quantizer lc is for w2a16, not ", s));
   };
   for (const Stage& s : c.stages) width(s);
   for (const ModelStage& s : c.e2e_stages) width(s);
@@ -264,8 +265,6 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
     return kAllFirst.at(model.d_model);
   });
-  want(all || (blocks && !finds_codes(c)) || c.optimizer == autograd::UpdateRule::AdamW,
-       "--optimizer muon is for the weights of linears, but this run trains none");
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
        "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
@@ -283,6 +282,17 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
                      : Snap::Off;
 }
 
+// Muon's steps are made of the momentum alone, and reach every weight.
+void check_muon(const TrainConfig& c) {
+  const bool whole = !c.e2e_stages.empty() && c.e2e_train == EndToEndTrain::All;
+  want(whole || !c.stages.empty(),
+       "--optimizer muon is for the weights of linears, but this run trains none");
+  want(!finds_codes(c), "--optimizer muon takes no --method gptq or block-ap, and no --grid-train");
+  want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
+       "--e2e-damping and --e2e-freeze are for --optimizer adamw: a step of muon reaches every "
+       "weight");
+}
+
 // A method that finds codes does so once.
 void check_codes(const TrainConfig& c) {
   const std::string option = c.method == Method::Gptq      ? "--method gptq"
@@ -290,6 +300,7 @@ void check_codes(const TrainConfig& c) {
                                                            : "--grid-train";
   want(c.method != Method::Gptq || c.grid_train == GridTrain::None,
        "--method gptq does not train: no --grid-train");
+  want(c.from.empty(), cat(option, " is for the block phase, which --from leaves out"));
   want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
        cat(option,
            " finds codes once: it takes one stage of at most 8 bits, such as --stages "
@@ -323,6 +334,10 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   });
   if (automatic) c.e2e_steps = TrainConfig::kAutoSteps;
   for (const Stage& s : c.stages) check_stage(s, "--stages");
+  want(c.method != Method::BlockAp || c.grid_train != GridTrain::Scales,
+       "--method block-ap trains zero points, too: no --grid-train scales");
+  if (c.method == Method::BlockAp) c.grid_train = GridTrain::ScalesZeros;
+  if (finds_codes(c)) check_codes(c);
   want(!c.stages.empty() || c.e2e_steps != 0,
        c.from.empty()
            ? "nothing to train: no --stages and no --e2e-steps"
@@ -332,10 +347,8 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
        "--block-schedule stochastic or prefix");
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
-  if (c.method == Method::BlockAp) c.grid_train = GridTrain::ScalesZeros;
   if (c.e2e_train == EndToEndTrain::Auto)
     c.e2e_train = finds_codes(c) ? EndToEndTrain::Scales : EndToEndTrain::All;
-  if (finds_codes(c)) check_codes(c);
   resolve_grid(c, model);
   const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {
@@ -369,6 +382,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   c.bits = last.weight_bits;
   c.act_bits = last.activation_bits;
   if (c.quantizer == Quantizer::Lc) check_lc(c, model);
+  if (c.optimizer == autograd::UpdateRule::Muon) check_muon(c);
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
            " positions"));

@@ -86,7 +86,10 @@ class GptqPhase {
     run_.append_log({line});
     timed(backend_, time.weights_s,
           [&] { run_.write_stage(layer, 0, recipe_, model_, result, {}); });
-    if (layer + 1 == model_.layers) return time;
+    if (layer + 1 == model_.layers) {
+      passed(kGptqPasses);
+      return time;
+    }
     timed(backend_, time.streams_s, [&] { advance(block); });
     passed(kGptqPasses);
     run_.append_log({log_line(time, layer, config_)});
@@ -99,7 +102,7 @@ class GptqPhase {
   }
 
   // Rounds the linears of a site, in `result` and in the block. Returns their summed squared error
-  // of the outputs, a token.
+  // of the outputs, a token, with the damping's part.
   double round_site(LlamaBlock& block, LayerResult& result, Site site) {
     const std::vector<models::QuantLinear*> linears = block.linears();
     std::optional<models::HessianFactor> factor;

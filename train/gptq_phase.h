@@ -2,14 +2,14 @@
 // errors of its outputs fed back (models/ldlq.h), on what the quantized blocks before it give.
 //
 //   for each block:
-//     start on the grid of its stage: gathered, rotated, split, ranges searched, as blocks that
-//     train for each site in order (q,k,v; o; gate,up; down):
+//     start on the grid of its stage, as blocks that train: gathered, rotated, split, searched
+//     for each site in order (q,k,v; o; gate,up; down):
 //       H = sum x x^T of its operand x, all sites in front quantized     a pass over the stream
 //       round its linears
 //     stream <- block(stream)                                            a pass
 //
 // There is one stream, act (N, T, D), and no target. A finished block is a file of codes; a killed
-// run goes on with the block in which it was.
+// run continues with the block in which it was.
 #pragma once
 
 #include "engine/counting_backend.h"

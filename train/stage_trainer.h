@@ -62,8 +62,8 @@ class StageTrainer {
     std::unique_ptr<autograd::Optimizer> optimizer;
     std::vector<std::unique_ptr<engine::Replay>> steps;  // one for each input stream, in rotation
   };
-  void prepare();   // quantizes masters that anything may have written,
-  void quantize();  // or that only the optimizer has
+  void prepare();   // quantizes, whatever has written the masters
+  void quantize();  // the same, if only the optimizer has written them
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
