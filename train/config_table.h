@@ -147,8 +147,8 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.method, {"method",
                kBlocks,
                "blocks: trains them; gptq: rounds their weights one by one and feeds the error of "
-               "each to those that follow; block-ap: EfficientQAT's, it sets --grid-train "
-               "scales-zeros",
+               "each to those that follow; block-ap: EfficientQAT's, scales and zero points train "
+               "with the weights",
                {"blocks, gptq, block-ap"}});
   v(c.grid_train, {"grid-train",
                    kBlocks,
@@ -189,7 +189,7 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.e2e_train,
     {"e2e-train",
      kEndToEnd,
-     "all weights, or scales; auto: all, but scales behind gptq, block-ap and --grid-train",
+     "all weights, or scales; auto: all, but scales behind gptq, block-ap and learned grids",
      {"auto, scales, all"}});
   v(c.e2e_embedding, {"e2e-embedding",
                       kEndToEnd,
