@@ -65,11 +65,7 @@ void store_lc(LinearResult& result, const std::vector<uint8_t>& codes, const Lin
 
 LcCodes lc_codes(const LinearResult& result) {
   const int64_t n = result.format.n, k = result.format.k;
-  LcCodes out{std::vector<uint8_t>(static_cast<size_t>(n * k)), {}};
-  const int64_t row_bytes = quant::code_row_bytes(k, quant::kLcBits);
-  for (int64_t i = 0; i < n * k; ++i)
-    out.codes[static_cast<size_t>(i)] = quant::packed_code(
-        result.part(StoredPart::Codes).data() + i / k * row_bytes, i % k, quant::kLcBits);
+  LcCodes out{unpack_rows(result.part(StoredPart::Codes), n, k, quant::kLcBits), {}};
   const auto halves = [&](StoredPart part) {
     std::vector<float> values;
     const std::vector<uint8_t>& bytes = result.part(part);

@@ -76,15 +76,6 @@ double rounding_of(const autograd::Parameter& parameter) {
   return parameter.grad.dtype() == DType::BF16 ? epsilon_of(DType::BF16) : 0;
 }
 
-std::vector<uint8_t> unpack_rows(const std::vector<uint8_t>& packed, int64_t rows, int64_t columns,
-                                 int bits) {
-  const int64_t row_bytes = quant::packed_bytes(columns, bits);
-  std::vector<uint8_t> codes(static_cast<size_t>(rows * columns));
-  for (int64_t r = 0; r < rows; ++r)
-    quant::unpack_codes(codes.data() + r * columns, packed.data() + r * row_bytes, columns, bits);
-  return codes;
-}
-
 // The quantized weight as training holds it, one value a byte.
 struct QuantizedState {
   std::vector<uint8_t> codes, scales, zeros;
@@ -92,9 +83,10 @@ struct QuantizedState {
 
   explicit QuantizedState(const models::LinearResult& result) {
     const auto& [n, k, grid, input, order] = result.format;
-    codes = unpack_rows(result.part(quant::StoredPart::Codes), n, k, grid.bits);
+    codes = models::unpack_rows(result.part(quant::StoredPart::Codes), n, k, grid.bits);
     scales = result.part(quant::StoredPart::Scales);
-    zeros = unpack_rows(result.part(quant::StoredPart::Zeros), n, k / grid.group, grid.bits);
+    zeros =
+        models::unpack_rows(result.part(quant::StoredPart::Zeros), n, k / grid.group, grid.bits);
     std::memcpy(&master_scale, result.part(quant::StoredPart::MasterScale).data(), sizeof(float));
   }
 };

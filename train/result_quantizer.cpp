@@ -12,7 +12,7 @@ models::LayerResult ResultQuantizer::operator()(int64_t layer, models::LayerResu
   if (std::ranges::all_of(result.linears, &models::LinearResult::quantized)) return result;
   autograd::ParameterSet parameters(backend_, autograd::GradientPasses::One);
   models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
-  block.declare_parameters(parameters, formats, config_.optimizer, recipe_.lc());
+  block.declare_parameters(parameters, formats);
   parameters.allocate();
   autograd::WeightQuantizer quantizer(parameters, config_.group, config_.range);
   block.bind_parameters(quantizer, formats);
