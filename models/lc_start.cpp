@@ -108,12 +108,17 @@ class Codewords {
  public:
   explicit Codewords(const std::vector<float>& map) : map_(map.data()) {}
 
-  // Of targets x; x becomes the codeword.
-  void nearest(uint8_t* codes, float (&x)[kLcVector]) const {
+  // x = A^-1 (x - c): where targets lie between the codes.
+  void positions(float (&x)[kLcVector]) const {
     for (int i = 0; i < kLcVector; ++i) x[i] -= map_.c[i];
     map_.transpose(x);
+    for (float& value : x) value *= quant::kLcVariance;
+  }
+  // Of targets x; x becomes the codeword.
+  void nearest(uint8_t* codes, float (&x)[kLcVector]) const {
+    positions(x);
     for (int i = 0; i < kLcVector; ++i) {
-      x[i] = quant::lc_code(quant::kLcVariance * x[i], {});
+      x[i] = quant::lc_code(x[i], {});
       codes[i] = static_cast<uint8_t>(x[i]);
     }
     map_.apply(x);
@@ -289,6 +294,35 @@ void start_sites(LayerResult& to, const LlamaConfig& config, const LayerResult& 
   }
 }
 
+// The latents (N, K) of codes: where the weights (N, K) that they stand for lie between the
+// thresholds, if they lie in the code's bin; else, and without weights, the middle of the bin.
+std::vector<float> latents_of(const LcCodes& codes, const LinearFormat& format,
+                              const std::vector<float>* weights) {
+  const quant::LcRule rule = lc_rule(format);
+  std::vector<float> latents;
+  for (const uint8_t code : codes.codes)
+    latents.push_back(quant::lc_latent(static_cast<float>(code), rule));
+  if (weights == nullptr) return latents;
+  const auto inverse = [](std::vector<float> values) {
+    for (float& value : values) value = 1 / value;  // never 0: lc_half
+    return values;
+  };
+  std::vector<float> targets = *weights;
+  transform(targets, inverse(codes.lc.v), inverse(codes.lc.u));
+  const Codewords codewords(codes.lc.map);
+  for (size_t at = 0; at < targets.size(); at += kLcVector) {
+    float x[kLcVector];
+    std::copy_n(targets.data() + at, kLcVector, x);
+    codewords.positions(x);
+    for (size_t i = 0; i < kLcVector; ++i) {
+      const float latent = quant::lc_latent(std::clamp(x[i], -0.5f, 3.5f), rule);
+      const float code = quant::lc_code(quant::lc_position(latent, rule), rule);
+      if (code == static_cast<float>(codes.codes[at + i])) latents[at + i] = latent;
+    }
+  }
+  return latents;
+}
+
 }  // namespace
 
 LayerResult lc_layer_start(const LlamaConfig& config, const LayerResult& original,
@@ -302,7 +336,8 @@ LayerResult lc_layer_start(const LlamaConfig& config, const LayerResult& origina
 }
 
 LayerResult lc_latents(const LlamaConfig& config, const LayerResult& from,
-                       const std::vector<LinearFormat>& formats, const LcStart& how) {
+                       const std::vector<LinearFormat>& formats, const LcStart& how,
+                       const LayerResult* original) {
   const LinearResult& first = from.linears[0];
   if (first.format.is_lc() && !first.quantized()) return from;  // latents already
   LayerResult result = from;
@@ -312,17 +347,16 @@ LayerResult lc_latents(const LlamaConfig& config, const LayerResult& from,
       return result;
     }
     result = lc_layer_start(config, from, formats, {}, how);
+    original = &from;
   }
   for (size_t i = 0; i < formats.size(); ++i) {
     LinearResult stored = std::move(result.linears[i]);
     LcCodes codes = lc_codes(stored);
-    const quant::LcRule rule = lc_rule(formats[i]);
     LinearResult& to = result.linears[i] = {};
     to.format = formats[i];
     to.bias = std::move(stored.bias);
+    to.master = latents_of(codes, formats[i], original ? &original->linears[i].master : nullptr);
     to.lc = std::move(codes.lc);
-    for (const uint8_t code : codes.codes)
-      to.master.push_back(quant::lc_latent(static_cast<float>(code), rule));
   }
   return result;
 }

@@ -40,7 +40,12 @@ LayerResult lc_layer_start(const LlamaConfig& config, const LayerResult& origina
 
 // Latents with what trains beside them, from which a stage starts: of a layer that has them, of a
 // stored one, or of plain weights, without moments.
+//
+// A latent starts where its original weight lies in the bin of its code, `original` or the plain
+// weights given, or in the middle. If all started in the middle, the first steps, all of one size,
+// would move them over their thresholds at the same time.
 LayerResult lc_latents(const LlamaConfig& config, const LayerResult& from,
-                       const std::vector<quant::LinearFormat>& formats, const LcStart& how);
+                       const std::vector<quant::LinearFormat>& formats, const LcStart& how,
+                       const LayerResult* original = nullptr);
 
 }  // namespace bbb::models

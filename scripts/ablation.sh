@@ -3,7 +3,7 @@
 #
 #   scripts/ablation.sh TABLE [SEED]
 #
-# TABLE: defaults | components | targets | recipe | widths | precisions | end-to-end
+# TABLE: defaults | components | targets | recipe | widths | precisions | end-to-end | methods
 #
 # MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
 # perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
@@ -11,7 +11,8 @@
 # are added to every bbb train, and EVALUATION to every bbb ppl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?TABLE: defaults, components, targets, recipe, widths, precisions or end-to-end} seed=${2:-0}
+tables="defaults, components, targets, recipe, widths, precisions, end-to-end or methods"
+table=${1:?TABLE: $tables} seed=${2:-0}
 bbb=${BBB:-build/bbb}
 model=${MODEL:-demo/SmolLM2-135M-Instruct.Q4_1.gguf}
 data=${DATA:-demo/train.txt}
@@ -71,7 +72,12 @@ case $table in
     whole "rate 1e-3" "$data" $few --e2e-lr 1e-3
     whole "batch 8" "$data" $few --e2e-batch 8
     whole "cross-entropy" "$data" $few --e2e-loss ce
+    whole "minimum and maximum" "$data" $few --range minmax
     whole "10 % split" "$data" $few --ocs-ratio 0.1
+    for side in auto activation; do
+      whole "10 % split, side $side" "$data" $few --ocs-ratio 0.1 --split-side $side
+    done
+    whole "10 % split in every block" "$data" $few --ocs-ratio 0.1,0.1
     run "blocks, then 6 passes" "$data" $few --stages w2a16 --e2e-stages w2a16:6
     run "blocks, then 2 passes" "$data" $few --stages w2a16
     whole "embedding trained" "$data" $few --e2e-embedding train
@@ -137,6 +143,19 @@ case $table in
     whole "average 0.99" "$data" $common --e2e-stages w2a16:6 --e2e-average 0.99
     whole "damping 1e-4" "$data" $common --e2e-stages w2a16:6 --e2e-damping 1e-4
     whole "freezing" "$data" $common --e2e-stages w2a16:6 --e2e-freeze flips
+    ;;
+  methods)  # other methods and grids
+    few=$(windows 1024)
+    for range in minmax search; do
+      run "GPTQ, $range" "$data" $few --method gptq --range $range --rotate none --e2e-steps 0
+    done
+    block_ap="$few --method block-ap --range minmax --rotate none --batch 2 --lr 2e-4 --grid-lr 1e-4"
+    run "Block-AP" "$data" $block_ap --e2e-steps 0
+    run "Block-AP, then scales" "$data" $block_ap --e2e-stages w2a16:1 --e2e-loss ce --e2e-lr 1e-4
+    for map in scalar orthonormal learned; do
+      whole "LC, $map" "$data" $few --quantizer lc --lc-map $map
+    done
+    whole "Muon" "$data" $few --optimizer muon
     ;;
   *)
     echo "unknown table: $table" >&2

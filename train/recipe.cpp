@@ -176,8 +176,9 @@ models::LayerResult Recipe::start(int64_t layer, const models::LayerResult& from
                                   const std::vector<LinearFormat>& formats) const {
   if (config_.quantizer == Quantizer::Lc) {
     const bool plain = !from.linears[0].format.is_lc();
-    return models::lc_latents(model_, plain && starts_ ? starts_(layer, formats) : from, formats,
-                              lc_start(layer));
+    if (plain && starts_)
+      return models::lc_latents(model_, starts_(layer, formats), formats, lc_start(layer), &from);
+    return models::lc_latents(model_, from, formats, lc_start(layer));
   }
   // Of the precisions that train at once; 0: only one trains.
   const int lowest_bits = config_.any_precision.empty() ? 0 : config_.any_precision.back();
