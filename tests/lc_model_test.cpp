@@ -8,6 +8,7 @@
 
 #include "models/lc_start.h"
 #include "models/packed_checkpoint.h"
+#include "quant/host_lc.h"
 #include "tests/op_test.h"
 #include "tests/tiny_run.h"
 #include "tests/trained_model.h"
@@ -226,6 +227,46 @@ TEST_CASE("LC: the start takes the nearest codewords, and LDLQ lowers the error 
     }
 }
 
+TEST_CASE("LC: latents start where the weights lie in the bins of their codes", "[lc]") {
+  const Fixture fixture;
+  const models::LlamaConfig config = tiny_config();
+  const LayerResult original = models::full_precision(*fixture.source, 0);
+  const models::LcStart how{false, 3};
+  const LayerResult stored = models::lc_layer_start(config, original, lc_formats(config), {}, how);
+  const LayerResult middle = models::lc_latents(config, stored, lc_formats(config), how);
+  const LayerResult start = models::lc_latents(config, stored, lc_formats(config), how, &original);
+  for (size_t i = 0; i < start.linears.size(); ++i) {
+    const LinearResult& linear = start.linears[i];
+    const quant::LcRule rule = models::lc_rule(linear.format);
+    const models::LcCodes codes = models::lc_codes(stored.linears[i]);
+    int64_t off_middle = 0;
+    for (size_t j = 0; j < codes.codes.size(); ++j) {
+      const float position = quant::lc_position(linear.master[j], rule);
+      if (quant::lc_code(position, rule) != static_cast<float>(codes.codes[j])) FAIL("code " << j);
+      off_middle += linear.master[j] != middle.linears[i].master[j];
+    }
+    // Codes are the nearest ones here, so nearly every weight lies in its code's bin.
+    CHECK(off_middle > 0.95 * static_cast<double>(codes.codes.size()));
+    // With the positions in place of the codes, W is the original weight, but for what lies beyond
+    // the outermost bins and the rounding of u and v.
+    std::vector<float> w(linear.master.size());
+    const quant::host::LcMatrix<float> positions{
+        linear.master.data(), nullptr,
+        linear.lc.u.data(),   linear.lc.v.data(),
+        linear.lc.map.data(), linear.format.n,
+        linear.format.k,      {rule.spread, rule.gradient, quant::Rounding::Identity}};
+    quant::host::lc_weight(w.data(), positions,
+                           {0, linear.format.n / quant::lc_block(linear.format.n)});
+    double error = 0, size = 0;
+    const std::vector<float>& want = original.linears[i].master;
+    for (size_t j = 0; j < w.size(); ++j) {
+      error += std::pow(double{w[j]} - double{want[j]}, 2);
+      size += std::pow(double{want[j]}, 2);
+    }
+    CHECK(std::sqrt(error / size) < 0.2);  // a normal weight is beyond by 0.14 of its RMS
+  }
+}
+
 TEST_CASE("LC: what is exported computes what training computed", "[lc]") {
   Backend& device = backend();
   for (const models::LlamaConfig& config : {tiny_config(), other_families()[0]}) {
@@ -376,6 +417,8 @@ TEST_CASE("LC: runs of either phase repeat, and killed ones end alike", "[lc][tr
   fixture.run(next);
   CHECK_FALSE(fs::exists(next.out + "/start.safetensors"));
   next.out = fixture.dir / "other";
+  set_option(next, "lc-map", "scalar");
+  CHECK_THROWS_WITH(fixture.run(next), Contains("its codes have another map"));
   set_option(next, "quantizer", "minmax");
   CHECK_THROWS_WITH(fixture.run(next), Contains("its weights are on another grid"));
 }

@@ -260,6 +260,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     BBB_CHECK(part.empty(), config.from, ": is a run of another model: ", part, " differs");
     BBB_CHECK(from->identity().config.quantizer == config.quantizer, config.from,
               ": its weights are on another grid; give its --quantizer");
+    BBB_CHECK(config.quantizer != Quantizer::Lc || config.lc_map == LcMap::Learned ||
+                  from->identity().config.lc_map == config.lc_map,
+              config.from, ": its codes have another map; give its --lc-map, or learned");
   }
   // A run that cannot fit is refused before any work.
   const bool blocks = !run.blocks_finished(config, model.layers);
