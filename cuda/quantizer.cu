@@ -13,7 +13,8 @@ const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
 void CudaBackend::do_max_group_range(const QuantizedWeights& q, const Tensor& w) {
   quant::launch_max_group_range(stream_, q.max_range.data<float>(), q.prequantized.data<float>(),
                                 q.max_range.numel(), w.data<float>(), q.ratios.data<uint8_t>(),
-                                tiles_of(q), q.tiles.dim(0), q.bits.data<int32_t>(), q.group);
+                                tiles_of(q), q.tiles.dim(0), q.bits.data<int32_t>(), q.group,
+                                q.rule.levels);
 }
 
 void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
@@ -21,7 +22,7 @@ void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
                            q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
                            q.ratios.data<uint8_t>(), q.max_range.data<float>(),
                            q.prequantized.data<float>(), tiles_of(q), q.tiles.dim(0),
-                           q.bits.data<int32_t>(), q.group, q.rounding);
+                           q.bits.data<int32_t>(), q.group, q.rule, q.rounding);
 }
 
 void CudaBackend::do_nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w,

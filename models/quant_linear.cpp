@@ -94,6 +94,7 @@ void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
                               const quant::LinearFormat& format) {
   BBB_ASSERT(format.n == n_ && format.k == k_ && format.weight.group == quantizer.group());
   BBB_ASSERT(master.master.shape() == (Shape{n_, format.stored_k()}));
+  BBB_ASSERT(format.weight.levels == quantizer.weights().rule.levels);
   format_ = format;
   state_ = TrainedWeight{&quantizer, &master};
   quantized_ = quantizer.add(master, format.code_bits());
@@ -208,7 +209,9 @@ void QuantLinear::freeze_codes(const LinearResult& result, Parameter& sigma) {
 }
 
 int64_t QuantLinear::buffer_elements(const Backend& backend, const quant::LinearFormat& format) {
-  return backend.max_packed_rows(format) == Backend::kAnyRows ? 0 : format.n * format.stored_k();
+  return backend.max_packed_rows(format.multiplied()) == Backend::kAnyRows
+             ? 0
+             : format.n * format.stored_k();
 }
 
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
@@ -335,7 +338,7 @@ Tensor QuantLinear::current_codes() const {
   BBB_ASSERT(format_.weight.bits < kNoQuantizer);
   const Tensor codes = backend_.empty({n_, columns()}, DType::U8);
   backend_.quantize_codes(codes, parameter()->master, quantized_.e, quantized_.z, quantized_.s,
-                          {format_.code_bits(), format_.weight.group});
+                          code_grid());
   return codes;
 }
 
@@ -373,7 +376,7 @@ void QuantLinear::snap() {
   uint8_t* const ratios = result.ratios.empty() ? nullptr : result.ratios.data();
   engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {
     quant::host::snap(result.master.data(), ratios, {begin, end}, columns(), master_scale,
-                      {format_.code_bits(), format_.weight.group});
+                      code_grid());
   });
   set_master(result);
 }

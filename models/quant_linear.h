@@ -178,9 +178,14 @@ class QuantLinear {
                                      const LinearInput& x, const Var& residual);
   bool packed_lc() const { return holds<PackedLinear>() && format_.is_lc(); }
   int64_t columns() const { return format_.stored_k(); }  // K'
-  Tensor current_codes() const;                           // U8 (N, K')
-  void own_buffers(const quant::LinearFormat& format);    // quantized_, of this linear alone
-  std::vector<float> bias() const;                        // empty: none
+  WeightGrid code_grid() const {                          // of all bits of a code
+    return {.bits = format_.code_bits(),
+            .group = format_.weight.group,
+            .levels = format_.weight.levels};
+  }
+  Tensor current_codes() const;                         // U8 (N, K')
+  void own_buffers(const quant::LinearFormat& format);  // quantized_, of this linear alone
+  std::vector<float> bias() const;                      // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;

@@ -96,6 +96,9 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   if (name == "e2e-embedding" && scales) return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";
+  if (name == "ste-trust" && config.ste != train::Ste::Trust) return "--ste is not trust";
+  if (name == "ste" && scales && !train::trains_blocks(config))
+    return "--e2e-train scales trains scales alone";
   const char* in_grid = unused_in_grid(config, name, lowest_activation_bits(config));
   return in_grid != nullptr ? in_grid : "";
 }

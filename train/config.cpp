@@ -202,9 +202,11 @@ void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
   want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
        "--quantizer lc trains latents: no --e2e-train scales");
   want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
-       "--e2e-damping and --e2e-freeze are for --quantizer minmax");
-  want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax");
-  want(c.optimizer == autograd::UpdateRule::AdamW, "--optimizer muon is for --quantizer minmax");
+       "--e2e-damping and --e2e-freeze are for --quantizer minmax and seq");
+  want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax and seq");
+  want(c.optimizer == autograd::UpdateRule::AdamW,
+       "--optimizer muon is for --quantizer minmax and seq");
+  want(c.ste == Ste::Clip, "--quantizer lc has an estimator of its own, --lc-gradient: no --ste");
   const auto width = [](const Stage& s) {
     want(s == Stage{2, 16}, cat("--quantizer lc is for w2a16, not ", s));
   };
@@ -216,6 +218,14 @@ void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
       want(quant::lc_block(features) > 0,
            cat("--quantizer lc transforms blocks of 32 features at least; ", linear.name, " has ",
                features));
+}
+
+// SEQ has a scale a group and no zero point.
+void check_seq(const TrainConfig& c) {
+  want(c.bits <= 4, cat("--quantizer seq is for results of at most 4 bits, not ", c.bits));
+  want(c.any_precision.empty(), "--quantizer seq has no nested codes: no --any-precision");
+  want(c.grid_train != GridTrain::ScalesZeros,
+       "--quantizer seq has no zero points: no --grid-train scales-zeros and no --method block-ap");
 }
 
 // The stages of the whole model, their steps and rates.
@@ -382,6 +392,9 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   c.bits = last.weight_bits;
   c.act_bits = last.activation_bits;
   if (c.quantizer == Quantizer::Lc) check_lc(c, model);
+  if (c.quantizer == Quantizer::Seq) check_seq(c);
+  want(c.ste == Ste::Clip || c.grid_train == GridTrain::None,
+       "--grid-train has an estimator of its own, since clipped weights move the scale: no --ste");
   if (c.optimizer == autograd::UpdateRule::Muon) check_muon(c);
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,

@@ -68,6 +68,11 @@ class Recipe {
   static bool reads_text(const TrainConfig& config) {
     return needs_statistics(config) || needs_starts(config);
   }
+  // How masters of groups are quantized.
+  static quant::WeightRule weight_rule(const TrainConfig& config) {
+    return {config.quantizer == Quantizer::Seq ? quant::Levels::Seq : quant::Levels::MinMax,
+            config.ste, static_cast<float>(config.ste_trust)};
+  }
   // How latents behind LC train, and how a layer's start.
   autograd::LcTraining lc() const {
     return {config_.lc_gradient, config_.lc_map == LcMap::Learned, config_.lc_scale_rate};

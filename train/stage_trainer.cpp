@@ -57,7 +57,7 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     block_.declare_parameters(parameters_, formats_[0], config.optimizer, lc);
     parameters_.allocate();
     quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
-                       std::move(nested), lc);
+                       std::move(nested), lc, Recipe::weight_rule(config));
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
   best_ = backend.empty(parameters_.masters().shape(), backend.real());

@@ -49,7 +49,7 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
-                       recipe_.nested(), recipe_.lc());
+                       recipe_.nested(), recipe_.lc(), Recipe::weight_rule(config_));
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {

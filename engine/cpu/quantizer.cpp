@@ -30,8 +30,9 @@ void CpuBackend<T>::do_max_group_range(const QuantizedWeights& q, const Tensor& 
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (bits[tiles[i].slot] != quant::kNotQuantized)
-        parts[static_cast<size_t>(i)] = host::group_range_max(
-            w.data<T>(), q.ratios.data<uint8_t>(), groups_of(tiles[i], q.group), q.group, q.group);
+        parts[static_cast<size_t>(i)] =
+            host::group_range_max(w.data<T>(), q.ratios.data<uint8_t>(),
+                                  groups_of(tiles[i], q.group), q.group, q.group, q.rule.levels);
   });
   T* max_range = q.max_range.data<T>();
   std::fill_n(max_range, q.max_range.numel(), T(0));
@@ -46,10 +47,10 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
   const auto* bits = q.bits.data<int32_t>();
   for (int64_t slot = 0; slot < q.bits.numel(); ++slot)
     if (bits[slot] != quant::kNotQuantized)
-      q.s.data<T>()[slot] =
-          bits[slot] == quant::kNoQuantizer
-              ? T(1)
-              : quant::master_scale_of(quant::raw_scale(q.max_range.data<T>()[slot], bits[slot]));
+      q.s.data<T>()[slot] = bits[slot] == quant::kNoQuantizer
+                                ? T(1)
+                                : quant::master_scale_of(quant::raw_scale(
+                                      q.max_range.data<T>()[slot], bits[slot], q.rule.levels));
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const quant::WeightTile& tile = tiles[i];
@@ -64,7 +65,7 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
       host::fake_quant(q.wq.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                        q.clipped.data<uint8_t>(), w.data<T>(), q.ratios.data<uint8_t>(),
                        groups_of(tile, q.group), q.group, q.s.data<T>()[tile.slot],
-                       {width, q.group}, q.rounding);
+                       {width, q.group}, q.rule, q.rounding);
     }
   });
 }
