@@ -56,6 +56,23 @@ void CudaBackend::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw
   });
 }
 
+void CudaBackend::do_ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
+                                 const Tensor& s, const Tensor& ratio, const Tensor& w,
+                                 const WeightGrid& spec) {
+  quant::launch_ratio_quant(stream_, bf16_of(wq), e.data<uint8_t>(), z.data<uint8_t>(),
+                            s.data<float>(), ratio.data<float>(), w.data<float>(), w.numel(), spec);
+}
+
+void CudaBackend::do_ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                                          const Tensor& e, const Tensor& z, const Tensor& s,
+                                          const WeightGrid& spec) {
+  with_elements(dw, [&]<typename T>(T* gradient) {
+    quant::launch_ratio_quant_backward<T>(stream_, gradient, static_cast<T*>(dratio.raw()),
+                                          w.data<float>(), e.data<uint8_t>(), z.data<uint8_t>(),
+                                          s.data<float>(), w.numel(), spec);
+  });
+}
+
 void CudaBackend::do_learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
                                    const Tensor& s, const Tensor& w, const Tensor& sigma,
                                    const Tensor& zeta, const WeightGrid& spec) {

@@ -1057,6 +1057,37 @@ void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, con
   do_learned_quant_backward(dw, dsigma, dzeta, w, e, z, s, spec);
 }
 
+void Backend::ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                          const Tensor& ratio, const Tensor& w, const WeightGrid& spec) {
+  const Op op(*this, "ratio_quant");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.is("wq", wq, act(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  op.is("ratio", ratio, real(), {n, k / spec.group});
+  op.is("w", w, real(), {n, k});
+  do_ratio_quant(wq, e, z, s, ratio, w, spec);
+}
+
+void Backend::ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                                   const Tensor& e, const Tensor& z, const Tensor& s,
+                                   const WeightGrid& spec) {
+  const Op op(*this, "ratio_quant_backward");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.gradient("dw", dw, {n, k}, Write::Overwrite);
+  op.is("dratio", dratio, dw.dtype(), {n, k / spec.group});
+  op.is("w", w, real(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_ratio_quant_backward(dw, dratio, w, e, z, s, spec);
+}
+
 // LC.
 
 void Backend::lc_weight(const Tensor& w, const LcWeight& from) {

@@ -492,6 +492,18 @@ class Backend {
                               const Tensor& w, const Tensor& e, const Tensor& z, const Tensor& s,
                               const WeightGrid& spec);
 
+  // Learned range ratios: the quantizer's own grid, its range times c. First c = clamp(c, 1/64,
+  // 5/4), in place. Then mn_c = c mn, mx_c = c mx, s_raw = (mx_c - mn_c) / L, S from the largest,
+  // e, z, q and wq as in fake_quant.   ratio real (N, K/G), the rest as in learned_quant.
+  void ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                   const Tensor& ratio, const Tensor& w, const WeightGrid& spec);
+  // Its gradients, straight through every rounding; the range itself is constant:
+  //   dratio = sum over the group of dw (q - z) (mx - mn) / L;  dw = 0 where q was clipped.
+  // dw (N, K) and dratio (N, K/G) both act or both real.
+  void ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                            const Tensor& e, const Tensor& z, const Tensor& s,
+                            const WeightGrid& spec);
+
   // --- LC (numerics.md section 8, quant/lc.h) ---------------------------------------------------
   // w = diag(v) H W^ H diag(u).   w act (N, K).
   void lc_weight(const Tensor& w, const LcWeight& from);

@@ -156,6 +156,13 @@ void QuantLinear::set_learned(const LearnedGrid& parameters, const quant::Linear
 void QuantLinear::set_master(const LinearResult& result) {
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
     if (!backend_.computes()) return;
+    if (learned->ratio != nullptr) {
+      std::vector<float> ratios(static_cast<size_t>(n_ * format_.groups()), 1.0f);
+      for (size_t g = 0; g < result.ratios.size(); ++g)
+        ratios[g] = quant::range_ratio<float>(result.ratios[g]);
+      upload_into(backend_, learned->master->master, result.master);
+      return upload_into(backend_, learned->ratio->master, ratios);
+    }
     const LinearGrid grid = result.quantized() ? stored_grid(result) : nearest_grid(result);
     std::vector<float> sigma, zeta(grid.zeros.begin(), grid.zeros.end());
     for (const uint8_t e : grid.e) sigma.push_back(grid.master_scale * quant::e4m3_decode(e));
@@ -290,7 +297,11 @@ void QuantLinear::fresh_leaf() {
 }
 
 void QuantLinear::prepare_scales() {
-  if (const auto* learned = std::get_if<LearnedGrid>(&state_))
+  const auto* learned = std::get_if<LearnedGrid>(&state_);
+  if (learned != nullptr && learned->ratio != nullptr)
+    return backend_.ratio_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,
+                                learned->ratio->master, learned->master->master, format_.weight);
+  if (learned != nullptr)
     return backend_.learned_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,
                                   learned->master->master, learned->sigma->master,
                                   learned->zeta != nullptr ? learned->zeta->master : Tensor(),
@@ -309,10 +320,14 @@ bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write 
 void QuantLinear::finish_backward() {
   if (parameter() == nullptr) return;
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
-    if (!leaf_.has_grad()) backend_.zero(dweight_);  // then the other two become 0
-    backend_.learned_quant_backward(
-        dweight_, learned->sigma->grad, learned->zeta != nullptr ? learned->zeta->grad : Tensor(),
-        learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
+    if (!leaf_.has_grad()) backend_.zero(dweight_);  // then those of the grid become 0
+    if (learned->ratio != nullptr)
+      backend_.ratio_quant_backward(dweight_, learned->ratio->grad, learned->master->master,
+                                    quantized_.e, quantized_.z, quantized_.s, format_.weight);
+    else
+      backend_.learned_quant_backward(
+          dweight_, learned->sigma->grad, learned->zeta != nullptr ? learned->zeta->grad : Tensor(),
+          learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
     return fresh_leaf();
   }
   const auto* lc = std::get_if<TrainedLc>(&state_);

@@ -58,6 +58,14 @@ void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dze
                                    const uint8_t* e, const uint8_t* z, const float* s,
                                    int64_t count, WeightGrid spec);
 
+// Learned ratios (engine/backend.h); `ratio` is clamped in place.
+void launch_ratio_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                        float* ratio, const float* w, int64_t count, WeightGrid spec);
+template <typename T>
+void launch_ratio_quant_backward(cudaStream_t stream, T* dw, T* dratio, const float* w,
+                                 const uint8_t* e, const uint8_t* z, const float* s, int64_t count,
+                                 WeightGrid spec);
+
 // wq = (q - z) e, (N, K).
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);
 // out[m] = S (q - z) e of row ids[m], (m, K), of codes that are not nested.

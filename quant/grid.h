@@ -84,6 +84,11 @@ BBB_HD Real range_ratio(int index) {
   const uint32_t below_one = (static_cast<uint32_t>(index) * 0x333333u + 1) >> 1;
   return Real(std::bit_cast<float>(0x3F800000u - below_one));
 }
+// A learned ratio within its bounds; NaN stays.
+template <typename Real>
+BBB_HD Real learned_ratio(Real ratio) {
+  return ratio < Real(1.0 / 64) ? Real(1.0 / 64) : ratio > Real(1.25) ? Real(1.25) : ratio;
+}
 // Whether groups of these bits are searched: at 8 bits a smaller range only clips.
 BBB_HD constexpr bool is_searched(RangeRule rule, int bits) {
   return rule == RangeRule::Search && bits < 8;
@@ -250,6 +255,14 @@ struct GridGradient {
     return Real(0);
   }
 };
+
+// Of a learned ratio (Backend::ratio_quant_backward): adds dw (q - z) to the group's `sum`, and
+// returns the weight's own gradient. `code` is unclamped.
+template <typename Real>
+BBB_HD Real take_level(Real& sum, Real dw, Real code, Real z, int bits) {
+  sum += dw * (clamp_code(code, Real(max_code(bits))) - z);
+  return is_clipped(code, bits) ? Real(0) : dw;
+}
 
 // (q - z) e, the operand of the product: x^ / S. Exact in bf16 for b <= 4.
 template <typename Real>

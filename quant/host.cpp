@@ -43,7 +43,7 @@ Real largest(const Real* x, int64_t count) {
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
                 const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
-                const WeightRule& rule, Rounding rounding) {
+                Rounding rounding, const WeightRule& rule) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real* x = w + g * group;
@@ -182,6 +182,50 @@ void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, 
       dw[i] = sum.take(dw[i], w[i], step, zero, spec.bits, spec.levels);
     dsigma[g] = sum.scale;
     if (dzeta != nullptr) dzeta[g] = sum.zero;
+  }
+}
+
+template <typename Real>
+Real clamp_ratios(Real* ratio, const Real* w, Rows rows, int64_t k, WeightGrid spec) {
+  const int group = spec.group;
+  Real most = 0;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    ratio[g] = learned_ratio(ratio[g]);
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels).scaled(ratio[g]);
+    most = max_or_nan(most, raw_scale(range.width(), spec.bits, spec.levels));
+  }
+  return most;
+}
+
+template <typename Real>
+void ratio_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* ratio, const Real* w, Rows rows,
+                 int64_t k, Real master_scale, WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels).scaled(ratio[g]);
+    const GroupParams p = group_params(range, master_scale, spec.bits, spec.levels);
+    e[g] = p.e;
+    z[g] = p.z;
+    const Real step = step_of(p.e, master_scale), scale = Real(e4m3_decode(p.e)),
+               zero = zero_point<Real>(p.z, spec.bits, spec.levels);
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      wq[i] = level_of(code_of(w[i], step, zero, spec.bits, spec.levels), zero, scale);
+  }
+}
+
+template <typename Real>
+void ratio_quant_backward(Real* dw, Real* dratio, const Real* w, const uint8_t* e, const uint8_t* z,
+                          Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels);
+    const Real step = step_of(e[g], master_scale),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
+    Real sum = 0;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      dw[i] =
+          take_level(sum, dw[i], unclamped_code(w[i], step, zero, spec.levels), zero, spec.bits);
+    dratio[g] = sum * raw_scale(range.width(), spec.bits, spec.levels);
   }
 }
 
@@ -581,7 +625,7 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
   template Real group_range_max(const Real*, const uint8_t*, Rows, int64_t, int, Levels);          \
   template Real largest(const Real*, int64_t);                                                     \
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, const uint8_t*, Rows, \
-                           int64_t, Real, WeightGrid, const WeightRule&, Rounding);                \
+                           int64_t, Real, WeightGrid, Rounding, const WeightRule&);                \
   template void snap(Real*, uint8_t*, Rows, int64_t, Real, WeightGrid);                            \
   template void nested_levels(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,   \
                               Real, int, int, NestedDequant);                                      \
@@ -595,6 +639,11 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
                               Rows, int64_t, Real, WeightGrid);                                    \
   template void learned_quant_backward(Real*, Real*, Real*, const Real*, const uint8_t*,           \
                                        const uint8_t*, Rows, int64_t, Real, WeightGrid);           \
+  template Real clamp_ratios(Real*, const Real*, Rows, int64_t, WeightGrid);                       \
+  template void ratio_quant(Real*, uint8_t*, uint8_t*, const Real*, const Real*, Rows, int64_t,    \
+                            Real, WeightGrid);                                                     \
+  template void ratio_quant_backward(Real*, Real*, const Real*, const uint8_t*, const uint8_t*,    \
+                                     Rows, int64_t, Real, WeightGrid);                             \
   template void unpack_row(Real*, const PackedView&, int64_t);                                     \
   template void unpack(Real*, const PackedView&, Rows);                                            \
   template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);    \

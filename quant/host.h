@@ -32,7 +32,7 @@ Real largest(const Real* x, int64_t count);
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
                 const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
-                const WeightRule& rule, Rounding rounding);
+                Rounding rounding, const WeightRule& rule = {});
 // wq at the top `bits` bits of the 8-bit codes of w on the grid e, z (numerics.md section 4).
 template <typename Real>
 void nested_levels(Real* wq, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
@@ -63,6 +63,17 @@ template <typename Real>
 void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, const uint8_t* e,
                             const uint8_t* z, Rows rows, int64_t k, Real master_scale,
                             WeightGrid spec);
+
+// Learned ratios (engine/backend.h). First clamp_ratios, which returns the largest s_raw of the
+// rows; NaN if any element is NaN.
+template <typename Real>
+Real clamp_ratios(Real* ratio, const Real* w, Rows rows, int64_t k, WeightGrid spec);
+template <typename Real>
+void ratio_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* ratio, const Real* w, Rows rows,
+                 int64_t k, Real master_scale, WeightGrid spec);
+template <typename Real>
+void ratio_quant_backward(Real* dw, Real* dratio, const Real* w, const uint8_t* e, const uint8_t* z,
+                          Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 
 // The codes of a row, one a byte: of nested codes the bits that the load reads.
 void row_codes(uint8_t* codes, const PackedView& w, int64_t row);

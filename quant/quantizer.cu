@@ -10,6 +10,8 @@
 //                                                              written
 //   learned_quant           S, e, z, wq from w, sigma, zeta    4 B read, 2 B written
 //   learned_quant_backward  dw, dsigma, dzeta                  6 or 8 B read, 2 or 4 B written
+//   ratio_quant             S, e, z, wq from w, ratio          8 B read, 2 B written
+//   ratio_quant_backward    dw, dratio                         6 or 8 B read, 2 or 4 B written
 //
 // Thread mapping. The first two take all matrices of a model in one launch. A block takes one tile
 // (quant/tiles.h), or several one after another. It walks a tile in rounds and loads all rounds at
@@ -335,6 +337,80 @@ __global__ void __launch_bounds__(kThreads)
   if (dzeta != nullptr) put(dzeta + i / kLanes, sum.zero);
 }
 
+// The elements of a quad; zeros past the end, so that whole warps can take part.
+__device__ __forceinline__ void load_quad(float (&x)[kPerThread], const float4* w, int64_t quad,
+                                          int64_t quads) {
+  const float4 v = quad < quads ? w[quad] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Clamps the ratios and finds the largest s_raw.
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    clamp_ratios_kernel(float* __restrict__ largest, float* __restrict__ ratio,
+                        const float4* __restrict__ w, int64_t quads, int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  float raw = 0.0f;
+  if (i < quads && i % kLanes == 0) {
+    const float within = learned_ratio(ratio[i / kLanes]);
+    ratio[i / kLanes] = within;
+    raw = raw_scale(range.scaled(within).width(), bits, levels);
+  }
+  block_max<kThreads>(largest, raw);
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    ratio_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
+                       uint8_t* __restrict__ z, const float* __restrict__ s,
+                       const float* __restrict__ ratio, const float4* __restrict__ w, int64_t quads,
+                       int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  if (i >= quads) return;
+  const QuantizedGroup group = GroupQuantizer(*s, bits)(range.scaled(ratio[i / kLanes]), levels);
+  if (i % kLanes == 0) {
+    e[i / kLanes] = group.params.e;
+    z[i / kLanes] = group.params.z;
+  }
+  replace_by_levels(x, group.levels, WeightRule{levels, Ste::All, 1.0f});
+  store_bf16(wq, i, {x[0], x[1], x[2], x[3]});
+}
+
+template <int kGroup, typename T>
+__global__ void __launch_bounds__(kThreads)
+    ratio_quant_backward_kernel(T* __restrict__ dw, T* __restrict__ dratio,
+                                const float4* __restrict__ w, const uint8_t* __restrict__ e,
+                                const uint8_t* __restrict__ z, const float* __restrict__ s,
+                                int64_t quads, int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  float sum = 0.0f;
+  if (i < quads) {
+    const float zero = zero_point<float>(z[i / kLanes], bits, levels);
+    const float step = step_of(e[i / kLanes], *s);
+    const float4 d = load_quad(dw, i);
+    const auto take = [&](float dv, float v) {
+      return take_level(sum, dv, unclamped_code(v, step, zero, levels), zero, bits);
+    };
+    store_quad(dw, i, {take(d.x, x[0]), take(d.y, x[1]), take(d.z, x[2]), take(d.w, x[3])});
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+  if (i < quads && i % kLanes == 0)
+    put(dratio + i / kLanes, sum * raw_scale(range.width(), bits, levels));
+}
+
 LaunchShape one_quad_a_thread(int64_t count) {
   return {dim3(static_cast<unsigned>(blocks_for(count))), dim3(kThreads)};
 }
@@ -429,6 +505,35 @@ void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dze
            dzeta, quads_of(w), e, z, s, count / kPerThread, spec.bits, spec.levels);
   });
 }
+
+void launch_ratio_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                        float* ratio, const float* w, int64_t count, WeightGrid spec) {
+  const int64_t quads = count / kPerThread;
+  BBB_CUDA(cudaMemsetAsync(s, 0, sizeof(float), stream));
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), clamp_ratios_kernel<group>, s, ratio, quads_of(w),
+           quads, spec.bits, spec.levels);
+    launch(stream, {dim3(1), dim3(1)}, finish_master_scale_kernel, s);
+    launch(stream, one_quad_a_thread(count), ratio_quant_kernel<group>, wq, e, z, s, ratio,
+           quads_of(w), quads, spec.bits, spec.levels);
+  });
+}
+
+template <typename T>
+void launch_ratio_quant_backward(cudaStream_t stream, T* dw, T* dratio, const float* w,
+                                 const uint8_t* e, const uint8_t* z, const float* s, int64_t count,
+                                 WeightGrid spec) {
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), ratio_quant_backward_kernel<group, T>, dw, dratio,
+           quads_of(w), e, z, s, count / kPerThread, spec.bits, spec.levels);
+  });
+}
+template void launch_ratio_quant_backward(cudaStream_t, float*, float*, const float*,
+                                          const uint8_t*, const uint8_t*, const float*, int64_t,
+                                          WeightGrid);
+template void launch_ratio_quant_backward(cudaStream_t, __nv_bfloat16*, __nv_bfloat16*,
+                                          const float*, const uint8_t*, const uint8_t*,
+                                          const float*, int64_t, WeightGrid);
 template void launch_learned_quant_backward(cudaStream_t, float*, float*, float*, const float*,
                                             const uint8_t*, const uint8_t*, const float*, int64_t,
                                             WeightGrid);

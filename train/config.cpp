@@ -310,15 +310,22 @@ void check_codes(const TrainConfig& c) {
                                                            : "--grid-train";
   want(c.method != Method::Gptq || c.grid_train == GridTrain::None,
        "--method gptq does not train: no --grid-train");
+  want(c.block_schedule == BlockSchedule::All,
+       cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
+  want(c.any_precision.empty(),
+       cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
+  if (c.grid_train == GridTrain::Ratios) {
+    for (const ModelStage& s : c.e2e_stages)
+      want(s.weight_bits <= 8, cat("--grid-train needs codes of at most 8 bits, not ", s));
+    want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None && c.e2e_snap != Snap::On,
+         "--grid-train ratios moves the grid: no --e2e-damping, --e2e-freeze or --e2e-snap");
+    if (c.stages.empty()) return;
+  }
   want(c.from.empty(), cat(option, " is for the block phase, which --from leaves out"));
   want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
        cat(option,
            " finds codes once: it takes one stage of at most 8 bits, such as --stages "
            "w2a16"));
-  want(c.block_schedule == BlockSchedule::All,
-       cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
-  want(c.any_precision.empty(),
-       cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
 }
 
 }  // namespace
@@ -344,8 +351,9 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   });
   if (automatic) c.e2e_steps = TrainConfig::kAutoSteps;
   for (const Stage& s : c.stages) check_stage(s, "--stages");
-  want(c.method != Method::BlockAp || c.grid_train != GridTrain::Scales,
-       "--method block-ap trains zero points, too: no --grid-train scales");
+  want(c.method != Method::BlockAp || c.grid_train == GridTrain::None ||
+           c.grid_train == GridTrain::ScalesZeros,
+       "--method block-ap trains scales and zero points: no --grid-train scales or ratios");
   if (c.method == Method::BlockAp) c.grid_train = GridTrain::ScalesZeros;
   if (finds_codes(c)) check_codes(c);
   want(!c.stages.empty() || c.e2e_steps != 0,
@@ -358,7 +366,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
   if (c.e2e_train == EndToEndTrain::Auto)
-    c.e2e_train = finds_codes(c) ? EndToEndTrain::Scales : EndToEndTrain::All;
+    c.e2e_train = finds_codes(c) && !c.stages.empty() ? EndToEndTrain::Scales : EndToEndTrain::All;
   resolve_grid(c, model);
   const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {

@@ -61,8 +61,8 @@ enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 // outputs fed back (models/ldlq.h). BlockAp: trains weights, scales and zero points together
 // (EfficientQAT).
 enum class Method { Blocks, Gptq, BlockAp };
-// What of the grid trains with the weights of a block.
-enum class GridTrain { None, Scales, ScalesZeros };
+// What of the grid trains with the weights: of a block, ratios of the whole model, too.
+enum class GridTrain { None, Scales, ScalesZeros, Ratios };
 // All: the blocks' linears and norms. Auto: scales behind a method that finds codes.
 enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
@@ -131,7 +131,7 @@ struct TrainConfig {
   Target target = Target::Full;
   Method method = Method::Blocks;
   GridTrain grid_train = GridTrain::None;
-  double grid_lr = 1e-4;  // of learned scales and zero points
+  double grid_lr = 1e-4;  // of learned scales, zero points and ratios
   BlockSchedule block_schedule = BlockSchedule::All;
   double first_ratio = 0.3;  // of the blocks that the first stage of Algorithm 2 switches
   double depth_bias = 1;     // its alpha: block j of B is drawn with weight (B + 1 - j)^alpha

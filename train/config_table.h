@@ -162,9 +162,10 @@ void visit_stored(Config& c, const Visitor& v) {
                {"blocks, gptq, block-ap"}});
   v(c.grid_train, {"grid-train",
                    kBlocks,
-                   "what of the grid trains with the weights: none, scales or scales-zeros",
-                   {"none, scales, scales-zeros"}});
-  v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales and zero points", kRate});
+                   "what of the grid trains with the weights: none, scales, scales-zeros or "
+                   "ratios (of ranges; end to end, too)",
+                   {"none, scales, scales-zeros, ratios"}});
+  v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales, zero points and ratios", kRate});
   v(c.block_schedule,
     {"block-schedule",
      kBlocks,

@@ -251,8 +251,8 @@ class Collector {
                                        config_.group, rule.levels),
           bits, rule.levels));
       quant::host::fake_quant(wq.data(), e.data(), z.data(), clipped.data(), start.master.data(),
-                              ratios, rows, format.stored_k(), s, {bits, config_.group}, rule,
-                              engine::Rounding::Nearest);
+                              ratios, rows, format.stored_k(), s, {bits, config_.group},
+                              engine::Rounding::Nearest, rule);
     }
     trial.weights.push_back(
         models::upload_as(backend_, wq, {format.n, format.stored_k()}, backend_.act()));
