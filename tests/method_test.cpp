@@ -916,8 +916,8 @@ TEST_CASE("method: SEQ trains in both phases, survives every kill, and is export
   fixture.run(config);
   const auto lines = log_lines(config.out, "validation");
   REQUIRE(lines.size() == 12);  // before, and after each of two epochs, of two stages of two blocks
-  for (const size_t stage : {0, 3, 6, 9})
-    CHECK(lines[stage + 2]["loss"].get<double>() <= lines[stage]["loss"].get<double>());
+  for (const size_t stage : {3, 9})  // at 8 bits training may improve nothing
+    CHECK(lines[stage + 2]["loss"].get<double>() < lines[stage]["loss"].get<double>());
   TrainConfig killed = config;
   killed.out = config.out + "_killed";
   run_with_kills(fixture, killed, {3, 9, 20}, [](int64_t block, int64_t stage, int64_t step) {
