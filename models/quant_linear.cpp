@@ -135,6 +135,7 @@ void QuantLinear::set_format(const quant::LinearFormat& format) {
 
 void QuantLinear::own_buffers(const quant::LinearFormat& format) {
   format_ = format;
+  holds_codes_ = false;
   const Shape groups{n_, format_.groups()};
   quantized_ = {.wq = backend_.empty({n_, columns()}, backend_.act()),
                 .e = backend_.empty(groups, DType::U8),
@@ -156,6 +157,16 @@ void QuantLinear::set_learned(const LearnedGrid& parameters, const quant::Linear
 void QuantLinear::set_master(const LinearResult& result) {
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
     if (!backend_.computes()) return;
+    holds_codes_ = learned->ratio != nullptr && result.master.empty();
+    if (holds_codes_) {  // no ratio has exactly this grid
+      const LinearGrid grid = stored_grid(result);
+      std::vector<float> levels = result.levels();
+      for (float& w : levels) w /= grid.master_scale;  // exact
+      upload_into(backend_, quantized_.wq, levels);
+      backend_.upload(quantized_.e, grid.e.data());
+      backend_.upload(quantized_.z, grid.zeros.data());
+      return upload_into(backend_, quantized_.s, {grid.master_scale});
+    }
     if (learned->ratio != nullptr) {
       std::vector<float> ratios(static_cast<size_t>(n_ * format_.groups()), 1.0f);
       for (size_t g = 0; g < result.ratios.size(); ++g)
@@ -297,6 +308,7 @@ void QuantLinear::fresh_leaf() {
 }
 
 void QuantLinear::prepare_scales() {
+  if (holds_codes_) return;
   const auto* learned = std::get_if<LearnedGrid>(&state_);
   if (learned != nullptr && learned->ratio != nullptr)
     return backend_.ratio_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,

@@ -123,7 +123,7 @@ class QuantLinear {
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   // LearnedGrid: its master and, as the start of scales and zero points, the grid of rounding to
   // nearest with its ratios; or the levels and the grid of a quantized result. Learned ratios start
-  // as those of the result, or as 1.
+  // as those of the result, or as 1; of a result without a master the weight is held as it is.
   // TrainedLc: the latents, v, and of the site u and the map.
   void set_master(const LinearResult& result);
   LinearResult master() const;
@@ -206,6 +206,7 @@ class QuantLinear {
   Var leaf_;          // wq and dweight_, shared by all uses since finish_backward()
   std::vector<Var> nested_leaves_;  // the same for the lower precisions
   size_t precision_ = 0;
+  bool holds_codes_ = false;  // LearnedGrid: the weight is a result's, not made of the master
 };
 
 }  // namespace bbb::models

@@ -979,7 +979,7 @@ TEST_CASE("method: the estimator decides which weights move", "[method]") {
         fixture, name,
         Options{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"range", "search"}} + options);
     fixture.run(config);
-    return results(config.out).at("final.safetensors");
+    return results(config.out).at("e2e/final.safetensors");
   };
   for (const char* quantizer : {"minmax", "seq"}) {
     CAPTURE(quantizer);
