@@ -7,7 +7,8 @@ namespace bbb::autograd {
 using engine::DType;
 
 WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::RangeRule range,
-                                 engine::Rounding rounding, NestedPrecisions nested, LcTraining lc)
+                                 engine::Rounding rounding, NestedPrecisions nested, LcTraining lc,
+                                 quant::WeightRule rule)
     : parameters_(parameters), nested_(std::move(nested)), lc_(lc) {
   BBB_ASSERT(parameters.masters().defined());
   Backend& backend = parameters.backend();
@@ -25,6 +26,7 @@ WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::Ran
               .ratios = range == quant::RangeRule::Search
                             ? backend.zeros({total / group}, DType::U8)
                             : Tensor(),
+              .rule = rule,
               .group = group,
               .rounding = rounding};
   for (size_t i = 0; i < nested_.bits.size(); ++i)

@@ -48,7 +48,7 @@ class WeightQuantizer {
   WeightQuantizer(ParameterSet& parameters, int group,
                   quant::RangeRule range = quant::RangeRule::MinMax,
                   engine::Rounding rounding = engine::Rounding::Nearest,
-                  NestedPrecisions nested = {}, LcTraining lc = {});
+                  NestedPrecisions nested = {}, LcTraining lc = {}, quant::WeightRule rule = {});
 
   // Puts a parameter (N, K) behind the quantizer; prepare() then fills the returned tensors. bits
   // may be kNoQuantizer. Throws if the group does not divide K.

@@ -169,12 +169,12 @@ struct QuantizerBuffers {
 
 // Prequantizes the parameters that a warp walks through, each with its own S, and finds their
 // maximum group ranges. The warp takes 128 consecutive elements at a time.
-template <int kGroup>
+template <int kGroup, typename Rule>
 class Prequantizer {
  public:
   // The buffers start at the first element of `tile`.
-  __device__ Prequantizer(const QuantizerBuffers& q, const WeightTile* tile)
-      : q_(q), next_(tile), begin_(tile->begin) {}
+  __device__ Prequantizer(const QuantizerBuffers& q, const WeightTile* tile, const Rule& rule)
+      : q_(q), next_(tile), begin_(tile->begin), rule_(rule) {}
 
   // Moves to the warp's next 128 elements; this thread's start at i. Returns true if they belong to
   // another parameter than the previous ones.
@@ -188,7 +188,7 @@ class Prequantizer {
   // range ratio.
   __device__ void take(const float (&weight)[kWide], int ratio, uint32_t i) {
     if (bits_ == quant::kNotQuantized) return;
-    quant::Range<float> range = quant::group_range<kGroup>(weight);
+    quant::Range<float> range = quant::group_range<kGroup>(weight).of(rule_.levels);
     if (q_.ratios != nullptr) range = range.scaled(quant::range_ratio<float>(ratio));
     most_ = quant::max_nan(most_, range.width());
     if (scale_ != 0.0f) quantize(weight, range, i);
@@ -226,8 +226,8 @@ class Prequantizer {
     for (int j = 0; j < kWide; ++j) level[j] = weight[j];
     unsigned mask = 0;
     if (bits_ != quant::kNoQuantizer) {
-      const quant::QuantizedGroup group = quantizer_(range);
-      mask = quant::replace_by_levels(level, group.levels);
+      const quant::QuantizedGroup group = quantizer_(range, rule_.levels);
+      mask = quant::replace_by_levels(level, group.levels, rule_);
       if (i % kGroup == 0) {
         q_.e[i / kGroup] = group.params.e;
         q_.z[i / kGroup] = group.params.z;
@@ -241,6 +241,7 @@ class Prequantizer {
   const QuantizerBuffers q_;
   const WeightTile* next_;
   const int begin_;
+  const Rule rule_;
   uint32_t end_ = 0;  // of the warp's current tile
   int slot_ = -1, bits_ = quant::kNotQuantized;
   float scale_ = 0.0f;  // S of the current parameter; 0: it is not prequantized
@@ -251,12 +252,13 @@ class Prequantizer {
 // Blocks divide the tiles evenly. A thread requests its next elements before it computes the
 // current ones, so that a load is always in flight. A byte of the mask is read and later
 // overwritten by the same warp.
-template <int kGroup, typename T>
+template <int kGroup, typename T, typename Rule>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
     adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
                  QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, int64_t tile_count,
-                 const quant::SlotRule<float>* __restrict__ slots, AdamWConstants c) {
+                 const quant::SlotRule<float>* __restrict__ slots, AdamWConstants c,
+                 Rule weight_rule) {
   // A tile holds a multiple of a warp's 128 elements: no warp is partly outside.
   static_assert(quant::kTileAlign == 32 * kWide);
   constexpr uint32_t kStride = kAdamWThreads * kWide;
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   w += begin, m += begin, v += begin, g += begin;
   q = q.from(begin, kGroup);
   uint32_t i = threadIdx.x * kWide;
-  Prequantizer<kGroup> quantizer(q, first);
+  Prequantizer<kGroup, Rule> quantizer(q, first, weight_rule);
   if (control[engine::kSkip] != 0.0f) {  // the weights stay; prequantize with the same S
     for (; i < end; i += kStride) {
       float weight[kWide];
@@ -449,10 +451,13 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
       std::min<int64_t>(tiles, int64_t{properties_.multiProcessorCount} * kAdamWBlocksPerProcessor);
   with_elements(g, [&]<typename T>(const T* gradient) {
     quant::with_group(q.group, [&](auto size) {
-      launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
-             adamw_kernel<size, T>, w.data<float>(), bf16_of(m), v.data<float>(), buffers, gradient,
-             control.data<float>(), static_cast<const WeightTile*>(table.tiles.raw()), tiles,
-             static_cast<const quant::SlotRule<float>*>(table.slots.raw()), constants);
+      quant::with_rule(q.rule, [&]<typename Rule>(const Rule& rule) {
+        launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
+               adamw_kernel<size, T, Rule>, w.data<float>(), bf16_of(m), v.data<float>(), buffers,
+               gradient, control.data<float>(), static_cast<const WeightTile*>(table.tiles.raw()),
+               tiles, static_cast<const quant::SlotRule<float>*>(table.slots.raw()), constants,
+               rule);
+      });
     });
   });
 }

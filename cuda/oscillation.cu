@@ -56,7 +56,7 @@ __global__ void freeze_flips_kernel(uint8_t* __restrict__ state, T* __restrict__
   for (int j = threadIdx.x; j < tile.count; j += kThreads) {
     const int64_t i = begin + j;
     const float value = to_float(wq[i]);
-    const int level = static_cast<int>(value / quant::e4m3_decode(e[i / group]));
+    const int level = static_cast<int>(floorf(value / quant::e4m3_decode(e[i / group])));
     state[i] = quant::next_flip_state(state[i], level, halve, first);
     if ((state[i] & 1) == 0) continue;
     from_float(g[i], 0.0f);

@@ -13,7 +13,8 @@ const quant::WeightTile* tiles_of(const QuantizedWeights& q) {
 void CudaBackend::do_max_group_range(const QuantizedWeights& q, const Tensor& w) {
   quant::launch_max_group_range(stream_, q.max_range.data<float>(), q.prequantized.data<float>(),
                                 q.max_range.numel(), w.data<float>(), q.ratios.data<uint8_t>(),
-                                tiles_of(q), q.tiles.dim(0), q.bits.data<int32_t>(), q.group);
+                                tiles_of(q), q.tiles.dim(0), q.bits.data<int32_t>(), q.group,
+                                q.rule.levels);
 }
 
 void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
@@ -21,7 +22,7 @@ void CudaBackend::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
                            q.clipped.data<uint8_t>(), q.s.data<float>(), w.data<float>(),
                            q.ratios.data<uint8_t>(), q.max_range.data<float>(),
                            q.prequantized.data<float>(), tiles_of(q), q.tiles.dim(0),
-                           q.bits.data<int32_t>(), q.group, q.rounding);
+                           q.bits.data<int32_t>(), q.group, q.rule, q.rounding);
 }
 
 void CudaBackend::do_nested_levels(const Tensor& wq, const QuantizedWeights& q, const Tensor& w,
@@ -52,6 +53,23 @@ void CudaBackend::do_scale_codes_backward(const Tensor& dsigma, const Tensor& dw
     quant::launch_scale_codes_backward<T>(stream_, static_cast<T*>(dsigma.raw()), gradient,
                                           codes.data<uint8_t>(), z.data<uint8_t>(), codes.numel(),
                                           spec, mode == Write::Add);
+  });
+}
+
+void CudaBackend::do_ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
+                                 const Tensor& s, const Tensor& ratio, const Tensor& w,
+                                 const WeightGrid& spec) {
+  quant::launch_ratio_quant(stream_, bf16_of(wq), e.data<uint8_t>(), z.data<uint8_t>(),
+                            s.data<float>(), ratio.data<float>(), w.data<float>(), w.numel(), spec);
+}
+
+void CudaBackend::do_ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                                          const Tensor& e, const Tensor& z, const Tensor& s,
+                                          const WeightGrid& spec) {
+  with_elements(dw, [&]<typename T>(T* gradient) {
+    quant::launch_ratio_quant_backward<T>(stream_, gradient, static_cast<T*>(dratio.raw()),
+                                          w.data<float>(), e.data<uint8_t>(), z.data<uint8_t>(),
+                                          s.data<float>(), w.numel(), spec);
   });
 }
 

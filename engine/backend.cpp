@@ -4,7 +4,13 @@
 // violation a check only compares integers, because decoding runs every op for every token.
 #include "engine/backend.h"
 
+#include <algorithm>
+#include <cstring>
 #include <initializer_list>
+
+#include "engine/cpu/thread_pool.h"
+#include "quant/grid.h"
+#include "quant/pack.h"
 
 namespace bbb::engine {
 namespace {
@@ -255,6 +261,8 @@ class Op {
   void stored(const PackedWeight& w) const {
     grid({w.format.code_bits(), w.format.weight.group}, w.format.stored_k());
     BBB_CHECK(!w.repacked(), name_, ": the weight is repacked already");
+    BBB_CHECK(!w.format.is_symmetric(), name_,
+              ": a symmetric weight, see LinearFormat::multiplied");
     for (const quant::StoredTensor& stored : w.format.loaded_tensors())
       like(stored.suffix, w[stored.part], dtype_of(stored), stored.shape);
   }
@@ -325,13 +333,63 @@ DType dtype_of(const quant::StoredTensor& tensor) {
                                                  : DType::U8;
 }
 
+// The parts of a symmetric linear as products read them (LinearFormat::multiplied).
+struct MultipliedParts {
+  std::vector<uint8_t> codes, zeros;
+  float master_scale;
+};
+
+static MultipliedParts multiplied_parts(const quant::LinearFormat& format, const uint8_t* codes,
+                                        float master_scale) {
+  const int64_t rows = format.n, k = format.stored_k(), groups = format.groups();
+  const int from = format.weight.bits, to = format.multiplied().weight.bits;
+  const int64_t from_bytes = quant::code_row_bytes(k, from),
+                to_bytes = quant::code_row_bytes(k, to),
+                zero_bytes = quant::zero_row_bytes(k, format.weight.group, to);
+  MultipliedParts out{std::vector<uint8_t>(static_cast<size_t>(rows * to_bytes)),
+                      std::vector<uint8_t>(static_cast<size_t>(rows * zero_bytes)),
+                      master_scale / 2};
+  const std::vector<uint8_t> zeros(static_cast<size_t>(groups),
+                                   static_cast<uint8_t>(quant::max_code(from)));
+  constexpr int64_t kRows = 64;  // of one thread's work
+  ThreadPool(0).parallel_for(rows, kRows, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> row(static_cast<size_t>(k));
+    for (int64_t n = begin; n < end; ++n) {
+      quant::unpack_codes(row.data(), codes + n * from_bytes, k, from);
+      for (uint8_t& code : row) code = static_cast<uint8_t>(2 * code);
+      quant::pack_codes(out.codes.data() + n * to_bytes, row.data(), k, to);
+      quant::pack_codes(out.zeros.data() + n * zero_bytes, zeros.data(), groups, to);
+    }
+  });
+  return out;
+}
+
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes) {
-  PackedWeight weight{format, {}, {}};
-  for (const quant::StoredTensor& stored : format.loaded_tensors()) {
+  PackedWeight weight{format.multiplied(), {}, {}};
+  MultipliedParts made;
+  if (format.is_symmetric() && backend.computes()) {
+    const std::vector<quant::StoredTensor> stored = format.tensors();
+    const auto of = [&](quant::StoredPart part) {
+      return bytes(*std::ranges::find(stored, part, &quant::StoredTensor::part));
+    };
+    float master_scale;  // in a file it may stand at any byte
+    std::memcpy(&master_scale, of(quant::StoredPart::MasterScale), sizeof master_scale);
+    made = multiplied_parts(format, static_cast<const uint8_t*>(of(quant::StoredPart::Codes)),
+                            master_scale);
+  }
+  const auto content = [&](const quant::StoredTensor& stored) -> const void* {
+    if (format.is_symmetric()) {
+      if (stored.part == quant::StoredPart::Codes) return made.codes.data();
+      if (stored.part == quant::StoredPart::Zeros) return made.zeros.data();
+      if (stored.part == quant::StoredPart::MasterScale) return &made.master_scale;
+    }
+    return bytes(stored);
+  };
+  for (const quant::StoredTensor& stored : weight.format.loaded_tensors()) {
     Tensor& tensor = weight.tensors[static_cast<size_t>(stored.part)];
     tensor = backend.empty(stored.shape, dtype_of(stored));
-    backend.upload(tensor, bytes(stored));
+    backend.upload(tensor, content(stored));
   }
   return backend.repack(weight);
 }
@@ -997,6 +1055,37 @@ void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, con
     op.is(what, *bytes, DType::U8, {n, k / spec.group});
   op.is("s", s, real(), {1});
   do_learned_quant_backward(dw, dsigma, dzeta, w, e, z, s, spec);
+}
+
+void Backend::ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                          const Tensor& ratio, const Tensor& w, const WeightGrid& spec) {
+  const Op op(*this, "ratio_quant");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.is("wq", wq, act(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  op.is("ratio", ratio, real(), {n, k / spec.group});
+  op.is("w", w, real(), {n, k});
+  do_ratio_quant(wq, e, z, s, ratio, w, spec);
+}
+
+void Backend::ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                                   const Tensor& e, const Tensor& z, const Tensor& s,
+                                   const WeightGrid& spec) {
+  const Op op(*this, "ratio_quant_backward");
+  op.rank("w", w, 2);
+  const int64_t n = w.dim(0), k = w.dim(1);
+  op.grid(spec, k);
+  op.gradient("dw", dw, {n, k}, Write::Overwrite);
+  op.is("dratio", dratio, dw.dtype(), {n, k / spec.group});
+  op.is("w", w, real(), {n, k});
+  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
+    op.is(what, *bytes, DType::U8, {n, k / spec.group});
+  op.is("s", s, real(), {1});
+  do_ratio_quant_backward(dw, dratio, w, e, z, s, spec);
 }
 
 // LC.

@@ -123,7 +123,8 @@ class Backend;
 // A layout for a backend whose products read the file's bytes as they are: quant::joined_parts.
 void join_parts(Backend& backend, const Tensor& layout, const PackedWeight& file);
 quant::PackedView joined_view(const PackedWeight& repacked);
-// Uploads a linear and repacks it. bytes(t) is the content of tensor t of the format.
+// Uploads a linear and repacks it, in the format that is multiplied (LinearFormat::multiplied).
+// bytes(t) is the content of tensor t of `format`.
 PackedWeight upload_packed(Backend& backend, const quant::LinearFormat& format,
                            const std::function<const void*(const quant::StoredTensor&)>& bytes);
 
@@ -170,13 +171,14 @@ struct ParameterTable {
 struct QuantizedWeights {
   Tensor tiles;      // the ParameterTable's
   Tensor bits;       // I32 (slots): WeightGrid's, or quant::kNotQuantized
-  Tensor max_range;  // real (slots): the maximum group range, mx - mn, of the masters
+  Tensor max_range;  // real (slots): the maximum group range of the masters: mx - mn, of SEQ 2 m
   Tensor s;          // real (slots): the master scale S of the last fake_quant; 0 before the first
   Tensor prequantized;  // real (slots): the S with which adamw prequantized; 0: it did not
   Tensor clipped;  // U8 (P / 8): bit i % 8 of byte i / 8 is set where element i takes no gradient
   Tensor wq;       // act (P)
   Tensor e, z;     // U8 (P / G), E4M3 bytes and one zero point a byte
   Tensor ratios = {};  // U8 (P / G): each group's index of quant::range_ratio; undefined: all are 1
+  quant::WeightRule rule = {};
   int group = 32;
   Rounding rounding = Rounding::Nearest;
 };
@@ -451,11 +453,11 @@ class Backend {
   // adamw has changed the masters.
   void max_group_range(const QuantizedWeights& q, const Tensor& w);
   // Quantizes all weights: S = 2^ceil(log2(s_raw / 448)) with s_raw from q.max_range, 1 where s_raw
-  // is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where round(w/s) + z left
-  // [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1, nothing is clipped, and e and z are left alone.
-  // w real (P): the masters of q.max_range. A parameter whose S equals q.prequantized is not read:
-  // its wq, e, z and clipped bits are there already. Rounding::Identity (gradient checks) leaves
-  // codes unrounded and unclipped: wq = w / S.
+  // is 0; wq = (q - z) e, W^ = S wq; e; z; and a clipped bit where q.rule gives the weight no
+  // gradient: with Ste::Clip where round(w/s) + z left [0, 2^b - 1]. At kNoQuantizer wq = w, S = 1,
+  // nothing is clipped, and e and z are left alone. w real (P): the masters of q.max_range. A
+  // parameter whose S equals q.prequantized is not read: its wq, e, z and clipped bits are there
+  // already. Rounding::Identity (gradient checks) leaves codes unrounded and unclipped: wq = w / S.
   void fake_quant(const QuantizedWeights& q, const Tensor& w);
   // Nested codes (numerics.md section 4) at fewer bits: wq = (q' - z) e, q' the middle or floor of
   // the 8-bit codes whose top `bits` bits are those of w's code. wq act (P). Call it after
@@ -489,6 +491,18 @@ class Backend {
   void learned_quant_backward(const Tensor& dw, const Tensor& dsigma, const Tensor& dzeta,
                               const Tensor& w, const Tensor& e, const Tensor& z, const Tensor& s,
                               const WeightGrid& spec);
+
+  // Learned range ratios: the quantizer's own grid, its range times c. First c = clamp(c, 1/64,
+  // 5/4), in place. Then mn_c = c mn, mx_c = c mx, s_raw = (mx_c - mn_c) / L, S from the largest,
+  // e, z, q and wq as in fake_quant.   ratio real (N, K/G), the rest as in learned_quant.
+  void ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
+                   const Tensor& ratio, const Tensor& w, const WeightGrid& spec);
+  // Its gradients, straight through every rounding; the range itself is constant:
+  //   dratio = sum over the group of dw (q - z) (mx - mn) / L;  dw = 0 where q was clipped.
+  // dw (N, K) and dratio (N, K/G) both act or both real.
+  void ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                            const Tensor& e, const Tensor& z, const Tensor& s,
+                            const WeightGrid& spec);
 
   // --- LC (numerics.md section 8, quant/lc.h) ---------------------------------------------------
   // w = diag(v) H W^ H diag(u).   w act (N, K).
@@ -581,8 +595,8 @@ class Backend {
   void dampen(const Tensor& g, const Tensor& w, const QuantizedWeights& q, double rate);
   // Counts the changes of every code and freezes the weights that change too often: their g and m
   // become 0, from then on in every call. For weights of at most 4 bits. `state` U8 (P), 0 at the
-  // start: bit 0 is set once frozen, bits 1-3 hold the count, bits 4-7 q - z mod 16. The count is
-  // halved in every kFlipWindow-th step of `control`. At 7 the weight freezes.
+  // start: bit 0 is set once frozen, bits 1-3 hold the count, bits 4-7 floor(q - z) mod 16. The
+  // count is halved in every kFlipWindow-th step of `control`. At 7 the weight freezes.
   void freeze_flips(const Tensor& state, const Tensor& g, const Tensor& m,
                     const QuantizedWeights& q, const Tensor& control);
   static constexpr int kFlipWindow = 32;

@@ -66,6 +66,8 @@ using quant::KvFormat;
 #define BBB_OP_scale_codes_backward Arg, Arg, Arg, Arg, const WeightGrid&, Write
 #define BBB_OP_learned_quant Arg, Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
 #define BBB_OP_learned_quant_backward Arg, Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
+#define BBB_OP_ratio_quant Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
+#define BBB_OP_ratio_quant_backward Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
 #define BBB_OP_lc_weight Arg, const LcWeight&
 #define BBB_OP_lc_weight_backward Arg, Arg, Arg, Arg, Arg, const LcWeight&, Write, Arg
 #define BBB_OP_lc_operand Arg, Arg, Arg, Arg, Arg
@@ -96,7 +98,7 @@ using quant::KvFormat;
   OP(cross_entropy_chunk_backward) OP(kl_divergence_chunk_backward) OP(sum)                      \
   OP(jensen_shannon) OP(jensen_shannon_chunk) OP(jensen_shannon_chunk_backward)                  \
   OP(max_group_range) OP(fake_quant) OP(quantize_codes) OP(scale_codes)                          \
-  OP(scale_codes_backward) OP(learned_quant) OP(learned_quant_backward) OP(lc_weight) OP(lc_weight_backward) OP(lc_operand) OP(lc_output)     \
+  OP(scale_codes_backward) OP(learned_quant) OP(learned_quant_backward) OP(ratio_quant) OP(ratio_quant_backward) OP(lc_weight) OP(lc_weight_backward) OP(lc_operand) OP(lc_output)     \
   OP(repack) OP(unpack) OP(packed_gemv) OP(packed_gemv_normed) OP(packed_gemv_gated) \
   OP(step_control) OP(muon_momentum) OP(adamw) \
   OP(average) OP(dampen) OP(freeze_flips)

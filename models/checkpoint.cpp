@@ -346,6 +346,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       return format;
     }
     if (!grid_.nested) format.weight.bits = settings.bits;
+    BBB_CHECK(!format.is_symmetric() || format.weight.bits <= 4, path_, ": linear '", l.name,
+              "' has symmetric codes of ", format.weight.bits, " bits, not 2, 3 or 4");
     if (format.input.bits == 16) format.input.range = quant::RangeRule::MinMax;  // has none
     const std::vector<int32_t> outliers = channels(l.name + ".outlier_channels"),
                                split = channels(l.name + ".split_channels");
@@ -445,7 +447,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
       grid_.levels = quant::Levels::Lc;
     }
     choose(q, where, "scale_dtype", {"float8_e4m3fn"}, !lc);
-    choose(q, where, "symmetric", {false}, false);
+    if (choose(q, where, "symmetric", {false, true}, false) == true)
+      grid_.levels = quant::Levels::Seq;
     grid_.nested = choose(q, where, "nested", {false, true}, false) == true;
     grid_.dequant = choose(q, where, "nested_dequant", {"middle", "floor"}, false) == "middle"
                         ? quant::NestedDequant::Middle
@@ -453,6 +456,8 @@ class PackedCheckpoint final : public DirectoryCheckpoint {
     grid_.group = choose(q, where, "group_size", {32, 64, 128}, !lc).get<int>();
     settings_.bits = choose(q, where, "bits", {2, 3, 4, 8}, true).get<int>();
     grid_.bits = settings_.bits;
+    BBB_CHECK(grid_.levels != quant::Levels::Seq || !grid_.nested, where,
+              ": codes both nested and symmetric");
     if (grid_.nested)
       BBB_CHECK(settings_.bits == quant::kNestedBits, where, ": nested codes of ", settings_.bits,
                 " bits");

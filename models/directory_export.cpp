@@ -117,7 +117,7 @@ ordered_json quantization_config(const LlamaConfig& config, const Formats& forma
   if (!common.is_lc()) {
     q["group_size"] = common.weight.group;
     q["scale_dtype"] = "float8_e4m3fn";
-    q["symmetric"] = false;
+    q["symmetric"] = common.is_symmetric();
     q["activation_bits"] = common.input.bits;
     q["nested"] = common.weight.nested;
   }

@@ -2,8 +2,10 @@
 // its codes, else in BF16:
 //
 //   2, 3 bits   Q4_0   blocks of 32: s in F16, codes q - z + 8      weight s (c - 8)
+//   symmetric          2 or 3 bits: s / 2 and 2 q - (2^b - 1) + 8
 //   4 bits      Q4_1   blocks of 32: s and -z s in F16, codes q     weight s q + (-z s)
-//   otherwise   BF16   8 bits, a channel order, a rotation, a scale that F16 does not hold
+//   otherwise   BF16   8 bits, 4 symmetric ones, a channel order, a rotation, a scale that F16 does
+//                      not hold
 //
 // s = S e of the block's group. Norms are F32, embedding and head BF16 or Q8_0.
 #include <cmath>
@@ -36,6 +38,7 @@ std::optional<GgmlType> code_type(const quant::LinearFormat& format) {
     case 3:
       return GgmlType::Q4_0;
     case 4:
+      if (format.is_symmetric()) return std::nullopt;
       return GgmlType::Q4_1;
     default:
       return std::nullopt;

@@ -18,6 +18,7 @@ void check_gptq(const LinearFormat& format, const std::string& name) {
   const int bits = format.weight.bits;
   const char* obstacle = format.input.bits < 16      ? "quantizes activations"
                          : format.is_lc()            ? "is of --quantizer lc"
+                         : format.is_symmetric()     ? "is of --quantizer seq"
                          : format.input.hadamard     ? "rotates its groups (--rotate none)"
                          : !format.plain_positions() ? "splits or reorders channels"
                          : bits != 2 && bits != 4 && bits != 8 ? "has no 2, 4 or 8 bits"

@@ -91,7 +91,8 @@ void LinearResult::store(const std::vector<uint8_t>& codes, const std::vector<ui
   part(StoredPart::Codes) =
       format.weight.nested ? bit_planes(codes) : pack_rows(codes, format.n, bits);
   part(StoredPart::Scales) = e;
-  part(StoredPart::Zeros) = format.weight.nested ? zeros : pack_rows(zeros, format.n, bits);
+  if (!format.is_symmetric())
+    part(StoredPart::Zeros) = format.weight.nested ? zeros : pack_rows(zeros, format.n, bits);
   set(StoredPart::MasterScale, &master_scale, sizeof master_scale);
   if (!format.order) return;
   const std::vector<int32_t>&split = format.order->split(), &outliers = format.order->outliers();
@@ -127,25 +128,30 @@ std::vector<float> LinearResult::dequantize() const {
 
 LinearGrid stored_grid(const LinearResult& quantized) {
   const LinearFormat& format = quantized.format;
-  return {quantized.master_scale(), quantized.part(StoredPart::Scales),
+  const std::vector<uint8_t>& e = quantized.part(StoredPart::Scales);
+  if (format.is_symmetric())
+    return {quantized.master_scale(), e, std::vector<uint8_t>(e.size(), 0)};
+  return {quantized.master_scale(), e,
           unpack_rows(quantized.part(StoredPart::Zeros), format.n, format.groups(),
                       format.weight.bits)};
 }
 
 LinearGrid nearest_grid(const LinearResult& masters) {
   const int bits = masters.format.code_bits(), group = masters.format.weight.group;
+  const quant::Levels levels = masters.format.weight.levels;
   std::vector<quant::Range<float>> ranges(masters.master.size() / static_cast<size_t>(group));
   float largest = 0;
   for (size_t g = 0; g < ranges.size(); ++g) {
     for (int i = 0; i < group; ++i)
       ranges[g].include(masters.master[g * static_cast<size_t>(group) + static_cast<size_t>(i)]);
+    ranges[g] = ranges[g].of(levels);
     if (!masters.ratios.empty())
       ranges[g] = ranges[g].scaled(quant::range_ratio<float>(masters.ratios[g]));
     largest = quant::max_or_nan(largest, ranges[g].width());
   }
-  LinearGrid grid{quant::master_scale_of(quant::raw_scale(largest, bits)), {}, {}};
+  LinearGrid grid{quant::master_scale_of(quant::raw_scale(largest, bits, levels)), {}, {}};
   for (const quant::Range<float>& range : ranges) {
-    const quant::GroupParams params = quant::group_params(range, grid.master_scale, bits);
+    const quant::GroupParams params = quant::group_params(range, grid.master_scale, bits, levels);
     grid.e.push_back(params.e);
     grid.zeros.push_back(params.z);
   }
@@ -159,18 +165,23 @@ LinearCodes linear_codes(const LinearResult& linear) {
   const quant::PackedView view = view_of(linear, &master_scale);
   const int64_t groups = format.groups(), group = format.weight.group;
   const int64_t zero_bytes = quant::zero_row_bytes(view.k, format.weight.group, format.code_bits());
+  const bool symmetric = format.is_symmetric();
+  const float unit = symmetric ? master_scale / 2 : master_scale;
   LinearCodes out{format.n, format.k, group, groups, {}, {}, {}};
   std::vector<uint8_t> row(static_cast<size_t>(view.k));
   for (int64_t n = 0; n < format.n; ++n) {
     quant::host::row_codes(row.data(), view, n);
+    if (symmetric)
+      for (uint8_t& code : row) code = static_cast<uint8_t>(2 * code);
     for (int64_t g = 0; g < groups; ++g) {
-      const uint8_t z = quant::packed_code(view.zeros + n * zero_bytes, g, format.code_bits());
+      const uint8_t z =
+          symmetric ? static_cast<uint8_t>(quant::max_code(format.weight.bits))
+                    : quant::packed_code(view.zeros + n * zero_bytes, g, format.code_bits());
       const uint8_t* codes = row.data() + g * group;
       const bool is_zero = std::all_of(codes, codes + group, [z](uint8_t q) { return q == z; });
       out.zeros.push_back(z);
-      out.scales.push_back(is_zero
-                               ? LinearCodes::kSmallestHalf
-                               : master_scale * quant::e4m3_decode(view.scales[n * groups + g]));
+      out.scales.push_back(is_zero ? LinearCodes::kSmallestHalf
+                                   : unit * quant::e4m3_decode(view.scales[n * groups + g]));
     }
     out.codes.insert(out.codes.end(), row.begin(), row.begin() + format.k);
   }

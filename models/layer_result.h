@@ -57,21 +57,22 @@ struct LinearResult {
 // The grid of a linear's groups, in stored positions: e and zeros (N, K'/G), one a byte.
 struct LinearGrid {
   float master_scale;
-  std::vector<uint8_t> e, zeros;
+  std::vector<uint8_t> e, zeros;  // zeros of a symmetric format: 0, not used
 };
 LinearGrid stored_grid(const LinearResult& quantized);  // not of nested codes
 // That of rounding the masters to nearest, with their ratios.
 LinearGrid nearest_grid(const LinearResult& masters);
 
 // The integers of a quantized linear without a channel order: W[n, k] = s[n, g] (q[n, k] - z[n, g])
-// with g = k / G. Padding at the end of a row is left out.
+// with g = k / G. Padding at the end of a row is left out. Of a symmetric format these are 2 q, the
+// zero point 2^b - 1 and half the scale.
 struct LinearCodes {
   static constexpr float kSmallestHalf = 0x1p-24f;  // of IEEE binary16
 
   int64_t n, k, group, groups;
   std::vector<uint8_t> codes;  // (N, K)
   std::vector<uint8_t> zeros;  // (N, groups)
-  std::vector<float> scales;   // (N, groups): S e; of a group of weights 0, kSmallestHalf
+  std::vector<float> scales;   // (N, groups): s; of a group of weights 0, kSmallestHalf
 };
 LinearCodes linear_codes(const LinearResult& linear);
 

@@ -147,7 +147,8 @@ double round_with_feedback(LinearResult& start, const HessianFactor& factor,
                            engine::ThreadPool& pool) {
   const quant::LinearFormat& format = start.format;
   const int64_t n = format.n, k = format.stored_k(), groups = format.groups();
-  const quant::WeightGrid grid{format.code_bits(), format.weight.group};
+  const quant::WeightGrid grid{
+      .bits = format.code_bits(), .group = format.weight.group, .levels = format.weight.levels};
   BBB_ASSERT(static_cast<int64_t>(factor.order.size()) == k);
   const LinearGrid nearest = nearest_grid(start);
   const float s = nearest.master_scale;
@@ -171,10 +172,11 @@ double round_with_feedback(LinearResult& start, const HessianFactor& factor,
                         at = (begin + row) * k + position;
           float* const fed = feedback.data() + row * kPanel;
           const float step = quant::step_of(nearest.e[static_cast<size_t>(group)], s);
-          const uint8_t zero = nearest.zeros[static_cast<size_t>(group)];
+          const float zero = quant::zero_point<float>(nearest.zeros[static_cast<size_t>(group)],
+                                                      grid.bits, grid.levels);
           const float w = start.master[static_cast<size_t>(at)], target = w + fed[c - first];
-          const float code = quant::code_of(target, step, zero, grid.bits);
-          const float rounded = (code - static_cast<float>(zero)) * step;
+          const float code = quant::code_of(target, step, zero, grid.bits, grid.levels);
+          const float rounded = (code - zero) * step;
           codes[static_cast<size_t>(at)] = static_cast<uint8_t>(code);
           const float off = w - rounded;
           error[static_cast<size_t>(row * k + c)] = off;

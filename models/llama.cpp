@@ -297,15 +297,19 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
 }
 
 void LlamaBlock::declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
-                                 Zeros zeros, const quant::SlotRule<double>& rule) {
+                                 LearnedParts parts, const quant::SlotRule<double>& rule) {
   declare_parameters(set, formats);
   learned_.clear();
   for (size_t i = 0; i < formats.size(); ++i) {
     const auto add = [&](const char* part) {
       return &set.add(linears()[i]->name() + part, {formats[i].n, formats[i].groups()}, rule);
     };
-    learned_.push_back(
-        {declared_[i], add(".sigma"), zeros == Zeros::Learned ? add(".zeta") : nullptr});
+    LearnedGrid& grid = learned_.emplace_back(LearnedGrid{.master = declared_[i]});
+    if (parts == LearnedParts::Ratios)
+      grid.ratio = add(".ratio");
+    else
+      grid.sigma = add(".sigma");
+    if (parts == LearnedParts::ScalesZeros) grid.zeta = add(".zeta");
   }
 }
 

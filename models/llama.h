@@ -82,10 +82,9 @@ class LlamaBlock {
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
                           autograd::UpdateRule rule = autograd::UpdateRule::AdamW,
                           const autograd::LcTraining& lc = {});
-  // The same with learned grids: scales, and with `zeros` zero points, at `rule`'s rate.
-  enum class Zeros { Fixed, Learned };
+  // The same with learned grids, whose `parts` train at `rule`'s rate.
   void declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
-                       Zeros zeros, const quant::SlotRule<double>& rule);
+                       LearnedParts parts, const quant::SlotRule<double>& rule);
   // After set.allocate(): binds linears and norms to their parameters, the linears behind the set's
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);

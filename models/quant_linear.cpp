@@ -94,6 +94,7 @@ void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
                               const quant::LinearFormat& format) {
   BBB_ASSERT(format.n == n_ && format.k == k_ && format.weight.group == quantizer.group());
   BBB_ASSERT(master.master.shape() == (Shape{n_, format.stored_k()}));
+  BBB_ASSERT(format.weight.levels == quantizer.weights().rule.levels);
   format_ = format;
   state_ = TrainedWeight{&quantizer, &master};
   quantized_ = quantizer.add(master, format.code_bits());
@@ -134,6 +135,7 @@ void QuantLinear::set_format(const quant::LinearFormat& format) {
 
 void QuantLinear::own_buffers(const quant::LinearFormat& format) {
   format_ = format;
+  holds_codes_ = false;
   const Shape groups{n_, format_.groups()};
   quantized_ = {.wq = backend_.empty({n_, columns()}, backend_.act()),
                 .e = backend_.empty(groups, DType::U8),
@@ -155,6 +157,23 @@ void QuantLinear::set_learned(const LearnedGrid& parameters, const quant::Linear
 void QuantLinear::set_master(const LinearResult& result) {
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
     if (!backend_.computes()) return;
+    holds_codes_ = learned->ratio != nullptr && result.master.empty();
+    if (holds_codes_) {  // no ratio has exactly this grid
+      const LinearGrid grid = stored_grid(result);
+      std::vector<float> levels = result.levels();
+      for (float& w : levels) w /= grid.master_scale;  // exact
+      upload_into(backend_, quantized_.wq, levels);
+      backend_.upload(quantized_.e, grid.e.data());
+      backend_.upload(quantized_.z, grid.zeros.data());
+      return upload_into(backend_, quantized_.s, {grid.master_scale});
+    }
+    if (learned->ratio != nullptr) {
+      std::vector<float> ratios(static_cast<size_t>(n_ * format_.groups()), 1.0f);
+      for (size_t g = 0; g < result.ratios.size(); ++g)
+        ratios[g] = quant::range_ratio<float>(result.ratios[g]);
+      upload_into(backend_, learned->master->master, result.master);
+      return upload_into(backend_, learned->ratio->master, ratios);
+    }
     const LinearGrid grid = result.quantized() ? stored_grid(result) : nearest_grid(result);
     std::vector<float> sigma, zeta(grid.zeros.begin(), grid.zeros.end());
     for (const uint8_t e : grid.e) sigma.push_back(grid.master_scale * quant::e4m3_decode(e));
@@ -208,7 +227,9 @@ void QuantLinear::freeze_codes(const LinearResult& result, Parameter& sigma) {
 }
 
 int64_t QuantLinear::buffer_elements(const Backend& backend, const quant::LinearFormat& format) {
-  return backend.max_packed_rows(format) == Backend::kAnyRows ? 0 : format.n * format.stored_k();
+  return backend.max_packed_rows(format.multiplied()) == Backend::kAnyRows
+             ? 0
+             : format.n * format.stored_k();
 }
 
 void QuantLinear::set_packed(PackedWeight weight, Tensor buffer) {
@@ -287,7 +308,12 @@ void QuantLinear::fresh_leaf() {
 }
 
 void QuantLinear::prepare_scales() {
-  if (const auto* learned = std::get_if<LearnedGrid>(&state_))
+  if (holds_codes_) return;
+  const auto* learned = std::get_if<LearnedGrid>(&state_);
+  if (learned != nullptr && learned->ratio != nullptr)
+    return backend_.ratio_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,
+                                learned->ratio->master, learned->master->master, format_.weight);
+  if (learned != nullptr)
     return backend_.learned_quant(quantized_.wq, quantized_.e, quantized_.z, quantized_.s,
                                   learned->master->master, learned->sigma->master,
                                   learned->zeta != nullptr ? learned->zeta->master : Tensor(),
@@ -306,10 +332,14 @@ bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write 
 void QuantLinear::finish_backward() {
   if (parameter() == nullptr) return;
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
-    if (!leaf_.has_grad()) backend_.zero(dweight_);  // then the other two become 0
-    backend_.learned_quant_backward(
-        dweight_, learned->sigma->grad, learned->zeta != nullptr ? learned->zeta->grad : Tensor(),
-        learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
+    if (!leaf_.has_grad()) backend_.zero(dweight_);  // then those of the grid become 0
+    if (learned->ratio != nullptr)
+      backend_.ratio_quant_backward(dweight_, learned->ratio->grad, learned->master->master,
+                                    quantized_.e, quantized_.z, quantized_.s, format_.weight);
+    else
+      backend_.learned_quant_backward(
+          dweight_, learned->sigma->grad, learned->zeta != nullptr ? learned->zeta->grad : Tensor(),
+          learned->master->master, quantized_.e, quantized_.z, quantized_.s, format_.weight);
     return fresh_leaf();
   }
   const auto* lc = std::get_if<TrainedLc>(&state_);
@@ -335,7 +365,7 @@ Tensor QuantLinear::current_codes() const {
   BBB_ASSERT(format_.weight.bits < kNoQuantizer);
   const Tensor codes = backend_.empty({n_, columns()}, DType::U8);
   backend_.quantize_codes(codes, parameter()->master, quantized_.e, quantized_.z, quantized_.s,
-                          {format_.code_bits(), format_.weight.group});
+                          code_grid());
   return codes;
 }
 
@@ -373,7 +403,7 @@ void QuantLinear::snap() {
   uint8_t* const ratios = result.ratios.empty() ? nullptr : result.ratios.data();
   engine::ThreadPool(0).parallel_for(n_, kSnapRows, [&](int64_t begin, int64_t end) {
     quant::host::snap(result.master.data(), ratios, {begin, end}, columns(), master_scale,
-                      {format_.code_bits(), format_.weight.group});
+                      code_grid());
   });
   set_master(result);
 }

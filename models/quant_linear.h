@@ -4,7 +4,8 @@
 //   FloatWeight    an act weight, no gradient: the teacher, a full-precision model, or a weight
 //                  that a method without gradients rounds
 //   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
-//   LearnedGrid    a master behind a grid whose scales, and perhaps zero points, train with it
+//   LearnedGrid    a master behind a grid whose scales, and perhaps zero points, train with it, or
+//                  the ratios of its ranges
 //   TrainedLc      latents behind LC (quant/lc.h); W is made of them once a step
 //   FrozenCodes    frozen codes and zero points with learned group scales sigma
 //   PackedLinear   the stored weight as Backend::repack made it; where a backend's kernels do not
@@ -62,10 +63,13 @@ struct TrainedWeight {
   WeightQuantizer* quantizer;
   Parameter* master;
 };
+// What trains with the masters of a learned grid.
+enum class LearnedParts { Scales, ScalesZeros, Ratios };
 struct LearnedGrid {
-  Parameter* master;  // (N, K')
-  Parameter* sigma;   // (N, K'/G)
-  Parameter* zeta;    // (N, K'/G); null: zero points stay as they start
+  Parameter* master;           // (N, K')
+  Parameter* sigma = nullptr;  // (N, K'/G); null: ratios train
+  Parameter* zeta = nullptr;   // (N, K'/G); null: zero points stay as they start
+  Parameter* ratio = nullptr;  // (N, K'/G), without sigma and zeta
 };
 // What the linears of a site behind LC share, and the sums of its gradients over them.
 struct LcSite {
@@ -104,7 +108,7 @@ class QuantLinear {
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
                    const quant::LinearFormat& format);
-  // The same for a learned grid (Backend::learned_quant) of fewer than 16 bits.
+  // The same for a learned grid (Backend::learned_quant, ratio_quant) of fewer than 16 bits.
   void set_learned(const LearnedGrid& parameters, const quant::LinearFormat& format);
   // The same behind LC: latents (N, K) and v (N). `site` must outlive this state, too.
   void set_trained_lc(WeightQuantizer& quantizer, Parameter& latent, Parameter& v, LcSite& site,
@@ -118,7 +122,8 @@ class QuantLinear {
   void select_precision(size_t i) { precision_ = i; }
   // TrainedWeight: the master and the range ratios of a result of this format, and back.
   // LearnedGrid: its master and, as the start of scales and zero points, the grid of rounding to
-  // nearest with its ratios; or the levels and the grid of a quantized result.
+  // nearest with its ratios; or the levels and the grid of a quantized result. Learned ratios start
+  // as those of the result, or as 1; of a result without a master the weight is held as it is.
   // TrainedLc: the latents, v, and of the site u and the map.
   void set_master(const LinearResult& result);
   LinearResult master() const;
@@ -178,9 +183,14 @@ class QuantLinear {
                                      const LinearInput& x, const Var& residual);
   bool packed_lc() const { return holds<PackedLinear>() && format_.is_lc(); }
   int64_t columns() const { return format_.stored_k(); }  // K'
-  Tensor current_codes() const;                           // U8 (N, K')
-  void own_buffers(const quant::LinearFormat& format);    // quantized_, of this linear alone
-  std::vector<float> bias() const;                        // empty: none
+  WeightGrid code_grid() const {                          // of all bits of a code
+    return {.bits = format_.code_bits(),
+            .group = format_.weight.group,
+            .levels = format_.weight.levels};
+  }
+  Tensor current_codes() const;                         // U8 (N, K')
+  void own_buffers(const quant::LinearFormat& format);  // quantized_, of this linear alone
+  std::vector<float> bias() const;                      // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient
 
   Backend& backend_;
@@ -196,6 +206,7 @@ class QuantLinear {
   Var leaf_;          // wq and dweight_, shared by all uses since finish_backward()
   std::vector<Var> nested_leaves_;  // the same for the lower precisions
   size_t precision_ = 0;
+  bool holds_codes_ = false;  // LearnedGrid: the weight is a result's, not made of the master
 };
 
 }  // namespace bbb::models

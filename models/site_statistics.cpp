@@ -242,9 +242,26 @@ class StageStarter {
     masters.master = from.levels();
     masters.ratios.assign(static_cast<size_t>(from.format.n * from.format.groups()), 0);
     LinearResult to = (*this)(masters, format, energy);
-    if (same_operand(from.format, format) && from.format.weight == format.weight)
+    if (same_operand(from.format, format) && from.format.weight == format.weight) {
       to.stored = from.stored;
+      if (format.is_symmetric()) span_range(to);
+    }
     return to;
+  }
+
+  // Moves the outermost levels of every group to the outer edge of their bins. There they span the
+  // range that has the group's scale, if it uses an outermost code.
+  static void span_range(LinearResult& to) {
+    const LinearGrid grid = stored_grid(to);
+    const auto group = static_cast<size_t>(to.format.weight.group);
+    for (size_t g = 0; g < grid.e.size(); ++g) {
+      float* const w = to.master.data() + g * group;
+      const float half = grid.master_scale * quant::e4m3_decode(grid.e[g]) / 2;
+      float most = 0;
+      for (size_t i = 0; i < group; ++i) most = std::max(most, std::fabs(w[i]));
+      for (size_t i = 0; i < group; ++i)
+        if (std::fabs(w[i]) == most) w[i] += std::copysign(half, w[i]);
+    }
   }
 
   template <typename Fn>
@@ -255,6 +272,7 @@ class StageStarter {
   // Splits pairs and searches ranges, with the S that follows from the split weights.
   void place(LinearResult& to, const quant::ChannelOrder& order, const std::vector<float>& energy) {
     const int bits = to.format.code_bits();
+    const quant::Levels levels = to.format.weight.levels;
     const bool splits = !order.split().empty() && order.side() == quant::SplitSide::Weight;
     const bool searched = quant::is_searched(range_, bits);
     if (!splits && !searched) return;
@@ -270,13 +288,13 @@ class StageStarter {
       });
       float largest = 0;
       for (const float m : most) largest = quant::max_or_nan(largest, m);
-      return quant::master_scale_of(quant::raw_scale(largest, bits));
+      return quant::master_scale_of(quant::raw_scale(largest, bits, levels));
     };
     // S depends on the offsets, and they on S.
-    float s = quant::master_scale_of(
-        quant::raw_scale(quant::host::group_range_max(halves.data(), nullptr, {0, to.format.n},
-                                                      order.stored_k(), to.format.weight.group),
-                         bits));
+    float s = quant::master_scale_of(quant::raw_scale(
+        quant::host::group_range_max(halves.data(), nullptr, {0, to.format.n}, order.stored_k(),
+                                     to.format.weight.group, levels),
+        bits, levels));
     for (int round = 0; round < 8; ++round) {
       const float next = start(s, quant::RangeRule::MinMax);
       if (next == s) break;

@@ -23,14 +23,15 @@ namespace bbb::quant {
 void launch_max_group_range(cudaStream_t stream, float* max_range, float* prequantized,
                             int64_t slots, const float* w, const uint8_t* ratios,
                             const WeightTile* tiles, int64_t tile_count, const int32_t* bits,
-                            int group);
+                            int group, Levels levels);
 // S from the maximum group range, then wq = (q - z) e, e, z and the clipped bits in one pass over
 // the masters. At kNoQuantizer wq = w and S = 1; nothing is clipped, e and z are not written. The
 // masters of a parameter that was prequantized with this S are not read.
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
                        uint8_t* clipped, float* s, const float* w, const uint8_t* ratios,
                        const float* max_range, const float* prequantized, const WeightTile* tiles,
-                       int64_t tile_count, const int32_t* bits, int group, Rounding rounding);
+                       int64_t tile_count, const int32_t* bits, int group, const WeightRule& rule,
+                       Rounding rounding);
 // wq at the top `bits` bits of nested codes, after launch_fake_quant; parameters of other widths
 // are left alone.
 void launch_nested_levels(cudaStream_t stream, __nv_bfloat16* wq, const float* w, const uint8_t* e,
@@ -56,6 +57,14 @@ template <typename T>
 void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dzeta, const float* w,
                                    const uint8_t* e, const uint8_t* z, const float* s,
                                    int64_t count, WeightGrid spec);
+
+// Learned ratios (engine/backend.h); `ratio` is clamped in place.
+void launch_ratio_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                        float* ratio, const float* w, int64_t count, WeightGrid spec);
+template <typename T>
+void launch_ratio_quant_backward(cudaStream_t stream, T* dw, T* dratio, const float* w,
+                                 const uint8_t* e, const uint8_t* z, const float* s, int64_t count,
+                                 WeightGrid spec);
 
 // wq = (q - z) e, (N, K).
 void launch_unpack(cudaStream_t stream, __nv_bfloat16* wq, const PackedView& w);

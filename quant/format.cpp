@@ -1,5 +1,6 @@
 #include "quant/format.h"
 
+#include "quant/check.h"
 #include "quant/lc.h"
 #include "quant/pack.h"
 
@@ -38,6 +39,7 @@ const char* const kCodesSuffix = ".qweight";
 std::vector<StoredTensor> LinearFormat::tensors() const {
   std::vector<StoredTensor> tensors;
   const int64_t columns = stored_k();
+  BBB_ASSERT(!is_symmetric() || (!weight.nested && weight.bits <= 4));
   if (is_lc())
     return {{StoredPart::Codes, kCodesSuffix, FileDType::U8, {n, code_row_bytes(columns, kLcBits)}},
             {StoredPart::InputScale, ".u", FileDType::F16, {k}},
@@ -55,6 +57,7 @@ std::vector<StoredTensor> LinearFormat::tensors() const {
          ".zeros",
          FileDType::U8,
          {n, zero_row_bytes(columns, weight.group, weight.bits)}}};
+  if (is_symmetric()) tensors.pop_back();
   tensors.push_back({StoredPart::MasterScale, ".master_scale", FileDType::F32, {1}});
   if (order && !order->split().empty())
     tensors.push_back({StoredPart::SplitChannels,
@@ -71,6 +74,14 @@ std::vector<StoredTensor> LinearFormat::tensors() const {
 
 LinearFormat LinearFormat::codes_alone() const {
   return {.n = n, .k = k, .weight = {.bits = kLcBits, .group = weight.group}};
+}
+
+LinearFormat LinearFormat::multiplied() const {
+  LinearFormat format = *this;
+  if (!is_symmetric()) return format;
+  format.weight.levels = Levels::MinMax;
+  format.weight.bits = weight.bits < 4 ? weight.bits + 1 : 8;
+  return format;
 }
 
 std::vector<StoredTensor> LinearFormat::loaded_tensors() const {

@@ -2,6 +2,7 @@
 // (format.md); readers, writers, byte counts, synthetic models and kernels ask it.
 //
 //   W[n, p] = S e[n, g] (q[n, p] - z[n, g])      p a stored position, g = p / G its group
+//             symmetric (Levels::Seq): z = (2^b - 1) / 2 in every group, which is not stored
 //
 //   Codes            .qweight           U8 (N, K' b / 8)              q, a bit stream a row
 //     nested                            U8 (8, N, K' / 8)             bit planes, highest first
@@ -75,12 +76,16 @@ struct LinearFormat {
   int64_t groups() const { return stored_k() / weight.group; }
   int code_bits() const { return weight.nested ? kNestedBits : weight.bits; }
   bool is_lc() const { return weight.levels == Levels::Lc; }
+  bool is_symmetric() const { return weight.levels == Levels::Seq; }
   // Is the operand of training the input itself?
   bool exact_input() const;
   // Does position k hold channel k, not transformed, for every channel?
   bool plain_positions() const;
   // Of LC: what a product reads in the codes, q itself. Scales are 1, zero points 0.
   LinearFormat codes_alone() const;
+  // What products read: this format, but of a symmetric one the codes 2 q with zero points 2^b - 1
+  // and the master scale S / 2, since S e (q - (2^b - 1) / 2) = S / 2 e (2 q - (2^b - 1)).
+  LinearFormat multiplied() const;
   // In the order of StoredPart, which is that of the file.
   std::vector<StoredTensor> tensors() const;
   // The same of a load: of nested codes, the planes that it reads.

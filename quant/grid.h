@@ -1,5 +1,5 @@
-// The group quantizer, min-max and asymmetric: one definition for training, export, the packed
-// kernels and the CPU reference.
+// The group quantizer, min-max and asymmetric, or symmetric (SEQ): one definition for training,
+// export, the packed kernels and the CPU reference.
 //
 // For one group x[0..G), b bits, L = 2^b - 1, master scale S (a power of two):
 //     mn = min(min x, 0)    mx = max(max x, 0)    s_raw = (mx - mn) / L
@@ -7,6 +7,9 @@
 //     s  = S e      z = clamp(round(-mn / s), 0, L)
 //     q  = clamp(round(x / s) + z, 0, L)          x^ = S (q - z) e
 //     round(x) = floor(x + 1/2)
+// SEQ (numerics.md section 6): the range is -m .. m with m = max |x|, and has 2^b steps; with the
+// same zero point in every group it is the same grid otherwise:
+//     s_raw = 2 m / 2^b      z = L / 2      q = clamp(floor(x / s) + 1/2 + z, 0, L)
 // A NaN or infinity anywhere makes S NaN, every e NaN and every x^ NaN, so that a loss shows it.
 //
 // Every function is IEEE arithmetic in `Real` (float, or double for gradient checks), compiled
@@ -16,6 +19,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "quant/e4m3.h"
 #include "quant/hd.h"
@@ -63,6 +67,12 @@ struct Range {
   BBB_HD Real width() const { return mx - mn; }
   // Both ends times a range ratio.
   BBB_HD Range scaled(Real ratio) const { return {ratio * mn, ratio * mx}; }
+  // The range of these levels: of SEQ the smallest with 0 in the middle.
+  BBB_HD Range of(Levels levels) const {
+    if (levels != Levels::Seq) return *this;
+    const Real most = max_or_nan(mx, -mn);
+    return {-most, most};
+  }
 };
 
 // The ratios of a range search, 1, 0.9 .. 0.5, largest first; a group holds the index of its own.
@@ -74,14 +84,24 @@ BBB_HD Real range_ratio(int index) {
   const uint32_t below_one = (static_cast<uint32_t>(index) * 0x333333u + 1) >> 1;
   return Real(std::bit_cast<float>(0x3F800000u - below_one));
 }
+// A learned ratio within its bounds; NaN stays.
+template <typename Real>
+BBB_HD Real learned_ratio(Real ratio) {
+  return ratio < Real(1.0 / 64) ? Real(1.0 / 64) : ratio > Real(1.25) ? Real(1.25) : ratio;
+}
 // Whether groups of these bits are searched: at 8 bits a smaller range only clips.
 BBB_HD constexpr bool is_searched(RangeRule rule, int bits) {
   return rule == RangeRule::Search && bits < 8;
 }
 
+// Steps of a group's range.
+BBB_HD constexpr int range_steps(int bits, Levels levels = Levels::MinMax) {
+  return max_code(bits) + (levels == Levels::Seq ? 1 : 0);
+}
+
 template <typename Real>
-BBB_HD Real raw_scale(Real width, int bits) {
-  return width / Real(max_code(bits));
+BBB_HD Real raw_scale(Real width, int bits, Levels levels = Levels::MinMax) {
+  return width / Real(range_steps(bits, levels));
 }
 
 // The smallest power of two P with 256 m P >= largest, for m = 1 + mantissa / 2^52. 1 for 0; NaN
@@ -128,16 +148,19 @@ BBB_HD Real step_of(uint8_t e, Real master_scale) {
   return master_scale * Real(e4m3_decode(e));
 }
 
-// The stored parameters of a group.
+// The stored parameters of a group. SEQ stores no z; here it is 0.
 struct GroupParams {
   uint8_t e;
   uint8_t z;
 };
 
+// From the range of these levels.
 template <typename Real>
-BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int bits) {
+BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int bits,
+                                Levels levels = Levels::MinMax) {
   // Divide by S first, a power of two: then the quotient is never subnormal where e depends on it.
-  const uint8_t e = encode_ratio(raw_scale(range.width() / master_scale, bits), bits);
+  const uint8_t e = encode_ratio(raw_scale(range.width() / master_scale, bits, levels), bits);
+  if (levels == Levels::Seq) return {e, 0};
   const Real z = round_half_up(-range.mn / step_of(e, master_scale));
   return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(bits))))};
 }
@@ -160,10 +183,26 @@ BBB_HD GroupParams outlier_params(const Range<Real>& range, Real master_scale) {
   return {e, static_cast<uint8_t>(clamp_code(z, Real(max_code(kOutlierBits))))};
 }
 
+// The zero point of a group whose stored one is z.
+template <typename Real>
+BBB_HD Real zero_point(uint8_t z, int bits, Levels levels) {
+  return levels == Levels::Seq ? Real(max_code(bits)) / 2 : Real(z);
+}
+
+// x / s, rounded to where levels lie: the integers, of SEQ the middles between them.
+template <typename Real>
+BBB_HD Real rounded_steps(Real quotient, Levels levels) {
+  return levels == Levels::Seq ? std::floor(quotient) + Real(0.5) : round_half_up(quotient);
+}
+
+// A zero point: an integer, or zero_point() of SEQ.
+template <typename Real>
+using ZeroPoint = std::type_identity_t<Real>;
+
 // round(x / s) + z, before the clamp: the straight-through gradient is 0 outside [0, 2^b - 1].
 template <typename Real>
-BBB_HD Real unclamped_code(Real x, Real step, uint8_t z) {
-  return round_half_up(x / step) + Real(z);
+BBB_HD Real unclamped_code(Real x, Real step, ZeroPoint<Real> z, Levels levels = Levels::MinMax) {
+  return rounded_steps(x / step, levels) + z;
 }
 
 // Whether the clamp moves this code: its weight then takes no gradient. It never moves a NaN.
@@ -172,9 +211,24 @@ BBB_HD bool is_clipped(Real unclamped, int bits) {
   return unclamped < Real(0) || unclamped > Real(max_code(bits));
 }
 
+// Whether a weight takes no gradient: `quotient` is x / s, `steps` rounded_steps() of it and
+// `clamped` its level in steps, q - z. Never where x is NaN.
+template <typename Real, typename Rule>
+BBB_HD bool is_masked(Real quotient, Real steps, Real clamped, const Rule& rule) {
+  switch (rule.ste) {
+    case Ste::Clip:
+      return steps < clamped || steps > clamped;
+    case Ste::Trust:
+      return std::fabs(quotient - clamped) > Real(rule.trust) / 2;
+    default:
+      return false;
+  }
+}
+
 template <typename Real>
-BBB_HD Real code_of(Real x, Real step, uint8_t z, int bits) {
-  return clamp_code(unclamped_code(x, step, z), Real(max_code(bits)));
+BBB_HD Real code_of(Real x, Real step, ZeroPoint<Real> z, int bits,
+                    Levels levels = Levels::MinMax) {
+  return clamp_code(unclamped_code(x, step, z, levels), Real(max_code(bits)));
 }
 
 // The zero point of a learned grid.
@@ -189,22 +243,31 @@ struct GridGradient {
   Real scale = 0, zero = 0;
 
   // Adds the terms of a weight with gradient dw of its level, and returns its own gradient.
-  BBB_HD Real take(Real dw, Real w, Real step, uint8_t z, int bits) {
-    const Real quotient = w / step, code = round_half_up(quotient) + Real(z);
+  BBB_HD Real take(Real dw, Real w, Real step, ZeroPoint<Real> z, int bits,
+                   Levels levels = Levels::MinMax) {
+    const Real quotient = w / step, code = rounded_steps(quotient, levels) + z;
     if (!is_clipped(code, bits)) {
-      scale += dw * (code - Real(z) - quotient);
+      scale += dw * (code - z - quotient);
       return dw;
     }
-    scale += dw * (clamp_code(code, Real(max_code(bits))) - Real(z));
+    scale += dw * (clamp_code(code, Real(max_code(bits))) - z);
     zero -= dw * step;
     return Real(0);
   }
 };
 
+// Of a learned ratio (Backend::ratio_quant_backward): adds dw (q - z) to the group's `sum`, and
+// returns the weight's own gradient. `code` is unclamped.
+template <typename Real>
+BBB_HD Real take_level(Real& sum, Real dw, Real code, Real z, int bits) {
+  sum += dw * (clamp_code(code, Real(max_code(bits))) - z);
+  return is_clipped(code, bits) ? Real(0) : dw;
+}
+
 // (q - z) e, the operand of the product: x^ / S. Exact in bf16 for b <= 4.
 template <typename Real>
-BBB_HD Real level_of(Real q, uint8_t z, Real e) {
-  return (q - Real(z)) * e;
+BBB_HD Real level_of(Real q, ZeroPoint<Real> z, Real e) {
+  return (q - z) * e;
 }
 
 // 2 (q' - z) of a nested code's top `bits` bits q, with q' the middle or the lower end of the 8-bit
@@ -238,7 +301,7 @@ class GroupLevels {
         scale_(e4m3_decode(e)),
         inverse_scale_(e4m3_reciprocal(scale_)) {}
 
-  // z and the largest code, both integers.
+  // z and the largest code.
   BBB_HD void set_zero_point(float z, float top) {
     lowest_ = 0.0f - z;  // -z would be -0 for z = 0
     highest_ = top - z;
@@ -251,7 +314,7 @@ class GroupLevels {
     other.scale_ = fetch(scale_);
     other.inverse_scale_ = fetch(inverse_scale_);
     other.lowest_ = fetch(lowest_);
-    other.highest_ = other.lowest_ + float(max_code(bits));  // integers: exact
+    other.highest_ = other.lowest_ + float(max_code(bits));  // halves of integers: exact
     return other;
   }
 
@@ -262,6 +325,14 @@ class GroupLevels {
     return std::fma(std::fma(-q, scale_, scaled), inverse_scale_, q);
   }
   BBB_HD float steps(float x) const { return round_half_up(quotient(x)); }
+  // Replaces x by its level; returns whether it takes no gradient.
+  template <typename Rule>
+  BBB_HD bool replace(float& x, const Rule& rule) const {
+    const float exact = quotient(x), steps = rounded_steps(exact, rule.levels);
+    const float within = clamped(steps);
+    x = within * scale_;
+    return is_masked(exact, steps, within, rule);
+  }
   BBB_HD bool is_clipped(float steps) const { return steps < lowest_ || steps > highest_; }
   // q - z, q the code: NaN becomes the code 0.
   BBB_HD float clamped(float steps) const { return std::fmin(std::fmax(steps, lowest_), highest_); }
@@ -273,6 +344,22 @@ class GroupLevels {
   float inverse_master_, scale_, inverse_scale_;
   float lowest_ = 0, highest_ = 0;  // the steps of the codes 0 and 2^b - 1
 };
+
+// The rule of most runs, as constants: kernels made for it do without the others' instructions.
+struct PlainRule {
+  static constexpr Levels levels = Levels::MinMax;
+  static constexpr Ste ste = Ste::Clip;
+  static constexpr float trust = 1;
+};
+
+// Calls fn(rule), with a PlainRule if it says the same.
+template <typename Fn>
+void with_rule(const WeightRule& rule, const Fn& fn) {
+  if (rule == WeightRule())
+    fn(PlainRule());
+  else
+    fn(rule);
+}
 
 struct QuantizedGroup {
   GroupParams params;
@@ -290,8 +377,15 @@ class GroupQuantizer {
         inverse_top_(1.0f / top_),
         bits_(bits) {}
 
-  BBB_HD QuantizedGroup operator()(const Range<float>& range) const {
+  // From the range of these levels.
+  BBB_HD QuantizedGroup operator()(const Range<float>& range, Levels kind = Levels::MinMax) const {
     const float width = range.width() * inverse_master_;
+    if (kind == Levels::Seq) {  // the quotient by 2^b is exact
+      const uint8_t e = encode_ratio(width / float(range_steps(bits_, kind)), bits_);
+      GroupLevels levels(e, inverse_master_);
+      levels.set_zero_point(zero_point<float>(0, bits_, kind), top_);
+      return {{e, 0}, levels};
+    }
     const float near = width * inverse_top_;
     const float ratio = std::fma(std::fma(-near, top_, width), inverse_top_, near);
     const uint8_t e = encode_ratio(ratio, bits_);

@@ -57,18 +57,14 @@ __device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]
   return range;
 }
 
-// Replaces each x by its level; bit i of the result: x[i] was clipped.
-template <int kPerThread>
+// Replaces each x by its level; bit i of the result: x[i] takes no gradient.
+template <int kPerThread, typename Rule>
 __device__ __forceinline__ unsigned replace_by_levels(float (&x)[kPerThread],
-                                                      const GroupLevels& group) {
-  unsigned clipped = 0;
+                                                      const GroupLevels& group, const Rule& rule) {
+  unsigned masked = 0;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float steps = group.steps(x[i]);
-    clipped |= group.is_clipped(steps) ? 1u << i : 0u;
-    x[i] = group.level(steps);
-  }
-  return clipped;
+  for (int i = 0; i < kPerThread; ++i) masked |= group.replace(x[i], rule) ? 1u << i : 0u;
+  return masked;
 }
 
 // slot = max(slot, value) over the values of a warp, none negative. As unsigned integers, the bits

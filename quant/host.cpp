@@ -17,16 +17,19 @@ static Range<Real> range_of(const Real* x, int group) {
 
 // The range of group g of a matrix, scaled by its ratio.
 template <typename Real>
-static Range<Real> scaled_range(const Real* x, int group, const uint8_t* ratios, int64_t g) {
-  const Range<Real> range = range_of(x, group);
+static Range<Real> scaled_range(const Real* x, int group, const uint8_t* ratios, int64_t g,
+                                Levels levels) {
+  const Range<Real> range = range_of(x, group).of(levels);
   return ratios != nullptr ? range.scaled(range_ratio<Real>(ratios[g])) : range;
 }
 
 template <typename Real>
-Real group_range_max(const Real* w, const uint8_t* ratios, Rows rows, int64_t k, int group) {
+Real group_range_max(const Real* w, const uint8_t* ratios, Rows rows, int64_t k, int group,
+                     Levels levels) {
   Real max_range = 0;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g)
-    max_range = max_or_nan(max_range, scaled_range(w + g * group, group, ratios, g).width());
+    max_range =
+        max_or_nan(max_range, scaled_range(w + g * group, group, ratios, g, levels).width());
   return max_range;
 }
 
@@ -40,13 +43,14 @@ Real largest(const Real* x, int64_t count) {
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
                 const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
-                Rounding rounding) {
+                Rounding rounding, const WeightRule& rule) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     const Real* x = w + g * group;
     Real* out = wq + g * group;
     uint8_t* bits = clipped + g * group / 8;
-    const GroupParams p = group_params(scaled_range(x, group, ratios, g), master_scale, spec.bits);
+    const GroupParams p = group_params(scaled_range(x, group, ratios, g, rule.levels), master_scale,
+                                       spec.bits, rule.levels);
     e[g] = p.e;
     z[g] = p.z;
     if (rounding == Rounding::Identity) {
@@ -55,14 +59,17 @@ void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* 
       continue;
     }
     const Real step = step_of(p.e, master_scale), scale = Real(e4m3_decode(p.e));
-    Real codes[kLargestGroup];
+    const Real zero = zero_point<Real>(p.z, spec.bits, rule.levels);
+    bool masked[kLargestGroup];
     for (int i = 0; i < group; ++i) {
-      codes[i] = unclamped_code(x[i], step, p.z);
-      out[i] = level_of(clamp_code(codes[i], Real(max_code(spec.bits))), p.z, scale);
+      const Real quotient = x[i] / step, steps = rounded_steps(quotient, rule.levels);
+      const Real code = clamp_code(steps + zero, Real(max_code(spec.bits)));
+      masked[i] = is_masked(quotient, steps, code - zero, rule);
+      out[i] = level_of(code, zero, scale);
     }
     for (int i = 0; i < group; i += 8) {
       int byte = 0;
-      for (int j = 0; j < 8; ++j) byte |= int{is_clipped(codes[i + j], spec.bits)} << j;
+      for (int j = 0; j < 8; ++j) byte |= int{masked[i + j]} << j;
       bits[i / 8] = static_cast<uint8_t>(byte);
     }
   }
@@ -85,18 +92,20 @@ void snap(Real* w, uint8_t* ratios, Rows rows, int64_t k, Real master_scale, Wei
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     Real* x = w + g * group;
-    const Range<Real> range = range_of(x, group), scaled = scaled_range(x, group, ratios, g);
-    const GroupParams p = group_params(scaled, master_scale, spec.bits);
-    const Real step = step_of(p.e, master_scale);
+    const Levels levels = spec.levels;
+    const Range<Real> range = range_of(x, group),
+                      scaled = scaled_range(x, group, ratios, g, levels);
+    const GroupParams p = group_params(scaled, master_scale, spec.bits, levels);
+    const Real step = step_of(p.e, master_scale), zero = zero_point<Real>(p.z, spec.bits, levels);
     Real middle[kLargestGroup];
     for (int i = 0; i < group; ++i)
-      middle[i] = (code_of(x[i], step, p.z, spec.bits) - Real(p.z)) * step;
+      middle[i] = (code_of(x[i], step, zero, spec.bits, levels) - zero) * step;
 
-    const Range<Real> spanned = range_of(middle, group);
-    const GroupParams q = group_params(spanned, master_scale, spec.bits);
+    const Range<Real> spanned = range_of(middle, group).of(levels);
+    const GroupParams q = group_params(spanned, master_scale, spec.bits, levels);
     // The groups of maximum range give S; this one may be the only one.
     const auto gives_s = [&](const Range<Real>& r) {
-      return master_scale_of(raw_scale(r.width(), spec.bits)) == master_scale;
+      return master_scale_of(raw_scale(r.width(), spec.bits, levels)) == master_scale;
     };
     const bool same = q.e == p.e && q.z == p.z && gives_s(spanned) == gives_s(scaled);
     if (same && ratios != nullptr) ratios[g] = 0;
@@ -114,9 +123,10 @@ void quantize_codes(uint8_t* codes, const Real* w, const uint8_t* e, const uint8
                     int64_t k, Real master_scale, WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
-    const Real step = step_of(e[g], master_scale);
+    const Real step = step_of(e[g], master_scale),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
     for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      codes[i] = static_cast<uint8_t>(code_of(w[i], step, z[g], spec.bits));
+      codes[i] = static_cast<uint8_t>(code_of(w[i], step, zero, spec.bits, spec.levels));
   }
 }
 
@@ -126,9 +136,10 @@ void scale_codes(Real* wq, uint8_t* e, const uint8_t* codes, const uint8_t* z, c
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     e[g] = encode_scale(sigma[g], master_scale, spec.bits);
-    const Real scale = Real(e4m3_decode(e[g]));
+    const Real scale = Real(e4m3_decode(e[g])),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
     for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      wq[i] = level_of(Real(codes[i]), z[g], scale);
+      wq[i] = level_of(Real(codes[i]), zero, scale);
   }
 }
 
@@ -137,9 +148,9 @@ void scale_codes_backward(Real* dsigma, const Real* dw, const uint8_t* codes, co
                           Rows rows, int64_t k, WeightGrid spec, bool accumulate) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Real zero = zero_point<Real>(z[g], spec.bits, spec.levels);
     Real sum = 0;
-    for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      sum += dw[i] * (Real(codes[i]) - Real(z[g]));
+    for (int64_t i = g * group; i < (g + 1) * group; ++i) sum += dw[i] * (Real(codes[i]) - zero);
     dsigma[g] = accumulate ? dsigma[g] + sum : sum;
   }
 }
@@ -151,9 +162,10 @@ void learned_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* w, const Real* 
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
     e[g] = encode_scale(sigma[g], master_scale, spec.bits);
     if (zeta != nullptr) z[g] = zero_of(zeta[g], spec.bits);
-    const Real step = step_of(e[g], master_scale), scale = Real(e4m3_decode(e[g]));
+    const Real step = step_of(e[g], master_scale), scale = Real(e4m3_decode(e[g])),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
     for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      wq[i] = level_of(code_of(w[i], step, z[g], spec.bits), z[g], scale);
+      wq[i] = level_of(code_of(w[i], step, zero, spec.bits, spec.levels), zero, scale);
   }
 }
 
@@ -163,12 +175,57 @@ void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, 
                             WeightGrid spec) {
   const int group = spec.group;
   for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
-    const Real step = step_of(e[g], master_scale);
+    const Real step = step_of(e[g], master_scale),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
     GridGradient<Real> sum;
     for (int64_t i = g * group; i < (g + 1) * group; ++i)
-      dw[i] = sum.take(dw[i], w[i], step, z[g], spec.bits);
+      dw[i] = sum.take(dw[i], w[i], step, zero, spec.bits, spec.levels);
     dsigma[g] = sum.scale;
     if (dzeta != nullptr) dzeta[g] = sum.zero;
+  }
+}
+
+template <typename Real>
+Real clamp_ratios(Real* ratio, const Real* w, Rows rows, int64_t k, WeightGrid spec) {
+  const int group = spec.group;
+  Real most = 0;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    ratio[g] = learned_ratio(ratio[g]);
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels).scaled(ratio[g]);
+    most = max_or_nan(most, raw_scale(range.width(), spec.bits, spec.levels));
+  }
+  return most;
+}
+
+template <typename Real>
+void ratio_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* ratio, const Real* w, Rows rows,
+                 int64_t k, Real master_scale, WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels).scaled(ratio[g]);
+    const GroupParams p = group_params(range, master_scale, spec.bits, spec.levels);
+    e[g] = p.e;
+    z[g] = p.z;
+    const Real step = step_of(p.e, master_scale), scale = Real(e4m3_decode(p.e)),
+               zero = zero_point<Real>(p.z, spec.bits, spec.levels);
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      wq[i] = level_of(code_of(w[i], step, zero, spec.bits, spec.levels), zero, scale);
+  }
+}
+
+template <typename Real>
+void ratio_quant_backward(Real* dw, Real* dratio, const Real* w, const uint8_t* e, const uint8_t* z,
+                          Rows rows, int64_t k, Real master_scale, WeightGrid spec) {
+  const int group = spec.group;
+  for (int64_t g = rows.begin * (k / group); g < rows.end * (k / group); ++g) {
+    const Range<Real> range = range_of(w + g * group, group).of(spec.levels);
+    const Real step = step_of(e[g], master_scale),
+               zero = zero_point<Real>(z[g], spec.bits, spec.levels);
+    Real sum = 0;
+    for (int64_t i = g * group; i < (g + 1) * group; ++i)
+      dw[i] =
+          take_level(sum, dw[i], unclamped_code(w[i], step, zero, spec.levels), zero, spec.bits);
+    dratio[g] = sum * raw_scale(range.width(), spec.bits, spec.levels);
   }
 }
 
@@ -210,10 +267,12 @@ void unpack_row(Real* out, const PackedView& w, int64_t row) {
     return;
   }
   const uint8_t* stream = w.qweight + row * code_row_bytes(w.k, bits);
-  const uint8_t* zeros = w.zeros + row * zero_row_bytes(w.k, group, bits);
+  const bool symmetric = w.grid.levels == Levels::Seq;
+  const uint8_t* zeros = symmetric ? nullptr : w.zeros + row * zero_row_bytes(w.k, group, bits);
   for (int64_t g = 0; g < groups; ++g) {
     const Real scale = Real(e4m3_decode(w.scales[row * groups + g]));
-    const uint8_t z = packed_code(zeros, g, bits);
+    const Real z =
+        zero_point<Real>(symmetric ? uint8_t{0} : packed_code(zeros, g, bits), bits, w.grid.levels);
     if (bits == 2) {  // the shipping width: four levels a group, four codes a byte
       const Real level[4] = {level_of(Real(0), z, scale), level_of(Real(1), z, scale),
                              level_of(Real(2), z, scale), level_of(Real(3), z, scale)};
@@ -308,8 +367,10 @@ static Real tree_sum(Real (&terms)[kLargestGroup], int group) {
 }
 
 template <typename Real>
-static Real level_at(Real x, const GroupParams& p, Real step, int bits) {
-  return (code_of(x, step, p.z, bits) - Real(p.z)) * step;
+static Real level_at(Real x, const GroupParams& p, Real step, int bits,
+                     Levels levels = Levels::MinMax) {
+  const Real zero = zero_point<Real>(p.z, bits, levels);
+  return (code_of(x, step, zero, bits, levels) - zero) * step;
 }
 
 // The parameters of a group of activations.
@@ -458,12 +519,14 @@ namespace {
 class GroupStart {
  public:
   // Positions [pairs_begin, pairs_end) of the group hold pairs that are to be offset.
-  GroupStart(const float* halves, int group, int pairs_begin, int pairs_end, int bits, float split)
+  GroupStart(const float* halves, const WeightGrid& grid, int bits, int pairs_begin, int pairs_end,
+             float split)
       : halves_(halves),
-        group_(group),
+        group_(grid.group),
         pairs_begin_(pairs_begin),
         pairs_end_(pairs_end),
         bits_(bits),
+        levels_(grid.levels),
         split_(split) {}
 
   // The weights at this ratio, and their parameters.
@@ -490,9 +553,9 @@ class GroupStart {
     float terms[kLargestGroup];
     for (int i = 0; i < group_; ++i) {
       const bool pair = i >= pairs_begin_ && i < pairs_end_;
-      float d = level_at(w_[i], params_, step, bits_);
+      float d = level_at(w_[i], params_, step, bits_, levels_);
       if (pair)
-        d = d + level_at(w_[i + 1], params_, step, bits_) - 2.0f * halves_[i];
+        d = d + level_at(w_[i + 1], params_, step, bits_, levels_) - 2.0f * halves_[i];
       else
         d = d - w_[i];
       terms[i] = d * d * energy[i];
@@ -502,18 +565,19 @@ class GroupStart {
   }
 
   const float* weights() const { return w_; }
-  float range(int ratio) const {
-    return range_of(w_, group_).scaled(range_ratio<float>(ratio)).width();
-  }
+  float range(int ratio) const { return range_at(ratio).width(); }
 
  private:
+  Range<float> range_at(int ratio) const {
+    return range_of(w_, group_).of(levels_).scaled(range_ratio<float>(ratio));
+  }
   GroupParams params_at(int ratio, float master_scale) const {
-    return group_params(range_of(w_, group_).scaled(range_ratio<float>(ratio)), master_scale,
-                        bits_);
+    return group_params(range_at(ratio), master_scale, bits_, levels_);
   }
 
   const float* halves_;
   int group_, pairs_begin_, pairs_end_, bits_;
+  Levels levels_;
   float split_;  // a copy's offset, in steps
   float w_[kLargestGroup];
   GroupParams params_;
@@ -538,8 +602,8 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
       };
       float from[kLargestGroup];
       std::copy_n(halves + at, group, from);
-      GroupStart trial(from, group, splits ? within(order.pairs_begin()) : 0,
-                       splits ? within(order.pairs_end()) : 0, bits, std::ldexp(0.25f, shift));
+      GroupStart trial(from, format.weight, bits, splits ? within(order.pairs_begin()) : 0,
+                       splits ? within(order.pairs_end()) : 0, std::ldexp(0.25f, shift));
       int best = 0;
       if (searched) {
         float least = 0.0f;
@@ -558,10 +622,10 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
 }
 
 #define BBB_INSTANTIATE(Real)                                                                      \
-  template Real group_range_max(const Real*, const uint8_t*, Rows, int64_t, int);                  \
+  template Real group_range_max(const Real*, const uint8_t*, Rows, int64_t, int, Levels);          \
   template Real largest(const Real*, int64_t);                                                     \
   template void fake_quant(Real*, uint8_t*, uint8_t*, uint8_t*, const Real*, const uint8_t*, Rows, \
-                           int64_t, Real, WeightGrid, Rounding);                                   \
+                           int64_t, Real, WeightGrid, Rounding, const WeightRule&);                \
   template void snap(Real*, uint8_t*, Rows, int64_t, Real, WeightGrid);                            \
   template void nested_levels(Real*, const Real*, const uint8_t*, const uint8_t*, Rows, int64_t,   \
                               Real, int, int, NestedDequant);                                      \
@@ -575,6 +639,11 @@ float start_rows(float* w, uint8_t* ratios, const float* halves, Rows rows,
                               Rows, int64_t, Real, WeightGrid);                                    \
   template void learned_quant_backward(Real*, Real*, Real*, const Real*, const uint8_t*,           \
                                        const uint8_t*, Rows, int64_t, Real, WeightGrid);           \
+  template Real clamp_ratios(Real*, const Real*, Rows, int64_t, WeightGrid);                       \
+  template void ratio_quant(Real*, uint8_t*, uint8_t*, const Real*, const Real*, Rows, int64_t,    \
+                            Real, WeightGrid);                                                     \
+  template void ratio_quant_backward(Real*, Real*, const Real*, const uint8_t*, const uint8_t*,    \
+                                     Rows, int64_t, Real, WeightGrid);                             \
   template void unpack_row(Real*, const PackedView&, int64_t);                                     \
   template void unpack(Real*, const PackedView&, Rows);                                            \
   template void packed_gemv(Real*, const Real*, const PackedView&, const Real*, Rows, int64_t);    \

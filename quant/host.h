@@ -22,15 +22,17 @@ struct Rows {
 // The maximum group range of the rows; NaN if any element is NaN. max_or_nan joins the parts of a
 // matrix; raw_scale and then master_scale_of give S of the whole.
 template <typename Real>
-Real group_range_max(const Real* w, const uint8_t* ratios, Rows rows, int64_t k, int group);
+Real group_range_max(const Real* w, const uint8_t* ratios, Rows rows, int64_t k, int group,
+                     Levels levels = Levels::MinMax);
 // The largest of count values, at least 0; NaN if any is NaN.
 template <typename Real>
 Real largest(const Real* x, int64_t count);
 
+// Levels are those of `rule`.
 template <typename Real>
 void fake_quant(Real* wq, uint8_t* e, uint8_t* z, uint8_t* clipped, const Real* w,
                 const uint8_t* ratios, Rows rows, int64_t k, Real master_scale, WeightGrid spec,
-                Rounding rounding);
+                Rounding rounding, const WeightRule& rule = {});
 // wq at the top `bits` bits of the 8-bit codes of w on the grid e, z (numerics.md section 4).
 template <typename Real>
 void nested_levels(Real* wq, const Real* w, const uint8_t* e, const uint8_t* z, Rows rows,
@@ -61,6 +63,17 @@ template <typename Real>
 void learned_quant_backward(Real* dw, Real* dsigma, Real* dzeta, const Real* w, const uint8_t* e,
                             const uint8_t* z, Rows rows, int64_t k, Real master_scale,
                             WeightGrid spec);
+
+// Learned ratios (engine/backend.h). First clamp_ratios, which returns the largest s_raw of the
+// rows; NaN if any element is NaN.
+template <typename Real>
+Real clamp_ratios(Real* ratio, const Real* w, Rows rows, int64_t k, WeightGrid spec);
+template <typename Real>
+void ratio_quant(Real* wq, uint8_t* e, uint8_t* z, const Real* ratio, const Real* w, Rows rows,
+                 int64_t k, Real master_scale, WeightGrid spec);
+template <typename Real>
+void ratio_quant_backward(Real* dw, Real* dratio, const Real* w, const uint8_t* e, const uint8_t* z,
+                          Rows rows, int64_t k, Real master_scale, WeightGrid spec);
 
 // The codes of a row, one a byte: of nested codes the bits that the load reads.
 void row_codes(uint8_t* codes, const PackedView& w, int64_t row);

@@ -1,6 +1,6 @@
 // Codes that oscillate: the state byte of a weight (Backend::freeze_flips).
 //
-//   bit 0 frozen    bits 1-3 changes counted    bits 4-7 the level q - z mod 16
+//   bit 0 frozen    bits 1-3 changes counted    bits 4-7 the level q - z, rounded down, mod 16
 #pragma once
 
 #include <cstdint>

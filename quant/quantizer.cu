@@ -10,6 +10,8 @@
 //                                                              written
 //   learned_quant           S, e, z, wq from w, sigma, zeta    4 B read, 2 B written
 //   learned_quant_backward  dw, dsigma, dzeta                  6 or 8 B read, 2 or 4 B written
+//   ratio_quant             S, e, z, wq from w, ratio          8 B read, 2 B written
+//   ratio_quant_backward    dw, dratio                         6 or 8 B read, 2 or 4 B written
 //
 // Thread mapping. The first two take all matrices of a model in one launch. A block takes one tile
 // (quant/tiles.h), or several one after another. It walks a tile in rounds and loads all rounds at
@@ -71,7 +73,7 @@ template <int kGroup>
 __global__ void __launch_bounds__(kThreads)
     max_group_range_kernel(float* __restrict__ max_range, const float* __restrict__ w,
                            const uint8_t* __restrict__ ratios, const WeightTile* __restrict__ tiles,
-                           const int32_t* __restrict__ bits) {
+                           const int32_t* __restrict__ bits, Levels levels) {
   const WeightTile tile = tiles[blockIdx.x];
   if (bits[tile.slot] == kNotQuantized) return;
   w += tile.begin * kTileAlign;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   float most = 0.0f;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    Range<float> range = group_range<kGroup>(x[r]);
+    Range<float> range = group_range<kGroup>(x[r]).of(levels);
     if (ratios != nullptr) range = range.scaled(range_ratio<float>(ratio[r]));
     most = max_nan(most, range.width());
   }
@@ -119,11 +121,11 @@ __device__ __forceinline__ void store_bf16(__nv_bfloat16* out, const float (&x)[
 }
 
 // Quantizes one tile with the S of its parameter; all threads of the block take part.
-template <int kGroup, Rounding kRounding>
+template <int kGroup, Rounding kRounding, typename Rule>
 __device__ __forceinline__ void quantize_tile(
     __nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e, uint8_t* __restrict__ z,
     uint8_t* __restrict__ clipped, const float* __restrict__ w, const uint8_t* __restrict__ ratios,
-    const WeightTile& tile, int bits, float master_scale) {
+    const WeightTile& tile, int bits, float master_scale, const Rule& rule) {
   const int64_t begin = tile.begin * kTileAlign;
   w += begin, wq += begin, clipped += begin / 8, e += begin / kGroup, z += begin / kGroup;
   if (ratios != nullptr) ratios += begin / kGroup;
@@ -144,8 +146,9 @@ __device__ __forceinline__ void quantize_tile(
     const Range<float> joined = group_range<kGroup>(x[r]);
     if (r == own_round) range = joined;
   }
+  range = range.of(rule.levels);
   if (ratios != nullptr) range = range.scaled(range_ratio<float>(ratio));
-  const QuantizedGroup own = GroupQuantizer(master_scale, bits)(range);
+  const QuantizedGroup own = GroupQuantizer(master_scale, bits)(range, rule.levels);
   if (lane < kRounds && wide_offset(own_round) < tile.count && bits != kNoQuantizer) {
     e[wide_offset(own_round) / kGroup] = own.params.e;
     z[wide_offset(own_round) / kGroup] = own.params.z;
@@ -163,7 +166,7 @@ __device__ __forceinline__ void quantize_tile(
 #pragma unroll
         for (int i = 0; i < kWide; ++i) x[r][i] /= master_scale;
       } else {
-        mask = replace_by_levels(x[r], group);
+        mask = replace_by_levels(x[r], group, rule);
       }
     }
     store_bf16(wq + at, x[r]);
@@ -174,14 +177,14 @@ __device__ __forceinline__ void quantize_tile(
 // Most tiles are prequantized, so a block checks several of them for those that are not.
 constexpr int kTilesPerBlock = 8;
 
-template <int kGroup, Rounding kRounding>
+template <int kGroup, Rounding kRounding, typename Rule>
 __global__ void __launch_bounds__(kThreads)
     fake_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
                       uint8_t* __restrict__ z, uint8_t* __restrict__ clipped, float* __restrict__ s,
                       const float* __restrict__ w, const uint8_t* __restrict__ ratios,
                       const float* __restrict__ max_range, const float* __restrict__ prequantized,
                       const WeightTile* __restrict__ tiles, int64_t tile_count,
-                      const int32_t* __restrict__ bits) {
+                      const int32_t* __restrict__ bits, Rule rule) {
   const int64_t first = int64_t{blockIdx.x} * kTilesPerBlock;
   __shared__ float scales[kTilesPerBlock];  // S of each tile that is to be quantized; else 0
   __shared__ int widths[kTilesPerBlock];    // their bit widths
@@ -190,7 +193,9 @@ __global__ void __launch_bounds__(kThreads)
     if (first + threadIdx.x < tile_count) {
       const int slot = tiles[first + threadIdx.x].slot, width = bits[slot];
       if (width != kNotQuantized) {
-        scale = width == kNoQuantizer ? 1.0f : master_scale_of(raw_scale(max_range[slot], width));
+        scale = width == kNoQuantizer
+                    ? 1.0f
+                    : master_scale_of(raw_scale(max_range[slot], width, rule.levels));
         s[slot] = scale;  // all tiles of a parameter write the same
         if (scale == prequantized[slot]) scale = 0.0f;
       }
@@ -202,21 +207,22 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kTilesPerBlock; ++i)
     if (scales[i] != 0.0f)  // NaN too
       quantize_tile<kGroup, kRounding>(wq, e, z, clipped, w, ratios, tiles[first + i], widths[i],
-                                       scales[i]);
+                                       scales[i], rule);
 }
 
 template <int kGroup>
 __global__ void __launch_bounds__(kThreads)
     quantize_codes_kernel(uchar4* __restrict__ codes, const float4* __restrict__ w,
                           const uint8_t* __restrict__ e, const uint8_t* __restrict__ z,
-                          const float* __restrict__ s, int64_t quads, int bits) {
+                          const float* __restrict__ s, int64_t quads, int bits, Levels levels) {
   const int64_t i = thread_index();
   if (i >= quads) return;
   const int64_t group = i / (kGroup / kPerThread);
-  const uint8_t zero = z[group];
-  const float step = step_of(e[group], *s);
+  const float zero = zero_point<float>(z[group], bits, levels), step = step_of(e[group], *s);
   const float4 x = w[i];
-  const auto code = [&](float v) { return static_cast<uint8_t>(code_of(v, step, zero, bits)); };
+  const auto code = [&](float v) {
+    return static_cast<uint8_t>(code_of(v, step, zero, bits, levels));
+  };
   codes[i] = {code(x.x), code(x.y), code(x.z), code(x.w)};
 }
 
@@ -225,14 +231,14 @@ __global__ void __launch_bounds__(kThreads)
     scale_codes_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
                        const float* __restrict__ s, const uchar4* __restrict__ codes,
                        const uint8_t* __restrict__ z, const float* __restrict__ sigma,
-                       int64_t quads, int bits) {
+                       int64_t quads, int bits, Levels levels) {
   constexpr int kLanes = kGroup / kPerThread;
   const int64_t i = thread_index();
   if (i >= quads) return;
   const int64_t group = i / kLanes;
-  const uint8_t code = encode_scale(sigma[group], *s, bits), zero = z[group];
+  const uint8_t code = encode_scale(sigma[group], *s, bits);
   if (i % kLanes == 0) e[group] = code;
-  const float scale = e4m3_decode(code);
+  const float scale = e4m3_decode(code), zero = zero_point<float>(z[group], bits, levels);
   const uchar4 q = codes[i];
   store_bf16(wq, i,
              {level_of(float(q.x), zero, scale), level_of(float(q.y), zero, scale),
@@ -255,12 +261,12 @@ template <int kGroup, typename T>
 __global__ void __launch_bounds__(kThreads)
     scale_codes_backward_kernel(T* __restrict__ dsigma, const T* __restrict__ dw,
                                 const uchar4* __restrict__ codes, const uint8_t* __restrict__ z,
-                                int64_t quads, bool accumulate) {
+                                int64_t quads, bool accumulate, int bits, Levels levels) {
   constexpr int kLanes = kGroup / kPerThread;
   const int64_t i = thread_index();
   float sum = 0.0f;
   if (i < quads) {
-    const float zero = z[i / kLanes];
+    const float zero = zero_point<float>(z[i / kLanes], bits, levels);
     const float4 d = load_quad(dw, i);
     const uchar4 q = codes[i];
     sum = (d.x * (float(q.x) - zero) + d.y * (float(q.y) - zero)) +
@@ -278,20 +284,23 @@ __global__ void __launch_bounds__(kThreads)
     learned_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
                          uint8_t* __restrict__ z, const float* __restrict__ s,
                          const float4* __restrict__ w, const float* __restrict__ sigma,
-                         const float* __restrict__ zeta, int64_t quads, int bits) {
+                         const float* __restrict__ zeta, int64_t quads, int bits, Levels levels) {
   constexpr int kLanes = kGroup / kPerThread;
   const int64_t i = thread_index();
   if (i >= quads) return;
   const int64_t group = i / kLanes;
   const uint8_t code = encode_scale(sigma[group], *s, bits);
-  const uint8_t zero = zeta != nullptr ? zero_of(zeta[group], bits) : z[group];
+  const uint8_t stored = zeta != nullptr ? zero_of(zeta[group], bits) : z[group];
   if (i % kLanes == 0) {
     e[group] = code;
-    if (zeta != nullptr) z[group] = zero;
+    if (zeta != nullptr) z[group] = stored;
   }
   const float step = step_of(code, *s), scale = e4m3_decode(code);
+  const float zero = zero_point<float>(stored, bits, levels);
   const float4 x = w[i];
-  const auto level = [&](float v) { return level_of(code_of(v, step, zero, bits), zero, scale); };
+  const auto level = [&](float v) {
+    return level_of(code_of(v, step, zero, bits, levels), zero, scale);
+  };
   store_bf16(wq, i, {level(x.x), level(x.y), level(x.z), level(x.w)});
 }
 
@@ -307,15 +316,15 @@ __global__ void __launch_bounds__(kThreads)
     learned_quant_backward_kernel(T* __restrict__ dw, T* __restrict__ dsigma, T* __restrict__ dzeta,
                                   const float4* __restrict__ w, const uint8_t* __restrict__ e,
                                   const uint8_t* __restrict__ z, const float* __restrict__ s,
-                                  int64_t quads, int bits) {
+                                  int64_t quads, int bits, Levels levels) {
   constexpr int kLanes = kGroup / kPerThread;
   const int64_t i = thread_index();
   GridGradient<float> sum;
   if (i < quads) {
-    const uint8_t zero = z[i / kLanes];
+    const float zero = zero_point<float>(z[i / kLanes], bits, levels);
     const float step = step_of(e[i / kLanes], *s);
     const float4 d = load_quad(dw, i), x = w[i];
-    const auto take = [&](float dv, float v) { return sum.take(dv, v, step, zero, bits); };
+    const auto take = [&](float dv, float v) { return sum.take(dv, v, step, zero, bits, levels); };
     store_quad(dw, i, {take(d.x, x.x), take(d.y, x.y), take(d.z, x.z), take(d.w, x.w)});
   }
 #pragma unroll
@@ -326,6 +335,80 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= quads || i % kLanes != 0) return;
   put(dsigma + i / kLanes, sum.scale);
   if (dzeta != nullptr) put(dzeta + i / kLanes, sum.zero);
+}
+
+// The elements of a quad; zeros past the end, so that whole warps can take part.
+__device__ __forceinline__ void load_quad(float (&x)[kPerThread], const float4* w, int64_t quad,
+                                          int64_t quads) {
+  const float4 v = quad < quads ? w[quad] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+// Clamps the ratios and finds the largest s_raw.
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    clamp_ratios_kernel(float* __restrict__ largest, float* __restrict__ ratio,
+                        const float4* __restrict__ w, int64_t quads, int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  float raw = 0.0f;
+  if (i < quads && i % kLanes == 0) {
+    const float within = learned_ratio(ratio[i / kLanes]);
+    ratio[i / kLanes] = within;
+    raw = raw_scale(range.scaled(within).width(), bits, levels);
+  }
+  block_max<kThreads>(largest, raw);
+}
+
+template <int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    ratio_quant_kernel(__nv_bfloat16* __restrict__ wq, uint8_t* __restrict__ e,
+                       uint8_t* __restrict__ z, const float* __restrict__ s,
+                       const float* __restrict__ ratio, const float4* __restrict__ w, int64_t quads,
+                       int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  if (i >= quads) return;
+  const QuantizedGroup group = GroupQuantizer(*s, bits)(range.scaled(ratio[i / kLanes]), levels);
+  if (i % kLanes == 0) {
+    e[i / kLanes] = group.params.e;
+    z[i / kLanes] = group.params.z;
+  }
+  replace_by_levels(x, group.levels, WeightRule{levels, Ste::All, 1.0f});
+  store_bf16(wq, i, {x[0], x[1], x[2], x[3]});
+}
+
+template <int kGroup, typename T>
+__global__ void __launch_bounds__(kThreads)
+    ratio_quant_backward_kernel(T* __restrict__ dw, T* __restrict__ dratio,
+                                const float4* __restrict__ w, const uint8_t* __restrict__ e,
+                                const uint8_t* __restrict__ z, const float* __restrict__ s,
+                                int64_t quads, int bits, Levels levels) {
+  constexpr int kLanes = kGroup / kPerThread;
+  const int64_t i = thread_index();
+  float x[kPerThread];
+  load_quad(x, w, i, quads);
+  const Range<float> range = group_range<kGroup>(x).of(levels);
+  float sum = 0.0f;
+  if (i < quads) {
+    const float zero = zero_point<float>(z[i / kLanes], bits, levels);
+    const float step = step_of(e[i / kLanes], *s);
+    const float4 d = load_quad(dw, i);
+    const auto take = [&](float dv, float v) {
+      return take_level(sum, dv, unclamped_code(v, step, zero, levels), zero, bits);
+    };
+    store_quad(dw, i, {take(d.x, x[0]), take(d.y, x[1]), take(d.z, x[2]), take(d.w, x[3])});
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+  if (i < quads && i % kLanes == 0)
+    put(dratio + i / kLanes, sum * raw_scale(range.width(), bits, levels));
 }
 
 LaunchShape one_quad_a_thread(int64_t count) {
@@ -340,25 +423,28 @@ const uchar4* quads_of(const uint8_t* x) { return reinterpret_cast<const uchar4*
 void launch_max_group_range(cudaStream_t stream, float* max_range, float* prequantized,
                             int64_t slots, const float* w, const uint8_t* ratios,
                             const WeightTile* tiles, int64_t tile_count, const int32_t* bits,
-                            int group) {
+                            int group, Levels levels) {
   for (float* cleared : {max_range, prequantized})
     BBB_CUDA(cudaMemsetAsync(cleared, 0, static_cast<size_t>(slots) * sizeof(float), stream));
   with_group(group, [&](auto size) {
     launch(stream, {dim3(static_cast<unsigned>(tile_count)), dim3(kThreads)},
-           max_group_range_kernel<size>, max_range, w, ratios, tiles, bits);
+           max_group_range_kernel<size>, max_range, w, ratios, tiles, bits, levels);
   });
 }
 
 void launch_fake_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z,
                        uint8_t* clipped, float* s, const float* w, const uint8_t* ratios,
                        const float* max_range, const float* prequantized, const WeightTile* tiles,
-                       int64_t tile_count, const int32_t* bits, int group, Rounding rounding) {
+                       int64_t tile_count, const int32_t* bits, int group, const WeightRule& rule,
+                       Rounding rounding) {
   const int64_t blocks = (tile_count + kTilesPerBlock - 1) / kTilesPerBlock;
   with_group(group, [&](auto size) {
-    launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
-           rounding == Rounding::Identity ? fake_quant_kernel<size, Rounding::Identity>
-                                          : fake_quant_kernel<size, Rounding::Nearest>,
-           wq, e, z, clipped, s, w, ratios, max_range, prequantized, tiles, tile_count, bits);
+    with_rule(rule, [&]<typename Rule>(const Rule& of) {
+      launch(stream, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)},
+             rounding == Rounding::Identity ? fake_quant_kernel<size, Rounding::Identity, Rule>
+                                            : fake_quant_kernel<size, Rounding::Nearest, Rule>,
+             wq, e, z, clipped, s, w, ratios, max_range, prequantized, tiles, tile_count, bits, of);
+    });
   });
 }
 
@@ -366,7 +452,8 @@ void launch_quantize_codes(cudaStream_t stream, uint8_t* codes, const float* w, 
                            const uint8_t* z, const float* s, int64_t count, WeightGrid spec) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), quantize_codes_kernel<group>,
-           reinterpret_cast<uchar4*>(codes), quads_of(w), e, z, s, count / kPerThread, spec.bits);
+           reinterpret_cast<uchar4*>(codes), quads_of(w), e, z, s, count / kPerThread, spec.bits,
+           spec.levels);
   });
 }
 
@@ -385,7 +472,7 @@ void launch_scale_codes(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, floa
   launch_master_scale(stream, s, sigma, count / spec.group);
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), scale_codes_kernel<group>, wq, e, s, quads_of(codes),
-           z, sigma, count / kPerThread, spec.bits);
+           z, sigma, count / kPerThread, spec.bits, spec.levels);
   });
 }
 
@@ -395,7 +482,7 @@ void launch_scale_codes_backward(cudaStream_t stream, T* dsigma, const T* dw, co
                                  bool accumulate) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), scale_codes_backward_kernel<group, T>, dsigma, dw,
-           quads_of(codes), z, count / kPerThread, accumulate);
+           quads_of(codes), z, count / kPerThread, accumulate, spec.bits, spec.levels);
   });
 }
 
@@ -405,7 +492,7 @@ void launch_learned_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, ui
   launch_master_scale(stream, s, sigma, count / spec.group);
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), learned_quant_kernel<group>, wq, e, z, s, quads_of(w),
-           sigma, zeta, count / kPerThread, spec.bits);
+           sigma, zeta, count / kPerThread, spec.bits, spec.levels);
   });
 }
 
@@ -415,9 +502,38 @@ void launch_learned_quant_backward(cudaStream_t stream, T* dw, T* dsigma, T* dze
                                    int64_t count, WeightGrid spec) {
   with_group(spec.group, [&](auto group) {
     launch(stream, one_quad_a_thread(count), learned_quant_backward_kernel<group, T>, dw, dsigma,
-           dzeta, quads_of(w), e, z, s, count / kPerThread, spec.bits);
+           dzeta, quads_of(w), e, z, s, count / kPerThread, spec.bits, spec.levels);
   });
 }
+
+void launch_ratio_quant(cudaStream_t stream, __nv_bfloat16* wq, uint8_t* e, uint8_t* z, float* s,
+                        float* ratio, const float* w, int64_t count, WeightGrid spec) {
+  const int64_t quads = count / kPerThread;
+  BBB_CUDA(cudaMemsetAsync(s, 0, sizeof(float), stream));
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), clamp_ratios_kernel<group>, s, ratio, quads_of(w),
+           quads, spec.bits, spec.levels);
+    launch(stream, {dim3(1), dim3(1)}, finish_master_scale_kernel, s);
+    launch(stream, one_quad_a_thread(count), ratio_quant_kernel<group>, wq, e, z, s, ratio,
+           quads_of(w), quads, spec.bits, spec.levels);
+  });
+}
+
+template <typename T>
+void launch_ratio_quant_backward(cudaStream_t stream, T* dw, T* dratio, const float* w,
+                                 const uint8_t* e, const uint8_t* z, const float* s, int64_t count,
+                                 WeightGrid spec) {
+  with_group(spec.group, [&](auto group) {
+    launch(stream, one_quad_a_thread(count), ratio_quant_backward_kernel<group, T>, dw, dratio,
+           quads_of(w), e, z, s, count / kPerThread, spec.bits, spec.levels);
+  });
+}
+template void launch_ratio_quant_backward(cudaStream_t, float*, float*, const float*,
+                                          const uint8_t*, const uint8_t*, const float*, int64_t,
+                                          WeightGrid);
+template void launch_ratio_quant_backward(cudaStream_t, __nv_bfloat16*, __nv_bfloat16*,
+                                          const float*, const uint8_t*, const uint8_t*,
+                                          const float*, int64_t, WeightGrid);
 template void launch_learned_quant_backward(cudaStream_t, float*, float*, float*, const float*,
                                             const uint8_t*, const uint8_t*, const float*, int64_t,
                                             WeightGrid);

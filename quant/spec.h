@@ -10,9 +10,10 @@ enum class RangeRule { MinMax, Search };
 // Nested codes read at fewer bits: at the middle of their bin, or at its lower end.
 enum class NestedDequant { Middle, Floor };
 
-// The values that codes stand for. MinMax: a scale and a zero point a group. Lc: an affine map over
+// The values that codes stand for. MinMax: a scale and a zero point a group. Seq: a scale a group,
+// levels at odd halves of it on both sides of 0 (numerics.md section 6). Lc: an affine map over
 // vectors of four, between Hadamard transforms (quant/lc.h); 2 bits.
-enum class Levels { MinMax, Lc };
+enum class Levels { MinMax, Seq, Lc };
 
 struct WeightGrid {
   int bits = 2;    // 2, 3, 4 or 8; kNoQuantizer where an op says so
@@ -24,6 +25,20 @@ struct WeightGrid {
   Levels levels = Levels::MinMax;
 
   bool operator==(const WeightGrid&) const = default;
+};
+
+// The weights that take no gradient through the rounding. Clip: those whose code the clamp moves,
+// so that they are more than half a step from their level. All: none. Trust: those more than a
+// distance T from their level.
+enum class Ste { Clip, All, Trust };
+
+// How training quantizes weights: MinMax or Seq, and the straight-through estimator.
+struct WeightRule {
+  Levels levels = Levels::MinMax;
+  Ste ste = Ste::Clip;
+  float trust = 1;  // T of Trust, in half steps
+
+  bool operator==(const WeightRule&) const = default;
 };
 
 // The activations that enter a linear.

@@ -62,6 +62,11 @@ struct Rounded {
   static std::vector<LinearFormat> plain(int bits, int group = 32) {
     return block_formats(byte_config(), bits, group);
   }
+  static std::vector<LinearFormat> symmetric(int bits) {
+    std::vector<LinearFormat> formats = plain(bits);
+    for (LinearFormat& format : formats) format.weight.levels = quant::Levels::Seq;
+    return formats;
+  }
   static std::vector<LinearFormat> laid_out(const Layout& layout, int bits) {
     std::vector<LinearFormat> formats = plain(bits);
     for (LinearFormat& format : formats) lay_out(format, layout);
@@ -172,6 +177,8 @@ TEST_CASE("export gptq: what it cannot hold is refused", "[export][gptq]") {
              Contains(first) && Contains("rotates") && Contains("--rotate none"));
   CHECK_THAT(Rounded(Rounded::laid_out(kSplit, 2)).refusal(ExportFormat::Gptq),
              Contains(first) && Contains("channels"));
+  CHECK_THAT(Rounded(Rounded::symmetric(2)).refusal(ExportFormat::Gptq),
+             Contains(first) && Contains("--quantizer seq"));
   std::vector<LinearFormat> formats = Rounded::plain(2);
   for (LinearFormat& format : formats) format.input.bits = 8;
   CHECK_THAT(Rounded(formats).refusal(ExportFormat::Gptq), Contains("quantizes activations"));
@@ -197,6 +204,9 @@ TEST_CASE("export gguf: a checkpoint of the packed model's weights", "[export][g
                         {"w3", Rounded::plain(3), "Q4_0"},
                         {"w4", Rounded::plain(4), "Q4_1"},
                         {"w8", Rounded::plain(8), "BF16"},
+                        {"seq2", Rounded::symmetric(2), "Q4_0"},
+                        {"seq3", Rounded::symmetric(3), "Q4_0"},
+                        {"seq4", Rounded::symmetric(4), "BF16"},
                         {"padded", Rounded::laid_out(kPadded, 2), "Q4_0"},
                         {"rotated", Rounded::laid_out(kRotated, 2), "BF16"},
                         {"split", Rounded::laid_out(kSplit, 2), "BF16"},
@@ -376,6 +386,8 @@ TEST_CASE("export packed: a reader of another author finds the same weights", "[
   std::vector<Case> cases;
   for (const int bits : {2, 3, 4, 8})
     cases.push_back({"w" + std::to_string(bits), Rounded::plain(bits)});
+  for (const int bits : {2, 3, 4})
+    cases.push_back({"seq" + std::to_string(bits), Rounded::symmetric(bits)});
   for (const Layout& layout : kLayouts)
     cases.push_back({layout.name, Rounded::laid_out(layout, 2)});
   for (const auto dequant : {quant::NestedDequant::Middle, quant::NestedDequant::Floor})

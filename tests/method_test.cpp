@@ -725,7 +725,8 @@ TEST_CASE("method: GPTQ finds codes, over any channel order, and survives every 
        {std::pair{"plain", gptq},
         {"grid", kGrid + gptq},
         {"activations", gptq + Options{{"stages", "w3a4"}, {"act-outliers", "32"}}},
-        {"padded", gptq + Options{{"group-size", "128"}}}}) {
+        {"padded", gptq + Options{{"group-size", "128"}}},
+        {"seq", kGrid + gptq + Options{{"quantizer", "seq"}}}}) {
     CAPTURE(name);
     const TrainConfig config = make_config(fixture, name, options);
     fixture.run(config);
@@ -843,6 +844,8 @@ TEST_CASE("method: learned grids and Block-AP lower the loss, and survive every 
   for (const auto& [name, options] :
        {std::pair{"scales", stage + Options{{"grid-train", "scales"}}},
         {"both", kGrid + stage + Options{{"grid-train", "scales-zeros"}}},
+        {"seq_scales", kGrid + stage + Options{{"grid-train", "scales"}, {"quantizer", "seq"}}},
+        {"ratios", kGrid + stage + Options{{"grid-train", "ratios"}}},
         {"block_ap",
          stage + Options{{"method", "block-ap"}, {"e2e-stages", "w2a16:1"}, {"e2e-lr", "1e-3"}}}}) {
     CAPTURE(name);
@@ -861,6 +864,133 @@ TEST_CASE("method: learned grids and Block-AP lower the loss, and survive every 
     const auto checkpoint = models::open_checkpoint(export_of(fixture, config));
     const auto model = load_model(backend(), *checkpoint);
     for (const double logit : logits_of(*model, {1, 2, 3, 4})) CHECK(std::isfinite(logit));
+  }
+}
+
+TEST_CASE("method: learned ratios train the whole model, and survive every kill", "[method]") {
+  const Fixture fixture;
+  for (const char* quantizer : {"minmax", "seq"}) {
+    CAPTURE(quantizer);
+    const TrainConfig config = make_config(fixture, quantizer,
+                                           kGrid + Options{{"stages", ""},
+                                                           {"quantizer", quantizer},
+                                                           {"grid-train", "ratios"},
+                                                           {"grid-lr", "1e-3"},
+                                                           {"e2e-stages", "w3a16:2,w2a16:4"}});
+    fixture.run(config);
+    const auto lines = log_lines(config.out, "e2e");
+    REQUIRE(lines.size() == 24);  // 4 steps a pass
+    double first = 0, last = 0;
+    for (size_t i = 0; i < 4; ++i) {
+      first += lines[8 + i]["loss"].get<double>();
+      last += lines[20 + i]["loss"].get<double>();
+    }
+    CHECK(last < first);
+    // Other than with the ratios of the search.
+    TrainConfig searched = with(config, {{"grid-train", "none"}});
+    searched.out = config.out + "_searched";
+    fixture.run(searched);
+    CHECK(log_lines(searched.out, "e2e")[0]["loss"] == lines[0]["loss"]);
+    CHECK(log_lines(searched.out, "e2e")[5]["loss"] != lines[5]["loss"]);
+    TrainConfig killed = config;
+    killed.out = config.out + "_killed";
+    kill_whole(fixture, killed, 0, 3);
+    kill_whole(fixture, killed, 1, 5);
+    fixture.run(killed);
+    check_same_run(killed.out, config.out);
+    const auto checkpoint = models::open_checkpoint(export_of(fixture, config));
+    CHECK(format_of(*checkpoint, 0, 0).weight.bits == 2);
+    const auto model = load_model(backend(), *checkpoint);
+    for (const double logit : logits_of(*model, {1, 2, 3, 4})) CHECK(std::isfinite(logit));
+  }
+}
+
+TEST_CASE("method: SEQ trains in both phases, survives every kill, and is exported", "[method]") {
+  const Fixture fixture;
+  const TrainConfig config = make_config(fixture, "seq",
+                                         kGrid + Options{{"quantizer", "seq"},
+                                                         {"stages", "w8a16,w2a16"},
+                                                         {"lr", "1e-3,3e-3"},
+                                                         {"e2e-stages", "w2a16:2"},
+                                                         {"e2e-snap", "on"}});
+  fixture.run(config);
+  const auto lines = log_lines(config.out, "validation");
+  REQUIRE(lines.size() == 12);  // before, and after each of two epochs, of two stages of two blocks
+  for (const size_t stage : {3, 9})  // at 8 bits training may improve nothing
+    CHECK(lines[stage + 2]["loss"].get<double>() < lines[stage]["loss"].get<double>());
+  TrainConfig killed = config;
+  killed.out = config.out + "_killed";
+  run_with_kills(fixture, killed, {3, 9, 20}, [](int64_t block, int64_t stage, int64_t step) {
+    return block * 16 + stage * 8 + step;
+  });
+  check_same_run(killed.out, config.out);
+  TrainConfig again = config;
+  again.out = config.out + "_again";
+  kill_whole(fixture, again, 0, 5);
+  fixture.run(again);
+  check_same_run(again.out, config.out);
+
+  const std::string packed = export_of(fixture, config);
+  const auto checkpoint = models::open_checkpoint(packed);
+  const LinearFormat format = format_of(*checkpoint, 1, kDown);
+  CHECK(format.is_symmetric());
+  CHECK(format.input.hadamard);
+  CHECK_FALSE(format.order->split().empty());
+  for (const models::TensorInfo& t : checkpoint->list()) CHECK_FALSE(t.name.ends_with(".zeros"));
+  const train::Json settings =
+      train::Json::parse(data::read_file(packed + "/config.json"))["quantization_config"];
+  CHECK(settings["symmetric"] == true);
+  CHECK(settings["bits"] == 2);
+  // Weights in full precision, from the same file.
+  const std::string plain = config.out + "_plain";
+  train::export_run(backend(), *fixture.source, FileTokenizer(), config.out, plain,
+                    models::ExportFormat::HuggingFace);
+  const std::vector<int32_t> ids = random_tokens(5, 21, tiny_config().vocab);
+  const auto packed_model = load_model(backend(), *checkpoint);
+  CHECK(relative_error(logits_of(*load_model(backend(), *models::open_checkpoint(plain)), ids),
+                       logits_of(*packed_model, ids)) < 8 * epsilon_of(DType::BF16));
+
+  // Scales alone, behind blocks and behind rounding.
+  for (const auto& [name, stages] : {std::pair{"scales", "w2a16"}, {"rounded", ""}}) {
+    CAPTURE(name);
+    const TrainConfig scales = make_config(fixture, name,
+                                           {{"quantizer", "seq"},
+                                            {"stages", stages},
+                                            {"epochs", "1"},
+                                            {"e2e-train", "scales"},
+                                            {"e2e-lr", "3e-3"},
+                                            {"e2e-stages", "w2a16:10"}});
+    fixture.run(scales);
+    const auto steps = log_lines(scales.out, "e2e");
+    double first = 0, last = 0;
+    for (size_t i = 0; i < 4; ++i) {
+      first += steps[i]["loss"].get<double>();
+      last += steps[36 + i]["loss"].get<double>();
+    }
+    CHECK(last < first);
+    CHECK(format_of(*models::open_checkpoint(export_of(fixture, scales)), 0, 0).is_symmetric());
+  }
+}
+
+TEST_CASE("method: the estimator decides which weights move", "[method]") {
+  const Fixture fixture;
+  const auto end = [&](const char* name, const Options& options) {
+    const TrainConfig config = make_config(
+        fixture, name,
+        Options{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"range", "search"}} + options);
+    fixture.run(config);
+    return results(config.out).at("e2e/final.safetensors");
+  };
+  for (const char* quantizer : {"minmax", "seq"}) {
+    CAPTURE(quantizer);
+    const auto of = [&](const char* name, const Options& ste) {
+      return end(cat(quantizer, name).c_str(), ste + Options{{"quantizer", quantizer}});
+    };
+    const std::string clip = of("clip", {}), all = of("all", {{"ste", "all"}}),
+                      half = of("half", {{"ste", "trust"}, {"ste-trust", "0.5"}});
+    CHECK((all != clip));
+    CHECK((half != clip));
+    CHECK((half != all));
   }
 }
 
@@ -966,6 +1096,18 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
       {{{"stages", "w16a16"}, {"method", "gptq"}}, "one stage"},
       {{{"stages", "w2a16"}, {"method", "gptq"}, {"block-schedule", "prefix"}}, "--block-schedule"},
       {{{"stages", "w8a16"}, {"method", "gptq"}, {"any-precision", "8,2"}}, "--any-precision"},
+      {{{"stages", "w8a16"}, {"quantizer", "seq"}}, "--quantizer seq is for results of at most 4"},
+      {{{"stages", "w8a16"}, {"quantizer", "seq"}, {"any-precision", "8,2"}}, "--quantizer seq"},
+      {{{"stages", "w2a16"}, {"quantizer", "seq"}, {"grid-train", "scales-zeros"}},
+       "--quantizer seq has no zero points"},
+      {{{"stages", "w2a16"}, {"quantizer", "seq"}, {"method", "block-ap"}}, "no --method block-ap"},
+      {{{"stages", "w2a16"}, {"quantizer", "lc"}, {"ste", "all"}}, "no --ste"},
+      {{{"stages", "w2a16"}, {"grid-train", "scales"}, {"ste", "trust"}}, "no --ste"},
+      {{{"stages", "w2a16"}, {"method", "block-ap"}, {"grid-train", "ratios"}},
+       "--method block-ap"},
+      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"grid-train", "scales"}}, "one stage"},
+      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"grid-train", "ratios"}, {"e2e-damping", "1"}},
+       "--grid-train ratios moves the grid"},
       {{{"stages", "w8a16"}, {"any-precision", "4,2"}}, "--any-precision"},
       {{{"stages", "w2a16"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"range", "search"}}, "--range search"},

@@ -161,6 +161,7 @@ std::vector<std::vector<uint8_t>> made_by_quantizer(Backend& b, const FlatWeight
 std::vector<std::vector<uint8_t>> made_afresh(Backend& b, const FlatWeights& flat) {
   FlatWeights fresh(b, flat.parameters, flat.q.group, flat.q.rounding);
   fresh.q.ratios = flat.q.ratios;
+  fresh.q.rule = flat.q.rule;
   b.copy(fresh.w.tensor(), flat.w.tensor());
   b.max_group_range(fresh.q, fresh.w.tensor());
   b.fake_quant(fresh.q, fresh.w.tensor());
@@ -328,6 +329,10 @@ TEST_CASE("adamw and fake_quant together equal the quantizer applied to the new 
     for (const DType dtype : gradient_dtypes())
       for (const int group : {32, 64, 128}) {
         const bool ratios = group != 64;
+        const quant::WeightRule rules_of[] = {{},
+                                              {quant::Levels::Seq, quant::Ste::Clip, 1},
+                                              {quant::Levels::MinMax, quant::Ste::Trust, 0.75f}};
+        const quant::WeightRule rule = rules_of[group == 32 ? 0 : group == 64 ? 1 : 2];
         CAPTURE(rounding == engine::Rounding::Nearest, dtype == b.real(), group, ratios);
         // A weight of several tiles with a tail, several weights among the tiles that one block
         // checks, norms between.
@@ -343,6 +348,7 @@ TEST_CASE("adamw and fake_quant together equal the quantizer applied to the new 
                          group, rounding);
         engine::Rng rng(71);
         if (ratios) flat.draw_ratios(rng);
+        flat.q.rule = rule;
         const int64_t n = flat.total;
         for (size_t p = 0; p < flat.parameters.size(); ++p)
           flat.set(flat.w.tensor(), p, normal(rng, flat.parameters[p].count, 0.02));

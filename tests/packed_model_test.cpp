@@ -187,6 +187,13 @@ const Options kCases[] = {
     {{"stages", "w2a4"}, {"ocs-ratio", "0.25"}, {"split-side", "activation"}},
     {{"stages", "w2a16"}, {"rotate", "group"}, {"group-size", "64"}},
     {{"stages", "w3a8"}, {"group-size", "128"}, {"range", "search"}},
+    {{"stages", "w2a4"},
+     {"quantizer", "seq"},
+     {"ocs-ratio", "0.2"},
+     {"act-outliers", "32"},
+     {"range", "search"},
+     {"rotate", "group"}},
+    {{"stages", "w4a16"}, {"quantizer", "seq"}, {"group-size", "128"}},
 };
 
 }  // namespace

@@ -131,7 +131,14 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
   check("range", c.range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
   check("act-range", c.act_range, {{"minmax", RangeRule::MinMax}, {"search", RangeRule::Search}});
   check("rotate", c.rotate, {{"none", Rotate::None}, {"group", Rotate::Group}});
-  check("quantizer", c.quantizer, {{"minmax", Quantizer::MinMax}, {"lc", Quantizer::Lc}});
+  check("quantizer", c.quantizer,
+        {{"minmax", Quantizer::MinMax}, {"seq", Quantizer::Seq}, {"lc", Quantizer::Lc}});
+  check("ste", c.ste, {{"clip", Ste::Clip}, {"all", Ste::All}, {"trust", Ste::Trust}});
+  check("grid-train", c.grid_train,
+        {{"none", GridTrain::None},
+         {"scales", GridTrain::Scales},
+         {"scales-zeros", GridTrain::ScalesZeros},
+         {"ratios", GridTrain::Ratios}});
   check("lc-map", c.lc_map,
         {{"scalar", LcMap::Scalar},
          {"orthonormal", LcMap::Orthonormal},
@@ -241,6 +248,7 @@ TEST_CASE("train config: an option's text is parsed, or refused by an error that
                                                        {"rotate", "rows"},
                                                        {"act-outliers", "-1"},
                                                        {"down-kurtosis", "-1"},
+                                                       {"ste-trust", "0"},
                                                        {"any-precision", "8,5"},
                                                        {"nested-dequant", "top"},
                                                        {"target", "half"},
@@ -303,6 +311,8 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
       {{"--e2e-stages", "w2a4:1", "--down-kurtosis", "5"}, "--down-kurtosis is unused: no activ"},
       {{"--e2e-jsd-beta", "0.3"}, "--e2e-jsd-beta is unused: --e2e-loss is not jsd"},
       {{"--e2e-train", "scales", "--e2e-embedding", "train"}, "--e2e-embedding is unused"},
+      {{"--ste", "all", "--ste-trust", "2"}, "--ste-trust is unused: --ste is not trust"},
+      {{"--e2e-train", "scales", "--ste", "all"}, "--ste is unused: --e2e-train scales"},
   };
   const tools::Arguments train = {"train", "--model", "absent", "--data", "absent", "--out", "out"};
   for (const auto& c : cases) {

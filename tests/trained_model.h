@@ -40,7 +40,10 @@ struct TrainedModel {
         set(device, autograd::GradientPasses::One) {
     for (auto& block : model->blocks()) block->declare_parameters(set, formats(block->layer()));
     set.allocate();
-    quantizer.emplace(set, formats(0)[0].weight.group, range);
+    const quant::WeightGrid& grid = formats(0)[0].weight;
+    quantizer.emplace(set, grid.group, range, engine::Rounding::Nearest,
+                      autograd::NestedPrecisions(), autograd::LcTraining(),
+                      quant::WeightRule{.levels = grid.levels});
     for (auto& block : model->blocks()) {
       block->bind_parameters(*quantizer, formats(block->layer()));
       block->set_masters(start(block->layer()));

@@ -55,7 +55,9 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
   if (lc && !line.has("rotate")) config.rotate = train::Rotate::None;
   if (line.has("stages") || line.has("schedule")) return;
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
-  if (algorithm2 || config.method != train::Method::Blocks || train::finds_codes(config) ||
+  const bool ratios = config.grid_train == train::GridTrain::Ratios;  // end to end, too
+  if (algorithm2 || config.method != train::Method::Blocks ||
+      (train::finds_codes(config) && !ratios) ||
       (line.text("e2e-steps") == "0" && config.from.empty()))
     config.stages = {{.weight_bits = nested ? quant::kNestedBits : 2}};
 }
@@ -74,6 +76,9 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   const bool algorithm2 = config.block_schedule != train::BlockSchedule::All;
   std::set<std::string> used = {"stages", "block-schedule", "batch", "e2e-steps"};
   if (algorithm2) used.insert({"lr", "epochs", "first-ratio", "depth-bias"});
+  const bool ratios = config.grid_train == train::GridTrain::Ratios;
+  if (ratios && config.e2e_train != train::EndToEndTrain::Scales)
+    used.insert({"grid-train", "grid-lr"});
   const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
   if (group == train::kEndToEnd && config.e2e_steps == 0 && !used.count(name) &&
       (!algorithm2 || of_last_stages))
@@ -92,10 +97,14 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
     return "only --block-schedule stochastic draws blocks";
   const bool scales = config.e2e_train == train::EndToEndTrain::Scales ||
                       (config.e2e_train == train::EndToEndTrain::Auto &&
-                       (config.method != train::Method::Blocks || train::finds_codes(config)));
+                       (config.method != train::Method::Blocks ||
+                        (train::finds_codes(config) && (!ratios || !config.stages.empty()))));
   if (name == "e2e-embedding" && scales) return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";
+  if (name == "ste-trust" && config.ste != train::Ste::Trust) return "--ste is not trust";
+  if (name == "ste" && scales && !train::trains_blocks(config))
+    return "--e2e-train scales trains scales alone";
   const char* in_grid = unused_in_grid(config, name, lowest_activation_bits(config));
   return in_grid != nullptr ? in_grid : "";
 }

@@ -202,9 +202,11 @@ void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
   want(c.e2e_train == EndToEndTrain::All || c.e2e_steps == 0,
        "--quantizer lc trains latents: no --e2e-train scales");
   want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
-       "--e2e-damping and --e2e-freeze are for --quantizer minmax");
-  want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax");
-  want(c.optimizer == autograd::UpdateRule::AdamW, "--optimizer muon is for --quantizer minmax");
+       "--e2e-damping and --e2e-freeze are for --quantizer minmax and seq");
+  want(!finds_codes(c), "--method and --grid-train are for --quantizer minmax and seq");
+  want(c.optimizer == autograd::UpdateRule::AdamW,
+       "--optimizer muon is for --quantizer minmax and seq");
+  want(c.ste == Ste::Clip, "--quantizer lc has an estimator of its own, --lc-gradient: no --ste");
   const auto width = [](const Stage& s) {
     want(s == Stage{2, 16}, cat("--quantizer lc is for w2a16, not ", s));
   };
@@ -216,6 +218,14 @@ void check_lc(const TrainConfig& c, const models::LlamaConfig& model) {
       want(quant::lc_block(features) > 0,
            cat("--quantizer lc transforms blocks of 32 features at least; ", linear.name, " has ",
                features));
+}
+
+// SEQ has a scale a group and no zero point.
+void check_seq(const TrainConfig& c) {
+  want(c.bits <= 4, cat("--quantizer seq is for results of at most 4 bits, not ", c.bits));
+  want(c.any_precision.empty(), "--quantizer seq has no nested codes: no --any-precision");
+  want(c.grid_train != GridTrain::ScalesZeros,
+       "--quantizer seq has no zero points: no --grid-train scales-zeros and no --method block-ap");
 }
 
 // The stages of the whole model, their steps and rates.
@@ -300,15 +310,22 @@ void check_codes(const TrainConfig& c) {
                                                            : "--grid-train";
   want(c.method != Method::Gptq || c.grid_train == GridTrain::None,
        "--method gptq does not train: no --grid-train");
+  want(c.block_schedule == BlockSchedule::All,
+       cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
+  want(c.any_precision.empty(),
+       cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
+  if (c.grid_train == GridTrain::Ratios) {
+    for (const ModelStage& s : c.e2e_stages)
+      want(s.weight_bits <= 8, cat("--grid-train needs codes of at most 8 bits, not ", s));
+    want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None && c.e2e_snap != Snap::On,
+         "--grid-train ratios moves the grid: no --e2e-damping, --e2e-freeze or --e2e-snap");
+    if (c.stages.empty()) return;
+  }
   want(c.from.empty(), cat(option, " is for the block phase, which --from leaves out"));
   want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
        cat(option,
            " finds codes once: it takes one stage of at most 8 bits, such as --stages "
            "w2a16"));
-  want(c.block_schedule == BlockSchedule::All,
-       cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
-  want(c.any_precision.empty(),
-       cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
 }
 
 }  // namespace
@@ -334,8 +351,9 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   });
   if (automatic) c.e2e_steps = TrainConfig::kAutoSteps;
   for (const Stage& s : c.stages) check_stage(s, "--stages");
-  want(c.method != Method::BlockAp || c.grid_train != GridTrain::Scales,
-       "--method block-ap trains zero points, too: no --grid-train scales");
+  want(c.method != Method::BlockAp || c.grid_train == GridTrain::None ||
+           c.grid_train == GridTrain::ScalesZeros,
+       "--method block-ap trains scales and zero points: no --grid-train scales or ratios");
   if (c.method == Method::BlockAp) c.grid_train = GridTrain::ScalesZeros;
   if (finds_codes(c)) check_codes(c);
   want(!c.stages.empty() || c.e2e_steps != 0,
@@ -348,7 +366,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(!c.stages.empty() || c.block_schedule == BlockSchedule::All,
        "--block-schedule switches blocks stage by stage: it needs --stages");
   if (c.e2e_train == EndToEndTrain::Auto)
-    c.e2e_train = finds_codes(c) ? EndToEndTrain::Scales : EndToEndTrain::All;
+    c.e2e_train = finds_codes(c) && !c.stages.empty() ? EndToEndTrain::Scales : EndToEndTrain::All;
   resolve_grid(c, model);
   const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
   if (c.stages.empty()) {
@@ -382,6 +400,9 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   c.bits = last.weight_bits;
   c.act_bits = last.activation_bits;
   if (c.quantizer == Quantizer::Lc) check_lc(c, model);
+  if (c.quantizer == Quantizer::Seq) check_seq(c);
+  want(c.ste == Ste::Clip || c.grid_train == GridTrain::None,
+       "--grid-train has an estimator of its own, since clipped weights move the scale: no --ste");
   if (c.optimizer == autograd::UpdateRule::Muon) check_muon(c);
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,

@@ -46,22 +46,23 @@ enum class Target { Full, Follow };
 // some blocks to its widths: drawn, with a bias to the first ones, or the first ones (Algorithm 2).
 enum class BlockSchedule { All, Stochastic, Prefix };
 enum class Rotate { None, Group };
-// The grid of weights (quant/lc.h has LC), and LC's affine map: A = 1 / sigma, a fixed orthonormal
+// The grid of weights (quant/spec.h), and LC's affine map: A = 1 / sigma, a fixed orthonormal
 // matrix / sigma, or one that starts there and trains.
-enum class Quantizer { MinMax, Lc };
+enum class Quantizer { MinMax, Seq, Lc };
 enum class LcMap { Scalar, Orthonormal, Learned };
 enum class SplitSideChoice { Weight, Activation, Auto };
 using models::SplitMetric;
 using quant::LcGradient;
 using quant::NestedDequant;
 using quant::RangeRule;
+using quant::Ste;
 enum class EndToEndLoss { Kl, CrossEntropy, JensenShannon };
 // What the block phase does. Blocks: trains their weights. Gptq: rounds them, with the errors of
 // outputs fed back (models/ldlq.h). BlockAp: trains weights, scales and zero points together
 // (EfficientQAT).
 enum class Method { Blocks, Gptq, BlockAp };
-// What of the grid trains with the weights of a block.
-enum class GridTrain { None, Scales, ScalesZeros };
+// What of the grid trains with the weights: of a block, ratios of the whole model, too.
+enum class GridTrain { None, Scales, ScalesZeros, Ratios };
 // All: the blocks' linears and norms. Auto: scales behind a method that finds codes.
 enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
@@ -103,6 +104,8 @@ struct TrainConfig {
   LcMap lc_map = LcMap::Orthonormal;
   LcGradient lc_gradient = LcGradient::Dge;
   double lc_scale_rate = 0.1;           // rate of u, v and a learned map, as a part of the latents'
+  Ste ste = Ste::Clip;                  // of the masters of groups
+  double ste_trust = 1;                 // distance of Trust, in half steps
   RangeRule range = RangeRule::MinMax;  // of weights
   Rotate rotate = Rotate::None;
   // Split channels: none, the mean ratio (from half of it in the first block to one and a half), or
@@ -128,7 +131,7 @@ struct TrainConfig {
   Target target = Target::Full;
   Method method = Method::Blocks;
   GridTrain grid_train = GridTrain::None;
-  double grid_lr = 1e-4;  // of learned scales and zero points
+  double grid_lr = 1e-4;  // of learned scales, zero points and ratios
   BlockSchedule block_schedule = BlockSchedule::All;
   double first_ratio = 0.3;  // of the blocks that the first stage of Algorithm 2 switches
   double depth_bias = 1;     // its alpha: block j of B is drawn with weight (B + 1 - j)^alpha

@@ -49,6 +49,7 @@ inline constexpr Rule kRatios{"a ratio above 0 and below 1, or two with a comma 
 inline constexpr Rule kFraction{"a number of at least 0, below 1",
                                 [](double x) { return x >= 0 && x < 1; }};
 inline constexpr Rule kNotNegative{"a number of at least 0", [](double x) { return x >= 0; }};
+inline constexpr Rule kAboveZero{"a number above 0", [](double x) { return float(x) > 0; }};
 inline constexpr Rule kRatio{"a ratio above 0, at most 1",
                              [](double x) { return x > 0 && x <= 1; }};
 inline constexpr Rule kPrecisions{
@@ -84,9 +85,11 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.quantizer,
     {"quantizer",
      kGrid,
-     "of weights: minmax (groups with a scale and a zero point), or lc (an affine map of codes in "
-     "vectors of four, between Hadamard transforms; w2a16)",
-     {"minmax, lc"}});
+     "of weights: minmax (groups with a scale and a zero point), seq (a scale alone, levels on "
+     "both "
+     "sides of 0; at most 4 bits), or lc (an affine map of codes in vectors of four, between "
+     "Hadamard transforms; w2a16)",
+     {"minmax, seq, lc"}});
   v(c.lc_map,
     {"lc-map", kGrid, "of lc: scalar, orthonormal, or learned", {"scalar, orthonormal, learned"}});
   v(c.lc_gradient, {"lc-gradient",
@@ -96,6 +99,13 @@ void visit_stored(Config& c, const Visitor& v) {
   v(c.lc_scale_rate,
     {"lc-scale-rate", kRun, "of lc: learning rate of its scales and map, as a part of the weights'",
      kRatio});
+  v(c.ste,
+    {"ste",
+     kRun,
+     "weights without gradient: clip (more than half a step outside of the range), all (none "
+     "is left out), or trust (farther than a distance from their level)",
+     {"clip, all, trust"}});
+  v(c.ste_trust, {"ste-trust", kRun, "of trust: the distance, in half steps", kAboveZero});
   v(c.range, {"range", kGrid, "of weights: minmax, or search (weighted by the input's energy)",
               kRangeWords});
   v(c.rotate,
@@ -152,9 +162,10 @@ void visit_stored(Config& c, const Visitor& v) {
                {"blocks, gptq, block-ap"}});
   v(c.grid_train, {"grid-train",
                    kBlocks,
-                   "what of the grid trains with the weights: none, scales or scales-zeros",
-                   {"none, scales, scales-zeros"}});
-  v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales and zero points", kRate});
+                   "what of the grid trains with the weights: none, scales, scales-zeros or "
+                   "ratios (of ranges; end to end, too)",
+                   {"none, scales, scales-zeros, ratios"}});
+  v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales, zero points and ratios", kRate});
   v(c.block_schedule,
     {"block-schedule",
      kBlocks,

@@ -195,7 +195,8 @@ std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) con
     format.k = linear.k;
     format.order = orders_[at][site];
     format.weight = {.bits = stage.weight_bits, .group = config_.group};
-    if (config_.quantizer == Quantizer::Lc) format.weight.levels = quant::Levels::Lc;
+    format.weight.levels =
+        config_.quantizer == Quantizer::Lc ? quant::Levels::Lc : weight_rule(config_).levels;
     if (!config_.any_precision.empty() && stage.weight_bits == quant::kNestedBits) {
       format.weight.nested = true;
       format.weight.dequant = config_.nested_dequant;

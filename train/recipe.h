@@ -12,6 +12,7 @@
 
 #include "autograd/weight_quantizer.h"
 #include "models/lc_start.h"
+#include "models/quant_linear.h"
 #include "models/site_statistics.h"
 #include "train/config.h"
 
@@ -67,6 +68,17 @@ class Recipe {
   // Does a pass over the text come before training?
   static bool reads_text(const TrainConfig& config) {
     return needs_statistics(config) || needs_starts(config);
+  }
+  // How masters of groups are quantized.
+  static quant::WeightRule weight_rule(const TrainConfig& config) {
+    return {config.quantizer == Quantizer::Seq ? quant::Levels::Seq : quant::Levels::MinMax,
+            config.ste, static_cast<float>(config.ste_trust)};
+  }
+  // What trains with masters behind a learned grid; only with --grid-train.
+  static models::LearnedParts learned_parts(const TrainConfig& config) {
+    return config.grid_train == GridTrain::Ratios   ? models::LearnedParts::Ratios
+           : config.grid_train == GridTrain::Scales ? models::LearnedParts::Scales
+                                                    : models::LearnedParts::ScalesZeros;
   }
   // How latents behind LC train, and how a layer's start.
   autograd::LcTraining lc() const {

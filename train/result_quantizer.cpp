@@ -14,7 +14,9 @@ models::LayerResult ResultQuantizer::operator()(int64_t layer, models::LayerResu
   models::LlamaBlock block(backend_, model_, 0, engine::Tensor());
   block.declare_parameters(parameters, formats);
   parameters.allocate();
-  autograd::WeightQuantizer quantizer(parameters, config_.group, config_.range);
+  autograd::WeightQuantizer quantizer(parameters, config_.group, config_.range,
+                                      engine::Rounding::Nearest, {}, {},
+                                      Recipe::weight_rule(config_));
   block.bind_parameters(quantizer, formats);
   block.set_masters(result);
   quantizer.prepare();

@@ -471,8 +471,10 @@ models::LinearContent block_content(const TrainConfig& config) {
 }
 
 models::LinearContent final_content(const TrainConfig& config) {
-  return config.e2e_train == EndToEndTrain::All ? models::LinearContent::Masters
-                                                : models::LinearContent::Stored;
+  // A learned ratio is no index of range_ratio, so masters alone would lose the grid.
+  const bool masters =
+      config.e2e_train == EndToEndTrain::All && config.grid_train != GridTrain::Ratios;
+  return masters ? models::LinearContent::Masters : models::LinearContent::Stored;
 }
 
 int64_t block_parameters(const models::LlamaConfig& config) {

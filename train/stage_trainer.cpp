@@ -46,10 +46,7 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                                                      : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
   if (config.grid_train != GridTrain::None) {
-    const auto zeros = config.grid_train == GridTrain::ScalesZeros
-                           ? models::LlamaBlock::Zeros::Learned
-                           : models::LlamaBlock::Zeros::Fixed;
-    block_.declare_learned(parameters_, formats_[0], zeros,
+    block_.declare_learned(parameters_, formats_[0], Recipe::learned_parts(config),
                            {.lr_factor = config.grid_lr / config.lr[0]});
     parameters_.allocate();
     block_.bind_learned(formats_[0]);
@@ -57,7 +54,7 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     block_.declare_parameters(parameters_, formats_[0], config.optimizer, lc);
     parameters_.allocate();
     quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
-                       std::move(nested), lc);
+                       std::move(nested), lc, Recipe::weight_rule(config));
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
   best_ = backend.empty(parameters_.masters().shape(), backend.real());

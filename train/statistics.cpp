@@ -224,7 +224,9 @@ class Collector {
                                                          site.split, side);
     // Of several precisions, the lowest: at 8 bits both sides are nearly exact.
     const int bits = config_.any_precision.empty() ? config_.bits : config_.any_precision.back();
+    const quant::WeightRule rule = Recipe::weight_rule(config_);
     format.weight.bits = bits;
+    format.weight.levels = rule.levels;
     format.input.bits =
         Recipe::activation_bits(config_, shape.site, site.kurtosis, config_.act_bits);
     format.input.outliers = static_cast<int>(site.outliers.size());
@@ -244,13 +246,13 @@ class Collector {
       wq.resize(count);
       const uint8_t* ratios = start.ratios.empty() ? nullptr : start.ratios.data();
       const quant::host::Rows rows{0, format.n};
-      s = quant::master_scale_of(
-          quant::raw_scale(quant::host::group_range_max(start.master.data(), ratios, rows,
-                                                        format.stored_k(), config_.group),
-                           bits));
+      s = quant::master_scale_of(quant::raw_scale(
+          quant::host::group_range_max(start.master.data(), ratios, rows, format.stored_k(),
+                                       config_.group, rule.levels),
+          bits, rule.levels));
       quant::host::fake_quant(wq.data(), e.data(), z.data(), clipped.data(), start.master.data(),
                               ratios, rows, format.stored_k(), s, {bits, config_.group},
-                              engine::Rounding::Nearest);
+                              engine::Rounding::Nearest, rule);
     }
     trial.weights.push_back(
         models::upload_as(backend_, wq, {format.n, format.stored_k()}, backend_.act()));

@@ -27,6 +27,11 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   const bool all = config_.e2e_train == EndToEndTrain::All;
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
+    if (trains_ratios()) {
+      block->declare_learned(parameters_, linears, Recipe::learned_parts(config_),
+                             {.lr_factor = config_.grid_lr / recipe_.whole_stages()[stage_].lr});
+      continue;
+    }
     if (all) {
       block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc());
       continue;
@@ -47,13 +52,16 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (outer_.empty() && start.outer) model_.load_outer(start.outer, models::HeadRounding::BFloat16);
   parameters_.allocate();
   if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
-  if (all)
+  if (all && !trains_ratios())
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
-                       recipe_.nested(), recipe_.lc());
+                       recipe_.nested(), recipe_.lc(), Recipe::weight_rule(config_));
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {
-      block->bind_parameters(*quantizer_, formats(*block));
+      if (trains_ratios())
+        block->bind_learned(formats(*block));
+      else
+        block->bind_parameters(*quantizer_, formats(*block));
       block->set_masters(recipe_.start(layer, start.layer(layer), formats(*block)));
     } else {
       const ResultQuantizer quantize(backend_, model_.config(), config_, recipe_);

@@ -2,7 +2,7 @@
 //
 //   all      the blocks' linears, behind the quantizer, and their norms. With --e2e-embedding train
 //            also embedding, head and final norm; forward() reads embedding and head rounded to
-//            BF16, as they are exported
+//            BF16, as they are exported. With --grid-train ratios a ratio per group trains, too
 //   scales   one sigma per group over frozen codes; norms are constant
 #pragma once
 
@@ -37,7 +37,7 @@ class Student {
   models::Llama& model() { return model_; }
   autograd::ParameterSet& parameters() { return parameters_; }
   const autograd::ParameterSet& parameters() const { return parameters_; }
-  const autograd::WeightQuantizer* quantizer() const {  // null if scales train
+  const autograd::WeightQuantizer* quantizer() const {  // null if scales or ratios train
     return quantizer_ ? &*quantizer_ : nullptr;
   }
 
@@ -61,6 +61,9 @@ class Student {
     autograd::Var leaf;       // of both
   };
 
+  bool trains_ratios() const {  // with the weights
+    return config_.e2e_train == EndToEndTrain::All && config_.grid_train == GridTrain::Ratios;
+  }
   void bind_outer(const models::LoadOuter& load);
   void prepare_tables();
   std::vector<quant::LinearFormat> formats(const models::LlamaBlock& block) const {

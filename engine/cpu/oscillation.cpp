@@ -65,7 +65,8 @@ void CpuBackend<T>::do_freeze_flips(const Tensor& state, const Tensor& g, const 
       q, [this](int64_t n, const auto& fn) { parallel_for(n, 4, fn); },
       [=](int64_t i, T, uint8_t e) {
         const T level = levels[i] / static_cast<T>(quant::e4m3_decode(e));
-        states[i] = quant::next_flip_state(states[i], static_cast<int>(level), halve, first);
+        states[i] =
+            quant::next_flip_state(states[i], static_cast<int>(std::floor(level)), halve, first);
         if ((states[i] & 1) == 0) return;
         gradient[i] = 0;
         moment[i] = 0;

@@ -30,8 +30,9 @@ void CpuBackend<T>::do_max_group_range(const QuantizedWeights& q, const Tensor& 
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (bits[tiles[i].slot] != quant::kNotQuantized)
-        parts[static_cast<size_t>(i)] = host::group_range_max(
-            w.data<T>(), q.ratios.data<uint8_t>(), groups_of(tiles[i], q.group), q.group, q.group);
+        parts[static_cast<size_t>(i)] =
+            host::group_range_max(w.data<T>(), q.ratios.data<uint8_t>(),
+                                  groups_of(tiles[i], q.group), q.group, q.group, q.rule.levels);
   });
   T* max_range = q.max_range.data<T>();
   std::fill_n(max_range, q.max_range.numel(), T(0));
@@ -46,10 +47,10 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
   const auto* bits = q.bits.data<int32_t>();
   for (int64_t slot = 0; slot < q.bits.numel(); ++slot)
     if (bits[slot] != quant::kNotQuantized)
-      q.s.data<T>()[slot] =
-          bits[slot] == quant::kNoQuantizer
-              ? T(1)
-              : quant::master_scale_of(quant::raw_scale(q.max_range.data<T>()[slot], bits[slot]));
+      q.s.data<T>()[slot] = bits[slot] == quant::kNoQuantizer
+                                ? T(1)
+                                : quant::master_scale_of(quant::raw_scale(
+                                      q.max_range.data<T>()[slot], bits[slot], q.rule.levels));
   parallel_for(q.tiles.dim(0), kTileGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const quant::WeightTile& tile = tiles[i];
@@ -64,7 +65,7 @@ void CpuBackend<T>::do_fake_quant(const QuantizedWeights& q, const Tensor& w) {
       host::fake_quant(q.wq.data<T>(), q.e.data<uint8_t>(), q.z.data<uint8_t>(),
                        q.clipped.data<uint8_t>(), w.data<T>(), q.ratios.data<uint8_t>(),
                        groups_of(tile, q.group), q.group, q.s.data<T>()[tile.slot],
-                       {width, q.group}, q.rounding);
+                       {width, q.group}, q.rounding, q.rule);
     }
   });
 }
@@ -141,6 +142,38 @@ void CpuBackend<T>::do_learned_quant_backward(const Tensor& dw, const Tensor& ds
   });
 }
 
+template <typename T>
+void CpuBackend<T>::do_ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z,
+                                   const Tensor& s, const Tensor& ratio, const Tensor& w,
+                                   const WeightGrid& spec) {
+  const int64_t n = w.dim(0), k = w.dim(1), grain = row_grain(k);
+  std::vector<T> largest(static_cast<size_t>((n + grain - 1) / grain));
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+    largest[static_cast<size_t>(begin / grain)] =
+        host::clamp_ratios(ratio.data<T>(), w.data<T>(), {begin, end}, k, spec);
+  });
+  *s.data<T>() =
+      quant::master_scale_of(host::largest(largest.data(), static_cast<int64_t>(largest.size())));
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+    host::ratio_quant(wq.data<T>(), e.data<uint8_t>(), z.data<uint8_t>(),
+                      static_cast<const T*>(ratio.data<T>()), w.data<T>(), {begin, end}, k,
+                      *s.data<T>(), spec);
+  });
+}
+
+template <typename T>
+void CpuBackend<T>::do_ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const Tensor& w,
+                                            const Tensor& e, const Tensor& z, const Tensor& s,
+                                            const WeightGrid& spec) {
+  const int64_t k = w.dim(1);
+  parallel_for(w.dim(0), row_grain(k), [&](int64_t begin, int64_t end) {
+    host::ratio_quant_backward(dw.data<T>(), dratio.data<T>(), w.data<T>(), e.data<uint8_t>(),
+                               z.data<uint8_t>(), {begin, end}, k, *s.data<T>(), spec);
+  });
+}
+
+BBB_CPU_INSTANTIATE(ratio_quant);
+BBB_CPU_INSTANTIATE(ratio_quant_backward);
 BBB_CPU_INSTANTIATE(learned_quant);
 BBB_CPU_INSTANTIATE(learned_quant_backward);
 BBB_CPU_INSTANTIATE(max_group_range);
