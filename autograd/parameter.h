@@ -22,6 +22,7 @@ struct Parameter {
   Tensor grad;
   int64_t slot = 0;  // its row in every table of the set
   quant::SlotRule<double> rule = {};
+  bool frozen = false;  // its gradient and moments are 0, so that no step moves it
 };
 
 // The backward passes of one optimizer step. One: gradients are act, half the bytes and rounded
