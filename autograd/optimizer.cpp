@@ -18,8 +18,10 @@ void Optimizer::restart() {
 
 void Optimizer::step(const Tensor& loss) {
   Backend& backend = parameters_.backend();
-  const engine::QuantizedWeights epilogue =
-      quantizer_ != nullptr ? quantizer_->weights() : engine::QuantizedWeights();
+  // With adapters, no step moves a weight, and their gradients leave clipped ones out already.
+  const engine::QuantizedWeights epilogue = quantizer_ != nullptr && !quantizer_->adapts()
+                                                ? quantizer_->weights()
+                                                : engine::QuantizedWeights();
   backend.step_control(control_, loss, parameters_.grads(), epilogue.clipped, schedule_);
   muon_.replace_gradients(control_, epilogue.clipped);
   backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),

@@ -90,6 +90,8 @@ class WeightQuantizer {
   const engine::QuantizedWeights& weights() const { return weights_; }
 
  private:
+  void fake_quant();
+
   ParameterSet& parameters_;
   engine::QuantizedWeights weights_;
   const NestedPrecisions nested_;

@@ -67,7 +67,7 @@ class StageTrainer {
   void quantize();  // the same, if only the optimizer has written them
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
-  void anchor(autograd::Tape& tape, const autograd::Var& out, const Tensor& y);
+  std::vector<autograd::Anchor> anchors(size_t t) const;  // of the block's output in stage t
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
   double validate(size_t t);
   void add_validation(Stream& input);

@@ -28,7 +28,8 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (all) {
-      block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc());
+      block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc(),
+                                adapts ? recipe_.lora() : autograd::LoraTraining());
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();
@@ -50,17 +51,22 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
                        recipe_.nested(), recipe_.lc());
+  const bool adapts = adapts_whole(config_, stage_);
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {
       block->bind_parameters(*quantizer_, formats(*block));
       block->set_masters(recipe_.start(layer, start.layer(layer), formats(*block)));
+      if (adapts)
+        block->start_adapters(
+            recipe_.adapter_seed(layer, recipe_.block_stages() + static_cast<int64_t>(stage_)));
     } else {
       const ResultQuantizer quantize(backend_, model_.config(), config_, recipe_);
       block->freeze_codes(quantize(layer, start.layer(layer)), sigmas_[static_cast<size_t>(layer)]);
     }
     loaded(layer + 1);
   }
+  if (adapts) quantizer_->adapt(true);
 }
 
 void Student::bind_outer(const models::LoadOuter& load) {
@@ -121,6 +127,11 @@ void Student::finish_backward() {
     if (table.parameter->grad.dtype() != table.gradient.dtype())
       backend_.cast(table.parameter->grad, table.gradient);
   }
+}
+
+void Student::discard_adapters() {
+  if (!adapts_whole(config_, stage_)) return;
+  for (auto& block : model_.blocks()) block->discard_adapters();
 }
 
 void Student::snap() {
