@@ -25,6 +25,7 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
+  const bool adapts = adapts_whole(config_, stage_);
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (all) {
@@ -51,7 +52,6 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (all)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
                        recipe_.nested(), recipe_.lc());
-  const bool adapts = adapts_whole(config_, stage_);
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {
