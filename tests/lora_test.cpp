@@ -7,6 +7,7 @@
 #include "autograd/optimizer.h"
 #include "models/packed_checkpoint.h"
 #include "tests/formats.h"
+#include "tests/op_test.h"
 #include "tests/tiny_run.h"
 #include "tests/trained_model.h"
 #include "train/recipe.h"
