@@ -76,6 +76,8 @@ Adapters WeightQuantizer::add_adapters(Parameter& parameter, Parameter& a, Param
 
 void WeightQuantizer::adapt(bool adapters) {
   adapts_ = adapters;
+  for (const Adapted& adapted : adapted_)  // without moments it cannot train
+    BBB_ASSERT(adapters || parameters_.offset(*adapted.parameter) < parameters_.m().numel());
   for (const Adapted& adapted : adapted_) {
     const auto& [a, b, base, alpha] = adapted.adapters;
     adapted.parameter->frozen = adapters;
@@ -90,7 +92,7 @@ void WeightQuantizer::finish_backward(const Parameter& parameter, const Adapters
   backend.lora_weight_backward(adapters.a->grad, adapters.b->grad, parameter.grad,
                                weights_.clipped.slice(begin / 8, count / 8), adapters.a->master,
                                adapters.b->master, adapters.alpha);
-  backend.zero(parameter.grad);
+  if (begin < parameters_.m().numel()) backend.zero(parameter.grad);  // a step reads it
 }
 
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {

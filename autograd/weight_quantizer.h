@@ -45,6 +45,8 @@ struct LcTraining {
 struct LoraTraining {
   int64_t rank = 0;  // 0: none
   double alpha = 1;
+  // Whether the weights train in other stages; fixed ones need no moments.
+  enum class Masters { Train, Fixed } masters = Masters::Train;
 };
 
 // Low-rank adapters of a parameter (N, K): in stages that adapt, W = base + alpha A B, and A and B

@@ -280,6 +280,8 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
     const engine::Shape shape{formats[i].n, formats[i].stored_k()};
     declared_.push_back(
         &set.add(all[i]->name() + ".weight", shape, autograd::slot_rule(rule, shape)));
+    declared_.back()->frozen =
+        lora.rank > 0 && lora.masters == autograd::LoraTraining::Masters::Fixed;
   }
   for (const NormShape& norm : block_norms(config_))
     declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));

@@ -54,9 +54,10 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     parameters_.allocate();
     block_.bind_learned(formats_[0]);
   } else {
-    block_.declare_parameters(
-        parameters_, formats_[0], config.optimizer, recipe.lc(),
-        adapts_blocks(config, formats_.size() - 1) ? recipe.lora() : autograd::LoraTraining());
+    block_.declare_parameters(parameters_, formats_[0], config.optimizer, recipe.lc(),
+                              adapts_blocks(config, formats_.size() - 1)
+                                  ? recipe.lora(autograd::LoraTraining::Masters::Train)
+                                  : autograd::LoraTraining());
     parameters_.allocate();
     quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
                        recipe.nested(), recipe.lc());

@@ -29,8 +29,9 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (all) {
-      block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc(),
-                                adapts ? recipe_.lora() : autograd::LoraTraining());
+      block->declare_parameters(
+          parameters_, linears, config_.optimizer, recipe_.lc(),
+          adapts ? recipe_.lora(autograd::LoraTraining::Masters::Fixed) : autograd::LoraTraining());
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();
