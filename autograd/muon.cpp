@@ -48,7 +48,7 @@ void Muon::replace_gradients(const Tensor& control, const Tensor& clipped) const
   if (square_factors_.empty()) return;
   Backend& backend = parameters_.backend();
   for (const auto& parameter : parameters_.parameters()) {
-    if (parameter->rule.direct == 0) continue;
+    if (parameter->rule.direct == 0 || parameter->frozen) continue;
     const int64_t begin = parameters_.offset(*parameter), count = parameter->master.numel();
     const int64_t padded = quant::padded_elements(count);
     const Tensor z = backend.empty({padded}, backend.act());

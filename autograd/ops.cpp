@@ -421,6 +421,32 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
   return out;
 }
 
+Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight) {
+  Backend& backend = tape.backend();
+  const Tensor loss = backend.empty({1}, backend.real());
+  Var out = tape.output(loss, {x});
+  const bool backward = out.requires_grad();
+  const Tensor rows = matrix(x.value()), target = matrix(y);
+  const Tensor dx = backward ? backend.empty(rows.shape(), backend.act()) : Tensor();
+  if (kind == Anchor::Moments) {
+    const auto moments = [&](const Tensor& of) {
+      Tensor sums = backend.zeros({Backend::kMoments, of.dim(1)}, engine::DType::F64);
+      backend.channel_moments(sums, of);
+      return sums;
+    };
+    backend.match_moments(loss, dx, rows, moments(rows), moments(target), weight);
+  } else {
+    const double scale = weight / static_cast<double>(rows.dim(0));
+    const Tensor losses = backend.empty({rows.dim(0)}, backend.real());
+    const Tensor every = backend.zeros({rows.dim(0)}, engine::DType::I32);  // row counts
+    backend.kl_divergence(losses, dx, rows, target, every, scale);
+    backend.sum(loss, losses, scale, Write::Overwrite);
+  }
+  // No condition on `out`: backward() starts at the other loss.
+  if (backward) tape.record([&backend, x = x.gradient_only(), dx] { x.give_grad(backend, dx); });
+  return out;
+}
+
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
               const Teacher& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
               double jsd_beta, const Tensor& weight) {

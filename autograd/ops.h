@@ -38,6 +38,13 @@ Var embed(Tape& tape, const Tensor& ids, const Var& table);
 // mean((x - y)^2), real (1); y is a constant: of x's shape, or a batch of x.dim(0) rows.
 Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
+// What anchors the activations x (.., D) to y, likewise, a constant: a loss beside another one of
+// the same tape, whose backward() runs both. D channels, M rows.
+//   Moments  the means and standard deviations of the channels (Backend::match_moments)
+//   Kl       weight / M sum_m KL(softmax(y[m]) || softmax(x[m])) over the channels
+enum class Anchor { Moments, Kl };
+Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight);
+
 enum class LossKind { CrossEntropy, Kl, JensenShannon };
 
 // How many of the (M, V) logits are held at once; larger values mean all.

@@ -18,12 +18,15 @@ void Optimizer::restart() {
 
 void Optimizer::step(const Tensor& loss) {
   Backend& backend = parameters_.backend();
-  const engine::QuantizedWeights epilogue =
-      quantizer_ != nullptr ? quantizer_->weights() : engine::QuantizedWeights();
-  backend.step_control(control_, loss, parameters_.grads(), epilogue.clipped, schedule_);
+  // With adapters, no step moves a weight, and their gradients leave clipped ones out already.
+  const engine::QuantizedWeights epilogue = quantizer_ != nullptr && !quantizer_->adapts()
+                                                ? quantizer_->weights()
+                                                : engine::QuantizedWeights();
+  const Tensor gradients = parameters_.moved(parameters_.grads());
+  backend.step_control(control_, loss, gradients, epilogue.clipped, schedule_);
   muon_.replace_gradients(control_, epilogue.clipped);
-  backend.adamw(parameters_.masters(), parameters_.m(), parameters_.v(), parameters_.grads(),
-                control_, parameters_.table(), epilogue, spec_);
+  backend.adamw(parameters_.moved(parameters_.masters()), parameters_.m(), parameters_.v(),
+                gradients, control_, parameters_.moved_table(), epilogue, spec_);
 }
 
 }  // namespace bbb::autograd

@@ -1,5 +1,6 @@
 #include "autograd/parameter.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace bbb::autograd {
@@ -16,16 +17,23 @@ Parameter& ParameterSet::add(std::string name, Shape shape, quant::SlotRule<doub
 
 void ParameterSet::allocate() {
   BBB_ASSERT(!masters_.defined());
+  std::ranges::stable_partition(parameters_, [](const auto& p) { return !p->frozen; });
+  std::vector<Shape> shapes;
   std::vector<int64_t> counts;
-  int64_t total = 0;
-  for (const Shape& shape : shapes_) {
+  int64_t total = 0, moved = 0;
+  for (const auto& parameter : parameters_) {
+    shapes.push_back(shapes_[static_cast<size_t>(parameter->slot)]);
+    parameter->slot = static_cast<int64_t>(counts.size());
     offsets_.push_back(total);
-    counts.push_back(engine::numel_of(shape));
+    counts.push_back(engine::numel_of(shapes.back()));
     total += quant::padded_elements(counts.back());
+    if (!parameter->frozen) moved = total;
   }
+  shapes_ = std::move(shapes);
   // Zeros: then the padding is 0 and stays 0 in every pass over the whole buffer.
-  for (Tensor* buffer : {&masters_, &v_}) *buffer = backend_.zeros({total}, backend_.real());
-  m_ = backend_.zeros({total}, backend_.act());
+  masters_ = backend_.zeros({total}, backend_.real());
+  v_ = backend_.zeros({moved}, backend_.real());
+  m_ = backend_.zeros({moved}, backend_.act());
   grads_ =
       backend_.zeros({total}, passes_ == GradientPasses::One ? backend_.act() : backend_.real());
   for (size_t i = 0; i < shapes_.size(); ++i) {
@@ -35,6 +43,8 @@ void ParameterSet::allocate() {
   const std::vector<quant::WeightTile> tiles = quant::make_tiles(counts);
   table_.tiles = backend_.empty({static_cast<int64_t>(tiles.size()), 4}, engine::DType::I32);
   backend_.upload(table_.tiles, tiles.data());
+  moved_tiles_ = std::ranges::count_if(
+      tiles, [&](const auto& tile) { return tile.begin * quant::kTileAlign < moved; });
   table_.slots = backend_.empty({static_cast<int64_t>(parameters_.size()), 3}, backend_.real());
   std::vector<quant::SlotRule<double>> rules;
   std::vector<quant::SlotRule<float>> rounded;
@@ -45,6 +55,10 @@ void ParameterSet::allocate() {
   }
   if (backend_.real() == engine::DType::F64) return backend_.upload(table_.slots, rules.data());
   backend_.upload(table_.slots, rounded.data());
+}
+
+engine::ParameterTable ParameterSet::moved_table() const {
+  return {.tiles = table_.tiles.rows(0, moved_tiles_), .slots = table_.slots};
 }
 
 int64_t ParameterSet::offset(const Parameter& parameter) const {

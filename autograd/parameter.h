@@ -22,6 +22,9 @@ struct Parameter {
   Tensor grad;
   int64_t slot = 0;  // its row in every table of the set
   quant::SlotRule<double> rule = {};
+  // No step moves it. If set before allocate(), it has no moments; if later, they and its gradient
+  // are 0.
+  bool frozen = false;
 };
 
 // The backward passes of one optimizer step. One: gradients are act, half the bytes and rounded
@@ -39,8 +42,13 @@ class ParameterSet {
 
   Backend& backend() const { return backend_; }
   std::vector<std::unique_ptr<Parameter>>& parameters() { return parameters_; }
-  const Tensor& masters() const { return masters_; }  // flat, each parameter padded to kTileAlign
+  // Flat, each parameter padded to kTileAlign; those without moments are the last ones.
+  const Tensor& masters() const { return masters_; }
   const Tensor& grads() const { return grads_; }
+  // What a step moves: the first elements of masters and gradients, as many as there are moments,
+  // and their tiles.
+  Tensor moved(const Tensor& flat) const { return flat.slice(0, v_.numel()); }
+  engine::ParameterTable moved_table() const;
   // act: a mean over about ten steps. A step moves it by a tenth, so rounding cannot freeze it, and
   // the rounding error is below the noise of a gradient.
   const Tensor& m() const { return m_; }
@@ -56,6 +64,7 @@ class ParameterSet {
   std::vector<Shape> shapes_;
   std::vector<int64_t> offsets_;
   Tensor masters_, grads_, m_, v_;
+  int64_t moved_tiles_ = 0;
   engine::ParameterTable table_;
 };
 

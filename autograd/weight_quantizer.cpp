@@ -67,6 +67,36 @@ LcParameter WeightQuantizer::add_lc(const Parameter& latent, const Parameter& u,
   return lc_weights_.back();
 }
 
+Adapters WeightQuantizer::add_adapters(Parameter& parameter, Parameter& a, Parameter& b,
+                                       double alpha) {
+  Backend& backend = parameters_.backend();
+  const Tensor base = backend.empty(parameter.master.shape(), backend.real());
+  adapted_.push_back({&parameter, {&a, &b, base, alpha}});
+  a.frozen = b.frozen = true;
+  return adapted_.back().adapters;
+}
+
+void WeightQuantizer::adapt(bool adapters) {
+  adapts_ = adapters;
+  for (const Adapted& adapted : adapted_)  // without moments it cannot train
+    BBB_ASSERT(adapters || parameters_.offset(*adapted.parameter) < parameters_.m().numel());
+  for (const Adapted& adapted : adapted_) {
+    const auto& [a, b, base, alpha] = adapted.adapters;
+    adapted.parameter->frozen = adapters;
+    a->frozen = b->frozen = !adapters;
+  }
+  if (!adapted_.empty()) parameters_.backend().zero(parameters_.grads());
+}
+
+void WeightQuantizer::finish_backward(const Parameter& parameter, const Adapters& adapters) const {
+  Backend& backend = parameters_.backend();
+  const int64_t begin = parameters_.offset(parameter), count = parameter.master.numel();
+  backend.lora_weight_backward(adapters.a->grad, adapters.b->grad, parameter.grad,
+                               weights_.clipped.slice(begin / 8, count / 8), adapters.a->master,
+                               adapters.b->master, adapters.alpha);
+  if (begin < parameters_.m().numel()) backend.zero(parameter.grad);  // a step reads it
+}
+
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
   const int32_t value = bits;
   parameters_.backend().upload(weights_.bits.slice(parameter.slot, 1), &value);
@@ -75,11 +105,20 @@ void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
 }
 
 void WeightQuantizer::prepare() {
+  if (adapts_)
+    for (const auto& [parameter, adapters] : adapted_)
+      parameters_.backend().lora_weight(parameter->master, adapters.base, adapters.a->master,
+                                        adapters.b->master, adapters.alpha);
   parameters_.backend().max_group_range(weights_, parameters_.masters());
-  quantize();
+  fake_quant();
 }
 
 void WeightQuantizer::quantize() {
+  if (adapts_) return prepare();  // the optimizer has not written W
+  fake_quant();
+}
+
+void WeightQuantizer::fake_quant() {
   parameters_.backend().fake_quant(weights_, parameters_.masters());
   for (size_t i = 0; i < nested_wq_.size(); ++i)
     parameters_.backend().nested_levels(nested_wq_[i], weights_, parameters_.masters(),

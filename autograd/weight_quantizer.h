@@ -41,6 +41,23 @@ struct LcTraining {
   double scale_rate = 0.1;  // the learning rate of u, v and the map, as a part of the latents'
 };
 
+// How weights get adapters: W = base + alpha A B.
+struct LoraTraining {
+  int64_t rank = 0;  // 0: none
+  double alpha = 1;
+  // Whether the weights train in other stages; fixed ones need no moments.
+  enum class Masters { Train, Fixed } masters = Masters::Train;
+};
+
+// Low-rank adapters of a parameter (N, K): in stages that adapt, W = base + alpha A B, and A and B
+// train in W's place.
+struct Adapters {
+  Parameter* a = nullptr;  // (N, R)
+  Parameter* b = nullptr;  // (R, K)
+  Tensor base;             // real (N, K)
+  double alpha = 1;
+};
+
 class WeightQuantizer {
  public:
   // `parameters` must be allocated and must outlive the quantizer. With RangeRule::Search every
@@ -57,6 +74,15 @@ class WeightQuantizer {
   // quantize() then write the weight of the returned parts, W itself.
   LcParameter add_lc(const Parameter& latent, const Parameter& u, const Parameter& v,
                      const Parameter& map);
+  // Gives adapters to a parameter of add(). While adapt(true) holds, prepare() and quantize() first
+  // write W over its master, and finish_backward() turns its gradient into theirs.
+  Adapters add_adapters(Parameter& parameter, Parameter& a, Parameter& b, double alpha);
+  // Whether adapters train, or the masters themselves: at the start. A recorded step keeps what
+  // held at its recording.
+  void adapt(bool adapters);
+  bool adapts() const { return adapts_; }
+  // dW^ in the parameter's gradient -> the gradients of its adapters; its own becomes 0.
+  void finish_backward(const Parameter& parameter, const Adapters& adapters) const;
   // Takes effect at the next quantize() or prepare(), in recorded steps too.
   void set_bits(const Parameter& parameter, int bits);
   void prepare();
@@ -66,11 +92,19 @@ class WeightQuantizer {
   const engine::QuantizedWeights& weights() const { return weights_; }
 
  private:
+  void fake_quant();
+
   ParameterSet& parameters_;
   engine::QuantizedWeights weights_;
   const NestedPrecisions nested_;
   const LcTraining lc_;
   std::vector<LcParameter> lc_weights_;
+  struct Adapted {
+    Parameter* parameter;
+    Adapters adapters;
+  };
+  std::vector<Adapted> adapted_;
+  bool adapts_ = false;
   std::vector<Tensor> nested_wq_;  // act (P), for each of nested_.bits
 };
 

@@ -216,6 +216,8 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
       return input_scale_gradient_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::LcWeightBackward:
       return lc_weight_backward_scratch_bytes(shape[0], shape[1]);
+    case ScratchOp::LoraWeightBackward:
+      return lora_weight_backward_scratch_bytes(shape[0], shape[1], shape[2]);
     case ScratchOp::ChannelMoments:
       return channel_moments_scratch_bytes(shape[0], shape[1]);
     case ScratchOp::Sample:

@@ -143,6 +143,7 @@ class CudaBackend final : public engine::Backend {
 int64_t rms_norm_backward_scratch_bytes(int64_t rows, int64_t d);
 int64_t input_scale_gradient_scratch_bytes(int64_t rows, int64_t columns);
 int64_t lc_weight_backward_scratch_bytes(int64_t n, int64_t k);
+int64_t lora_weight_backward_scratch_bytes(int64_t rows, int64_t k, int64_t rank);
 int64_t channel_moments_scratch_bytes(int64_t rows, int64_t k);
 int64_t attention_cached_scratch_bytes(const Shape& shape, int sms);
 int64_t sample_scratch_bytes(int64_t rows, int64_t vocab);

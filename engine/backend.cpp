@@ -844,6 +844,19 @@ void Backend::mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const R
   do_mse(loss, dx, x, y, make_scratch(ScratchOp::Mse));
 }
 
+void Backend::match_moments(const Tensor& loss, const Tensor& dx, const Tensor& x,
+                            const Tensor& moments, const Tensor& target, double weight) {
+  const Op op(*this, "match_moments");
+  op.rank("x", x, 2);
+  op.dtype("x", x, act());
+  if (dx.defined()) op.like("dx", dx, act(), x.shape());
+  op.is("loss", loss, real(), {1});
+  op.is("moments", moments, DType::F64, {kMoments, x.dim(1)});
+  op.is("target", target, DType::F64, {kMoments, x.dim(1)});
+  BBB_CHECK(x.numel() > 0, "match_moments: x ", to_string(x.shape()), " is empty");
+  do_match_moments(loss, dx, x, moments, target, weight);
+}
+
 void Backend::cross_entropy(const Tensor& loss, const Tensor& dlogits, const Tensor& logits,
                             const Tensor& targets, double scale) {
   const Op op(*this, "cross_entropy");
@@ -1110,6 +1123,35 @@ void Backend::lc_weight_backward(const Tensor& dlatent, const Tensor& dv, const 
   op.is("w", w, act(), {n, k});
   do_lc_weight_backward(dlatent, dv, dmap, dw, w, from, dmap_mode,
                         make_scratch(ScratchOp::LcWeightBackward, {n, k}));
+}
+
+void Backend::lora_weight(const Tensor& w, const Tensor& base, const Tensor& a, const Tensor& b,
+                          double alpha) {
+  const Op op(*this, "lora_weight");
+  op.rank("w", w, 2);
+  op.rank("a", a, 2);
+  op.is("w", w, real(), {w.dim(0), w.dim(1)});
+  op.is("base", base, real(), {w.dim(0), w.dim(1)});
+  op.is("a", a, real(), {w.dim(0), a.dim(1)});
+  op.is("b", b, real(), {a.dim(1), w.dim(1)});
+  do_lora_weight(w, base, a, b, alpha);
+}
+
+void Backend::lora_weight_backward(const Tensor& da, const Tensor& db, const Tensor& dw,
+                                   const Tensor& clipped, const Tensor& a, const Tensor& b,
+                                   double alpha) {
+  const Op op(*this, "lora_weight_backward");
+  op.rank("dw", dw, 2);
+  op.rank("a", a, 2);
+  const int64_t n = dw.dim(0), k = dw.dim(1), rank = a.dim(1);
+  op.is_act_or_real("dw", dw, {n, k});
+  op.is("da", da, dw.dtype(), {n, rank});
+  op.is("db", db, dw.dtype(), {rank, k});
+  op.is_or_undefined("clipped", clipped, DType::U8, {n * k / 8});
+  op.is("a", a, real(), {n, rank});
+  op.is("b", b, real(), {rank, k});
+  do_lora_weight_backward(da, db, dw, clipped, a, b, alpha,
+                          make_scratch(ScratchOp::LoraWeightBackward, {n, k, rank}));
 }
 
 void Backend::lc_operand(const Tensor& out, const Tensor& constant, const Tensor& x,

@@ -52,6 +52,7 @@ enum class ScratchOp {
   RmsNormBackward,     // (M, D), where dw is wanted
   InputScaleGradient,  // (N, K)
   LcWeightBackward,    // (N, K)
+  LoraWeightBackward,  // (N, K, R)
   ChannelMoments,      // (M, K)
   AttentionCached,     // (B, T, H, d, Tmax, K, bits of the cache)
   Sample,              // (M, V)
@@ -399,6 +400,14 @@ class Backend {
   // loss = mean((x - y)^2); dx = 2 (x - y) / numel. loss real (1); x act; dx act or undefined; y
   // act: of x's shape, or a batch of x.dim(0) rows, which gives the same bits as a gathered copy.
   void mse(const Tensor& loss, const Tensor& dx, const Tensor& x, const Rows& y);
+  // The distance of the means mu and standard deviations sigma of the channels of x from those of
+  // y, over their rows:
+  //     loss = weight mean_c ((mu - mu_y)^2 + (sigma - sigma_y)^2)
+  //     dx = 2 weight / (M D) (mu - mu_y + (sigma - sigma_y) (x - mu) / sigma)
+  // where sigma is 0, the last term is 0. loss real (1); x act (M, D); dx likewise or undefined;
+  // moments and target F64 (kMoments, D): those of x and y by channel_moments, of M rows each.
+  void match_moments(const Tensor& loss, const Tensor& dx, const Tensor& x, const Tensor& moments,
+                     const Tensor& target, double weight);
   // loss[m] = log sum exp(logits[m]) - logits[m, target]; dlogits = scale * (softmax - onehot).
   // loss real (M); dlogits act (M, V) or undefined; logits act or real (M, V); targets I32 (M); -1
   // gives loss 0 and gradient 0.
@@ -475,6 +484,17 @@ class Backend {
   // (N, K/G) both act (Overwrite only) or both real.
   void scale_codes_backward(const Tensor& dsigma, const Tensor& dw, const Tensor& codes,
                             const Tensor& z, const WeightGrid& spec, Write mode);
+
+  // A weight with low-rank adapters (Hu et al., "LoRA", 2021): w = base + alpha a b, in the
+  // precision of masters, the products of an element added in order of r.
+  // w, base real (N, K); a real (N, R); b real (R, K).
+  void lora_weight(const Tensor& w, const Tensor& base, const Tensor& a, const Tensor& b,
+                   double alpha);
+  // Its gradients, straight through a quantizer of w: da = alpha dw b^T, db = alpha a^T dw, where
+  // dw is 0 at clipped elements. da (N, R), db (R, K), dw (N, K) all act or all real; clipped U8
+  // (N K / 8), as of QuantizedWeights.
+  void lora_weight_backward(const Tensor& da, const Tensor& db, const Tensor& dw,
+                            const Tensor& clipped, const Tensor& a, const Tensor& b, double alpha);
 
   // A learned grid: S from the largest sigma; e = E4M3(sigma / S); z = clamp(round(zeta), 0, L);
   // q = clamp(round(w / s) + z, 0, L), s = S e; wq = (q - z) e. L = 2^b - 1.

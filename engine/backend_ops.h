@@ -49,6 +49,7 @@ using quant::KvFormat;
   Arg
 #define BBB_OP_sample Arg, Arg, const SampleRows&, const SampleSpec&, Arg
 #define BBB_OP_mse Arg, Arg, Arg, const Rows&, Arg
+#define BBB_OP_match_moments Arg, Arg, Arg, Arg, Arg, double
 #define BBB_OP_cross_entropy Arg, Arg, Arg, Arg, double
 #define BBB_OP_kl_divergence Arg, Arg, Arg, Arg, Arg, double
 #define BBB_OP_cross_entropy_chunk Arg, Arg, Arg, Arg, int64_t, Write
@@ -70,6 +71,8 @@ using quant::KvFormat;
 #define BBB_OP_ratio_quant_backward Arg, Arg, Arg, Arg, Arg, Arg, const WeightGrid&
 #define BBB_OP_lc_weight Arg, const LcWeight&
 #define BBB_OP_lc_weight_backward Arg, Arg, Arg, Arg, Arg, const LcWeight&, Write, Arg
+#define BBB_OP_lora_weight Arg, Arg, Arg, Arg, double
+#define BBB_OP_lora_weight_backward Arg, Arg, Arg, Arg, Arg, Arg, double, Arg
 #define BBB_OP_lc_operand Arg, Arg, Arg, Arg, Arg
 #define BBB_OP_lc_output Arg, Arg, Arg, Arg, Arg
 #define BBB_OP_repack Arg, const PackedWeight&
@@ -101,7 +104,8 @@ using quant::KvFormat;
   OP(scale_codes_backward) OP(learned_quant) OP(learned_quant_backward) OP(ratio_quant) OP(ratio_quant_backward) OP(lc_weight) OP(lc_weight_backward) OP(lc_operand) OP(lc_output)     \
   OP(repack) OP(unpack) OP(packed_gemv) OP(packed_gemv_normed) OP(packed_gemv_gated) \
   OP(step_control) OP(muon_momentum) OP(adamw) \
-  OP(average) OP(dampen) OP(freeze_flips)
+  OP(average) OP(dampen) OP(freeze_flips)                                                        \
+  OP(lora_weight) OP(lora_weight_backward) OP(match_moments)
 // clang-format on
 #define BBB_PURE_OP(name) virtual void do_##name(BBB_OP_##name) = 0;
 #define BBB_OVERRIDE_OP(name) void do_##name(BBB_OP_##name) override;

@@ -268,18 +268,28 @@ void LlamaBlock::set_packed(const LayerResult& result) {
 
 void LlamaBlock::declare_parameters(ParameterSet& set,
                                     const std::vector<quant::LinearFormat>& formats,
-                                    autograd::UpdateRule rule, const autograd::LcTraining& lc) {
+                                    autograd::UpdateRule rule, const autograd::LcTraining& lc,
+                                    const autograd::LoraTraining& lora) {
   declared_.clear();
   declared_v_.clear();
+  declared_adapters_.clear();
+  lora_alpha_ = lora.alpha;
   const std::vector<QuantLinear*> all = linears();
   BBB_ASSERT(formats.size() == all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     const engine::Shape shape{formats[i].n, formats[i].stored_k()};
     declared_.push_back(
         &set.add(all[i]->name() + ".weight", shape, autograd::slot_rule(rule, shape)));
+    declared_.back()->frozen =
+        lora.rank > 0 && lora.masters == autograd::LoraTraining::Masters::Fixed;
   }
   for (const NormShape& norm : block_norms(config_))
     declared_.push_back(&set.add(layer_name(layer_, norm.name), {norm.size}));
+  for (size_t i = 0; lora.rank > 0 && i < all.size(); ++i)
+    for (const auto& [part, shape] : {std::pair(".lora_a", engine::Shape{formats[i].n, lora.rank}),
+                                      {".lora_b", {lora.rank, formats[i].stored_k()}}})
+      declared_adapters_.push_back(
+          &set.add(all[i]->name() + part, shape, autograd::slot_rule(rule, shape)));
   const std::vector<LinearShape> shapes = block_linears(config_);
   for (size_t i = 0; i < all.size(); ++i) {
     if (!formats[i].is_lc()) continue;
@@ -344,8 +354,20 @@ void LlamaBlock::bind_parameters(WeightQuantizer& quantizer,
                              formats[i]);
     else
       all[i]->set_trained(quantizer, *declared_[i], formats[i]);
+  for (size_t i = 0; i < declared_adapters_.size(); i += 2)
+    all[i / 2]->set_adapters(*declared_adapters_[i], *declared_adapters_[i + 1], lora_alpha_);
+  declared_adapters_.clear();
   set_operands(formats, false);
   bind_norms();
+}
+
+void LlamaBlock::start_adapters(uint64_t seed) {
+  engine::Rng rng(seed);
+  for (QuantLinear* linear : linears()) linear->start_adapters(rng);
+}
+
+void LlamaBlock::discard_adapters() {
+  for (QuantLinear* linear : linears()) linear->discard_adapters();
 }
 
 void LlamaBlock::set_masters(const LayerResult& result) {

@@ -78,10 +78,12 @@ class LlamaBlock {
   void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
-  // yet. `rule` is for the linears; norms take AdamW's. `lc`: of linears behind LC.
+  // yet. `rule` is for the linears and their adapters; norms take AdamW's. `lc`: of linears behind
+  // LC. `lora`: gives them adapters.
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
                           autograd::UpdateRule rule = autograd::UpdateRule::AdamW,
-                          const autograd::LcTraining& lc = {});
+                          const autograd::LcTraining& lc = {},
+                          const autograd::LoraTraining& lora = {});
   // The same with learned grids, whose `parts` train at `rule`'s rate.
   void declare_learned(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
                        LearnedParts parts, const quant::SlotRule<double>& rule);
@@ -89,6 +91,9 @@ class LlamaBlock {
   // quantizer.
   void bind_parameters(WeightQuantizer& quantizer, const std::vector<quant::LinearFormat>& formats);
   void bind_learned(const std::vector<quant::LinearFormat>& formats);  // needs no quantizer
+  // Of all linears (QuantLinear); the seed decides all draws.
+  void start_adapters(uint64_t seed);
+  void discard_adapters();
   // Uploads the masters of a result in the block's formats. In the input norm zeros become 2^-60:
   // its gradient may be found by dividing by its weight, so an exact zero could never train again.
   void set_masters(const LayerResult& result);
@@ -136,6 +141,8 @@ class LlamaBlock {
   std::vector<LearnedGrid> learned_;    // of linears, likewise
   std::vector<Parameter*> declared_v_;  // of linears behind LC, likewise
   std::array<std::optional<LcSite>, kSites> lc_sites_;  // empty: no LC
+  std::vector<Parameter*> declared_adapters_;           // A and B of each linear, likewise
+  double lora_alpha_ = 1;
 };
 
 // BFloat16 rounds embedding and head, so that training, export and later readers see the same

@@ -1,6 +1,7 @@
 #include "models/quant_linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -102,6 +103,24 @@ void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
   fresh_leaf();
 }
 
+void QuantLinear::set_adapters(Parameter& a, Parameter& b, double alpha) {
+  BBB_ASSERT(holds<TrainedWeight>());
+  auto& trained = std::get<TrainedWeight>(state_);
+  trained.adapters = trained.quantizer->add_adapters(*trained.master, a, b, alpha);
+}
+
+void QuantLinear::start_adapters(engine::Rng& rng) {
+  const autograd::Adapters& adapters = get<TrainedWeight>().adapters;
+  discard_adapters();
+  const Tensor& b = adapters.b->master;
+  const double deviation = 1 / std::sqrt(static_cast<double>(b.dim(1)));
+  std::vector<float> draws(backend_.computes() ? static_cast<size_t>(b.numel()) : 0);
+  for (float& draw : draws) draw = static_cast<float>(deviation * rng.normal());
+  upload_into(backend_, b, draws);
+}
+
+void QuantLinear::discard_adapters() { backend_.zero(get<TrainedWeight>().adapters.a->master); }
+
 void QuantLinear::set_trained_lc(WeightQuantizer& quantizer, Parameter& latent, Parameter& v,
                                  LcSite& site, const quant::LinearFormat& format) {
   BBB_ASSERT(format.n == n_ && format.k == k_ && format.is_lc());
@@ -190,7 +209,12 @@ void QuantLinear::set_master(const LinearResult& result) {
     upload_into(backend_, lc->v->master, result.lc.v);
     return upload_into(backend_, lc->site->map->master, result.lc.map);
   }
-  upload_into(backend_, get<TrainedWeight>().master->master, result.master);
+  const auto& trained = get<TrainedWeight>();
+  upload_into(backend_, trained.master->master, result.master);
+  if (trained.adapters.a != nullptr) {
+    backend_.copy(trained.adapters.base, trained.master->master);
+    discard_adapters();
+  }
   if (!quantized_.ratios.defined() || !backend_.computes()) return;
   BBB_ASSERT(static_cast<int64_t>(result.ratios.size()) == quantized_.ratios.numel());
   backend_.upload(quantized_.ratios, result.ratios.data());
@@ -343,7 +367,13 @@ void QuantLinear::finish_backward() {
     return fresh_leaf();
   }
   const auto* lc = std::get_if<TrainedLc>(&state_);
+  const auto* trained = std::get_if<TrainedWeight>(&state_);
+  const bool adapts = trained != nullptr && trained->quantizer->adapts();
   if (!leaf_.has_grad()) {
+    if (adapts) {
+      backend_.zero(trained->adapters.a->grad);
+      backend_.zero(trained->adapters.b->grad);
+    }
     if (lc != nullptr) backend_.zero(lc->v->grad);
     return backend_.zero(parameter()->grad);
   }
@@ -354,6 +384,7 @@ void QuantLinear::finish_backward() {
                                 dweight_, quantized_.wq, lc->from, site.mode);
     site.mode = Write::Add;
   }
+  if (adapts) trained->quantizer->finish_backward(*trained->master, trained->adapters);
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_))
     backend_.scale_codes_backward(frozen->sigma->grad, dweight_, frozen->codes, quantized_.z,
                                   format_.weight, Write::Overwrite);

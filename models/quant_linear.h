@@ -3,7 +3,8 @@
 //
 //   FloatWeight    an act weight, no gradient: the teacher, a full-precision model, or a weight
 //                  that a method without gradients rounds
-//   TrainedWeight  a master behind the quantizer; at kNoQuantizer bits the master itself
+//   TrainedWeight  a master, or a frozen one with low-rank adapters, behind the quantizer; at
+//                  kNoQuantizer bits the master itself
 //   LearnedGrid    a master behind a grid whose scales, and perhaps zero points, train with it, or
 //                  the ratios of its ranges
 //   TrainedLc      latents behind LC (quant/lc.h); W is made of them once a step
@@ -14,7 +15,8 @@
 // One optimizer step:
 //
 //                  prepare              passes, 1 or more         finish_backward()
-//   TrainedWeight  WeightQuantizer      dW^ is parameter->grad    -
+//   TrainedWeight  WeightQuantizer      dW^ is parameter->grad    dW^ -> the gradients of adapters,
+//                                                                 if they train
 //   LearnedGrid    prepare_scales()     dW^ is parameter->grad    dW^ -> the gradients of all three
 //   TrainedLc      WeightQuantizer      dW is parameter->grad     dW -> gradients of latents, v,
 //                                                                 and (LcSite) of u and the map
@@ -31,6 +33,7 @@
 
 #include "autograd/ops.h"
 #include "autograd/weight_quantizer.h"
+#include "engine/rng.h"
 #include "models/layer_result.h"
 #include "models/operand.h"
 
@@ -62,6 +65,7 @@ struct FloatWeight {};
 struct TrainedWeight {
   WeightQuantizer* quantizer;
   Parameter* master;
+  autograd::Adapters adapters = {};  // a is null: none
 };
 // What trains with the masters of a learned grid.
 enum class LearnedParts { Scales, ScalesZeros, Ratios };
@@ -108,6 +112,11 @@ class QuantLinear {
   // `master` (N, K') is a parameter of the quantizer's set. Both must outlive this state.
   void set_trained(WeightQuantizer& quantizer, Parameter& master,
                    const quant::LinearFormat& format);
+  // Gives a TrainedWeight adapters (N, R) and (R, K'), parameters of the same set.
+  void set_adapters(Parameter& a, Parameter& b, double alpha);
+  // Adapters start: A = 0, B normal with variance 1 / K'. So W starts as the master.
+  void start_adapters(engine::Rng& rng);
+  void discard_adapters();  // A = 0: the next prepare() makes W the frozen master again
   // The same for a learned grid (Backend::learned_quant, ratio_quant) of fewer than 16 bits.
   void set_learned(const LearnedGrid& parameters, const quant::LinearFormat& format);
   // The same behind LC: latents (N, K) and v (N). `site` must outlive this state, too.
@@ -120,7 +129,8 @@ class QuantLinear {
   // TrainedWeight: forward() multiplies by the weight at the quantizer's lower precision `i - 1`,
   // or at its own for 0. The gradients of all precisions add up; a step's first one is 0.
   void select_precision(size_t i) { precision_ = i; }
-  // TrainedWeight: the master and the range ratios of a result of this format, and back.
+  // TrainedWeight: the master and the range ratios of a result of this format, and back. Adapters
+  // are of that master then, and A becomes 0; the other way they are merged into it.
   // LearnedGrid: its master and, as the start of scales and zero points, the grid of rounding to
   // nearest with its ratios; or the levels and the grid of a quantized result. Learned ratios start
   // as those of the result, or as 1; of a result without a master the weight is held as it is.

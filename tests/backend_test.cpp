@@ -80,6 +80,19 @@ TEST_CASE("a wrong call names its op and the shapes") {
        [&] {
          b.embed_backward(r({9, 7}), a({4, 8}), i({4}), Write::Add);
        }},
+      {"lora_weight", "b must be",
+       [&] {
+         b.lora_weight(r({4, 8}), r({4, 8}), r({4, 2}), r({3, 8}), 1);
+       }},
+      {"lora_weight_backward", "clipped must be U8 (4)",
+       [&] {
+         b.lora_weight_backward(r({4, 2}), r({2, 8}), r({4, 8}), u({3}), r({4, 2}), r({2, 8}), 1);
+       }},
+      {"match_moments", "target must be F64 (5, 8)",
+       [&] {
+         b.match_moments(r({1}), none, a({4, 8}), b.zeros({5, 8}, DType::F64),
+                         b.zeros({5, 7}, DType::F64), 1);
+       }},
       {"gather_rows", "(4, 3)",
        [&] {
          b.gather_rows(a({2, 2}), {a({4, 3}), i({4}), i({1})});

@@ -161,6 +161,13 @@ TEST_CASE("train config: every option word selects its enumerator", "[config]") 
         {{"all", BlockSchedule::All},
          {"stochastic", BlockSchedule::Stochastic},
          {"prefix", BlockSchedule::Prefix}});
+  check("lora-end", c.lora_end, {{"merge", LoraEnd::Merge}, {"discard", LoraEnd::Discard}});
+  check("lora-match", c.lora_match,
+        {{"auto", LoraMatch::Auto},
+         {"none", LoraMatch::None},
+         {"moments", LoraMatch::Moments},
+         {"kl", LoraMatch::Kl},
+         {"both", LoraMatch::Both}});
   check("e2e-loss", c.e2e_loss,
         {{"kl", EndToEndLoss::Kl},
          {"ce", EndToEndLoss::CrossEntropy},
@@ -309,6 +316,9 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
       {{"--stages", "w2a16", "--act-range", "search"},
        "--act-range is unused: activations are not"},
       {{"--e2e-stages", "w2a4:1", "--down-kurtosis", "5"}, "--down-kurtosis is unused: no activ"},
+      {{"--lora-end", "discard"}, "--lora-end is unused: there are no adapters without"},
+      {{"--stages", "w2a16", "--e2e-steps", "0", "--lora-rank", "4"}, "--lora-rank is unused"},
+      {{"--stages", "w2a16", "--lora-rank", "4", "--lora-match", "kl"}, "--lora-match is unused"},
       {{"--e2e-jsd-beta", "0.3"}, "--e2e-jsd-beta is unused: --e2e-loss is not jsd"},
       {{"--e2e-train", "scales", "--e2e-embedding", "train"}, "--e2e-embedding is unused"},
       {{"--ste", "all", "--ste-trust", "2"}, "--ste-trust is unused: --ste is not trust"},

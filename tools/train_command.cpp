@@ -99,6 +99,16 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
                       (config.e2e_train == train::EndToEndTrain::Auto &&
                        (config.method != train::Method::Blocks ||
                         (train::finds_codes(config) && (!ratios || !config.stages.empty()))));
+  // Stages that adapters may have in front of them, or be in.
+  const size_t of_blocks = config.stages.size();
+  size_t stages = of_blocks + (config.from.empty() ? 0 : 1);
+  if (config.e2e_steps != 0 && !scales) stages += std::max<size_t>(1, config.e2e_stages.size());
+  if (name.starts_with("lora-") && name != "lora-rank" && config.lora_rank == 0)
+    return "there are no adapters without --lora-rank";
+  if (name == "lora-rank" && config.lora_rank > 0 && stages < 2)
+    return "adapters train from the second stage on, and there is one";
+  if (name.starts_with("lora-match") && (algorithm2 || of_blocks < 2))
+    return "no block has a stage with adapters";
   if (name == "e2e-embedding" && scales) return "--e2e-train scales trains scales alone";
   if (name == "e2e-jsd-beta" && config.e2e_loss != train::EndToEndLoss::JensenShannon)
     return "--e2e-loss is not jsd";

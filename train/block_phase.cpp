@@ -108,7 +108,7 @@ class BlockPhase {
     // In reverse: the masters of the last stage are still in the block.
     for (size_t t = config_.stages.size(); t-- > 0;) {
       if (t + 1 < config_.stages.size())
-        timed(backend_, time_.weights_s, [&] { trainer_->load(t, *results[t]); });
+        timed(backend_, time_.weights_s, [&] { trainer_->load(layer, t, *results[t]); });
       timed(backend_, time_.streams_s, [&] { advance_stage(t); });
     }
     if (&streams_.target() != &streams_.full())
@@ -147,8 +147,8 @@ class BlockPhase {
     hooks.before_save = [this] { finish_write(); };  // a state must not be ahead of the results
     hooks.synchronized = [this] { finish_write_if_done(); };
     trainer_.reset();  // its memory, before the next one takes its own
-    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_.nested(), recipe_.lc(),
-                     recompute_, streams_, inv_freq_, run_, observer_, std::move(hooks));
+    trainer_.emplace(backend_, model_, config_, std::move(formats), recipe_, recompute_, streams_,
+                     inv_freq_, run_, observer_, std::move(hooks));
   }
 
   // Enters a layer and computes the target of its first stage. Returns the original weights.
@@ -162,7 +162,7 @@ class BlockPhase {
 
   // Loads the start of stage t: from the result of the stage before, or the original weights.
   void load_start(int64_t layer, size_t t, const LayerResult& from) {
-    trainer_->load(t, recipe_.start(layer, from, trainer_->formats()[t]));
+    trainer_->load(layer, t, recipe_.start(layer, from, trainer_->formats()[t]));
   }
 
   void advance(LlamaBlock& block, Stream& out, Stream& in) {
@@ -217,7 +217,7 @@ class BlockPhase {
       enter(block);
       advanced(block, 1);
       for (size_t t = 0; t < config_.stages.size(); ++t) {
-        trainer_->load(t, finished_result(block, t));
+        trainer_->load(block, t, finished_result(block, t));
         advance_stage(t);
         advanced(block, static_cast<int64_t>(t) + 2);
       }

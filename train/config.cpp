@@ -287,7 +287,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   for (const ModelStage& s : c.e2e_stages) few_bits(s);
   if (c.e2e_snap == Snap::Auto)
     c.e2e_snap = all && blocks && !finds_codes(c) && !algorithm2 && !c.e2e_stages.empty() &&
-                         c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
+                         c.lora_rank == 0 && c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
                      ? Snap::On
                      : Snap::Off;
 }
@@ -301,6 +301,24 @@ void check_muon(const TrainConfig& c) {
   want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
        "--e2e-damping and --e2e-freeze are for --optimizer adamw: a step of muon reaches every "
        "weight");
+}
+
+// Adapters train in place of masters, through the grid of groups.
+void resolve_lora(TrainConfig& c, const models::LlamaConfig& model) {
+  if (c.lora_rank == 0) {
+    c.lora_match = LoraMatch::None;
+    return;
+  }
+  want(c.quantizer != Quantizer::Lc, "--lora-rank adapts weights of groups: no --quantizer lc");
+  want(!finds_codes(c), "--lora-rank takes no --method gptq or block-ap, and no --grid-train");
+  want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None,
+       "--e2e-damping and --e2e-freeze are for single weights: no --lora-rank, whose steps reach "
+       "every weight");
+  for (const models::LinearShape& linear : models::block_linears(model))
+    want(c.lora_rank * (linear.n + linear.k) < linear.n * linear.k,
+         cat("--lora-rank ", c.lora_rank, ": such adapters of ", linear.name,
+             " are no smaller than its ", linear.n, " x ", linear.k, " weights"));
+  if (c.lora_match == LoraMatch::Auto) c.lora_match = LoraMatch::Moments;
 }
 
 // A method that finds codes does so once.
@@ -337,6 +355,16 @@ bool finds_codes(const TrainConfig& config) {
 bool trains_blocks(const TrainConfig& config) {
   return !config.stages.empty() && config.block_schedule == BlockSchedule::All &&
          config.method != Method::Gptq;
+}
+
+bool adapts_blocks(const TrainConfig& config, size_t stage) {
+  return config.lora_rank > 0 && stage > 0;
+}
+
+bool adapts_whole(const TrainConfig& config, size_t stage) {
+  const bool blocks = !config.stages.empty() && config.block_schedule == BlockSchedule::All;
+  return config.lora_rank > 0 && config.e2e_train == EndToEndTrain::All &&
+         (stage > 0 || blocks || !config.from.empty());
 }
 
 int64_t steps_per_pass(const TrainConfig& config) {
@@ -404,6 +432,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(c.ste == Ste::Clip || c.grid_train == GridTrain::None,
        "--grid-train has an estimator of its own, since clipped weights move the scale: no --ste");
   if (c.optimizer == autograd::UpdateRule::Muon) check_muon(c);
+  resolve_lora(c, model);
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
            " positions"));

@@ -68,6 +68,12 @@ enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
 enum class Freeze { None, Flips };
 enum class Snap { Auto, On, Off };  // moves masters to the middle of their bins at the start
+// What becomes of low-rank adapters at the end of their stage: they are added to the masters, or
+// dropped.
+enum class LoraEnd { Merge, Discard };
+// What anchors the output of a block whose adapters train to that of the full-precision block
+// (autograd::Anchor). Auto: moments.
+enum class LoraMatch { Auto, None, Moments, Kl, Both };
 // Timed: measures which algorithm of a matrix product is the fastest. Two runs may then differ in
 // the last bits. Heuristic: takes the library's first suggestion.
 enum class GemmAlgorithms { Timed, Heuristic };
@@ -126,6 +132,11 @@ struct TrainConfig {
   int64_t epochs = 2;
   int64_t batch = 8;
   autograd::UpdateRule optimizer = autograd::UpdateRule::AdamW;  // of the linears' masters
+  int64_t lora_rank = 0;  // of adapters, which train from the second stage on; 0: none
+  double lora_alpha = 1;  // W = master + alpha A B
+  LoraEnd lora_end = LoraEnd::Merge;
+  LoraMatch lora_match = LoraMatch::Auto;
+  double lora_match_weight = 0.1;
   std::vector<double> lr;  // per stage, or one for all; empty: by model width and stage
   InputStream input_stream = InputStream::Same;
   Target target = Target::Full;
@@ -181,6 +192,9 @@ TrainConfig config_from_json(const std::string& json, const std::string& where);
 bool finds_codes(const TrainConfig& config);
 // Does the block phase train, so that it validates?
 bool trains_blocks(const TrainConfig& config);
+// Do adapters train in this stage of the blocks, or of the whole model?
+bool adapts_blocks(const TrainConfig& config, size_t stage);
+bool adapts_whole(const TrainConfig& config, size_t stage);
 // Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.
 int64_t steps_per_pass(const TrainConfig& config);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.

@@ -145,6 +145,24 @@ void visit_stored(Config& c, const Visitor& v) {
                   kRun,
                   "of the linears' weights: adamw, or muon; all else takes adamw",
                   {"adamw, muon"}});
+  v(c.lora_rank,
+    {"lora-rank", kRun,
+     "of low-rank adapters: the first stage of the run trains the weights, every later one freezes "
+     "them and trains adapters A and B; 0: none",
+     kNatural});
+  v(c.lora_alpha, {"lora-alpha", kRun, "a weight with adapters is W + X A B", kAboveZero});
+  v(c.lora_end, {"lora-end",
+                 kRun,
+                 "when their stage ends: merge adapters into the weights, or discard them",
+                 {"merge, discard"}});
+  v(c.lora_match,
+    {"lora-match",
+     kRun,
+     "what of a block's output is held to the full-precision one while its adapters train: none, "
+     "moments (means and deviations of channels), kl or both; auto: moments",
+     {"auto, none, moments, kl, both"}});
+  v(c.lora_match_weight,
+    {"lora-match-weight", kRun, "of that, beside the mean squared error", kNotNegative});
   v(c.lr,
     {"lr", kBlocks, "one rate, or one a stage; default: by the model's width", kRates, "auto"});
   v(c.input_stream,

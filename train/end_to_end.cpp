@@ -193,6 +193,7 @@ class EndToEnd {
 
   void write_result() {
     if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
+    if (config_.lora_end == LoraEnd::Discard) student_.discard_adapters();
     student_.prepare();
     const models::LinearContent content = final_content(config_);
     std::vector<data::SafeTensorsWriter::Entry> entries;

@@ -17,7 +17,7 @@ using quant::LinearFormat;
 namespace {
 
 // Apart from the sub-seeds of sample orders.
-constexpr uint64_t kDrawSeed = 1 << 20, kLcSeed = 1 << 21;
+constexpr uint64_t kDrawSeed = 1 << 20, kLcSeed = 1 << 21, kLoraSeed = 1 << 22;
 
 // Statistics of the right sizes: the first channels are outliers, the next ones are split.
 LayerStatistics nominal_statistics(const TrainConfig& config, const LlamaConfig& model,
@@ -170,6 +170,11 @@ int64_t Recipe::widest_layer(const TrainConfig& config, const LlamaConfig& model
 models::LcStart Recipe::lc_start(int64_t layer) const {
   return {config_.lc_map == LcMap::Scalar,
           sub_seed(config_.seed, kLcSeed, static_cast<uint64_t>(layer))};
+}
+
+uint64_t Recipe::adapter_seed(int64_t layer, int64_t stage) const {
+  return sub_seed(config_.seed, kLoraSeed + static_cast<uint64_t>(layer),
+                  static_cast<uint64_t>(stage));
 }
 
 models::LayerResult Recipe::start(int64_t layer, const models::LayerResult& from,

@@ -85,6 +85,11 @@ class Recipe {
     return {config_.lc_gradient, config_.lc_map == LcMap::Learned, config_.lc_scale_rate};
   }
   models::LcStart lc_start(int64_t layer) const;
+  autograd::LoraTraining lora(autograd::LoraTraining::Masters masters) const {
+    return {config_.lora_rank, config_.lora_alpha, masters};
+  }
+  // Of the adapters of a layer in a stage, counted over both kinds, those of blocks first.
+  uint64_t adapter_seed(int64_t layer, int64_t stage) const;
   // The lower precisions that train together with 8 bits; none without --any-precision.
   autograd::NestedPrecisions nested() const;
   // Precisions that train together, 8 bits included.

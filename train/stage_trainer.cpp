@@ -29,12 +29,12 @@ double best_of(const std::vector<double>& losses) {
 }  // namespace
 
 StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
-                           const TrainConfig& config, StageFormats formats,
-                           autograd::NestedPrecisions nested, autograd::LcTraining lc,
+                           const TrainConfig& config, StageFormats formats, const Recipe& recipe,
                            models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
                            const RunDirectory& run, const Observer& observer, StepHooks hooks)
     : backend_(backend),
       config_(config),
+      recipe_(recipe),
       formats_(std::move(formats)),
       recompute_(recompute),
       streams_(streams),
@@ -51,10 +51,13 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
     parameters_.allocate();
     block_.bind_learned(formats_[0]);
   } else {
-    block_.declare_parameters(parameters_, formats_[0], config.optimizer, lc);
+    block_.declare_parameters(parameters_, formats_[0], config.optimizer, recipe.lc(),
+                              adapts_blocks(config, formats_.size() - 1)
+                                  ? recipe.lora(autograd::LoraTraining::Masters::Train)
+                                  : autograd::LoraTraining());
     parameters_.allocate();
     quantizer_.emplace(parameters_, config.group, config.range, engine::Rounding::Nearest,
-                       std::move(nested), lc, Recipe::weight_rule(config));
+                       recipe.nested(), recipe.lc(), Recipe::weight_rule(config));
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
@@ -73,9 +76,12 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
          {}});
 }
 
-void StageTrainer::load(size_t t, const LayerResult& result) {
+void StageTrainer::load(int64_t layer, size_t t, const LayerResult& result) {
   block_.set_formats(formats_[t]);
   block_.set_masters(result);
+  const bool adapts = adapts_blocks(config_, t);
+  if (quantizer_) quantizer_->adapt(adapts);
+  if (adapts) block_.start_adapters(recipe_.adapter_seed(layer, static_cast<int64_t>(t)));
 }
 
 void StageTrainer::prepare() {
@@ -115,6 +121,10 @@ std::vector<double> StageTrainer::train(int64_t layer, size_t t, std::optional<S
 
 LayerResult StageTrainer::result() {
   backend_.copy(parameters_.masters(), best_);
+  if (quantizer_ && quantizer_->adapts()) {
+    if (config_.lora_end == LoraEnd::Discard) block_.discard_adapters();
+    quantizer_->prepare();  // merges what is left
+  }
   if (quantizer_) return block_.result(models::LinearContent::Masters);
   block_.prepare_scales();
   return block_.result(models::LinearContent::Stored);
@@ -200,6 +210,21 @@ void StageTrainer::feed_first(size_t t) {
   StepFeed(streams_, t, host_order_, 0, steps_per_epoch_).next(0);
 }
 
+std::vector<autograd::Anchor> StageTrainer::anchors(size_t t) const {
+  using autograd::Anchor;
+  if (!adapts_blocks(config_, t)) return {};
+  switch (config_.lora_match) {
+    case LoraMatch::Moments:
+      return {Anchor::Moments};
+    case LoraMatch::Kl:
+      return {Anchor::Kl};
+    case LoraMatch::Both:
+      return {Anchor::Moments, Anchor::Kl};
+    default:
+      return {};
+  }
+}
+
 // Recorded: everything that it reads is on the device. It starts from masters that prepare() or the
 // step before left. The loss of several precisions is the sum of their mean squared errors; its
 // gradient counts each by its weight.
@@ -210,6 +235,12 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   Tensor x = gather(input);
   const engine::Rows y = streams_.step_target(inputs.size(), order_, cursor);
   const Tensor weights = weights_ ? weights_->at(cursor) : Tensor();
+  const std::vector<autograd::Anchor> anchors = this->anchors(t);
+  Tensor target = y.src;
+  if (!anchors.empty() && y.order.defined()) {
+    target = backend_.empty(x.shape(), backend_.act());
+    backend_.gather_rows(target, y);
+  }
   quantize();
   if (last == StepPart::Quantize) return;
   Tensor sum = loss_;
@@ -222,7 +253,11 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
       if (!weights_) return out;
       return autograd::weighted(tape, out, weights.slice(static_cast<int64_t>(p), 1));
     };
-    const Var loss = autograd::mse(tape, forward(), y);
+    const Var out = forward(), loss = autograd::mse(tape, out, y);
+    for (const autograd::Anchor kind : anchors)
+      backend_.sum(loss.value(),
+                   autograd::anchor(tape, kind, out, target, config_.lora_match_weight).value(),
+                   1.0, engine::Write::Add);
     if (last == StepPart::Forward) continue;
     tape.backward(loss);
     if (weights_)

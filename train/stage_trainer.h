@@ -28,13 +28,14 @@ class StageTrainer {
   // hooks: what the phase adds (show, before_save, synchronized). The references must outlive the
   // trainer.
   StageTrainer(Backend& backend, const models::LlamaConfig& model, const TrainConfig& config,
-               StageFormats formats, autograd::NestedPrecisions nested, autograd::LcTraining lc,
-               models::Recompute recompute, StreamSet& streams, Tensor inv_freq,
-               const RunDirectory& run, const Observer& observer, StepHooks hooks);
+               StageFormats formats, const Recipe& recipe, models::Recompute recompute,
+               StreamSet& streams, Tensor inv_freq, const RunDirectory& run,
+               const Observer& observer, StepHooks hooks);
 
   const StageFormats& formats() const { return formats_; }
-  // Sets the block's formats to those of stage t, and its masters to a result in them.
-  void load(size_t t, const models::LayerResult& result);
+  // Sets the block's formats to those of stage t, and its masters to a result in them. If the stage
+  // trains adapters, they start.
+  void load(int64_t layer, size_t t, const models::LayerResult& result);
   // The block with its current masters quantized, for a pass over a stream.
   models::LlamaBlock& quantized_block();
 
@@ -42,8 +43,8 @@ class StageTrainer {
   // before training, then after each epoch. Throws if every step was skipped.
   std::vector<double> train(int64_t layer, size_t t, std::optional<SavedState> saved,
                             BlockTime::Stage& time);
-  // The masters of the best validation loss, which stay in the block; of learned grids, their
-  // codes.
+  // The masters of the best validation loss, which stay in the block, without adapters; of learned
+  // grids, their codes.
   models::LayerResult result();
 
   // Records the step of stage t on one of its input streams, up to the part `last`. The masters
@@ -66,6 +67,7 @@ class StageTrainer {
   void quantize();  // the same, if only the optimizer has written them
   void record_steps(size_t t);
   void step(size_t t, size_t input, StepPart last);
+  std::vector<autograd::Anchor> anchors(size_t t) const;  // of the block's output in stage t
   std::vector<double> train_epochs(size_t t, Position at, BlockTime::Stage& time);
   double validate(size_t t);
   void add_validation(Stream& input);
@@ -76,6 +78,7 @@ class StageTrainer {
 
   Backend& backend_;
   const TrainConfig& config_;
+  const Recipe& recipe_;
   const StageFormats formats_;
   const models::Recompute recompute_;
   StreamSet& streams_;

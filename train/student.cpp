@@ -25,6 +25,7 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
+  const bool adapts = adapts_whole(config_, stage_);
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
     if (trains_ratios()) {
@@ -33,7 +34,9 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
       continue;
     }
     if (all) {
-      block->declare_parameters(parameters_, linears, config_.optimizer, recipe_.lc());
+      block->declare_parameters(
+          parameters_, linears, config_.optimizer, recipe_.lc(),
+          adapts ? recipe_.lora(autograd::LoraTraining::Masters::Fixed) : autograd::LoraTraining());
       continue;
     }
     const std::vector<QuantLinear*> named = block->linears();
@@ -63,12 +66,16 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
       else
         block->bind_parameters(*quantizer_, formats(*block));
       block->set_masters(recipe_.start(layer, start.layer(layer), formats(*block)));
+      if (adapts)
+        block->start_adapters(
+            recipe_.adapter_seed(layer, recipe_.block_stages() + static_cast<int64_t>(stage_)));
     } else {
       const ResultQuantizer quantize(backend_, model_.config(), config_, recipe_);
       block->freeze_codes(quantize(layer, start.layer(layer)), sigmas_[static_cast<size_t>(layer)]);
     }
     loaded(layer + 1);
   }
+  if (adapts) quantizer_->adapt(true);
 }
 
 void Student::bind_outer(const models::LoadOuter& load) {
@@ -129,6 +136,11 @@ void Student::finish_backward() {
     if (table.parameter->grad.dtype() != table.gradient.dtype())
       backend_.cast(table.parameter->grad, table.gradient);
   }
+}
+
+void Student::discard_adapters() {
+  if (!adapts_whole(config_, stage_)) return;
+  for (auto& block : model_.blocks()) block->discard_adapters();
 }
 
 void Student::snap() {

@@ -48,7 +48,8 @@ class Student {
   // Of several precisions that train together (QuantLinear::select_precision).
   void select_precision(size_t i);
   void finish_backward();
-  void snap();  // moves masters to the middle of their bins; only if all train
+  void discard_adapters();  // if they train
+  void snap();              // moves masters to the middle of their bins; only if all train
   // The weights outside of the layers as they are now; null if they are the source's own.
   models::LoadOuter outer() const;
 
