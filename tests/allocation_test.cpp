@@ -310,7 +310,9 @@ TEST_CASE("allocation: every site has a choice within the budget, and more budge
       }
     }
     CHECK(bytes == allocation.cost);
-    CHECK_THAT(train::describe(allocation, tiny_config(), config), Contains("bits per weight"));
+    const std::string table = train::describe(allocation, tiny_config(), config);
+    for (const char* text : {"q, k, v", "\no  ", "gate, up", "down", "bits per weight"})
+      CHECK_THAT(table, Contains(text));
   }
 }
 

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kWidths = std::size(kAllocatedBits);
 constexpr int64_t kMaxUnits = 1 << 16;
 // Rows of a linear that stand for all: choices are compared on the same ones.
-constexpr int64_t kErrorRows = 128;
+constexpr int64_t kErrorRows = 64;
 constexpr double kPicoseconds = 1e6;  // a microsecond
 
 size_t layout_of(size_t choice) { return choice / kWidths; }
@@ -316,9 +316,11 @@ std::string describe(const Allocation& allocation, const LlamaConfig& model,
   constexpr const char* kNames[models::kSites] = {"q, k, v", "o", "gate, up", "down"};
   char line[160];
   std::string text = "inputs      2 bits  3 bits  4 bits   split 5 %  split 10 %   outliers\n";
-  for (const LinearShape& shape : models::block_linears(model)) {
-    const auto site = static_cast<size_t>(shape.site);
-    const std::vector<SiteLayout> layouts = Recipe::layouts(config, model, 0, shape.k);
+  std::array<int64_t, models::kSites> inputs;  // features
+  for (const LinearShape& shape : models::block_linears(model))
+    inputs[static_cast<size_t>(shape.site)] = shape.k;
+  for (size_t site = 0; site < inputs.size(); ++site) {
+    const std::vector<SiteLayout> layouts = Recipe::layouts(config, model, 0, inputs[site]);
     const auto count = [&](const auto& is) {
       return static_cast<long long>(std::ranges::count_if(
           allocation.statistics, [&](const LayerStatistics& layer) { return is(layer[site]); }));
@@ -334,7 +336,7 @@ std::string describe(const Allocation& allocation, const LlamaConfig& model,
     std::snprintf(line, sizeof line, "%-10s %7lld %7lld %7lld %11lld %11lld %10lld\n", kNames[site],
                   of_bits(2), of_bits(3), of_bits(4), of_split(1), of_split(2),
                   count([](const models::SiteStatistics& s) { return !s.outliers.empty(); }));
-    if (text.find(kNames[site]) == text.npos) text += line;
+    text += line;
   }
   const Recipe recipe(config, model, allocation.statistics);
   std::snprintf(line, sizeof line, "%.4f bits per weight", recipe.bits_per_weight());
