@@ -29,7 +29,7 @@ using train::TrainConfig;
 using Items = std::vector<std::vector<CostedOption>>;
 using Options = std::vector<std::pair<const char*, std::string>>;
 
-// Of the tiny model: from 2.6 (its rows are short) to 5.3 bits a weight.
+// Within the reach of the tiny model.
 constexpr const char* kTarget = "3.4";
 
 TrainConfig with(TrainConfig config, const Options& options) {
@@ -277,11 +277,12 @@ TEST_CASE("allocation: a site's sensitivity is the divergence of the model with 
 TEST_CASE("allocation: every site has a choice within the budget, and more budget loses less",
           "[allocation]") {
   const Fixture fixture;
+  const models::LlamaConfig model = tiny_config();
   double before = std::numeric_limits<double>::infinity();
   for (const char* target : {"2.9", "3.4", "4.4"}) {
     const TrainConfig config =
         resolved(make_config(fixture, "run", {{"target-bits", target}, {"stages", "w4a16,w2a16"}}));
-    const train::SiteBudget budget = train::size_budget(tiny_config(), config);
+    const train::SiteBudget budget = train::size_budget(model, config);
     const train::Allocation allocation = train::allocate_sites(
         backend(), *fixture.source, fixture.windows, config, budget, [](int64_t) {});
     CAPTURE(target);
@@ -291,11 +292,11 @@ TEST_CASE("allocation: every site has a choice within the budget, and more budge
     before = allocation.loss;
 
     // The formats are those of the choice, and as large as it says.
-    const Recipe recipe(config, tiny_config(), allocation.statistics);
+    const Recipe recipe(config, model, allocation.statistics);
     CHECK(recipe.bits_per_weight() <= config.target_bits);
     int64_t bytes = 0;
-    for (int64_t layer = 0; layer < tiny_config().layers; ++layer) {
-      const auto shapes = models::block_linears(tiny_config());
+    for (int64_t layer = 0; layer < model.layers; ++layer) {
+      const auto shapes = models::block_linears(model);
       for (size_t i = 0; i < shapes.size(); ++i) {
         const models::SiteStatistics& site =
             allocation.statistics[static_cast<size_t>(layer)][static_cast<size_t>(shapes[i].site)];
@@ -310,7 +311,7 @@ TEST_CASE("allocation: every site has a choice within the budget, and more budge
       }
     }
     CHECK(bytes == allocation.cost);
-    const std::string table = train::describe(allocation, tiny_config(), config);
+    const std::string table = train::describe(allocation, model, config);
     for (const char* text : {"q, k, v", "\no  ", "gate, up", "down", "bits per weight"})
       CHECK_THAT(table, Contains(text));
   }
@@ -319,6 +320,7 @@ TEST_CASE("allocation: every site has a choice within the budget, and more budge
 TEST_CASE("allocation: runs survive every kill, and an export holds what was chosen",
           "[allocation]") {
   const Fixture fixture;
+  const models::LlamaConfig model = tiny_config();
   const struct {
     const char* name;
     Options options;
@@ -351,7 +353,7 @@ TEST_CASE("allocation: runs survive every kill, and an export holds what was cho
     // The statistics of the run are the choice.
     const train::RunDirectory run(config.out);
     const TrainConfig stored = run.identity().config;
-    const Recipe recipe(stored, tiny_config(), run.statistics(tiny_config()));
+    const Recipe recipe(stored, model, run.statistics(model));
     const auto formats = result_formats(recipe);
     std::set<int> widths;
     std::set<int64_t> splits;
@@ -366,16 +368,16 @@ TEST_CASE("allocation: runs survive every kill, and an export holds what was cho
     CHECK(checkpoint->bits_per_weight() == recipe.bits_per_weight());
     CHECK(checkpoint->bits_per_weight() <= stored.target_bits);
     CHECK(checkpoint->bits_per_weight() > 0.9 * stored.target_bits);
-    const std::vector<LinearShape> shapes = models::block_linears(tiny_config());
+    const std::vector<LinearShape> shapes = models::block_linears(model);
     for (size_t layer = 0; layer < formats.size(); ++layer)
       for (size_t i = 0; i < shapes.size(); ++i)
         CHECK(checkpoint->packed_format(
                   models::layer_name(static_cast<int64_t>(layer), shapes[i].name), shapes[i].n,
                   shapes[i].k) == formats[layer][i]);
     // It computes.
-    const auto model = load_model(backend(), *checkpoint);
-    const models::Perplexity perplexity =
-        models::perplexity(*model, fixture.windows.ids, 2, Fixture::kSeqLen, [](int64_t) {});
+    const auto packed = load_model(backend(), *checkpoint);
+    const models::Perplexity perplexity = models::perplexity(
+        *packed, fixture.windows.ids, fixture.windows.count, Fixture::kSeqLen, [](int64_t) {});
     CHECK(std::isfinite(perplexity.nll));
   }
 }
