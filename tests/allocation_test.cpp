@@ -436,6 +436,14 @@ TEST_CASE("allocation: times of a site's products, and a target that none reache
   CHECK(!std::filesystem::exists(config.out));
 }
 
+TEST_CASE("allocation: a dry run writes nothing", "[allocation]") {
+  const Fixture fixture;
+  TrainConfig config = make_config(fixture, "run", {});
+  config.dry_run = true;
+  fixture.run(config);
+  CHECK(!std::filesystem::exists(config.out));
+}
+
 TEST_CASE("allocation: options that fix what it chooses are refused by name", "[allocation]") {
   const Fixture fixture;
   const struct {
