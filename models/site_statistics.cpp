@@ -138,6 +138,7 @@ void walk(const std::vector<LayerStatistics>& layers, const Visit& visit) {
       shown(name("energy"), FileDType::F32, site.energy);
       shown(name("outliers"), FileDType::I32, site.outliers);
       shown(name("split"), FileDType::I32, site.split);
+      shown(name("bits"), FileDType::I32, std::vector<int32_t>(site.bits > 0 ? 1 : 0, site.bits));
     }
 }
 
@@ -179,6 +180,9 @@ std::vector<LayerStatistics> read_statistics(const data::SafeTensors& file,
       read("energy", site.energy);
       read("outliers", site.outliers);
       read("split", site.split);
+      std::vector<int32_t> bits;
+      read("bits", bits);
+      if (!bits.empty()) site.bits = bits[0];
     }
   return layers;
 }
@@ -196,8 +200,8 @@ bool same_operand(const LinearFormat& a, const LinearFormat& b) {
 
 class StageStarter {
  public:
-  StageStarter(quant::RangeRule range, int lowest_bits)
-      : range_(range), lowest_bits_(lowest_bits) {}
+  StageStarter(quant::RangeRule range, int lowest_bits, int threads = 0)
+      : range_(range), lowest_bits_(lowest_bits), pool_(threads) {}
 
   LinearResult operator()(const LinearResult& from, const LinearFormat& format,
                           const std::vector<float>& energy) {
@@ -233,6 +237,37 @@ class StageStarter {
     return to;
   }
 
+  template <typename Fn>
+  void over_rows(int64_t rows, const Fn& fn) {
+    pool_.parallel_for(rows, kRows, [&](int64_t begin, int64_t end) { fn({begin, end}); });
+  }
+
+  // The masters rounded to nearest, (N, K'): S e (q - z).
+  std::vector<float> levels(const LinearResult& masters) {
+    const LinearFormat& format = masters.format;
+    const int group = format.weight.group;
+    const int64_t columns = format.stored_k();
+    const uint8_t* ratios = masters.ratios.empty() ? nullptr : masters.ratios.data();
+    std::vector<float> levels(masters.master.size()), ranges(static_cast<size_t>(format.n));
+    over_rows(format.n, [&](quant::host::Rows rows) {
+      for (int64_t row = rows.begin; row < rows.end; ++row)
+        ranges[static_cast<size_t>(row)] = quant::host::group_range_max(
+            masters.master.data(), ratios, {row, row + 1}, columns, group);
+    });
+    const float s = quant::master_scale_of(
+        quant::raw_scale(quant::host::largest(ranges.data(), format.n), format.weight.bits));
+    std::vector<uint8_t> e(levels.size() / static_cast<size_t>(group)), z(e.size()),
+        clipped(levels.size() / 8);
+    over_rows(format.n, [&](quant::host::Rows rows) {
+      quant::host::fake_quant(levels.data(), e.data(), z.data(), clipped.data(),
+                              masters.master.data(), ratios, rows, columns, s, format.weight,
+                              quant::Rounding::Nearest);
+      for (int64_t i = rows.begin * columns; i < rows.end * columns; ++i)
+        levels[static_cast<size_t>(i)] *= s;
+    });
+    return levels;
+  }
+
  private:
   // Its levels are the masters, each in the middle of its bin: all ratios are 1.
   LinearResult from_levels(const LinearResult& from, const LinearFormat& format,
@@ -262,11 +297,6 @@ class StageStarter {
       for (size_t i = 0; i < group; ++i)
         if (std::fabs(w[i]) == most) w[i] += std::copysign(half, w[i]);
     }
-  }
-
-  template <typename Fn>
-  void over_rows(int64_t rows, const Fn& fn) {
-    pool_.parallel_for(rows, kRows, [&](int64_t begin, int64_t end) { fn({begin, end}); });
   }
 
   // Splits pairs and searches ranges, with the S that follows from the split weights.
@@ -305,7 +335,7 @@ class StageStarter {
 
   quant::RangeRule range_;
   int lowest_bits_;
-  engine::ThreadPool pool_{0};
+  engine::ThreadPool pool_;
 };
 
 }  // namespace
@@ -330,6 +360,47 @@ LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
     result.linears.back().bias = from.linears[i].bias;
   }
   return result;
+}
+
+std::vector<float> rounded_weight(const LinearResult& original, const LinearFormat& format,
+                                  const std::vector<float>& energy, quant::RangeRule range) {
+  StageStarter start(range, 0);
+  const std::vector<float> levels = start.levels(start(original, format, energy));
+  std::vector<float> weight(static_cast<size_t>(format.n * format.k));
+  const quant::ChannelOrder order = format.channel_order();
+  start.over_rows(format.n, [&](quant::host::Rows rows) {
+    quant::host::merge_weight(weight.data(), levels.data(), rows, format, order);
+  });
+  return weight;
+}
+
+double rounding_error(const LinearResult& original, const LinearFormat& format,
+                      const std::vector<float>& energy, quant::RangeRule range, int64_t rows) {
+  const quant::ChannelOrder order = format.channel_order();
+  BBB_ASSERT(static_cast<int64_t>(energy.size()) == order.stored_k());
+  const int64_t step = std::max<int64_t>(1, format.n / rows), k = format.k;
+  LinearResult sample;
+  sample.format = original.format;
+  for (int64_t row = 0; row < format.n; row += step)
+    sample.master.insert(sample.master.end(), original.master.begin() + row * k,
+                         original.master.begin() + (row + 1) * k);
+  LinearFormat of_sample = format;
+  of_sample.n = sample.format.n = static_cast<int64_t>(sample.master.size()) / k;
+  StageStarter start(range, 0, 1);
+  const LinearResult masters = start(sample, of_sample, energy);
+  const std::vector<float> levels = start.levels(masters);
+  double error = 0;
+  for (size_t at = 0; at < levels.size();) {
+    const auto p = static_cast<int64_t>(at) % order.stored_k();
+    double d = static_cast<double>(levels[at]) - masters.master[at];
+    ++at;
+    if (p >= order.pairs_begin() && p < order.pairs_end()) {
+      d += static_cast<double>(levels[at]) - masters.master[at];
+      ++at;
+    }
+    error += d * d * energy[static_cast<size_t>(p)];
+  }
+  return error;
 }
 
 }  // namespace bbb::models

@@ -29,6 +29,7 @@ struct SiteStatistics {
   double kurtosis = 0;
   std::vector<int32_t> outliers, split;  // ascending
   quant::SplitSide side = quant::SplitSide::Weight;
+  int bits = 0;  // the fewest of its linears' weights that any stage takes; 0: the stage's own
   std::vector<float> energy;  // (K'): E[x^2] of the gathered and rotated input, by stored position
 };
 
@@ -53,8 +54,8 @@ std::vector<int32_t> choose_split(const ChannelStatistics& inputs, const WeightS
                                   SplitMetric metric, int64_t count,
                                   const std::vector<int32_t>& outliers);
 
-// All layers in one file: F32 energies and kurtosis, I32 channels. The entries in the order in
-// which add_statistics() adds them.
+// All layers in one file: F32 energies and kurtosis, I32 channels and bits. The entries in the
+// order in which add_statistics() adds them.
 std::vector<data::SafeTensorsWriter::Entry> declare_statistics(
     const std::vector<LayerStatistics>& layers);
 void add_statistics(data::SafeTensorsWriter& writer, const std::vector<LayerStatistics>& layers);
@@ -70,5 +71,15 @@ LinearResult start_stage(const LinearResult& from, const quant::LinearFormat& fo
 LayerResult start_stage(const LlamaConfig& config, const LayerResult& from,
                         const std::vector<quant::LinearFormat>& formats,
                         const LayerStatistics& statistics, quant::RangeRule range, int lowest_bits);
+
+// A full-precision linear, rounded to nearest in a format, (N, K): S e (q - z), pairs summed and
+// rotations undone. Ranges are searched, and pairs split, as at the start of a stage.
+std::vector<float> rounded_weight(const LinearResult& original, const quant::LinearFormat& format,
+                                  const std::vector<float>& energy, quant::RangeRule range);
+// What this rounding loses: sum (w^ - w)^2 E[x_p^2] over stored positions p, a pair being one term
+// (numerics.md section 2), and over about `rows` rows, evenly spread. `energy` (K') is needed in
+// any case. Runs on the calling thread.
+double rounding_error(const LinearResult& original, const quant::LinearFormat& format,
+                      const std::vector<float>& energy, quant::RangeRule range, int64_t rows);
 
 }  // namespace bbb::models

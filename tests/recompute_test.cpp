@@ -9,6 +9,7 @@
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 #include "tests/tiny_run.h"
+#include "train/allocation.h"
 #include "train/end_to_end.h"
 #include "train/memory_plan.h"
 #include "train/statistics.h"
@@ -309,6 +310,24 @@ TEST_CASE("recompute: the statistics of input sites use the predicted memory",
     backend().reset_memory_peak();
     const int64_t before = backend().memory_peak_bytes();
     train::collect_statistics(backend(), *run.source, run.windows, config, [](int64_t) {});
+    check_prediction(train::count_statistics_memory(backend(), run.model, config),
+                     backend().memory_peak_bytes() - before);
+  }
+}
+
+TEST_CASE("recompute: the choice of bits and splits uses the predicted memory",
+          "[train][recompute]") {
+  WideRun run;
+  set_option(run.config, "target-bits", "3");
+  run.config.e2e_steps = 1;
+  for (const int64_t batch : {1, 8}) {
+    CAPTURE(batch);
+    run.config.batch = batch;
+    const train::TrainConfig config = run.resolved();
+    const train::SiteBudget budget = train::size_budget(run.model, config);
+    backend().reset_memory_peak();
+    const int64_t before = backend().memory_peak_bytes();
+    train::allocate_sites(backend(), *run.source, run.windows, config, budget, [](int64_t) {});
     check_prediction(train::count_statistics_memory(backend(), run.model, config),
                      backend().memory_peak_bytes() - before);
   }

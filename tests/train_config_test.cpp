@@ -108,7 +108,7 @@ TEST_CASE("train config: bbb export --help lists the options of the grid", "[con
     CHECK_THAT(help, Contains(cat("--", f.name, " arg")));
     ++found;
   });
-  CHECK(found == 12);
+  CHECK(found == 14);
   for (const char* option : {"--act-bits arg", "--data arg", "--samples arg", "--rtn"})
     CHECK_THAT(help, Contains(option));
   for (const char* option : {"--schedule arg", "--to arg", "--from arg", "--e2e-stages arg"})
@@ -369,6 +369,8 @@ TEST_CASE("train config: --from refuses nothing that was not typed", "[config]")
   };
   write_run("searched", [](TrainConfig& c) { c.range = train::RangeRule::Search; });
   write_run("nested", [](TrainConfig& c) { c.any_precision = {8, 4, 2}; });
+  write_run("split", [](TrainConfig& c) { c.ocs_ratio = {0.1}; });
+  write_run("target", [](TrainConfig& c) { c.target_bits = 2.6; });
   const auto from = [&](const std::string& name, tools::Arguments options) {
     const tools::Arguments common = {"train",    "--device", "cpu",      "--from",
                                      dir / name, "--out",    dir / "out"};
@@ -388,6 +390,13 @@ TEST_CASE("train config: --from refuses nothing that was not typed", "[config]")
   accepted("nested", {"--e2e-stages", "w2a16:1"});
   accepted("nested", {"--e2e-stages", "w8a16:1,w2a16:1"});
   accepted("nested", {"--block-schedule", "prefix", "--schedule", "A"});
+  accepted("target", {});
+  for (const tools::Arguments& options : {tools::Arguments{"--ocs-ratio", "0.1"},
+                                          {"--any-precision", "8,4,2"},
+                                          {"--target-bits", "none"},
+                                          {"--target-us", "1"}})
+    accepted("target", options);
+  for (const char* name : {"split", "nested"}) accepted(name, {"--target-bits", "2.6"});
   const auto refused = [&](const std::string& name, const tools::Arguments& options,
                            const char* message) {
     const Output output = from(name, options);
@@ -398,6 +407,8 @@ TEST_CASE("train config: --from refuses nothing that was not typed", "[config]")
   refused("searched", {"--e2e-steps", "0"}, "--e2e-steps 0 leaves nothing to train");
   refused("searched", {"--stages", "w2a16"}, "--from starts the end-to-end phase");
   refused("searched", {"--any-precision", "8,4,2", "--range", "search"}, "no --range search");
+  refused("split", {"--ocs-ratio", "0.2", "--target-bits", "2.6"}, "no --ocs-ratio");
+  refused("target", {"--target-bits", "2.1"}, "--target-bits 2.1 is out of reach");
   refused("nested", {"--any-precision", "8,2", "--e2e-stages", "w2a16:1"}, "not w2a16");
 }
 

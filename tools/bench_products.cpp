@@ -12,7 +12,7 @@
 namespace bbb::tools {
 
 using engine::Backend;
-using engine::DType;
+using engine::copies_for;
 using engine::PackedWeight;
 using engine::Tensor;
 
@@ -21,11 +21,6 @@ namespace {
 // In a graph, about 3 to 5 ms on an H100: far more time than its launch.
 constexpr int64_t kMaxProducts = 2048;
 constexpr double kMaxFlops = 2e12, kMaxBytes = 1e10;
-constexpr int64_t kMaxCopies = 4096;
-
-int64_t copies_for(int64_t weight_bytes, int64_t rotation_bytes) {
-  return std::clamp<int64_t>((rotation_bytes + weight_bytes - 1) / weight_bytes, 1, kMaxCopies);
-}
 
 struct Measured {
   double seconds;  // of one product
@@ -36,19 +31,13 @@ struct Measured {
 Measured measure_products(Backend& backend, const TimedProduct& timed, int64_t copies,
                           const PeakProducts* peak,
                           const std::function<void(int64_t copy)>& product) {
-  const bool gpu = backend.device() == engine::DeviceType::Cuda;
   const double most = std::min(kMaxFlops / timed.flops, kMaxBytes / timed.bytes);
   const auto wanted = static_cast<int64_t>(std::clamp<double>(most, 1, kMaxProducts));
-  // Whole rounds of the copies.
-  const int64_t products = gpu ? (wanted + copies - 1) / copies * copies : 1;
-  int64_t at = 0;  // a CPU's replay goes on where the last one ended
-  const auto replay = backend.record([&] {
-    for (int64_t i = 0; i < products; ++i) product(at++ % copies);
-  });
-  std::vector<std::function<void()>> runs = {[&] { replay->run(); }};
+  const engine::ProductRounds rounds(backend, wanted, copies, product);
+  std::vector<std::function<void()>> runs = {[&] { rounds.run(); }};
   if (peak != nullptr) runs.push_back([&] { peak->run(); });
   const std::vector<double> seconds = measure_in_turns(backend, Repeats(), runs);
-  return {seconds[0] / static_cast<double>(products),
+  return {seconds[0] / static_cast<double>(rounds.products()),
           peak != nullptr ? peak->flops() / seconds[1] : 0};
 }
 
@@ -64,47 +53,6 @@ TimedProduct time_product(Backend& backend, const GemmShape& shape, int64_t copi
   timed.cold_s = cold.seconds, timed.cold_peak = cold.peak;
   timed.warm_s = warm.seconds, timed.warm_peak = warm.peak;
   return timed;
-}
-
-// A stored matrix of random codes, with scales from 1/2 to 15/8.
-PackedWeight random_weight(Backend& backend, const quant::LinearFormat& format) {
-  PackedWeight file{format, {}, {}};
-  const float one = 1;
-  for (const quant::StoredTensor& stored : format.tensors()) {
-    Tensor& tensor = file.tensors[static_cast<size_t>(stored.part)];
-    const bool scales = stored.part == quant::StoredPart::Scales;
-    if (stored.part == quant::StoredPart::SplitChannels) {
-      tensor = backend.empty(stored.shape, DType::I32);
-      backend.upload(tensor, format.order->split().data());
-    } else if (stored.part != quant::StoredPart::MasterScale) {
-      tensor = random_bytes(backend, engine::numel_of(stored.shape), scales ? 0x30 : 0,
-                            scales ? 16 : 256, 1)
-                   .view(stored.shape);
-    } else {
-      tensor = backend.empty(stored.shape, DType::F32);
-      backend.upload(tensor, &one);
-    }
-  }
-  return file;
-}
-
-engine::OperandRows random_operand(Backend& backend, int64_t rows, int64_t k, int64_t groups,
-                                   int bits) {
-  engine::OperandRows operand;
-  operand.codes = random_bytes(backend, rows * k, 0, 1 << bits, 2).view({rows, k});
-  operand.zeros = random_bytes(backend, rows * groups, 0, 1 << bits, 3).view({rows, groups});
-  operand.scales = random_normal(backend, {rows, groups}, backend.real(), 4);
-  return operand;
-}
-
-// The copies of a packed weight that fill `rotation_bytes`.
-std::vector<PackedWeight> packed_copies(Backend& backend, const quant::LinearFormat& format,
-                                        int64_t rotation_bytes) {
-  const PackedWeight file = random_weight(backend, format);
-  std::vector<PackedWeight> copies;
-  for (int64_t i = copies_for(format.bytes(), rotation_bytes); i > 0; --i)
-    copies.push_back(backend.repack(file));
-  return copies;
 }
 
 // gemm_nt with act weights.
@@ -132,7 +80,8 @@ TimedProduct time_linear(Backend& backend, quant::LinearFormat format, const Ten
 
   const Tensor buffer = backend.empty({n * k}, backend.act());
   std::vector<std::unique_ptr<models::QuantLinear>> linears;
-  for (PackedWeight& weight : packed_copies(backend, format, rotation_bytes)) {
+  for (PackedWeight& weight :
+       engine::random_weights(backend, format, copies_for(format.bytes(), rotation_bytes))) {
     linears.push_back(std::make_unique<models::QuantLinear>(backend, "bench", n, format.k));
     linears.back()->set_packed(std::move(weight), buffer);
   }
@@ -157,8 +106,9 @@ GemvResult bench_gemv(Backend& backend, const quant::LinearFormat& format, int64
   {
     const Tensor y = backend.empty({rows, n}, backend.act());
     const engine::OperandRows operand =
-        random_operand(backend, rows, k, format.groups(), format.weight.bits);
-    const std::vector<PackedWeight> weights = packed_copies(backend, format, rotation_bytes);
+        engine::random_operand(backend, rows, format, format.weight.bits);
+    const std::vector<PackedWeight> weights =
+        engine::random_weights(backend, format, copies_for(format.bytes(), rotation_bytes));
     const auto copies = static_cast<int64_t>(weights.size());
     const auto weight = [&](int64_t i) -> const PackedWeight& {
       return weights[static_cast<size_t>(i)];

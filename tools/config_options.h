@@ -38,7 +38,8 @@ inline const char* unused_in_grid(const train::TrainConfig& config, const std::s
                                   int activation_bits) {
   if (config.quantizer != train::Quantizer::Lc && option.starts_with("lc-"))
     return "weights are not on the grid of --quantizer lc";
-  if (config.ocs_ratio.empty() && (option == "ocs-metric" || option == "split-side"))
+  if (config.ocs_ratio.empty() && !train::allocates(config) &&
+      (option == "ocs-metric" || option == "split-side"))
     return "no channels are split without --ocs-ratio";
   if (config.any_precision.empty() && option == "nested-dequant")
     return "codes are not nested without --any-precision";

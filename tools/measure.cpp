@@ -1,31 +1,19 @@
 #include "tools/measure.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "engine/median.h"
-#include "engine/rng.h"
 
 namespace bbb::tools {
 
 using engine::Backend;
 using engine::DType;
 using engine::Tensor;
-using Clock = std::chrono::steady_clock;
 
 namespace {
 
 bool is_gpu(const Backend& backend) { return backend.device() == engine::DeviceType::Cuda; }
-
-constexpr int64_t kStretch = 1 << 20;  // random values; the rest of a tensor repeats them
-
-void repeat_stretch(Backend& backend, const Tensor& flat) {
-  for (int64_t done = kStretch; done < flat.numel(); done += kStretch) {
-    const int64_t count = std::min(kStretch, flat.numel() - done);
-    backend.copy(flat.slice(done, count), flat.slice(0, count));
-  }
-}
 
 // Seconds of one product of this shape.
 double measure_gemm(Backend& backend, const GemmShape& shape) {
@@ -51,29 +39,6 @@ double measure_gemm(Backend& backend, const GemmShape& shape) {
 
 double median(std::vector<double> values) { return engine::median(std::move(values)); }
 
-double measure_seconds(Backend& backend, const Repeats& repeats, const std::function<void()>& run) {
-  return measure_in_turns(backend, repeats, {run}).front();
-}
-
-std::vector<double> measure_in_turns(Backend& backend, const Repeats& repeats,
-                                     const std::vector<std::function<void()>>& runs) {
-  for (int64_t i = 0; i < repeats.warmup; ++i)
-    for (const auto& run : runs) run();
-  std::vector<std::vector<double>> times(runs.size());
-  for (int64_t group = 0; group < repeats.groups; ++group)
-    for (size_t i = 0; i < runs.size(); ++i) {
-      backend.synchronize();
-      const auto start = Clock::now();
-      for (int64_t call = 0; call < repeats.calls; ++call) runs[i]();
-      backend.synchronize();
-      const std::chrono::duration<double> elapsed = Clock::now() - start;
-      times[i].push_back(elapsed.count() / static_cast<double>(repeats.calls));
-    }
-  std::vector<double> medians;
-  for (std::vector<double>& of : times) medians.push_back(median(std::move(of)));
-  return medians;
-}
-
 double measure_bandwidth(Backend& backend) {
   const bool gpu = is_gpu(backend);
   const int64_t bytes =
@@ -98,35 +63,6 @@ double measure_read_bandwidth(Backend& backend) {
   });
   const double seconds = measure_seconds(backend, Repeats(), [&] { replay->run(); });
   return static_cast<double>(sums * x.numel() * size) / seconds;
-}
-
-Tensor random_activations(Backend& backend, engine::Shape shape, uint64_t seed) {
-  return random_normal(backend, std::move(shape), backend.act(), seed);
-}
-
-Tensor random_normal(Backend& backend, engine::Shape shape, DType dtype, uint64_t seed) {
-  const Tensor out = backend.empty(std::move(shape), dtype);
-  const Tensor flat = out.view({out.numel()});
-  const int64_t drawn = std::min(out.numel(), kStretch);
-  engine::Rng rng(seed);
-  std::vector<float> values(static_cast<size_t>(drawn));
-  for (float& value : values) value = static_cast<float>(rng.normal());
-  const Tensor floats = backend.empty({drawn}, DType::F32);
-  backend.upload(floats, values.data());
-  backend.cast(flat.slice(0, drawn), floats);
-  repeat_stretch(backend, flat);
-  return out;
-}
-
-Tensor random_bytes(Backend& backend, int64_t count, int first, int choices, uint64_t seed) {
-  const Tensor out = backend.empty({count}, DType::U8);
-  const int64_t drawn = std::min(count, kStretch);
-  engine::Rng rng(seed);
-  std::vector<uint8_t> values(static_cast<size_t>(drawn));
-  for (uint8_t& value : values) value = static_cast<uint8_t>(first + rng.below(choices));
-  backend.upload(out.slice(0, drawn), values.data());
-  repeat_stretch(backend, out);
-  return out;
 }
 
 double measure_gemm_peak(Backend& backend, const std::vector<GemmShape>& shapes) {

@@ -5,38 +5,23 @@
 #include <memory>
 #include <vector>
 
-#include "engine/backend.h"
+#include "engine/measure.h"
 
 namespace bbb::tools {
 
-double median(std::vector<double> values);  // the upper of two middle values; 0 if there is none
+using engine::measure_in_turns;
+using engine::measure_seconds;
+using engine::random_activations;
+using engine::random_bytes;
+using engine::random_normal;
+using engine::Repeats;
 
-// Median seconds of one call of `run`, which queues work. Calls are timed in groups after `warmup`
-// untimed calls; each group ends when the device has finished it.
-struct Repeats {
-  int64_t warmup = 3;
-  int64_t groups = 9;
-  int64_t calls = 1;  // per group
-};
-double measure_seconds(engine::Backend& backend, const Repeats& repeats,
-                       const std::function<void()>& run);
-// The same of several works that take turns, so that all see the same clocks of the device.
-std::vector<double> measure_in_turns(engine::Backend& backend, const Repeats& repeats,
-                                     const std::vector<std::function<void()>>& runs);
+double median(std::vector<double> values);  // the upper of two middle values; 0 if there is none
 
 // Bytes per second, read plus written, of a copy far larger than any cache.
 double measure_bandwidth(engine::Backend& backend);
 // Bytes per second of a sum over a tensor far larger than any cache.
 double measure_read_bandwidth(engine::Backend& backend);
-
-// Random normal values in act, or in `dtype`, repeated after the first 2^20: a GPU's clock depends
-// on its data.
-engine::Tensor random_activations(engine::Backend& backend, engine::Shape shape, uint64_t seed);
-engine::Tensor random_normal(engine::Backend& backend, engine::Shape shape, engine::DType dtype,
-                             uint64_t seed);
-// U8 (count): random bytes from `first` to `first + choices - 1`.
-engine::Tensor random_bytes(engine::Backend& backend, int64_t count, int first, int choices,
-                            uint64_t seed);
 
 // y (M, N) = x (M, K) w^T (N, K) in act.
 struct GemmShape {

@@ -407,7 +407,9 @@ std::string tiles(const Report& r) {
   }
   std::string out = "<div class=\"tiles\">\n";
   out += tile(r.state, "state");
-  out += tile(fmt::format("w{}a{}", c.bits, c.act_bits), "bits of weights and activations");
+  const std::string widths = train::allocates(c) ? fmt::format("w2-4a{}", c.act_bits)
+                                                 : fmt::format("w{}a{}", c.bits, c.act_bits);
+  out += tile(widths, "bits of weights and activations");
   if (r.before && r.after)
     out += tile(fmt::format("{:.2f} \u2192 {:.2f}", r.before->perplexity, r.after->perplexity),
                 "perplexity, before and after");

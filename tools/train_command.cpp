@@ -49,6 +49,16 @@ void adapt_untyped(train::TrainConfig& config, const CommandLine& line) {
   if (!line.has("any-precision") && (std::ranges::any_of(config.stages, other_width) ||
                                      std::ranges::any_of(config.e2e_stages, other_width)))
     config.any_precision.clear();
+  // A target chooses splits and widths: other options cannot fix them, and there is one target.
+  if ((line.has("target-bits") && config.target_bits > 0) ||
+      (line.has("target-us") && config.target_us > 0)) {
+    if (!line.has("target-bits")) config.target_bits = 0;
+    if (!line.has("target-us")) config.target_us = 0;
+    if (!line.has("ocs-ratio")) config.ocs_ratio.clear();
+    if (!line.has("any-precision")) config.any_precision.clear();
+  } else if (line.has("ocs-ratio") || line.has("any-precision")) {
+    config.target_bits = config.target_us = 0;
+  }
   const bool nested = !config.any_precision.empty();
   const bool lc = config.quantizer == train::Quantizer::Lc;
   if ((nested || lc) && !line.has("range")) config.range = train::RangeRule::MinMax;

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "train/allocation.h"
 #include "train/config_table.h"
 
 namespace bbb::train {
@@ -228,6 +229,27 @@ void check_seq(const TrainConfig& c) {
        "--quantizer seq has no zero points: no --grid-train scales-zeros and no --method block-ap");
 }
 
+// Every site's bits, split channels and outliers are chosen. `c` is resolved but for this.
+void check_allocation(const TrainConfig& c, const models::LlamaConfig& model,
+                      engine::DeviceType device) {
+  want(c.target_bits == 0 || c.target_us == 0, "give one of --target-bits and --target-us");
+  const std::string option = c.target_us > 0 ? "--target-us" : "--target-bits";
+  want(c.any_precision.empty(),
+       cat(option, " chooses codes of 2 to 4 bits: no --any-precision, whose codes are nested"));
+  want(c.quantizer == Quantizer::MinMax,
+       cat(option, " chooses bits of groups with zero points: no --quantizer lc or seq"));
+  want(c.ocs_ratio.empty(),
+       cat(option, " chooses the split channels of every input: no --ocs-ratio"));
+  want(c.split_side != SplitSideChoice::Auto,
+       cat(option, " compares the errors of weights alone: no --split-side auto"));
+  want(c.bits == 2,
+       cat(option, " gives inputs 2 bits or more: the last stage has 2 bits, not ", c.bits));
+  want(c.target_us == 0 || device != engine::DeviceType::Cuda ||
+           c.gemm_algorithms == GemmAlgorithms::Timed,
+       "--target-us chooses by times: no --deterministic");
+  if (c.target_bits > 0) size_budget(model, c);
+}
+
 // The stages of the whole model, their steps and rates.
 void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
                         engine::DeviceType device) {
@@ -348,6 +370,8 @@ void check_codes(const TrainConfig& c) {
 
 }  // namespace
 
+bool allocates(const TrainConfig& config) { return config.target_bits > 0 || config.target_us > 0; }
+
 bool finds_codes(const TrainConfig& config) {
   return config.method == Method::Gptq || config.grid_train != GridTrain::None;
 }
@@ -427,6 +451,7 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(last.weight_bits <= 8, cat("the result cannot have ", last.weight_bits, " bits"));
   c.bits = last.weight_bits;
   c.act_bits = last.activation_bits;
+  if (allocates(c)) check_allocation(c, model, device);
   if (c.quantizer == Quantizer::Lc) check_lc(c, model);
   if (c.quantizer == Quantizer::Seq) check_seq(c);
   want(c.ste == Ste::Clip || c.grid_train == GridTrain::None,

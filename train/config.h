@@ -119,6 +119,10 @@ struct TrainConfig {
   std::vector<double> ocs_ratio;
   SplitMetric ocs_metric = SplitMetric::L2Mean;
   SplitSideChoice split_side = SplitSideChoice::Weight;
+  // What the choice of bits, split channels and outliers of every input site is to cost: bits a
+  // weight, or microseconds a token (train/allocation.h). At most one of them; 0: no choice.
+  double target_bits = 0;
+  double target_us = 0;
   RangeRule act_range = RangeRule::MinMax;
   int64_t act_outliers = 0;        // channels of every input at 8 bits, a multiple of the group
   double down_kurtosis = 0;        // down-projections above it take 4-bit activations; 0: none
@@ -188,6 +192,8 @@ std::optional<models::Recompute> parse_recompute(const std::string& text);
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
+// Is every input site given its own bits, split channels and outliers?
+bool allocates(const TrainConfig& config);
 // Does the block phase leave codes, not masters?
 bool finds_codes(const TrainConfig& config);
 // Does the block phase train, so that it validates?

@@ -48,6 +48,7 @@ inline constexpr Rule kRatios{"a ratio above 0 and below 1, or two with a comma 
                               [](double x) { return x > 0 && x < 1; }};
 inline constexpr Rule kFraction{"a number of at least 0, below 1",
                                 [](double x) { return x >= 0 && x < 1; }};
+inline constexpr Rule kAboveZero{"a number above 0", [](double x) { return x > 0; }};
 inline constexpr Rule kNotNegative{"a number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kAboveZero{"a number above 0", [](double x) { return float(x) > 0; }};
 inline constexpr Rule kRatio{"a ratio above 0, at most 1",
@@ -123,6 +124,14 @@ void visit_stored(Config& c, const Visitor& v) {
                    kGrid,
                    "what a split halves: weight, activation or auto",
                    {"weight, activation, auto"}});
+  v(c.target_bits, {"target-bits", kGrid,
+                    "bits a weight of all linears: gives each of a layer's four inputs the bits "
+                    "(2, 3 or 4), split "
+                    "channels and outliers that lose least",
+                    kAboveZero, "none"});
+  v(c.target_us, {"target-us", kGrid,
+                  "the same for microseconds a token: of all products of one row on this device",
+                  kAboveZero, "none"});
   v(c.act_range, {"act-range", kGrid, "of activations: minmax or search", kRangeWords});
   v(c.act_outliers, {"act-outliers", kGrid,
                      "channels of every input that keep 8 bits; rounded up to groups", kNatural});

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <utility>
 
 #include "engine/progress.h"
+#include "train/allocation.h"
 #include "train/gptq_phase.h"
 #include "train/recipe.h"
 #include "train/run_directory.h"
+#include "train/sensitivity.h"
 #include "train/statistics.h"
 #include "train/step_probe.h"
 
@@ -117,6 +120,24 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
   return estimate;
 }
 
+// The errors and sensitivities of an allocation, on as many windows as they take.
+double allocation_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
+                          const TrainConfig& config) {
+  if (!allocates(config)) return 0;
+  const SiteBudget budget = budget_of(backend, source.config(), config);
+  TrainConfig few = config;
+  few.samples = std::min(config.samples, Sensitivity::kWindows);
+  auto start = Clock::now();
+  const auto taken = [&] {
+    const auto now = Clock::now();
+    return std::chrono::duration<double>(now - std::exchange(start, now)).count();
+  };
+  collect_layouts(backend, source, windows, few, [](int64_t, const auto&, const auto&) {});
+  const double statistics_s = taken();
+  allocate_sites(backend, source, windows, few, budget, [](int64_t) {});
+  return std::max(0.0, taken() - statistics_s);
+}
+
 // From one and from three of the windows that the pass would take: what does not depend on their
 // number, such as reading the model, counts once. 0: no option needs the pass.
 double statistics_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
@@ -131,14 +152,14 @@ double statistics_seconds(Backend& backend, const Checkpoint& source, const data
       collect_lc_starts(backend, source, windows, few, Recipe(config, source.config()),
                         [](int64_t, const models::LayerResult&) {});
     else
-      collect_statistics(backend, source, windows, few, [](int64_t) {});
+      collect_layouts(backend, source, windows, few, [](int64_t, const auto&, const auto&) {});
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
-  const double one = seconds_of(1);
-  if (count == 1) return one;
+  const double one = seconds_of(1), choice = allocation_seconds(backend, source, windows, config);
+  if (count == 1) return one + choice;
   const int64_t more = std::min<int64_t>(count, 3);
   const double each = (seconds_of(more) - one) / static_cast<double>(more - 1);
-  return one + std::max(each, 0.0) * static_cast<double>(count - 1);
+  return one + choice + std::max(each, 0.0) * static_cast<double>(count - 1);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "data/files.h"
+#include "train/allocation.h"
 #include "train/fit.h"
 #include "train/result_quantizer.h"
 #include "train/run_directory.h"
@@ -78,8 +79,9 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   const bool reads_text = Recipe::reads_text(config);
   if (reads_text && config.data.empty())
     throw UsageError(
-        "--range search, --ocs-ratio, --act-outliers, --down-kurtosis and --quantizer lc need "
-        "--data FILE: they follow from the model's activations on a text");
+        "--range search, --ocs-ratio, --act-outliers, --down-kurtosis, --quantizer lc, "
+        "--target-bits and --target-us need --data FILE: they follow from the model's activations "
+        "on a text");
   std::vector<int32_t> tokens;
   if (reads_text) tokens = training_tokens(source, tokenizer, config);
   const auto count = reads_text ? static_cast<int64_t>(tokens.size()) : INT64_MAX;
@@ -95,20 +97,29 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   config.val_samples = 1;
   config = resolve(config, model, backend.device());
   std::vector<models::LayerStatistics> statistics;
+  Allocation allocation;
   std::vector<LayerResult> starts;
   if (reads_text) {
     const data::Windows windows = data::make_windows(tokens, config.seq_len, config.data);
     config.samples = std::min(config.samples, windows.count);
-    engine::Progress progress("statistics", model.layers, engine::Progress::kPatience_s);
+    engine::Progress progress("statistics", (allocates(config) ? 2 : 1) * model.layers,
+                              engine::Progress::kPatience_s);
+    const auto done = [&](int64_t layers) { progress.set(layers); };
     if (Recipe::needs_starts(config))
       collect_lc_starts(backend, source, windows, config, Recipe(config, model),
                         [&](int64_t layer, LayerResult start) {
                           starts.push_back(std::move(start));
-                          progress.set(layer + 1);
+                          done(layer + 1);
                         });
+    else if (allocates(config))
+      allocation =
+          allocate_sites(backend, source, windows, config, budget_of(backend, model, config), done);
     else
-      statistics = collect_statistics(backend, source, windows, config,
-                                      [&](int64_t done) { progress.set(done); });
+      statistics = collect_statistics(backend, source, windows, config, done);
+  }
+  if (allocates(config)) {
+    std::printf("%s", describe(allocation, model, config).c_str());
+    statistics = std::move(allocation.statistics);
   }
   Json record;
   record["program"] = "bbb " BBB_VERSION;

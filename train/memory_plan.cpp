@@ -10,6 +10,7 @@
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
 #include "train/gptq_phase.h"
+#include "train/sensitivity.h"
 #include "train/statistics.h"
 #include "train/stream_set.h"
 
@@ -142,6 +143,7 @@ int64_t count_statistics_memory(const Backend& backend, const LlamaConfig& model
   CountingBackend counter(backend);
   const auto source = models::make_weightless_checkpoint(model);
   rehearse_statistics(counter, *source, config);
+  if (allocates(config)) rehearse_sensitivity(counter, *source, config);
   return counter.memory_peak_bytes();
 }
 

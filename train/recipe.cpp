@@ -19,18 +19,21 @@ namespace {
 // Apart from the sub-seeds of sample orders.
 constexpr uint64_t kDrawSeed = 1 << 20, kLcSeed = 1 << 21, kLoraSeed = 1 << 22;
 
-// Statistics of the right sizes: the first channels are outliers, the next ones are split.
+// The parts of an input's channels that an allocation may split.
+constexpr double kSplitRatios[] = {0, 0.05, 0.1};
+
+// Channels of K, rounded up. Slightly less, so that a ratio such as 0.05 of 100 channels gives 5.
+int64_t part_of(double ratio, int64_t k) {
+  return static_cast<int64_t>(std::ceil(ratio * static_cast<double>(k) - 1e-9));
+}
+
+// Statistics of the right sizes, or of the largest that an allocation may choose.
 LayerStatistics nominal_statistics(const TrainConfig& config, const LlamaConfig& model,
                                    int64_t layer) {
   LayerStatistics statistics;
-  for (const LinearShape& linear : models::block_linears(model)) {
-    models::SiteStatistics& site = statistics[static_cast<size_t>(linear.site)];
-    if (config.split_side == SplitSideChoice::Activation) site.side = quant::SplitSide::Activation;
-    site.outliers.resize(static_cast<size_t>(config.act_outliers));
-    std::iota(site.outliers.begin(), site.outliers.end(), 0);
-    site.split.resize(static_cast<size_t>(Recipe::split_count(config, model, layer, linear.k)));
-    std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(config.act_outliers));
-  }
+  for (const LinearShape& linear : models::block_linears(model))
+    statistics[static_cast<size_t>(linear.site)] =
+        nominal_site(config, Recipe::layouts(config, model, layer, linear.k).back());
   return statistics;
 }
 
@@ -81,6 +84,16 @@ std::vector<WholeStage> algorithm2(const TrainConfig& config, const LlamaConfig&
 
 }  // namespace
 
+models::SiteStatistics nominal_site(const TrainConfig& config, const SiteLayout& layout) {
+  models::SiteStatistics site;
+  if (config.split_side == SplitSideChoice::Activation) site.side = quant::SplitSide::Activation;
+  site.outliers.resize(static_cast<size_t>(layout.outliers));
+  std::iota(site.outliers.begin(), site.outliers.end(), 0);
+  site.split.resize(static_cast<size_t>(layout.split));
+  std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(layout.outliers));
+  return site;
+}
+
 Recipe::Recipe(const TrainConfig& config, const LlamaConfig& model,
                std::vector<LayerStatistics> statistics, LayerStart starts)
     : config_(config),
@@ -129,9 +142,16 @@ std::vector<LinearFormat> Recipe::result_formats(int64_t layer) const {
   return stage_formats(layer, block_stages() - 1);
 }
 
+double Recipe::bits_per_weight() const {
+  int64_t bytes = 0;
+  for (int64_t layer = 0; layer < model_.layers; ++layer)
+    for (const LinearFormat& format : result_formats(layer)) bytes += format.bytes();
+  return 8 * static_cast<double>(bytes) / static_cast<double>(model_.linear_parameters());
+}
+
 bool Recipe::needs_statistics(const TrainConfig& config) {
   return config.range == RangeRule::Search || !config.ocs_ratio.empty() ||
-         config.act_outliers > 0 || config.down_kurtosis > 0;
+         config.act_outliers > 0 || config.down_kurtosis > 0 || allocates(config);
 }
 
 int64_t Recipe::split_count(const TrainConfig& config, const LlamaConfig& model, int64_t layer,
@@ -142,9 +162,19 @@ int64_t Recipe::split_count(const TrainConfig& config, const LlamaConfig& model,
   const double first = range ? mean : mean / 2, last = range ? config.ocs_ratio[1] : mean * 3 / 2;
   const double depth =
       model.layers > 1 ? static_cast<double>(layer) / static_cast<double>(model.layers - 1) : 0.5;
-  // Slightly less, so that a ratio such as 0.05 of 100 channels gives 5.
-  const double count = (first + (last - first) * depth) * static_cast<double>(k) - 1e-9;
-  return std::min(static_cast<int64_t>(std::ceil(count)), k - config.act_outliers);
+  return std::min(part_of(first + (last - first) * depth, k), k - config.act_outliers);
+}
+
+std::vector<SiteLayout> Recipe::layouts(const TrainConfig& config, const LlamaConfig& model,
+                                        int64_t layer, int64_t k) {
+  if (!allocates(config)) return {{split_count(config, model, layer, k), config.act_outliers}};
+  std::vector<SiteLayout> layouts;
+  std::vector<int64_t> outliers = {config.act_outliers};
+  if (config.act_outliers == 0) outliers.push_back(config.group < k ? config.group : 0);
+  for (const int64_t count : outliers)
+    for (const double ratio : kSplitRatios)
+      layouts.push_back({std::min(part_of(ratio, k), k - count), count});
+  return layouts;
 }
 
 int Recipe::activation_bits(const TrainConfig& config, models::Site site, double kurtosis,
@@ -199,7 +229,8 @@ std::vector<LinearFormat> Recipe::formats(int64_t layer, const Stage& stage) con
     format.n = linear.n;
     format.k = linear.k;
     format.order = orders_[at][site];
-    format.weight = {.bits = stage.weight_bits, .group = config_.group};
+    format.weight = {.bits = std::max(stage.weight_bits, statistics_[at][site].bits),
+                     .group = config_.group};
     format.weight.levels =
         config_.quantizer == Quantizer::Lc ? quant::Levels::Lc : weight_rule(config_).levels;
     if (!config_.any_precision.empty() && stage.weight_bits == quant::kNestedBits) {

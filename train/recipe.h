@@ -26,6 +26,13 @@ struct WholeStage {
   std::string name;  // "w2a16"
 };
 
+// How many channels of an input are split, and how many are outliers.
+struct SiteLayout {
+  int64_t split = 0, outliers = 0;
+};
+// A site of this layout whose first channels are outliers and next ones split: for sizes alone.
+models::SiteStatistics nominal_site(const TrainConfig& config, const SiteLayout& layout);
+
 // The stored result of a layer, in these formats, from which its weights start.
 using LayerStart = std::function<models::LayerResult(
     int64_t layer, const std::vector<quant::LinearFormat>& formats)>;
@@ -46,6 +53,7 @@ class Recipe {
   std::vector<quant::LinearFormat> whole_formats(int64_t layer, size_t stage) const;
   // The formats of the run's result, and of its export.
   std::vector<quant::LinearFormat> result_formats(int64_t layer) const;
+  double bits_per_weight() const;  // of the result's linears, as an export stores them
 
   // Of a layer; nominal without statistics, where energies are missing.
   const models::LayerStatistics& statistics(int64_t layer) const {
@@ -57,6 +65,11 @@ class Recipe {
   // are no outliers.
   static int64_t split_count(const TrainConfig& config, const models::LlamaConfig& model,
                              int64_t layer, int64_t k);
+  // The layouts of an input of K features: one or, where an allocation chooses, all that it chooses
+  // from, as many for every K. The last one has the most stored positions.
+  static std::vector<SiteLayout> layouts(const TrainConfig& config,
+                                         const models::LlamaConfig& model, int64_t layer,
+                                         int64_t k);
   // The activation bits of a site in a stage of `bits`: a down-projection whose input's kurtosis is
   // above the threshold takes at least 4.
   static int activation_bits(const TrainConfig& config, models::Site site, double kurtosis,

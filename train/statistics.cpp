@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "models/llama.h"
 #include "quant/host.h"
@@ -32,6 +33,8 @@ class Collector {
         model_(source.config()),
         windows_(std::min(config.samples, kStatisticsWindows)),
         tokens_(windows_ * config.seq_len) {
+    for (const LinearShape& linear : models::block_linears(model_))
+      sites_[static_cast<size_t>(linear.site)] = linear;
     const models::Llama model(backend, source, models::HeadRounding::BFloat16);
     inv_freq_ = model.inv_freq();
     const Tensor ids = backend.empty({tokens_}, DType::I32);
@@ -40,64 +43,66 @@ class Collector {
     backend.embed(stream_, ids, model.embedding());
   }
 
-  LayerStatistics layer(int64_t layer) {
-    const models::LayerResult original = models::full_precision(source_, layer);
+  // The statistics of a layer in each of its layouts.
+  std::vector<LayerStatistics> layer(int64_t layer, const models::LayerResult& original) {
     models::LlamaBlock block(backend_, model_, layer, inv_freq_);
     block.set_float(original);
-    LayerStatistics statistics;
 
-    for (const LinearShape& linear : models::block_linears(model_))
-      moments_[static_cast<size_t>(linear.site)] =
-          backend_.zeros({Backend::kMoments, linear.k}, DType::F64);
-    pass(block, Advance::No, [this](Site site, const Tensor& x) {
-      backend_.channel_moments(moments_[static_cast<size_t>(site)], x);
+    SiteTensors moments;
+    for (size_t site = 0; site < sites_.size(); ++site)
+      moments[site] = backend_.zeros({Backend::kMoments, sites_[site].k}, DType::F64);
+    pass(block, Advance::No, [&](Site site, const Tensor& x) {
+      backend_.channel_moments(moments[static_cast<size_t>(site)], x);
     });
-    for (const LinearShape& linear : models::block_linears(model_)) {
-      models::SiteStatistics& site = statistics[static_cast<size_t>(linear.site)];
-      const auto inputs = models::ChannelStatistics::from_moments(sums(linear.site), tokens_);
-      site.kurtosis = static_cast<float>(inputs.site_kurtosis);  // as it is stored
-      site.outliers = models::choose_outliers(inputs, config_.act_outliers);
-      const int64_t split = Recipe::split_count(config_, model_, layer, linear.k);
-      if (backend_.computes() && split > 0) {
-        site.split =
-            models::choose_split(inputs, models::weight_statistics(model_, original, linear.site),
-                                 config_.ocs_metric, split, site.outliers);
-      } else {  // a rehearsal needs their number alone
-        site.split.resize(static_cast<size_t>(split));
-        std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(config_.act_outliers));
-      }
-      site.side = config_.split_side == SplitSideChoice::Activation ? quant::SplitSide::Activation
-                                                                    : quant::SplitSide::Weight;
+    std::vector<LayerStatistics> layouts;
+    for (size_t site = 0; site < sites_.size(); ++site) {
+      const std::vector<SiteLayout> choices =
+          Recipe::layouts(config_, model_, layer, sites_[site].k);
+      layouts.resize(choices.size());
+      const auto inputs = models::ChannelStatistics::from_moments(sums(moments[site]), tokens_);
+      models::WeightStatistics weights;
+      if (backend_.computes() && choices.back().split > 0)
+        weights = models::weight_statistics(model_, original, sites_[site].site);
+      for (size_t i = 0; i < choices.size(); ++i)
+        choose_channels(layouts[i][site], choices[i], inputs, weights);
     }
+    moments = {};
 
     // The operands in 16 bits: gathered and rotated alone.
-    std::array<std::optional<engine::OperandSpec>, models::kSites> operands;
-    for (const LinearShape& linear : models::block_linears(model_)) {
-      const auto site = static_cast<size_t>(linear.site);
-      const quant::LinearFormat format = operand_format(linear, statistics[site]);
-      moments_[site] = backend_.zeros({Backend::kMoments, format.stored_k()}, DType::F64);
-      if (!format.exact_input()) operands[site] = engine::upload_operand(backend_, format);
-    }
+    struct Energies {
+      Tensor moments;
+      std::optional<engine::OperandSpec> operand;  // empty: the input itself
+    };
+    std::array<std::vector<Energies>, models::kSites> energies;
+    for (size_t site = 0; site < sites_.size(); ++site)
+      for (const LayerStatistics& layout : layouts) {
+        const quant::LinearFormat format = operand_format(sites_[site], layout[site]);
+        Energies& of = energies[site].emplace_back();
+        of.moments = backend_.zeros({Backend::kMoments, format.stored_k()}, DType::F64);
+        if (!format.exact_input()) of.operand = engine::upload_operand(backend_, format);
+      }
     const bool chooses = config_.split_side == SplitSideChoice::Auto && !config_.ocs_ratio.empty();
     pass(block, chooses ? Advance::No : Advance::Yes, [&](Site site, const Tensor& x) {
-      const auto at = static_cast<size_t>(site);
-      Tensor operand = x;
-      if (operands[at]) {
-        operand = backend_.empty({x.dim(0), operands[at]->view.stored_k}, backend_.act());
-        backend_.operand({.x = operand, .clipped = {}, .codes = {}, .zeros = {}, .scales = {}}, x,
-                         *operands[at]);
+      for (const Energies& of : energies[static_cast<size_t>(site)]) {
+        Tensor operand = x;
+        if (of.operand) {
+          operand = backend_.empty({x.dim(0), of.operand->view.stored_k}, backend_.act());
+          backend_.operand({.x = operand, .clipped = {}, .codes = {}, .zeros = {}, .scales = {}}, x,
+                           *of.operand);
+        }
+        backend_.channel_moments(of.moments, operand);
       }
-      backend_.channel_moments(moments_[at], operand);
     });
-    for (size_t site = 0; site < statistics.size(); ++site) {
-      const std::vector<double> moments = sums(static_cast<Site>(site));
-      const size_t columns = moments.size() / Backend::kMoments;
-      for (size_t p = 0; p < columns; ++p)
-        statistics[site].energy.push_back(
-            static_cast<float>(moments[columns + p] / static_cast<double>(tokens_)));
-    }
-    if (chooses) choose_sides(block, original, statistics);
-    return statistics;
+    for (size_t i = 0; i < layouts.size(); ++i)
+      for (size_t site = 0; site < sites_.size(); ++site) {
+        const std::vector<double> values = sums(energies[site][i].moments);
+        const size_t columns = values.size() / Backend::kMoments;
+        for (size_t p = 0; p < columns; ++p)
+          layouts[i][site].energy.push_back(
+              static_cast<float>(values[columns + p] / static_cast<double>(tokens_)));
+      }
+    if (chooses) choose_sides(block, original, layouts[0]);
+    return layouts;
   }
 
   // E[x x^T] of every site, times the number of tokens, (K, K).
@@ -105,7 +110,7 @@ class Collector {
       int64_t layer, const models::LayerResult& original) {
     models::LlamaBlock block(backend_, model_, layer, inv_freq_);
     block.set_float(original);
-    std::array<Tensor, models::kSites> sums;
+    SiteTensors sums;
     for (const LinearShape& linear : models::block_linears(model_))
       sums[static_cast<size_t>(linear.site)] =
           backend_.zeros({linear.k, linear.k}, backend_.real());
@@ -127,7 +132,24 @@ class Collector {
   }
 
  private:
+  using SiteTensors = std::array<Tensor, models::kSites>;
   enum class Advance { No, Yes };
+
+  void choose_channels(models::SiteStatistics& site, const SiteLayout& layout,
+                       const models::ChannelStatistics& inputs,
+                       const models::WeightStatistics& weights) const {
+    site.kurtosis = static_cast<float>(inputs.site_kurtosis);  // as it is stored
+    site.outliers = models::choose_outliers(inputs, layout.outliers);
+    if (backend_.computes() && layout.split > 0) {
+      site.split =
+          models::choose_split(inputs, weights, config_.ocs_metric, layout.split, site.outliers);
+    } else {  // a rehearsal needs their number alone
+      site.split.resize(static_cast<size_t>(layout.split));
+      std::iota(site.split.begin(), site.split.end(), static_cast<int32_t>(layout.outliers));
+    }
+    site.side = config_.split_side == SplitSideChoice::Activation ? quant::SplitSide::Activation
+                                                                  : quant::SplitSide::Weight;
+  }
 
   quant::LinearFormat operand_format(const LinearShape& linear,
                                      const models::SiteStatistics& site) const {
@@ -259,8 +281,7 @@ class Collector {
     trial.scales.push_back(models::upload_as(backend_, {s}, {1}, backend_.real()));
   }
 
-  std::vector<double> sums(Site site) const {
-    const Tensor& moments = moments_[static_cast<size_t>(site)];
+  std::vector<double> sums(const Tensor& moments) const {
     std::vector<double> values(static_cast<size_t>(moments.numel()));
     backend_.download(values.data(), moments);
     return values;
@@ -271,21 +292,32 @@ class Collector {
   const TrainConfig& config_;
   const LlamaConfig& model_;
   const int64_t windows_, tokens_;
+  std::array<LinearShape, models::kSites> sites_;  // one linear of each
   Tensor inv_freq_, stream_;
-  std::array<Tensor, models::kSites> moments_;  // of the current pass
 };
 
 }  // namespace
 
+void collect_layouts(Backend& backend, const models::Checkpoint& source,
+                     const data::Windows& windows, const TrainConfig& config,
+                     const AddLayouts& add) {
+  Collector collector(backend, source, windows, config);
+  for (int64_t layer = 0; layer < source.config().layers; ++layer) {
+    const models::LayerResult original = models::full_precision(source, layer);
+    add(layer, original, collector.layer(layer, original));
+  }
+}
+
 std::vector<LayerStatistics> collect_statistics(
     Backend& backend, const models::Checkpoint& source, const data::Windows& windows,
     const TrainConfig& config, const std::function<void(int64_t layers)>& progress) {
-  Collector collector(backend, source, windows, config);
+  BBB_ASSERT(!allocates(config));
   std::vector<LayerStatistics> layers;
-  for (int64_t layer = 0; layer < source.config().layers; ++layer) {
-    layers.push_back(collector.layer(layer));
-    progress(layer + 1);
-  }
+  collect_layouts(backend, source, windows, config,
+                  [&](int64_t layer, const models::LayerResult&, const auto& layouts) {
+                    layers.push_back(layouts[0]);
+                    progress(layer + 1);
+                  });
   return layers;
 }
 
@@ -305,10 +337,12 @@ void collect_lc_starts(Backend& backend, const models::Checkpoint& source,
 void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
                          const TrainConfig& config) {
   Collector collector(backend, source, data::Windows(), config);
-  if (Recipe::needs_starts(config))
+  if (Recipe::needs_starts(config)) {
     collector.second_moments(0, models::full_precision(source, 0));
-  else
-    collector.layer(Recipe::widest_layer(config, source.config()));
+    return;
+  }
+  const int64_t widest = Recipe::widest_layer(config, source.config());
+  collector.layer(widest, models::full_precision(source, widest));
 }
 
 }  // namespace bbb::train

@@ -19,10 +19,18 @@ namespace bbb::train {
 constexpr int64_t kStatisticsWindows = 128;
 
 // Over the first min(samples, 128) windows. progress(layers): layers done so far. `config` must be
-// resolved.
+// resolved and must not allocate.
 std::vector<models::LayerStatistics> collect_statistics(
     engine::Backend& backend, const models::Checkpoint& source, const data::Windows& windows,
     const TrainConfig& config, const std::function<void(int64_t layers)>& progress);
+
+// The same of every layer in each of its layouts (Recipe::layouts), with its full-precision
+// weights, one layer after another.
+using AddLayouts = std::function<void(int64_t layer, const models::LayerResult& original,
+                                      std::vector<models::LayerStatistics> layouts)>;
+void collect_layouts(engine::Backend& backend, const models::Checkpoint& source,
+                     const data::Windows& windows, const TrainConfig& config,
+                     const AddLayouts& add);
 
 // The stored layers from which weights behind LC start, one after another: the same pass finds
 // E[x x^T] of every site. `recipe` has the formats.
@@ -31,7 +39,8 @@ void collect_lc_starts(engine::Backend& backend, const models::Checkpoint& sourc
                        const Recipe& recipe,
                        const std::function<void(int64_t layer, models::LayerResult start)>& add);
 
-// Allocates on `backend` the most that the passes hold.
+// Allocates on `backend` the most that the passes hold, without those of an allocation
+// (train/allocation.h).
 void rehearse_statistics(engine::CountingBackend& backend, const models::Checkpoint& source,
                          const TrainConfig& config);
 

@@ -18,13 +18,6 @@ using models::LlamaConfig;
 
 namespace {
 
-double bits_per_weight(const LlamaConfig& model, const Recipe& recipe) {
-  int64_t bytes = 0;
-  for (int64_t layer = 0; layer < model.layers; ++layer)
-    for (const quant::LinearFormat& format : recipe.result_formats(layer)) bytes += format.bytes();
-  return 8 * static_cast<double>(bytes) / static_cast<double>(model.linear_parameters());
-}
-
 // Of the full-precision model, then of the result.
 std::pair<double, double> perplexities(Backend& backend, const Checkpoint& source,
                                        const data::Windows& validation, const TrainConfig& config,
@@ -91,8 +84,7 @@ std::string next_commands(const TrainConfig& config) {
 void print_summary(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                    const TrainConfig& config, const Recipe& recipe, const RunDirectory& run,
                    const PhaseTimes& times, const Observer& observer) {
-  std::printf("\n%s: %.4f bits per weight\n", config.out.c_str(),
-              bits_per_weight(source.config(), recipe));
+  std::printf("\n%s: %.4f bits per weight\n", config.out.c_str(), recipe.bits_per_weight());
   const auto start = std::chrono::steady_clock::now();
   // The run has finished: whatever is wrong with its perplexity, it can be exported.
   try {

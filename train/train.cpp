@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "data/files.h"
+#include "train/allocation.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
 #include "train/estimate.h"
@@ -140,26 +141,33 @@ std::string from_checksum(const TrainConfig& config, const RunDirectory& own) {
 bool same_orders(const TrainConfig& a, const TrainConfig& b) {
   return a.group == b.group && a.rotate == b.rotate && a.ocs_ratio == b.ocs_ratio &&
          a.ocs_metric == b.ocs_metric && a.split_side == b.split_side &&
-         a.act_outliers == b.act_outliers;
+         a.act_outliers == b.act_outliers && a.target_bits == b.target_bits &&
+         a.target_us == b.target_us;
 }
 
 // The run's statistics: those that it has saved, those of the run that it starts from if both order
-// channels alike, or new ones, which are saved.
-std::vector<models::LayerStatistics> statistics_of(Backend& backend, const Checkpoint& source,
-                                                   const data::Windows& windows,
-                                                   const TrainConfig& config,
-                                                   const RunDirectory& run,
-                                                   const std::optional<EarlierRun>& from,
-                                                   const Observer& observer) {
+// channels alike, or new ones, which are saved. `budget`: of an allocation.
+std::vector<models::LayerStatistics> statistics_of(
+    Backend& backend, const Checkpoint& source, const data::Windows& windows,
+    const TrainConfig& config, const RunDirectory& run, const std::optional<EarlierRun>& from,
+    const std::optional<SiteBudget>& budget, const Observer& observer) {
   if (!Recipe::needs_statistics(config)) return {};
   std::vector<models::LayerStatistics> layers = run.statistics(source.config());
   if (!layers.empty()) return layers;
   if (from && same_orders(config, from->identity().config)) layers = from->statistics();
+  std::optional<Allocation> allocation;
   if (layers.empty()) {
-    engine::Progress progress =
-        observer.progress("statistics", source.config().layers, engine::Progress::kPatience_s);
-    layers = collect_statistics(backend, source, windows, config,
-                                [&](int64_t done) { progress.set(done); });
+    engine::Progress progress = observer.progress(
+        "statistics", (budget ? 2 : 1) * source.config().layers, engine::Progress::kPatience_s);
+    const auto done = [&](int64_t layers_done) { progress.set(layers_done); };
+    if (budget)
+      allocation = allocate_sites(backend, source, windows, config, *budget, done);
+    else
+      layers = collect_statistics(backend, source, windows, config, done);
+  }
+  if (allocation) {
+    if (!observer.quiet) std::printf("%s", describe(*allocation, source.config(), config).c_str());
+    layers = std::move(allocation->statistics);
   }
   RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
   models::add_statistics(writer, layers);
@@ -280,6 +288,10 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (!observer.quiet)
     print_plan(backend, model, config, outer, blocks ? &memory : nullptr,
                trains_whole(config) ? &whole : nullptr);
+  // Before the run is created: a target out of reach leaves nothing behind.
+  std::optional<SiteBudget> budget;
+  if (allocates(config) && !saved(run.statistics_file()))
+    budget = budget_of(backend, model, config);
   check_run_disk(run, model, config, outer, std::max(memory.state_bytes, whole.state_bytes));
   if (config.dry_run) {
     print_dry_run(backend, source, windows, config, blocks, whole, run.exists());
@@ -304,7 +316,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     return std::chrono::duration<double>(now - std::exchange(since, now)).count();
   };
   const Recipe recipe(config, model,
-                      statistics_of(backend, source, windows, config, run, from, observer),
+                      statistics_of(backend, source, windows, config, run, from, budget, observer),
                       starts_of(backend, source, windows, config, run, observer));
   if (Recipe::reads_text(config)) times.statistics_s = taken();
   if (blocks) {
