@@ -33,7 +33,10 @@ struct DryRun {
 // As many windows as a run of this configuration has, of token 0.
 inline data::Windows blank_windows(const TrainConfig& config) {
   const int64_t count = config.samples + config.val_samples;
-  return {std::vector<int32_t>(static_cast<size_t>(count * config.seq_len)), count, config.seq_len};
+  const std::vector<int32_t> zeros(static_cast<size_t>(count * config.seq_len));
+  data::Windows windows{zeros, count, config.seq_len};
+  if (config.pack == Packing::Documents) windows.first_key = zeros;
+  return windows;
 }
 
 }  // namespace bbb::train

@@ -38,6 +38,9 @@ class Collector {
     if (backend.computes()) backend.upload(ids, windows.ids.data());
     stream_ = backend.empty({tokens_, model_.d_model}, backend.act());
     backend.embed(stream_, ids, model.embedding());
+    if (config.pack == Packing::Stream) return;
+    first_key_ = backend.empty({windows_, config.seq_len}, DType::I32);
+    if (backend.computes()) backend.upload(first_key_, windows.first_key.data());
   }
 
   LayerStatistics layer(int64_t layer) {
@@ -151,7 +154,8 @@ class Collector {
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
-      const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None).value();
+      const Tensor first_key = first_key_.defined() ? first_key_.rows(begin, count) : Tensor();
+      const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None, first_key).value();
       if (advance == Advance::Yes) backend_.copy(rows, y.view(rows.shape()));
     }
     block.set_tap(nullptr);
@@ -270,6 +274,7 @@ class Collector {
   const LlamaConfig& model_;
   const int64_t windows_, tokens_;
   Tensor inv_freq_, stream_;
+  Tensor first_key_;                            // of the windows, if they hold documents apart
   std::array<Tensor, models::kSites> moments_;  // of the current pass
 };
 

@@ -73,14 +73,15 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
 
 }  // namespace
 
-std::vector<int32_t> training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
-                                     const TrainConfig& config) {
+data::TokenStream training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                  const TrainConfig& config) {
   const int32_t doc_end =
       config.doc_end ? *config.doc_end : tokenizer.document_end(source.stop_ids());
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
-  return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
+  return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end,
+                               source.stop_ids(), source.path());
 }
 
 namespace {
