@@ -220,6 +220,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
             windows.count, " windows of ", windows.seq_len,
             " tokens, but --samples and --val-samples ask for ", wanted);
+  BBB_CHECK(windows.first_key.empty() == (config.pack == Packing::Stream), config.data,
+            ": was cut into windows with another --pack");
   for (int32_t id : windows.ids)
     BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
               " is not in the model's vocabulary of ", model.vocab);
