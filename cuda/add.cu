@@ -1,8 +1,8 @@
 // out = a + b, summed in FP32 and rounded once.   bf16, same shape; out may be a or b.
 // y (M, N) += bias F32 (N), row by row, summed in FP32 and rounded once.
-// x *= factor, one F32 on the device.
+// x *= factor, one F32 on the device.   bf16 or F32.
 //
-// A flat launch, eight neighbouring elements a thread; 6, 4 and 4 bytes an element.
+// A flat launch, eight neighbouring elements a thread; 6, 4 and 4 (F32: 8) bytes an element.
 #include "cuda/cuda_backend.h"
 #include "cuda/vector.h"
 
@@ -38,8 +38,8 @@ __global__ void add_bias_kernel(bf16* y, const float* __restrict__ bias, int64_t
   store(y + i, v, kWidth);
 }
 
-template <int kWidth>
-__global__ void scale_kernel(bf16* x, const float* factor, int64_t n) {
+template <typename T, int kWidth>
+__global__ void scale_kernel(T* x, const float* factor, int64_t n) {
   const int64_t i = first_element<kWidth>();
   if (i >= n) return;
   float v[kWidth];
@@ -54,8 +54,14 @@ __global__ void scale_kernel(bf16* x, const float* factor, int64_t n) {
 void CudaBackend::do_scale(const Tensor& x, const Tensor& factor) {
   const int64_t n = x.numel();
   const bool wide = aligned(x);
-  launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
-         wide ? scale_kernel<kWide> : scale_kernel<1>, bf16_of(x), factor.data<float>(), n);
+  const auto run = [&]<typename T>(T* values) {
+    launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
+           wide ? scale_kernel<T, kWide> : scale_kernel<T, 1>, values, factor.data<float>(), n);
+  };
+  if (x.dtype() == DType::F32)
+    run(x.data<float>());
+  else
+    run(bf16_of(x));
 }
 
 void CudaBackend::do_add_bias(const Tensor& y, const Tensor& bias) {

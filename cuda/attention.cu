@@ -5,7 +5,8 @@
 // Thread mapping: one block of 4 warps computes 128 queries of one head, 32 a warp. Keys and values
 // come in tiles of 64, double-buffered by cp.async. Where d is over 128, all three numbers are
 // halved. A warp keeps its scores, row maximum, row sum and output in registers. Only tiles that
-// cross the diagonal or the window's edge are masked; a warp skips tiles that it does not see.
+// cross the diagonal, the window's edge or a first key are masked; a block and a warp skip tiles
+// that they do not see. First keys do not fall: those of a block's first and last row bound all.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
 // Saves lse for the backward pass; no T x T memory.
 #include "cuda/attention.h"
@@ -30,11 +31,12 @@ struct ForwardShape {
   static constexpr int64_t kSmemBytes = (kRows + 4 * kKeys) * D * 2;
 };
 
-template <int D>
+template <int D, Mask kMask>
 __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const ForwardArgs args,
                                                                         const BlockOrder order) {
   // Larger heads have no registers left for the queries: each tile loads their fragments again.
   constexpr bool kQueriesInRegisters = D == 64;
+  constexpr bool kDocuments = kMask == Mask::Documents;
   using Shape = ForwardShape<D>;
   constexpr int kBlocks = Shape::kBlocks, kWarpRows = Shape::kWarpRows, kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys, kSub = Shape::kSub;
@@ -76,7 +78,12 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   };
 
   const int last_row = min(row0 + kRows, args.t) - 1;
-  const int first_tile = max(0, start + row0 - args.window + 1) / kKeys;
+  const auto first_key = [&](int row) {
+    return args.first_key[int64_t{b} * args.t + min(row, args.t - 1)];
+  };
+  int first = max(0, start + row0 - args.window + 1);
+  if constexpr (kDocuments) first = max(first, first_key(row0));
+  const int first_tile = first / kKeys;
   const int tile_end = (start + last_row) / kKeys + 1;
   load_tile_async<D, kRows, kThreads>(q_tile, args.q + q_offset, q_stride, row0, args.t, d,
                                       threadIdx.x);
@@ -85,6 +92,17 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
   const int warp_row = warp * kWarpRows;
   const int first_position = start + row0 + warp_row;
   const int last_position = first_position + kWarpRows - 1;
+  // Documents: the first keys of the warp's first and last row, and of this lane's.
+  int warp_first = 0, warp_last = 0, lane_first[kBlocks][2];
+  if constexpr (kDocuments) {
+    warp_first = first_key(row0 + warp_row);
+    warp_last = first_key(row0 + warp_row + kWarpRows - 1);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        lane_first[m][half] = first_key(row0 + warp_row + m * 16 + g + 8 * half);
+  }
   const float scale = score_scale(d);
   const float scale_log2 = scale * kLog2E;
 
@@ -121,6 +139,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
       if (row0 + warp_row >= args.t || key0 > last_position ||
           first_position - (key0 + kSub - 1) >= args.window)
         continue;
+      if (kDocuments && key0 + kSub - 1 < warp_first) continue;
 
       // s = q k^T
       float s[kBlocks][kSub / 8][4] = {};
@@ -148,7 +167,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
         }
       }
 
-      if (key0 + kSub - 1 > first_position || last_position - key0 >= args.window) {
+      if (key0 + kSub - 1 > first_position || last_position - key0 >= args.window ||
+          (kDocuments && key0 < warp_last)) {
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
@@ -157,7 +177,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_kernel(const Fo
             for (int i = 0; i < 4; ++i) {
               const int position = first_position + m * 16 + g + i / 2 * 8;
               const int key = key0 + n * 8 + pair + i % 2;
-              if (static_cast<unsigned>(position - key) >= static_cast<unsigned>(args.window))
+              if (static_cast<unsigned>(position - key) >= static_cast<unsigned>(args.window) ||
+                  (kDocuments && key < lane_first[m][i / 2]))
                 s[m][n][i] = -INFINITY;
             }
       }
@@ -242,8 +263,10 @@ void attention_forward(cudaStream_t stream, const ForwardArgs& args) {
     using Shape = ForwardShape<D>;
     const BlockOrder order(ceil_div(args.t, Shape::kRows), args.batch * args.heads,
                            args.start == nullptr ? args.t : args.t_max, args.d);
-    launch(stream, {order.blocks(), kThreads, Shape::kSmemBytes}, attention_forward_kernel<D>, args,
-           order);
+    launch(stream, {order.blocks(), kThreads, Shape::kSmemBytes},
+           args.first_key == nullptr ? attention_forward_kernel<D, Mask::Window>
+                                     : attention_forward_kernel<D, Mask::Documents>,
+           args, order);
   });
 }
 
@@ -268,7 +291,8 @@ void CudaBackend::do_attention(const Tensor& o, const Tensor& lse, const Tensor&
                          checked_int(q.dim(2)),
                          checked_int(k.dim(2)),
                          checked_int(q.dim(3)),
-                         window_of(spec.window)};
+                         window_of(spec.window),
+                         spec.first_key.defined() ? spec.first_key.data<int>() : nullptr};
   if (has_warpgroup_products() && has_hopper_head_size(args.d)) {
     attention_forward_hopper(stream_, args, args.d, properties_.multiProcessorCount,
                              static_cast<unsigned*>(scratch.raw()));

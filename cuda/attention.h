@@ -66,6 +66,9 @@ struct BlockOrder {
 #endif
 };
 
+// What hides keys from a query: order and the window, or also the first key that it sees.
+enum class Mask { Window, Documents };
+
 struct ForwardArgs {
   __nv_bfloat16* o;        // (B, T, H, d)
   float* lse;              // (B, H, T), or null
@@ -74,7 +77,8 @@ struct ForwardArgs {
   const __nv_bfloat16* v;  // (B, Tmax, K, d)
   const int* start;        // (B): position of query 0, on the device; null: 0
   int batch, t, t_max, heads, kv_heads, d;
-  int window;  // window_of()
+  int window;                      // window_of()
+  const int* first_key = nullptr;  // (B, T): the first key of each query; null: no Documents
 };
 
 // The sm_90a kernel. If start is null, t_max is t. sms: number of multiprocessors; queue: a
@@ -95,14 +99,16 @@ struct BackwardArgs {
   int batch, t, t_pad, heads, kv_heads, d;
   int heads_per_item;  // query heads that an item of keys sums over
   int window;
-  int64_t ds_bytes;  // most bytes of ds that attention_backward_hopper may store
+  // Documents: (2, B, t_pad): the first key that each query sees, then the last query that sees
+  // each key. Neither falls from one row to the next; rows from T on repeat row T - 1. Else null.
+  const int* ends;
 };
 
 // The sm_90a kernel. scratch: attention_backward_hopper_bytes(), which depends only on the sizes in
-// args. sms: number of multiprocessors.
-int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms);
-void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
-                               void* scratch);
+// args and on ds_bytes, the most bytes of ds that it may store. sms: number of multiprocessors.
+int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int64_t ds_bytes, int sms);
+void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d,
+                               int64_t ds_bytes, int sms, void* scratch);
 
 // Query t of sequence b sees keys max(0, start[b] + t - window + 1) .. start[b] + t.
 void attention_forward(cudaStream_t stream, const ForwardArgs& args);

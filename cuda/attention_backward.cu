@@ -142,7 +142,27 @@ __device__ void write_rows(T* target, int64_t stride, int rows, int d, float* sm
   __syncwarp();
 }
 
-template <int D, Side kSide>
+// BackwardArgs::ends (2, B, t_pad) of first_key (B, T); count: B t_pad. First keys do not fall, so
+// a search by halves finds the last query that sees a key.
+__global__ void ends_kernel(int* __restrict__ ends, const int* __restrict__ first_key,
+                            int64_t count, int t, int t_pad) {
+  const int64_t i = first_element<1>();
+  if (i >= count) return;
+  const int row = min(static_cast<int>(i % t_pad), t - 1);
+  const int* const first = first_key + i / t_pad * t;
+  int low = row, high = t - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first[middle] <= row)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  ends[i] = first[row];
+  ends[count + i] = low;
+}
+
+template <int D, Side kSide, Mask kMask>
 __global__ __launch_bounds__(BackwardShape<D>::kThreads,
                              D == 64 ? 2
                                      : 1) void attention_backward_kernel(const BackwardArgs args,
@@ -150,7 +170,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   using Config = BackwardShape<D>;
   constexpr int kBlocks = Config::kBlocks, kThreads = Config::kThreads, kSub = Config::kSub;
   constexpr int kWarpRows = Config::kWarpRows, kRows = Config::kRows, kTile = Config::kTile;
-  constexpr bool kWide = Config::kWide;
+  constexpr bool kWide = Config::kWide, kDocuments = kMask == Mask::Documents;
   constexpr bool kKeys = kSide != Side::Queries;
   constexpr bool kFirst = kSide != Side::OnlyValues;                          // sums dx1
   constexpr bool kSecond = kSide == Side::Keys || kSide == Side::OnlyValues;  // sums dx2
@@ -228,8 +248,14 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
 
   // The tiles of y that some row x of the block sees (Keys: that see one).
   const int x_last = min(x0 + kRows, args.t) - 1;
-  const int y_first = kKeys ? x0 : max(0, x0 - args.window + 1);
-  const int y_last = kKeys ? min(args.t - 1, x_last + args.window - 1) : x_last;
+  int y_first = kKeys ? x0 : max(0, x0 - args.window + 1);
+  int y_last = kKeys ? min(args.t - 1, x_last + args.window - 1) : x_last;
+  // Documents: the end of what row x sees: the last query that sees a key, a query's first key.
+  const auto end_of = [&](int x) {
+    return args.ends[int64_t{kKeys ? args.batch + b : b} * args.t_pad + x];
+  };
+  if constexpr (kDocuments && kKeys) y_last = min(y_last, end_of(x_last));
+  if constexpr (kDocuments && !kKeys) y_first = max(y_first, end_of(x0));
   const int first_tile = y_first / kTile;
   const int tiles = y_last / kTile + 1 - first_tile;
   const int steps = tiles * (kKeys ? args.heads_per_item : 1);
@@ -253,6 +279,16 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
   float dx2[kSecond ? kBlocks : 1][D / 8][4] = {};
   const int warp_x0 = x0 + warp_row;
   const int warp_x1 = warp_x0 + kWarpRows - 1;
+  // Documents: the farthest and the nearest end of the warp's rows, and those of this lane's rows.
+  int farthest = 0, nearest = 0, ends[kBlocks][2];
+  if constexpr (kDocuments) {
+    farthest = end_of(kKeys ? warp_x1 : warp_x0);
+    nearest = end_of(kKeys ? warp_x0 : warp_x1);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) ends[m][half] = end_of(warp_x0 + m * 16 + g + 8 * half);
+  }
 
   load_rows(0, first_tile, 0);
   int head = 0, tile = first_tile;
@@ -278,6 +314,7 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
       const int least = kKeys ? sub_y0 - warp_x1 : warp_x0 - sub_y1;
       const int greatest = kKeys ? sub_y1 - warp_x0 : warp_x1 - sub_y0;
       if (greatest < 0 || least >= args.window) continue;
+      if (kDocuments && (kKeys ? sub_y0 > farthest : sub_y1 < farthest)) continue;
 
       float s[kBlocks][kSub / 8][4] = {}, ds[kBlocks][kSub / 8][4] = {};
 #pragma unroll
@@ -311,7 +348,8 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
       }
 
       // s = p. ds held dp: ds = p (dp - delta).
-      const bool masked = least < 0 || greatest >= args.window;
+      const bool masked = least < 0 || greatest >= args.window ||
+                          (kDocuments && (kKeys ? sub_y1 > nearest : sub_y0 < nearest));
       const int corner = sub_y0 + pair - (warp_x0 + g);
 #pragma unroll
       for (int n = 0; n < kSub / 8; ++n) {
@@ -335,6 +373,10 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads,
             const int distance = kKeys ? across : -across;
             if (masked && static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
               p = 0.0f;
+            if constexpr (kDocuments) {
+              const int y = sub_y0 + pair + n * 8 + i % 2;
+              if (kKeys ? y > ends[m][i / 2] : y < ends[m][i / 2]) p = 0.0f;
+            }
             s[m][n][i] = p;
             ds[m][n][i] = p * (ds[m][n][i] - delta);
           }
@@ -419,6 +461,7 @@ struct BackwardPlan {
   int64_t terms_bytes;  // lse2, and delta
   int64_t partial_bytes;
   int64_t rotations;  // pairs; none without rotary positions
+  int64_t ends;       // a side; none without Documents
   bool hopper;
   int64_t hopper_bytes;
 
@@ -437,19 +480,20 @@ struct BackwardPlan {
             int64_t{sizes.batch} * sizes.kv_heads * ceil_div(sizes.t, kSplitRows) < 2 * sms;
     sizes.heads_per_item = split ? 1 : group;
     sizes.window = window_of(spec.window);
-    sizes.ds_bytes = spec.ds_bytes;
     terms_bytes = int64_t{sizes.batch} * sizes.heads * sizes.t_pad * int64_t{sizeof(float)};
     partial_bytes = split ? group * 2 * engine::numel_of(k) * int64_t{sizeof(float)} : 0;
     rotations = rotary ? sizes.t_pad * q[3] / 2 : 0;
+    ends = spec.first_key.defined() ? int64_t{sizes.batch} * sizes.t_pad : 0;
     hopper = warpgroup_products && has_hopper_head_size(sizes.d);
-    hopper_bytes = hopper ? attention_backward_hopper_bytes(sizes, sms) : 0;
+    hopper_bytes = hopper ? attention_backward_hopper_bytes(sizes, spec.ds_bytes, sms) : 0;
   }
-  // One scratch holds lse2, delta, rotations, partial and the work of the Hopper kernels.
+  // One scratch holds lse2, delta, rotations, ends, partial and the work of the Hopper kernels.
   int64_t delta_at() const { return aligned_bytes(terms_bytes); }
   int64_t rotations_at() const { return 2 * delta_at(); }
-  int64_t partial_at() const {
+  int64_t ends_at() const {
     return rotations_at() + aligned_bytes(rotations * int64_t{sizeof(float2)});
   }
+  int64_t partial_at() const { return ends_at() + aligned_bytes(2 * ends * int64_t{sizeof(int)}); }
   int64_t hopper_at() const { return partial_at() + aligned_bytes(partial_bytes); }
   int64_t bytes() const { return hopper_at() + hopper_bytes; }
 
@@ -498,6 +542,13 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
            rotations_kernel, rotations, inv_freq.data<float>(), plan.rotations, inv_freq.numel(),
            static_cast<float>(spec.rope_factor));
   }
+  if (plan.ends > 0) {
+    constexpr int kEndThreads = 256;
+    int* const ends = reinterpret_cast<int*>(work + plan.ends_at());
+    args.ends = ends;
+    launch(stream_, {blocks_for(plan.ends, kEndThreads, 1), kEndThreads}, ends_kernel, ends,
+           spec.first_key.data<int>(), plan.ends, args.t, args.t_pad);
+  }
   constexpr int kTermThreads = 256;
   const int rows = checked_int(int64_t{args.batch} * args.heads * args.t_pad);
   launch(stream_, {static_cast<unsigned>(ceil_div(rows, kTermThreads / 16)), kTermThreads},
@@ -505,7 +556,7 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
          args.t, args.t_pad, args.heads, args.d);
 
   if (plan.hopper) {
-    attention_backward_hopper(stream_, args, args.d, sms, work + plan.hopper_at());
+    attention_backward_hopper(stream_, args, args.d, spec.ds_bytes, sms, work + plan.hopper_at());
   } else {
     with_padded_head_size(args.d, [&](auto size) {
       constexpr int D = size;
@@ -516,7 +567,9 @@ void CudaBackend::do_attention_backward(const Tensor& dq, const Tensor& dk, cons
                                args.batch * args.heads / heads_per_item, args.t * heads_per_item,
                                args.d);
         launch(stream_, {order.blocks(), Config::kThreads, Config::kSmemBytes},
-               attention_backward_kernel<D, kSide>, args, order);
+               args.ends == nullptr ? attention_backward_kernel<D, kSide, Mask::Window>
+                                    : attention_backward_kernel<D, kSide, Mask::Documents>,
+               args, order);
       };
       if constexpr (Config::kWide) {
         run_side.template operator()<Side::OnlyKeys>();

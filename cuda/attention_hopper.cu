@@ -12,7 +12,8 @@
 //     p(n) = softmax of s(n), o's product still running | wait for o, rescale o
 // The warpgroups take turns at issuing products, so that the softmax of one overlaps the products
 // of another. The copies for the next item overlap the end of this one. Tiles run from the diagonal
-// down to the window's edge; only tiles that cross either are masked.
+// down to the window's edge, or to the first key of the item's first query; only tiles that cross
+// one of them are masked.
 // A cache may hold anything past its last key. p = 0 would not hide a NaN there, so the warpgroups
 // first overwrite those values with zeros in shared memory.
 // Bytes: q, o, lse once; k, v once for each query tile, mostly from the L2 cache (BlockOrder).
@@ -69,7 +70,7 @@ struct Item {
   int first_tile, last_tile;
 };
 
-template <int D, Source kSource>
+template <int D, Source kSource, Mask kMask>
 __device__ inline Item find_item(const ForwardArgs& args, const BlockOrder& order, int index) {
   using Shape = ForwardShape<D>;
   int rank, head_index;
@@ -84,7 +85,10 @@ __device__ inline Item find_item(const ForwardArgs& args, const BlockOrder& orde
       kSource == Source::Cache ? max(0, min(args.start[item.batch], args.t_max - args.t)) : 0;
   item.position0 = start + item.row0;
   item.key_count = start + args.t;
-  item.first_tile = max(0, item.position0 - args.window + 1) / Shape::kKeys;
+  int first = max(0, item.position0 - args.window + 1);
+  if constexpr (kMask == Mask::Documents)
+    first = max(first, args.first_key[int64_t{item.batch} * args.t + item.row0]);
+  item.first_tile = first / Shape::kKeys;
   item.last_tile = (min(item.position0 + Shape::kRows, item.key_count) - 1) / Shape::kKeys;
   return item;
 }
@@ -101,7 +105,7 @@ struct ForwardBarriers {
 };
 
 // The copying thread. For each item it copies the queries, then the tiles from last to first.
-template <int D, Source kSource>
+template <int D, Source kSource, Mask kMask>
 __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k_map,
                                   const CUtensorMap& v_map, const ForwardArgs& args,
                                   const BlockOrder& order, unsigned* queue, uint32_t smem) {
@@ -114,7 +118,7 @@ __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k
     const bool more = index < static_cast<int>(order.blocks());
     store_shared(smem + Shape::kItemAt, more ? index : -1);
     if (!more) return mbarrier_arrive(barriers.q_full());
-    const Item item = find_item<D, kSource>(args, order, index);
+    const Item item = find_item<D, kSource, kMask>(args, order, index);
     mbarrier_expect(barriers.q_full(), Shape::Queries::kBytes);
     copy_tile<D, Shape::kRows>(smem, q_map, barriers.q_full(), item.head, item.row0, item.batch);
     q_parity ^= 1;
@@ -134,7 +138,7 @@ __device__ inline void copy_items(const CUtensorMap& q_map, const CUtensorMap& k
 }
 
 // One computing warpgroup; `own` is its index among them.
-template <int D, Source kSource>
+template <int D, Source kSource, Mask kMask>
 __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs& args,
                                     const BlockOrder& order, unsigned char* memory, uint32_t smem,
                                     int own) {
@@ -175,9 +179,15 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     q_parity ^= 1;
     const int index = load_shared_warp(smem + Shape::kItemAt, lane);
     if (index < 0) break;
-    const Item item = find_item<D, kSource>(args, order, index);
+    const Item item = find_item<D, kSource, kMask>(args, order, index);
     const int first_row = item.row0 + own * 64;  // this warpgroup's first query
     const int position0 = item.position0 + own * 64;
+    // Documents: the first key of this warpgroup's n-th query.
+    const auto first_key = [&](int n) {
+      return args.first_key[int64_t{item.batch} * args.t + min(first_row + n, args.t - 1)];
+    };
+    int last_first_key = 0;
+    if constexpr (kMask == Mask::Documents) last_first_key = first_key(63);
 
     float s[kKeys / 8][4], acc[D / 8][4];
     uint32_t p[kKeys / 16][4];
@@ -223,14 +233,21 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
     // s = exp(s - max), unnormalised; correction is the factor for earlier terms.
     const auto softmax = [&](int tile) {
       const int key0 = tile * kKeys;
-      if (key0 + kKeys - 1 > position0 || position0 + 63 - key0 >= args.window) {
+      if (key0 + kKeys - 1 > position0 || position0 + 63 - key0 >= args.window ||
+          (kMask == Mask::Documents && key0 < last_first_key)) {
         const int corner = position0 + local_row - (key0 + pair);
+        int first[2];  // of this lane's rows, counted from its first key
+        if constexpr (kMask == Mask::Documents) {
+          first[0] = first_key(local_row) - (key0 + pair);
+          first[1] = first_key(local_row + 8) - (key0 + pair);
+        }
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int distance = corner + i / 2 * 8 - (n * 8 + i % 2);
-            if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
+            if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window) ||
+                (kMask == Mask::Documents && n * 8 + i % 2 < first[i / 2]))
               s[n][i] = -INFINITY;
           }
       }
@@ -335,7 +352,7 @@ __device__ inline void attend_items(const CUtensorMap& o_map, const ForwardArgs&
   if (thread == 0) store_wait_read();
 }
 
-template <int D, Source kSource>
+template <int D, Source kSource, Mask kMask>
 __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forward_hopper_kernel(
     const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap q_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
@@ -361,11 +378,12 @@ __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forwar
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     registers_down<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) copy_items<D, kSource>(q_map, k_map, v_map, args, order, queue, smem);
+    if (threadIdx.x == 0)
+      copy_items<D, kSource, kMask>(q_map, k_map, v_map, args, order, queue, smem);
   } else {
     registers_up<Shape::kRegisters>();
-    attend_items<D, kSource>(o_map, args, order, memory, smem,
-                             static_cast<int>(threadIdx.x) / kWarpgroup - 1);
+    attend_items<D, kSource, kMask>(o_map, args, order, memory, smem,
+                                    static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   }
 #endif
 }
@@ -375,6 +393,7 @@ __global__ __launch_bounds__(ForwardShape<D>::kThreads, 1) void attention_forwar
 void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int64_t d, int sms,
                               unsigned* queue) {
   BBB_ASSERT(args.start != nullptr || args.t == args.t_max);
+  BBB_ASSERT(args.start == nullptr || args.first_key == nullptr);
   with_head_size(d, [&](auto size) {
     constexpr int D = size;
     using Shape = ForwardShape<D>;
@@ -387,8 +406,10 @@ void attention_forward_hopper(cudaStream_t stream, const ForwardArgs& args, int6
     launch(
         stream,
         {std::min(order.blocks(), static_cast<unsigned>(sms)), Shape::kThreads, Shape::kSmemBytes},
-        args.start == nullptr ? attention_forward_hopper_kernel<D, Source::Queries>
-                              : attention_forward_hopper_kernel<D, Source::Cache>,
+        args.start != nullptr ? attention_forward_hopper_kernel<D, Source::Cache, Mask::Window>
+        : args.first_key == nullptr
+            ? attention_forward_hopper_kernel<D, Source::Queries, Mask::Window>
+            : attention_forward_hopper_kernel<D, Source::Queries, Mask::Documents>,
         map(args.o, args.t, args.heads, 64), map(args.q, args.t, args.heads, Shape::kRows),
         map(args.k, args.t_max, args.kv_heads, Shape::kKeys),
         map(args.v, args.t_max, args.kv_heads, Shape::kKeys), args, order, queue);

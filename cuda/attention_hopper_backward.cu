@@ -9,7 +9,7 @@
 // with p = 2^(s scale log2(e) - lse2) and ds = p (dp - delta). Scores have the resident rows x down
 // and the passing rows y across. So p and ds, rounded to bf16 in their registers, are the A
 // operands of the sums. While one warpgroup computes ds from scores, the products of the other run.
-// If ds does not fit into args.ds_bytes, items of queries compute it again, seven products:
+// If ds does not fit into ds_bytes, items of queries compute it again, seven products:
 //     Queries  q, dout stay; k, v pass  s = q k^T  dp = dout v^T  dq += ds k
 //
 // ds is stored in a ring in global memory: for every head, tiles of 64 keys x 64 queries from the
@@ -146,7 +146,8 @@ struct BackwardOrder {
   // compute ds again.
   int slots;
 
-  BackwardOrder(const BackwardArgs& args, int sms)
+  // most_bytes: of ds.
+  BackwardOrder(const BackwardArgs& args, int64_t most_bytes, int sms)
       : tiles(ceil_div(args.t, kItemRows)),
         sets(args.batch * (args.heads / args.heads_per_item)),
         heads_per_set(args.heads_per_item) {
@@ -161,7 +162,7 @@ struct BackwardOrder {
       group = slots = sets;
       lag = 1;
     }
-    if (ds_bytes() > args.ds_bytes) slots = 0;
+    if (ds_bytes() > most_bytes) slots = 0;
   }
   BBB_HD int blocks() const { return sets * tiles * (1 + heads_per_set); }
   // The ds tiles of one head: a row for each tile of keys, from the diagonal on.
@@ -209,7 +210,7 @@ struct Item {
   int ds_tile;  // the first one of head0 in the ring
 };
 
-template <int D>
+template <int D, Mask kMask>
 __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& order, int index) {
   Item item;
   const int keys_of_group = order.group * order.tiles;
@@ -256,17 +257,28 @@ __device__ inline Item find_item(const BackwardArgs& args, const BackwardOrder& 
     item.ds_tile =
         (item.set % order.slots * order.heads_per_set + head) * static_cast<int>(order.ds_tiles());
   const int x_last = min(item.x0 + kItemRows, args.t) - 1;
-  const int y_first = keys ? item.x0 : max(0, item.x0 - args.window + 1);
-  const int y_last = keys ? min(args.t - 1, x_last + args.window - 1) : x_last;
+  int y_first = keys ? item.x0 : max(0, item.x0 - args.window + 1);
+  int y_last = keys ? min(args.t - 1, x_last + args.window - 1) : x_last;
+  if constexpr (kMask == Mask::Documents) {
+    if (keys)
+      y_last = min(y_last, args.ends[int64_t{args.batch + item.batch} * args.t_pad + x_last]);
+    else
+      y_first = max(y_first, args.ends[int64_t{item.batch} * args.t_pad + item.x0]);
+  }
   const int tile = keys || order.slots == 0 ? BackwardShape<D>::kTile : kDsRows;
   item.first_tile = y_first / tile;
   item.tiles = y_last / tile + 1 - item.first_tile;
   return item;
 }
 
-// Whether the ds tile at (key0, query0) adds to dq. Other tiles are 0 or were not written.
-__device__ inline bool has_ds(const BackwardArgs& args, int query0, int key0) {
-  return query0 < args.t && query0 >= key0 && query0 - (key0 + kDsRows - 1) < args.window;
+// Whether the ds tile at (key0, query0) adds to dq. Other tiles are 0 or were not written. With
+// documents the tile's first query sees the earliest keys, and its last key is seen the longest: if
+// one sees the other, the items of these keys have gone as far as this tile.
+template <Mask kMask>
+__device__ inline bool has_ds(const BackwardArgs& args, int batch, int query0, int key0) {
+  if (!(query0 < args.t && query0 >= key0 && query0 - (key0 + kDsRows - 1) < args.window))
+    return false;
+  return kMask == Mask::Window || args.ends[int64_t{batch} * args.t_pad + query0] < key0 + kDsRows;
 }
 
 // --- synchronization between blocks -------------------------------------------------------------
@@ -294,7 +306,7 @@ __device__ inline void wait_done(const unsigned* counter, unsigned count) {
 
 // --- the copying thread -------------------------------------------------------------------------
 
-template <int D>
+template <int D, Mask kMask>
 __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& args,
                                   const BackwardOrder& order, const BackwardScratch& scratch,
                                   uint32_t smem) {
@@ -316,7 +328,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
     store_shared(smem + Shape::item_at(slot), more ? index : -1);
     const uint32_t x_full = Shape::x_full(smem, slot);
     if (!more) return mbarrier_arrive(x_full);
-    const Item item = find_item<D>(args, order, index);
+    const Item item = find_item<D, kMask>(args, order, index);
 
     if (item.side == Side::Queries && order.slots > 0) {
       mbarrier_arrive(x_full);
@@ -327,7 +339,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
         int bytes = Shape::K::kBytes;
 #pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
-          wanted[w] = has_ds(args, item.x0 + w * kDsRows, key0);
+          wanted[w] = has_ds<kMask>(args, item.batch, item.x0 + w * kDsRows, key0);
           if (wanted[w]) bytes += Ds::kBytes;
         }
         const uint32_t full = claim_stage(bytes);
@@ -380,7 +392,7 @@ __device__ inline void copy_items(const BackwardMaps& maps, const BackwardArgs& 
 
 // --- the computing warpgroups -------------------------------------------------------------------
 
-template <int D>
+template <int D, Mask kMask>
 struct Differentiator {
   using Shape = BackwardShape<D>;
   using X = typename Shape::X;
@@ -409,7 +421,7 @@ struct Differentiator {
       mbarrier_wait(Shape::x_full(smem, slot), count / Shape::kItems % 2);
       const int index = load_shared_warp(smem + Shape::item_at(slot), lane);
       if (index < 0) break;
-      const Item item = find_item<D>(args, order, index);
+      const Item item = find_item<D, kMask>(args, order, index);
       if (item.side == Side::Keys)
         differentiate<Side::Keys>(item);
       else if (order.slots == 0)
@@ -470,7 +482,7 @@ struct Differentiator {
       const int stage = ring.stage;
       mbarrier_wait(Shape::y_full(smem, stage), ring.parity());
       ring.advance(Shape::kQueriesStages);
-      if (has_ds(args, own_x0, tile * kDsRows)) {
+      if (has_ds<kMask>(args, item.batch, own_x0, tile * kDsRows)) {
         const uint32_t k_at = smem + Shape::stage_at(slot, stage);
         const uint64_t k = Shape::K::template descriptor<Along::Rows>(k_at);
         const uint64_t ds = Ds::descriptor<Along::Rows>(k_at + Shape::K::kBytes + own * Ds::kBytes);
@@ -546,6 +558,11 @@ struct Differentiator {
       }
     }
 
+    // Documents: the end of what this warpgroup's n-th row sees: the last query that sees a key, a
+    // query's first key.
+    const int ends_at = (kKeys ? args.batch + item.batch : item.batch) * args.t_pad + own_x0;
+    const auto end_of = [&](int n) { return args.ends[ends_at + n]; };
+
     // stage and y0 are those of the current tile, step and tile those of the next one.
     float s[kTile / 8][4], ds[kTile / 8][4];
     int step = 0, tile = item.first_tile, stage = 0, y0 = 0;
@@ -615,7 +632,15 @@ struct Differentiator {
           s[n][i] = exp2_approx(fmaf(s[n][i], scale_log2, -base));
         }
       }
-      if (least() < 0 || greatest() >= args.window) {
+      bool masked = least() < 0 || greatest() >= args.window;
+      if constexpr (kMask == Mask::Documents)
+        masked = masked || (kKeys ? y0 + kTile - 1 > end_of(0) : y0 < end_of(kOwnRows - 1));
+      if (masked) {
+        int ends[2];  // of this lane's rows, counted from its first row y
+        if constexpr (kMask == Mask::Documents) {
+          ends[0] = end_of(local_row) - (y0 + pair);
+          ends[1] = end_of(local_row + 8) - (y0 + pair);
+        }
         const int corner = y0 + pair - (own_x0 + local_row);
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n)
@@ -625,6 +650,10 @@ struct Differentiator {
             const int distance = kKeys ? ahead : -ahead;
             if (static_cast<unsigned>(distance) >= static_cast<unsigned>(args.window))
               s[n][i] = 0.0f;
+            if constexpr (kMask == Mask::Documents) {
+              const int y = n * 8 + i % 2;
+              if (kKeys ? y > ends[i / 2] : y < ends[i / 2]) s[n][i] = 0.0f;
+            }
           }
       }
 
@@ -681,7 +710,7 @@ struct Differentiator {
 
     // Recomputed: the loop has no registers for what only its end needs.
     const Item done =
-        find_item<D>(args, order, load_shared_warp(smem + Shape::item_at(slot), lane));
+        find_item<D, kMask>(args, order, load_shared_warp(smem + Shape::item_at(slot), lane));
     if constexpr (kKeys)
       store_keys(dx1, dx2, done);
     else
@@ -757,7 +786,7 @@ struct Differentiator {
   }
 };
 
-template <int D>
+template <int D, Mask kMask>
 __global__ __launch_bounds__(BackwardShape<D>::kThreads, 1) void attention_backward_hopper_kernel(
     const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardArgs args,
     const __grid_constant__ BackwardOrder order, const __grid_constant__ BackwardScratch scratch) {
@@ -779,10 +808,10 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads, 1) void attention_backw
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     registers_down<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) copy_items<D>(maps, args, order, scratch, smem);
+    if (threadIdx.x == 0) copy_items<D, kMask>(maps, args, order, scratch, smem);
   } else {
     registers_up<Shape::kRegisters>();
-    Differentiator<D>{
+    Differentiator<D, kMask>{
         maps, args, order, scratch, memory, smem, static_cast<int>(threadIdx.x) / kWarpgroup - 1}
         .run();
   }
@@ -791,14 +820,14 @@ __global__ __launch_bounds__(BackwardShape<D>::kThreads, 1) void attention_backw
 
 }  // namespace
 
-int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int sms) {
-  const BackwardOrder order(args, sms);
+int64_t attention_backward_hopper_bytes(const BackwardArgs& args, int64_t ds_bytes, int sms) {
+  const BackwardOrder order(args, ds_bytes, sms);
   return order.ds_bytes() + BackwardScratch::counter_bytes(order);
 }
 
-void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d, int sms,
-                               void* scratch_memory) {
-  const BackwardOrder order(args, sms);
+void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, int64_t d,
+                               int64_t ds_bytes, int sms, void* scratch_memory) {
+  const BackwardOrder order(args, ds_bytes, sms);
   const BackwardScratch scratch(order, scratch_memory);
   BBB_CUDA(cudaMemsetAsync(scratch.queue, 0,
                            static_cast<size_t>(BackwardScratch::counter_bytes(order)), stream));
@@ -826,7 +855,9 @@ void attention_backward_hopper(cudaStream_t stream, const BackwardArgs& args, in
     launch(
         stream,
         {static_cast<unsigned>(std::min(order.blocks(), sms)), Shape::kThreads, Shape::kSmemBytes},
-        attention_backward_hopper_kernel<kD>, maps, args, order, scratch);
+        args.ends == nullptr ? attention_backward_hopper_kernel<kD, Mask::Window>
+                             : attention_backward_hopper_kernel<kD, Mask::Documents>,
+        maps, args, order, scratch);
   });
 }
 

@@ -14,6 +14,8 @@ namespace bbb::data {
 namespace {
 
 constexpr const char* kRoles[] = {"system", "user", "assistant"};
+// What stands for the content of an assistant's message, or a part of it.
+constexpr const char* kContents[] = {"content", "trimmed", "answer", "reply", "thought"};
 constexpr const char* kInstead =
     "; write the special tokens yourself: bbb decode --prompt TEXT --special";
 // A default that a template may begin with. It never applies: transformers always sets
@@ -55,6 +57,22 @@ std::string filled(std::string_view text, const Values& values) {
     text.remove_prefix(close + 1);
   }
   return out += text;
+}
+
+// Where filled(text) holds the content of a message: its first and its last form.
+std::pair<size_t, size_t> content_of(std::string_view text, const Values& values) {
+  size_t size = 0, begin = std::string::npos, end = 0;
+  for (size_t open; (open = text.find('{')) != std::string_view::npos;) {
+    const size_t close = text.find('}', open);
+    const std::string name(text.substr(open + 1, close - open - 1));
+    size += open;
+    const bool content = std::ranges::count(kContents, name) > 0;
+    if (content) begin = std::min(begin, size);
+    size += values.at(name).size();
+    if (content) end = size;
+    text.remove_prefix(close + 1);
+  }
+  return {begin, end};
 }
 
 void set_content(Values* values, const std::string& content) {
@@ -126,8 +144,9 @@ ChatFormat::ChatFormat(const std::string& jinja) {
                   printable(shown_template(text.substr(most, kShown))), "'"));
 }
 
-std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
-                               GenerationPrompt generation, const ChatContext& context) const {
+RenderedChat ChatFormat::render_answers(const std::vector<ChatMessage>& messages,
+                                        GenerationPrompt generation,
+                                        const ChatContext& context) const {
   BBB_CHECK(!messages.empty(), "a chat needs a message");
   for (const ChatMessage& message : messages)
     BBB_CHECK(std::ranges::count(kRoles, message.role) > 0, "the role '", message.role,
@@ -146,7 +165,9 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
 
   const bool own_turn = known_->system_in == SystemIn::OwnTurn;
   std::optional<std::string> system;  // the system prompt that a user's turn will carry
-  std::string out = (bos_ ? context.bos_token : "") + filled(known_->start, values);
+  RenderedChat chat;
+  std::string& out = chat.text;
+  out = (bos_ ? context.bos_token : "") + filled(known_->start, values);
   size_t begin = 0;  // the first turn of the loop
   set_content(&values, messages[0].content);
   if (is_system(messages[0])) {
@@ -189,31 +210,64 @@ std::string ChatFormat::render(const std::vector<ChatMessage>& messages,
       values["system"] = *system;
       set_content(&values, filled(known_->content_with_system, values));
     }
-    out += filled(text, values);
+    const std::string turn = filled(text, values);
+    if (message.role == "assistant") {
+      const std::string prompt = filled(known_->end, values) + filled(known_->generation, values);
+      const auto [begin, end] = content_of(text, values);
+      const auto leaves = std::mismatch(turn.begin(), turn.end(), prompt.begin(), prompt.end());
+      const auto shared = static_cast<size_t>(leaves.first - turn.begin());
+      chat.answers.push_back(
+          {out.size() + std::min(shared, begin), out.size() + end, out.size() + turn.size()});
+    }
+    out += turn;
   }
   out += filled(known_->end, values);
-  return generation == GenerationPrompt::Add ? out + filled(known_->generation, values) : out;
+  if (generation == GenerationPrompt::Add) out += filled(known_->generation, values);
+  return chat;
+}
+
+// `instead`: what the user can do without a format.
+static ChatFormat format_of(const Tokenizer& tokenizer, const std::string& model,
+                            const char* instead) {
+  BBB_CHECK(!tokenizer.chat_template().empty(), model, " has no chat template", instead);
+  try {
+    return ChatFormat(tokenizer.chat_template());
+  } catch (const Error& error) {
+    throw Error(
+        cat(model, ": the chat template is not one that bbb knows: ", error.what(), instead));
+  }
+}
+
+static ChatContext context_of(const Tokenizer& tokenizer, std::time_t now) {
+  ChatContext context;
+  context.now = now;
+  if (tokenizer.bos()) context.bos_token = tokenizer.piece(*tokenizer.bos(), true);
+  if (tokenizer.eos()) context.eos_token = tokenizer.piece(*tokenizer.eos(), true);
+  return context;
 }
 
 std::string render_chat(const Tokenizer& tokenizer, const std::vector<ChatMessage>& messages,
                         const std::string& model) {
-  BBB_CHECK(!tokenizer.chat_template().empty(), model, " has no chat template", kInstead);
-  ChatContext context;
-  context.now = std::time(nullptr);
-  if (tokenizer.bos()) context.bos_token = tokenizer.piece(*tokenizer.bos(), true);
-  if (tokenizer.eos()) context.eos_token = tokenizer.piece(*tokenizer.eos(), true);
-  std::optional<ChatFormat> format;
-  try {
-    format.emplace(tokenizer.chat_template());
-  } catch (const Error& error) {
-    throw Error(
-        cat(model, ": the chat template is not one that bbb knows: ", error.what(), kInstead));
-  }
-  return format->render(messages, GenerationPrompt::Add, context);
+  return format_of(tokenizer, model, kInstead)
+      .render(messages, GenerationPrompt::Add, context_of(tokenizer, std::time(nullptr)));
+}
+
+TrainingChats::TrainingChats(const Tokenizer& tokenizer, const std::string& model)
+    : format_(format_of(tokenizer, model, "; give chats as \"text\", written out")) {
+  std::tm day{};  // noon where the program runs: render() asks for the local date
+  day.tm_year = 2024 - 1900;
+  day.tm_mon = 6;
+  day.tm_mday = 26;
+  day.tm_hour = 12;
+  day.tm_isdst = -1;
+  context_ = context_of(tokenizer, std::mktime(&day));
 }
 
 std::vector<ChatMessage> parse_messages(const std::string& text, const std::string& where) {
-  const nlohmann::json list = parse_json(text, where);
+  return messages_of(parse_json(text, where), where);
+}
+
+std::vector<ChatMessage> messages_of(const nlohmann::json& list, const std::string& where) {
   BBB_CHECK(list.is_array() && !list.empty(), where,
             ": not a list of messages [{\"role\": .., \"content\": ..}, ..]");
   std::vector<ChatMessage> messages;

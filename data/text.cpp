@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <functional>
 
 #include "data/files.h"
 #include "data/gzip.h"
@@ -22,45 +23,112 @@ bool is_jsonl(const std::string& path) {
   return name.ends_with(".jsonl") || name.ends_with(".jsonl.gz");
 }
 
-std::vector<std::string> read_documents(const std::string& path) {
-  std::string content = read_text(path);
-  std::vector<std::string> documents;
-  if (is_jsonl(path)) {
-    const std::string_view view = content;
-    int64_t line_number = 0;
-    for (size_t begin = 0; begin < view.size();) {
-      const size_t end = std::min(view.find('\n', begin), view.size());
-      const std::string_view line = view.substr(begin, end - begin);
-      begin = end + 1;
-      ++line_number;
-      if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-      const nlohmann::json object =
-          parse_json(line.data(), line.data() + line.size(), cat(path, ":", line_number));
-      BBB_CHECK(object.is_object() && object.contains("text") && object.at("text").is_string(),
-                path, ":", line_number, ": no \"text\" string");
-      documents.push_back(object.at("text").get<std::string>());
-    }
-  } else {
-    documents.push_back(std::move(content));
+// Calls add(object, where) for every line of a .jsonl file that is not blank.
+static void read_lines(const std::string& path,
+                       const std::function<void(const nlohmann::json&, const std::string&)>& add) {
+  const std::string content = read_text(path);
+  const std::string_view view = content;
+  int64_t line_number = 0;
+  for (size_t begin = 0; begin < view.size();) {
+    const size_t end = std::min(view.find('\n', begin), view.size());
+    const std::string_view line = view.substr(begin, end - begin);
+    begin = end + 1;
+    ++line_number;
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    const std::string where = cat(path, ":", line_number);
+    add(parse_json(line.data(), line.data() + line.size(), where), where);
   }
-  bool any = false;
-  for (const std::string& document : documents) any = any || !document.empty();
+}
+
+static std::string text_of(const nlohmann::json& object, const std::string& where) {
+  BBB_CHECK(object.is_object() && object.contains("text") && object.at("text").is_string(), where,
+            ": no \"text\" string");
+  return object.at("text").get<std::string>();
+}
+
+std::vector<std::string> read_texts(const std::string& path) {
+  std::vector<std::string> texts;
+  if (!is_jsonl(path))
+    texts.push_back(read_text(path));
+  else
+    read_lines(path, [&](const nlohmann::json& object, const std::string& where) {
+      texts.push_back(text_of(object, where));
+    });
+  const bool any = !std::ranges::all_of(texts, &std::string::empty);
+  BBB_CHECK(any, path, ": no text");
+  return texts;
+}
+
+std::vector<Document> read_documents(const std::string& path) {
+  if (!is_jsonl(path)) return {{read_texts(path)[0]}};
+  std::vector<Document> documents;
+  read_lines(path, [&](const nlohmann::json& object, const std::string& where) {
+    if (!object.is_object() || !object.contains("messages"))
+      return documents.push_back({text_of(object, where)});
+    BBB_CHECK(!object.contains("text"), where, ": gives both \"text\" and \"messages\"");
+    documents.push_back({"", messages_of(object.at("messages"), where)});
+  });
+  const bool any = std::ranges::any_of(
+      documents, [](const Document& d) { return !d.text.empty() || !d.messages.empty(); });
   BBB_CHECK(any, path, ": no text");
   return documents;
 }
 
-std::vector<int32_t> training_tokens(const Tokenizer& tokenizer,
-                                     const std::vector<std::string>& documents, int32_t doc_end) {
+// Appends a chat's tokens. Which ones are an answer's follows from how many tokens the text up to
+// a position shares with the whole text: a token across the position is not shared.
+static void append_chat(TokenStream& stream, const Tokenizer& tokenizer, const RenderedChat& chat,
+                        const std::vector<int32_t>& stops) {
+  const std::vector<int32_t> ids = tokenizer.encode(chat.text, SpecialText::Parse);
+  if (tokenizer.add_bos() && tokenizer.bos() && (ids.empty() || ids[0] != *tokenizer.bos()))
+    stream.ids.push_back(*tokenizer.bos());
+  stream.counted.resize(stream.ids.size(), 0);
+  const auto tokens_before = [&](size_t position) {
+    const std::vector<int32_t> part =
+        tokenizer.encode(std::string_view(chat.text).substr(0, position), SpecialText::Parse);
+    const auto shared = std::mismatch(part.begin(), part.end(), ids.begin(), ids.end());
+    return shared.first - part.begin();
+  };
+  std::vector<uint8_t> counted(ids.size(), 0);
+  for (const RenderedChat::Answer& answer : chat.answers) {
+    const auto content_end = ids.begin() + tokens_before(answer.content_end);
+    const auto turn_end = std::max(content_end, ids.begin() + tokens_before(answer.turn_end));
+    const auto stop = std::find_first_of(content_end, turn_end, stops.begin(), stops.end());
+    const auto end = stop == turn_end ? turn_end : stop + 1;
+    for (auto id = ids.begin() + tokens_before(answer.begin); id < end; ++id)
+      counted[static_cast<size_t>(id - ids.begin())] = 1;
+  }
+  stream.ids.insert(stream.ids.end(), ids.begin(), ids.end());
+  stream.counted.insert(stream.counted.end(), counted.begin(), counted.end());
+}
+
+TokenStream training_tokens(const Tokenizer& tokenizer, const std::vector<Document>& documents,
+                            int32_t doc_end, const std::vector<int32_t>& stop_ids,
+                            const std::string& model) {
   BBB_CHECK(doc_end >= 0 && doc_end < tokenizer.vocab_size(), "the document end ", doc_end,
             " is outside the vocabulary of ", tokenizer.vocab_size());
-  std::vector<int32_t> tokens;
-  for (const std::string& document : documents) {
-    if (tokenizer.add_bos() && tokenizer.bos()) tokens.push_back(*tokenizer.bos());
-    const std::vector<int32_t> ids = tokenizer.encode(document, SpecialText::AsText);
-    tokens.insert(tokens.end(), ids.begin(), ids.end());
-    tokens.push_back(doc_end);
+  std::optional<TrainingChats> chats;
+  std::vector<int32_t> stops = tokenizer.end_of_turn();
+  stops.insert(stops.end(), stop_ids.begin(), stop_ids.end());
+  TokenStream stream;
+  for (const Document& document : documents) {
+    const bool chat = !document.messages.empty();
+    stream.starts.push_back(static_cast<int64_t>(stream.ids.size()));
+    if (chat) {
+      if (!chats) chats.emplace(tokenizer, model);
+      try {
+        append_chat(stream, tokenizer, chats->render(document.messages), stops);
+      } catch (const Error& error) {
+        throw Error(cat("document ", stream.starts.size(), ": ", error.what()));
+      }
+    } else {
+      if (tokenizer.add_bos() && tokenizer.bos()) stream.ids.push_back(*tokenizer.bos());
+      const std::vector<int32_t> ids = tokenizer.encode(document.text, SpecialText::AsText);
+      stream.ids.insert(stream.ids.end(), ids.begin(), ids.end());
+    }
+    if (!chat || stream.ids.back() != doc_end) stream.ids.push_back(doc_end);
+    stream.counted.resize(stream.ids.size(), chat ? 0 : 1);
   }
-  return tokens;
+  return stream;
 }
 
 std::vector<int32_t> evaluation_tokens(const Tokenizer& tokenizer,
@@ -75,23 +143,64 @@ std::vector<int32_t> evaluation_tokens(const Tokenizer& tokenizer,
   return tokens;
 }
 
-Windows make_windows(const std::vector<int32_t>& tokens, int64_t seq_len,
-                     const std::string& source) {
+Windows Windows::rows(int64_t begin, int64_t n) const {
+  const auto part = [&]<typename T>(const std::vector<T>& of) {
+    return of.empty()
+               ? of
+               : std::vector<T>(of.begin() + begin * seq_len, of.begin() + (begin + n) * seq_len);
+  };
+  return {part(ids), n, seq_len, part(counted), part(first_key)};
+}
+
+std::vector<int32_t> Windows::targets() const {
+  std::vector<int32_t> next(ids.size(), -1);
+  for (size_t i = 0; i + 1 < ids.size(); ++i)
+    if (static_cast<int64_t>(i + 1) % seq_len != 0 && (counted.empty() || counted[i + 1] != 0))
+      next[i] = ids[i + 1];
+  return next;
+}
+
+Windows make_windows(const TokenStream& stream, int64_t seq_len, const std::string& source,
+                     Packing packing) {
   BBB_CHECK(seq_len >= 2, "a window of ", seq_len, " tokens predicts nothing; use at least 2");
+  const auto total = static_cast<int64_t>(stream.ids.size());
+  BBB_CHECK(total >= seq_len, source, ": ", total, " tokens are fewer than one window of ",
+            seq_len);
+  std::vector<uint8_t> counted = stream.counted;
+  if (packing == Packing::Documents)
+    for (const int64_t start : stream.starts) counted[static_cast<size_t>(start)] = 0;
+
   Windows windows;
   windows.seq_len = seq_len;
-  windows.count = static_cast<int64_t>(tokens.size()) / seq_len;
-  BBB_CHECK(windows.count > 0, source, ": ", tokens.size(), " tokens are fewer than one window of ",
-            seq_len);
-  windows.ids.assign(tokens.begin(), tokens.begin() + windows.count * seq_len);
+  bool all = true;
+  auto next_start = stream.starts.begin();
+  for (int64_t begin = 0; begin + seq_len <= total; begin += seq_len) {
+    const int64_t end = begin + seq_len;
+    const auto targets = std::count(counted.begin() + begin + 1, counted.begin() + end, 1);
+    if (targets == 0) continue;
+    ++windows.count;
+    all = all && targets == seq_len - 1;
+    windows.ids.insert(windows.ids.end(), stream.ids.begin() + begin, stream.ids.begin() + end);
+    windows.counted.insert(windows.counted.end(), counted.begin() + begin, counted.begin() + end);
+    if (packing == Packing::Stream) continue;
+    int32_t first = 0;
+    for (int64_t at = begin; at < end; ++at) {
+      while (next_start != stream.starts.end() && *next_start < at) ++next_start;
+      if (next_start != stream.starts.end() && *next_start == at)
+        first = static_cast<int32_t>(at - begin);
+      windows.first_key.push_back(first);
+    }
+  }
+  BBB_CHECK(windows.count > 0, source, ": no window of ", seq_len,
+            " tokens holds a token that the loss counts");
+  if (all) windows.counted.clear();
   return windows;
 }
 
-std::vector<int32_t> next_tokens(const int32_t* ids, int64_t rows, int64_t seq_len) {
-  std::vector<int32_t> next(ids + 1, ids + rows * seq_len);
-  next.push_back(-1);
-  for (int64_t row = 1; row < rows; ++row) next[static_cast<size_t>(row * seq_len - 1)] = -1;
-  return next;
+Windows make_windows(const std::vector<int32_t>& tokens, int64_t seq_len,
+                     const std::string& source) {
+  return make_windows({tokens, std::vector<uint8_t>(tokens.size(), 1), {}}, seq_len, source,
+                      Packing::Stream);
 }
 
 }  // namespace bbb::data

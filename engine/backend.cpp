@@ -222,6 +222,7 @@ class Op {
     query_groups(q.dim(2), k.dim(2), spec);
     is("k", k, act, {q.dim(0), k.dim(1), k.dim(2), q.dim(3)});
     like("v", v, act, k.shape());
+    is_or_undefined("first_key", spec.first_key, DType::I32, {q.dim(0), q.dim(1)});
   }
   void query_groups(int64_t heads, int64_t kv_heads, const AttentionSpec& spec) const {
     BBB_CHECK(kv_heads > 0 && heads % kv_heads == 0, name_, ": ", heads,
@@ -313,6 +314,7 @@ class Op {
     caches(k_cache, v_cache, q.dim(0), k_cache.dim(2), q.dim(3), format);
     like("o", o, backend_.act(), q.shape());
     is("start", start, DType::I32, {q.dim(0)});
+    BBB_CHECK(!spec.first_key.defined(), name_, ": takes no first_key");
   }
 
  private:
@@ -701,7 +703,7 @@ void Backend::swiglu_operand_backward(const Tensor& dgate, const Tensor& dup, co
 
 void Backend::scale(const Tensor& x, const Tensor& factor) {
   const Op op(*this, "scale");
-  op.dtype("x", x, act());
+  op.like("x", x, x.dtype() == real() ? real() : act(), x.shape());
   op.is("factor", factor, real(), {1});
   do_scale(x, factor);
 }

@@ -86,6 +86,10 @@ struct AttentionSpec {
   // Limit on the memory in which a backward may store dS, the gradient of the scores. If dS does
   // not fit, it is computed twice. So memory does not grow with the square of T.
   int64_t ds_bytes = int64_t{1} << 30;
+  // Undefined, or I32 (B, T): query t of sequence b sees no key before first_key[b, t], which lies
+  // between 0 and t and does not fall from one query to the next. For texts that share a sequence.
+  // Not of attention over a cache.
+  Tensor first_key = {};
 };
 
 // How sample() chooses a token (engine/sampling.h).
@@ -346,7 +350,7 @@ class Backend {
   // the largest |x|. Sums are F64, in a fixed order.
   void channel_moments(const Tensor& moments, const Tensor& x);
   static constexpr int64_t kMoments = 5;
-  // x *= factor, real (1) on the device.   x act.
+  // x *= factor, real (1) on the device.   x act or real.
   void scale(const Tensor& x, const Tensor& factor);
   // out = a + b.   act, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);

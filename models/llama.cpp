@@ -102,10 +102,11 @@ LinearInput LlamaBlock::tapped(Site site, LinearInput input) const {
   return input;
 }
 
-Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv) {
+Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv, const Tensor& first_key) {
   const int64_t b = x.value().dim(0), t = x.value().dim(1), d = config_.head_dim;
   const engine::AttentionSpec spec{.window = config_.sliding_window,
-                                   .rope_factor = rope_factor(config_)};
+                                   .rope_factor = rope_factor(config_),
+                                   .first_key = first_key};
 
   // The gradients of several precisions are of different weights.
   norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() &&
@@ -166,9 +167,12 @@ Var LlamaBlock::mlp_half(Tape& tape, const Var& x) {
       tape, tapped(kDownSite, operands_[kDownSite].swiglu(tape, hidden[0], hidden[1])), x);
 }
 
-Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute) {
-  if (!tape.recording()) return mlp_half(tape, attention_half(tape, x, kv));
-  const auto attend = [this](Tape& t, const Var& in) { return attention_half(t, in, nullptr); };
+Var LlamaBlock::forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute,
+                        const Tensor& first_key) {
+  if (!tape.recording()) return mlp_half(tape, attention_half(tape, x, kv, first_key));
+  const auto attend = [this, first_key](Tape& t, const Var& in) {
+    return attention_half(t, in, nullptr, first_key);
+  };
   const auto feed = [this](Tape& t, const Var& in) { return mlp_half(t, in); };
   BBB_ASSERT(kv == nullptr);
   const Var attended = recompute == Recompute::None ? attend(tape, x) : checkpoint(tape, attend, x);
@@ -625,9 +629,10 @@ Var Llama::embed_tokens(Tape& tape, const Tensor& ids) const {
   return Var(x);
 }
 
-Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute) {
+Var Llama::forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute,
+                   const Tensor& first_key) {
   Var x = embed_tokens(tape, ids);
-  for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute);
+  for (auto& block : blocks_) x = block->forward(tape, x, kv, recompute, first_key);
   return rms_norm(tape, x, norm_.var(), config_.rms_eps);
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "autograd/muon.h"
+#include "data/text.h"
 #include "models/checkpoint.h"
 #include "models/operand.h"
 #include "models/quant_linear.h"
@@ -59,8 +60,10 @@ class LlamaBlock {
   LlamaBlock(Backend& backend, const LlamaConfig& config, int64_t layer, Tensor inv_freq);
 
   // x act (B, T, D) -> (B, T, D). kv: null, or, on an inference tape only, keys and values are
-  // appended at kv->start and attended to. An inference tape ignores `recompute`.
-  Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute);
+  // appended at kv->start and attended to. An inference tape ignores `recompute`. first_key:
+  // undefined, or, without kv, I32 (B, T), the attention's (AttentionSpec).
+  Var forward(Tape& tape, const Var& x, KvCache* kv, Recompute recompute,
+              const Tensor& first_key = {});
 
   // Full-precision weights, rounded to act.
   void set_float(const LayerResult& weights);
@@ -119,7 +122,7 @@ class LlamaBlock {
   int64_t layer() const { return layer_; }
 
  private:
-  Var attention_half(Tape& tape, const Var& x, KvCache* kv);
+  Var attention_half(Tape& tape, const Var& x, KvCache* kv, const Tensor& first_key);
   Var mlp_half(Tape& tape, const Var& x);
   LinearInput tapped(Site site, LinearInput input) const;
   void finish_input_norm();
@@ -178,8 +181,9 @@ class Llama {
   void load_blocks(const Checkpoint& source,
                    const std::function<void(int64_t done)>& progress = nullptr);
 
-  // ids I32 (B, T) -> hidden states after the final norm, act (B, T, D).
-  Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute);
+  // ids I32 (B, T) -> hidden states after the final norm, act (B, T, D). first_key: of every block.
+  Var forward(Tape& tape, const Tensor& ids, KvCache* kv, Recompute recompute,
+              const Tensor& first_key = {});
   // h act (M, D) -> real (M, V).
   Tensor logits(const Tensor& h) const;
   // losses real (M): the cross-entropy of each row of h act (M, D) with its target, I32 (M), and 0
@@ -242,9 +246,10 @@ Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t cou
                       const std::function<void(int64_t done)>& progress, quant::KvFormat kv = {});
 // The same with one block of the model in memory at a time, through which all windows pass. Of
 // `model` embedding, final norm and head are used; load(block) gives a new block its weights.
-// progress(done): blocks done so far.
-Perplexity perplexity_by_blocks(Llama& model, const std::vector<int32_t>& ids, int64_t count,
-                                int64_t seq_len, const std::function<void(LlamaBlock&)>& load,
+// progress(done): blocks done so far. Only the tokens that the windows count are counted: nll is
+// the mean over these tokens.
+Perplexity perplexity_by_blocks(Llama& model, const data::Windows& windows,
+                                const std::function<void(LlamaBlock&)>& load,
                                 const std::function<void(int64_t done)>& progress);
 
 }  // namespace bbb::models

@@ -5,7 +5,6 @@
 #include <optional>
 
 #include "autograd/ops.h"
-#include "data/text.h"
 #include "models/llama.h"
 
 namespace bbb::models {
@@ -77,12 +76,12 @@ void Llama::token_losses(const Tensor& losses, const Tensor& h, const Tensor& ta
 
 namespace {
 
-void check_windows(const Llama& model, const std::vector<int32_t>& ids, int64_t count,
-                   int64_t seq_len) {
-  BBB_ASSERT(static_cast<int64_t>(ids.size()) == count * seq_len);
-  BBB_CHECK(count > 0 && seq_len > 1, "perplexity needs a window of two tokens or more");
+void check_windows(const Llama& model, const data::Windows& windows) {
+  BBB_ASSERT(static_cast<int64_t>(windows.ids.size()) == windows.count * windows.seq_len);
+  BBB_CHECK(windows.count > 0 && windows.seq_len > 1,
+            "perplexity needs a window of two tokens or more");
   const int64_t vocab = model.config().vocab;
-  for (int32_t id : ids)
+  for (int32_t id : windows.ids)
     BBB_CHECK(id >= 0 && id < vocab, "token ", id, " is not in the model's vocabulary of ", vocab);
 }
 
@@ -91,39 +90,60 @@ int64_t windows_at_once(const Backend& backend) {
   return backend.device() == engine::DeviceType::Cuda ? 8 : 1;
 }
 
-// Appends the mean NLL of each of these windows, (batch, T), the first of which has the number
-// `begin`. hidden: after the final norm, act (batch, T, D).
-void add_window_nll(std::vector<double>& window_nll, const Llama& model, const Tensor& hidden,
-                    const int32_t* window, int64_t begin) {
+// Of one window: the tokens that count, and their mean NLL.
+struct WindowNll {
+  int64_t tokens = 0;
+  double nll = 0;
+};
+
+// Appends that of each of these windows, the first of which has the number `begin`. hidden: after
+// the final norm, act (batch, T, D).
+void add_window_nll(std::vector<WindowNll>& window_nll, const Llama& model, const Tensor& hidden,
+                    const data::Windows& windows, int64_t begin) {
   Backend& backend = model.backend();
-  const int64_t batch = hidden.dim(0), seq_len = hidden.dim(1), rows = batch * seq_len;
-  const Tensor targets = upload_ints(backend, data::next_tokens(window, batch, seq_len), {rows});
+  const int64_t seq_len = windows.seq_len, rows = windows.count * seq_len;
+  const std::vector<int32_t> targets = windows.targets();
   const Tensor losses = backend.empty({rows}, backend.real());
-  model.token_losses(losses, hidden.view({rows, hidden.dim(2)}), targets);
+  model.token_losses(losses, hidden.view({rows, hidden.dim(2)}),
+                     upload_ints(backend, targets, {rows}));
   const std::vector<float> host = download_floats(backend, losses);
-  for (int64_t w = 0; w < batch; ++w) {
+  for (int64_t w = 0; w < windows.count; ++w) {
+    WindowNll window;
     double sum = 0;
-    for (int64_t t = 0; t + 1 < seq_len; ++t) sum += host[static_cast<size_t>(w * seq_len + t)];
+    for (int64_t t = 0; t + 1 < seq_len; ++t) {
+      const auto at = static_cast<size_t>(w * seq_len + t);
+      sum += host[at];
+      window.tokens += targets[at] >= 0;
+    }
     const int64_t first = (begin + w) * seq_len;
     BBB_CHECK(std::isfinite(sum), "the loss of window ", begin + w, " (tokens ", first, " to ",
               first + seq_len - 1, ") is ", sum, ": no perplexity can be given");
-    window_nll.push_back(sum / static_cast<double>(seq_len - 1));
+    BBB_ASSERT(window.tokens > 0);
+    window.nll = sum / static_cast<double>(window.tokens);
+    window_nll.push_back(window);
   }
 }
 
-// window_nll: the mean NLL of each window.
-Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len) {
+// A window counts by its tokens: nll is their mean. The standard error is that of a mean of windows
+// with these weights.
+Perplexity perplexity_of(const std::vector<WindowNll>& window_nll) {
   Perplexity result;
   result.windows = static_cast<int64_t>(window_nll.size());
-  result.tokens = result.windows * (seq_len - 1);
+  for (const WindowNll& window : window_nll) result.tokens += window.tokens;
   const double n = static_cast<double>(window_nll.size());
-  for (double nll : window_nll) result.nll += nll / n;
+  const auto weight = [&](const WindowNll& window) {
+    return static_cast<double>(window.tokens) / static_cast<double>(result.tokens);
+  };
+  for (const WindowNll& window : window_nll) result.nll += weight(window) * window.nll;
   result.perplexity = std::exp(result.nll);
   BBB_CHECK(std::isfinite(result.perplexity), "the mean loss is ", result.nll,
             ": its perplexity is beyond F64");
   double squares = 0;
-  for (double nll : window_nll) squares += (nll - result.nll) * (nll - result.nll);
-  if (result.windows > 1) result.nll_stderr = std::sqrt(squares / (n - 1) / n);
+  for (const WindowNll& window : window_nll) {
+    const double off = weight(window) * (window.nll - result.nll);
+    squares += off * off;
+  }
+  if (result.windows > 1) result.nll_stderr = std::sqrt(squares * n / (n - 1));
   return result;
 }
 
@@ -131,61 +151,70 @@ Perplexity perplexity_of(const std::vector<double>& window_nll, int64_t seq_len)
 
 Perplexity perplexity(Llama& model, const std::vector<int32_t>& ids, int64_t count, int64_t seq_len,
                       const std::function<void(int64_t done)>& progress, quant::KvFormat kv) {
-  check_windows(model, ids, count, seq_len);
+  const data::Windows windows{ids, count, seq_len};
+  check_windows(model, windows);
   Backend& backend = model.backend();
-  std::vector<double> window_nll;
+  std::vector<WindowNll> window_nll;
   for (int64_t begin = 0; begin < count; begin += windows_at_once(backend)) {
     const int64_t batch = std::min(windows_at_once(backend), count - begin);
-    const int32_t* window = ids.data() + begin * seq_len;
-    const Tensor tokens =
-        upload_ints(backend, {window, window + batch * seq_len}, {batch, seq_len});
+    const data::Windows part = windows.rows(begin, batch);
+    const Tensor tokens = upload_ints(backend, part.ids, {batch, seq_len});
     Tape tape(backend, autograd::TapeMode::Inference);
     std::optional<KvCache> cache;
     if (kv.quantized()) cache.emplace(backend, model.config(), batch, seq_len, kv);
     const Var hidden = model.forward(tape, tokens, cache ? &*cache : nullptr, Recompute::None);
-    add_window_nll(window_nll, model, hidden.value(), window, begin);
+    add_window_nll(window_nll, model, hidden.value(), part, begin);
     if (progress) progress(begin + batch);
   }
-  return perplexity_of(window_nll, seq_len);
+  return perplexity_of(window_nll);
 }
 
-Perplexity perplexity_by_blocks(Llama& model, const std::vector<int32_t>& ids, int64_t count,
-                                int64_t seq_len, const std::function<void(LlamaBlock&)>& load,
+Perplexity perplexity_by_blocks(Llama& model, const data::Windows& windows,
+                                const std::function<void(LlamaBlock&)>& load,
                                 const std::function<void(int64_t done)>& progress) {
-  check_windows(model, ids, count, seq_len);
+  check_windows(model, windows);
   Backend& backend = model.backend();
   const LlamaConfig& config = model.config();
   // A packed weight is unpacked once a batch: many short windows share it.
   constexpr int64_t kLeastTokens = 2048;
+  const int64_t seq_len = windows.seq_len;
   const int64_t at_once = std::max(windows_at_once(backend), kLeastTokens / seq_len);
-  std::vector<Tensor> hidden;  // of each batch of windows
-  for (int64_t begin = 0; begin < count; begin += at_once) {
-    const int64_t batch = std::min(at_once, count - begin);
-    const int32_t* window = ids.data() + begin * seq_len;
-    const Tensor tokens =
-        upload_ints(backend, {window, window + batch * seq_len}, {batch * seq_len});
-    const Tensor out = backend.empty({batch * seq_len, config.d_model}, backend.act());
-    backend.embed(out, tokens, model.embedding());
-    hidden.push_back(out.view({batch, seq_len, config.d_model}));
+  struct Batch {
+    data::Windows windows;
+    Tensor hidden, first_key;
+  };
+  std::vector<Batch> batches;
+  for (int64_t begin = 0; begin < windows.count; begin += at_once) {
+    const int64_t count = std::min(at_once, windows.count - begin);
+    Batch& batch = batches.emplace_back();
+    batch.windows = windows.rows(begin, count);
+    const Tensor out = backend.empty({count * seq_len, config.d_model}, backend.act());
+    backend.embed(out, upload_ints(backend, batch.windows.ids, {count * seq_len}),
+                  model.embedding());
+    batch.hidden = out.view({count, seq_len, config.d_model});
+    if (!batch.windows.first_key.empty())
+      batch.first_key = upload_ints(backend, batch.windows.first_key, {count, seq_len});
   }
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     LlamaBlock block(backend, config, layer, model.inv_freq());
     load(block);
-    for (Tensor& h : hidden) {
+    for (Batch& batch : batches) {
       Tape tape(backend, autograd::TapeMode::Inference);
-      h = block.forward(tape, Var(h), nullptr, Recompute::None).value();
+      batch.hidden =
+          block.forward(tape, Var(batch.hidden), nullptr, Recompute::None, batch.first_key).value();
     }
     backend.synchronize();  // otherwise progress would run ahead of the device
     if (progress) progress(layer + 1);
   }
-  std::vector<double> window_nll;
-  for (size_t i = 0; i < hidden.size(); ++i) {
+  std::vector<WindowNll> window_nll;
+  int64_t begin = 0;
+  for (const Batch& batch : batches) {
     Tape tape(backend, autograd::TapeMode::Inference);
-    const Var h = autograd::rms_norm(tape, Var(hidden[i]), model.norm().var(), config.rms_eps);
-    const int64_t begin = static_cast<int64_t>(i) * at_once;
-    add_window_nll(window_nll, model, h.value(), ids.data() + begin * seq_len, begin);
+    const Var h = autograd::rms_norm(tape, Var(batch.hidden), model.norm().var(), config.rms_eps);
+    add_window_nll(window_nll, model, h.value(), batch.windows, begin);
+    begin += batch.windows.count;
   }
-  return perplexity_of(window_nll, seq_len);
+  return perplexity_of(window_nll);
 }
 
 }  // namespace bbb::models

@@ -111,8 +111,8 @@ TEST_CASE("answers: the summary's perplexities are those of bbb ppl", "[answers]
     const auto tokenizer = data::load_tokenizer(model.dir / "model");
     train::TrainConfig config;
     config.data = model.dir / "text.txt";
-    const data::Windows windows =
-        data::make_windows(train::training_tokens(*source, *tokenizer, config), 32, config.data);
+    const data::Windows windows = data::make_windows(
+        train::training_tokens(*source, *tokenizer, config), 32, config.data, config.pack);
     const std::vector<int32_t> ids(windows.ids.end() - 4 * 32, windows.ids.end());
     const auto measured = [&](const std::string& path) {
       const auto checkpoint = models::open_checkpoint(path);

@@ -43,9 +43,13 @@ struct Results {
 
 Results run(Backend& b, const AttentionCase& c, int64_t d, const Inputs& in,
             Positions positions = Positions::None, int64_t ds_bytes = AttentionSpec().ds_bytes,
-            double rope_factor = 1) {
+            double rope_factor = 1, const std::vector<int32_t>& first_key = {}) {
   const Shape queries = {c.b, c.t, c.h, d}, keys = {c.b, c.t, c.k, d};
-  const AttentionSpec spec{.window = c.window, .rope_factor = rope_factor, .ds_bytes = ds_bytes};
+  const AttentionSpec spec{
+      .window = c.window,
+      .rope_factor = rope_factor,
+      .ds_bytes = ds_bytes,
+      .first_key = first_key.empty() ? Tensor() : make_ids(b, {c.b, c.t}, first_key)};
   const Tensor inv_freq = positions == Positions::Rotary ? frequencies(b, d) : Tensor();
   const Tensor q = make(b, queries, b.act(), in.q), k = make(b, keys, b.act(), in.k);
   const Tensor v = make(b, keys, b.act(), in.v), dout = make(b, queries, b.act(), in.dout);
@@ -69,11 +73,19 @@ double backward_tolerance(const AttentionCase& c) {
   return 2 * act_epsilon() + real_epsilon() * (128 + static_cast<double>(c.t));
 }
 
-void check(const Results& got, const Results& expected, const AttentionCase& c, int64_t d) {
+// Whether every query sees a single key.
+bool single_key(const AttentionCase& c, const std::vector<int32_t>& first_key) {
+  for (size_t i = 0; i < first_key.size(); ++i)
+    if (first_key[i] != static_cast<int32_t>(i) % c.t) return c.t == 1 || c.window == 1;
+  return !first_key.empty() || c.t == 1 || c.window == 1;
+}
+
+void check(const Results& got, const Results& expected, const AttentionCase& c, int64_t d,
+           const std::vector<int32_t>& first_key = {}) {
   CHECK(relative_error(got.o, expected.o) <= forward_tolerance());
   CHECK(relative_error(got.lse, expected.lse) <= 64 * real_epsilon());
   CHECK(relative_error(got.dv, expected.dv) <= backward_tolerance(c));
-  if (c.t > 1 && c.window != 1) {
+  if (!single_key(c, first_key)) {
     CHECK(relative_error(got.dq, expected.dq) <= backward_tolerance(c));
     CHECK(relative_error(got.dk, expected.dk) <= backward_tolerance(c));
     return;
@@ -96,6 +108,40 @@ void check_case(const AttentionCase& c, int64_t d) {
     const Results expected = run(oracle_f64(), c, d, in, positions);
     check(run(backend(), c, d, in, positions), expected, c, d);
     if (on_cuda()) check(run(backend(), c, d, in, positions, kNoDs), expected, c, d);
+  }
+}
+
+// First keys of documents whose lengths take turns. Each sequence begins with another length.
+std::vector<int32_t> documents(const AttentionCase& c, const std::vector<int64_t>& lengths) {
+  std::vector<int32_t> first_key;
+  for (int64_t b = 0; b < c.b; ++b) {
+    size_t document = static_cast<size_t>(b);
+    int64_t begin = 0;
+    for (int64_t t = 0; t < c.t; ++t) {
+      if (t == begin + lengths[document % lengths.size()]) {
+        begin = t;
+        ++document;
+      }
+      first_key.push_back(static_cast<int32_t>(begin));
+    }
+  }
+  return first_key;
+}
+
+// Documents of one token, ends within and between tiles of 16 to 128 rows, documents longer than a
+// tile, and one document alone.
+void check_documents(const AttentionCase& c, int64_t d) {
+  const Inputs in(c, d);
+  for (const std::vector<int64_t>& lengths :
+       {std::vector<int64_t>{1}, {5, 1, 40, 17}, {64}, {150, 3}, {c.t}}) {
+    CAPTURE(c.b, c.t, c.h, c.k, c.window, d, lengths);
+    const std::vector<int32_t> first_key = documents(c, lengths);
+    const auto within = [&](Backend& b, int64_t ds_bytes) {
+      return run(b, c, d, in, Positions::Rotary, ds_bytes, 1, first_key);
+    };
+    const Results expected = within(oracle_f64(), kNoDs);
+    check(within(backend(), AttentionSpec().ds_bytes), expected, c, d, first_key);
+    if (on_cuda()) check(within(backend(), kNoDs), expected, c, d, first_key);
   }
 }
 
@@ -148,6 +194,70 @@ TEST_CASE("attention over so many heads that their scores' gradients share memor
   check_case({25, 130, 10, 10, 0}, 96);
   check_case({25, 130, 10, 10, 0}, 128);
   check_case({8, 600, 13, 13, 0}, 64);
+}
+
+TEST_CASE("attention within documents, and its gradients", "[attention]") {
+  for (const AttentionCase& c : kCases) check_documents(c, 64);
+}
+
+TEST_CASE("attention within documents, other head sizes and larger shapes", "[attention]") {
+  if (!needs_cuda()) return;
+  for (const int64_t d : {96, 128})
+    for (const AttentionCase& c : kCases) check_documents(c, d);
+  for (const int64_t d : {8, 40, 80, 104, 136, 160, 192, 200, 256}) {
+    check_documents({2, 130, 4, 2, 0}, d);
+    check_documents({1, 300, 3, 1, 100}, d);
+  }
+  for (const int64_t d : {40, 160, 256}) check_documents({12, 129, 22, 11, 100}, d);
+  for (const int64_t d : {64, 96, 128}) {
+    check_documents({1, 2048, 2, 1, 0}, d);
+    check_documents({3, 577, 6, 3, 129}, d);
+    check_documents({12, 129, 22, 11, 0}, d);
+    check_documents({25, 130, 10, 10, 0}, d);  // ds of a part of the heads at a time
+  }
+  check_documents({8, 600, 13, 13, 0}, 64);
+}
+
+TEST_CASE("attention with one document is attention", "[attention]") {
+  const AttentionCase c{2, 200, 4, 2, 0};
+  for (const int64_t d : {64, 96, 128, 160}) {
+    const Inputs in(c, d);
+    const Results plain = run(backend(), c, d, in);
+    const Results one =
+        run(backend(), c, d, in, Positions::None, AttentionSpec().ds_bytes, 1, documents(c, {c.t}));
+    CHECK(one.o == plain.o);
+    CHECK(one.lse == plain.lse);
+    CHECK(one.dq == plain.dq);
+    CHECK(one.dk == plain.dk);
+    CHECK(one.dv == plain.dv);
+  }
+}
+
+// Keys and values of another document may hold anything.
+TEST_CASE("attention within documents does not add what it does not see", "[attention]") {
+  const AttentionCase c{1, 300, 4, 2, 0};
+  const int64_t begin = 131;  // of the second document
+  for (const int64_t d : {64, 128, 160}) {
+    Inputs in(c, d);
+    const std::vector<int32_t> first_key = documents(c, {begin, c.t});
+    const auto within = [&] {
+      return run(backend(), c, d, in, Positions::None, AttentionSpec().ds_bytes, 1, first_key);
+    };
+    const Results before = within();
+    for (size_t i = 0; i < static_cast<size_t>(begin * c.k * d); ++i) {
+      in.k[i] = 8 * in.k[i];  // larger scores than any that the second document sees
+      in.v[i] = -2 * in.v[i];
+    }
+    const Results after = within();
+    const auto second = [&](const std::vector<double>& rows, int64_t heads) {
+      return std::vector<double>(rows.begin() + begin * heads * d, rows.end());
+    };
+    CHECK(second(after.o, c.h) == second(before.o, c.h));
+    CHECK(second(after.dq, c.h) == second(before.dq, c.h));
+    CHECK(second(after.dk, c.k) == second(before.dk, c.k));
+    CHECK(second(after.dv, c.k) == second(before.dv, c.k));
+    CHECK(after.o != before.o);
+  }
 }
 
 TEST_CASE("attention gives the same bytes twice", "[attention]") {

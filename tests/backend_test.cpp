@@ -181,10 +181,20 @@ TEST_CASE("a wrong call names its op and the shapes") {
          b.attention(a({1, 4, 3, 8}), r({1, 3, 4}), a({1, 4, 3, 8}), a({1, 4, 2, 8}),
                      a({1, 4, 2, 8}), {});
        }},
+      {"attention", "first_key must be I32 (1, 4)",
+       [&] {
+         const Tensor x = a({1, 4, 2, 8});
+         b.attention(x, r({1, 2, 4}), x, x, x, {.first_key = i({4})});
+       }},
       {"attention", "lse",
        [&] {
          b.attention(a({1, 4, 2, 8}), r({1, 4, 2}), a({1, 4, 2, 8}), a({1, 4, 2, 8}),
                      a({1, 4, 2, 8}), {});
+       }},
+      {"attention_cached", "takes no first_key",
+       [&] {
+         const Tensor x = a({1, 4, 2, 8});
+         b.attention_cached(x, x, x, x, i({1}), {.first_key = i({1, 4})});
        }},
       {"attention_backward", "inv_freq must be F32 (4)",
        [&] {

@@ -75,6 +75,34 @@ TEST_CASE("chats in real templates give the text and ids of transformers", "[cha
   CHECK(texts > 700);
 }
 
+// The text before an answer is what asks for it, so that training and chatting agree.
+TEST_CASE("an answer begins where the generation prompt ends", "[chat_format]") {
+  const json golden = json::parse(data::read_file(kFolder + "goldens.json"));
+  const std::vector<ChatMessage> chat = {
+      {"user", "Hi"}, {"assistant", "Hello"}, {"user", "Why?"}, {"assistant", "So it is."}};
+  std::set<std::string> names;
+  for (const json& one : golden.at("cases")) names.insert(one.at("template").get<std::string>());
+  std::set<std::string> others;
+  for (const std::string& name : names) {
+    INFO(name);
+    const data::ChatFormat format = real_format(name);
+    const auto whole = format.render_answers(chat, GenerationPrompt::None, context());
+    REQUIRE(whole.answers.size() == 2);
+    for (const auto& answer : whole.answers) {
+      CHECK(answer.begin < answer.content_end);
+      CHECK(answer.content_end <= answer.turn_end);
+      CHECK(answer.turn_end <= whole.text.size());
+    }
+    const auto& last = whole.answers[1];
+    CHECK(whole.text.substr(0, last.content_end).ends_with("So it is."));
+    const std::string asked =
+        format.render({chat.begin(), chat.end() - 1}, GenerationPrompt::Add, context());
+    if (asked != whole.text.substr(0, last.begin)) others.insert(name);
+  }
+  // It prompts a thought, which the turn of an answer leaves out.
+  CHECK(others == std::set<std::string>{"deepseek-r1-distill"});
+}
+
 TEST_CASE("line ends of a chat template do not matter", "[chat_format]") {
   const json golden = json::parse(data::read_file(kFolder + "goldens.json"));
   std::set<std::string> names;

@@ -326,6 +326,81 @@ TEST_CASE("attention's gradient") {
   }
 }
 
+TEST_CASE("attention within documents is that of each document alone, and so are its gradients") {
+  Backend& b = oracle_f64();
+  engine::Rng rng(8);
+  constexpr int64_t kHeads = 4, kKv = 2, kDim = 6;
+  const std::vector<int64_t> lengths = {1, 70, 3, 64, 29};
+  int64_t time = 0;
+  std::vector<int32_t> first_key;
+  for (const int64_t length : lengths) {
+    first_key.insert(first_key.end(), static_cast<size_t>(length), static_cast<int32_t>(time));
+    time += length;
+  }
+  const auto random = [&](int64_t heads) {
+    return make(b, {1, time, heads, kDim}, DType::F64, normal(rng, time * heads * kDim));
+  };
+  const Tensor q = random(kHeads), k = random(kKv), v = random(kKv), dout = random(kHeads);
+  const Tensors all{empty64(q.shape()), empty64(q.shape()), empty64(k.shape()), empty64(k.shape())};
+  for (const int64_t window : {0, 20}) {
+    const AttentionSpec spec{.window = window, .first_key = make_ids(b, {1, time}, first_key)};
+    const Tensor lse = empty64({1, kHeads, time});
+    b.attention(all[0], lse, q, k, v, spec);
+    b.attention_backward(all[1], all[2], all[3], dout, q, k, v, all[0], lse, Tensor(), spec);
+    int64_t begin = 0;
+    for (const int64_t length : lengths) {
+      const auto part = [&](const Tensor& x) {
+        const int64_t width = x.dim(2) * kDim;
+        return x.slice(begin * width, length * width).view({1, length, x.dim(2), kDim});
+      };
+      const Tensors alone{empty64(part(q).shape()), empty64(part(q).shape()),
+                          empty64(part(k).shape()), empty64(part(k).shape())};
+      const Tensor own_lse = empty64({1, kHeads, length});
+      const AttentionSpec own{window};
+      b.attention(alone[0], own_lse, part(q), part(k), part(v), own);
+      b.attention_backward(alone[1], alone[2], alone[3], part(dout), part(q), part(k), part(v),
+                           alone[0], own_lse, Tensor(), own);
+      // A document of one token has no gradient of its scores.
+      for (size_t i = 0; i < all.size(); ++i)
+        if (length > 1 || i == 0 || i == 3)
+          CHECK(relative_error(values_of(b, part(all[i])), values_of(b, alone[i])) < 1e-13);
+      begin += length;
+    }
+  }
+  for (const std::vector<int32_t>& wrong : {std::vector<int32_t>{0, 1, 0}, {0, 2, 2}, {-1, 0, 0}}) {
+    const Tensor x = empty64({1, 3, 1, 2});
+    CHECK_THROWS_WITH(
+        b.attention(x, empty64({1, 1, 3}), x, x, x, {.first_key = make_ids(b, {1, 3}, wrong)}),
+        Catch::Contains("first_key[0, "));
+  }
+}
+
+TEST_CASE("attention's gradient within documents") {
+  Backend& b = oracle_f64();
+  for (const int64_t window : {0, 3}) {
+    const Shape q{2, 9, 4, 4}, k{2, 9, 2, 4}, lse{2, 4, 9};
+    const AttentionSpec spec{.window = window,
+                             .first_key = make_ids(b, {2, 9},
+                                                   {0, 0, 0, 3, 4, 4, 4, 4, 4,  //
+                                                    0, 0, 0, 0, 0, 0, 0, 7, 7})};
+    check_gradient(
+        {q, k, k},
+        [&](const Tensors& in) {
+          const Tensor o = empty64(q);
+          b.attention(o, empty64(lse), in[0], in[1], in[2], spec);
+          return o;
+        },
+        [&](const Tensors& in, const Tensor& dout) {
+          const Tensor o = empty64(q), l = empty64(lse);
+          b.attention(o, l, in[0], in[1], in[2], spec);
+          const Tensors grads{empty64(q), empty64(k), empty64(k)};
+          b.attention_backward(grads[0], grads[1], grads[2], dout, in[0], in[1], in[2], o, l,
+                               Tensor(), spec);
+          return grads;
+        });
+  }
+}
+
 TEST_CASE("rms_norm's gradient, written or added") {
   Backend& b = oracle_f64();
   for (const int64_t rows : {1, 37}) {

@@ -13,7 +13,7 @@ TEST_CASE("demo model: perplexity of the first windows of WikiText-2", "[demo]")
   const std::string path = demo_model(), text = data_file("wiki.test.raw");
   if (path.empty() || text.empty()) return;
   const auto tokenizer = data::load_tokenizer(path);
-  const std::vector<int32_t> ids = data::evaluation_tokens(*tokenizer, data::read_documents(text));
+  const std::vector<int32_t> ids = data::evaluation_tokens(*tokenizer, data::read_texts(text));
   CHECK(ids.size() == 303415);
   const auto source = models::open_checkpoint(path);
   models::Llama model(backend(), *source, models::HeadRounding::None);

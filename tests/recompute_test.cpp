@@ -249,6 +249,8 @@ TEST_CASE("recompute: what single options of either phase keep is counted, too",
       {true, {{"grid-train", "scales"}, {"stages", "w2a16"}}},
       {true, {{"lora-rank", "2"}, {"lora-match", "both"}}},
       {false, {{"lora-rank", "2"}, {"e2e-stages", "w4a16:1,w2a16:1"}}},
+      {true, {{"pack", "documents"}}},
+      {false, {{"pack", "documents"}}},
       {false, {{"e2e-average", "0.9"}}},
       {false, {{"e2e-damping", "1e-4"}, {"e2e-freeze", "flips"}}},
       {false, {{"e2e-loss", "jsd"}}},
@@ -258,6 +260,11 @@ TEST_CASE("recompute: what single options of either phase keep is counted, too",
     run.config.stages = train::parse_stages(blocks ? "w4a16,w2a16" : "");
     run.config.e2e_steps = blocks ? 0 : 2;
     for (const auto& [option, text] : options) set_option(run.config, option, text);
+    if (run.config.pack == train::Packing::Documents) {
+      run.windows.first_key.assign(run.windows.ids.size(), 0);
+      run.windows.counted.assign(run.windows.ids.size(), 1);
+      run.windows.counted[1] = 0;
+    }
     CAPTURE(options[0].first, options[0].second);
     const int64_t predicted =
         blocks ? run.plan_blocks().device_bytes

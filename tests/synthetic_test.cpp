@@ -67,7 +67,8 @@ TEST_CASE("synthetic: trains, exports, and the export is evaluated") {
   const auto tokenizer = data::load_tokenizer("synthetic:tiny");
   const std::string text(600, 'x');
   const auto windows = data::make_windows(
-      data::training_tokens(*tokenizer, {text, text}, tokenizer->document_end()), 32, "text");
+      data::training_tokens(*tokenizer, {{text}, {text}}, tokenizer->document_end()), 32, "text",
+      data::Packing::Stream);
   train::TrainConfig config;
   config.model = "synthetic:tiny";
   config.data = "text";

@@ -202,7 +202,7 @@ TEST_CASE("SmolLM2's vocabulary equals the reference on WikiText-2", "[tokenizer
   const std::string path = data_file("wiki.test.raw");
   const auto tokenizer = demo_tokenizer();
   if (!tokenizer || path.empty()) return;
-  const Ids ids = data::evaluation_tokens(*tokenizer, data::read_documents(path));
+  const Ids ids = data::evaluation_tokens(*tokenizer, data::read_texts(path));
   CHECK(ids.size() == 303415);
   CHECK(ids.size() == goldens().at("smollm").at("wiki_count").get<size_t>());
   CHECK(std::to_string(engine::seed_from(ids.data(), ids.size() * 4)) ==

@@ -52,6 +52,7 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
 
 data::Windows random_windows(const train::TrainConfig& config, int64_t vocab) {
   data::Windows windows = train::blank_windows(config);
+  windows.counted.clear();
   engine::Rng rng(1);
   for (int32_t& id : windows.ids) id = static_cast<int32_t>(rng.below(vocab));
   return windows;

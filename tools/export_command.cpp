@@ -13,7 +13,7 @@ namespace bbb::tools {
 
 // The options of bbb train that an export by rounding takes, too.
 static bool rounds_with(const train::Field& f) {
-  for (const char* name : {"data", "samples", "seq-len", "doc-end"})
+  for (const char* name : {"data", "samples", "seq-len", "doc-end", "pack"})
     if (f.name == std::string(name)) return true;
   return f.group != nullptr && f.group == std::string(train::kGrid);
 }

@@ -39,7 +39,7 @@ int ppl_command(const Arguments& arguments) {
   models::KvCache::check(source->config(), kv);
   const auto tokenizer = data::load_tokenizer(model_path);
   const std::vector<int32_t> tokens =
-      data::evaluation_tokens(*tokenizer, data::read_documents(text_path));
+      data::evaluation_tokens(*tokenizer, data::read_texts(text_path));
   const int64_t positions = source->config().max_position;
   if (!line.has("seq-len")) {
     const int64_t asked = seq_len, count = static_cast<int64_t>(tokens.size());

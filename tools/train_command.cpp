@@ -23,7 +23,7 @@ void inherit(train::TrainConfig& config, const CommandLine& line) {
   const auto kept = [&](const std::string& name) {
     if (name == "model") return !line.has("synthetic");
     for (const char* of_text :
-         {"data", "samples", "val-samples", "seq-len", "doc-end", "e2e-batch"})
+         {"data", "samples", "val-samples", "seq-len", "doc-end", "pack", "e2e-batch"})
       if (name == of_text) return same_text;
     return name == "group-size";
   };
@@ -226,8 +226,8 @@ int train_command(const Arguments& arguments) {
   train::resolve(train::fit_to_data(config, typed, positions, INT64_MAX), source->config(),
                  backend->device());
   source->check_finite();
-  const std::vector<int32_t> tokens = train::training_tokens(*source, *tokenizer, config);
-  const auto count = static_cast<int64_t>(tokens.size());
+  const data::TokenStream tokens = train::training_tokens(*source, *tokenizer, config);
+  const auto count = static_cast<int64_t>(tokens.ids.size());
   const bool by_default = !line.has("stages") && !line.has("method") && !line.has("grid-train") &&
                           !line.has("schedule") && !line.has("e2e-stages") &&
                           line.text("e2e-steps") == "auto" && !starts_from;
@@ -240,11 +240,18 @@ int train_command(const Arguments& arguments) {
     config.stages = {train::Stage{}};
     config.e2e_steps = 0;
   }
-  const train::TrainConfig fitted = train::fit_to_data(config, typed, positions, count);
+  train::TrainConfig fitted = config;
+  fitted.seq_len = train::fit_to_data(config, typed, positions, count).seq_len;
+  const data::Windows windows =
+      data::make_windows(tokens, fitted.seq_len, config.data, config.pack);
+  // The rest is fitted to the windows: those without a token that counts were left out.
+  const auto has_length = [&](const char* option) {
+    return option == std::string("seq-len") || typed(option);
+  };
+  fitted = train::fit_to_data(fitted, has_length, positions, windows.count * fitted.seq_len);
   if (const std::string text = train::describe_fit(config, fitted, positions, count); !text.empty())
     fmt::print("{}\n", text);
-  train::train_windows(*backend, *source, data::make_windows(tokens, fitted.seq_len, config.data),
-                       fitted, train::Observer(), tokenizer.get());
+  train::train_windows(*backend, *source, windows, fitted, train::Observer(), tokenizer.get());
   return 0;
 }
 

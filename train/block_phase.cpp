@@ -113,7 +113,8 @@ class BlockPhase {
     }
     if (&streams_.target() != &streams_.full())
       timed(backend_, time_.streams_s, [&] {
-        streams_.rewrite(streams_.full(), streams_.target(), [](const Tensor& x) { return x; });
+        streams_.rewrite(streams_.full(), streams_.target(),
+                         [](const Tensor& x, const Tensor&) { return x; });
       });
     if (!from_its_start) return;
     run_.append_log({log_line(time_, layer, config_)});
@@ -166,9 +167,9 @@ class BlockPhase {
   }
 
   void advance(LlamaBlock& block, Stream& out, Stream& in) {
-    streams_.rewrite(out, in, [&](const Tensor& x) {
+    streams_.rewrite(out, in, [&](const Tensor& x, const Tensor& first_key) {
       Tape tape(backend_, TapeMode::Inference);
-      return block.forward(tape, Var(x), nullptr, models::Recompute::None).value();
+      return block.forward(tape, Var(x), nullptr, models::Recompute::None, first_key).value();
     });
   }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "autograd/muon.h"
+#include "data/text.h"
 #include "engine/tensor.h"
 #include "models/config.h"
 #include "models/recompute.h"
@@ -51,6 +52,7 @@ enum class Rotate { None, Group };
 enum class Quantizer { MinMax, Seq, Lc };
 enum class LcMap { Scalar, Orthonormal, Learned };
 enum class SplitSideChoice { Weight, Activation, Auto };
+using data::Packing;
 using models::SplitMetric;
 using quant::LcGradient;
 using quant::NestedDequant;
@@ -170,6 +172,7 @@ struct TrainConfig {
   double e2e_damping = 0;  // 0: none
   Freeze e2e_freeze = Freeze::None;
 
+  Packing pack = Packing::Stream;
   std::optional<int32_t> doc_end;  // token id; empty: the vocabulary's own end of document
   int64_t save_every = 0;          // steps between saved states; 0: by the clock
   int threads = 0;                 // 0: all cores

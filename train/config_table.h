@@ -78,7 +78,7 @@ inline constexpr Field kRecompute{
 template <typename Config, typename Visitor>
 void visit_stored(Config& c, const Visitor& v) {
   v(c.model, {"model", kRun, "directory or GGUF file"});
-  v(c.data, {"data", kRun, ".txt, or .jsonl with a \"text\" a line"});
+  v(c.data, {"data", kRun, ".txt, or .jsonl with a \"text\" or a chat's \"messages\" a line"});
   v(c.stages, kStages);
   v(c.bits, {"bits"});
   v(c.act_bits, {"act-bits"});
@@ -252,6 +252,12 @@ void visit_stored(Config& c, const Visitor& v) {
      "steps between states from which a killed run continues; default: by the clock, at most a "
      "twentieth of the time",
      kPositive, "auto"});
+  v(c.pack,
+    {"pack",
+     kRun,
+     "stream: a token attends to all before it in its window; documents: to those of its own "
+     "document",
+     {"stream, documents"}});
   v(c.doc_end,
     {"doc-end", kRun, "token id after each document, instead of the vocabulary's own", kTokenId});
   v(c.threads, {"threads"});  // an option of every command

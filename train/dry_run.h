@@ -30,10 +30,16 @@ struct DryRun {
   Phase phase;
 };
 
-// As many windows as a run of this configuration has, of token 0.
+// As many windows as a run of this configuration has, of token 0, with all that windows can carry:
+// a token that does not count and, of documents, first keys.
 inline data::Windows blank_windows(const TrainConfig& config) {
   const int64_t count = config.samples + config.val_samples;
-  return {std::vector<int32_t>(static_cast<size_t>(count * config.seq_len)), count, config.seq_len};
+  const std::vector<int32_t> zeros(static_cast<size_t>(count * config.seq_len));
+  data::Windows windows{zeros, count, config.seq_len};
+  windows.counted.assign(zeros.size(), 1);
+  if (config.seq_len > 2) windows.counted[1] = 0;
+  if (config.pack == Packing::Documents) windows.first_key = zeros;
+  return windows;
 }
 
 }  // namespace bbb::train

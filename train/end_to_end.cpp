@@ -49,12 +49,20 @@ class EndToEnd {
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
+    batches_.emplace(backend, windows, config, stage, steps_);
+    // The loss is the mean over the tokens of a step that count. A recorded step divides by the
+    // number of all, which its factor puts right.
+    const int64_t all = config.e2e_batch * (config.seq_len - 1);
+    std::vector<double> factors;
+    for (const int64_t counted : batches_->counted()) {
+      factors.push_back(static_cast<double>(all) / static_cast<double>(counted));
+      masked_ = masked_ || counted != all;
+    }
     const size_t precisions = Recipe::precisions(config);
-    if (precisions > 1) weights_.emplace(backend, precisions, steps_);
+    if (precisions > 1 || masked_) weights_.emplace(backend, precisions, steps_, factors);
     const Tensor& masters = student_.parameters().masters();
     if (config.e2e_average > 0) average_ = backend.empty(masters.shape(), backend.real());
     if (config.e2e_freeze == Freeze::Flips) flips_ = backend.zeros(masters.shape(), DType::U8);
-    batches_.emplace(backend, windows, config, stage, steps_);
   }
 
   void run() {
@@ -136,6 +144,7 @@ class EndToEnd {
     for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
       accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
     if (last < StepPart::Backward) return;
+    if (masked_) backend_.scale(loss_, step_weights_.slice(0, 1));  // the first precision's: factor
     student_.finish_backward();
     if (last == StepPart::Backward) return;
     autograd::ParameterSet& parameters = student_.parameters();
@@ -154,7 +163,7 @@ class EndToEnd {
 
   void accumulate(Write mode, StepPart last) {
     const int64_t seq = config_.seq_len, tokens = config_.e2e_micro_batch * seq;
-    const auto [ids, targets] = batches_->next();
+    const TokenBatches::Batch batch = batches_->next();
     if (last == StepPart::Quantize) return;
 
     Tensor teacher_h;
@@ -164,14 +173,17 @@ class EndToEnd {
       const auto teacher_forward = [&] {
         if (!teacher_ || p > 0) return;
         Tape inference(backend_, TapeMode::Inference);
-        teacher_h = teacher_->forward(inference, ids, nullptr, models::Recompute::None)
-                        .value()
-                        .view({tokens, model_.d_model});
+        teacher_h =
+            teacher_
+                ->forward(inference, batch.ids, nullptr, models::Recompute::None, batch.first_key)
+                .value()
+                .view({tokens, model_.d_model});
       };
       const auto student_forward = [&] {
-        if (weights_) student_.select_precision(p);
-        h = autograd::reshape(tape, student_.model().forward(tape, ids, nullptr, recompute_),
-                              {tokens, model_.d_model});
+        if (Recipe::precisions(config_) > 1) student_.select_precision(p);
+        h = autograd::reshape(
+            tape, student_.model().forward(tape, batch.ids, nullptr, recompute_, batch.first_key),
+            {tokens, model_.d_model});
       };
       backend_.overlap(teacher_forward, student_forward);
       const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
@@ -181,7 +193,7 @@ class EndToEnd {
       if (teacher_) teacher = {teacher_h, teacher_->head()};
       const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
       const Var loss = autograd::head_loss(
-          tape, kind, h, student_.model().head_var(), targets.view({tokens}), teacher, scale,
+          tape, kind, h, student_.model().head_var(), batch.targets.view({tokens}), teacher, scale,
           models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
           Tensor(), config_.e2e_jsd_beta,
           weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());
@@ -224,10 +236,11 @@ class EndToEnd {
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
   std::optional<TokenBatches> batches_;
-  Tensor loss_;     // real (1): the loss of the whole step, over all precisions
-  Tensor average_;  // real: of the masters; undefined without --e2e-average
-  Tensor flips_;    // U8: of the masters (Backend::freeze_flips); undefined without it
-  std::optional<LossWeights> weights_;  // of several precisions
+  Tensor loss_;          // real (1): the loss of the whole step, over all precisions
+  Tensor average_;       // real: of the masters; undefined without --e2e-average
+  Tensor flips_;         // U8: of the masters (Backend::freeze_flips); undefined without it
+  bool masked_ = false;  // some token of some step does not count
+  std::optional<LossWeights> weights_;  // of several precisions, or of a masked loss
   Tensor step_weights_;                 // real (precisions): those of the step that is recorded
 };
 

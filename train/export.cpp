@@ -82,9 +82,9 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
         "--range search, --ocs-ratio, --act-outliers, --down-kurtosis, --quantizer lc, "
         "--target-bits and --target-us need --data FILE: they follow from the model's activations "
         "on a text");
-  std::vector<int32_t> tokens;
+  data::TokenStream tokens;
   if (reads_text) tokens = training_tokens(source, tokenizer, config);
-  const auto count = reads_text ? static_cast<int64_t>(tokens.size()) : INT64_MAX;
+  const auto count = reads_text ? static_cast<int64_t>(tokens.ids.size()) : INT64_MAX;
   config.val_samples = 0;  // every window counts
   const TrainConfig asked = config;
   config = fit_to_data(config, typed, model.max_position, count);
@@ -100,7 +100,8 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   Allocation allocation;
   std::vector<LayerResult> starts;
   if (reads_text) {
-    const data::Windows windows = data::make_windows(tokens, config.seq_len, config.data);
+    const data::Windows windows =
+        data::make_windows(tokens, config.seq_len, config.data, config.pack);
     config.samples = std::min(config.samples, windows.count);
     engine::Progress progress("statistics", (allocates(config) ? 2 : 1) * model.layers,
                               engine::Progress::kPatience_s);

@@ -1,5 +1,6 @@
 #include "train/gptq_phase.h"
 
+#include <algorithm>
 #include <optional>
 
 #include "models/ldlq.h"
@@ -139,19 +140,21 @@ class GptqPhase {
     });
     Reader reader = streams_.in_order(streams_.full(), 0, 0, streams_.rows());
     for (int64_t row = 0; row < streams_.rows(); row += config_.batch)
-      forward(block, streams_.as_windows(reader.next()));
+      forward(block, streams_.as_windows(reader.next()),
+              streams_.first_key(row, std::min(config_.batch, streams_.rows() - row)));
     block.set_tap(nullptr);
     return backend_.computes() ? models::download_floats(backend_, hessian) : std::vector<float>();
   }
 
-  Tensor forward(LlamaBlock& block, const Tensor& x) {
+  Tensor forward(LlamaBlock& block, const Tensor& x, const Tensor& first_key) {
     Tape tape(backend_, TapeMode::Inference);
-    return block.forward(tape, Var(x), nullptr, models::Recompute::None).value();
+    return block.forward(tape, Var(x), nullptr, models::Recompute::None, first_key).value();
   }
 
   void advance(LlamaBlock& block) {
-    streams_.rewrite(streams_.full(), streams_.full(),
-                     [&](const Tensor& x) { return forward(block, x); });
+    streams_.rewrite(
+        streams_.full(), streams_.full(),
+        [&](const Tensor& x, const Tensor& first_key) { return forward(block, x, first_key); });
   }
 
   void recompute_stream(int64_t blocks) {

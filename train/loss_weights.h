@@ -1,6 +1,7 @@
 // LossWeights: how much the loss of each precision counts when several train at once (numerics.md
-// section 4). The first always counts 1; the others start at 0.1 and ramp linearly to 1. The
-// weights of all steps are on the device, so that a recorded step finds its own.
+// section 4). The first always counts 1; the others start at 0.1 and ramp linearly to 1. A step may
+// have a factor, which multiplies all. The weights of all steps are on the device, so that a
+// recorded step finds its own.
 #pragma once
 
 #include <numeric>
@@ -14,14 +15,18 @@ class LossWeights {
  public:
   static constexpr double kStart = 0.1;
 
-  LossWeights(engine::Backend& backend, size_t precisions, int64_t steps) : backend_(backend) {
+  // factors: of each step; empty: 1.
+  LossWeights(engine::Backend& backend, size_t precisions, int64_t steps,
+              const std::vector<double>& factors = {})
+      : backend_(backend) {
     const auto count = static_cast<int64_t>(precisions);
     std::vector<float> weights;
     for (int64_t step = 0; step < steps; ++step) {
       const double done =
           steps > 1 ? static_cast<double>(step) / static_cast<double>(steps - 1) : 1;
+      const double factor = factors.empty() ? 1 : factors[static_cast<size_t>(step)];
       for (int64_t p = 0; p < count; ++p)
-        weights.push_back(static_cast<float>(p == 0 ? 1 : kStart + (1 - kStart) * done));
+        weights.push_back(static_cast<float>(factor * (p == 0 ? 1 : kStart + (1 - kStart) * done)));
     }
     table_ = models::upload_as(backend, weights, {steps, count}, backend.real());
     std::vector<int32_t> order(static_cast<size_t>(steps));

@@ -148,8 +148,12 @@ std::string checksum_of(const Parts& parts) {
 }
 
 std::string data_checksum(const data::Windows& windows) {
-  return data::hex(data::checksum64(windows.ids.data(),
-                                    static_cast<int64_t>(windows.ids.size() * sizeof(int32_t))));
+  const auto of = []<typename T>(const std::vector<T>& values) {
+    return data::hex(
+        data::checksum64(values.data(), static_cast<int64_t>(values.size() * sizeof(T))));
+  };
+  if (windows.counted.empty() && windows.first_key.empty()) return of(windows.ids);
+  return data::hex(data::checksum64(of(windows.ids) + of(windows.counted) + of(windows.first_key)));
 }
 
 static std::string difference(const Parts& a, const Parts& b) {

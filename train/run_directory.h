@@ -52,7 +52,8 @@ Parts model_parts(const models::Checkpoint& source);
 // Parts: the tokenizer files that an export carries.
 Parts tokenizer_parts(const data::Tokenizer& tokenizer);
 std::string checksum_of(const Parts& parts);
-std::string data_checksum(const data::Windows& windows);  // of all token ids
+// Of all token ids, and of what the windows count and attend to.
+std::string data_checksum(const data::Windows& windows);
 // The name of the first part that differs or that one side lacks; "" if all are equal. A run that
 // was given tokens has no tokenizer parts and matches any tokenizer.
 std::string difference(const RunIdentity& a, const RunIdentity& b);

@@ -234,6 +234,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
   const auto gather = [&](size_t i) { return streams_.step_input(*inputs[i], i, order_, cursor); };
   Tensor x = gather(input);
   const engine::Rows y = streams_.step_target(inputs.size(), order_, cursor);
+  const Tensor first_key = streams_.step_first_key(order_, cursor);
   const Tensor weights = weights_ ? weights_->at(cursor) : Tensor();
   const std::vector<autograd::Anchor> anchors = this->anchors(t);
   Tensor target = y.src;
@@ -249,7 +250,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
     Tape tape(backend_, TapeMode::Training);
     if (weights_) block_.select_precision(p);
     const auto forward = [&] {
-      const Var out = block_.forward(tape, Var(x), nullptr, recompute_);
+      const Var out = block_.forward(tape, Var(x), nullptr, recompute_, first_key);
       if (!weights_) return out;
       return autograd::weighted(tape, out, weights.slice(static_cast<int64_t>(p), 1));
     };
@@ -293,7 +294,8 @@ void StageTrainer::add_validation(Stream& input) {
     const int64_t count = std::min(config_.batch, rows - row);
     Tape tape(backend_, TapeMode::Inference);
     const Var x(streams_.as_windows(inputs.next()));
-    const Var y = block_.forward(tape, x, nullptr, models::Recompute::None);
+    const Var y =
+        block_.forward(tape, x, nullptr, models::Recompute::None, streams_.first_key(row, count));
     const Var loss = autograd::mse(tape, y, streams_.as_windows(targets.next()));
     backend_.sum(validation_, loss.value(),
                  static_cast<double>(count) / static_cast<double>(config_.val_samples),

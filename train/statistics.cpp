@@ -41,6 +41,9 @@ class Collector {
     if (backend.computes()) backend.upload(ids, windows.ids.data());
     stream_ = backend.empty({tokens_, model_.d_model}, backend.act());
     backend.embed(stream_, ids, model.embedding());
+    if (config.pack == Packing::Stream) return;
+    first_key_ = backend.empty({windows_, config.seq_len}, DType::I32);
+    if (backend.computes()) backend.upload(first_key_, windows.first_key.data());
   }
 
   // The statistics of a layer in each of its layouts.
@@ -173,7 +176,8 @@ class Collector {
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
-      const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None).value();
+      const Tensor first_key = first_key_.defined() ? first_key_.rows(begin, count) : Tensor();
+      const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None, first_key).value();
       if (advance == Advance::Yes) backend_.copy(rows, y.view(rows.shape()));
     }
     block.set_tap(nullptr);
@@ -294,6 +298,7 @@ class Collector {
   const int64_t windows_, tokens_;
   std::array<LinearShape, models::kSites> sites_;  // one linear of each
   Tensor inv_freq_, stream_;
+  Tensor first_key_;  // of the windows, if they hold documents apart
 };
 
 }  // namespace

@@ -64,9 +64,13 @@ std::vector<Stream*> StreamSet::inputs(size_t t) const {
 
 void StreamSet::embed(const Tensor& table, const data::Windows& windows) {
   const int64_t seq = config_.seq_len;
-  std::vector<int32_t> ids(windows.ids.begin(), windows.ids.begin() + config_.samples * seq);
-  ids.insert(ids.end(), windows.ids.end() - (rows_ - config_.samples) * seq, windows.ids.end());
-  const Tensor tokens = models::upload_ints(backend_, ids, {rows_ * seq});
+  const auto rows_of = [&](const std::vector<int32_t>& all) {
+    std::vector<int32_t> rows(all.begin(), all.begin() + config_.samples * seq);
+    rows.insert(rows.end(), all.end() - (rows_ - config_.samples) * seq, all.end());
+    return models::upload_ints(backend_, rows, {rows_, seq});
+  };
+  const Tensor tokens = rows_of(windows.ids).view({rows_ * seq});
+  if (config_.pack == Packing::Documents) first_key_ = rows_of(windows.first_key);
   for (Stream* stream : streams_) {
     Writer writer(backend_, *stream, ring(0));
     for (int64_t row = 0; row < rows_; row += config_.batch) {
@@ -101,6 +105,17 @@ Tensor StreamSet::step_input(const Stream& stream, size_t ring_index, const Tens
 engine::Rows StreamSet::step_target(size_t ring_index, const Tensor& order, const Tensor& cursor) {
   if (target_->tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
   return {target_->resident(), order, cursor};
+}
+
+Tensor StreamSet::first_key(int64_t row, int64_t count) const {
+  return first_key_.defined() ? first_key_.rows(row, count) : Tensor();
+}
+
+Tensor StreamSet::step_first_key(const Tensor& order, const Tensor& cursor) {
+  if (!first_key_.defined()) return {};
+  const Tensor batch = backend_.empty({config_.batch, config_.seq_len}, engine::DType::I32);
+  backend_.gather_rows(batch, {first_key_, order, cursor});
+  return batch;
 }
 
 StepFeed::StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>& order,

@@ -6,6 +6,7 @@
 //   target()   y; with --input-stream same it is full(), overwritten
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -40,21 +41,25 @@ class StreamSet {
   std::vector<Stream*> inputs(size_t t) const;
 
   // full() and every stage(t) become the embeddings of the training and then the validation
-  // windows.
+  // windows. Keeps their first keys.
   void embed(const engine::Tensor& table, const data::Windows& windows);
-  // out = change(in), batch by batch; out may be in.
+  // out = change(in, their first keys), batch by batch; out may be in.
   template <typename Change>
   void rewrite(Stream& out, Stream& in, const Change& change) {
     Reader reader = in_order(in, 0, 0, rows_);
     Writer writer(backend_, out, ring(1));
     for (int64_t row = 0; row < rows_; row += config_.batch)
-      writer.write(row, change(as_windows(reader.next())));
+      writer.write(row, change(as_windows(reader.next()),
+                               first_key(row, std::min(config_.batch, rows_ - row))));
     writer.finish();
   }
   // Reads rows [begin, end) in order.
   Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end);
   int64_t rows() const { return rows_; }
   engine::Tensor as_windows(const engine::Tensor& rows) const;  // (n, T, D)
+  // The attention's, I32 (count, T), of rows [row, row + count); undefined without --pack
+  // documents.
+  engine::Tensor first_key(int64_t row, int64_t count) const;
 
   // The batch of a recorded step: input, act (batch, T, D), and target. If the stream is on the
   // device, the step gathers the batch itself, by `order` and `cursor`. Otherwise StepFeed puts it
@@ -63,6 +68,7 @@ class StreamSet {
                             const engine::Tensor& cursor);
   engine::Rows step_target(size_t ring_index, const engine::Tensor& order,
                            const engine::Tensor& cursor);
+  engine::Tensor step_first_key(const engine::Tensor& order, const engine::Tensor& cursor);
 
  private:
   friend class StepFeed;
@@ -76,6 +82,7 @@ class StreamSet {
   std::vector<std::unique_ptr<Stream>> store_;
   std::vector<Stream*> streams_;
   Stream* target_ = nullptr;
+  engine::Tensor first_key_;  // I32 (rows, T), always on the device
 };
 
 // Feeds the steps [begin, end) of a stage with batches from streams that are not on the device.

@@ -29,8 +29,7 @@ std::pair<double, double> perplexities(Backend& backend, const Checkpoint& sourc
   const auto measure = [&](const models::LoadOuter& outer, const auto& load) {
     models::Llama outside(backend, source, models::HeadRounding::None);
     if (outer) outside.load_outer(outer, models::HeadRounding::BFloat16);
-    return models::perplexity_by_blocks(outside, validation.ids, validation.count,
-                                        validation.seq_len, load,
+    return models::perplexity_by_blocks(outside, validation, load,
                                         [&](int64_t) { progress.set(++done); })
         .perplexity;
   };
@@ -63,7 +62,7 @@ data::Windows validation_windows(const data::Windows& windows, const TrainConfig
   const int64_t most = std::max(kLeast, config.samples / kShare);
   const int64_t count =
       std::clamp<int64_t>(windows.count - config.samples, 0, std::min(config.val_samples, most));
-  return {{windows.ids.end() - count * windows.seq_len, windows.ids.end()}, count, windows.seq_len};
+  return windows.rows(windows.count - count, count);
 }
 
 std::string next_commands(const TrainConfig& config) {

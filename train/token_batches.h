@@ -5,6 +5,9 @@
 //   cursor   the next micro-batch, counted over all steps
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "data/text.h"
 #include "models/quant_linear.h"
 #include "train/run_directory.h"
@@ -19,15 +22,30 @@ class TokenBatches {
                size_t stage, int64_t steps)
       : backend_(backend), config_(config) {
     const int64_t rows = config.samples, seq = config.seq_len;
-    const std::vector<int32_t> ids(windows.ids.begin(), windows.ids.begin() + rows * seq);
-    ids_ = models::upload_ints(backend, ids, {rows, seq});
-    targets_ = models::upload_ints(backend, data::next_tokens(ids.data(), rows, seq), {rows, seq});
+    const data::Windows used = windows.rows(0, rows);
+    const std::vector<int32_t> targets = used.targets();
+    ids_ = models::upload_ints(backend, used.ids, {rows, seq});
+    targets_ = models::upload_ints(backend, targets, {rows, seq});
+    if (!used.first_key.empty())
+      first_key_ = models::upload_ints(backend, used.first_key, {rows, seq});
     // Sub-seed 0: those of block training start at 1.
-    order_ = models::upload_ints(
-        backend, sample_order(sub_seed(config.seed, 0, stage), rows, config.e2e_batch, steps),
-        {steps * config.e2e_batch});
+    const std::vector<int32_t> order =
+        sample_order(sub_seed(config.seed, 0, stage), rows, config.e2e_batch, steps);
+    order_ = models::upload_ints(backend, order, {steps * config.e2e_batch});
     cursor_ = backend.empty({1}, engine::DType::I32);
+    std::vector<int64_t> of_window;
+    for (auto window = targets.begin(); window != targets.end(); window += seq) {
+      of_window.push_back(std::count_if(window, window + seq, [](int32_t id) { return id >= 0; }));
+      BBB_ASSERT(of_window.back() > 0);  // as make_windows() promises: no step counts nothing
+    }
+    counted_.resize(static_cast<size_t>(steps));
+    for (size_t i = 0; i < order.size(); ++i)
+      counted_[i / static_cast<size_t>(config.e2e_batch)] +=
+          of_window[static_cast<size_t>(order[i])];
   }
+
+  // How many tokens each step's loss counts, over its whole batch.
+  const std::vector<int64_t>& counted() const { return counted_; }
 
   // The next step will be `step`.
   void rewind(int64_t step) const {
@@ -36,15 +54,19 @@ class TokenBatches {
   }
 
   struct Batch {
-    engine::Tensor ids, targets;  // I32 (e2e_micro_batch, T); targets as data::next_tokens()
+    // I32 (e2e_micro_batch, T), as those of data::Windows; first_key undefined if it has none.
+    engine::Tensor ids, targets, first_key;
   };
   // Recorded: gathers the next micro-batch.
   Batch next() const {
     const engine::Shape shape{config_.e2e_micro_batch, config_.seq_len};
-    const Batch batch{backend_.empty(shape, engine::DType::I32),
-                      backend_.empty(shape, engine::DType::I32)};
-    backend_.gather_rows(batch.ids, {ids_, order_, cursor_});
-    backend_.gather_rows(batch.targets, {targets_, order_, cursor_});
+    const auto gather = [&](const engine::Tensor& rows) {
+      if (!rows.defined()) return engine::Tensor();
+      const engine::Tensor batch = backend_.empty(shape, engine::DType::I32);
+      backend_.gather_rows(batch, {rows, order_, cursor_});
+      return batch;
+    };
+    const Batch batch{gather(ids_), gather(targets_), gather(first_key_)};
     backend_.advance(cursor_);
     return batch;
   }
@@ -52,9 +74,10 @@ class TokenBatches {
  private:
   engine::Backend& backend_;
   const TrainConfig& config_;
-  engine::Tensor ids_, targets_;  // I32 (samples, T)
-  engine::Tensor order_;          // I32 (steps * e2e_batch): the windows of all steps
-  engine::Tensor cursor_;         // I32 (1)
+  engine::Tensor ids_, targets_, first_key_;  // I32 (samples, T)
+  engine::Tensor order_;                      // I32 (steps * e2e_batch): the windows of all steps
+  engine::Tensor cursor_;                     // I32 (1)
+  std::vector<int64_t> counted_;              // of all steps
 };
 
 }  // namespace bbb::train

@@ -74,14 +74,15 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
 
 }  // namespace
 
-std::vector<int32_t> training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
-                                     const TrainConfig& config) {
+data::TokenStream training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                  const TrainConfig& config) {
   const int32_t doc_end =
       config.doc_end ? *config.doc_end : tokenizer.document_end(source.stop_ids());
   if (doc_end < 0 || doc_end >= source.config().vocab)
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
-  return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end);
+  return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end,
+                               source.stop_ids(), source.path());
 }
 
 namespace {
@@ -227,6 +228,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
             windows.count, " windows of ", windows.seq_len,
             " tokens, but --samples and --val-samples ask for ", wanted);
+  BBB_CHECK(windows.first_key.empty() == (config.pack == Packing::Stream), config.data,
+            ": was cut into windows with another --pack");
   for (int32_t id : windows.ids)
     BBB_CHECK(id >= 0 && id < model.vocab, config.data, ": token ", id,
               " is not in the model's vocabulary of ", model.vocab);

@@ -47,9 +47,9 @@ struct Observer {
   }
 };
 
-// The tokens of config.data, with the end of a document behind each.
-std::vector<int32_t> training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
-                                     const TrainConfig& config);
+// The tokens of config.data (data::training_tokens).
+data::TokenStream training_tokens(const Checkpoint& source, const data::Tokenizer& tokenizer,
+                                  const TrainConfig& config);
 
 // Creates or resumes the run in config.out. A finished run is not changed. Throws if the directory
 // holds something else, or a run with another configuration, model or data. Of the windows the

@@ -5,7 +5,7 @@
 //
 // A task takes kQueryBlock queries of one head and the strip of keys that any of them sees, so a
 // thread holds kQueryBlock x S scores, never T x T. BLAS computes the products on the strip. Scores
-// that causality or the window hides are set to zero after the exponential.
+// that causality, the window or the first key hides are set to zero after the exponential.
 //
 // Backward: a task owns one kv-head of one batch row, with its dk and dv. It goes through the
 // group's query heads and their blocks in order, so every sum has one order. Gradients of rotated q
@@ -41,23 +41,38 @@ struct Keys {
   int64_t begin, end;
 };
 
-Keys visible(int64_t position, const AttentionSpec& spec) {
-  return {spec.window > 0 ? std::max<int64_t>(0, position + 1 - spec.window) : 0, position + 1};
+// first_key: of each position; null: 0.
+Keys visible(int64_t position, const AttentionSpec& spec, const int32_t* first_key = nullptr) {
+  const int64_t first = first_key == nullptr ? 0 : first_key[position];
+  return {spec.window > 0 ? std::max(first, position + 1 - spec.window) : first, position + 1};
+}
+
+// The first keys of sequence b of T positions, null if there are none. Throws unless they are in
+// order.
+const int32_t* first_keys(const AttentionSpec& spec, int64_t b, int64_t time) {
+  if (!spec.first_key.defined()) return nullptr;
+  const int32_t* const keys = spec.first_key.data<int32_t>() + b * time;
+  int32_t before = 0;
+  for (int64_t t = 0; t < time; before = keys[t++])
+    BBB_CHECK(keys[t] >= before && keys[t] <= t, "attention: first_key[", b, ", ", t, "] is ",
+              keys[t], " behind ", before);
+  return keys;
 }
 
 // Attention of `rows` queries q (row stride ldq) to one head of k and v (row stride ldk), which
 // start at the first visible key. Row r is at position first + r. lse: null, or one value per row.
 template <typename T>
 void attend(T* o, T* lse, const T* q, int64_t ldq, const T* k, const T* v, int64_t ldk,
-            int64_t rows, int64_t d, int64_t first, const AttentionSpec& spec) {
+            int64_t rows, int64_t d, int64_t first, const AttentionSpec& spec,
+            const int32_t* first_key = nullptr) {
   static thread_local std::vector<T> strip;
-  const int64_t low = visible(first, spec).begin;
+  const int64_t low = visible(first, spec, first_key).begin;
   const int64_t width = visible(first + rows - 1, spec).end - low;
   const T scale = static_cast<T>(1.0 / std::sqrt(static_cast<double>(d)));
   T* scores = scratch(strip, rows * width);
   blas_gemm(CblasNoTrans, CblasTrans, rows, width, d, scale, q, ldq, k, ldk, T{0}, scores, width);
   for (int64_t r = 0; r < rows; ++r) {
-    const Keys keys = visible(first + r, spec);
+    const Keys keys = visible(first + r, spec, first_key);
     T* row = scores + r * width;
     T *begin = row + (keys.begin - low), *end = row + (keys.end - low);
     const int64_t n = end - begin;
@@ -242,9 +257,11 @@ void CpuBackend<T>::do_attention(const Tensor& o, const Tensor& lse, const Tenso
     const int64_t t = (blocks - 1 - task / (batch * heads)) * kQueryBlock;
     const int64_t h = task % heads, b = task / heads % batch;
     const int64_t at_q = (b * time + t) * ldq + h * d;
-    const int64_t at_k = (b * time + visible(t, spec).begin) * ldk + h / group * d;
+    const int32_t* const first_key = first_keys(spec, b, time);
+    const int64_t at_k = (b * time + visible(t, spec, first_key).begin) * ldk + h / group * d;
     attend(data(o) + at_q, data(lse) + (b * heads + h) * time + t, data(q) + at_q, ldq,
-           data(k) + at_k, data(v) + at_k, ldk, std::min(kQueryBlock, time - t), d, t, spec);
+           data(k) + at_k, data(v) + at_k, ldk, std::min(kQueryBlock, time - t), d, t, spec,
+           first_key);
   });
 }
 
@@ -263,10 +280,11 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
     static thread_local std::vector<T> p_strip, ds_strip;
     const int64_t b = task / kv_heads, kv = task % kv_heads;
     const int64_t at_k = b * time * ldk + kv * d;
+    const int32_t* const first_key = first_keys(spec, b, time);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t t = 0; t < time; t += kQueryBlock) {
         const int64_t rows = std::min(kQueryBlock, time - t), at_q = (b * time + t) * ldq + h * d;
-        const int64_t low = visible(t, spec).begin, width = t + rows - low;
+        const int64_t low = visible(t, spec, first_key).begin, width = t + rows - low;
         const T *q_block = data(q) + at_q, *do_block = data(dout) + at_q;
         const T *o_block = data(o) + at_q, *lse_row = data(lse) + (b * heads + h) * time + t;
         const T *k_strip = data(k) + at_k + low * ldk, *v_strip = data(v) + at_k + low * ldk;
@@ -278,7 +296,7 @@ void CpuBackend<T>::do_attention_backward(const Tensor& dq, const Tensor& dk, co
         blas_gemm(CblasNoTrans, CblasTrans, rows, width, d, T{1}, do_block, ldq, v_strip, ldk, T{0},
                   ds, width);
         for (int64_t r = 0; r < rows; ++r) {
-          const Keys keys = visible(t + r, spec);
+          const Keys keys = visible(t + r, spec, first_key);
           const int64_t from = keys.begin - low, to = keys.end - low;
           const T *g = do_block + r * ldq, *out = o_block + r * ldq;
           const T delta = lane_sum<T>(d, [=](int64_t i) { return g[i] * out[i]; });
