@@ -26,20 +26,27 @@ Sensitivity::Sensitivity(engine::Backend& backend, const models::Checkpoint& sou
   const int64_t streams = 1 + source.config().layers * models::kSites;
   const Tensor ids = backend.empty({tokens_}, DType::I32);
   if (backend.computes()) backend.upload(ids, windows.ids.data());
+  if (config.pack == Packing::Documents) {
+    first_key_ = backend.empty({windows_, config.seq_len}, DType::I32);
+    if (backend.computes()) backend.upload(first_key_, windows.first_key.data());
+  }
   streams_ = backend.empty({streams * tokens_, source.config().d_model}, backend.act());
   backend.embed(stream(0), ids, model_.embedding());
 }
 
 void Sensitivity::pass(models::LlamaBlock& block, const Tensor& out, const Tensor& in) {
   const int64_t width = in.dim(1), count = in.dim(0) / config_.seq_len;
-  for (int64_t begin = 0; begin < count; begin += config_.batch) {
-    const int64_t windows = std::min(config_.batch, count - begin);
+  // The rows are those of the windows, once or several times; first keys are for one time.
+  for (int64_t begin = 0, windows; begin < count; begin += windows) {
+    const int64_t window = begin % windows_;
+    windows = std::min(config_.batch, first_key_.defined() ? windows_ - window : count - begin);
     const auto rows = [&](const Tensor& stream) {
       return stream.rows(begin * config_.seq_len, windows * config_.seq_len);
     };
     Tape tape(backend_, TapeMode::Inference);
     const Var x(rows(in).view({windows, config_.seq_len, width}));
-    const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None).value();
+    const Tensor first_key = first_key_.defined() ? first_key_.rows(window, windows) : Tensor();
+    const Tensor y = block.forward(tape, x, nullptr, models::Recompute::None, first_key).value();
     backend_.copy(rows(out), y.view({windows * config_.seq_len, width}));
   }
 }

@@ -42,8 +42,9 @@ class Sensitivity {
   const TrainConfig& config_;
   models::Llama model_;  // without blocks
   int64_t windows_, tokens_;
-  engine::Tensor
-      streams_;  // act: the full-precision one, then those of all sites, (tokens, D) each
+  // act: the full-precision one, then those of all sites, (tokens, D) each.
+  engine::Tensor streams_;
+  engine::Tensor first_key_;  // of the windows, if they hold documents apart
 };
 
 // Allocates on `backend` the most that a pass holds.
