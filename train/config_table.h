@@ -48,7 +48,6 @@ inline constexpr Rule kRatios{"a ratio above 0 and below 1, or two with a comma 
                               [](double x) { return x > 0 && x < 1; }};
 inline constexpr Rule kFraction{"a number of at least 0, below 1",
                                 [](double x) { return x >= 0 && x < 1; }};
-inline constexpr Rule kAboveZero{"a number above 0", [](double x) { return x > 0; }};
 inline constexpr Rule kNotNegative{"a number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kAboveZero{"a number above 0", [](double x) { return float(x) > 0; }};
 inline constexpr Rule kRatio{"a ratio above 0, at most 1",
@@ -87,8 +86,7 @@ void visit_stored(Config& c, const Visitor& v) {
     {"quantizer",
      kGrid,
      "of weights: minmax (groups with a scale and a zero point), seq (a scale alone, levels on "
-     "both "
-     "sides of 0; at most 4 bits), or lc (an affine map of codes in vectors of four, between "
+     "both sides of 0; at most 4 bits), or lc (an affine map of codes in vectors of four, between "
      "Hadamard transforms; w2a16)",
      {"minmax, seq, lc"}});
   v(c.lc_map,
@@ -126,8 +124,7 @@ void visit_stored(Config& c, const Visitor& v) {
                    {"weight, activation, auto"}});
   v(c.target_bits, {"target-bits", kGrid,
                     "bits a weight of all linears: gives each of a layer's four inputs the bits "
-                    "(2, 3 or 4), split "
-                    "channels and outliers that lose least",
+                    "(2, 3 or 4), split channels and outliers that lose least",
                     kAboveZero, "none"});
   v(c.target_us, {"target-us", kGrid,
                   "the same for microseconds a token: of all products of one row on this device",
