@@ -237,7 +237,7 @@ void check_allocation(const TrainConfig& c, const models::LlamaConfig& model,
   want(c.any_precision.empty(),
        cat(option, " chooses codes of 2 to 4 bits: no --any-precision, whose codes are nested"));
   want(c.quantizer == Quantizer::MinMax,
-       cat(option, " chooses bits of groups with zero points: no --quantizer lc or seq"));
+       cat(option, " chooses bits and splits of groups: it is for --quantizer minmax"));
   want(c.ocs_ratio.empty(),
        cat(option, " chooses the split channels of every input: no --ocs-ratio"));
   want(c.split_side != SplitSideChoice::Auto,
