@@ -540,7 +540,7 @@ TEST_CASE("checkpoint: quantization_config is checked exactly") {
       {"\"bits\": 2", "\"bits\": 5", "unsupported bits 5"},
       {"\"bits\": 2", "\"bits\": \"2\"", "unsupported bits \"2\""},
       {"\"group_size\": 32", "\"group_size\": 16", "unsupported group_size 16"},
-      {"\"symmetric\": false", "\"symmetric\": true", "unsupported symmetric true"},
+      {"\"symmetric\": false", "\"symmetric\": true", "zeros' is one too many"},
       {"\"activation_bits\": 16", "\"activation_bits\": 5", "unsupported activation_bits 5"},
       {"\"nested\": false", "\"nested\": true", "nested codes of 2 bits"},
       {"\"nested\": false", "\"nested\": 1", "unsupported nested 1"},
