@@ -452,7 +452,8 @@ TEST_CASE("allocation: options that fix what it chooses are refused by name", "[
   } cases[] = {
       {{{"target-us", "100"}}, "give one of --target-bits and --target-us"},
       {{{"any-precision", "8,4,2"}, {"range", "minmax"}}, "no --any-precision"},
-      {{{"quantizer", "lc"}, {"range", "minmax"}, {"rotate", "none"}}, "it is for --quantizer minmax"},
+      {{{"quantizer", "lc"}, {"range", "minmax"}, {"rotate", "none"}},
+       "it is for --quantizer minmax"},
       {{{"ocs-ratio", "0.1"}},
        "--target-bits chooses the split channels of every input: no "
        "--ocs-ratio"},
