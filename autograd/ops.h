@@ -38,8 +38,9 @@ Var embed(Tape& tape, const Tensor& ids, const Var& table);
 // mean((x - y)^2), real (1); y is a constant: of x's shape, or a batch of x.dim(0) rows.
 Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 
-// What anchors the activations x (.., D) to y, likewise, a constant: a loss beside another one of
-// the same tape, whose backward() runs both. D channels, M rows.
+// What anchors the activations x (.., D) to y, likewise, a constant (the distribution matching of
+// the paper's appendix B.3): a loss beside another one of the same tape, whose backward() runs
+// both. D channels, M rows.
 //   Moments  the means and standard deviations of the channels (Backend::match_moments)
 //   Kl       weight / M sum_m KL(softmax(y[m]) || softmax(x[m])) over the channels
 enum class Anchor { Moments, Kl };
