@@ -65,7 +65,7 @@ struct Windows {
   int64_t count = 0;
   int64_t seq_len = 0;
   std::vector<uint8_t> counted = {};    // as the stream's; empty: every token counts
-  std::vector<int32_t> first_key = {};  // Backend::attention's, of Documents; else empty
+  std::vector<int32_t> first_key = {};  // of Documents (engine::AttentionSpec); else empty
 
   Windows rows(int64_t begin, int64_t n) const;  // windows begin .. begin + n - 1
   // What the positions of these windows predict, (rows, seq_len): the next token; -1 where it does

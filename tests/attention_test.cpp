@@ -225,11 +225,12 @@ TEST_CASE("attention with one document is attention", "[attention]") {
     const Results plain = run(backend(), c, d, in);
     const Results one =
         run(backend(), c, d, in, Positions::None, AttentionSpec().ds_bytes, 1, documents(c, {c.t}));
-    CHECK(one.o == plain.o);
-    CHECK(one.lse == plain.lse);
-    CHECK(one.dq == plain.dq);
-    CHECK(one.dk == plain.dk);
-    CHECK(one.dv == plain.dv);
+    // Two kernels on a GPU, which a compiler may round differently.
+    CHECK(relative_error(one.o, plain.o) <= act_epsilon());
+    CHECK(relative_error(one.lse, plain.lse) <= 64 * real_epsilon());
+    CHECK(relative_error(one.dq, plain.dq) <= act_epsilon());
+    CHECK(relative_error(one.dk, plain.dk) <= act_epsilon());
+    CHECK(relative_error(one.dv, plain.dv) <= act_epsilon());
   }
 }
 

@@ -145,8 +145,12 @@ TEST_CASE("documents: those that fill their windows train like windows of their 
     fixture.windows = {windows.ids, 2 * windows.count, kHalf};
     const std::vector<double> alone = losses(fixture, halves);
     REQUIRE(packed.size() == 5);
-    for (size_t i = 0; i < packed.size(); ++i)
+    const auto gradients = [](const TrainConfig& config) { return log_lines(config.out, "e2e"); };
+    for (size_t i = 0; i < packed.size(); ++i) {
       CHECK(packed[i] == Approx(alone[i]).epsilon(tolerance()));
+      CHECK(gradients(pairs)[i]["grad_norm"].get<double>() ==
+            Approx(gradients(halves)[i]["grad_norm"].get<double>()).epsilon(10 * tolerance()));
+    }
     CHECK(packed.back() != packed.front());
   }
 }
