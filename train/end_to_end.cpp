@@ -78,7 +78,8 @@ class EndToEnd {
       return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", stage_}};
     };
     hooks.save = [this](const Position& position) {
-      save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
+      if (run_.writes())
+        save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
     };
     hooks.show = [&](const Position& position, float loss) {
       char note[32];  // "loss -1.234e-38" at the longest
@@ -92,6 +93,8 @@ class EndToEnd {
     const StepLoop::Outcome outcome = loop_->run(steps, at, steps_, hooks);
     BBB_CHECK(outcome.skipped < steps_, "end to end, ", name,
               ": every step was skipped, its loss or gradient was not finite");
+    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
+    if (!run_.writes()) return;
     write_result();
     std::filesystem::remove(run_.e2e_state_file());
   }
@@ -133,12 +136,13 @@ class EndToEnd {
   void step(StepPart last) {
     student_.quantize();
     if (weights_) step_weights_ = weights_->at(loop_->cursor());
-    for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
+    for (int64_t done = 0; done < own_e2e_batch(config_); done += own_micro_batch(config_))
       accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
     if (last < StepPart::Backward) return;
     student_.finish_backward();
     if (last == StepPart::Backward) return;
     autograd::ParameterSet& parameters = student_.parameters();
+    average_over_ranks(*config_.comm, parameters, loss_);
     const Tensor& masters = parameters.masters();
     if (config_.e2e_damping > 0)
       backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
@@ -153,7 +157,7 @@ class EndToEnd {
   }
 
   void accumulate(Write mode, StepPart last) {
-    const int64_t seq = config_.seq_len, tokens = config_.e2e_micro_batch * seq;
+    const int64_t seq = config_.seq_len, tokens = own_micro_batch(config_) * seq;
     const auto [ids, targets] = batches_->next();
     if (last == StepPart::Quantize) return;
 
@@ -179,7 +183,7 @@ class EndToEnd {
                                                                    : LossKind::JensenShannon;
       autograd::Teacher teacher;
       if (teacher_) teacher = {teacher_h, teacher_->head()};
-      const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
+      const double scale = 1.0 / static_cast<double>(own_e2e_batch(config_) * (seq - 1));
       const Var loss = autograd::head_loss(
           tape, kind, h, student_.model().head_var(), targets.view({tokens}), teacher, scale,
           models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
@@ -192,7 +196,6 @@ class EndToEnd {
   }
 
   void write_result() {
-    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     student_.prepare();
     const models::LinearContent content = final_content(config_);
     std::vector<data::SafeTensorsWriter::Entry> entries;
@@ -283,6 +286,7 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
     EndToEnd(backend, source, windows, config, recipe, run, observer, recompute, stage,
              before ? StartOfModel{layer_before, models::outer_of(*before)} : start)
         .run();
+    config.comm->barrier();  // the next stage reads the file
   }
 }
 

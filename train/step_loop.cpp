@@ -94,6 +94,11 @@ int64_t StepLoop::read_log(int64_t begin, int64_t end, double seconds, const Ste
   return skipped;
 }
 
+void average_over_ranks(engine::Comm& comm, const autograd::ParameterSet& parameters,
+                        const Tensor& loss) {
+  for (const Tensor& x : {parameters.grads(), loss}) comm.all_reduce(x, engine::Reduce::Mean);
+}
+
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
                              const autograd::Optimizer& optimizer) {
   return {{"masters", parameters.masters()},

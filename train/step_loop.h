@@ -66,6 +66,10 @@ class StepLoop {
   float last_loss_ = 0;
 };
 
+// Gradients and loss of a step become their means over the ranks, of which each has the mean over
+// its equal part of the batch. Recorded, in front of everything that reads a gradient.
+void average_over_ranks(engine::Comm& comm, const autograd::ParameterSet& parameters,
+                        const Tensor& loss);
 // All tensors that optimizer steps change.
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
                              const autograd::Optimizer& optimizer);
