@@ -3,6 +3,8 @@
 
 #include <exception>
 #include <functional>
+#include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 

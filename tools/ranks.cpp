@@ -131,36 +131,38 @@ void RankProcesses::kill_all() {
 
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
                 const RankBody& body) {
-  std::optional<RankPlace> place = rank_place([](const char* name) { return std::getenv(name); });
-  if (ranks == 1) place.reset();
-  if (place && ranks > 0 && place->size != ranks)
+  const auto said = rank_place([](const char* name) { return std::getenv(name); });
+  const bool launched = said.has_value() && ranks != 1;
+  RankPlace place;
+  place.size = std::max(1, ranks);
+  if (launched) place = said.value_or(place);
+  const int rank = place.rank;
+  if (ranks > 1 && place.size != ranks)
     throw UsageError(cat("--ranks or --gpus is ", ranks, ", but the launcher has started ",
-                         place->size, " processes"));
-  if (place ? place->size == 1 : ranks <= 1) {
+                         place.size, " processes"));
+  if (place.size == 1) {
     body(std::make_shared<engine::Comm>(), 0);
     return 0;
   }
   std::optional<engine::Listener> listener;
   std::optional<RankProcesses> others;  // outlives comm, whose end they wait for
   std::shared_ptr<engine::SocketComm> comm;
-  const int rank = place ? place->rank : 0;
   try {
     if (rank > 0) {
-      BBB_CHECK(std::freopen("/dev/null", "w", stdout) != nullptr, "rank ", rank,
-                ": no /dev/null: ", std::strerror(errno));
-      comm = std::make_shared<engine::SocketComm>(place->address, place->port, rank, place->size);
+      BBB_CHECK(std::freopen("/dev/null", "w", stdout) != nullptr,
+                "no /dev/null: ", std::strerror(errno));
+      comm = std::make_shared<engine::SocketComm>(place.address, place.port, rank, place.size);
     } else {
       using Reach = engine::Listener::Reach;
-      listener.emplace(place ? Reach::AnyHost : Reach::ThisHost, place ? place->port : 0);
+      listener.emplace(launched ? Reach::AnyHost : Reach::ThisHost, launched ? place.port : 0);
       engine::RankKeeper keeper;
-      if (!place) {
-        others.emplace(ranks, listener->port(), command, arguments);
+      if (!launched) {
+        others.emplace(place.size, listener->port(), command, arguments);
         keeper = {[&](int of) { return others->fate(of); }, [&] { others->kill_all(); }};
       }
-      comm = std::make_shared<engine::SocketComm>(*listener, place ? place->size : ranks,
-                                                  std::move(keeper));
+      comm = std::make_shared<engine::SocketComm>(*listener, place.size, std::move(keeper));
     }
-    body(comm, place && place->local_rank ? *place->local_rank : comm->host_rank());
+    body(comm, place.local_rank.value_or(comm->host_rank()));
     comm->barrier();  // until rank 0 has written everything
     return 0;
   } catch (const engine::RankLost& lost) {
