@@ -17,7 +17,7 @@ namespace bbb::cuda {
 // one GPU alone, that one. Throws if there are GPUs, but fewer than ranks; 0 if there are none.
 int gpu_of_rank(int host_rank);
 
-// `backend` is a CudaBackend; it and its Replays must be gone before the result. `host`: a Comm of
+// `backend` is a CudaBackend, whose Replays must be gone before the result. `host`: a Comm of
 // the same ranks for host values, which also carries NCCL's id. Throws if there is no NCCL.
 std::shared_ptr<engine::Comm> make_nccl_comm(engine::Backend& backend,
                                              std::shared_ptr<engine::Comm> host);

@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdlib>
 
+#include "cuda/nccl_comm.h"
 #include "data/half.h"
 #include "tests/on_ranks.h"
 #include "tests/tiny_run.h"
@@ -67,7 +68,7 @@ void spill_streams(train::TrainConfig& config, Backend& device, const std::strin
   const models::LlamaConfig model = tiny_config();
   const train::BlockMemory memory =
       train::plan_block_memory(device, model, train::resolve(config, model, device.device()));
-  config.memory.device_bytes = memory.device_bytes - 1;
+  config.memory.device_bytes = train::allocated_bytes(device, memory.device_bytes - 1);
   config.memory.host_bytes = 150'000;  // for the batches on their way
   config.memory.scratch = scratch;
 }
@@ -243,28 +244,37 @@ TEST_CASE("ranks that cannot share a batch are refused", "[train][ranks]") {
           "2 ranks cannot share --e2e-batch 3 evenly");
 }
 
-// --- processes
-// ------------------------------------------------------------------------------------
-
+// From here on ranks are processes on the device under test: CPUs over sockets, or GPUs over NCCL.
 namespace {
 
 constexpr const char* kChildTest = "[.rank-child]";
 constexpr const char* kOutVariable = "BBB_RANKS_TEST_OUT";
-constexpr const char* kFaultVariable = "BBB_RANKS_TEST_FAULT";
+constexpr const char* kRanksVariable = "BBB_RANKS_TEST_RANKS";
+constexpr const char* kTaskVariable = "BBB_RANKS_TEST_TASK";
 
-enum class Fault : int { None, Killed, NoScratch, FullDisk };
+// Train, perhaps with a fault; or only reduce.
+enum class Task : int { Train, Killed, NoScratch, FullDisk, Reduce };
 
-// Runs ranks 0 and 1 as processes. Returns what rank 0 said, "" if the run ended well.
-std::string said_by_processes(const TempDir& dir, const std::string& out, Fault fault) {
+bool has_two_devices() {
+  if (on_cuda() && cuda::gpu_of_rank(1) == 0) {
+    std::printf("SKIPPED: this takes two GPUs\n");
+    return false;
+  }
+  return true;
+}
+
+// Runs `ranks` processes. Returns what they printed if the first one failed, else "".
+std::string failure_of(const TempDir& dir, const std::string& out, int ranks, Task task) {
   std::fflush(nullptr);
   const pid_t child = fork();
   REQUIRE(child >= 0);
   if (child == 0) {
     setenv(kOutVariable, out.c_str(), 1);
-    setenv(kFaultVariable, std::to_string(static_cast<int>(fault)).c_str(), 1);
+    setenv(kRanksVariable, std::to_string(ranks).c_str(), 1);
+    setenv(kTaskVariable, std::to_string(static_cast<int>(task)).c_str(), 1);
     setenv("TMPDIR", dir.path().c_str(), 1);  // the test removes a killed rank's leftovers
     const std::string console = dir / "console";
-    if (std::freopen(console.c_str(), "w", stdout) == nullptr) _exit(126);
+    if (std::freopen(console.c_str(), "w", stdout) == nullptr || dup2(1, 2) < 0) _exit(126);
     execl("/proc/self/exe", "bbb_tests", kChildTest, static_cast<char*>(nullptr));
     _exit(127);
   }
@@ -273,8 +283,8 @@ std::string said_by_processes(const TempDir& dir, const std::string& out, Fault 
   const std::string console = data::read_file(dir / "console");
   INFO(console);
   REQUIRE(WIFEXITED(status));
-  REQUIRE((WEXITSTATUS(status) == 0) == (fault == Fault::None));
-  return fault == Fault::None ? "" : console;
+  REQUIRE(WEXITSTATUS(status) < 126);
+  return WEXITSTATUS(status) == 0 ? "" : console;
 }
 
 void limit_files(rlim_t bytes) {
@@ -283,30 +293,69 @@ void limit_files(rlim_t bytes) {
   BBB_CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0, "no limit");
 }
 
+// Sums and means, executed and recorded, of values for which they are exact in every dtype.
+void check_reductions(Backend& device, engine::Comm& comm) {
+  const int64_t count = 100'003;
+  for (const DType dtype : {device.act(), device.real()})
+    for (const engine::Reduce op : {engine::Reduce::Sum, engine::Reduce::Mean}) {
+      std::vector<double> own, expected;
+      for (int64_t i = 0; i < count; ++i) {
+        const auto value = static_cast<double>(i % 7);
+        own.push_back(value + comm.rank());
+        const double sum = value * comm.size() + 0.5 * comm.size() * (comm.size() - 1);
+        expected.push_back(op == engine::Reduce::Sum ? sum : sum / comm.size());
+      }
+      const Tensor start = make(device, {count}, dtype, own), x = device.empty({count}, dtype);
+      const auto reduce = [&] {
+        device.copy(x, start);
+        comm.all_reduce(x, op);
+      };
+      reduce();
+      BBB_CHECK(values_of(device, x) == expected, "a reduction is wrong");
+      const auto recorded = device.record(reduce);
+      for (int run = 0; run < 2; ++run) {
+        device.zero(x);
+        recorded->run();
+        BBB_CHECK(values_of(device, x) == expected, "a recorded reduction is wrong");
+      }
+    }
+  comm.barrier();  // no rank leaves while another one reads its memory
+}
+
+void train_with_fault(Task task, const std::string& out, Backend& device, const Ranks& comm) {
+  const Fixture fixture;
+  train::TrainConfig config = shared_run(out);
+  config.comm = comm;
+  config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
+  train::Observer observer{.quiet = true};
+  if (task == Task::Killed && comm->rank() == 1)
+    observer.after_block_step = [](int64_t block, int64_t, int64_t step) {
+      if (block == 1 && step == 3) raise(SIGKILL);
+    };
+  if (task == Task::NoScratch) {
+    std::filesystem::create_directories(fixture.dir / "scratch");
+    config.e2e_steps = 0;
+    spill_streams(config, device, fixture.dir / "scratch");
+    if (comm->rank() == 1) limit_files(50'000);
+  }
+  if (task == Task::FullDisk && comm->first()) limit_files(100'000);
+  train::train_windows(device, *fixture.source, fixture.windows, config, observer);
+}
+
 }  // namespace
 
 TEST_CASE("a process of ranks_test", "[.rank-child]") {
   const char* const out = std::getenv(kOutVariable);
   REQUIRE(out != nullptr);
-  const auto fault = static_cast<Fault>(std::atoi(std::getenv(kFaultVariable)));
+  const auto task = static_cast<Task>(std::atoi(std::getenv(kTaskVariable)));
+  const int ranks = std::atoi(std::getenv(kRanksVariable));
   try {
-    tools::run_as_rank(2, kChildTest, {}, [&](const Ranks& comm, int) {
-      const Fixture fixture;
-      train::TrainConfig config = shared_run(out);
-      config.comm = comm;
-      train::Observer observer;
-      if (fault == Fault::Killed && comm->rank() == 1)
-        observer.after_block_step = [](int64_t block, int64_t, int64_t step) {
-          if (block == 1 && step == 3) raise(SIGKILL);
-        };
-      if (fault == Fault::NoScratch) {
-        std::filesystem::create_directories(fixture.dir / "scratch");
-        config.e2e_steps = 0;
-        spill_streams(config, backend(), fixture.dir / "scratch");
-        if (comm->rank() == 1) limit_files(50'000);
-      }
-      if (fault == Fault::FullDisk && comm->rank() == 0) limit_files(100'000);
-      fixture.run(config, observer);
+    tools::run_as_rank(ranks, kChildTest, {}, [&](const Ranks& host, int local_rank) {
+      const auto device = on_cuda() ? engine::make_cuda_backend(cuda::gpu_of_rank(local_rank))
+                                    : engine::make_cpu_backend(1);
+      const Ranks comm = on_cuda() && host->size() > 1 ? cuda::make_nccl_comm(*device, host) : host;
+      if (task == Task::Reduce) return check_reductions(*device, *comm);
+      train_with_fault(task, out, *device, comm);
     });
   } catch (const Error& error) {
     std::printf("%s\n", error.what());  // Catch would wrap the line
@@ -314,17 +363,34 @@ TEST_CASE("a process of ranks_test", "[.rank-child]") {
   }
 }
 
+TEST_CASE("processes reduce, in recorded steps too", "[train][ranks]") {
+  const TempDir dir;
+  if (has_two_devices()) CHECK(failure_of(dir, dir / "run", 2, Task::Reduce) == "");
+}
+
+// On GPUs the gradient of one rank is rounded to bf16 and that of two is not; activations are bf16.
+TEST_CASE("two processes train what one trains", "[train][ranks]") {
+  if (!has_two_devices()) return;
+  const TempDir dir;
+  REQUIRE(failure_of(dir, dir / "1", 1, Task::Train) == "");
+  for (const char* name : {"2", "again"})
+    REQUIRE(failure_of(dir, dir / name, 2, Task::Train) == "");
+  CHECK(results(dir / "2") == results(dir / "again"));
+  check_close(dir / "2", dir / "1", on_cuda() ? 0.01 : kLosses, on_cuda() ? 0.05 : kMasters);
+}
+
 TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[train][ranks]") {
+  if (!has_two_devices()) return;
   const TempDir dir;
   const std::string whole = dir / "whole", out = dir / "run";
-  REQUIRE(said_by_processes(dir, whole, Fault::None).empty());
-  CHECK_THAT(said_by_processes(dir, dir / "blocks", Fault::NoScratch),
+  REQUIRE(failure_of(dir, whole, 2, Task::Train) == "");
+  CHECK_THAT(failure_of(dir, dir / "blocks", 2, Task::NoScratch),
              Contains("rank 1: ") && Contains("no room for a scratch file"));
-  CHECK_THAT(said_by_processes(dir, out, Fault::FullDisk), Contains("cannot write " + out));
-  CHECK_THAT(said_by_processes(dir, out, Fault::Killed),
+  CHECK_THAT(failure_of(dir, out, 2, Task::FullDisk), Contains("cannot write " + out));
+  CHECK_THAT(failure_of(dir, out, 2, Task::Killed),
              Contains("rank 1 was killed by signal 9 (Killed); the same command continues"));
   CHECK(results(out).size() < results(whole).size());
-  REQUIRE(said_by_processes(dir, out, Fault::None).empty());
+  REQUIRE(failure_of(dir, out, 2, Task::Train) == "");
   CHECK(results(out) == results(whole));
 }
 
