@@ -2,6 +2,7 @@
 // each, over all parameters, so that quantizing, gradient norm and optimizer are one pass each.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +23,9 @@ struct Parameter {
   Tensor grad;
   int64_t slot = 0;  // its row in every table of the set
   quant::SlotRule<double> rule = {};
+  // If set, called in every backward pass as soon as it has added to `grad` what it adds there.
+  // Only of weights whose products write `grad`.
+  std::function<void()> on_gradient = nullptr;
 };
 
 // The backward passes of one optimizer step. One: gradients are act, half the bytes and rounded

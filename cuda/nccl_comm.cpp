@@ -70,12 +70,22 @@ int type_of(const Tensor& x) {
   }
 }
 
+// Its kernels come first where an SM is free, though products are queued that would fill all.
+StreamHandle make_urgent_stream() {
+  int least = 0, most = 0;
+  BBB_CUDA(cudaDeviceGetStreamPriorityRange(&least, &most));
+  cudaStream_t stream = nullptr;
+  BBB_CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, most));
+  return StreamHandle(stream);
+}
+
 class NcclComm final : public engine::Comm {
  public:
   NcclComm(CudaBackend& backend, std::shared_ptr<engine::Comm> host)
       : Comm(host->rank(), host->size(), host->host_ranks()),
         backend_(backend),
-        host_(std::move(host)) {
+        host_(std::move(host)),
+        stream_(make_urgent_stream()) {
     NcclId id{};
     if (first()) BBB_NCCL(Nccl::library().get_unique_id(&id));
     const std::string bytes = host_->exchange({id.bytes, sizeof id.bytes})[0];
@@ -91,17 +101,36 @@ class NcclComm final : public engine::Comm {
   ~NcclComm() override { Nccl::library().abort(communicator_); }
 
   void all_reduce(const Tensor& x, engine::Reduce op) override {
+    start_all_reduce(x, op);
+    join();
+  }
+  void start_all_reduce(const Tensor& x, engine::Reduce op) override {
+    follow(stream_.get(), backend_.stream());
+    forked_ = true;
     BBB_NCCL(Nccl::library().all_reduce(
         x.raw(), x.raw(), static_cast<size_t>(x.numel()), type_of(x),
-        op == engine::Reduce::Mean ? kNcclAverage : kNcclSum, communicator_, backend_.stream()));
+        op == engine::Reduce::Mean ? kNcclAverage : kNcclSum, communicator_, stream_.get()));
+  }
+  // A recorded step may wait only for what it has forked.
+  void join() override {
+    if (std::exchange(forked_, false)) follow(backend_.stream(), stream_.get());
   }
   std::vector<std::string> exchange(const std::string& bytes) override {
     return host_->exchange(bytes);
   }
 
  private:
+  // What is submitted to `stream` from now on waits for all that is on `other`.
+  static void follow(cudaStream_t stream, cudaStream_t other) {
+    const EventHandle event = make_event(cudaEventDisableTiming);
+    BBB_CUDA(cudaEventRecord(event.get(), other));
+    BBB_CUDA(cudaStreamWaitEvent(stream, event.get(), 0));
+  }
+
   CudaBackend& backend_;
   const std::shared_ptr<engine::Comm> host_;
+  const StreamHandle stream_;
+  bool forked_ = false;
   NcclCommunicator communicator_ = nullptr;
 };
 

@@ -1,6 +1,6 @@
-// NcclComm: ranks on GPUs, one GPU each. Reductions run on the backend's stream through NCCL, and a
-// recorded step holds them like its kernels; what ranks tell each other outside of steps goes
-// through another Comm.
+// NcclComm: ranks on GPUs, one GPU each. Reductions run through NCCL, on a stream that forks from
+// the backend's and joins it again, so that a recorded step holds them like its kernels. What ranks
+// tell each other outside of steps goes through another Comm.
 //
 // NCCL is opened at run time (libnccl.so.2, any of version 2.10 or later). Its NVLink multicast is
 // off (NCCL_NVLS_ENABLE=0), unless the environment says otherwise.

@@ -39,6 +39,9 @@ class Comm {
   // x = its sum or mean over the ranks, in stream order; a step may record it. x is on this Comm's
   // device: F32, F64 or, on a GPU, BF16, all ranks alike. Throws if a rank is lost.
   virtual void all_reduce(const Tensor& /*x*/, Reduce) {}
+  // The same, perhaps beside the work that follows on the stream. Until join() nothing may use x.
+  virtual void start_all_reduce(const Tensor& x, Reduce op) { all_reduce(x, op); }
+  virtual void join() {}
   // The bytes of every rank, in the order of ranks. Throws if a rank is lost.
   virtual std::vector<std::string> exchange(const std::string& bytes) {
     return std::vector<std::string>(static_cast<size_t>(size_), bytes);

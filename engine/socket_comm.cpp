@@ -317,7 +317,7 @@ bool SocketComm::leave(const std::string& why) noexcept {
   message.append(reinterpret_cast<const char*>(&length), sizeof length);
   tell(message + why);
   const std::lock_guard lock(mutex_);
-  return !first() && !peers_[0].gone;
+  return !first() && (said_ || !peers_[0].gone);
 }
 
 void SocketComm::tell(const std::string& message) noexcept {

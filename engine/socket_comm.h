@@ -92,7 +92,8 @@ class SocketComm final : public Comm {
 
   // How many lower ranks are on this host: the index of this rank's GPU there.
   int host_rank() const { return host_rank_; }
-  // Tells the other ranks why this one ends. Returns whether rank 0 gets to print it.
+  // Tells the other ranks why this one ends. Returns whether rank 0 prints a reason: this one, or
+  // one that it has already.
   bool leave(const std::string& why) noexcept;
 
  private:

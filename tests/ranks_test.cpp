@@ -49,11 +49,9 @@ const Options kChannelOrder = {{"ocs-ratio", "0.25"},   {"range", "search"},
                                {"rotate", "group"},     {"act-outliers", "32"},
                                {"split-side", "auto"},  {"input-stream", "mix"},
                                {"e2e-damping", "1e-3"}, {"e2e-average", "0.5"}};
-const Options kNested = {{"any-precision", "8,2"},
-                         {"stages", "w8a16"},
-                         {"lr", "1e-3"},
-                         {"optimizer", "muon"},
-                         {"e2e-embedding", "train"}};
+const Options kNested = {{"any-precision", "8,2"}, {"stages", "w8a16"},
+                         {"lr", "1e-3"},           {"optimizer", "muon"},
+                         {"recompute", "block"},   {"e2e-embedding", "train"}};
 const Options kGptq = {{"method", "gptq"}, {"stages", "w2a16"}};
 const Options kBlockAp = {{"method", "block-ap"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
 const Options kLc = {{"quantizer", "lc"}, {"stages", "w2a16"}, {"lr", "1e-3"}};

@@ -49,6 +49,7 @@ class EndToEnd {
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
+    gradients_.emplace(*config.comm, student_.parameters());
     const size_t precisions = Recipe::precisions(config);
     if (precisions > 1) weights_.emplace(backend, precisions, steps_);
     const Tensor& masters = student_.parameters().masters();
@@ -136,13 +137,15 @@ class EndToEnd {
   void step(StepPart last) {
     student_.quantize();
     if (weights_) step_weights_ = weights_->at(loop_->cursor());
-    for (int64_t done = 0; done < own_e2e_batch(config_); done += own_micro_batch(config_))
-      accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
+    const int64_t batch = own_e2e_batch(config_), micro = own_micro_batch(config_);
+    for (int64_t done = 0; done < batch; done += micro)
+      accumulate(done == 0 ? Write::Overwrite : Write::Add, done + micro == batch, last);
     if (last < StepPart::Backward) return;
+    gradients_->join();
     student_.finish_backward();
     if (last == StepPart::Backward) return;
     autograd::ParameterSet& parameters = student_.parameters();
-    average_over_ranks(*config_.comm, parameters, loss_);
+    gradients_->finish(loss_);
     const Tensor& masters = parameters.masters();
     if (config_.e2e_damping > 0)
       backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
@@ -156,7 +159,8 @@ class EndToEnd {
     loop_->end_step(*optimizer_);
   }
 
-  void accumulate(Write mode, StepPart last) {
+  // `ends`: it is the last of the step.
+  void accumulate(Write mode, bool ends, StepPart last) {
     const int64_t seq = config_.seq_len, tokens = own_micro_batch(config_) * seq;
     const auto [ids, targets] = batches_->next();
     if (last == StepPart::Quantize) return;
@@ -190,6 +194,7 @@ class EndToEnd {
           Tensor(), config_.e2e_jsd_beta,
           weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());
       if (last == StepPart::Forward) continue;
+      if (ends && p + 1 == Recipe::precisions(config_)) gradients_->last_pass();
       tape.backward(loss);
       backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
     }
@@ -223,6 +228,7 @@ class EndToEnd {
 
   Student student_;
   std::optional<Llama> teacher_;
+  std::optional<GradientAverage> gradients_;  // over the ranks
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
   std::optional<TokenBatches> batches_;

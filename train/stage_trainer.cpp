@@ -61,6 +61,7 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                        std::move(nested), lc);
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
+  average_.emplace(*config.comm, parameters_);
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
   const int64_t total = steps_per_stage(config);
   order_ = backend.empty({total * own_batch(config)}, DType::I32);
@@ -229,6 +230,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
     };
     const Var loss = autograd::mse(tape, forward(), y);
     if (last == StepPart::Forward) continue;
+    if (p + 1 == streams_.precisions()) average_->last_pass();
     tape.backward(loss);
     if (weights_)
       backend_.sum(loss_, loss.value(), 1.0,
@@ -237,9 +239,10 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
       sum = loss.value();
   }
   if (last == StepPart::Forward) return;
+  average_->join();
   block_.finish_backward();
   if (last == StepPart::Backward) return;
-  average_over_ranks(*config_.comm, parameters_, sum);
+  average_->finish(sum);
   stages_[t].optimizer->step(sum);
   loop_->end_step(*stages_[t].optimizer);
 }
