@@ -421,7 +421,8 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y) {
   return out;
 }
 
-Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight) {
+Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight,
+           engine::Comm* comm) {
   Backend& backend = tape.backend();
   const Tensor loss = backend.empty({1}, backend.real());
   Var out = tape.output(loss, {x});
@@ -432,6 +433,7 @@ Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight
     const auto moments = [&](const Tensor& of) {
       Tensor sums = backend.zeros({Backend::kMoments, of.dim(1)}, engine::DType::F64);
       backend.channel_moments(sums, of);
+      if (comm != nullptr) comm->all_reduce(sums, engine::Reduce::Mean);  // of maxima: not read
       return sums;
     };
     backend.match_moments(loss, dx, rows, moments(rows), moments(target), weight);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "autograd/tape.h"
+#include "engine/comm.h"
 
 namespace bbb::autograd {
 
@@ -43,8 +44,10 @@ Var mse(Tape& tape, const Var& x, const engine::Rows& y);
 // both. D channels, M rows.
 //   Moments  the means and standard deviations of the channels (Backend::match_moments)
 //   Kl       weight / M sum_m KL(softmax(y[m]) || softmax(x[m])) over the channels
+// `comm`, or null: moments are then those of the rows of all its ranks, M on each.
 enum class Anchor { Moments, Kl };
-Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight);
+Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight,
+           engine::Comm* comm = nullptr);
 
 enum class LossKind { CrossEntropy, Kl, JensenShannon };
 

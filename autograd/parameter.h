@@ -2,6 +2,7 @@
 // each, over all parameters, so that quantizing, gradient norm and optimizer are one pass each.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,9 @@ struct Parameter {
   // No step moves it. If set before allocate(), it has no moments; if later, they and its gradient
   // are 0.
   bool frozen = false;
+  // If set, called in every backward pass as soon as it has added to `grad` what it adds there.
+  // Only of weights whose products write `grad`.
+  std::function<void()> on_gradient = nullptr;
 };
 
 // The backward passes of one optimizer step. One: gradients are act, half the bytes and rounded

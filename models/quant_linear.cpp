@@ -451,6 +451,10 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
   BBB_ASSERT(leaf_.defined());
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
+  // Closures run backwards: this one behind the product's.
+  const Parameter* const written = holds<FrozenCodes>() ? nullptr : parameter();
+  if (tape.recording() && written != nullptr && written->on_gradient)
+    tape.record(written->on_gradient);
   return linear(tape, x.whole(tape), own ? leaf_ : nested_leaves_[precision_ - 1], multiplier(),
                 residual, bias_);
 }

@@ -2,10 +2,13 @@
 #include "train/sample_order.h"
 
 #include <catch2/catch.hpp>
+#include <numeric>
 #include <set>
 
 namespace bbb::tests {
 
+using train::own_order;
+using train::own_windows;
 using train::sample_order;
 
 TEST_CASE("each row of a batch takes the windows of its own slot, each window once an epoch",
@@ -48,6 +51,29 @@ TEST_CASE("the windows that an epoch leaves out change from epoch to epoch", "[t
     left_out.insert(all.begin(), all.end());
   }
   CHECK(left_out == std::set<int32_t>{0, 2, 4, 6});
+}
+
+TEST_CASE("ranks share the slots of every batch", "[train]") {
+  constexpr int64_t kSamples = 15, kBatch = 6, kSteps = 5;
+  const auto order = sample_order(1, kSamples, kBatch, kSteps);
+  std::vector<int32_t> ids(kSamples);
+  std::iota(ids.begin(), ids.end(), 100);
+  for (const int ranks : {1, 2, 3, 6}) {
+    CAPTURE(ranks);
+    std::vector<std::vector<int32_t>> of_ranks;
+    for (int rank = 0; rank < ranks; ++rank) {
+      const engine::Comm comm(rank, ranks);
+      const auto own = own_windows(ids.data(), kSamples, 1, comm);
+      CHECK(static_cast<int64_t>(own.size()) == comm.share(kSamples));
+      const auto rows = own_order(order, comm);
+      REQUIRE(static_cast<int64_t>(rows.size()) == kSteps * kBatch / ranks);
+      std::vector<int32_t>& windows = of_ranks.emplace_back();
+      for (const int32_t row : rows) windows.push_back(own.at(static_cast<size_t>(row)));
+    }
+    // Interleaved, the ranks' windows are those of one rank.
+    for (size_t i = 0; i < order.size(); ++i)
+      CHECK(of_ranks[i % ranks][i / ranks] == ids[static_cast<size_t>(order[i])]);
+  }
 }
 
 }  // namespace bbb::tests

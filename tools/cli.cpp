@@ -149,9 +149,10 @@ std::unique_ptr<engine::Backend> CommandLine::make_backend() const {
   return make_backend(text("device"), threads());
 }
 
-std::unique_ptr<engine::Backend> CommandLine::make_backend(const std::string& device, int threads) {
+std::unique_ptr<engine::Backend> CommandLine::make_backend(const std::string& device, int threads,
+                                                           int gpu) {
   if (device == "cuda" || (device == "auto" && engine::cuda_available()))
-    return engine::make_cuda_backend(0);
+    return engine::make_cuda_backend(gpu);
   return engine::make_cpu_backend(threads);
 }
 

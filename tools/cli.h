@@ -57,8 +57,9 @@ class CommandLine {
   // The backend of --device; auto takes a GPU if there is one. Throws if --device is cuda and there
   // is none.
   std::unique_ptr<engine::Backend> make_backend() const;
-  // The same with another value of --device and of --threads.
-  static std::unique_ptr<engine::Backend> make_backend(const std::string& device, int threads);
+  // The same with another value of --device and of --threads, on GPU `gpu` if it takes one.
+  static std::unique_ptr<engine::Backend> make_backend(const std::string& device, int threads,
+                                                       int gpu = 0);
   int threads() const;
 
  private:

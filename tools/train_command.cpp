@@ -5,8 +5,11 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <thread>
 
+#include "cuda/nccl_comm.h"
 #include "tools/config_options.h"
+#include "tools/ranks.h"
 #include "train/memory_plan.h"
 #include "train/run_directory.h"
 #include "train/train.h"
@@ -143,8 +146,20 @@ bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source
   const train::TrainConfig resolved = train::resolve(config, source.config(), backend.device());
   return train::count_end_to_end_memory(backend, source.config(), resolved,
                                         models::Recompute::Block)
-             .device_bytes <= train::tensor_room(backend, config.memory);
+             .device_bytes <= train::tensor_room(backend, resolved.memory);
 }
+
+// The number of processes that --ranks or --gpus asks for; 0 if neither is given.
+int ranks_asked(const CommandLine& line) {
+  if (line.has("ranks") && line.has("gpus")) throw UsageError("give one of --ranks and --gpus");
+  if (line.has("gpus") && line.text("device") == "cpu")
+    throw UsageError("--gpus takes GPUs: with --device cpu give --ranks");
+  const char* const option = line.has("gpus") ? "gpus" : "ranks";
+  return line.has(option) ? static_cast<int>(line.integer(option, 1, 1 << 16)) : 0;
+}
+
+void train_as_rank(const CommandLine& line, train::TrainConfig config,
+                   std::shared_ptr<engine::Comm> comm, int local_rank);
 
 }  // namespace
 
@@ -167,6 +182,10 @@ int train_command(const Arguments& arguments) {
       ("to", "where --schedule ends: w2a16 or w2a2; B ends at w2a2",
        cxxopts::value<std::string>()->default_value("w2a16"))                    //
       ("deterministic", "no algorithm of a matrix product is chosen by timing")  //
+      ("gpus", "train on so many GPUs of this host, one process each",
+       cxxopts::value<std::string>())(
+          "ranks", "the same as processes on the device of --device; they share every batch",
+          cxxopts::value<std::string>())  //
       ("dry-run", "say what memory, disk and time the run will take, and write nothing");
   if (!line.parse(arguments)) return 0;
 
@@ -193,8 +212,23 @@ int train_command(const Arguments& arguments) {
   adapt_untyped(config, line);
   config.dry_run = line.has("dry-run");
   if (line.has("deterministic")) config.gemm_algorithms = train::GemmAlgorithms::Heuristic;
+  const int ranks = ranks_asked(line);
+  if (config.dry_run) {  // of the first of them
+    train_as_rank(line, config,
+                  std::make_shared<engine::Comm>(0, std::max(1, ranks), std::max(1, ranks)), 0);
+    return 0;
+  }
+  return run_as_rank(ranks, "train", arguments, [&](const auto& comm, int local_rank) {
+    train_as_rank(line, config, comm, local_rank);
+  });
+}
 
-  name_unused(config, line);
+namespace {
+
+void train_as_rank(const CommandLine& line, train::TrainConfig config,
+                   std::shared_ptr<engine::Comm> comm, int local_rank) {
+  const bool starts_from = !config.from.empty();
+  if (comm->first()) name_unused(config, line);
   if (config.act_outliers % config.group != 0)
     fmt::print("--act-outliers {} is rounded up to whole groups of {}\n", config.act_outliers,
                config.group);
@@ -209,15 +243,24 @@ int train_command(const Arguments& arguments) {
   // bytes on a machine with other cores.
   const train::RunDirectory run(config.out);
   std::optional<train::TrainConfig> begun;
-  std::string device = line.text("device");
+  std::string device = line.has("gpus") ? "cuda" : line.text("device");
   config.threads = line.threads();
   if (run.exists()) {
     const train::RunIdentity identity = run.identity();
     begun = identity.config;
-    if (!line.has("device")) device = identity.device;
+    if (!line.has("device") && !line.has("gpus")) device = identity.device;
     if (!line.has("threads") && device == "cpu") config.threads = begun->threads;
   }
-  const auto backend = CommandLine::make_backend(device, config.threads);
+  int threads = config.threads;
+  if (comm->host_ranks() > 1) {  // they share the cores
+    if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
+    threads = std::max(1, threads / comm->host_ranks());
+  }
+  const auto backend = CommandLine::make_backend(
+      device, threads, comm->size() > 1 ? cuda::gpu_of_rank(local_rank) : 0);
+  if (comm->size() > 1 && !config.dry_run && backend->device() == engine::DeviceType::Cuda)
+    comm = cuda::make_nccl_comm(*backend, comm);
+  config.comm = comm;
   backend->check_head_size(source->config().head_dim);
 
   const auto typed = [&](const char* option) { return line.has(option); };
@@ -231,11 +274,12 @@ int train_command(const Arguments& arguments) {
   const bool by_default = !line.has("stages") && !line.has("method") && !line.has("grid-train") &&
                           !line.has("schedule") && !line.has("e2e-stages") &&
                           line.text("e2e-steps") == "auto" && !starts_from;
-  // A run that exists has decided this already.
-  if (by_default &&
-      (begun ? begun->e2e_steps == 0
-             : !whole_model_fits(*backend, *source,
-                                 train::fit_to_data(config, typed, positions, count)))) {
+  // A run that exists has decided this already; otherwise it must fit on every rank.
+  const auto fits = [&] {
+    const train::TrainConfig asked = train::fit_to_data(config, typed, positions, count);
+    return comm->sum({whole_model_fits(*backend, *source, asked) ? 1.0 : 0.0})[0] == comm->size();
+  };
+  if (by_default && (begun ? begun->e2e_steps == 0 : !fits())) {
     fmt::print("the whole model does not fit for end-to-end training: blocks alone are trained\n");
     config.stages = {train::Stage{}};
     config.e2e_steps = 0;
@@ -251,8 +295,10 @@ int train_command(const Arguments& arguments) {
   fitted = train::fit_to_data(fitted, has_length, positions, windows.count * fitted.seq_len);
   if (const std::string text = train::describe_fit(config, fitted, positions, count); !text.empty())
     fmt::print("{}\n", text);
-  train::train_windows(*backend, *source, windows, fitted, train::Observer(), tokenizer.get());
-  return 0;
+  train::train_windows(*backend, *source, windows, fitted, train::Observer{.quiet = !comm->first()},
+                       tokenizer.get());
 }
+
+}  // namespace
 
 }  // namespace bbb::tools

@@ -229,7 +229,10 @@ SiteBudget time_budget(Backend& backend, const LlamaConfig& model, const TrainCo
   SiteBudget budget = budget_from(model, config, [&](const std::vector<LinearFormat>& formats) {
     for (const auto& [of, time] : timed)
       if (std::ranges::equal(of, formats, same_products)) return time;
-    return timed.emplace_back(formats, time_site(backend, formats, rotation)).second;
+    const double own = static_cast<double>(time_site(backend, formats, rotation));
+    // All ranks take the first one's times.
+    return timed.emplace_back(formats, static_cast<int64_t>(config.comm->gather({own})[0][0]))
+        .second;
   });
   set_most(budget, model, config.target_us, kPicoseconds, "target-us",
            "microseconds a token on this device");

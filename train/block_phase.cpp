@@ -132,7 +132,7 @@ class BlockPhase {
     });
     writing_ = std::async(std::launch::async, [this, layer, t, result, validation] {
       run_.write_stage(layer, static_cast<int64_t>(t), recipe_, model_, *result, validation);
-      std::filesystem::remove(run_.block_state_file());
+      if (run_.writes()) std::filesystem::remove(run_.block_state_file());
     });
     return result;
   }

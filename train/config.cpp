@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <thread>
 
 #include "train/allocation.h"
@@ -395,6 +396,22 @@ int64_t steps_per_pass(const TrainConfig& config) {
   return std::max<int64_t>(1, config.samples / config.e2e_batch);
 }
 
+int64_t own_batch(const TrainConfig& config) {
+  return std::max<int64_t>(1, config.batch / config.comm->size());
+}
+
+int64_t own_e2e_batch(const TrainConfig& config) { return config.e2e_batch / config.comm->size(); }
+
+int64_t own_micro_batch(const TrainConfig& config) {
+  return std::gcd(config.e2e_micro_batch, own_e2e_batch(config));
+}
+
+TrainConfig without_comm(TrainConfig config) {
+  const engine::Comm& comm = *config.comm;
+  config.comm = std::make_shared<engine::Comm>(comm.rank(), comm.size(), comm.host_ranks());
+  return config;
+}
+
 TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::DeviceType device) {
   const bool automatic = c.e2e_steps == TrainConfig::kAutoSteps;
   if (automatic) c.e2e_steps = 0;  // not a number that an option can hold
@@ -420,7 +437,8 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   if (c.e2e_train == EndToEndTrain::Auto)
     c.e2e_train = finds_codes(c) && !c.stages.empty() ? EndToEndTrain::Scales : EndToEndTrain::All;
   resolve_grid(c, model);
-  const bool blocks = !c.stages.empty() && c.block_schedule == BlockSchedule::All;
+  const bool algorithm2 = c.block_schedule != BlockSchedule::All;
+  const bool blocks = !c.stages.empty() && !algorithm2;
   if (c.stages.empty()) {
     c.lr.clear();
   } else {
@@ -461,6 +479,14 @@ TrainConfig resolve(TrainConfig c, const models::LlamaConfig& model, engine::Dev
   want(model.max_position == 0 || c.seq_len <= model.max_position,
        cat("--seq-len ", c.seq_len, " is longer than the model's ", model.max_position,
            " positions"));
+  const int ranks = c.comm->size();
+  const auto shared = [&](int64_t batch, const char* option) {
+    want(batch % ranks == 0, cat(ranks, " ranks cannot share ", option, " ", batch,
+                                 " evenly: give a multiple of ", ranks));
+  };
+  if (blocks) shared(c.batch, "--batch");
+  if (algorithm2 || !c.e2e_stages.empty()) shared(c.e2e_batch, "--e2e-batch");
+  c.memory.sharers = c.comm->host_ranks();
   if (device == engine::DeviceType::Cpu) c.gemm_algorithms = GemmAlgorithms::Heuristic;
   if (c.threads <= 0)
     c.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "autograd/muon.h"
 #include "data/text.h"
+#include "engine/comm.h"
 #include "engine/tensor.h"
 #include "models/config.h"
 #include "models/recompute.h"
@@ -95,6 +97,7 @@ struct MemoryBudget {
   int64_t device_bytes = 0;  // 0: what the device has left
   int64_t host_bytes = 0;    // for streams; 0: four fifths of what the machine has left
   std::string scratch;       // directory for streams that fit in neither; "": none
+  int sharers = 1;           // processes that share the memory of a CPU, the host and the scratch
   // For both phases; empty: each phase keeps as many activations as fit.
   std::optional<models::Recompute> recompute;
 };
@@ -180,6 +183,9 @@ struct TrainConfig {
   MemoryBudget memory;
   bool dry_run = false;                  // plan, time a few steps, write nothing
   std::optional<RunLength> extrapolate;  // after the blocks, report the time of such a run
+  // The processes that train this run together; of a batch each takes the windows of its own slots
+  // (sample_order.h). Results depend on their number by the order of sums alone.
+  std::shared_ptr<engine::Comm> comm = std::make_shared<engine::Comm>();
 };
 
 // The stages of the paper's schedules A, B and C down to `to` (w2a16 or w2a2; method.md section 1).
@@ -190,8 +196,8 @@ std::string to_string(const std::vector<Stage>& stages);
 // "auto", "none", "attention", "block".
 std::optional<models::Recompute> parse_recompute(const std::string& text);
 
-// Converts to indented JSON, and back: all fields except out, memory, dry_run and extrapolate,
-// which do not decide the result. `where`: the file, for error messages.
+// Converts to indented JSON, and back: all fields except out, memory, dry_run, extrapolate and
+// comm, which do not decide the result. `where`: the file, for error messages.
 std::string to_json(const TrainConfig& config);
 TrainConfig config_from_json(const std::string& json, const std::string& where);
 
@@ -206,6 +212,13 @@ bool adapts_blocks(const TrainConfig& config, size_t stage);
 bool adapts_whole(const TrainConfig& config, size_t stage);
 // Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.
 int64_t steps_per_pass(const TrainConfig& config);
+// This rank's part: windows of a batch of blocks, of a step of the end-to-end phase, and of those
+// that go through the model at once.
+int64_t own_batch(const TrainConfig& config);
+int64_t own_e2e_batch(const TrainConfig& config);
+int64_t own_micro_batch(const TrainConfig& config);
+// The same run on a Comm that moves nothing, to count what this rank takes.
+TrainConfig without_comm(TrainConfig config);
 // Fills in every default. Throws UsageError, naming the option, if a value is impossible.
 TrainConfig resolve(TrainConfig config, const models::LlamaConfig& model,
                     engine::DeviceType device);

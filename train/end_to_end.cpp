@@ -50,14 +50,15 @@ class EndToEnd {
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
     batches_.emplace(backend, windows, config, stage, steps_);
-    // The loss is the mean over the tokens of a step that count. A recorded step divides by the
-    // number of all, which its factor puts right.
+    // The loss is the mean over the tokens of a step that count, on all ranks. A recorded step
+    // divides by the number of all, which its factor puts right.
     const int64_t all = config.e2e_batch * (config.seq_len - 1);
     std::vector<double> factors;
     for (const int64_t counted : batches_->counted()) {
       factors.push_back(static_cast<double>(all) / static_cast<double>(counted));
       masked_ = masked_ || counted != all;
     }
+    gradients_.emplace(*config.comm, student_.parameters());
     const size_t precisions = Recipe::precisions(config);
     if (precisions > 1 || masked_) weights_.emplace(backend, precisions, steps_, factors);
     const Tensor& masters = student_.parameters().masters();
@@ -86,7 +87,8 @@ class EndToEnd {
       return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", stage_}};
     };
     hooks.save = [this](const Position& position) {
-      save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
+      if (run_.writes())
+        save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
     };
     hooks.show = [&](const Position& position, float loss) {
       char note[32];  // "loss -1.234e-38" at the longest
@@ -100,6 +102,8 @@ class EndToEnd {
     const StepLoop::Outcome outcome = loop_->run(steps, at, steps_, hooks);
     BBB_CHECK(outcome.skipped < steps_, "end to end, ", name,
               ": every step was skipped, its loss or gradient was not finite");
+    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
+    if (!run_.writes()) return;
     write_result();
     std::filesystem::remove(run_.e2e_state_file());
   }
@@ -141,13 +145,16 @@ class EndToEnd {
   void step(StepPart last) {
     student_.quantize();
     if (weights_) step_weights_ = weights_->at(loop_->cursor());
-    for (int64_t done = 0; done < config_.e2e_batch; done += config_.e2e_micro_batch)
-      accumulate(done == 0 ? Write::Overwrite : Write::Add, last);
+    const int64_t batch = own_e2e_batch(config_), micro = own_micro_batch(config_);
+    for (int64_t done = 0; done < batch; done += micro)
+      accumulate(done == 0 ? Write::Overwrite : Write::Add, done + micro == batch, last);
     if (last < StepPart::Backward) return;
     if (masked_) backend_.scale(loss_, step_weights_.slice(0, 1));  // the first precision's: factor
+    gradients_->join();
     student_.finish_backward();
     if (last == StepPart::Backward) return;
     autograd::ParameterSet& parameters = student_.parameters();
+    gradients_->finish(loss_);
     const Tensor& masters = parameters.masters();
     if (config_.e2e_damping > 0)
       backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
@@ -161,8 +168,9 @@ class EndToEnd {
     loop_->end_step(*optimizer_);
   }
 
-  void accumulate(Write mode, StepPart last) {
-    const int64_t seq = config_.seq_len, tokens = config_.e2e_micro_batch * seq;
+  // `ends`: it is the last of the step.
+  void accumulate(Write mode, bool ends, StepPart last) {
+    const int64_t seq = config_.seq_len, tokens = own_micro_batch(config_) * seq;
     const TokenBatches::Batch batch = batches_->next();
     if (last == StepPart::Quantize) return;
 
@@ -191,20 +199,20 @@ class EndToEnd {
                                                                    : LossKind::JensenShannon;
       autograd::Teacher teacher;
       if (teacher_) teacher = {teacher_h, teacher_->head()};
-      const double scale = 1.0 / static_cast<double>(config_.e2e_batch * (seq - 1));
+      const double scale = 1.0 / static_cast<double>(own_e2e_batch(config_) * (seq - 1));
       const Var loss = autograd::head_loss(
           tape, kind, h, student_.model().head_var(), batch.targets.view({tokens}), teacher, scale,
           models::head_chunks(models::head_budget(backend_), tokens, model_.vocab, backend_.act()),
           Tensor(), config_.e2e_jsd_beta,
           weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());
       if (last == StepPart::Forward) continue;
+      if (ends && p + 1 == Recipe::precisions(config_)) gradients_->last_pass();
       tape.backward(loss);
       backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
     }
   }
 
   void write_result() {
-    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     if (config_.lora_end == LoraEnd::Discard) student_.discard_adapters();
     student_.prepare();
     const models::LinearContent content = final_content(config_);
@@ -233,6 +241,7 @@ class EndToEnd {
 
   Student student_;
   std::optional<Llama> teacher_;
+  std::optional<GradientAverage> gradients_;  // over the ranks
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
   std::optional<TokenBatches> batches_;
@@ -297,6 +306,7 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
     EndToEnd(backend, source, windows, config, recipe, run, observer, recompute, stage,
              before ? StartOfModel{layer_before, models::outer_of(*before)} : start)
         .run();
+    config.comm->barrier();  // the next stage reads the file
   }
 }
 

@@ -5,6 +5,7 @@
 //   l_t  = -log q_t[x_{t+1}]   or   sum_v p_t (log p_t - log q_t)
 //
 // An optimizer step takes e2e_batch windows, e2e_micro_batch at a time, and accumulates gradients.
+// Ranks share the windows of a step.
 // The step of a stage is recorded once and replayed.
 #pragma once
 

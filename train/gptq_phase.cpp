@@ -130,7 +130,7 @@ class GptqPhase {
     return error / static_cast<double>(config_.samples * config_.seq_len);
   }
 
-  // sum x x^T over all rows of the site's operand, (K', K').
+  // sum x x^T over all rows of the site's operand, of all ranks, (K', K').
   std::vector<float> hessian_of(LlamaBlock& block, Site site, int64_t k) {
     const Tensor hessian = backend_.zeros({k, k}, backend_.real());
     block.set_tap([&](Site at, const Tensor& x) {
@@ -139,10 +139,11 @@ class GptqPhase {
       backend_.gemm_tn(hessian, rows, rows, engine::Write::Add);
     });
     Reader reader = streams_.in_order(streams_.full(), 0, 0, streams_.rows());
-    for (int64_t row = 0; row < streams_.rows(); row += config_.batch)
+    for (int64_t row = 0; row < streams_.rows(); row += streams_.batch())
       forward(block, streams_.as_windows(reader.next()),
-              streams_.first_key(row, std::min(config_.batch, streams_.rows() - row)));
+              streams_.first_key(row, std::min(streams_.batch(), streams_.rows() - row)));
     block.set_tap(nullptr);
+    config_.comm->all_reduce(hessian, engine::Reduce::Sum);
     return backend_.computes() ? models::download_floats(backend_, hessian) : std::vector<float>();
   }
 

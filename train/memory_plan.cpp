@@ -58,8 +58,8 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
   // The host also holds F32 weights: of this block, of the next one, and of each stage.
   const int64_t weights_bytes =
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
-  room.host_bytes =
-      std::max<int64_t>(0, engine::HostMemory::available_bytes() / 5 * 4 - weights_bytes);
+  room.host_bytes = std::max<int64_t>(
+      0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 - weights_bytes);
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - tensor_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
@@ -68,7 +68,7 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
   if (!room.scratch.empty()) {
     BBB_CHECK(std::filesystem::is_directory(room.scratch), "--scratch ", room.scratch,
               ": is no directory to write to");
-    room.scratch_bytes = data::free_disk_bytes(room.scratch);
+    room.scratch_bytes = data::free_disk_bytes(room.scratch) / config.memory.sharers;
   }
   return room;
 }
@@ -91,7 +91,7 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
   });
   const int64_t least = chosen.device_bytes - Ring::device_bytes(rings, shape);
   check_memory(backend, least, config.memory,
-               cat("block training, its streams aside, with ", config.batch, " windows of ",
+               cat("block training, its streams aside, with ", own_batch(config), " windows of ",
                    config.seq_len, " tokens at once"),
                "lower --batch or --seq-len");
   StreamRoom room = room_off_device(backend, model, config);
@@ -132,7 +132,7 @@ PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
     advice += ", take --recompute block";
   if (block_stages(config) > 0) advice += ", or leave the phase out with --e2e-steps 0";
   check_memory(backend, memory.device_bytes, config.memory,
-               cat("end-to-end training of ", config.e2e_micro_batch, " windows of ",
+               cat("end-to-end training of ", own_micro_batch(config), " windows of ",
                    config.seq_len, " tokens at once"),
                advice);
   return memory;
@@ -142,8 +142,9 @@ int64_t count_statistics_memory(const Backend& backend, const LlamaConfig& model
                                 const TrainConfig& config) {
   CountingBackend counter(backend);
   const auto source = models::make_weightless_checkpoint(model);
-  rehearse_statistics(counter, *source, config);
-  if (allocates(config)) rehearse_sensitivity(counter, *source, config);
+  const TrainConfig alone = without_comm(config);
+  rehearse_statistics(counter, *source, alone);
+  if (allocates(config)) rehearse_sensitivity(counter, *source, alone);
   return counter.memory_peak_bytes();
 }
 
@@ -154,7 +155,8 @@ int64_t allocated_bytes(const Backend& backend, int64_t bytes) {
 }
 
 static int64_t device_room(const Backend& backend, const MemoryBudget& budget) {
-  const int64_t available = backend.memory_available_bytes();
+  int64_t available = backend.memory_available_bytes();
+  if (backend.device() == engine::DeviceType::Cpu) available /= budget.sharers;
   return budget.device_bytes > 0 ? std::min(available, budget.device_bytes) : available;
 }
 

@@ -185,12 +185,16 @@ FileLock::~FileLock() { ::close(fd_); }
 bool RunDirectory::exists() const { return fs::exists(run_file()); }
 
 void RunDirectory::lock() {
-  if (!lock_)
+  if (!lock_ && writes())
     lock_ =
         std::make_unique<FileLock>(lock_file(), "another process is training in this directory");
 }
 
 void RunDirectory::create_or_resume(const RunIdentity& identity) {
+  if (!writes()) {
+    if (exists()) check_identity(identity);
+    return;
+  }
   BBB_CHECK(exists() || !fs::exists(path_) || holds_no_file(path_), path_,
             ": exists, but holds no training run; name another --out");
   make_directory(path_);
@@ -298,6 +302,7 @@ static RangeRule result_range(const models::LayerResult& result) {
 void RunDirectory::write_stage(int64_t block, int64_t stage, const Recipe& recipe,
                                const models::LlamaConfig& model, const models::LayerResult& result,
                                const std::vector<double>& validation) const {
+  if (!writes()) return;
   const auto content = result.linears[0].quantized() ? models::LinearContent::Stored
                                                      : models::LinearContent::Masters;
   std::vector<data::SafeTensorsWriter::Entry> entries;
@@ -359,11 +364,13 @@ std::optional<SavedState> RunDirectory::resume_whole(size_t stage, int64_t steps
 }
 
 void RunDirectory::remove_spent_states(const TrainConfig& config, int64_t layers) const {
+  if (!writes()) return;
   if (blocks_finished(config, layers)) fs::remove(block_state_file());
   if (fs::exists(final_file())) fs::remove(e2e_state_file());
 }
 
 void RunDirectory::append_log(const std::vector<Json>& lines) const {
+  if (!writes()) return;
   std::ofstream out(log_file(), std::ios::app | std::ios::binary);
   for (const Json& line : lines) out << line.dump() << '\n';
   out.flush();
@@ -371,7 +378,7 @@ void RunDirectory::append_log(const std::vector<Json>& lines) const {
 }
 
 void RunDirectory::keep_log(const std::function<bool(const Json& line)>& keep) const {
-  if (!fs::exists(log_file())) return;
+  if (!writes() || !fs::exists(log_file())) return;
   std::ifstream in(log_file(), std::ios::binary);
   std::string kept, text;
   while (std::getline(in, text)) {

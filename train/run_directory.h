@@ -3,8 +3,9 @@
 //
 // Results and states appear by rename only, so an existing file is complete. Only log.jsonl is
 // appended to, before the result or state of the same steps is written; a resumed run first cuts
-// the log back to the steps that results and states hold. One process at a time trains in a
-// directory.
+// the log back to the steps that results and states hold. One run at a time trains in a directory.
+// Of its ranks the first one alone writes: the functions below do nothing on the others, except
+// that they read.
 #pragma once
 
 #include <functional>
@@ -74,14 +75,18 @@ class FileLock {
 
 class RunDirectory {
  public:
-  explicit RunDirectory(std::string path) : path_(std::move(path)) {}
+  enum class Access { Write, Read };
+  explicit RunDirectory(std::string path, Access access = Access::Write)
+      : path_(std::move(path)), access_(access) {}
+
+  bool writes() const { return access_ == Access::Write; }
 
   bool exists() const;  // has a run been created here?
   // Keeps other processes from training in the directory, which must exist, as long as this object
   // lives. Throws if another process is training there. Reading needs no lock.
   void lock();
   // Creates the run, or accepts a run of this identity, and takes the lock. Throws, saying what
-  // differs, if the directory holds anything else.
+  // differs, if the directory holds anything else. Without write access it only accepts.
   void create_or_resume(const RunIdentity& identity);
   // Throws, saying what differs, if the existing run has another identity. Writes nothing.
   void check_identity(const RunIdentity& identity) const;
@@ -143,6 +148,7 @@ class RunDirectory {
   const data::SafeTensors& final_result() const;
 
   std::string path_;
+  Access access_;
   std::unique_ptr<FileLock> lock_;
   mutable std::optional<data::SafeTensors> final_;  // opened and checked once, by final_result()
 };

@@ -23,4 +23,19 @@ std::vector<int32_t> sample_order(uint64_t seed, int64_t samples, int64_t batch,
   return order;
 }
 
+std::vector<int32_t> own_order(const std::vector<int32_t>& order, const engine::Comm& comm) {
+  std::vector<int32_t> own;
+  for (const int32_t window : order)
+    if (window % comm.size() == comm.rank()) own.push_back(window / comm.size());
+  return own;
+}
+
+std::vector<int32_t> own_windows(const int32_t* ids, int64_t count, int64_t seq,
+                                 const engine::Comm& comm) {
+  std::vector<int32_t> own;
+  for (int64_t w = comm.rank(); w < count; w += comm.size())
+    own.insert(own.end(), ids + w * seq, ids + (w + 1) * seq);
+  return own;
+}
+
 }  // namespace bbb::train

@@ -42,8 +42,9 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
       observer_(observer),
       hooks_(std::move(hooks)),
       steps_per_epoch_(config.samples / config.batch),
-      parameters_(backend, streams.precisions() == 1 ? autograd::GradientPasses::One
-                                                     : autograd::GradientPasses::Several),
+      parameters_(backend, streams.precisions() == 1 && config.comm->size() == 1
+                               ? autograd::GradientPasses::One
+                               : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {
   if (config.grid_train != GridTrain::None) {
     block_.declare_learned(parameters_, formats_[0], Recipe::learned_parts(config),
@@ -60,9 +61,10 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
                        recipe.nested(), recipe.lc(), Recipe::weight_rule(config));
     block_.bind_parameters(*quantizer_, formats_[0]);
   }
+  average_.emplace(*config.comm, parameters_);
   best_ = backend.empty(parameters_.masters().shape(), backend.real());
   const int64_t total = steps_per_stage(config);
-  order_ = backend.empty({total * config.batch}, DType::I32);
+  order_ = backend.empty({total * own_batch(config)}, DType::I32);
   loop_.emplace(backend, run, total, config.batch * config.seq_len, recompute, config.save_every);
   validation_ = backend.empty({1}, backend.real());
   if (streams.precisions() > 1) {
@@ -164,7 +166,7 @@ StepHooks StageTrainer::step_hooks(size_t t, const Position& start) {
     return log_line("block", start, step / steps_per_epoch_);
   };
   hooks.save = [this, t](const Position& at) {
-    save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(t));
+    if (run_.writes()) save_state(run_.block_state_file(), run_.checksum(), at, backend_, state(t));
   };
   hooks.after_step = [this](const Position& at) {
     if (observer_.after_block_step) observer_.after_block_step(at.block, at.stage, at.step);
@@ -180,8 +182,9 @@ NamedTensors StageTrainer::state(size_t t) const {
 
 void StageTrainer::rewind(int64_t layer, size_t t) {
   stages_[t].optimizer->restart();
-  host_order_ = sample_order(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t),
-                             config_.samples, config_.batch, steps_per_stage(config_));
+  host_order_ = own_order(sample_order(sub_seed(config_.seed, static_cast<uint64_t>(layer) + 1, t),
+                                       config_.samples, config_.batch, steps_per_stage(config_)),
+                          *config_.comm);
   backend_.upload(order_, host_order_.data());
   loop_->rewind(0);
 }
@@ -256,10 +259,13 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
     };
     const Var out = forward(), loss = autograd::mse(tape, out, y);
     for (const autograd::Anchor kind : anchors)
-      backend_.sum(loss.value(),
-                   autograd::anchor(tape, kind, out, target, config_.lora_match_weight).value(),
-                   1.0, engine::Write::Add);
+      backend_.sum(
+          loss.value(),
+          autograd::anchor(tape, kind, out, target, config_.lora_match_weight, config_.comm.get())
+              .value(),
+          1.0, engine::Write::Add);
     if (last == StepPart::Forward) continue;
+    if (p + 1 == streams_.precisions()) average_->last_pass();
     tape.backward(loss);
     if (weights_)
       backend_.sum(loss_, loss.value(), 1.0,
@@ -268,8 +274,10 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
       sum = loss.value();
   }
   if (last == StepPart::Forward) return;
+  average_->join();
   block_.finish_backward();
   if (last == StepPart::Backward) return;
+  average_->finish(sum);
   stages_[t].optimizer->step(sum);
   loop_->end_step(*stages_[t].optimizer);
 }
@@ -283,15 +291,15 @@ double StageTrainer::validate(size_t t) {
     if (weights_) block_.select_precision(p);
     add_validation(*streams_.inputs(t)[p]);
   }
-  return models::download_floats(backend_, validation_)[0];
+  return config_.comm->sum({models::download_floats(backend_, validation_)[0]})[0];
 }
 
 void StageTrainer::add_validation(Stream& input) {
-  const int64_t begin = config_.samples, rows = streams_.rows();
+  const int64_t begin = StreamSet::samples(config_), rows = streams_.rows();
   Reader inputs = streams_.in_order(input, 0, begin, rows);
   Reader targets = streams_.in_order(streams_.target(), 1, begin, rows);
-  for (int64_t row = begin; row < rows; row += config_.batch) {
-    const int64_t count = std::min(config_.batch, rows - row);
+  for (int64_t row = begin; row < rows; row += streams_.batch()) {
+    const int64_t count = std::min(streams_.batch(), rows - row);
     Tape tape(backend_, TapeMode::Inference);
     const Var x(streams_.as_windows(inputs.next()));
     const Var y =

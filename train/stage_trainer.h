@@ -90,8 +90,9 @@ class StageTrainer {
   models::LlamaBlock block_;
   std::optional<autograd::WeightQuantizer> quantizer_;  // none with learned grids
   Tensor best_;                                         // masters of the best validation loss
-  Tensor order_;                     // I32 (steps * batch): stream rows of all steps of a stage
-  std::vector<int32_t> host_order_;  // the same, on the host
+  Tensor order_;  // I32 (steps * this rank's batch): stream rows of all steps of a stage
+  std::vector<int32_t> host_order_;         // the same, on the host
+  std::optional<GradientAverage> average_;  // over the ranks
   std::optional<StepLoop> loop_;
   Tensor validation_;                   // real (1)
   std::optional<LossWeights> weights_;  // of several precisions

@@ -7,6 +7,7 @@
 #include "models/llama.h"
 #include "quant/host.h"
 #include "train/recipe.h"
+#include "train/sample_order.h"
 
 namespace bbb::train {
 namespace {
@@ -31,18 +32,24 @@ class Collector {
         config_(config),
         model_(source.config()),
         windows_(std::min(config.samples, kStatisticsWindows)),
-        tokens_(windows_ * config.seq_len) {
+        own_windows_(config.comm->share(windows_)) {
     for (const LinearShape& linear : models::block_linears(model_))
       sites_[static_cast<size_t>(linear.site)] = linear;
     const models::Llama model(backend, source, models::HeadRounding::BFloat16);
     inv_freq_ = model.inv_freq();
-    const Tensor ids = backend.empty({tokens_}, DType::I32);
-    if (backend.computes()) backend.upload(ids, windows.ids.data());
-    stream_ = backend.empty({tokens_, model_.d_model}, backend.act());
+    const int64_t rows = own_windows_ * config.seq_len;
+    const Tensor ids = backend.empty({rows}, DType::I32);
+    if (backend.computes())
+      backend.upload(
+          ids, own_windows(windows.ids.data(), windows_, config.seq_len, *config.comm).data());
+    stream_ = backend.empty({rows, model_.d_model}, backend.act());
     backend.embed(stream_, ids, model.embedding());
     if (config.pack == Packing::Stream) return;
-    first_key_ = backend.empty({windows_, config.seq_len}, DType::I32);
-    if (backend.computes()) backend.upload(first_key_, windows.first_key.data());
+    first_key_ = backend.empty({own_windows_, config.seq_len}, DType::I32);
+    if (backend.computes())
+      backend.upload(
+          first_key_,
+          own_windows(windows.first_key.data(), windows_, config.seq_len, *config.comm).data());
   }
 
   // The statistics of a layer in each of its layouts.
@@ -61,7 +68,7 @@ class Collector {
       const std::vector<SiteLayout> choices =
           Recipe::layouts(config_, model_, layer, sites_[site].k);
       layouts.resize(choices.size());
-      const auto inputs = models::ChannelStatistics::from_moments(sums(moments[site]), tokens_);
+      const auto inputs = models::ChannelStatistics::from_moments(sums(moments[site]), tokens());
       models::WeightStatistics weights;
       if (backend_.computes() && choices.back().split > 0)
         weights = models::weight_statistics(model_, original, sites_[site].site);
@@ -101,7 +108,7 @@ class Collector {
         const size_t columns = values.size() / Backend::kMoments;
         for (size_t p = 0; p < columns; ++p)
           layouts[i][site].energy.push_back(
-              static_cast<float>(values[columns + p] / static_cast<double>(tokens_)));
+              static_cast<float>(values[columns + p] / static_cast<double>(tokens())));
       }
     if (chooses) choose_sides(block, original, layouts[0]);
     return layouts;
@@ -124,6 +131,7 @@ class Collector {
     for (const LinearShape& linear : models::block_linears(model_)) {
       const auto site = static_cast<size_t>(linear.site);
       if (!moments[site].empty()) continue;  // its first linear names it
+      config_.comm->all_reduce(sums[site], engine::Reduce::Sum);
       moments[site] = models::download_floats(backend_, sums[site]);
       const bool finite =
           std::ranges::all_of(moments[site], [](float x) { return std::isfinite(x); });
@@ -163,15 +171,15 @@ class Collector {
     return format;
   }
 
-  // Runs all windows through the block. tap(site, x) gets x as a matrix (M, K). Advance::Yes: the
-  // stream becomes that behind the block.
+  // Runs this rank's windows through the block. tap(site, x) gets x as a matrix (M, K).
+  // Advance::Yes: the stream becomes that behind the block.
   void pass(models::LlamaBlock& block, Advance advance,
             const std::function<void(Site, const Tensor&)>& tap) {
     block.set_tap([&](Site site, const Tensor& x) {
       tap(site, x.view({x.numel() / x.dim(-1), x.dim(-1)}));
     });
-    for (int64_t begin = 0; begin < windows_; begin += config_.batch) {
-      const int64_t count = std::min(config_.batch, windows_ - begin);
+    for (int64_t begin = 0; begin < own_windows_; begin += own_batch(config_)) {
+      const int64_t count = std::min(own_batch(config_), own_windows_ - begin);
       const Tensor rows = stream_.rows(begin * config_.seq_len, count * config_.seq_len);
       Tape tape(backend_, TapeMode::Inference);
       const Var x(rows.view({count, config_.seq_len, model_.d_model}));
@@ -224,10 +232,11 @@ class Collector {
       }
     });
     for (size_t site = 0; site < trials.size(); ++site) {
-      const auto error = [&](size_t side) {
-        return models::download_floats(backend_, trials[site][side].error)[0];
-      };
-      if (error(1) >= error(0)) continue;
+      std::vector<double> errors;
+      for (const Trial& trial : trials[site])
+        errors.push_back(models::download_floats(backend_, trial.error)[0]);
+      errors = config_.comm->sum(errors);
+      if (errors[1] >= errors[0]) continue;
       statistics[site].energy = energy_of(statistics[site], quant::SplitSide::Activation);
       statistics[site].side = quant::SplitSide::Activation;
     }
@@ -284,17 +293,25 @@ class Collector {
     trial.scales.push_back(models::upload_as(backend_, {s}, {1}, backend_.real()));
   }
 
+  // Moments over all ranks: sums and, in the last row, maxima.
   std::vector<double> sums(const Tensor& moments) const {
     std::vector<double> values(static_cast<size_t>(moments.numel()));
     backend_.download(values.data(), moments);
-    return values;
+    const size_t maxima = values.size() / Backend::kMoments * (Backend::kMoments - 1);
+    std::vector<double> all(values.size());
+    for (const std::vector<double>& part : config_.comm->gather(values))
+      for (size_t i = 0; i < all.size(); ++i)
+        all[i] = i < maxima ? all[i] + part[i] : std::max(all[i], part[i]);
+    return all;
   }
+
+  int64_t tokens() const { return windows_ * config_.seq_len; }
 
   Backend& backend_;
   const models::Checkpoint& source_;
   const TrainConfig& config_;
   const LlamaConfig& model_;
-  const int64_t windows_, tokens_;
+  const int64_t windows_, own_windows_;            // of all ranks, and of this one
   std::array<LinearShape, models::kSites> sites_;  // one linear of each
   Tensor inv_freq_, stream_;
   Tensor first_key_;  // of the windows, if they hold documents apart

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 #include "models/quant_linear.h"
 
@@ -92,6 +93,42 @@ int64_t StepLoop::read_log(int64_t begin, int64_t end, double seconds, const Ste
   }
   run_.append_log(lines);
   return skipped;
+}
+
+GradientAverage::GradientAverage(engine::Comm& comm, autograd::ParameterSet& parameters)
+    : comm_(comm), parameters_(parameters), started_(parameters.parameters().size()) {
+  if (comm.size() == 1) return;
+  for (size_t i = 0; i < started_.size(); ++i) {
+    autograd::Parameter& parameter = *parameters.parameters()[i];
+    parameter.on_gradient = [this, i, &parameter] {
+      if (!last_) return;
+      comm_.start_all_reduce(parameter.grad, engine::Reduce::Mean);
+      started_[i] = true;
+    };
+  }
+}
+
+void GradientAverage::join() {
+  comm_.join();
+  last_ = false;
+}
+
+// In as few pieces as the parameters that have started leave.
+void GradientAverage::finish(const Tensor& loss) {
+  if (comm_.size() == 1) return;
+  const Tensor& grads = parameters_.grads();
+  int64_t begin = 0;
+  const auto reduce_up_to = [&](int64_t end) {
+    if (begin < end) comm_.all_reduce(grads.slice(begin, end - begin), engine::Reduce::Mean);
+  };
+  for (size_t i = 0; i < started_.size(); ++i) {
+    if (!std::exchange(started_[i], false)) continue;
+    const autograd::Parameter& parameter = *parameters_.parameters()[i];
+    reduce_up_to(parameters_.offset(parameter));
+    begin = parameters_.offset(parameter) + quant::padded_elements(parameter.grad.numel());
+  }
+  reduce_up_to(grads.numel());
+  comm_.all_reduce(loss, engine::Reduce::Mean);
 }
 
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,

@@ -66,6 +66,30 @@ class StepLoop {
   float last_loss_ = 0;
 };
 
+// GradientAverage: gradients and loss of a step become their means over the ranks, of which each
+// has the mean over its equal part of the batch. Recorded.
+//
+//   passes of backward, last_pass() in front of the last | join() | finish_backward | finish(loss)
+//
+// The reduction of a weight's gradient starts in the last pass, and runs beside the rest of it.
+// finish_backward computes more gradients, linear in those: of a mean they are the mean already,
+// and finish() changes nothing but their last bits. With one rank nothing happens.
+class GradientAverage {
+ public:
+  // Sets on_gradient of the parameters, which must be declared; all must outlive this.
+  GradientAverage(engine::Comm& comm, autograd::ParameterSet& parameters);
+
+  void last_pass() { last_ = true; }
+  void join();
+  void finish(const Tensor& loss);  // loss: real (1)
+
+ private:
+  engine::Comm& comm_;
+  autograd::ParameterSet& parameters_;
+  bool last_ = false;
+  std::vector<char> started_;  // of each parameter
+};
+
 // All tensors that optimizer steps change.
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
                              const autograd::Optimizer& optimizer);

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "models/quant_linear.h"
+#include "train/sample_order.h"
 
 namespace bbb::train {
 
@@ -16,12 +17,14 @@ StreamShape StreamSet::shape(const Backend& backend, const models::LlamaConfig& 
   shape.rows = rows(config);
   shape.row_numel = config.seq_len * model.d_model;
   shape.row_bytes = shape.row_numel * engine::size_bytes(backend.act());
-  shape.batch_rows = config.batch;
+  shape.batch_rows = own_batch(config);
   return shape;
 }
 
+int64_t StreamSet::samples(const TrainConfig& config) { return config.comm->share(config.samples); }
+
 int64_t StreamSet::rows(const TrainConfig& config) {
-  return config.samples + (trains_blocks(config) ? config.val_samples : 0);
+  return samples(config) + (trains_blocks(config) ? config.comm->share(config.val_samples) : 0);
 }
 
 int64_t StreamSet::count(const TrainConfig& config) {
@@ -64,17 +67,22 @@ std::vector<Stream*> StreamSet::inputs(size_t t) const {
 
 void StreamSet::embed(const Tensor& table, const data::Windows& windows) {
   const int64_t seq = config_.seq_len;
-  const auto rows_of = [&](const std::vector<int32_t>& all) {
-    std::vector<int32_t> rows(all.begin(), all.begin() + config_.samples * seq);
-    rows.insert(rows.end(), all.end() - (rows_ - config_.samples) * seq, all.end());
+  const auto own = [&](const std::vector<int32_t>& all) {
+    std::vector<int32_t> rows = own_windows(all.data(), config_.samples, seq, *config_.comm);
+    if (trains_blocks(config_)) {
+      const int64_t first = windows.count - config_.val_samples;
+      const std::vector<int32_t> validation =
+          own_windows(all.data() + first * seq, config_.val_samples, seq, *config_.comm);
+      rows.insert(rows.end(), validation.begin(), validation.end());
+    }
     return models::upload_ints(backend_, rows, {rows_, seq});
   };
-  const Tensor tokens = rows_of(windows.ids).view({rows_ * seq});
-  if (config_.pack == Packing::Documents) first_key_ = rows_of(windows.first_key);
+  const Tensor tokens = own(windows.ids).view({rows_ * seq});
+  if (config_.pack == Packing::Documents) first_key_ = own(windows.first_key);
   for (Stream* stream : streams_) {
     Writer writer(backend_, *stream, ring(0));
-    for (int64_t row = 0; row < rows_; row += config_.batch) {
-      const int64_t count = std::min(config_.batch, rows_ - row);
+    for (int64_t row = 0; row < rows_; row += batch()) {
+      const int64_t count = std::min(batch(), rows_ - row);
       const Tensor out = backend_.empty({count * seq, model_.d_model}, backend_.act());
       backend_.embed(out, tokens.slice(row * seq, count * seq), table);
       writer.write(row, out);
@@ -97,7 +105,7 @@ Tensor StreamSet::step_input(const Stream& stream, size_t ring_index, const Tens
                              const Tensor& cursor) {
   if (stream.tier() != Tier::Device) return as_windows(ring(ring_index)->batch());
   const Tensor batch =
-      backend_.empty({config_.batch, config_.seq_len, model_.d_model}, backend_.act());
+      backend_.empty({this->batch(), config_.seq_len, model_.d_model}, backend_.act());
   backend_.gather_rows(batch, {stream.resident(), order, cursor});
   return batch;
 }
@@ -113,7 +121,7 @@ Tensor StreamSet::first_key(int64_t row, int64_t count) const {
 
 Tensor StreamSet::step_first_key(const Tensor& order, const Tensor& cursor) {
   if (!first_key_.defined()) return {};
-  const Tensor batch = backend_.empty({config_.batch, config_.seq_len}, engine::DType::I32);
+  const Tensor batch = backend_.empty({this->batch(), config_.seq_len}, engine::DType::I32);
   backend_.gather_rows(batch, {first_key_, order, cursor});
   return batch;
 }
@@ -121,7 +129,7 @@ Tensor StreamSet::step_first_key(const Tensor& order, const Tensor& cursor) {
 StepFeed::StepFeed(StreamSet& streams, size_t stage, const std::vector<int32_t>& order,
                    int64_t begin, int64_t end) {
   const std::vector<Stream*> inputs = streams.inputs(stage);
-  const int64_t batch = streams.config_.batch;
+  const int64_t batch = streams.batch();
   // A reader of the rows of every step with step % among == which.
   const auto reader = [&](Stream& stream, size_t ring, size_t which, size_t among) {
     if (stream.tier() == Tier::Device) return std::unique_ptr<Reader>();

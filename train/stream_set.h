@@ -21,7 +21,9 @@ class StreamSet {
  public:
   static StreamShape shape(const engine::Backend& backend, const models::LlamaConfig& model,
                            const TrainConfig& config);
-  static int64_t rows(const TrainConfig& config);  // training windows, and validation if it trains
+  // This rank's windows: for training, and all, with those for validation if blocks train.
+  static int64_t samples(const TrainConfig& config);
+  static int64_t rows(const TrainConfig& config);
   static int64_t count(const TrainConfig& config);
   // Rings that training uses at once: one for each input stream, one for the target.
   static int rings(const TrainConfig& config);
@@ -48,22 +50,23 @@ class StreamSet {
   void rewrite(Stream& out, Stream& in, const Change& change) {
     Reader reader = in_order(in, 0, 0, rows_);
     Writer writer(backend_, out, ring(1));
-    for (int64_t row = 0; row < rows_; row += config_.batch)
-      writer.write(row, change(as_windows(reader.next()),
-                               first_key(row, std::min(config_.batch, rows_ - row))));
+    for (int64_t row = 0; row < rows_; row += batch())
+      writer.write(
+          row, change(as_windows(reader.next()), first_key(row, std::min(batch(), rows_ - row))));
     writer.finish();
   }
   // Reads rows [begin, end) in order.
   Reader in_order(Stream& stream, size_t ring_index, int64_t begin, int64_t end);
   int64_t rows() const { return rows_; }
+  int64_t batch() const { return own_batch(config_); }          // windows at once
   engine::Tensor as_windows(const engine::Tensor& rows) const;  // (n, T, D)
   // The attention's, I32 (count, T), of rows [row, row + count); undefined without --pack
   // documents.
   engine::Tensor first_key(int64_t row, int64_t count) const;
 
-  // The batch of a recorded step: input, act (batch, T, D), and target. If the stream is on the
-  // device, the step gathers the batch itself, by `order` and `cursor`. Otherwise StepFeed puts it
-  // into the ring's batch tensor.
+  // This rank's batch of a recorded step: input, act (batch, T, D), and target. If the stream is on
+  // the device, the step gathers the batch itself, by `order` and `cursor`. Otherwise StepFeed puts
+  // it into the ring's batch tensor.
   engine::Tensor step_input(const Stream& stream, size_t ring_index, const engine::Tensor& order,
                             const engine::Tensor& cursor);
   engine::Rows step_target(size_t ring_index, const engine::Tensor& order,

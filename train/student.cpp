@@ -18,10 +18,10 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
       recipe_(recipe),
       stage_(stage),
       model_(backend, source, models::HeadRounding::BFloat16),
-      parameters_(backend,
-                  config.e2e_batch == config.e2e_micro_batch && Recipe::precisions(config) == 1
-                      ? GradientPasses::One
-                      : GradientPasses::Several) {}
+      parameters_(backend, config.e2e_batch == config.e2e_micro_batch && config.comm->size() == 1 &&
+                                   Recipe::precisions(config) == 1
+                               ? GradientPasses::One
+                               : GradientPasses::Several) {}
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;

@@ -1,8 +1,10 @@
 // TokenBatches: the windows of a stage of the whole model, on the device, and the micro-batches
 // that its steps take from them.
 //
-//   order    w w | w w || w w | w w || ..    e2e_batch windows a step, e2e_micro_batch at a time
+//   order    w w | w w || w w | w w || ..    a step's windows, a micro-batch at a time
 //   cursor   the next micro-batch, counted over all steps
+//
+// All are this rank's own.
 #pragma once
 
 #include <algorithm>
@@ -17,21 +19,24 @@ namespace bbb::train {
 
 class TokenBatches {
  public:
-  // The first `samples` windows, in the order of `steps` steps of this stage.
+  // Of the first `samples` windows, in the order of `steps` steps of this stage.
   TokenBatches(engine::Backend& backend, const data::Windows& windows, const TrainConfig& config,
                size_t stage, int64_t steps)
       : backend_(backend), config_(config) {
-    const int64_t rows = config.samples, seq = config.seq_len;
-    const data::Windows used = windows.rows(0, rows);
-    const std::vector<int32_t> targets = used.targets();
-    ids_ = models::upload_ints(backend, used.ids, {rows, seq});
-    targets_ = models::upload_ints(backend, targets, {rows, seq});
-    if (!used.first_key.empty())
-      first_key_ = models::upload_ints(backend, used.first_key, {rows, seq});
+    const int64_t seq = config.seq_len;
+    const engine::Comm& comm = *config.comm;
+    const std::vector<int32_t> targets = windows.rows(0, config.samples).targets();
+    const auto own = [&](const std::vector<int32_t>& all) {
+      return models::upload_ints(backend, own_windows(all.data(), config.samples, seq, comm),
+                                 {comm.share(config.samples), seq});
+    };
+    ids_ = own(windows.ids);
+    targets_ = own(targets);
+    if (!windows.first_key.empty()) first_key_ = own(windows.first_key);
     // Sub-seed 0: those of block training start at 1.
     const std::vector<int32_t> order =
-        sample_order(sub_seed(config.seed, 0, stage), rows, config.e2e_batch, steps);
-    order_ = models::upload_ints(backend, order, {steps * config.e2e_batch});
+        sample_order(sub_seed(config.seed, 0, stage), config.samples, config.e2e_batch, steps);
+    order_ = models::upload_ints(backend, own_order(order, comm), {steps * own_e2e_batch(config)});
     cursor_ = backend.empty({1}, engine::DType::I32);
     std::vector<int64_t> of_window;
     for (auto window = targets.begin(); window != targets.end(); window += seq) {
@@ -49,17 +54,18 @@ class TokenBatches {
 
   // The next step will be `step`.
   void rewind(int64_t step) const {
-    const auto micro = static_cast<int32_t>(step * config_.e2e_batch / config_.e2e_micro_batch);
+    const auto micro =
+        static_cast<int32_t>(step * own_e2e_batch(config_) / own_micro_batch(config_));
     backend_.upload(cursor_, &micro);
   }
 
   struct Batch {
-    // I32 (e2e_micro_batch, T), as those of data::Windows; first_key undefined if it has none.
+    // I32 (micro-batch, T), as those of data::Windows; first_key undefined if it has none.
     engine::Tensor ids, targets, first_key;
   };
   // Recorded: gathers the next micro-batch.
   Batch next() const {
-    const engine::Shape shape{config_.e2e_micro_batch, config_.seq_len};
+    const engine::Shape shape{own_micro_batch(config_), config_.seq_len};
     const auto gather = [&](const engine::Tensor& rows) {
       if (!rows.defined()) return engine::Tensor();
       const engine::Tensor batch = backend_.empty(shape, engine::DType::I32);
@@ -75,9 +81,9 @@ class TokenBatches {
   engine::Backend& backend_;
   const TrainConfig& config_;
   engine::Tensor ids_, targets_, first_key_;  // I32 (samples, T)
-  engine::Tensor order_;                      // I32 (steps * e2e_batch): the windows of all steps
+  engine::Tensor order_;                      // I32 (steps * batch): the windows of all steps
   engine::Tensor cursor_;                     // I32 (1)
-  std::vector<int64_t> counted_;              // of all steps
+  std::vector<int64_t> counted_;              // of all steps, on all ranks
 };
 
 }  // namespace bbb::train

@@ -170,6 +170,7 @@ std::vector<models::LayerStatistics> statistics_of(
     if (!observer.quiet) std::printf("%s", describe(*allocation, source.config(), config).c_str());
     layers = std::move(allocation->statistics);
   }
+  if (!run.writes()) return layers;
   RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
   models::add_statistics(writer, layers);
   writer.finish();
@@ -188,15 +189,17 @@ LayerStart starts_of(Backend& backend, const Checkpoint& source, const data::Win
     for (int64_t layer = 0; layer < model.layers; ++layer)
       models::declare_layer(entries, layer, model, recipe.result_formats(layer), content,
                             config.range);
-    RunFileWriter writer(run.start_file(), run.checksum(), entries);
+    std::optional<RunFileWriter> writer;
+    if (run.writes()) writer.emplace(run.start_file(), run.checksum(), entries);
     engine::Progress progress =
         observer.progress("start", model.layers, engine::Progress::kPatience_s);
     collect_lc_starts(backend, source, windows, config, recipe,
                       [&](int64_t layer, const LayerResult& start) {
-                        models::add_layer(writer, layer, model, start, content);
+                        if (writer) models::add_layer(*writer, layer, model, start, content);
                         progress.set(layer + 1);
                       });
-    writer.finish();
+    if (writer) writer->finish();
+    config.comm->barrier();  // all read the file
   }
   return run.starts(model);
 }
@@ -224,7 +227,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   BBB_CHECK(source.kind() != models::CheckpointKind::Packed, source.path(),
             ": is quantized already; training starts from full precision");
   config = resolve(config, model, backend.device());
-  const int64_t wanted = StreamSet::rows(config);
+  engine::Comm& comm = *config.comm;
+  config.threads = static_cast<int>(comm.gather({1.0 * config.threads})[0][0]);  // as it is saved
+  const int64_t wanted = config.samples + (trains_blocks(config) ? config.val_samples : 0);
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
             windows.count, " windows of ", windows.seq_len,
             " tokens, but --samples and --val-samples ask for ", wanted);
@@ -236,7 +241,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
 
   // An existing run is locked before the model is read and memory is planned. A new run is created
   // only once it is known to fit, so that a refused run leaves nothing behind.
-  RunDirectory run(config.out);
+  using Access = RunDirectory::Access;
+  RunDirectory run(config.out, comm.first() ? Access::Write : Access::Read);
   // A finished run is not changed: not even the lock is written.
   const bool finished = run.exists() && run.finished(config, model.layers) && !run.has_states();
   PhaseTimes times{.resumed = run.exists()};
@@ -300,7 +306,10 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     print_dry_run(backend, source, windows, config, blocks, whole, run.exists());
     return;
   }
-  run.create_or_resume(identity);                 // locks, whoever made it meanwhile
+  comm.barrier();                  // every rank has seen whether there is a run
+  run.create_or_resume(identity);  // locks, whoever made it meanwhile
+  comm.barrier();
+  if (!run.writes()) run.check_identity(identity);
   std::optional<engine::GemmTuningScope> tuning;  // one at a time
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
     tuning.reset();
@@ -308,7 +317,9 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };
+    comm.barrier();  // all read the same choices; what is missing each rank times for itself
     engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(), memory_bytes, say);
+    if (!run.writes()) own.keep = nullptr;
     own.step_runs = step_runs;
     own.product_runs = product_runs;
     tuning.emplace(backend, std::move(own));
@@ -328,6 +339,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
       quantize_blocks(backend, source, windows, config, recipe, memory.streams, run, observer);
     else
       train_blocks(backend, source, windows, config, recipe, memory, run, observer);
+    comm.barrier();  // the next phase reads the files
     times.blocks_s = taken();
   }
   if (trains_whole(config)) {

@@ -1,0 +1,158 @@
+#ifdef BBB_HAS_CUDA
+#include "cuda/nccl_comm.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "cuda/cuda_backend.h"
+
+namespace bbb::cuda {
+namespace {
+
+// From nccl.h, whose types and values stay within version 2.
+struct NcclId {
+  char bytes[128];
+};
+using NcclCommunicator = struct NcclCommunicatorOpaque*;
+constexpr int kNcclSuccess = 0;
+enum NcclType : int { kNcclFloat32 = 7, kNcclFloat64 = 8, kNcclBFloat16 = 9 };
+enum NcclOp : int { kNcclSum = 0, kNcclAverage = 4 };
+
+// The functions in use, each by its name in the library.
+class Nccl {
+ public:
+  int (*get_unique_id)(NcclId*);
+  int (*init_rank)(NcclCommunicator*, int size, NcclId, int rank);
+  int (*all_reduce)(const void*, void*, size_t, int type, int op, NcclCommunicator, cudaStream_t);
+  int (*abort)(NcclCommunicator);
+  const char* (*error_text)(int);
+
+  static const Nccl& library() {
+    static const Nccl nccl;
+    return nccl;
+  }
+
+ private:
+  Nccl() {
+    setenv("NCCL_NVLS_ENABLE", "0", 0);  // unless it is set; NCCL reads it as it starts
+    void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    BBB_CHECK(library != nullptr, "several GPUs need NCCL, which cannot be opened: ", dlerror(),
+              "; install it, or add its folder to LD_LIBRARY_PATH");
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+      BBB_CHECK(function != nullptr, "libnccl.so.2 has no ", name);
+    };
+    find(get_unique_id, "ncclGetUniqueId");
+    find(init_rank, "ncclCommInitRank");
+    find(all_reduce, "ncclAllReduce");
+    find(abort, "ncclCommAbort");
+    find(error_text, "ncclGetErrorString");
+  }
+};
+
+#define BBB_NCCL(call)                                                                          \
+  ::bbb::quant::check_status((call), kNcclSuccess, Nccl::library().error_text, #call, __FILE__, \
+                             __LINE__)
+
+int type_of(const Tensor& x) {
+  switch (x.dtype()) {
+    case DType::F32:
+      return kNcclFloat32;
+    case DType::F64:
+      return kNcclFloat64;
+    default:
+      BBB_ASSERT(x.dtype() == DType::BF16);
+      return kNcclBFloat16;
+  }
+}
+
+// Its kernels come first where an SM is free, though products are queued that would fill all.
+StreamHandle make_urgent_stream() {
+  int least = 0, most = 0;
+  BBB_CUDA(cudaDeviceGetStreamPriorityRange(&least, &most));
+  cudaStream_t stream = nullptr;
+  BBB_CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, most));
+  return StreamHandle(stream);
+}
+
+class NcclComm final : public engine::Comm {
+ public:
+  NcclComm(CudaBackend& backend, std::shared_ptr<engine::Comm> host)
+      : Comm(host->rank(), host->size(), host->host_ranks()),
+        backend_(backend),
+        host_(std::move(host)),
+        stream_(make_urgent_stream()) {
+    NcclId id{};
+    if (first()) BBB_NCCL(Nccl::library().get_unique_id(&id));
+    const std::string bytes = host_->exchange({id.bytes, sizeof id.bytes})[0];
+    BBB_ASSERT(bytes.size() == sizeof id.bytes);
+    std::memcpy(id.bytes, bytes.data(), sizeof id.bytes);
+    BBB_NCCL(Nccl::library().init_rank(&communicator_, size(), id, rank()));
+    // The first reduction makes NCCL's connections, which it cannot do while a step is recorded.
+    const Tensor x = backend_.zeros({1}, backend_.real());
+    all_reduce(x, engine::Reduce::Sum);
+    backend_.synchronize();
+  }
+  // Not ncclCommDestroy, which waits for ranks that may be lost. No reduction is left.
+  ~NcclComm() override { Nccl::library().abort(communicator_); }
+
+  void all_reduce(const Tensor& x, engine::Reduce op) override {
+    start_all_reduce(x, op);
+    join();
+  }
+  void start_all_reduce(const Tensor& x, engine::Reduce op) override {
+    follow(stream_.get(), backend_.stream());
+    forked_ = true;
+    BBB_NCCL(Nccl::library().all_reduce(
+        x.raw(), x.raw(), static_cast<size_t>(x.numel()), type_of(x),
+        op == engine::Reduce::Mean ? kNcclAverage : kNcclSum, communicator_, stream_.get()));
+  }
+  // A recorded step may wait only for what it has forked.
+  void join() override {
+    if (std::exchange(forked_, false)) follow(backend_.stream(), stream_.get());
+  }
+  std::vector<std::string> exchange(const std::string& bytes) override {
+    return host_->exchange(bytes);
+  }
+
+ private:
+  // What is submitted to `stream` from now on waits for all that is on `other`.
+  static void follow(cudaStream_t stream, cudaStream_t other) {
+    const EventHandle event = make_event(cudaEventDisableTiming);
+    BBB_CUDA(cudaEventRecord(event.get(), other));
+    BBB_CUDA(cudaStreamWaitEvent(stream, event.get(), 0));
+  }
+
+  CudaBackend& backend_;
+  const std::shared_ptr<engine::Comm> host_;
+  const StreamHandle stream_;
+  bool forked_ = false;
+  NcclCommunicator communicator_ = nullptr;
+};
+
+}  // namespace
+
+int gpu_of_rank(int host_rank) {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  BBB_CHECK(count == 1 || host_rank < count, "rank ", host_rank,
+            " of this host has no GPU: the host has ", count);
+  return count == 1 ? 0 : host_rank;
+}
+
+std::shared_ptr<engine::Comm> make_nccl_comm(engine::Backend& backend,
+                                             std::shared_ptr<engine::Comm> host) {
+  auto* const gpu = dynamic_cast<CudaBackend*>(&backend);
+  BBB_ASSERT(gpu != nullptr);
+  return std::make_shared<NcclComm>(*gpu, std::move(host));
+}
+
+}  // namespace bbb::cuda
+#endif

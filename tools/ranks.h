@@ -1,0 +1,65 @@
+// The processes of a training job: where this one stands among them, and starting the others.
+//
+//   bbb train --ranks N          starts N - 1 processes of itself on this host; this one is rank 0
+//   LAUNCHER bbb train [..]      the launcher has started them, here and perhaps on other hosts
+//
+// What a launcher says, the first that is set:
+//   RANK, WORLD_SIZE, LOCAL_RANK                                torchrun, and the processes above
+//   SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID                   srun
+//   OMPI_COMM_WORLD_RANK, .._SIZE, .._LOCAL_RANK                mpirun
+// Rank 0 waits for the others at MASTER_PORT (29500) of MASTER_ADDR (127.0.0.1).
+#pragma once
+
+#include <sys/types.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/socket_comm.h"
+#include "tools/cli.h"
+
+namespace bbb::tools {
+
+struct RankPlace {
+  int rank = 0, size = 1;
+  std::optional<int> local_rank;  // on its host
+  std::string address = "127.0.0.1";
+  int port = 29500;
+};
+// Empty if no launcher has started this process. Throws UsageError on values that are no numbers or
+// do not fit together. `value(name)`: of a variable; null if it is not set.
+std::optional<RankPlace> rank_place(const std::function<const char*(const char* name)>& value);
+
+// Ranks 1, 2, .. of this host: this program again, with the same arguments.
+class RankProcesses {
+ public:
+  RankProcesses(int size, int port, const std::string& command, const Arguments& arguments);
+  ~RankProcesses();  // waits for them a little, then kills them
+  RankProcesses(const RankProcesses&) = delete;
+  RankProcesses& operator=(const RankProcesses&) = delete;
+
+  std::string fate(int rank);  // how it ended; "" while it runs
+  void kill_all();
+
+ private:
+  struct Process {
+    pid_t id = 0;
+    bool ended = false;
+    std::string fate;
+  };
+  std::vector<Process> processes_;  // rank 1 first
+};
+
+// Runs `body` as one rank of the job. `ranks`: the value of --ranks or --gpus, 0 if neither was
+// given; it must fit what a launcher says, but 1 means this process alone. body's Comm carries host
+// values (engine/socket_comm.h), `local_rank` is the index of its GPU.
+//
+// Other ranks than 0 have no standard output. If one fails, rank 0 prints its error.
+using RankBody = std::function<void(const std::shared_ptr<engine::Comm>& comm, int local_rank)>;
+int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
+                const RankBody& body);
+
+}  // namespace bbb::tools
