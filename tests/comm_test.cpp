@@ -94,6 +94,21 @@ TEST_CASE("ranks exchange bytes of any length, and sum host values", "[comm]") {
   }
 }
 
+TEST_CASE("values of shared elements come back in order", "[comm]") {
+  for (const int64_t count : {0, 2, 7}) {
+    std::vector<std::vector<double>> seen(3);
+    const auto errors = on_ranks(3, [&](const Ranks& comm) {
+      std::vector<double> own;
+      for (int64_t i = comm->rank(); i < count; i += 3) own.push_back(0.5 * static_cast<double>(i));
+      seen[static_cast<size_t>(comm->rank())] = tools::from_all_ranks(*comm, own, count);
+    });
+    CHECK(errors == no_errors(3));
+    std::vector<double> expected;
+    for (int64_t i = 0; i < count; ++i) expected.push_back(0.5 * static_cast<double>(i));
+    for (const auto& values : seen) CHECK(values == expected);
+  }
+}
+
 TEST_CASE("one process is a Comm that changes nothing", "[comm]") {
   Comm comm;
   const Tensor x = make(oracle(), {2}, DType::F32, {1, 2});

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "tools/cli.h"
 #include "tools/eval_tasks.h"
 #include "tools/load_model.h"
+#include "tools/ranks.h"
 
 namespace bbb::tools {
 
@@ -74,26 +76,35 @@ std::vector<LoadedTask> load_tasks(const std::vector<EvalTask>& tasks, bool name
   return loaded;
 }
 
+// Ranks share the choices of all items.
 TaskResult evaluate(models::Llama& model, const data::Tokenizer& tokenizer,
-                    const LoadedTask& loaded, quant::KvFormat kv) {
+                    const LoadedTask& loaded, quant::KvFormat kv, engine::Comm& comm) {
+  const double never_s = std::numeric_limits<double>::infinity();
   const int64_t max_position = model.config().max_position;
   const int64_t most_tokens = (max_position > 0 ? max_position : kDefaultContext_tokens) + 1;
   std::vector<models::ScoredTokens> sequences;
   {
     engine::Progress progress(loaded.task.name + " tokens",
                               static_cast<int64_t>(loaded.items.size()),
-                              engine::Progress::kPatience_s);
+                              comm.first() ? engine::Progress::kPatience_s : never_s);
     for (size_t i = 0; i < loaded.items.size(); ++i) {
       for (models::ScoredTokens& choice : encode_item(tokenizer, loaded.items[i], most_tokens))
         sequences.push_back(std::move(choice));
       progress.set(static_cast<int64_t>(i + 1));
     }
   }
-  engine::Progress progress(loaded.task.name, static_cast<int64_t>(sequences.size()));
-  return score_task(loaded.items,
-                    log_likelihoods(
-                        model, sequences, [&](int64_t done) { progress.set(done); }, kv));
+  const auto count = static_cast<int64_t>(sequences.size());
+  std::vector<models::ScoredTokens> own;
+  for (size_t i = static_cast<size_t>(comm.rank()); i < sequences.size();
+       i += static_cast<size_t>(comm.size()))
+    own.push_back(std::move(sequences[i]));
+  engine::Progress progress(loaded.task.name, comm.share(count), comm.first() ? 0 : never_s);
+  const std::vector<double> scores = log_likelihoods(
+      model, own, [&](int64_t done) { progress.set(done); }, kv);
+  return score_task(loaded.items, from_all_ranks(comm, scores, count));
 }
+
+void measure_tasks(const CommandLine& line, engine::Comm& comm, int local_rank);
 
 }  // namespace
 
@@ -113,14 +124,24 @@ int eval_command(const Arguments& arguments) {
       ("limit", "first items of each task; 0: all",                                //
        cxxopts::value<std::string>()->default_value("0"))                          //
       ("json", "write the result to this file too", cxxopts::value<std::string>());
+  add_rank_options(line);
   if (!line.parse(arguments)) return 0;
+  return run_as_rank(ranks_asked(line), "eval", arguments, [&](const auto& comm, int local_rank) {
+    measure_tasks(line, *comm, local_rank);
+  });
+}
+
+namespace {
+
+void measure_tasks(const CommandLine& line, engine::Comm& comm, int local_rank) {
   const std::string model_path = line.required("model"), directory = line.required("data");
   const int64_t limit = line.integer("limit", 0);
   const quant::KvFormat kv = line.kv_format();
   const std::vector<EvalTask> chosen =
       chosen_tasks(line.has("tasks") ? line.required("tasks") : "");
 
-  const auto backend = line.make_backend();  // first: a missing GPU should not cost a long read
+  // First: a missing GPU should not cost a long read.
+  const auto backend = make_rank_backend(rank_device(line), line.threads(), comm, local_rank);
   const std::vector<LoadedTask> tasks = load_tasks(chosen, line.has("tasks"), directory, limit);
   const auto source = models::open_checkpoint(model_path, line.nested_bits());
   backend->check_head_size(source->config().head_dim);
@@ -132,7 +153,7 @@ int eval_command(const Arguments& arguments) {
   double average = 0;
   fmt::print("{:<14}{:>7}{:>9}{:>9}{:>10}{:>9}\n", "task", "items", "acc", "+-", "acc_norm", "+-");
   for (const LoadedTask& loaded : tasks) {
-    const TaskResult result = evaluate(*model, *tokenizer, loaded, kv);
+    const TaskResult result = evaluate(*model, *tokenizer, loaded, kv, comm);
     fmt::print("{:<14}{:>7}{:>9.4f}{:>9.4f}{:>10.4f}{:>9.4f}\n", loaded.task.name, result.items,
                result.acc, result.acc_stderr, result.acc_norm, result.acc_norm_stderr);
     std::fflush(stdout);  // a task may take minutes
@@ -147,7 +168,7 @@ int eval_command(const Arguments& arguments) {
       "average {:.4f} (acc_norm of arc and hellaswag, acc of the others)  "
       "{:.4f} bits per weight on {}\n",
       average, source->bits_per_weight(), backend->device_name());
-  if (line.has("json")) {
+  if (line.has("json") && comm.first()) {
     const nlohmann::ordered_json json = {{"tasks", json_tasks},
                                          {"average", average},
                                          {"model", model_path},
@@ -156,7 +177,8 @@ int eval_command(const Arguments& arguments) {
                                          {"kv_bits", kv.bits}};
     data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
   }
-  return 0;
 }
+
+}  // namespace
 
 }  // namespace bbb::tools

@@ -14,6 +14,8 @@
 #include <new>
 #include <thread>
 
+#include "cuda/nccl_comm.h"
+
 extern char** environ;
 
 namespace bbb::tools {
@@ -127,6 +129,47 @@ void RankProcesses::kill_all() {
     waitpid(process.id, nullptr, 0);
     process.ended = true;
   }
+}
+
+void add_rank_options(CommandLine& line) {
+  line.options()  //
+      ("gpus", "share the work among so many GPUs of this host, one process each",
+       cxxopts::value<std::string>())  //
+      ("ranks", "the same, as processes on whatever device it is", cxxopts::value<std::string>());
+}
+
+int ranks_asked(const CommandLine& line) {
+  if (line.has("ranks") && line.has("gpus")) throw UsageError("give one of --ranks and --gpus");
+  if (line.has("gpus") && line.text("device") == "cpu")
+    throw UsageError("--gpus takes GPUs: with --device cpu give --ranks");
+  const char* const option = line.has("gpus") ? "gpus" : "ranks";
+  return line.has(option) ? static_cast<int>(line.integer(option, 1, 1 << 16)) : 0;
+}
+
+std::string rank_device(const CommandLine& line) {
+  return line.has("gpus") ? "cuda" : line.text("device");
+}
+
+std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, int threads,
+                                                   const engine::Comm& comm, int local_rank) {
+  if (comm.host_ranks() > 1) {
+    if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
+    threads = std::max(1, threads / comm.host_ranks());
+  }
+  return CommandLine::make_backend(device, threads,
+                                   comm.size() > 1 ? cuda::gpu_of_rank(local_rank) : 0);
+}
+
+std::vector<double> from_all_ranks(engine::Comm& comm, const std::vector<double>& own,
+                                   int64_t count) {
+  BBB_ASSERT(static_cast<int64_t>(own.size()) == comm.share(count));
+  const std::vector<std::string> parts =
+      comm.exchange({reinterpret_cast<const char*>(own.data()), own.size() * sizeof(double)});
+  std::vector<double> all(static_cast<size_t>(count));
+  for (size_t i = 0; i < all.size(); ++i)
+    std::memcpy(&all[i], parts[i % parts.size()].data() + i / parts.size() * sizeof(double),
+                sizeof(double));
+  return all;
 }
 
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,

@@ -1,7 +1,9 @@
-// The processes of a training job: where this one stands among them, and starting the others.
+// The processes of a job: where this one stands among them, and starting the others.
 //
-//   bbb train --ranks N          starts N - 1 processes of itself on this host; this one is rank 0
-//   LAUNCHER bbb train [..]      the launcher has started them, here and perhaps on other hosts
+//   bbb COMMAND --ranks N        starts N - 1 processes of itself on this host; this one is rank 0
+//   LAUNCHER bbb COMMAND [..]    the launcher has started them, here and perhaps on other hosts
+//
+// Commands: train, ppl, eval.
 //
 // What a launcher says, the first that is set:
 //   RANK, WORLD_SIZE, LOCAL_RANK                                torchrun, and the processes above
@@ -53,6 +55,12 @@ class RankProcesses {
   std::vector<Process> processes_;  // rank 1 first
 };
 
+// --gpus and --ranks, and the number of processes that they ask for; 0 if neither is given.
+void add_rank_options(CommandLine& line);
+int ranks_asked(const CommandLine& line);
+// What --device says, or cuda with --gpus.
+std::string rank_device(const CommandLine& line);
+
 // Runs `body` as one rank of the job. `ranks`: the value of --ranks or --gpus, 0 if neither was
 // given; it must fit what a launcher says, but 1 means this process alone. body's Comm carries host
 // values (engine/socket_comm.h), `local_rank` is the index of its GPU.
@@ -61,5 +69,13 @@ class RankProcesses {
 using RankBody = std::function<void(const std::shared_ptr<engine::Comm>& comm, int local_rank)>;
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
                 const RankBody& body);
+
+// A rank's backend: on its own GPU, or with its part of the host's cores. `threads` as --threads.
+std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, int threads,
+                                                   const engine::Comm& comm, int local_rank);
+
+// Of `count` values in all, each rank has its own (Comm), in order. Returns all, in order.
+std::vector<double> from_all_ranks(engine::Comm& comm, const std::vector<double>& own,
+                                   int64_t count);
 
 }  // namespace bbb::tools

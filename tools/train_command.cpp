@@ -5,7 +5,6 @@
 #include <map>
 #include <optional>
 #include <set>
-#include <thread>
 
 #include "cuda/nccl_comm.h"
 #include "tools/config_options.h"
@@ -149,15 +148,6 @@ bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source
              .device_bytes <= train::tensor_room(backend, resolved.memory);
 }
 
-// The number of processes that --ranks or --gpus asks for; 0 if neither is given.
-int ranks_asked(const CommandLine& line) {
-  if (line.has("ranks") && line.has("gpus")) throw UsageError("give one of --ranks and --gpus");
-  if (line.has("gpus") && line.text("device") == "cpu")
-    throw UsageError("--gpus takes GPUs: with --device cpu give --ranks");
-  const char* const option = line.has("gpus") ? "gpus" : "ranks";
-  return line.has(option) ? static_cast<int>(line.integer(option, 1, 1 << 16)) : 0;
-}
-
 void train_as_rank(const CommandLine& line, train::TrainConfig config,
                    std::shared_ptr<engine::Comm> comm, int local_rank);
 
@@ -182,11 +172,8 @@ int train_command(const Arguments& arguments) {
       ("to", "where --schedule ends: w2a16 or w2a2; B ends at w2a2",
        cxxopts::value<std::string>()->default_value("w2a16"))                    //
       ("deterministic", "no algorithm of a matrix product is chosen by timing")  //
-      ("gpus", "train on so many GPUs of this host, one process each",
-       cxxopts::value<std::string>())(
-          "ranks", "the same as processes on the device of --device; they share every batch",
-          cxxopts::value<std::string>())  //
       ("dry-run", "say what memory, disk and time the run will take, and write nothing");
+  add_rank_options(line);
   if (!line.parse(arguments)) return 0;
 
   read_config_options(config, line, every);
@@ -243,7 +230,7 @@ void train_as_rank(const CommandLine& line, train::TrainConfig config,
   // bytes on a machine with other cores.
   const train::RunDirectory run(config.out);
   std::optional<train::TrainConfig> begun;
-  std::string device = line.has("gpus") ? "cuda" : line.text("device");
+  std::string device = rank_device(line);
   config.threads = line.threads();
   if (run.exists()) {
     const train::RunIdentity identity = run.identity();
@@ -251,13 +238,7 @@ void train_as_rank(const CommandLine& line, train::TrainConfig config,
     if (!line.has("device") && !line.has("gpus")) device = identity.device;
     if (!line.has("threads") && device == "cpu") config.threads = begun->threads;
   }
-  int threads = config.threads;
-  if (comm->host_ranks() > 1) {  // they share the cores
-    if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
-    threads = std::max(1, threads / comm->host_ranks());
-  }
-  const auto backend = CommandLine::make_backend(
-      device, threads, comm->size() > 1 ? cuda::gpu_of_rank(local_rank) : 0);
+  const auto backend = make_rank_backend(device, config.threads, *comm, local_rank);
   if (comm->size() > 1 && !config.dry_run && backend->device() == engine::DeviceType::Cuda)
     comm = cuda::make_nccl_comm(*backend, comm);
   config.comm = comm;
