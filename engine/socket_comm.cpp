@@ -337,17 +337,18 @@ std::string SocketComm::fate_of(int rank) const {
              "; the same command continues the run");
 }
 
+// Of the control thread alone.
 void SocketComm::lose(const std::string& why, bool said) {
+  if (lost_) return;
+  if (first()) leave(why);  // before anything that the main thread says when it learns of this
   {
     const std::lock_guard lock(mutex_);
-    if (lost_) return;
     lost_ = true;
     why_ = why;
     said_ = said;
   }
   for (const Peer& peer : peers_) shutdown(peer.data.fd(), SHUT_RDWR);  // ends what waits there
   changed_.notify_all();
-  if (first()) leave(why);
 }
 
 void SocketComm::hear(Peer& peer) {

@@ -413,7 +413,8 @@ TEST_CASE("LC: runs of either phase repeat, and killed ones end alike", "[lc][tr
                       fixture.dir / "exported" + std::string(name), {});
   }
   // From a finished run, on its grid alone.
-  TrainConfig next = lc_config(fixture, "next", {{"from", (fixture.dir / "whole").c_str()}});
+  TrainConfig next = lc_config(fixture, "next",
+                               {{"from", (fixture.dir / "whole").c_str()}, {"lc-map", "learned"}});
   fixture.run(next);
   CHECK_FALSE(fs::exists(next.out + "/start.safetensors"));
   next.out = fixture.dir / "other";

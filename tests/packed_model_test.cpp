@@ -292,8 +292,10 @@ TEST_CASE("packed model: a forward of T tokens equals T steps of decoding", "[pa
     }
     const bool exact = exported.config.act_bits == 16;
     if (exact) CHECK(relative_error(steps, whole) < (on_cuda() ? 0.02 : 1e-4));
-    CHECK(nll_of(steps, ids) ==
-          Approx(nll_of(whole, ids)).epsilon(exact && !on_cuda() ? 1e-5 : 2e-3));
+    // Codes of quantized activations that differ, as above: in 24 tokens each weighs less than in
+    // seven.
+    const double off = exact ? (on_cuda() ? 2e-3 : 1e-5) : on_cuda() ? 2e-2 * 7 / tokens : 2e-3;
+    CHECK(nll_of(steps, ids) == Approx(nll_of(whole, ids)).epsilon(off));
   }
 }
 

@@ -100,8 +100,10 @@ std::vector<double> Sensitivity::divergences() {
 void rehearse_sensitivity(engine::CountingBackend& backend, const models::Checkpoint& source,
                           const TrainConfig& config) {
   Sensitivity sensitivity(backend, source, data::Windows(), config);
-  const models::LayerResult original = models::full_precision(source, 0);
-  sensitivity.add_layer(0, original, std::vector<std::vector<float>>(original.linears.size()));
+  // The last layer passes the most windows at once.
+  const int64_t last = source.config().layers - 1;
+  const models::LayerResult original = models::full_precision(source, last);
+  sensitivity.add_layer(last, original, std::vector<std::vector<float>>(original.linears.size()));
   sensitivity.divergences();
 }
 
