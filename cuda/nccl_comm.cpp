@@ -38,7 +38,9 @@ class Nccl {
 
  private:
   Nccl() {
-    setenv("NCCL_NVLS_ENABLE", "0", 0);  // unless it is set; NCCL reads it as it starts
+    // Unless they are set; NCCL reads them as it starts. A recorded step cannot make connections.
+    setenv("NCCL_NVLS_ENABLE", "0", 0);
+    setenv("NCCL_RUNTIME_CONNECT", "0", 0);
     void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
     BBB_CHECK(library != nullptr, "several GPUs need NCCL, which cannot be opened: ", dlerror(),
               "; install it, or add its folder to LD_LIBRARY_PATH");

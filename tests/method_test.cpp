@@ -867,14 +867,17 @@ TEST_CASE("method: learned grids and Block-AP lower the loss, and survive every 
   }
 }
 
-TEST_CASE("method: learned ratios train the whole model, and survive every kill", "[method]") {
+TEST_CASE("method: learned grids train the whole model, and survive every kill", "[method]") {
   const Fixture fixture;
-  for (const char* quantizer : {"minmax", "seq"}) {
-    CAPTURE(quantizer);
-    const TrainConfig config = make_config(fixture, quantizer,
+  for (const auto& [quantizer, parts] : {std::pair{"minmax", "ratios"},
+                                         {"seq", "ratios"},
+                                         {"minmax", "scales"},
+                                         {"minmax", "scales-zeros"}}) {
+    CAPTURE(quantizer, parts);
+    const TrainConfig config = make_config(fixture, cat(quantizer, "_", parts),
                                            kGrid + Options{{"stages", ""},
                                                            {"quantizer", quantizer},
-                                                           {"grid-train", "ratios"},
+                                                           {"grid-train", parts},
                                                            {"grid-lr", "1e-3"},
                                                            {"e2e-stages", "w3a16:2,w2a16:4"}});
     fixture.run(config);
@@ -886,7 +889,7 @@ TEST_CASE("method: learned ratios train the whole model, and survive every kill"
       last += lines[20 + i]["loss"].get<double>();
     }
     CHECK(last < first);
-    // Other than with the ratios of the search.
+    // Other than with the grid of the search, from which it starts.
     TrainConfig searched = with(config, {{"grid-train", "none"}});
     searched.out = config.out + "_searched";
     fixture.run(searched);
@@ -1105,9 +1108,9 @@ TEST_CASE("method: options of the grid are completed or refused by name", "[meth
       {{{"stages", "w2a16"}, {"grid-train", "scales"}, {"ste", "trust"}}, "no --ste"},
       {{{"stages", "w2a16"}, {"method", "block-ap"}, {"grid-train", "ratios"}},
        "--method block-ap"},
-      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"grid-train", "scales"}}, "one stage"},
-      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"grid-train", "ratios"}, {"e2e-damping", "1"}},
-       "--grid-train ratios moves the grid"},
+      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"method", "block-ap"}}, "one stage"},
+      {{{"stages", ""}, {"e2e-stages", "w2a16:1"}, {"grid-train", "scales"}, {"e2e-damping", "1"}},
+       "--grid-train moves the grid"},
       {{{"stages", "w8a16"}, {"any-precision", "4,2"}}, "--any-precision"},
       {{{"stages", "w2a16"}, {"any-precision", "8,2"}}, "--any-precision"},
       {{{"stages", "w8a16"}, {"any-precision", "8,2"}, {"range", "search"}}, "--range search"},

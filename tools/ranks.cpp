@@ -175,7 +175,7 @@ std::vector<double> from_all_ranks(engine::Comm& comm, const std::vector<double>
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
                 const RankBody& body) {
   const auto said = rank_place([](const char* name) { return std::getenv(name); });
-  const bool launched = said.has_value() && ranks != 1;
+  const bool launched = said.has_value() && said->size > 1 && ranks != 1;
   RankPlace place;
   place.size = std::max(1, ranks);
   if (launched) place = said.value_or(place);

@@ -89,7 +89,8 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   std::set<std::string> used = {"stages", "block-schedule", "batch", "e2e-steps"};
   if (algorithm2) used.insert({"lr", "epochs", "first-ratio", "depth-bias"});
   const bool ratios = config.grid_train == train::GridTrain::Ratios;
-  if (ratios && config.e2e_train != train::EndToEndTrain::Scales)
+  const bool grid = config.grid_train != train::GridTrain::None && config.stages.empty();
+  if ((ratios || grid) && config.e2e_train != train::EndToEndTrain::Scales)
     used.insert({"grid-train", "grid-lr"});
   const bool of_last_stages = name == "e2e-stages" || name == "e2e-lr";
   if (group == train::kEndToEnd && config.e2e_steps == 0 && !used.count(name) &&
@@ -110,7 +111,7 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   const bool scales = config.e2e_train == train::EndToEndTrain::Scales ||
                       (config.e2e_train == train::EndToEndTrain::Auto &&
                        (config.method != train::Method::Blocks ||
-                        (train::finds_codes(config) && (!ratios || !config.stages.empty()))));
+                        (train::finds_codes(config) && !config.stages.empty())));
   // Stages that adapters may have in front of them, or be in.
   const size_t of_blocks = config.stages.size();
   size_t stages = of_blocks + (config.from.empty() ? 0 : 1);

@@ -310,7 +310,8 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   for (const ModelStage& s : c.e2e_stages) few_bits(s);
   if (c.e2e_snap == Snap::Auto)
     c.e2e_snap = all && blocks && !finds_codes(c) && !algorithm2 && !c.e2e_stages.empty() &&
-                         c.lora_rank == 0 && c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
+                         c.quantizer != Quantizer::Lc && c.lora_rank == 0 &&
+                         c.e2e_lr[0] >= kSnapFrom.at(model.d_model)
                      ? Snap::On
                      : Snap::Off;
 }
@@ -355,13 +356,14 @@ void check_codes(const TrainConfig& c) {
        cat(option, " goes block by block: no --block-schedule stochastic or prefix"));
   want(c.any_precision.empty(),
        cat(option, " finds codes of one width: no --any-precision, whose codes are nested"));
-  if (c.grid_train == GridTrain::Ratios) {
+  const bool whole = c.stages.empty() && c.method == Method::Blocks;
+  if (whole || c.grid_train == GridTrain::Ratios) {
     for (const ModelStage& s : c.e2e_stages)
       want(s.weight_bits <= 8, cat("--grid-train needs codes of at most 8 bits, not ", s));
     want(c.e2e_damping == 0 && c.e2e_freeze == Freeze::None && c.e2e_snap != Snap::On,
-         "--grid-train ratios moves the grid: no --e2e-damping, --e2e-freeze or --e2e-snap");
-    if (c.stages.empty()) return;
+         "--grid-train moves the grid: no --e2e-damping, --e2e-freeze or --e2e-snap");
   }
+  if (whole) return;
   want(c.from.empty(), cat(option, " is for the block phase, which --from leaves out"));
   want(c.stages.size() == 1 && c.stages[0].weight_bits <= 8,
        cat(option,
@@ -375,6 +377,12 @@ bool allocates(const TrainConfig& config) { return config.target_bits > 0 || con
 
 bool finds_codes(const TrainConfig& config) {
   return config.method == Method::Gptq || config.grid_train != GridTrain::None;
+}
+
+bool learns_whole_grid(const TrainConfig& config) {
+  return config.e2e_train == EndToEndTrain::All &&
+         (config.grid_train == GridTrain::Ratios ||
+          (config.grid_train != GridTrain::None && config.stages.empty()));
 }
 
 bool trains_blocks(const TrainConfig& config) {

@@ -205,6 +205,8 @@ TrainConfig config_from_json(const std::string& json, const std::string& where);
 bool allocates(const TrainConfig& config);
 // Does the block phase leave codes, not masters?
 bool finds_codes(const TrainConfig& config);
+// Does the end-to-end phase train the grid with all weights? Its result is codes then, too.
+bool learns_whole_grid(const TrainConfig& config);
 // Does the block phase train, so that it validates?
 bool trains_blocks(const TrainConfig& config);
 // Do adapters train in this stage of the blocks, or of the whole model?

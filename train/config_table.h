@@ -184,11 +184,12 @@ void visit_stored(Config& c, const Visitor& v) {
                "each to those that follow; block-ap: EfficientQAT's, scales and zero points train "
                "with the weights",
                {"blocks, gptq, block-ap"}});
-  v(c.grid_train, {"grid-train",
-                   kBlocks,
-                   "what of the grid trains with the weights: none, scales, scales-zeros or "
-                   "ratios (of ranges; end to end, too)",
-                   {"none, scales, scales-zeros, ratios"}});
+  v(c.grid_train,
+    {"grid-train",
+     kBlocks,
+     "what of the grid trains with the weights, in blocks or end to end: none, scales, "
+     "scales-zeros or ratios (of ranges)",
+     {"none, scales, scales-zeros, ratios"}});
   v(c.grid_lr, {"grid-lr", kBlocks, "rate of learned scales, zero points and ratios", kRate});
   v(c.block_schedule,
     {"block-schedule",

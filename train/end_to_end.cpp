@@ -50,14 +50,8 @@ class EndToEnd {
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
     batches_.emplace(backend, windows, config, stage, steps_);
-    // The loss is the mean over the tokens of a step that count, on all ranks. A recorded step
-    // divides by the number of all, which its factor puts right.
-    const int64_t all = config.e2e_batch * (config.seq_len - 1);
-    std::vector<double> factors;
-    for (const int64_t counted : batches_->counted()) {
-      factors.push_back(static_cast<double>(all) / static_cast<double>(counted));
-      masked_ = masked_ || counted != all;
-    }
+    const std::vector<double> factors = batches_->loss_factors();
+    masked_ = !factors.empty();
     gradients_.emplace(*config.comm, student_.parameters());
     const size_t precisions = Recipe::precisions(config);
     if (precisions > 1 || masked_) weights_.emplace(backend, precisions, steps_, factors);
@@ -104,7 +98,7 @@ class EndToEnd {
               ": every step was skipped, its loss or gradient was not finite");
     if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
     if (!run_.writes()) return;
-    write_result();
+    student_.write_result(run_);
     std::filesystem::remove(run_.e2e_state_file());
   }
 
@@ -210,23 +204,6 @@ class EndToEnd {
       tape.backward(loss);
       backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
     }
-  }
-
-  void write_result() {
-    if (config_.lora_end == LoraEnd::Discard) student_.discard_adapters();
-    student_.prepare();
-    const models::LinearContent content = final_content(config_);
-    std::vector<data::SafeTensorsWriter::Entry> entries;
-    for (int64_t layer = 0; layer < model_.layers; ++layer)
-      models::declare_layer(entries, layer, model_, recipe_.whole_formats(layer, stage_), content,
-                            config_.range);
-    const models::LoadOuter outer = student_.outer();
-    if (outer) models::declare_outer(entries, model_);
-    RunFileWriter writer(run_.whole_stage_file(recipe_, stage_), run_.checksum(), entries);
-    for (auto& block : student_.model().blocks())
-      models::add_layer(writer, block->layer(), model_, block->result(content), content);
-    if (outer) models::add_outer(writer, model_, outer);
-    writer.finish();
   }
 
   Backend& backend_;

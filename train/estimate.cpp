@@ -138,15 +138,15 @@ double allocation_seconds(Backend& backend, const Checkpoint& source, const data
   return std::max(0.0, taken() - statistics_s);
 }
 
-// From one and from three of the windows that the pass would take: what does not depend on their
-// number, such as reading the model, counts once. 0: no option needs the pass.
+// From one and from three of the windows that a rank's pass would take: what does not depend on
+// their number, such as reading the model, counts once. 0: no option needs the pass.
 double statistics_seconds(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                           const TrainConfig& config) {
   if (!Recipe::reads_text(config)) return 0;
-  const int64_t count = std::min(config.samples, kStatisticsWindows);
-  const auto seconds_of = [&](int64_t samples) {
+  const int64_t count = config.comm->share(std::min(config.samples, kStatisticsWindows));
+  const auto seconds_of = [&](int64_t own) {
     TrainConfig few = config;
-    few.samples = samples;
+    few.samples = std::min(config.samples, own * config.comm->size());
     const auto start = Clock::now();
     if (Recipe::needs_starts(config))
       collect_lc_starts(backend, source, windows, few, Recipe(config, source.config()),

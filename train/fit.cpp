@@ -31,9 +31,13 @@ TrainConfig fit_to_data(TrainConfig c, const Typed& is_typed, int64_t max_positi
   }
   if (!typed("samples"))
     c.samples = std::clamp<int64_t>(windows - c.val_samples, 1, std::max<int64_t>(1, c.samples));
-  if (!typed("batch")) c.batch = std::min(c.batch, c.samples);
+  const auto shared = [&](int64_t batch) {  // evenly, by all ranks
+    const int64_t ranks = c.comm->size();
+    return batch < ranks ? batch : batch - batch % ranks;
+  };
+  if (!typed("batch")) c.batch = shared(std::min(c.batch, c.samples));
   if (!typed("e2e-batch")) {
-    c.e2e_batch = std::min(c.e2e_batch, c.samples);
+    c.e2e_batch = shared(std::min(c.e2e_batch, c.samples));
     if (c.e2e_micro_batch > 0 && c.e2e_micro_batch <= c.e2e_batch)
       c.e2e_batch -= c.e2e_batch % c.e2e_micro_batch;
   }

@@ -482,9 +482,8 @@ models::LinearContent block_content(const TrainConfig& config) {
 }
 
 models::LinearContent final_content(const TrainConfig& config) {
-  // A learned ratio is no index of range_ratio, so masters alone would lose the grid.
-  const bool masters =
-      config.e2e_train == EndToEndTrain::All && config.grid_train != GridTrain::Ratios;
+  // Masters alone would lose a learned grid.
+  const bool masters = config.e2e_train == EndToEndTrain::All && !learns_whole_grid(config);
   return masters ? models::LinearContent::Masters : models::LinearContent::Stored;
 }
 

@@ -39,7 +39,8 @@ void Sensitivity::pass(models::LlamaBlock& block, const Tensor& out, const Tenso
   // The rows are those of the windows, once or several times; first keys are for one time.
   for (int64_t begin = 0, windows; begin < count; begin += windows) {
     const int64_t window = begin % windows_;
-    windows = std::min(config_.batch, first_key_.defined() ? windows_ - window : count - begin);
+    windows =
+        std::min(own_batch(config_), first_key_.defined() ? windows_ - window : count - begin);
     const auto rows = [&](const Tensor& stream) {
       return stream.rows(begin * config_.seq_len, windows * config_.seq_len);
     };

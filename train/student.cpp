@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "train/result_quantizer.h"
+#include "train/run_file.h"
 
 namespace bbb::train {
 
@@ -25,10 +26,10 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
-  const bool adapts = adapts_whole(config_, stage_);
+  const bool adapts = adapts_whole(config_, stage_), learns = learns_whole_grid(config_);
   for (auto& block : model_.blocks()) {
     const std::vector<quant::LinearFormat> linears = formats(*block);
-    if (trains_ratios()) {
+    if (learns) {
       block->declare_learned(parameters_, linears, Recipe::learned_parts(config_),
                              {.lr_factor = config_.grid_lr / recipe_.whole_stages()[stage_].lr});
       continue;
@@ -55,13 +56,13 @@ void Student::load(const StartOfModel& start, const std::function<void(int64_t l
   if (outer_.empty() && start.outer) model_.load_outer(start.outer, models::HeadRounding::BFloat16);
   parameters_.allocate();
   if (!outer_.empty()) bind_outer(start.outer ? start.outer : models::outer_of(source_));
-  if (all && !trains_ratios())
+  if (all && !learns)
     quantizer_.emplace(parameters_, config_.group, config_.range, engine::Rounding::Nearest,
                        recipe_.nested(), recipe_.lc(), Recipe::weight_rule(config_));
   for (auto& block : model_.blocks()) {
     const int64_t layer = block->layer();
     if (all) {
-      if (trains_ratios())
+      if (learns)
         block->bind_learned(formats(*block));
       else
         block->bind_parameters(*quantizer_, formats(*block));
@@ -138,9 +139,22 @@ void Student::finish_backward() {
   }
 }
 
-void Student::discard_adapters() {
-  if (!adapts_whole(config_, stage_)) return;
-  for (auto& block : model_.blocks()) block->discard_adapters();
+void Student::write_result(const RunDirectory& run) {
+  if (config_.lora_end == LoraEnd::Discard && adapts_whole(config_, stage_))
+    for (auto& block : model_.blocks()) block->discard_adapters();
+  prepare();
+  const models::LlamaConfig& model = model_.config();
+  const models::LinearContent content = final_content(config_);
+  std::vector<data::SafeTensorsWriter::Entry> entries;
+  for (auto& block : model_.blocks())
+    models::declare_layer(entries, block->layer(), model, formats(*block), content, config_.range);
+  const models::LoadOuter outer = this->outer();
+  if (outer) models::declare_outer(entries, model);
+  RunFileWriter writer(run.whole_stage_file(recipe_, stage_), run.checksum(), entries);
+  for (auto& block : model_.blocks())
+    models::add_layer(writer, block->layer(), model, block->result(content), content);
+  if (outer) models::add_outer(writer, model, outer);
+  writer.finish();
 }
 
 void Student::snap() {

@@ -2,7 +2,8 @@
 //
 //   all      the blocks' linears, behind the quantizer, and their norms. With --e2e-embedding train
 //            also embedding, head and final norm; forward() reads embedding and head rounded to
-//            BF16, as they are exported. With --grid-train ratios a ratio per group trains, too
+//            BF16, as they are exported. With --grid-train each group's scale, scale and zero
+//            point, or ratio trains, too
 //   scales   one sigma per group over frozen codes; norms are constant
 #pragma once
 
@@ -12,6 +13,7 @@
 
 #include "models/llama.h"
 #include "train/recipe.h"
+#include "train/run_directory.h"
 
 namespace bbb::train {
 
@@ -37,7 +39,7 @@ class Student {
   models::Llama& model() { return model_; }
   autograd::ParameterSet& parameters() { return parameters_; }
   const autograd::ParameterSet& parameters() const { return parameters_; }
-  const autograd::WeightQuantizer* quantizer() const {  // null if scales or ratios train
+  const autograd::WeightQuantizer* quantizer() const {  // null if a grid trains
     return quantizer_ ? &*quantizer_ : nullptr;
   }
 
@@ -48,10 +50,11 @@ class Student {
   // Of several precisions that train together (QuantLinear::select_precision).
   void select_precision(size_t i);
   void finish_backward();
-  void discard_adapters();  // if they train
-  void snap();              // moves masters to the middle of their bins; only if all train
+  void snap();  // moves masters to the middle of their bins; only if all train
   // The weights outside of the layers as they are now; null if they are the source's own.
   models::LoadOuter outer() const;
+  // The stage's result. Discards adapters, if the configuration asks for it.
+  void write_result(const RunDirectory& run);
 
  private:
   // Embedding or head, if they train.
@@ -62,9 +65,6 @@ class Student {
     autograd::Var leaf;       // of both
   };
 
-  bool trains_ratios() const {  // with the weights
-    return config_.e2e_train == EndToEndTrain::All && config_.grid_train == GridTrain::Ratios;
-  }
   void bind_outer(const models::LoadOuter& load);
   void prepare_tables();
   std::vector<quant::LinearFormat> formats(const models::LlamaBlock& block) const {

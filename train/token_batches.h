@@ -51,6 +51,16 @@ class TokenBatches {
 
   // How many tokens each step's loss counts, over its whole batch.
   const std::vector<int64_t>& counted() const { return counted_; }
+  // The loss is the mean over them. A recorded step divides by the number of all, which its factor
+  // puts right. Empty: every step counts all.
+  std::vector<double> loss_factors() const {
+    const int64_t all = config_.e2e_batch * (config_.seq_len - 1);
+    std::vector<double> factors;
+    if (std::ranges::count(counted_, all) != std::ssize(counted_))
+      for (const int64_t counted : counted_)
+        factors.push_back(static_cast<double>(all) / static_cast<double>(counted));
+    return factors;
+  }
 
   // The next step will be `step`.
   void rewind(int64_t step) const {

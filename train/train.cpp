@@ -154,7 +154,8 @@ std::vector<models::LayerStatistics> statistics_of(
     const std::optional<SiteBudget>& budget, const Observer& observer) {
   if (!Recipe::needs_statistics(config)) return {};
   std::vector<models::LayerStatistics> layers = run.statistics(source.config());
-  if (!layers.empty()) return layers;
+  // As the first rank sees it, which writes the file.
+  if (config.comm->gather({layers.empty() ? 0.0 : 1.0})[0][0] != 0) return layers;
   if (from && same_orders(config, from->identity().config)) layers = from->statistics();
   std::optional<Allocation> allocation;
   if (layers.empty()) {
@@ -170,11 +171,13 @@ std::vector<models::LayerStatistics> statistics_of(
     if (!observer.quiet) std::printf("%s", describe(*allocation, source.config(), config).c_str());
     layers = std::move(allocation->statistics);
   }
-  if (!run.writes()) return layers;
-  RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
-  models::add_statistics(writer, layers);
-  writer.finish();
-  return layers;
+  if (run.writes()) {
+    RunFileWriter writer(run.statistics_file(), run.checksum(), models::declare_statistics(layers));
+    models::add_statistics(writer, layers);
+    writer.finish();
+  }
+  config.comm->barrier();  // all take the same choices: those of the file
+  return run.writes() ? layers : run.statistics(source.config());
 }
 
 // The start of every layer's weights, which the run saves; null if the configuration needs none.
@@ -299,7 +302,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                trains_whole(config) ? &whole : nullptr);
   // Before the run is created: a target out of reach leaves nothing behind.
   std::optional<SiteBudget> budget;
-  if (allocates(config) && !saved(run.statistics_file()))
+  if (allocates(config) && !saved(run.statistics_file()) &&
+      !(from && same_orders(config, from->identity().config)))
     budget = budget_of(backend, model, config);
   check_run_disk(run, model, config, outer, std::max(memory.state_bytes, whole.state_bytes));
   if (config.dry_run) {
