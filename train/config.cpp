@@ -46,6 +46,8 @@ constexpr Anchor kScales{1e-4, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
 // steps would flip them all at once and destroy the model, unless the masters are snapped first.
 constexpr Anchor kSnapFrom{5e-5, 5e-6};
+// Behind blocks that are not snapped: LC's latents, which would all lie as far from a threshold.
+constexpr Anchor kBehindBlocks{1e-5, 1e-6};
 
 void want(bool condition, const std::string& message) {
   if (!condition) throw UsageError(message);
@@ -294,6 +296,7 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   spread_rates(c.e2e_lr, c.e2e_stages.size(), "--e2e-lr", [&](size_t t) {
     if (!all) return kScales.at(model.d_model);
     if (!c.any_precision.empty()) return kNested.at(model.d_model);
+    if (c.quantizer == Quantizer::Lc) return (blocks ? kBehindBlocks : kStageLow).at(model.d_model);
     if (c.e2e_stages[t].weight_bits > 2) return kStageHigh.at(model.d_model);
     if (t > 0 || algorithm2 || !c.from.empty()) return kAllLater.at(model.d_model);
     return kAllFirst.at(model.d_model);
