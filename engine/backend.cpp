@@ -128,6 +128,18 @@ class Op {
               spec.group);
   }
 
+  // Masters w (N, K), and the grid of their groups.
+  void gridded(const Tensor& w, const Tensor& e, const Tensor& z, const Tensor& s,
+               const WeightGrid& spec) const {
+    rank("w", w, 2);
+    const int64_t n = w.dim(0), k = w.dim(1);
+    grid(spec, k);
+    dtype("w", w, backend_.real());
+    is("e", e, DType::U8, {n, k / spec.group});
+    is("z", z, DType::U8, {n, k / spec.group});
+    is("s", s, backend_.real(), {1});
+  }
+
   // A flat buffer with one element for each of `count` masters.
   void flat(const char* what, const Tensor& t, int64_t count) const {
     is(what, t, backend_.real(), {count});
@@ -999,14 +1011,8 @@ void Backend::nested_levels(const Tensor& wq, const QuantizedWeights& q, const T
 void Backend::quantize_codes(const Tensor& codes, const Tensor& w, const Tensor& e, const Tensor& z,
                              const Tensor& s, const WeightGrid& spec) {
   const Op op(*this, "quantize_codes");
-  op.rank("w", w, 2);
-  const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
-  op.dtype("w", w, real());
-  op.is("codes", codes, DType::U8, {n, k});
-  op.is("e", e, DType::U8, {n, k / spec.group});
-  op.is("z", z, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
+  op.gridded(w, e, z, s, spec);
+  op.is("codes", codes, DType::U8, {w.dim(0), w.dim(1)});
   do_quantize_codes(codes, w, e, z, s, spec);
 }
 
@@ -1042,14 +1048,9 @@ void Backend::learned_quant(const Tensor& wq, const Tensor& e, const Tensor& z, 
                             const Tensor& w, const Tensor& sigma, const Tensor& zeta,
                             const WeightGrid& spec) {
   const Op op(*this, "learned_quant");
-  op.rank("w", w, 2);
+  op.gridded(w, e, z, s, spec);
   const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
   op.is("wq", wq, act(), {n, k});
-  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
-    op.is(what, *bytes, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
-  op.is("w", w, real(), {n, k});
   op.is("sigma", sigma, real(), {n, k / spec.group});
   op.is_or_undefined("zeta", zeta, real(), {n, k / spec.group});
   do_learned_quant(wq, e, z, s, w, sigma, zeta, spec);
@@ -1059,31 +1060,21 @@ void Backend::learned_quant_backward(const Tensor& dw, const Tensor& dsigma, con
                                      const Tensor& w, const Tensor& e, const Tensor& z,
                                      const Tensor& s, const WeightGrid& spec) {
   const Op op(*this, "learned_quant_backward");
-  op.rank("w", w, 2);
+  op.gridded(w, e, z, s, spec);
   const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
   op.gradient("dw", dw, {n, k}, Write::Overwrite);
   op.is("dsigma", dsigma, dw.dtype(), {n, k / spec.group});
   op.is_or_undefined("dzeta", dzeta, dw.dtype(), {n, k / spec.group});
-  op.is("w", w, real(), {n, k});
-  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
-    op.is(what, *bytes, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
   do_learned_quant_backward(dw, dsigma, dzeta, w, e, z, s, spec);
 }
 
 void Backend::ratio_quant(const Tensor& wq, const Tensor& e, const Tensor& z, const Tensor& s,
                           const Tensor& ratio, const Tensor& w, const WeightGrid& spec) {
   const Op op(*this, "ratio_quant");
-  op.rank("w", w, 2);
+  op.gridded(w, e, z, s, spec);
   const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
   op.is("wq", wq, act(), {n, k});
-  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
-    op.is(what, *bytes, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
   op.is("ratio", ratio, real(), {n, k / spec.group});
-  op.is("w", w, real(), {n, k});
   do_ratio_quant(wq, e, z, s, ratio, w, spec);
 }
 
@@ -1091,15 +1082,10 @@ void Backend::ratio_quant_backward(const Tensor& dw, const Tensor& dratio, const
                                    const Tensor& e, const Tensor& z, const Tensor& s,
                                    const WeightGrid& spec) {
   const Op op(*this, "ratio_quant_backward");
-  op.rank("w", w, 2);
+  op.gridded(w, e, z, s, spec);
   const int64_t n = w.dim(0), k = w.dim(1);
-  op.grid(spec, k);
   op.gradient("dw", dw, {n, k}, Write::Overwrite);
   op.is("dratio", dratio, dw.dtype(), {n, k / spec.group});
-  op.is("w", w, real(), {n, k});
-  for (const auto& [what, bytes] : {std::pair{"e", &e}, std::pair{"z", &z}})
-    op.is(what, *bytes, DType::U8, {n, k / spec.group});
-  op.is("s", s, real(), {1});
   do_ratio_quant_backward(dw, dratio, w, e, z, s, spec);
 }
 

@@ -299,30 +299,35 @@ TEST_CASE("attention over a cache equals attention, token by token and in pieces
   }
 }
 
-TEST_CASE("attention's gradient") {
+// Of q (B, T, H, d) and k, v (B, T, K, d), to all three.
+static void check_attention_gradient(const Shape& q, const Shape& k, const AttentionSpec& spec) {
   Backend& b = oracle_f64();
+  const Shape lse{q[0], q[2], q[1]};
+  check_gradient(
+      {q, k, k},
+      [&](const Tensors& in) {
+        const Tensor o = empty64(q);
+        b.attention(o, empty64(lse), in[0], in[1], in[2], spec);
+        return o;
+      },
+      [&](const Tensors& in, const Tensor& dout) {
+        const Tensor o = empty64(q), l = empty64(lse);
+        b.attention(o, l, in[0], in[1], in[2], spec);
+        const Tensors grads{empty64(q), empty64(k), empty64(k)};
+        b.attention_backward(grads[0], grads[1], grads[2], dout, in[0], in[1], in[2], o, l,
+                             Tensor(), spec);
+        return grads;
+      });
+}
+
+TEST_CASE("attention's gradient") {
   for (const AttentionShape& s :
        {AttentionShape{2, 5, 4, 2, 4, 0}, AttentionShape{1, 9, 2, 1, 4, 3},
         AttentionShape{1, 67, 2, 1, 2, 0}}) {
     INFO("T " << s.time << ", window " << s.window);
     const AttentionSpec spec{s.window};
     const Shape q{s.batch, s.time, s.heads, s.d}, k{s.batch, s.time, s.kv_heads, s.d};
-    const Shape lse{s.batch, s.heads, s.time};
-    check_gradient(
-        {q, k, k},
-        [&](const Tensors& in) {
-          const Tensor o = empty64(q);
-          b.attention(o, empty64(lse), in[0], in[1], in[2], spec);
-          return o;
-        },
-        [&](const Tensors& in, const Tensor& dout) {
-          const Tensor o = empty64(q), l = empty64(lse);
-          b.attention(o, l, in[0], in[1], in[2], spec);
-          const Tensors grads{empty64(q), empty64(k), empty64(k)};
-          b.attention_backward(grads[0], grads[1], grads[2], dout, in[0], in[1], in[2], o, l,
-                               Tensor(), spec);
-          return grads;
-        });
+    check_attention_gradient(q, k, spec);
   }
 }
 
@@ -378,26 +383,12 @@ TEST_CASE("attention within documents is that of each document alone, and so are
 TEST_CASE("attention's gradient within documents") {
   Backend& b = oracle_f64();
   for (const int64_t window : {0, 3}) {
-    const Shape q{2, 9, 4, 4}, k{2, 9, 2, 4}, lse{2, 4, 9};
+    const Shape q{2, 9, 4, 4}, k{2, 9, 2, 4};
     const AttentionSpec spec{.window = window,
                              .first_key = make_ids(b, {2, 9},
                                                    {0, 0, 0, 3, 4, 4, 4, 4, 4,  //
                                                     0, 0, 0, 0, 0, 0, 0, 7, 7})};
-    check_gradient(
-        {q, k, k},
-        [&](const Tensors& in) {
-          const Tensor o = empty64(q);
-          b.attention(o, empty64(lse), in[0], in[1], in[2], spec);
-          return o;
-        },
-        [&](const Tensors& in, const Tensor& dout) {
-          const Tensor o = empty64(q), l = empty64(lse);
-          b.attention(o, l, in[0], in[1], in[2], spec);
-          const Tensors grads{empty64(q), empty64(k), empty64(k)};
-          b.attention_backward(grads[0], grads[1], grads[2], dout, in[0], in[1], in[2], o, l,
-                               Tensor(), spec);
-          return grads;
-        });
+    check_attention_gradient(q, k, spec);
   }
 }
 

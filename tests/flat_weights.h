@@ -2,6 +2,7 @@
 // poisoned guards around every output.
 #pragma once
 
+#include <catch2/catch.hpp>
 #include <vector>
 
 #include "quant/grid.h"
@@ -78,6 +79,22 @@ struct FlatWeights {
     std::vector<uint8_t> ratios(static_cast<size_t>(total / q.group));
     for (uint8_t& ratio : ratios) ratio = static_cast<uint8_t>(rng.below(quant::kRangeRatios));
     q.ratios = make_bytes(backend, {total / q.group}, ratios);
+  }
+
+  // Everything that max_group_range and fake_quant write for the masters w, by these names.
+  static constexpr const char* kQuantized[] = {"max_range", "s", "wq", "e", "z", "clipped"};
+  std::vector<std::vector<double>> quantized() const {
+    backend.max_group_range(q, w.tensor());
+    backend.fake_quant(q, w.tensor());
+    CHECK(untouched());
+    std::vector<std::vector<double>> made;
+    for (const Guarded* reals : {&max_range, &s, &wq})
+      made.push_back(values_of(backend, reals->tensor()));
+    for (const Guarded* bytes : {&e, &z, &clipped}) {
+      const std::vector<uint8_t> all = bytes_of(backend, bytes->tensor());
+      made.emplace_back(all.begin(), all.end());
+    }
+    return made;
   }
 
   bool untouched() const {

@@ -320,23 +320,13 @@ TEST_CASE("range ratios: the device equals the CPU bit for bit", "[quantizer][ra
         flat.draw_ratios(rng);
         for (size_t p = 0; p < parameters.size(); ++p)
           flat.set(flat.w.tensor(), p, masters(rng, 1, parameters[p].count, group));
-        b.max_group_range(flat.q, flat.w.tensor());
-        b.fake_quant(flat.q, flat.w.tensor());
-        CHECK(flat.untouched());
-        std::vector<Values> made{values_of(b, flat.max_range.tensor()),
-                                 values_of(b, flat.s.tensor()), values_of(b, flat.wq.tensor())};
-        for (const Guarded* bytes : {&flat.e, &flat.z, &flat.clipped}) {
-          const std::vector<uint8_t> all = bytes_of(b, bytes->tensor());
-          made.emplace_back(all.begin(), all.end());
-        }
-        return made;
+        return flat.quantized();
       };
       const std::vector<Values> got = run(backend());
       std::vector<Values> want = run(oracle());
       want[2] = as_act(want[2]);
-      const char* const names[] = {"max_range", "s", "wq", "e", "z", "clipped"};
       for (size_t i = 0; i < got.size(); ++i) {
-        INFO(names[i]);
+        INFO(FlatWeights::kQuantized[i]);
         REQUIRE(got[i].size() == want[i].size());
         const auto [a, b] = std::mismatch(got[i].begin(), got[i].end(), want[i].begin());
         const auto at = a - got[i].begin();
