@@ -23,6 +23,10 @@ struct LcStart {
   uint64_t seed = 0;        // of the signs
 };
 
+// Host memory of a site's start while the factor of its K features is made: a copy of the moments in
+// double, and them or half of the factor in float.
+constexpr int64_t lc_factor_bytes(int64_t k) { return 12 * k * k; }
+
 // The first map (4, 5).
 std::vector<float> lc_first_map(bool scalar);
 

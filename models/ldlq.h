@@ -28,6 +28,9 @@ namespace bbb::models {
 
 inline constexpr double kHessianDamping = 0.01;  // GPTQ's
 
+// Host memory of a factor of K' positions while it is made: the Hessian, a copy in double, L.
+constexpr int64_t hessian_factor_bytes(int64_t k) { return 16 * k * k; }
+
 struct HessianFactor {
   std::vector<int32_t> order;  // (K'): the position of each row and column of L
   std::vector<float> unit;     // (K', K'): L, row-major; nothing above the diagonal is read

@@ -3,7 +3,8 @@
 #
 #   scripts/ablation.sh TABLE [SEED]
 #
-# TABLE: defaults | components | targets | recipe | widths | precisions | end-to-end | methods
+# TABLE: defaults | components | targets | recipe | widths | precisions | end-to-end | methods |
+#        appendix
 #
 # MODEL (the demo model), DATA (.jsonl or .txt), MORE (more of the same; optional), TEXTS (files for
 # perplexity, with commas between them), TASKS (a directory for bbb eval; optional) and OUT (a scratch
@@ -11,7 +12,7 @@
 # are added to every bbb train, and EVALUATION to every bbb ppl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tables="defaults, components, targets, recipe, widths, precisions, end-to-end or methods"
+tables="defaults, components, targets, recipe, widths, precisions, end-to-end, methods or appendix"
 table=${1:?TABLE: $tables} seed=${2:-0}
 bbb=${BBB:-build/bbb}
 model=${MODEL:-demo/SmolLM2-135M-Instruct.Q4_1.gguf}
@@ -149,13 +150,38 @@ case $table in
     for range in minmax search; do
       run "GPTQ, $range" "$data" $few --method gptq --range $range --rotate none --e2e-steps 0
     done
+    scales="--e2e-stages w2a16:1 --e2e-loss ce --e2e-lr 1e-4"
+    run "GPTQ, search, then scales" "$data" $few --method gptq --rotate none $scales
     block_ap="$few --method block-ap --range minmax --rotate none --batch 2 --lr 2e-4 --grid-lr 1e-4"
     run "Block-AP" "$data" $block_ap --e2e-steps 0
-    run "Block-AP, then scales" "$data" $block_ap --e2e-stages w2a16:1 --e2e-loss ce --e2e-lr 1e-4
+    run "Block-AP, then scales" "$data" $block_ap $scales
     for map in scalar orthonormal learned; do
       whole "LC, $map" "$data" $few --quantizer lc --lc-map $map
     done
-    whole "Muon" "$data" $few --optimizer muon
+    for bits in 2.57 2.61; do
+      whole "allocated, $bits bits" "$data" $few --target-bits $bits
+    done
+    for ste in all trust; do whole "--ste $ste" "$data" $few --ste $ste; done
+    for part in scales scales-zeros ratios; do
+      whole "learned $part" "$data" $few --grid-train $part
+    done
+    ;;
+  appendix)  # what else the paper tries: schedules, Algorithm 2, LoRA, SEQ, Muon, 4-bit down-projections
+    few=$(windows 1024) blocks="--e2e-steps 0"
+    for schedule in A C; do
+      run "schedule $schedule to w2a16" "$data" $few $blocks --schedule $schedule --to w2a16
+    done
+    for schedule in A B C; do
+      run "schedule $schedule to w2a2" "$data" $few $blocks --schedule $schedule --to w2a2
+    done
+    run "w8 w4 w2 by blocks that a stage draws" "$data" $few $blocks --schedule A \
+      --block-schedule stochastic
+    run "w8 w4 w2, adapters of rank 8" "$data" $few $blocks --schedule A --lora-rank 8
+    whole "SEQ" "$data" $few --quantizer seq
+    whole "Muon" "$data" $few --optimizer muon --e2e-lr 2e-3
+    w2a2="--e2e-stages w2a16:3,w2a2:3 --act-outliers 32"
+    whole "w2a2" "$data" $few $w2a2
+    whole "w2a2, 4 bits for down-projections of high kurtosis" "$data" $few $w2a2 --down-kurtosis 20
     ;;
   *)
     echo "unknown table: $table" >&2

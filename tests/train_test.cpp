@@ -672,6 +672,23 @@ TEST_CASE("what cannot be trained is refused before anything is written", "[trai
       Contains("lower --samples"));
 }
 
+TEST_CASE("factors that the host cannot hold are refused", "[train][memory]") {
+  models::LlamaConfig wide = tiny_config();
+  wide.hidden = int64_t{1} << 20;  // 16 TiB for GPTQ, 12 for LC
+  const auto check = [&](auto change) {
+    TrainConfig config;
+    config.seq_len = 64;
+    config.stages = train::parse_stages("w2a16");
+    change(config);
+    train::check_factor_memory(wide, train::resolve(config, wide, engine::DeviceType::Cpu));
+  };
+  CHECK_THROWS_WITH(check([](TrainConfig& c) { c.method = train::Method::Gptq; }),
+                    Contains("needs about 16777217 MiB of host memory"));
+  CHECK_THROWS_WITH(check([](TrainConfig& c) { c.quantizer = train::Quantizer::Lc; }),
+                    Contains("MiB of host memory"));
+  check([](TrainConfig&) {});
+}
+
 TEST_CASE("learning rates follow the width, the stage and the start", "[train]") {
   models::LlamaConfig small = tiny_config(), large = tiny_config();
   small.d_model = 576;

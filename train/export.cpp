@@ -5,6 +5,7 @@
 #include "data/files.h"
 #include "train/allocation.h"
 #include "train/fit.h"
+#include "train/memory_plan.h"
 #include "train/result_quantizer.h"
 #include "train/run_directory.h"
 #include "train/statistics.h"
@@ -103,6 +104,7 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
     const data::Windows windows =
         data::make_windows(tokens, config.seq_len, config.data, config.pack);
     config.samples = std::min(config.samples, windows.count);
+    check_factor_memory(model, config);
     engine::Progress progress("statistics", (allocates(config) ? 2 : 1) * model.layers,
                               engine::Progress::kPatience_s);
     const auto done = [&](int64_t layers) { progress.set(layers); };

@@ -1,11 +1,14 @@
 #include "train/memory_plan.h"
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
+#include <numeric>
 
 #include "data/files.h"
 #include "engine/counting_backend.h"
 #include "engine/cpu/memory.h"
+#include "models/ldlq.h"
 #include "models/synthetic_checkpoint.h"
 #include "train/block_phase.h"
 #include "train/end_to_end.h"
@@ -51,6 +54,23 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
+// Host memory of the largest factor that the phase makes: of GPTQ's Hessians or of LC's start, which
+// holds the moments of all sites beside it.
+int64_t factor_bytes(const LlamaConfig& model, const TrainConfig& config) {
+  int64_t most = 0;
+  std::array<int64_t, models::kSites> moments{};
+  if (config.method == Method::Gptq && block_stages(config) > 0)
+    for (const quant::LinearFormat& format :
+         Recipe(config, model).stage_formats(Recipe::widest_layer(config, model), 0))
+      most = std::max(most, models::hessian_factor_bytes(format.stored_k()));
+  if (Recipe::needs_starts(config))
+    for (const models::LinearShape& shape : models::block_linears(model)) {
+      most = std::max(most, models::lc_factor_bytes(shape.k));
+      moments[static_cast<size_t>(shape.site)] = 4 * shape.k * shape.k;
+    }
+  return std::accumulate(moments.begin(), moments.end(), most);
+}
+
 // The room for streams, except on the device.
 StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
                            const TrainConfig& config) {
@@ -59,7 +79,8 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
   const int64_t weights_bytes =
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
   room.host_bytes = std::max<int64_t>(
-      0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 - weights_bytes);
+      0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 - weights_bytes -
+             factor_bytes(model, config));
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - tensor_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
@@ -146,6 +167,13 @@ int64_t count_statistics_memory(const Backend& backend, const LlamaConfig& model
   rehearse_statistics(counter, *source, alone);
   if (allocates(config)) rehearse_sensitivity(counter, *source, alone);
   return counter.memory_peak_bytes();
+}
+
+void check_factor_memory(const LlamaConfig& model, const TrainConfig& config) {
+  const int64_t bytes = factor_bytes(model, config);
+  const int64_t room = engine::HostMemory::available_bytes() / config.memory.sharers;
+  BBB_CHECK(bytes <= room, "the factor of the inputs' second moments needs about ",
+            (bytes >> 20) + 1, " MiB of host memory, but ", room >> 20, " MiB are left");
 }
 
 // A GPU's pool leaves gaps between blocks, and its libraries have workspaces.

@@ -39,6 +39,9 @@ PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
 int64_t count_statistics_memory(const engine::Backend& backend, const models::LlamaConfig& model,
                                 const TrainConfig& config);
 
+// Throws if the host has no memory for the factors of GPTQ's Hessians or of LC's start.
+void check_factor_memory(const models::LlamaConfig& model, const TrainConfig& config);
+
 // What the device gives for so many bytes of tensors.
 int64_t allocated_bytes(const engine::Backend& backend, int64_t bytes);
 // The bytes of tensors that fit in what the device has left and in the budget.

@@ -290,6 +290,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   if (blocks) memory = plan_block_memory(backend, model, config);
   PhaseMemory whole;
   if (trains_whole(config)) whole = plan_end_to_end_memory(backend, model, config);
+  check_factor_memory(model, config);
   if (Recipe::reads_text(config))
     check_memory(backend, count_statistics_memory(backend, model, config), config.memory,
                  "the statistics of the input sites", "lower --batch or --seq-len");
