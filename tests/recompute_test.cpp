@@ -13,6 +13,7 @@
 #include "train/end_to_end.h"
 #include "train/memory_plan.h"
 #include "train/statistics.h"
+#include "train/teacher.h"
 
 namespace bbb::tests {
 namespace {
@@ -122,22 +123,27 @@ TEST_CASE("recompute: the end-to-end phase uses the predicted memory, and gives 
   WideRun run;
   run.config.stages.clear();
   run.config.e2e_steps = 2;
-  std::map<std::string, std::string> expected;
   for (const char* loss : {"kl", "ce"})
     for (const auto& [what, embedding] :
          {std::pair{"all", "keep"}, {"scales", "keep"}, {"all", "train"}}) {
       set_option(run.config, "e2e-loss", loss);
       set_option(run.config, "e2e-train", what);
       set_option(run.config, "e2e-embedding", embedding);
-      for (const Recompute recompute : kModes) {
-        CAPTURE(loss, what, embedding, models::to_string(recompute));
+      std::map<std::string, std::string> expected;
+      for (const auto& [recompute, teacher] : {std::pair{Recompute::None, "beside"},
+                                               {Recompute::None, "cached"},
+                                               {Recompute::Attention, "cached"},
+                                               {Recompute::Block, "beside"},
+                                               {Recompute::Block, "cached"}}) {
+        CAPTURE(loss, what, embedding, models::to_string(recompute), teacher);
         run.config.memory.recompute = recompute;
+        set_option(run.config, "teacher", teacher);
         const train::PhaseMemory memory =
             train::plan_end_to_end_memory(backend(), run.model, run.resolved());
-        const std::string out = cat(loss, what, embedding, models::to_string(recompute));
+        const std::string out = cat(loss, what, embedding, models::to_string(recompute), teacher);
         check_prediction(memory.device_bytes, run.measured_bytes(out));
         const auto files = results(run.config.out);
-        if (recompute == Recompute::None) expected = files;
+        if (expected.empty()) expected = files;
         CHECK(files == expected);
         CHECK(train::result_bytes(run.model, run.resolved()) ==
               result_bytes_of(files.at("e2e/final.safetensors")));
@@ -406,7 +412,9 @@ TEST_CASE("recompute: a small budget selects recomputation, one too small for an
   CHECK(end_to_end().recompute == Recompute::None);
 
   const auto bytes_of = [&](Recompute mode) {
-    return train::count_end_to_end_memory(backend(), run.model, run.resolved(), mode).device_bytes;
+    return train::count_end_to_end_memory(backend(), run.model, run.resolved(), mode,
+                                          train::TeacherStates::Beside)
+        .device_bytes;
   };
   CHECK(bytes_of(Recompute::None) > bytes_of(Recompute::Attention));
   CHECK(bytes_of(Recompute::Attention) > bytes_of(Recompute::Block));
@@ -426,6 +434,43 @@ TEST_CASE("recompute: a small budget selects recomputation, one too small for an
   CHECK(run.plan_blocks().recompute != Recompute::None);
   run.config.memory.device_bytes = 1 << 20;
   CHECK_THROWS_WITH(run.plan_blocks(), Contains("raise --gpu-memory"));
+}
+
+TEST_CASE("teacher: cached where windows come again and its states fit", "[train][recompute]") {
+  WideRun run;
+  run.config.stages.clear();
+  run.config.e2e_stages = {{{2, 16}, 2}};
+  run.config.e2e_steps = train::TrainConfig::kAutoSteps;
+  const auto plan = [&] {
+    return train::plan_end_to_end_memory(backend(), run.model, run.resolved());
+  };
+  const auto bytes_of = [&](train::TeacherStates teacher) {
+    return train::count_end_to_end_memory(backend(), run.model, run.resolved(), Recompute::None,
+                                          teacher)
+        .device_bytes;
+  };
+  using train::TeacherStates;
+  CHECK(plan().teacher == TeacherStates::Cached);
+  CHECK(train::caches_teacher(run.resolved(), 2, TeacherStates::Cached));
+  CHECK_FALSE(train::caches_teacher(run.resolved(), 1, TeacherStates::Cached));
+  CHECK_FALSE(train::caches_teacher(run.resolved(), 2, TeacherStates::Beside));
+  // Here the states of all windows take less than the weights that they replace.
+  const int64_t cached = bytes_of(TeacherStates::Cached), beside = bytes_of(TeacherStates::Beside);
+  CHECK(cached < beside);
+  run.config.memory.device_bytes = train::allocated_bytes(backend(), cached);
+  CHECK(plan().recompute == Recompute::None);
+  set_option(run.config, "teacher", "beside");
+  CHECK(plan().recompute != Recompute::None);
+  // With many windows they take more.
+  run.config.samples = 400;
+  run.config.memory = {};
+  CHECK(bytes_of(TeacherStates::Cached) > bytes_of(TeacherStates::Beside));
+  run.config.memory.device_bytes =
+      train::allocated_bytes(backend(), bytes_of(TeacherStates::Beside));
+  CHECK(plan().teacher == TeacherStates::Beside);
+  CHECK(plan().recompute == Recompute::None);
+  set_option(run.config, "e2e-loss", "ce");
+  CHECK_FALSE(train::caches_teacher(run.resolved(), 2, TeacherStates::Cached));
 }
 
 TEST_CASE("recompute: a plan never exceeds its budget, whatever streams the budget leaves",

@@ -36,6 +36,7 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   config.seq_len = bench.seq_len;
   config.samples = kBatches * bench.batch;
   config.memory.recompute = bench.recompute;
+  config.memory.teacher = train::TeacherStates::Beside;
   if (bench.end_to_end) {
     config.e2e_steps = steps;
     config.e2e_batch = bench.batch;
@@ -134,7 +135,9 @@ int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
   const auto fits = [&](int64_t layers) {
     models::LlamaConfig model = bench.model;
     model.layers = layers;
-    return train::count_end_to_end_memory(backend, model, config, mode).device_bytes <= room;
+    return train::count_end_to_end_memory(backend, model, config, mode,
+                                          train::TeacherStates::Beside)
+               .device_bytes <= room;
   };
   // The answer is in [most, beyond). Start by doubling: a model far larger than the device may be
   // too large to count.

@@ -140,13 +140,16 @@ void name_unused(const train::TrainConfig& config, const CommandLine& line) {
   });
 }
 
-// Whether the end-to-end phase fits, with as much recomputed as can be.
+// Whether the end-to-end phase fits, with as much recomputed as can be, and either teacher.
 bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source,
                       const train::TrainConfig& config) {
   const train::TrainConfig resolved = train::resolve(config, source.config(), backend.device());
-  return train::count_end_to_end_memory(backend, source.config(), resolved,
-                                        models::Recompute::Block)
-             .device_bytes <= train::tensor_room(backend, resolved.memory);
+  const auto fits = [&](train::TeacherStates teacher) {
+    return train::count_end_to_end_memory(backend, source.config(), resolved,
+                                          models::Recompute::Block, teacher)
+               .device_bytes <= train::tensor_room(backend, resolved.memory);
+  };
+  return fits(train::TeacherStates::Beside) || fits(train::TeacherStates::Cached);
 }
 
 void train_as_rank(const CommandLine& line, train::TrainConfig config,

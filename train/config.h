@@ -82,6 +82,9 @@ enum class LoraMatch { Auto, None, Moments, Kl, Both };
 // the last bits. Heuristic: takes the library's first suggestion.
 enum class GemmAlgorithms { Timed, Heuristic };
 
+// The end-to-end phase's full-precision model (train/teacher.h).
+enum class TeacherStates { Beside, Cached };
+
 // Length of a block phase: training windows, and passes over them in every stage.
 struct RunLength {
   int64_t samples = 0;
@@ -100,6 +103,7 @@ struct MemoryBudget {
   int sharers = 1;           // processes that share the memory of a CPU, the host and the scratch
   // For both phases; empty: each phase keeps as many activations as fit.
   std::optional<models::Recompute> recompute;
+  std::optional<TeacherStates> teacher;  // empty: cached, if it fits
 };
 
 struct TrainConfig {

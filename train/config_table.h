@@ -274,6 +274,13 @@ void visit(Config& c, const Visitor& v) {
      "GB of host memory for the streams between blocks; default: most of it", kGigabytes});
   v(c.memory.scratch, {"scratch", kMemory, "directory for streams that fit in neither"});
   v(c.memory.recompute, kRecompute);
+  v(c.memory.teacher,
+    {"teacher",
+     kMemory,
+     "the full-precision model of end-to-end training: beside (a part of every step), cached (its "
+     "last hidden states, from one pass), or auto: cached if it fits",
+     {"beside, cached"},
+     "auto"});
   v(c.extrapolate,
     {"extrapolate", kBlocks,
      "SAMPLESxEPOCHS: say what so long a run would take, from this one's times", kRunLength});

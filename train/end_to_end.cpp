@@ -11,6 +11,7 @@
 #include "train/run_file.h"
 #include "train/step_loop.h"
 #include "train/step_probe.h"
+#include "train/teacher.h"
 #include "train/token_batches.h"
 
 namespace bbb::train {
@@ -23,7 +24,6 @@ using autograd::Var;
 using engine::DType;
 using engine::Write;
 using models::LayerResult;
-using models::Llama;
 using models::LlamaConfig;
 
 // One stage of the whole model.
@@ -31,8 +31,8 @@ class EndToEnd {
  public:
   EndToEnd(Backend& backend, const Checkpoint& source, const data::Windows& windows,
            const TrainConfig& config, const Recipe& recipe, const RunDirectory& run,
-           const Observer& observer, models::Recompute recompute, size_t stage,
-           const StartOfModel& start)
+           const Observer& observer, models::Recompute recompute, TeacherStates states,
+           size_t stage, const StartOfModel& start)
       : backend_(backend),
         config_(config),
         recompute_(recompute),
@@ -43,13 +43,13 @@ class EndToEnd {
         stage_(stage),
         steps_(recipe.whole_stages()[stage].steps),
         student_(backend, source, config, recipe, stage) {
-    load(source, start);
+    batches_.emplace(backend, windows, config, stage, steps_);
+    load(source, start, caches_teacher(config, steps_, states) ? states : TeacherStates::Beside);
     optimizer_.emplace(student_.parameters(), student_.quantizer(), engine::AdamWSpec{},
                        schedule_of(recipe.whole_stages()[stage].lr, steps_));
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
                   config.save_every);
     loss_ = backend.empty({1}, backend.real());
-    batches_.emplace(backend, windows, config, stage, steps_);
     const std::vector<double> factors = batches_->loss_factors();
     masked_ = !factors.empty();
     gradients_.emplace(*config.comm, student_.parameters());
@@ -124,15 +124,14 @@ class EndToEnd {
   }
 
  private:
-  // Loads the student and, unless the loss is cross-entropy, the teacher.
-  void load(const Checkpoint& source, const StartOfModel& start) {
-    const bool has_teacher = config_.e2e_loss != EndToEndLoss::CrossEntropy;
-    engine::Progress progress = observer_.progress("loading", (has_teacher ? 2 : 1) * model_.layers,
-                                                   engine::Progress::kPatience_s);
+  // Loads, unless the loss is cross-entropy, the teacher, and then the student: a cached teacher's
+  // weights are gone by then.
+  void load(const Checkpoint& source, const StartOfModel& start, TeacherStates states) {
+    if (config_.e2e_loss != EndToEndLoss::CrossEntropy)
+      teacher_.emplace(backend_, source, *batches_, config_, states, observer_);
+    engine::Progress progress =
+        observer_.progress("loading", model_.layers, engine::Progress::kPatience_s);
     student_.load(start, [&](int64_t layers) { progress.set(layers); });
-    if (!has_teacher) return;
-    teacher_.emplace(backend_, source, models::HeadRounding::BFloat16);
-    teacher_->load_blocks(source, [&](int64_t layers) { progress.set(model_.layers + layers); });
   }
 
   // Recorded: one optimizer step.
@@ -165,7 +164,7 @@ class EndToEnd {
   // `ends`: it is the last of the step.
   void accumulate(Write mode, bool ends, StepPart last) {
     const int64_t seq = config_.seq_len, tokens = own_micro_batch(config_) * seq;
-    const TokenBatches::Batch batch = batches_->next();
+    const TokenBatches::Batch batch = batches_->next(teacher_ ? teacher_->states() : Tensor());
     if (last == StepPart::Quantize) return;
 
     Tensor teacher_h;
@@ -173,13 +172,7 @@ class EndToEnd {
       Tape tape(backend_, TapeMode::Training);
       Var h;
       const auto teacher_forward = [&] {
-        if (!teacher_ || p > 0) return;
-        Tape inference(backend_, TapeMode::Inference);
-        teacher_h =
-            teacher_
-                ->forward(inference, batch.ids, nullptr, models::Recompute::None, batch.first_key)
-                .value()
-                .view({tokens, model_.d_model});
+        if (teacher_ && p == 0) teacher_h = teacher_->hidden(batch);
       };
       const auto student_forward = [&] {
         if (Recipe::precisions(config_) > 1) student_.select_precision(p);
@@ -217,7 +210,7 @@ class EndToEnd {
   const int64_t steps_;
 
   Student student_;
-  std::optional<Llama> teacher_;
+  std::optional<Teacher> teacher_;
   std::optional<GradientAverage> gradients_;  // over the ranks
   std::optional<autograd::Optimizer> optimizer_;
   std::optional<StepLoop> loop_;
@@ -238,12 +231,13 @@ static StartOfModel start_of(const Checkpoint& source) {
 }
 
 Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
-                              const TrainConfig& config, models::Recompute recompute) {
+                              const TrainConfig& config, models::Recompute recompute,
+                              TeacherStates states) {
   Rehearsal most;
   const size_t stages = Recipe(config, source.config()).whole_stages().size();
   for (size_t stage = 0; stage < stages; ++stage) {
     DryRun<EndToEnd> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
-                         stage, start_of(source));
+                         states, stage, start_of(source));
     dry.phase.student().prepare();
     const auto step = dry.phase.record(StepPart::Optimizer);
     step->run();
@@ -257,8 +251,9 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
                                 const data::Windows& windows, const TrainConfig& config,
                                 const PhaseMemory& memory) {
   BBB_ASSERT(config.stages.empty());
-  const auto dry = std::make_shared<DryRun<EndToEnd>>(
-      backend, source, windows, config, Observer(), memory.recompute, size_t{0}, start_of(source));
+  const auto dry = std::make_shared<DryRun<EndToEnd>>(backend, source, windows, config, Observer(),
+                                                      memory.recompute, memory.teacher, size_t{0},
+                                                      start_of(source));
   dry->phase.student().prepare();
   dry->phase.rewind(0);
   return {[dry](StepPart last) { return dry->phase.record(last); },
@@ -267,7 +262,7 @@ StepProbe probe_end_to_end_step(Backend& backend, const Checkpoint& source,
 
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                       const TrainConfig& config, const Recipe& recipe, const StartOfModel& start,
-                      models::Recompute recompute, const RunDirectory& run,
+                      const PhaseMemory& memory, const RunDirectory& run,
                       const Observer& observer) {
   const size_t stages = recipe.whole_stages().size();
   for (size_t stage = 0; stage < stages; ++stage) {
@@ -280,7 +275,8 @@ void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Wi
       return models::read_layer(*before, layer, source.config(),
                                 recipe.whole_formats(layer, stage - 1));
     };
-    EndToEnd(backend, source, windows, config, recipe, run, observer, recompute, stage,
+    EndToEnd(backend, source, windows, config, recipe, run, observer, memory.recompute,
+             memory.teacher, stage,
              before ? StartOfModel{layer_before, models::outer_of(*before)} : start)
         .run();
     config.comm->barrier();  // the next stage reads the file

@@ -21,11 +21,11 @@ namespace bbb::train {
 // their files.
 void train_end_to_end(Backend& backend, const Checkpoint& source, const data::Windows& windows,
                       const TrainConfig& config, const Recipe& recipe, const StartOfModel& start,
-                      models::Recompute recompute, const RunDirectory& run,
-                      const Observer& observer);
+                      const PhaseMemory& memory, const RunDirectory& run, const Observer& observer);
 
 // Allocates on `backend` the most that a stage will hold, without training.
 Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint& source,
-                              const TrainConfig& config, models::Recompute recompute);
+                              const TrainConfig& config, models::Recompute recompute,
+                              TeacherStates states);
 
 }  // namespace bbb::train

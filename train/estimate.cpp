@@ -13,6 +13,7 @@
 #include "train/sensitivity.h"
 #include "train/statistics.h"
 #include "train/step_probe.h"
+#include "train/teacher.h"
 
 namespace bbb::train {
 namespace {
@@ -111,8 +112,12 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
     few.from.clear();
     few.bits = widths.weight_bits;
     few.act_bits = widths.activation_bits;
-    const double step = step_seconds(
-        backend, probe_end_to_end_step(backend, source, windows, few, memory), StepPart::Optimizer);
+    PhaseMemory of_stage = memory;
+    if (!caches_teacher(config, stage.steps, memory.teacher))
+      of_stage.teacher = TeacherStates::Beside;
+    const double step =
+        step_seconds(backend, probe_end_to_end_step(backend, source, windows, few, of_stage),
+                     StepPart::Optimizer);
     estimate.steps += stage.steps;
     estimate.total_s += static_cast<double>(stage.steps) * step;
   }

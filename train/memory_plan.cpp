@@ -54,8 +54,8 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
-// Host memory of the largest factor that the phase makes: of GPTQ's Hessians or of LC's start, which
-// holds the moments of all sites beside it.
+// Host memory of the largest factor that the phase makes: of GPTQ's Hessians or of LC's start,
+// which holds the moments of all sites beside it.
 int64_t factor_bytes(const LlamaConfig& model, const TrainConfig& config) {
   int64_t most = 0;
   std::array<int64_t, models::kSites> moments{};
@@ -78,9 +78,9 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
   // The host also holds F32 weights: of this block, of the next one, and of each stage.
   const int64_t weights_bytes =
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
-  room.host_bytes = std::max<int64_t>(
-      0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 - weights_bytes -
-             factor_bytes(model, config));
+  room.host_bytes =
+      std::max<int64_t>(0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 -
+                               weights_bytes - factor_bytes(model, config));
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - tensor_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
@@ -130,21 +130,30 @@ BlockMemory plan_block_memory(Backend& backend, const LlamaConfig& model,
 }
 
 PhaseMemory count_end_to_end_memory(const Backend& backend, const LlamaConfig& model,
-                                    const TrainConfig& config, Recompute recompute) {
+                                    const TrainConfig& config, Recompute recompute,
+                                    TeacherStates teacher) {
   CountingBackend counter(backend);
   const auto source = models::make_weightless_checkpoint(model);
   PhaseMemory memory;
   memory.recompute = recompute;
-  static_cast<Rehearsal&>(memory) = rehearse_end_to_end(counter, *source, config, recompute);
+  memory.teacher = teacher;
+  static_cast<Rehearsal&>(memory) =
+      rehearse_end_to_end(counter, *source, config, recompute, teacher);
   memory.device_bytes = counter.memory_peak_bytes();
   return memory;
 }
 
 PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
                                    const TrainConfig& config) {
-  const PhaseMemory memory = choose_recompute(
-      config.memory, tensor_room(backend, config.memory),
-      [&](Recompute mode) { return count_end_to_end_memory(backend, model, config, mode); });
+  const int64_t room = tensor_room(backend, config.memory);
+  const PhaseMemory memory = choose_recompute(config.memory, room, [&](Recompute mode) {
+    const auto count = [&](TeacherStates teacher) {
+      return count_end_to_end_memory(backend, model, config, mode, teacher);
+    };
+    if (config.memory.teacher) return count(*config.memory.teacher);
+    const PhaseMemory cached = count(TeacherStates::Cached);
+    return cached.device_bytes <= room ? cached : count(TeacherStates::Beside);
+  });
   std::string advice = "lower --seq-len or --e2e-micro-batch";
   if (config.e2e_embedding == EmbeddingTrain::Train) advice += ", take --e2e-embedding keep";
   if (config.e2e_train == EndToEndTrain::All && config.quantizer != Quantizer::Lc)

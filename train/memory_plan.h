@@ -19,6 +19,7 @@ struct Rehearsal {
 struct PhaseMemory : Rehearsal {
   int64_t device_bytes = 0;  // most that tensors hold at once, streams included
   models::Recompute recompute = models::Recompute::None;
+  TeacherStates teacher = TeacherStates::Beside;  // of the end-to-end phase
 };
 struct BlockMemory : PhaseMemory {
   StreamPlan streams;
@@ -30,10 +31,10 @@ BlockMemory plan_block_memory(engine::Backend& backend, const models::LlamaConfi
 PhaseMemory plan_end_to_end_memory(engine::Backend& backend, const models::LlamaConfig& model,
                                    const TrainConfig& config);
 
-// The memory of the end-to-end phase in this mode, whether it fits or not.
+// The memory of the end-to-end phase in these modes, whether it fits or not.
 PhaseMemory count_end_to_end_memory(const engine::Backend& backend,
                                     const models::LlamaConfig& model, const TrainConfig& config,
-                                    models::Recompute recompute);
+                                    models::Recompute recompute, TeacherStates teacher);
 
 // The memory of the pass over the input sites' statistics.
 int64_t count_statistics_memory(const engine::Backend& backend, const models::LlamaConfig& model,

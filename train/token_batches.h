@@ -72,19 +72,29 @@ class TokenBatches {
   struct Batch {
     // I32 (micro-batch, T), as those of data::Windows; first_key undefined if it has none.
     engine::Tensor ids, targets, first_key;
+    engine::Tensor states;  // of next(); else undefined
   };
-  // Recorded: gathers the next micro-batch.
-  Batch next() const {
-    const engine::Shape shape{own_micro_batch(config_), config_.seq_len};
+  // Recorded: gathers the next micro-batch. states: rows of all windows to gather with it, or
+  // undefined.
+  Batch next(const engine::Tensor& states = {}) const {
     const auto gather = [&](const engine::Tensor& rows) {
       if (!rows.defined()) return engine::Tensor();
-      const engine::Tensor batch = backend_.empty(shape, engine::DType::I32);
+      const engine::Tensor batch =
+          backend_.empty({own_micro_batch(config_), rows.dim(1)}, rows.dtype());
       backend_.gather_rows(batch, {rows, order_, cursor_});
       return batch;
     };
-    const Batch batch{gather(ids_), gather(targets_), gather(first_key_)};
+    const Batch batch{gather(ids_), gather(targets_), gather(first_key_), gather(states)};
     backend_.advance(cursor_);
     return batch;
+  }
+  int64_t windows() const { return ids_.dim(0); }
+  // Windows [begin, begin + count) in their own order.
+  Batch at(int64_t begin, int64_t count) const {
+    const auto rows = [&](const engine::Tensor& all) {
+      return all.defined() ? all.rows(begin, count) : engine::Tensor();
+    };
+    return {rows(ids_), rows(targets_), rows(first_key_), {}};
   }
 
  private:

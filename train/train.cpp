@@ -19,6 +19,7 @@
 #include "train/statistics.h"
 #include "train/stream_set.h"
 #include "train/summary.h"
+#include "train/teacher.h"
 
 namespace bbb::train {
 
@@ -56,11 +57,17 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
         gigabytes(streams.host_bytes), gigabytes(streams.scratch_bytes), count(Tier::Device),
         count(Tier::Host), count(Tier::File), kept);
   }
-  if (end_to_end != nullptr)
-    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s\n",
+  if (end_to_end != nullptr) {
+    const std::vector<WholeStage> stages = Recipe(config, model).whole_stages();
+    const bool cached = std::ranges::any_of(stages, [&](const WholeStage& stage) {
+      return caches_teacher(config, stage.steps, end_to_end->teacher);
+    });
+    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s\n",
                 gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
-                describe(end_to_end->recompute));
+                describe(end_to_end->recompute),
+                cached ? "; the teacher's last hidden states kept" : "");
+  }
   const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
                                  end_to_end != nullptr ? end_to_end->state_bytes : 0);
   std::printf("results: %.2f GB in %s, and at most %.2f GB of states while it trains",
@@ -360,7 +367,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
                  : models::full_precision(source, layer);
     };
     train_end_to_end(backend, source, windows, config, recipe,
-                     {start_layer, from ? from->outer() : nullptr}, whole.recompute, run, observer);
+                     {start_layer, from ? from->outer() : nullptr}, whole, run, observer);
     times.whole_s = taken();
   }
   tuning.reset();
