@@ -52,9 +52,28 @@ const Options kChannelOrder = {{"ocs-ratio", "0.25"},   {"range", "search"},
 const Options kNested = {{"any-precision", "8,2"}, {"stages", "w8a16"},
                          {"lr", "1e-3"},           {"optimizer", "muon"},
                          {"recompute", "block"},   {"e2e-embedding", "train"}};
+// Sharded weights with everything that reads or changes them; and with one backward pass a step.
+const Options kWhole = {{"stages", ""},         {"e2e-stages", "w4a16:1,w2a16:2"},
+                        {"e2e-lr", "1e-3"},     {"e2e-damping", "1e-3"},
+                        {"e2e-average", "0.5"}, {"e2e-freeze", "flips"},
+                        {"range", "search"},    {"e2e-embedding", "train"},
+                        {"recompute", "block"}, {"e2e-steps", "4"}};
+const Options kOnePass = {{"stages", ""},           {"e2e-batch", "6"},
+                          {"e2e-micro-batch", "6"}, {"e2e-stages", "w2a16:2"},
+                          {"quantizer", "seq"},     {"e2e-steps", "4"}};
+const Options kPrecisions = {
+    {"stages", ""}, {"e2e-stages", "w8a16:2"}, {"any-precision", "8,4,2"}, {"e2e-steps", "4"}};
+const Options kLora = {{"lora-rank", "4"}, {"lora-match", "none"}};
 const Options kGptq = {{"method", "gptq"}, {"stages", "w2a16"}};
 const Options kBlockAp = {{"method", "block-ap"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
 const Options kLc = {{"quantizer", "lc"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
+
+void apply(train::TrainConfig& config, const Options& options) {
+  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+    for (const auto& [name, text] : options)
+      if (f.name == std::string(name)) value = train::parse<T>(text, f);
+  });
+}
 
 std::vector<std::string> no_errors(int ranks) {
   return std::vector<std::string>(static_cast<size_t>(ranks));
@@ -79,10 +98,7 @@ std::vector<std::string> train_on(int ranks, const std::string& out, const Optio
     const Fixture fixture;
     const auto device = engine::make_cpu_backend(1);
     train::TrainConfig config = shared_run(out);
-    train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-      for (const auto& [name, text] : options)
-        if (f.name == std::string(name)) value = train::parse<T>(text, f);
-    });
+    apply(config, options);
     config.comm = comm;
     if (!scratch.empty()) spill_streams(config, *device, scratch);
     train::Observer observer = observed;
@@ -154,6 +170,10 @@ TEST_CASE("two and three ranks train what one trains, up to the order of sums", 
   for (const auto& [name, options] : {std::pair{"plain", Options{}},
                                       {"channel order", kChannelOrder},
                                       {"nested", kNested},
+                                      {"whole", kWhole},
+                                      {"one pass", kOnePass},
+                                      {"precisions", kPrecisions},
+                                      {"lora", kLora},
                                       {"gptq", kGptq},
                                       {"block-ap", kBlockAp}}) {
     const TempDir dir;
@@ -185,6 +205,41 @@ TEST_CASE("ranks repeat their run byte for byte, wherever streams are", "[train]
   CHECK(results(dir / "a") == results(dir / "b"));
 }
 
+TEST_CASE("ranks with sharded weights repeat their run byte for byte", "[train][ranks]") {
+  const TempDir dir;
+  for (const char* run : {"a", "b"}) REQUIRE(train_on(2, dir / run, kWhole) == no_errors(2));
+  CHECK(results(dir / "a") == results(dir / "b"));
+}
+
+// What a rank plans is what it holds: the weights' parts, and the buffers of their gradients.
+TEST_CASE("the memory of a rank with sharded weights is planned", "[train][ranks]") {
+  for (const auto& [name, options] :
+       {std::pair{"whole", kWhole}, {"one pass", kOnePass}, {"precisions", kPrecisions}})
+    for (const int ranks : {1, 2, 3}) {
+      INFO(name << ", " << ranks << " ranks");
+      const TempDir dir;
+      const auto errors = on_ranks(ranks, [&](const Ranks& comm) {
+        const Fixture fixture;
+        const auto device = engine::make_cpu_backend(1);
+        const models::LlamaConfig& model = fixture.source->config();
+        train::TrainConfig config = shared_run(dir / "run");
+        apply(config, options);
+        config.range = train::RangeRule::MinMax;  // no statistics
+        config.e2e_stages.resize(1);
+        config.memory.recompute = models::Recompute::Block;
+        config.comm = comm;
+        const int64_t planned = train::plan_end_to_end_memory(
+                                    *device, model, train::resolve(config, model, device->device()))
+                                    .device_bytes;
+        device->reset_memory_peak();
+        train::train_windows(*device, *fixture.source, fixture.windows, config, {.quiet = true});
+        const int64_t held = device->memory_peak_bytes();
+        BBB_CHECK(held == planned, "rank ", comm->rank(), " holds ", held, ", planned ", planned);
+      });
+      CHECK(errors == no_errors(ranks));
+    }
+}
+
 namespace {
 
 // Ends every rank at a step of a stage of a block, or of the end-to-end phase if block is -1.
@@ -205,12 +260,13 @@ struct Leg {
 };
 
 // Trains leg by leg, each up to its stop, then to the end by `ranks`.
-void train_in_legs(const std::string& out, const std::vector<Leg>& legs, int ranks) {
+void train_in_legs(const std::string& out, const std::vector<Leg>& legs, int ranks,
+                   const Options& options = {}) {
   for (const Leg& leg : legs) {
-    const auto errors = train_on(leg.ranks, out, {}, stop_at(leg.block, leg.stage, leg.step));
+    const auto errors = train_on(leg.ranks, out, options, stop_at(leg.block, leg.stage, leg.step));
     for (const std::string& error : errors) CHECK_THAT(error, Contains("stopped"));
   }
-  REQUIRE(train_on(ranks, out) == no_errors(ranks));
+  REQUIRE(train_on(ranks, out, options) == no_errors(ranks));
 }
 
 }  // namespace
@@ -220,6 +276,21 @@ TEST_CASE("a run continues with another number of ranks", "[train][ranks]") {
   REQUIRE(train_on(1, dir / "whole") == no_errors(1));
   train_in_legs(dir / "run", {{3, 0, 1, 3}, {1, 1, 0, 2}, {2, 1, 1, 1}, {3, -1, 0, 2}}, 2);
   check_close(dir / "run", dir / "whole");
+}
+
+// Each leg ends behind a saved state.
+TEST_CASE("sharded weights continue on another number of ranks", "[train][ranks]") {
+  Options options = kWhole;
+  options.emplace_back("e2e-stages", "w2a16:4");
+  options.emplace_back("e2e-steps", "8");
+  options.emplace_back("save-every", "1");
+  const TempDir dir;
+  REQUIRE(train_on(1, dir / "whole", options) == no_errors(1));
+  train_in_legs(dir / "run", {{1, -1, 0, 2}, {2, -1, 0, 4}, {3, -1, 0, 6}}, 1, options);
+  check_close(dir / "run", dir / "whole");
+  REQUIRE(train_on(2, dir / "two", options) == no_errors(2));
+  train_in_legs(dir / "again", {{2, -1, 0, 3}}, 2, options);
+  CHECK(results(dir / "again") == results(dir / "two"));
 }
 
 TEST_CASE("ranks that are stopped continue to the same bytes", "[train][ranks]") {
