@@ -233,8 +233,10 @@ TEST_CASE("the memory of a rank with sharded weights is planned", "[train][ranks
                                     .device_bytes;
         device->reset_memory_peak();
         train::train_windows(*device, *fixture.source, fixture.windows, config, {.quiet = true});
+        // A plan has room for the factors of losses that leave tokens out.
         const int64_t held = device->memory_peak_bytes();
-        BBB_CHECK(held == planned, "rank ", comm->rank(), " holds ", held, ", planned ", planned);
+        BBB_CHECK(held <= planned && planned < held + 512, "rank ", comm->rank(), " holds ", held,
+                  ", planned ", planned);
       });
       CHECK(errors == no_errors(ranks));
     }
@@ -388,6 +390,35 @@ void check_reductions(Backend& device, engine::Comm& comm) {
         BBB_CHECK(values_of(device, x) == expected, "a recorded reduction is wrong");
       }
     }
+  // Each rank's part, reduced, then gathered: what a reduction gives, or the maxima.
+  const int64_t part = 1'003;
+  std::vector<double> own, mean, most;
+  for (int64_t i = 0; i < part * comm.size(); ++i) {
+    own.push_back(static_cast<double>(i % 7 + 2 * comm.rank()));
+    mean.push_back(static_cast<double>(i % 7 + comm.size() - 1));
+    most.push_back(static_cast<double>(i % 7 + 2 * (comm.size() - 1)));
+  }
+  const Shape shape{part * comm.size()};
+  const Tensor start = make(device, shape, device.real(), own),
+               x = device.empty(shape, device.real()), y = device.empty(shape, device.real());
+  const auto exchange = [&] {
+    device.copy(x, start);
+    comm.start_reduce_scatter(x, engine::Reduce::Mean);
+    comm.join();
+    device.copy(y, x);
+    comm.start_all_gather(y);
+    device.copy(x, start);  // beside it
+    comm.join();
+    comm.all_reduce(x, engine::Reduce::Max);
+  };
+  const auto recorded = device.record(exchange);
+  for (int run = 0; run < 3; ++run) {
+    device.zero(x);
+    device.zero(y);
+    run == 0 ? exchange() : recorded->run();
+    BBB_CHECK(values_of(device, y) == mean, "a reduced and gathered tensor is wrong");
+    BBB_CHECK(values_of(device, x) == most, "a maximum is wrong");
+  }
   comm.barrier();  // no rank leaves while another one reads its memory
 }
 

@@ -32,14 +32,15 @@ void bench_as_rank(const CommandLine& line, TrainBench bench, std::shared_ptr<en
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
-  line.options()                                                                     //
-      ("synthetic", cat("sizes: ", models::kSyntheticSizes), text())                 //
-      ("e2e", "the whole model against its full-precision original, not one block")  //
-      ("batch", "windows a step; default: 8, with --e2e 16", text())                 //
-      ("micro-batch", "with --e2e: windows through the model at once", text())       //
-      ("seq-len", "tokens a window", text()->default_value("2048"))                  //
-      ("steps", "timed steps; default: 100, with --e2e 10", text())                  //
-      ("layers", "with --e2e: fewer layers; default: as many as fit", text())        //
+  line.options()                                                                                //
+      ("synthetic", cat("sizes: ", models::kSyntheticSizes), text())                            //
+      ("e2e", "the whole model against its full-precision original, not one block")             //
+      ("batch", "windows a step; default: 8, with --e2e 16", text())                            //
+      ("micro-batch", "with --e2e: windows through the model at once", text())                  //
+      ("moments", "with --e2e: of the optimizer, wide or 8bit", text()->default_value("wide"))  //
+      ("seq-len", "tokens a window", text()->default_value("2048"))                             //
+      ("steps", "timed steps; default: 100, with --e2e 10", text())                             //
+      ("layers", "with --e2e: fewer layers; default: as many as fit", text())                   //
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                   //
       ("deterministic", "choose no algorithm of the step's matrix products by timing")  //
@@ -72,8 +73,9 @@ int bench_train_command(const Arguments& arguments) {
   check_writable(line, "gemm");
   check_writable(line, "json");
   bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
-  for (const char* option : {"layers", "micro-batch"})
+  for (const char* option : {"layers", "micro-batch", "moments"})
     if (line.has(option) && !bench.end_to_end) throw UsageError(cat("--", option, " needs --e2e"));
+  if (line.choice("moments", {"wide", "8bit"}) == 1) bench.moments = train::Moments::EightBits;
   if (line.has("micro-batch")) bench.micro_batch = line.integer("micro-batch", 1);
   Arguments all = arguments;  // of `bbb bench`
   all.insert(all.begin(), "train");
