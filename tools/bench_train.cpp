@@ -104,6 +104,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
           train::stored_gemm_tuning(backend, bench.gemm_file, memory.recorded_bytes, bench.say);
       tuning.step_runs = kLongRun;
       if (!bench.comm->first()) tuning.keep = nullptr;
+      bench.comm->barrier();  // all have read the same choices
       tuned.emplace(backend, std::move(tuning));
     }
     backend.reset_memory_peak();
