@@ -63,6 +63,7 @@ const Options kOnePass = {{"stages", ""},           {"e2e-batch", "6"},
                           {"quantizer", "seq"},     {"e2e-steps", "4"}};
 const Options kPrecisions = {
     {"stages", ""}, {"e2e-stages", "w8a16:2"}, {"any-precision", "8,4,2"}, {"e2e-steps", "4"}};
+const Options kPacked = {{"stages", ""}, {"e2e-moments", "8bit"}, {"e2e-steps", "4"}};
 const Options kLora = {{"lora-rank", "4"}, {"lora-match", "none"}};
 const Options kGptq = {{"method", "gptq"}, {"stages", "w2a16"}};
 const Options kBlockAp = {{"method", "block-ap"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
@@ -206,15 +207,19 @@ TEST_CASE("ranks repeat their run byte for byte, wherever streams are", "[train]
 }
 
 TEST_CASE("ranks with sharded weights repeat their run byte for byte", "[train][ranks]") {
-  const TempDir dir;
-  for (const char* run : {"a", "b"}) REQUIRE(train_on(2, dir / run, kWhole) == no_errors(2));
-  CHECK(results(dir / "a") == results(dir / "b"));
+  for (const Options& options : {kWhole, kPacked}) {
+    const TempDir dir;
+    for (const char* run : {"a", "b"}) REQUIRE(train_on(2, dir / run, options) == no_errors(2));
+    CHECK(results(dir / "a") == results(dir / "b"));
+  }
 }
 
 // What a rank plans is what it holds: the weights' parts, and the buffers of their gradients.
 TEST_CASE("the memory of a rank with sharded weights is planned", "[train][ranks]") {
-  for (const auto& [name, options] :
-       {std::pair{"whole", kWhole}, {"one pass", kOnePass}, {"precisions", kPrecisions}})
+  for (const auto& [name, options] : {std::pair{"whole", kWhole},
+                                      {"one pass", kOnePass},
+                                      {"precisions", kPrecisions},
+                                      {"8 bits", kPacked}})
     for (const int ranks : {1, 2, 3}) {
       INFO(name << ", " << ranks << " ranks");
       const TempDir dir;
@@ -295,6 +300,19 @@ TEST_CASE("sharded weights continue on another number of ranks", "[train][ranks]
   CHECK(results(dir / "again") == results(dir / "two"));
 }
 
+// Where a code of a moment is on a threshold, the sums' last bits decide.
+TEST_CASE("ranks with moments of 8 bits train what one trains, and continue", "[train][ranks]") {
+  const TempDir dir;
+  REQUIRE(train_on(1, dir / "1", kPacked) == no_errors(1));
+  for (const int ranks : {2, 3}) {
+    const std::string run = dir / std::to_string(ranks);
+    REQUIRE(train_on(ranks, run, kPacked) == no_errors(ranks));
+    check_close(run, dir / "1", 1e-4, 1e-3, 1e-3);
+  }
+  train_in_legs(dir / "legs", {{2, -1, 0, 3}}, 1, kPacked);
+  check_close(dir / "legs", dir / "1", 1e-4, 1e-3, 1e-3);
+}
+
 TEST_CASE("ranks that are stopped continue to the same bytes", "[train][ranks]") {
   const TempDir dir;
   REQUIRE(train_on(2, dir / "whole") == no_errors(2));
@@ -324,7 +342,17 @@ constexpr const char* kRanksVariable = "BBB_RANKS_TEST_RANKS";
 constexpr const char* kTaskVariable = "BBB_RANKS_TEST_TASK";
 
 // Train, perhaps with a fault; or only reduce.
-enum class Task : int { Train, Killed, NoScratch, FullDisk, Reduce };
+// ..Whole: in the end-to-end phase, with sharded weights.
+enum class Task : int {
+  Train,
+  Killed,
+  NoScratch,
+  FullDisk,
+  Reduce,
+  Whole,
+  KilledWhole,
+  FullDiskWhole
+};
 
 bool has_two_devices() {
   if (on_cuda() && cuda::gpu_of_rank(1) == 0) {
@@ -439,6 +467,19 @@ void train_with_fault(Task task, const std::string& out, Backend& device, const 
     if (comm->rank() == 1) limit_files(50'000);
   }
   if (task == Task::FullDisk && comm->first()) limit_files(100'000);
+  if (task >= Task::Whole) {
+    config.stages.clear();
+    config.save_every = 1;
+  }
+  if (task == Task::KilledWhole && comm->rank() == 1)
+    observer.after_e2e_step = [](int64_t step) {
+      if (step == 2) raise(SIGKILL);
+    };
+  // The first state fits, the second one does not.
+  if (task == Task::FullDiskWhole)
+    observer.after_e2e_step = [&](int64_t step) {
+      if (step == 1 && comm->first()) limit_files(100'000);
+    };
   train::train_windows(device, *fixture.source, fixture.windows, config, observer);
 }
 
@@ -491,6 +532,24 @@ TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[t
              Contains("rank 1 was killed by signal 9 (Killed); the same command continues"));
   CHECK(results(out).size() < results(whole).size());
   REQUIRE(failure_of(dir, out, 2, Task::Train) == "");
+  CHECK(results(out) == results(whole));
+}
+
+// A state is gathered from all ranks: none may wait for the one that fails.
+TEST_CASE("a rank that fails with a part of the weights ends the job, and the run resumes",
+          "[train][ranks]") {
+  if (!has_two_devices()) return;
+  const TempDir dir;
+  const std::string whole = dir / "whole", out = dir / "run";
+  REQUIRE(failure_of(dir, whole, 2, Task::Whole) == "");
+  for (const auto& [task, says] :
+       {std::pair{Task::FullDiskWhole, std::string("cannot write ")},
+        {Task::KilledWhole,
+         "rank 1 was killed by signal 9 (Killed); the same command continues"}}) {
+    CHECK_THAT(failure_of(dir, out, 2, task), Contains(says));
+    CHECK(std::filesystem::exists(out + "/e2e/state.safetensors"));
+  }
+  REQUIRE(failure_of(dir, out, 2, Task::Whole) == "");
   CHECK(results(out) == results(whole));
 }
 
