@@ -1,6 +1,6 @@
 // Optimizer: AdamW steps over a ParameterSet, all on the device: gradient norm, schedule, clipping,
 // a skip where the loss or the norm is not finite, update. Matrices of UpdateRule::Muon take its
-// steps.
+// steps. Of sharded parameters each rank updates its part; the norm is that of all parts.
 #pragma once
 
 #include "autograd/muon.h"
@@ -21,11 +21,15 @@ class Optimizer {
   const Tensor& control() const { return control_; }  // engine::ControlSlot
 
  private:
+  void start_step(const Tensor& loss);  // writes control_
+
   ParameterSet& parameters_;
   const WeightQuantizer* quantizer_;
   const engine::AdamWSpec spec_;
   const engine::Schedule schedule_;
   Tensor control_;
+  Tensor own_control_;  // of sharded parameters: with the norm of this rank's gradients
+  Tensor norms_;        // the same of every rank, then zeros
   Muon muon_;
 };
 

@@ -20,7 +20,7 @@ WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::Ran
               .s = backend.zeros({slots}, backend.real()),
               .prequantized = backend.zeros({slots}, backend.real()),
               .clipped = backend.zeros({total / 8}, DType::U8),
-              .wq = backend.empty({total}, backend.act()),
+              .wq = sharded() ? Tensor() : backend.empty({total}, backend.act()),
               .e = backend.empty({total / group}, DType::U8),
               .z = backend.empty({total / group}, DType::U8),
               .ratios = range == quant::RangeRule::Search
@@ -29,16 +29,60 @@ WeightQuantizer::WeightQuantizer(ParameterSet& parameters, int group, quant::Ran
               .rule = rule,
               .group = group,
               .rounding = rounding};
-  for (size_t i = 0; i < nested_.bits.size(); ++i)
+  for (size_t i = 0; i < nested_.bits.size() && !sharded(); ++i)
     nested_wq_.push_back(backend.empty({total}, backend.act()));
+  make_sections();
+}
+
+void WeightQuantizer::make_sections() {
+  Backend& backend = parameters_.backend();
+  nested_parts_.resize(sharded() ? nested_.bits.size() : 0);
+  for (const ParameterSet::Section& section : parameters_.sections()) {
+    if (!sharded()) {
+      sections_.push_back(weights_);
+      continue;
+    }
+    engine::QuantizedWeights& q = sections_.emplace_back();
+    if (section.sharded == nullptr) continue;
+    const int64_t slot = section.sharded->slot, elements = section.count * comm().size();
+    parts_.push_back(backend.empty({elements}, backend.act()));
+    for (std::vector<Tensor>& parts : nested_parts_)
+      parts.push_back(backend.empty({elements}, backend.act()));
+    q = weights_;
+    q.tiles = section.table.tiles;
+    q.wq = comm().part_of(parts_.back());
+    q.clipped = weights_.clipped.slice(section.begin / 8, section.count / 8);
+    for (Tensor* of_slot : {&q.bits, &q.max_range, &q.s, &q.prequantized})
+      *of_slot = of_slot->slice(slot, 1);
+    for (Tensor* of_groups : {&q.e, &q.z, &q.ratios})
+      if (of_groups->defined())
+        *of_groups = of_groups->slice(section.begin / q.group, section.count / q.group);
+  }
+}
+
+void WeightQuantizer::visit_sections(
+    const std::function<void(size_t i, const ParameterSet::Section& section)>& visit) const {
+  for (size_t i = 0; i < sections_.size(); ++i)
+    if (sections_[i].wq.defined()) visit(i, parameters_.sections()[i]);
 }
 
 QuantizedParameter WeightQuantizer::add(const Parameter& parameter, int bits) {
-  const Shape& shape = parameter.master.shape();
+  const Shape& shape = parameter.grad.shape();
   const int64_t group = weights_.group;
   BBB_CHECK(shape.size() == 2 && shape[1] % group == 0, parameter.name, ": ", shape.back(),
             " input features are no multiple of the group ", group);
   set_bits(parameter, bits);
+  if (parameter.sharded) {
+    const auto slot = static_cast<size_t>(parameter.slot);
+    const engine::QuantizedWeights& q = sections_[slot];
+    const auto whole = [&](const Tensor& parts) {
+      return parts.slice(0, parameter.grad.numel()).view(shape);
+    };
+    QuantizedParameter views{whole(parts_[slot]), q.e, q.z, q.s, q.ratios, {}};
+    for (const std::vector<Tensor>& parts : nested_parts_)
+      views.nested.push_back(whole(parts[slot]));
+    return views;
+  }
   const int64_t begin = parameters_.offset(parameter), count = parameter.master.numel();
   const Shape groups{shape[0], shape[1] / group};
   const auto of_groups = [&](const Tensor& flat) {
@@ -104,13 +148,21 @@ void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {
   parameters_.backend().zero(weights_.prequantized.slice(parameter.slot, 1));
 }
 
+Tensor WeightQuantizer::masters_of(const ParameterSet::Section& section) const {
+  const Tensor& masters = parameters_.masters();  // without sharding those that do not move, too
+  return sharded() ? masters.slice(section.begin, section.count) : masters;
+}
+
 void WeightQuantizer::prepare() {
   if (adapts_)
     for (const auto& [parameter, adapters] : adapted_)
       parameters_.backend().lora_weight(parameter->master, adapters.base, adapters.a->master,
                                         adapters.b->master, adapters.alpha);
-  parameters_.backend().max_group_range(weights_, parameters_.masters());
+  visit_sections([&](size_t i, const ParameterSet::Section& of) {
+    parameters_.backend().max_group_range(sections_[i], masters_of(of));
+  });
   fake_quant();
+  join();
 }
 
 void WeightQuantizer::quantize() {
@@ -118,13 +170,24 @@ void WeightQuantizer::quantize() {
   fake_quant();
 }
 
+void WeightQuantizer::join() const {
+  if (sharded()) comm().join();
+}
+
 void WeightQuantizer::fake_quant() {
-  parameters_.backend().fake_quant(weights_, parameters_.masters());
-  for (size_t i = 0; i < nested_wq_.size(); ++i)
-    parameters_.backend().nested_levels(nested_wq_[i], weights_, parameters_.masters(),
-                                        nested_.bits[i], nested_.dequant);
-  for (const LcParameter& weight : lc_weights_)
-    parameters_.backend().lc_weight(weight.w, weight.from);
+  Backend& backend = parameters_.backend();
+  if (sharded()) comm().all_reduce(weights_.max_range, engine::Reduce::Max);
+  visit_sections([&](size_t i, const ParameterSet::Section& of) {
+    const Tensor masters = masters_of(of);
+    backend.fake_quant(sections_[i], masters);
+    if (sharded()) comm().start_all_gather(parts_[i]);
+    for (size_t p = 0; p < nested_.bits.size(); ++p) {
+      const Tensor levels = sharded() ? comm().part_of(nested_parts_[p][i]) : nested_wq_[p];
+      backend.nested_levels(levels, sections_[i], masters, nested_.bits[p], nested_.dequant);
+      if (sharded()) comm().start_all_gather(nested_parts_[p][i]);
+    }
+  });
+  for (const LcParameter& weight : lc_weights_) backend.lc_weight(weight.w, weight.from);
 }
 
 }  // namespace bbb::autograd

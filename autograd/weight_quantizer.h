@@ -7,6 +7,8 @@
 // prepare(), which measures the ranges and quantizes. The optimizer's epilogue keeps the ranges up
 // to date, so that a training step starts with quantize(). On a GPU the epilogue also prequantizes
 // with the last S, and quantize() reads only masters whose S has changed.
+//
+// Of a sharded parameter each rank quantizes its part, with the S of all parts, and gathers wq.
 #pragma once
 
 #include "autograd/parameter.h"
@@ -16,9 +18,9 @@ namespace bbb::autograd {
 // One quantized parameter (N, K), views of the quantizer's buffers: W^ = S wq.
 struct QuantizedParameter {
   Tensor wq;                   // act (N, K)
-  Tensor e, z;                 // U8 (N, K/G)
+  Tensor e, z;                 // U8 (N, K/G); if sharded, flat: this rank's part
   Tensor s;                    // real (1)
-  Tensor ratios;               // U8 (N, K/G), if ranges are searched
+  Tensor ratios;               // U8, likewise, if ranges are searched
   std::vector<Tensor> nested;  // act (N, K): wq at each of the quantizer's lower precisions
 };
 
@@ -87,15 +89,31 @@ class WeightQuantizer {
   void set_bits(const Parameter& parameter, int bits);
   void prepare();
   void quantize();
+  // Call it between quantize() and the first use of wq of sharded parameters.
+  void join() const;
 
   int group() const { return weights_.group; }
+  const ParameterSet& parameters() const { return parameters_; }
+  // Of all parameters; if they are sharded, without wq.
   const engine::QuantizedWeights& weights() const { return weights_; }
+  // Of section i of the set; its wq is undefined if the section has no quantized parameter.
+  const engine::QuantizedWeights& weights_of(size_t i) const { return sections_[i]; }
 
  private:
   void fake_quant();
+  void make_sections();
+  // Calls visit(i, section) for the sections with quantized parameters.
+  void visit_sections(
+      const std::function<void(size_t i, const ParameterSet::Section& section)>& visit) const;
+  Tensor masters_of(const ParameterSet::Section& section) const;
+  engine::Comm& comm() const { return *parameters_.comm(); }
+  bool sharded() const { return parameters_.sharded_elements() > 0; }
 
   ParameterSet& parameters_;
   engine::QuantizedWeights weights_;
+  std::vector<engine::QuantizedWeights> sections_;
+  std::vector<Tensor> parts_;                      // act: all parts of wq of each sharded parameter
+  std::vector<std::vector<Tensor>> nested_parts_;  // the same of nested_wq_
   const NestedPrecisions nested_;
   const LcTraining lc_;
   std::vector<LcParameter> lc_weights_;

@@ -20,6 +20,8 @@
 // bf16, and one byte a group if ranges have ratios. Memory limits the time only if there are few
 // instructions, so the root and the quotient are the hardware's approximations (ptx.h). The rest of
 // this file is compiled as written, without contraction, like the quantizer's files.
+// Moments of 8 bits (quant/moments.h): a warp takes one block of them at a time and finds the new
+// scales by shuffles. Traffic: 16.4 bytes an element.
 // A parameter whose rule is `direct` takes w -= lr (g + decay w) instead: Muon makes its g. The
 // momentum for it, muon_momentum, takes two launches: 6 bytes an element if g is bf16, then 4 to
 // divide by the norm, whose partial sums every block adds in the same order.
@@ -33,6 +35,7 @@
 #include "cuda/reduce.h"
 #include "cuda/vector.h"
 #include "quant/group_range.h"
+#include "quant/moments.h"
 
 namespace bbb::cuda {
 namespace {
@@ -133,20 +136,112 @@ struct AdamWConstants {
   float epsilon;
 };
 
-// A thread's four elements, and the byte of the mask that holds their bits.
-template <typename T>
-struct Quad {
-  Words<float> w, v;
-  Words<bf16> m;
-  Words<T> g;
-  unsigned clipped;
-  int ratio;  // the index of the range ratio of their group
-};
-
 template <typename T>
 __device__ Vector<T, kWide> elements(const Words<T>& words) {
   return std::bit_cast<Vector<T, kWide>>(words);
 }
+
+// The moments of a block of threads, from its first element on. A thread's next four are loaded
+// while the current ones are in use.
+struct WideMoments {
+  bf16* m;
+  float* v;
+
+  struct Loaded {
+    Words<bf16> m;
+    Words<float> v;
+  };
+  __device__ WideMoments from(int64_t begin) const { return {m + begin, v + begin}; }
+  __device__ Loaded load(uint32_t i) const {
+    return {load_streaming(m + i), load_streaming(v + i)};
+  }
+  __device__ static void unpack(float (&first)[kWide], float (&second)[kWide],
+                                const Loaded& loaded) {
+    const auto of_m = elements<bf16>(loaded.m);
+    const auto of_v = elements<float>(loaded.v);
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) first[j] = to_float(of_m.v[j]), second[j] = of_v.v[j];
+  }
+  __device__ void store(const float (&first)[kWide], const float (&second)[kWide], const Loaded&,
+                        uint32_t i, uint32_t /*step*/) const {
+    store_streaming(m + i, first);
+    store_streaming(v + i, second);
+  }
+};
+
+__device__ float warp_largest(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    x = fmaxf(x, __shfl_xor_sync(quant::kFullWarp, x, lanes));
+  return x;
+}
+
+// All threads of a warp call load() and store() together.
+struct PackedMoments {
+  uint8_t *m, *v;
+
+  struct Loaded {
+    uchar4 m, v;  // codes
+    float m_scale, v_scale;
+  };
+  __device__ PackedMoments from(int64_t begin) const {
+    return {m + quant::moment_bytes(begin), v + quant::moment_bytes(begin)};
+  }
+  // Of the block of moments that holds element i.
+  __device__ static int64_t block(uint32_t i) {
+    return int64_t{i / uint32_t{quant::kTileAlign}} * quant::kMomentBlockBytes;
+  }
+  __device__ static uchar4* codes(uint8_t* moments, uint32_t i) {
+    return reinterpret_cast<uchar4*>(moments + block(i) + i % uint32_t{quant::kTileAlign});
+  }
+  __device__ static float* scale(uint8_t* moments, uint32_t i) {
+    return reinterpret_cast<float*>(moments + block(i) + quant::kTileAlign);
+  }
+  __device__ Loaded load(uint32_t i) const {
+    return {*codes(m, i), *codes(v, i), *scale(m, i), *scale(v, i)};
+  }
+  __device__ static void unpack(float (&first)[kWide], float (&second)[kWide],
+                                const Loaded& loaded) {
+    const uint8_t of_m[kWide] = {loaded.m.x, loaded.m.y, loaded.m.z, loaded.m.w};
+    const uint8_t of_v[kWide] = {loaded.v.x, loaded.v.y, loaded.v.z, loaded.v.w};
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) {
+      first[j] = quant::first_moment(of_m[j], loaded.m_scale);
+      second[j] = quant::second_moment(of_v[j], loaded.v_scale);
+    }
+  }
+  __device__ void store(const float (&first)[kWide], const float (&second)[kWide],
+                        const Loaded& before, uint32_t i, uint32_t step) const {
+    float most = 0.0f, most_square = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) {
+      most = fmaxf(most, fabsf(first[j]));
+      most_square = fmaxf(most_square, second[j]);
+    }
+    most = warp_largest(most), most_square = warp_largest(most_square);
+    const uint8_t of_m[kWide] = {before.m.x, before.m.y, before.m.z, before.m.w};
+    const uint8_t of_v[kWide] = {before.v.x, before.v.y, before.v.z, before.v.w};
+    quant::MomentCodes made[kWide];
+    const int place = static_cast<int>(i % uint32_t{quant::kTileAlign});
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+      made[j] = quant::moment_codes(first[j], second[j], most, most_square, step, place + j,
+                                    {of_m[j], of_v[j]});
+    *codes(m, i) = {made[0].first, made[1].first, made[2].first, made[3].first};
+    *codes(v, i) = {made[0].second, made[1].second, made[2].second, made[3].second};
+    if (place == 0) *scale(m, i) = most, *scale(v, i) = most_square;
+  }
+};
+
+// A thread's four elements, and the byte of the mask that holds their bits.
+template <typename T, typename Moments>
+struct Quad {
+  Words<float> w;
+  typename Moments::Loaded moments;
+  Words<T> g;
+  unsigned clipped;
+  int ratio;  // the index of the range ratio of their group
+};
 
 // The buffers of the step's quantizer (engine::QuantizedWeights).
 struct QuantizerBuffers {
@@ -252,10 +347,10 @@ class Prequantizer {
 // Blocks divide the tiles evenly. A thread requests its next elements before it computes the
 // current ones, so that a load is always in flight. A byte of the mask is read and later
 // overwritten by the same warp.
-template <int kGroup, typename T, typename Rule>
+template <int kGroup, typename T, typename Moments, typename Rule>
 __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
-    adamw_kernel(float* __restrict__ w, bf16* __restrict__ m, float* __restrict__ v,
-                 QuantizerBuffers q, const T* __restrict__ g, const float* __restrict__ control,
+    adamw_kernel(float* __restrict__ w, Moments moments, QuantizerBuffers q,
+                 const T* __restrict__ g, const float* __restrict__ control,
                  const WeightTile* __restrict__ tiles, int64_t tile_count,
                  const quant::SlotRule<float>* __restrict__ slots, AdamWConstants c,
                  Rule weight_rule) {
@@ -267,7 +362,8 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   const WeightTile last = tiles[tile_count * (blockIdx.x + 1) / gridDim.x - 1];
   const int64_t begin = first->begin * quant::kTileAlign;
   const auto end = static_cast<uint32_t>(last.begin * quant::kTileAlign + last.count - begin);
-  w += begin, m += begin, v += begin, g += begin;
+  w += begin, g += begin;
+  moments = moments.from(begin);
   q = q.from(begin, kGroup);
   uint32_t i = threadIdx.x * kWide;
   Prequantizer<kGroup, Rule> quantizer(q, first, weight_rule);
@@ -291,19 +387,18 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
   const float base_rate = lr * root / -expm1f(t * c.log_beta1), epsilon = c.epsilon * root;
   float rate = 0.0f, decay = 0.0f;  // of the current parameter
   bool direct = false;
-  Quad<T> next{};
+  Quad<T, Moments> next{};
   const auto request = [&] {
     if (i >= end) return;
     next.w = load_streaming(w + i);
-    next.m = load_streaming(m + i);
-    next.v = load_streaming(v + i);
+    next.moments = moments.load(i);
     next.g = load_streaming(g + i);
     if (q.bits != nullptr) next.clipped = q.clipped[i / kMaskedWide];
     if (q.ratios != nullptr) next.ratio = q.ratios[i / kGroup];
   };
   request();
   while (i < end) {
-    const Quad<T> now = next;
+    const Quad<T, Moments> now = next;
     const uint32_t at = i;
     i += kStride;
     request();
@@ -313,26 +408,24 @@ __global__ void __launch_bounds__(kAdamWThreads, kAdamWBlocksPerProcessor)
       rate = (direct ? lr : base_rate) * rule.lr_factor;
       decay = lr * rule.lr_factor * rule.decay;
     }
-    const auto old_weight = elements<float>(now.w), old_second = elements<float>(now.v);
-    const auto old_first = elements<bf16>(now.m);
+    const auto old_weight = elements<float>(now.w);
     const auto gradient = elements<T>(now.g);
     float weight[kWide], first_moment[kWide], second_moment[kWide];
+    Moments::unpack(first_moment, second_moment, now.moments);
     const unsigned mask = now.clipped >> (at % kMaskedWide);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
       const float d = mask >> j & 1u ? 0.0f : factor * to_float(gradient.v[j]);
-      first_moment[j] = fmaf(c.beta1, to_float(old_first.v[j]), c.one_minus_beta1 * d);
-      second_moment[j] = fmaf(c.beta2, old_second.v[j], c.one_minus_beta2 * d * d);
+      first_moment[j] = fmaf(c.beta1, first_moment[j], c.one_minus_beta1 * d);
+      second_moment[j] = fmaf(c.beta2, second_moment[j], c.one_minus_beta2 * d * d);
       const float quotient =
           first_moment[j] * reciprocal_approx(sqrt_approx(second_moment[j]) + epsilon);
       const float step = direct ? to_float(gradient.v[j]) : quotient;
       weight[j] = old_weight.v[j] - fmaf(decay, old_weight.v[j], rate * step);
     }
     store_streaming(w + at, weight);
-    if (!direct) {
-      store_streaming(m + at, first_moment);
-      store_streaming(v + at, second_moment);
-    }
+    if (!direct)
+      moments.store(first_moment, second_moment, now.moments, at, static_cast<uint32_t>(t));
     quantizer.take(weight, now.ratio, at);
   }
   quantizer.finish();
@@ -449,17 +542,22 @@ void CudaBackend::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, co
   const int64_t tiles = table.tiles.dim(0);
   const int64_t blocks =
       std::min<int64_t>(tiles, int64_t{properties_.multiProcessorCount} * kAdamWBlocksPerProcessor);
-  with_elements(g, [&]<typename T>(const T* gradient) {
-    quant::with_group(q.group, [&](auto size) {
-      quant::with_rule(q.rule, [&]<typename Rule>(const Rule& rule) {
-        launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
-               adamw_kernel<size, T, Rule>, w.data<float>(), bf16_of(m), v.data<float>(), buffers,
-               gradient, control.data<float>(), static_cast<const WeightTile*>(table.tiles.raw()),
-               tiles, static_cast<const quant::SlotRule<float>*>(table.slots.raw()), constants,
-               rule);
+  const auto run = [&]<typename Moments>(const Moments& moments) {
+    with_elements(g, [&]<typename T>(const T* gradient) {
+      quant::with_group(q.group, [&](auto size) {
+        quant::with_rule(q.rule, [&]<typename Rule>(const Rule& rule) {
+          launch(stream_, {dim3(static_cast<unsigned>(blocks)), dim3(kAdamWThreads)},
+                 adamw_kernel<size, T, Moments, Rule>, w.data<float>(), moments, buffers, gradient,
+                 control.data<float>(), static_cast<const WeightTile*>(table.tiles.raw()), tiles,
+                 static_cast<const quant::SlotRule<float>*>(table.slots.raw()), constants, rule);
+        });
       });
     });
-  });
+  };
+  if (m.dtype() == DType::U8)
+    run(PackedMoments{m.data<uint8_t>(), v.data<uint8_t>()});
+  else
+    run(WideMoments{bf16_of(m), v.data<float>()});
 }
 
 }  // namespace bbb::cuda

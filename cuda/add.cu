@@ -1,8 +1,9 @@
-// out = a + b, summed in FP32 and rounded once.   bf16, same shape; out may be a or b.
+// out = a + b, summed in FP32 and rounded once.   bf16 or F32, same shape; out may be a or b.
 // y (M, N) += bias F32 (N), row by row, summed in FP32 and rounded once.
 // x *= factor, one F32 on the device.   bf16 or F32.
 //
-// A flat launch, eight neighbouring elements a thread; 6, 4 and 4 (F32: 8) bytes an element.
+// A flat launch, eight neighbouring elements a thread; 6 (F32: 12), 4 and 4 (F32: 8) bytes an
+// element.
 #include "cuda/cuda_backend.h"
 #include "cuda/vector.h"
 
@@ -12,8 +13,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWide = 8;
 
-template <int kWidth>
-__global__ void add_kernel(bf16* out, const bf16* a, const bf16* b, int64_t n) {
+template <typename T, int kWidth>
+__global__ void add_kernel(T* out, const T* a, const T* b, int64_t n) {
   const int64_t i = first_element<kWidth>();
   if (i >= n) return;
   float x[kWidth], y[kWidth];
@@ -75,8 +76,11 @@ void CudaBackend::do_add_bias(const Tensor& y, const Tensor& bias) {
 void CudaBackend::do_add(const Tensor& out, const Tensor& a, const Tensor& b) {
   const int64_t n = out.numel();
   const bool wide = aligned(out, a, b);
-  launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
-         wide ? add_kernel<kWide> : add_kernel<1>, bf16_of(out), bf16_of(a), bf16_of(b), n);
+  with_elements(a, [&]<typename T>(const T* x) {
+    launch(stream_, {blocks_for(n, kThreads, wide ? kWide : 1), dim3(kThreads)},
+           wide ? add_kernel<T, kWide> : add_kernel<T, 1>, static_cast<T*>(out.raw()), x,
+           static_cast<const T*>(b.raw()), n);
+  });
 }
 
 }  // namespace bbb::cuda

@@ -19,8 +19,8 @@ struct NcclId {
 };
 using NcclCommunicator = struct NcclCommunicatorOpaque*;
 constexpr int kNcclSuccess = 0;
-enum NcclType : int { kNcclFloat32 = 7, kNcclFloat64 = 8, kNcclBFloat16 = 9 };
-enum NcclOp : int { kNcclSum = 0, kNcclAverage = 4 };
+enum NcclType : int { kNcclUint8 = 1, kNcclFloat32 = 7, kNcclFloat64 = 8, kNcclBFloat16 = 9 };
+enum NcclOp : int { kNcclSum = 0, kNcclMax = 2, kNcclAverage = 4 };
 
 // The functions in use, each by its name in the library.
 class Nccl {
@@ -28,6 +28,10 @@ class Nccl {
   int (*get_unique_id)(NcclId*);
   int (*init_rank)(NcclCommunicator*, int size, NcclId, int rank);
   int (*all_reduce)(const void*, void*, size_t, int type, int op, NcclCommunicator, cudaStream_t);
+  // `count`: elements of a part.
+  int (*reduce_scatter)(const void*, void*, size_t count, int type, int op, NcclCommunicator,
+                        cudaStream_t);
+  int (*all_gather)(const void*, void*, size_t count, int type, NcclCommunicator, cudaStream_t);
   int (*abort)(NcclCommunicator);
   const char* (*error_text)(int);
 
@@ -51,6 +55,8 @@ class Nccl {
     find(get_unique_id, "ncclGetUniqueId");
     find(init_rank, "ncclCommInitRank");
     find(all_reduce, "ncclAllReduce");
+    find(reduce_scatter, "ncclReduceScatter");
+    find(all_gather, "ncclAllGather");
     find(abort, "ncclCommAbort");
     find(error_text, "ncclGetErrorString");
   }
@@ -70,6 +76,11 @@ int type_of(const Tensor& x) {
       BBB_ASSERT(x.dtype() == DType::BF16);
       return kNcclBFloat16;
   }
+}
+
+int op_of(engine::Reduce op) {
+  if (op == engine::Reduce::Max) return kNcclMax;
+  return op == engine::Reduce::Mean ? kNcclAverage : kNcclSum;
 }
 
 // Its kernels come first where an SM is free, though products are queued that would fill all.
@@ -94,9 +105,12 @@ class NcclComm final : public engine::Comm {
     BBB_ASSERT(bytes.size() == sizeof id.bytes);
     std::memcpy(id.bytes, bytes.data(), sizeof id.bytes);
     BBB_NCCL(Nccl::library().init_rank(&communicator_, size(), id, rank()));
-    // The first reduction makes NCCL's connections, which it cannot do while a step is recorded.
-    const Tensor x = backend_.zeros({1}, backend_.real());
+    // The first of each kind makes NCCL's connections, which it cannot do while a step is recorded.
+    const Tensor x = backend_.zeros({size()}, backend_.real());
     all_reduce(x, engine::Reduce::Sum);
+    start_reduce_scatter(x, engine::Reduce::Sum);
+    start_all_gather(x);
+    join();
     backend_.synchronize();
   }
   // Not ncclCommDestroy, which waits for ranks that may be lost. No reduction is left.
@@ -107,11 +121,22 @@ class NcclComm final : public engine::Comm {
     join();
   }
   void start_all_reduce(const Tensor& x, engine::Reduce op) override {
-    follow(stream_.get(), backend_.stream());
-    forked_ = true;
-    BBB_NCCL(Nccl::library().all_reduce(
-        x.raw(), x.raw(), static_cast<size_t>(x.numel()), type_of(x),
-        op == engine::Reduce::Mean ? kNcclAverage : kNcclSum, communicator_, stream_.get()));
+    fork();
+    BBB_NCCL(Nccl::library().all_reduce(x.raw(), x.raw(), static_cast<size_t>(x.numel()),
+                                        type_of(x), op_of(op), communicator_, stream_.get()));
+  }
+  // Both in place, as NCCL knows from the addresses.
+  void start_reduce_scatter(const Tensor& x, engine::Reduce op) override {
+    fork();
+    const Tensor own = part_of(x);
+    BBB_NCCL(Nccl::library().reduce_scatter(x.raw(), own.raw(), static_cast<size_t>(own.numel()),
+                                            type_of(x), op_of(op), communicator_, stream_.get()));
+  }
+  void start_all_gather(const Tensor& x) override {
+    fork();
+    const Tensor own = part_of(x);
+    BBB_NCCL(Nccl::library().all_gather(own.raw(), x.raw(), static_cast<size_t>(own.bytes()),
+                                        kNcclUint8, communicator_, stream_.get()));
   }
   // A recorded step may wait only for what it has forked.
   void join() override {
@@ -122,6 +147,10 @@ class NcclComm final : public engine::Comm {
   }
 
  private:
+  void fork() {
+    follow(stream_.get(), backend_.stream());
+    forked_ = true;
+  }
   // What is submitted to `stream` from now on waits for all that is on `other`.
   static void follow(cudaStream_t stream, cudaStream_t other) {
     const EventHandle event = make_event(cudaEventDisableTiming);

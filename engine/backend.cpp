@@ -10,6 +10,7 @@
 
 #include "engine/cpu/thread_pool.h"
 #include "quant/grid.h"
+#include "quant/moments.h"
 #include "quant/pack.h"
 
 namespace bbb::engine {
@@ -740,9 +741,9 @@ void Backend::rope(const Tensor& x, const Tensor& inv_freq, const Tensor& start,
 
 void Backend::add(const Tensor& out, const Tensor& a, const Tensor& b) {
   const Op op(*this, "add");
-  op.dtype("a", a, act());
-  op.like("b", b, act(), a.shape());
-  op.like("out", out, act(), a.shape());
+  if (a.dtype() != real()) op.dtype("a", a, act());
+  op.like("b", b, a.dtype(), a.shape());
+  op.like("out", out, a.dtype(), a.shape());
   do_add(out, a, b);
 }
 
@@ -1260,8 +1261,13 @@ void Backend::adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Ten
                     const AdamWSpec& spec) {
   const Op op(*this, "adamw");
   op.flat("w", w, w.numel());
-  op.is("m", m, act(), {w.numel()});
-  op.flat("v", v, w.numel());
+  if (m.dtype() == DType::U8) {
+    for (const auto& [what, moments] : {std::pair{"m", &m}, {"v", &v}})
+      op.is(what, *moments, DType::U8, {quant::moment_bytes(w.numel())});
+  } else {
+    op.is("m", m, act(), {w.numel()});
+    op.flat("v", v, w.numel());
+  }
   op.flat_gradient("g", g, w.numel());
   op.is("control", control, real(), {kControlSize});
   op.table(table.tiles, table.slots);

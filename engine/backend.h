@@ -352,7 +352,7 @@ class Backend {
   static constexpr int64_t kMoments = 5;
   // x *= factor, real (1) on the device.   x act or real.
   void scale(const Tensor& x, const Tensor& factor);
-  // out = a + b.   act, same shape; out may be a or b.
+  // out = a + b.   All act or all real, same shape; out may be a or b.
   void add(const Tensor& out, const Tensor& a, const Tensor& b);
   // Adds bias, real (N), to every row of y, act (M, N).
   void add_bias(const Tensor& y, const Tensor& bias);

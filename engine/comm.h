@@ -18,7 +18,7 @@
 
 namespace bbb::engine {
 
-enum class Reduce { Sum, Mean };
+enum class Reduce { Sum, Mean, Max };
 
 class Comm {
  public:
@@ -36,11 +36,21 @@ class Comm {
   // How many of `count` elements belong to this rank.
   int64_t share(int64_t count) const { return (count - rank_ + size_ - 1) / size_; }
 
-  // x = its sum or mean over the ranks, in stream order; a step may record it. x is on this Comm's
-  // device: F32, F64 or, on a GPU, BF16, all ranks alike. Throws if a rank is lost.
+  // This rank's part of x, which has as many equal parts as there are ranks, in their order.
+  Tensor part_of(const Tensor& x) const {
+    BBB_ASSERT(x.numel() % size_ == 0);
+    return x.slice(rank_ * (x.numel() / size_), x.numel() / size_);
+  }
+
+  // x = its sum, mean or maximum over the ranks, in stream order; a step may record it. x is on
+  // this Comm's device: F32, F64 or, on a GPU, BF16, all ranks alike. Throws if a rank is lost.
   virtual void all_reduce(const Tensor& /*x*/, Reduce) {}
   // The same, perhaps beside the work that follows on the stream. Until join() nothing may use x.
   virtual void start_all_reduce(const Tensor& x, Reduce op) { all_reduce(x, op); }
+  // The same for this rank's part of x alone. Afterwards the other parts hold anything.
+  virtual void start_reduce_scatter(const Tensor& /*x*/, Reduce) {}
+  // Every part of x = that of its own rank. Likewise beside other work; any dtype.
+  virtual void start_all_gather(const Tensor& /*x*/) {}
   virtual void join() {}
   // The bytes of every rank, in the order of ranks. Throws if a rank is lost.
   virtual std::vector<std::string> exchange(const std::string& bytes) {

@@ -26,7 +26,7 @@ constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of a reduction, at once
 constexpr int64_t kHelloPatience_ms = 5000;
 // Messages on control. Behind kLeaving: the text's length, U32, and the text.
 constexpr char kBeat = 'h', kLeaving = 'x', kDone = 'b';
-constexpr int64_t kReduce = 1, kExchange = 2;
+constexpr int64_t kReduce = 1, kExchange = 2, kGather = 3;
 
 enum Channel : int32_t { kData = 0, kControl = 1 };
 
@@ -251,7 +251,10 @@ void SocketComm::reduce(T* x, int64_t count, Reduce op) {
     }
     for (const Peer& peer : peers_) {
       receive(peer, theirs.data(), bytes);
-      for (int64_t i = 0; i < n; ++i) own[i] += theirs[static_cast<size_t>(i)];
+      for (int64_t i = 0; i < n; ++i) {
+        const T value = theirs[static_cast<size_t>(i)];
+        own[i] = op == Reduce::Max ? std::max(own[i], value) : own[i] + value;
+      }
     }
     if (op == Reduce::Mean)
       for (int64_t i = 0; i < n; ++i) own[i] /= static_cast<T>(size());
@@ -266,6 +269,19 @@ void SocketComm::all_reduce(const Tensor& x, Reduce op) {
     reduce(x.data<float>(), x.numel(), op);
   else
     reduce(x.data<double>(), x.numel(), op);
+}
+
+void SocketComm::start_all_gather(const Tensor& x) {
+  BBB_ASSERT(x.device() == DeviceType::Cpu);
+  for (const int64_t bytes : enter(kGather, x.bytes())) BBB_ASSERT(bytes == x.bytes());
+  const int64_t part = part_of(x).bytes();
+  char* const all = static_cast<char*>(x.raw());
+  if (!first()) {
+    send(peers_[0], all + rank() * part, part);
+    return receive(peers_[0], all, x.bytes());
+  }
+  for (const Peer& peer : peers_) receive(peer, all + peer.rank * part, part);
+  for (const Peer& peer : peers_) send(peer, all, x.bytes());
 }
 
 std::vector<std::string> SocketComm::exchange(const std::string& bytes) {

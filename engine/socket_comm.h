@@ -88,6 +88,8 @@ class SocketComm final : public Comm {
 
   // x: F32 or F64 on the CPU.
   void all_reduce(const Tensor& x, Reduce op) override;
+  void start_reduce_scatter(const Tensor& x, Reduce op) override { all_reduce(x, op); }
+  void start_all_gather(const Tensor& x) override;
   std::vector<std::string> exchange(const std::string& bytes) override;
 
   // How many lower ranks are on this host: the index of this rank's GPU there.

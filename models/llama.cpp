@@ -108,9 +108,11 @@ Var LlamaBlock::attention_half(Tape& tape, const Var& x, KvCache* kv, const Tens
                                    .rope_factor = rope_factor(config_),
                                    .first_key = first_key};
 
-  // The gradients of several precisions are of different weights.
+  // The gradients of several precisions are of different weights, and those of sharded weights are
+  // gone when the backward pass is done.
   norm_through_products_ = tape.recording() && !nested_ && operands_[kAttentionSite].exact() &&
-                           !x.requires_grad() && input_norm_.parameter != nullptr;
+                           !x.requires_grad() && input_norm_.parameter != nullptr &&
+                           !q_.parameter()->sharded;
   const Var norm = norm_through_products_ ? Var(input_norm_.value) : input_norm_.var();
   LinearInput h =
       tapped(kAttentionSite, operands_[kAttentionSite].rms_norm(tape, x, norm, config_.rms_eps));
@@ -284,6 +286,7 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
     const engine::Shape shape{formats[i].n, formats[i].stored_k()};
     declared_.push_back(
         &set.add(all[i]->name() + ".weight", shape, autograd::slot_rule(rule, shape)));
+    declared_.back()->sharded = set.comm() != nullptr;
     declared_.back()->frozen =
         lora.rank > 0 && lora.masters == autograd::LoraTraining::Masters::Fixed;
   }
@@ -307,6 +310,7 @@ void LlamaBlock::declare_parameters(ParameterSet& set,
               .du = {},
               .dmap = {}};
     declared_v_.push_back(&set.add(name + ".v", {formats[i].n}, rule));
+    declared_v_.back()->derived = site->u->derived = site->map->derived = true;
   }
 }
 
@@ -316,7 +320,10 @@ void LlamaBlock::declare_learned(ParameterSet& set, const std::vector<quant::Lin
   learned_.clear();
   for (size_t i = 0; i < formats.size(); ++i) {
     const auto add = [&](const char* part) {
-      return &set.add(linears()[i]->name() + part, {formats[i].n, formats[i].groups()}, rule);
+      Parameter& of_groups =
+          set.add(linears()[i]->name() + part, {formats[i].n, formats[i].groups()}, rule);
+      of_groups.derived = true;
+      return &of_groups;
     };
     LearnedGrid& grid = learned_.emplace_back(LearnedGrid{.master = declared_[i]});
     if (parts == LearnedParts::Ratios)

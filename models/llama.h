@@ -81,8 +81,8 @@ class LlamaBlock {
   void set_operands(const std::vector<quant::LinearFormat>& formats, bool packed);
 
   // Makes linears, of these formats, and norms parameters of `set`, which must not be allocated
-  // yet. `rule` is for the linears and their adapters; norms take AdamW's. `lc`: of linears behind
-  // LC. `lora`: gives them adapters.
+  // yet. If the set has ranks, linears are sharded. `rule` is for the linears and their adapters;
+  // norms take AdamW's. `lc`: of linears behind LC. `lora`: gives them adapters.
   void declare_parameters(ParameterSet& set, const std::vector<quant::LinearFormat>& formats,
                           autograd::UpdateRule rule = autograd::UpdateRule::AdamW,
                           const autograd::LcTraining& lc = {},

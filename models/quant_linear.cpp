@@ -94,7 +94,7 @@ void QuantLinear::set_float(Tensor weight, const quant::LinearFormat& format) {
 void QuantLinear::set_trained(WeightQuantizer& quantizer, Parameter& master,
                               const quant::LinearFormat& format) {
   BBB_ASSERT(format.n == n_ && format.k == k_ && format.weight.group == quantizer.group());
-  BBB_ASSERT(master.master.shape() == (Shape{n_, format.stored_k()}));
+  BBB_ASSERT(master.grad.shape() == (Shape{n_, format.stored_k()}));
   BBB_ASSERT(format.weight.levels == quantizer.weights().rule.levels);
   format_ = format;
   state_ = TrainedWeight{&quantizer, &master};
@@ -209,6 +209,7 @@ void QuantLinear::set_master(const LinearResult& result) {
     upload_into(backend_, lc->v->master, result.lc.v);
     return upload_into(backend_, lc->site->map->master, result.lc.map);
   }
+  if (sharded()) return set_part(result);
   const auto& trained = get<TrainedWeight>();
   upload_into(backend_, trained.master->master, result.master);
   if (trained.adapters.a != nullptr) {
@@ -220,11 +221,38 @@ void QuantLinear::set_master(const LinearResult& result) {
   backend_.upload(quantized_.ratios, result.ratios.data());
 }
 
+// Uploads this rank's part.
+void QuantLinear::set_part(const LinearResult& result) {
+  const Parameter& master = *parameter();
+  const auto [begin, end] = set().own_range(master);
+  if (!backend_.computes() || begin == end) return;
+  const int64_t group = format_.weight.group;
+  const auto part = [begin = begin, end = end](const auto& whole, int64_t of) {
+    return std::vector(whole.begin() + begin / of, whole.begin() + end / of);
+  };
+  upload_into(backend_, set().own_part(set().masters(), master).slice(0, end - begin),
+              part(result.master, 1));
+  if (!quantized_.ratios.defined()) return;
+  BBB_ASSERT(static_cast<int64_t>(result.ratios.size()) == master.grad.numel() / group);
+  backend_.upload(quantized_.ratios.slice(0, (end - begin) / group),
+                  part(result.ratios, group).data());
+}
+
 LinearResult QuantLinear::master() const {
   LinearResult result;
   result.format = format_;
-  result.master = download_floats(backend_, parameter()->master);
   result.bias = bias();
+  if (sharded()) {
+    const Parameter& master = *parameter();
+    const int64_t count = master.grad.numel();
+    result.master =
+        download_floats(backend_, set().gather(set().own_part(set().masters(), master), count));
+    if (quantized_.ratios.defined())
+      result.ratios =
+          download_bytes(backend_, set().gather(quantized_.ratios, count / format_.weight.group));
+    return result;
+  }
+  result.master = download_floats(backend_, parameter()->master);
   if (const auto* lc = std::get_if<TrainedLc>(&state_))
     result.lc = {download_floats(backend_, lc->site->u->master),
                  download_floats(backend_, lc->v->master),
@@ -327,8 +355,9 @@ Parameter* QuantLinear::parameter() const {
 void QuantLinear::fresh_leaf() {
   leaf_ = Var::leaf(quantized_.wq, dweight_, Write::Overwrite);
   nested_leaves_.clear();
+  const Write mode = sharded() ? Write::Overwrite : Write::Add;
   for (const Tensor& wq : quantized_.nested)
-    nested_leaves_.push_back(Var::leaf(wq, dweight_, Write::Add));
+    nested_leaves_.push_back(Var::leaf(wq, dweight_, mode));
 }
 
 void QuantLinear::prepare_scales() {
@@ -354,7 +383,7 @@ bool QuantLinear::input_scale_gradient(const Tensor& ds, const Tensor& s, Write 
 }
 
 void QuantLinear::finish_backward() {
-  if (parameter() == nullptr) return;
+  if (parameter() == nullptr || sharded()) return;
   if (const auto* learned = std::get_if<LearnedGrid>(&state_)) {
     if (!leaf_.has_grad()) backend_.zero(dweight_);  // then those of the grid become 0
     if (learned->ratio != nullptr)
@@ -393,7 +422,7 @@ void QuantLinear::finish_backward() {
 
 Tensor QuantLinear::current_codes() const {
   if (const auto* frozen = std::get_if<FrozenCodes>(&state_)) return frozen->codes;
-  BBB_ASSERT(format_.weight.bits < kNoQuantizer);
+  BBB_ASSERT(format_.weight.bits < kNoQuantizer && !sharded());
   const Tensor codes = backend_.empty({n_, columns()}, DType::U8);
   backend_.quantize_codes(codes, parameter()->master, quantized_.e, quantized_.z, quantized_.s,
                           code_grid());
@@ -449,6 +478,7 @@ Var QuantLinear::forward(Tape& tape, const LinearInput& x, const Var& residual) 
     return linear(tape, x.whole(tape), Var(weight), quantized_.s, residual, bias_);
   }
   BBB_ASSERT(leaf_.defined());
+  if (tape.recording() && sharded()) fresh_leaf();  // every pass overwrites the gradient
   // A weight of 16 bits is the same at every precision.
   const bool own = precision_ == 0 || !format_.weight.nested;
   // Closures run backwards: this one behind the product's.

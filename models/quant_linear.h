@@ -24,6 +24,10 @@
 //
 // The optimizer drops the gradients of clipped weights. finish_backward() zeroes a gradient that no
 // pass wrote. All buffers are allocated once, so that a recorded step keeps its addresses.
+//
+// A TrainedWeight may be a sharded parameter. Then parameter->grad holds dW^ of one pass, until
+// on_gradient() has taken it, and finish_backward() does nothing. set_master(), master() and snap()
+// are called on every rank, with the whole weight.
 #pragma once
 
 #include <functional>
@@ -198,7 +202,10 @@ class QuantLinear {
             .group = format_.weight.group,
             .levels = format_.weight.levels};
   }
-  Tensor current_codes() const;                         // U8 (N, K')
+  void set_part(const LinearResult& result);  // set_master() of a sharded parameter
+  Tensor current_codes() const;               // U8 (N, K')
+  bool sharded() const { return holds<TrainedWeight>() && parameter()->sharded; }
+  const ParameterSet& set() const { return get<TrainedWeight>().quantizer->parameters(); }
   void own_buffers(const quant::LinearFormat& format);  // quantized_, of this linear alone
   std::vector<float> bias() const;                      // empty: none
   void fresh_leaf();  // leaf_ becomes a Var without a written gradient

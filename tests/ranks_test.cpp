@@ -52,9 +52,29 @@ const Options kChannelOrder = {{"ocs-ratio", "0.25"},   {"range", "search"},
 const Options kNested = {{"any-precision", "8,2"}, {"stages", "w8a16"},
                          {"lr", "1e-3"},           {"optimizer", "muon"},
                          {"recompute", "block"},   {"e2e-embedding", "train"}};
+// Sharded weights with everything that reads or changes them; and with one backward pass a step.
+const Options kWhole = {{"stages", ""},         {"e2e-stages", "w4a16:1,w2a16:2"},
+                        {"e2e-lr", "1e-3"},     {"e2e-damping", "1e-3"},
+                        {"e2e-average", "0.5"}, {"e2e-freeze", "flips"},
+                        {"range", "search"},    {"e2e-embedding", "train"},
+                        {"recompute", "block"}, {"e2e-steps", "4"}};
+const Options kOnePass = {{"stages", ""},           {"e2e-batch", "6"},
+                          {"e2e-micro-batch", "6"}, {"e2e-stages", "w2a16:2"},
+                          {"quantizer", "seq"},     {"e2e-steps", "4"}};
+const Options kPrecisions = {
+    {"stages", ""}, {"e2e-stages", "w8a16:2"}, {"any-precision", "8,4,2"}, {"e2e-steps", "4"}};
+const Options kPacked = {{"stages", ""}, {"e2e-moments", "8bit"}, {"e2e-steps", "4"}};
+const Options kLora = {{"lora-rank", "4"}, {"lora-match", "none"}};
 const Options kGptq = {{"method", "gptq"}, {"stages", "w2a16"}};
 const Options kBlockAp = {{"method", "block-ap"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
 const Options kLc = {{"quantizer", "lc"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
+
+void apply(train::TrainConfig& config, const Options& options) {
+  train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
+    for (const auto& [name, text] : options)
+      if (f.name == std::string(name)) value = train::parse<T>(text, f);
+  });
+}
 
 std::vector<std::string> no_errors(int ranks) {
   return std::vector<std::string>(static_cast<size_t>(ranks));
@@ -79,10 +99,7 @@ std::vector<std::string> train_on(int ranks, const std::string& out, const Optio
     const Fixture fixture;
     const auto device = engine::make_cpu_backend(1);
     train::TrainConfig config = shared_run(out);
-    train::visit(config, [&]<typename T>(T& value, const train::Field& f) {
-      for (const auto& [name, text] : options)
-        if (f.name == std::string(name)) value = train::parse<T>(text, f);
-    });
+    apply(config, options);
     config.comm = comm;
     if (!scratch.empty()) spill_streams(config, *device, scratch);
     train::Observer observer = observed;
@@ -154,6 +171,10 @@ TEST_CASE("two and three ranks train what one trains, up to the order of sums", 
   for (const auto& [name, options] : {std::pair{"plain", Options{}},
                                       {"channel order", kChannelOrder},
                                       {"nested", kNested},
+                                      {"whole", kWhole},
+                                      {"one pass", kOnePass},
+                                      {"precisions", kPrecisions},
+                                      {"lora", kLora},
                                       {"gptq", kGptq},
                                       {"block-ap", kBlockAp}}) {
     const TempDir dir;
@@ -185,6 +206,47 @@ TEST_CASE("ranks repeat their run byte for byte, wherever streams are", "[train]
   CHECK(results(dir / "a") == results(dir / "b"));
 }
 
+TEST_CASE("ranks with sharded weights repeat their run byte for byte", "[train][ranks]") {
+  for (const Options& options : {kWhole, kPacked}) {
+    const TempDir dir;
+    for (const char* run : {"a", "b"}) REQUIRE(train_on(2, dir / run, options) == no_errors(2));
+    CHECK(results(dir / "a") == results(dir / "b"));
+  }
+}
+
+// What a rank plans is what it holds: the weights' parts, and the buffers of their gradients.
+TEST_CASE("the memory of a rank with sharded weights is planned", "[train][ranks]") {
+  for (const auto& [name, options] : {std::pair{"whole", kWhole},
+                                      {"one pass", kOnePass},
+                                      {"precisions", kPrecisions},
+                                      {"8 bits", kPacked}})
+    for (const int ranks : {1, 2, 3}) {
+      INFO(name << ", " << ranks << " ranks");
+      const TempDir dir;
+      const auto errors = on_ranks(ranks, [&](const Ranks& comm) {
+        const Fixture fixture;
+        const auto device = engine::make_cpu_backend(1);
+        const models::LlamaConfig& model = fixture.source->config();
+        train::TrainConfig config = shared_run(dir / "run");
+        apply(config, options);
+        config.range = train::RangeRule::MinMax;  // no statistics
+        config.e2e_stages.resize(1);
+        config.memory.recompute = models::Recompute::Block;
+        config.comm = comm;
+        const int64_t planned = train::plan_end_to_end_memory(
+                                    *device, model, train::resolve(config, model, device->device()))
+                                    .device_bytes;
+        device->reset_memory_peak();
+        train::train_windows(*device, *fixture.source, fixture.windows, config, {.quiet = true});
+        // A plan has room for the factors of losses that leave tokens out.
+        const int64_t held = device->memory_peak_bytes();
+        BBB_CHECK(held <= planned && planned < held + 512, "rank ", comm->rank(), " holds ", held,
+                  ", planned ", planned);
+      });
+      CHECK(errors == no_errors(ranks));
+    }
+}
+
 namespace {
 
 // Ends every rank at a step of a stage of a block, or of the end-to-end phase if block is -1.
@@ -205,12 +267,13 @@ struct Leg {
 };
 
 // Trains leg by leg, each up to its stop, then to the end by `ranks`.
-void train_in_legs(const std::string& out, const std::vector<Leg>& legs, int ranks) {
+void train_in_legs(const std::string& out, const std::vector<Leg>& legs, int ranks,
+                   const Options& options = {}) {
   for (const Leg& leg : legs) {
-    const auto errors = train_on(leg.ranks, out, {}, stop_at(leg.block, leg.stage, leg.step));
+    const auto errors = train_on(leg.ranks, out, options, stop_at(leg.block, leg.stage, leg.step));
     for (const std::string& error : errors) CHECK_THAT(error, Contains("stopped"));
   }
-  REQUIRE(train_on(ranks, out) == no_errors(ranks));
+  REQUIRE(train_on(ranks, out, options) == no_errors(ranks));
 }
 
 }  // namespace
@@ -220,6 +283,34 @@ TEST_CASE("a run continues with another number of ranks", "[train][ranks]") {
   REQUIRE(train_on(1, dir / "whole") == no_errors(1));
   train_in_legs(dir / "run", {{3, 0, 1, 3}, {1, 1, 0, 2}, {2, 1, 1, 1}, {3, -1, 0, 2}}, 2);
   check_close(dir / "run", dir / "whole");
+}
+
+// Each leg ends behind a saved state.
+TEST_CASE("sharded weights continue on another number of ranks", "[train][ranks]") {
+  Options options = kWhole;
+  options.emplace_back("e2e-stages", "w2a16:4");
+  options.emplace_back("e2e-steps", "8");
+  options.emplace_back("save-every", "1");
+  const TempDir dir;
+  REQUIRE(train_on(1, dir / "whole", options) == no_errors(1));
+  train_in_legs(dir / "run", {{1, -1, 0, 2}, {2, -1, 0, 4}, {3, -1, 0, 6}}, 1, options);
+  check_close(dir / "run", dir / "whole");
+  REQUIRE(train_on(2, dir / "two", options) == no_errors(2));
+  train_in_legs(dir / "again", {{2, -1, 0, 3}}, 2, options);
+  CHECK(results(dir / "again") == results(dir / "two"));
+}
+
+// Where a code of a moment is on a threshold, the sums' last bits decide.
+TEST_CASE("ranks with moments of 8 bits train what one trains, and continue", "[train][ranks]") {
+  const TempDir dir;
+  REQUIRE(train_on(1, dir / "1", kPacked) == no_errors(1));
+  for (const int ranks : {2, 3}) {
+    const std::string run = dir / std::to_string(ranks);
+    REQUIRE(train_on(ranks, run, kPacked) == no_errors(ranks));
+    check_close(run, dir / "1", 1e-4, 1e-3, 1e-3);
+  }
+  train_in_legs(dir / "legs", {{2, -1, 0, 3}}, 1, kPacked);
+  check_close(dir / "legs", dir / "1", 1e-4, 1e-3, 1e-3);
 }
 
 TEST_CASE("ranks that are stopped continue to the same bytes", "[train][ranks]") {
@@ -251,7 +342,17 @@ constexpr const char* kRanksVariable = "BBB_RANKS_TEST_RANKS";
 constexpr const char* kTaskVariable = "BBB_RANKS_TEST_TASK";
 
 // Train, perhaps with a fault; or only reduce.
-enum class Task : int { Train, Killed, NoScratch, FullDisk, Reduce };
+// ..Whole: in the end-to-end phase, with sharded weights.
+enum class Task : int {
+  Train,
+  Killed,
+  NoScratch,
+  FullDisk,
+  Reduce,
+  Whole,
+  KilledWhole,
+  FullDiskWhole
+};
 
 bool has_two_devices() {
   if (on_cuda() && cuda::gpu_of_rank(1) == 0) {
@@ -317,6 +418,35 @@ void check_reductions(Backend& device, engine::Comm& comm) {
         BBB_CHECK(values_of(device, x) == expected, "a recorded reduction is wrong");
       }
     }
+  // Each rank's part, reduced, then gathered: what a reduction gives, or the maxima.
+  const int64_t part = 1'003;
+  std::vector<double> own, mean, most;
+  for (int64_t i = 0; i < part * comm.size(); ++i) {
+    own.push_back(static_cast<double>(i % 7 + 2 * comm.rank()));
+    mean.push_back(static_cast<double>(i % 7 + comm.size() - 1));
+    most.push_back(static_cast<double>(i % 7 + 2 * (comm.size() - 1)));
+  }
+  const Shape shape{part * comm.size()};
+  const Tensor start = make(device, shape, device.real(), own),
+               x = device.empty(shape, device.real()), y = device.empty(shape, device.real());
+  const auto exchange = [&] {
+    device.copy(x, start);
+    comm.start_reduce_scatter(x, engine::Reduce::Mean);
+    comm.join();
+    device.copy(y, x);
+    comm.start_all_gather(y);
+    device.copy(x, start);  // beside it
+    comm.join();
+    comm.all_reduce(x, engine::Reduce::Max);
+  };
+  const auto recorded = device.record(exchange);
+  for (int run = 0; run < 3; ++run) {
+    device.zero(x);
+    device.zero(y);
+    run == 0 ? exchange() : recorded->run();
+    BBB_CHECK(values_of(device, y) == mean, "a reduced and gathered tensor is wrong");
+    BBB_CHECK(values_of(device, x) == most, "a maximum is wrong");
+  }
   comm.barrier();  // no rank leaves while another one reads its memory
 }
 
@@ -334,9 +464,22 @@ void train_with_fault(Task task, const std::string& out, Backend& device, const 
     std::filesystem::create_directories(fixture.dir / "scratch");
     config.e2e_steps = 0;
     spill_streams(config, device, fixture.dir / "scratch");
-    if (comm->rank() == 1) limit_files(50'000);
+    if (comm->rank() == 1) limit_files(10'000);
   }
   if (task == Task::FullDisk && comm->first()) limit_files(100'000);
+  if (task >= Task::Whole) {
+    config.stages.clear();
+    config.save_every = 1;
+  }
+  if (task == Task::KilledWhole && comm->rank() == 1)
+    observer.after_e2e_step = [](int64_t step) {
+      if (step == 2) raise(SIGKILL);
+    };
+  // The first state fits, the second one does not.
+  if (task == Task::FullDiskWhole)
+    observer.after_e2e_step = [&](int64_t step) {
+      if (step == 1 && comm->first()) limit_files(100'000);
+    };
   train::train_windows(device, *fixture.source, fixture.windows, config, observer);
 }
 
@@ -374,7 +517,8 @@ TEST_CASE("two processes train what one trains", "[train][ranks]") {
   for (const char* name : {"2", "again"})
     REQUIRE(failure_of(dir, dir / name, 2, Task::Train) == "");
   CHECK(results(dir / "2") == results(dir / "again"));
-  check_close(dir / "2", dir / "1", on_cuda() ? 0.01 : kLosses, on_cuda() ? 0.05 : kMasters);
+  // In BF16: measured 0.07.
+  check_close(dir / "2", dir / "1", on_cuda() ? 0.01 : kLosses, on_cuda() ? 0.2 : kMasters);
 }
 
 TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[train][ranks]") {
@@ -389,6 +533,24 @@ TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[t
              Contains("rank 1 was killed by signal 9 (Killed); the same command continues"));
   CHECK(results(out).size() < results(whole).size());
   REQUIRE(failure_of(dir, out, 2, Task::Train) == "");
+  CHECK(results(out) == results(whole));
+}
+
+// A state is gathered from all ranks: none may wait for the one that fails.
+TEST_CASE("a rank that fails with a part of the weights ends the job, and the run resumes",
+          "[train][ranks]") {
+  if (!has_two_devices()) return;
+  const TempDir dir;
+  const std::string whole = dir / "whole", out = dir / "run";
+  REQUIRE(failure_of(dir, whole, 2, Task::Whole) == "");
+  for (const auto& [task, says] :
+       {std::pair{Task::FullDiskWhole, std::string("cannot write ")},
+        {Task::KilledWhole,
+         "rank 1 was killed by signal 9 (Killed); the same command continues"}}) {
+    CHECK_THAT(failure_of(dir, out, 2, task), Contains(says));
+    CHECK(std::filesystem::exists(out + "/e2e/state.safetensors"));
+  }
+  REQUIRE(failure_of(dir, out, 2, Task::Whole) == "");
   CHECK(results(out) == results(whole));
 }
 

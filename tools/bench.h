@@ -18,7 +18,7 @@ namespace bbb::tools {
 struct TrainBench {
   models::LlamaConfig model;
   bool end_to_end = false;  // true: the whole model and its teacher; false: one block
-  int64_t batch = 8;        // windows a step
+  int64_t batch = 8;        // windows a step, of all ranks together
   int64_t seq_len = 2048;
   int64_t steps = 100;                         // timed
   train::Stage widths;                         // of weights and activations
@@ -28,12 +28,16 @@ struct TrainBench {
   train::GemmAlgorithms gemm_algorithms = train::GemmAlgorithms::Timed;  // of the step
   std::string gemm_file;                        // stores these algorithms; empty: no file
   std::function<void(const std::string&)> say;  // takes reports of their timing; may be empty
+  std::shared_ptr<engine::Comm> comm = std::make_shared<engine::Comm>();  // ranks of one step
+  int64_t micro_batch = 0;  // end to end: windows through the model at once; 0: by device
+  train::Moments moments = train::Moments::Wide;  // end to end
 };
 
 struct TrainBenchResult {
   double step_s = 0;
   double quantize_s = 0, forward_s = 0, backward_s = 0, optimizer_s = 0;  // their sum is step_s
-  double flops = 0;                                                       // useful ones, per step
+  double flops = 0;                                                       // useful ones, of a
+                                                                          // rank's step
   double gemm_peak = 0;  // flops per second, measured after the step
   int64_t kernels = 0;   // per step, in one graph; 0 on the CPU
   int64_t peak_bytes = 0;
@@ -53,11 +57,12 @@ struct TrainBenchResult {
 double training_flops_per_token(const models::LlamaConfig& model, int64_t seq_len, bool end_to_end);
 
 // Times model.layers blocks end to end, or only the first block. The time of each part of a step is
-// the difference between a recording that ends after it and one that ends before it.
+// the difference between a recording that ends after it and one that ends before it. Every rank
+// calls it.
 TrainBenchResult bench_train(engine::Backend& backend, const TrainBench& bench);
 
 // The largest number of layers, at most the model's own, that end-to-end training of this size can
-// fit on the device; at least 1.
+// fit on the device of every rank; at least 1.
 int64_t layers_that_fit(engine::Backend& backend, const TrainBench& bench);
 
 // One kind of product: what it must read and write, its operations, and its time with the weight in

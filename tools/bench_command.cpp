@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "cuda/nccl_comm.h"
 #include "data/files.h"
 #include "tools/bench.h"
 #include "tools/config_options.h"
+#include "tools/ranks.h"
 
 namespace bbb::tools {
 
@@ -24,16 +26,21 @@ bool is_grid_option(const train::Field& f) {
   return false;
 }
 
+void bench_as_rank(const CommandLine& line, TrainBench bench, std::shared_ptr<engine::Comm> comm,
+                   int local_rank);
+
 int bench_train_command(const Arguments& arguments) {
   CommandLine line("bench train", "Time a training step on random weights");
   const auto text = [] { return cxxopts::value<std::string>(); };
-  line.options()                                                                     //
-      ("synthetic", cat("sizes: ", models::kSyntheticSizes), text())                 //
-      ("e2e", "the whole model against its full-precision original, not one block")  //
-      ("batch", "windows a step; default: 8, with --e2e 16", text())                 //
-      ("seq-len", "tokens a window", text()->default_value("2048"))                  //
-      ("steps", "timed steps; default: 100, with --e2e 10", text())                  //
-      ("layers", "with --e2e: fewer layers; default: as many as fit", text())        //
+  line.options()                                                                                //
+      ("synthetic", cat("sizes: ", models::kSyntheticSizes), text())                            //
+      ("e2e", "the whole model against its full-precision original, not one block")             //
+      ("batch", "windows a step; default: 8, with --e2e 16", text())                            //
+      ("micro-batch", "with --e2e: windows through the model at once", text())                  //
+      ("moments", "with --e2e: of the optimizer, wide or 8bit", text()->default_value("wide"))  //
+      ("seq-len", "tokens a window", text()->default_value("2048"))                             //
+      ("steps", "timed steps; default: 100, with --e2e 10", text())                             //
+      ("layers", "with --e2e: fewer layers; default: as many as fit", text())                   //
       ("recompute", "none, attention, block, or auto: the first that fits",
        text()->default_value("auto"))                                                   //
       ("deterministic", "choose no algorithm of the step's matrix products by timing")  //
@@ -46,10 +53,10 @@ int bench_train_command(const Arguments& arguments) {
   add_config_options(line, defaults, "Grid", is_grid_option);
   line.options("Grid")("widths", "of weights and activations, such as w2a2",
                        cxxopts::value<std::string>()->default_value("w2a16"));
+  add_rank_options(line);
   if (!line.parse(arguments)) return 0;
-  const std::string name = line.required("synthetic");
   TrainBench bench;
-  bench.model = models::synthetic_config(name);
+  bench.model = models::synthetic_config(line.required("synthetic"));
   bench.end_to_end = line.has("e2e");
   bench.batch = line.has("batch") ? line.integer("batch", 1) : bench.end_to_end ? 16 : 8;
   bench.seq_len = line.integer("seq-len", 2, bench.model.max_position);
@@ -66,27 +73,46 @@ int bench_train_command(const Arguments& arguments) {
   check_writable(line, "gemm");
   check_writable(line, "json");
   bench.say = [](const std::string& report) { fmt::print("{}\n", report); };
-  if (line.has("layers") && !bench.end_to_end) throw UsageError("--layers needs --e2e");
+  for (const char* option : {"layers", "micro-batch", "moments"})
+    if (line.has(option) && !bench.end_to_end) throw UsageError(cat("--", option, " needs --e2e"));
+  if (line.choice("moments", {"wide", "8bit"}) == 1) bench.moments = train::Moments::EightBits;
+  if (line.has("micro-batch")) bench.micro_batch = line.integer("micro-batch", 1);
+  Arguments all = arguments;  // of `bbb bench`
+  all.insert(all.begin(), "train");
+  return run_as_rank(ranks_asked(line), "bench", all, [&](const auto& comm, int local_rank) {
+    bench_as_rank(line, bench, comm, local_rank);
+  });
+}
 
-  const auto backend = line.make_backend();
+void bench_as_rank(const CommandLine& line, TrainBench bench, std::shared_ptr<engine::Comm> comm,
+                   int local_rank) {
+  const auto backend = make_rank_backend(rank_device(line), line.threads(), *comm, local_rank);
+  if (comm->size() > 1 && backend->device() == engine::DeviceType::Cuda)
+    comm = cuda::make_nccl_comm(*backend, comm);
+  bench.comm = comm;
+  const std::string name = line.text("synthetic");
+  const int ranks = comm->size();
   bench.peak = peak_shapes(*backend);
   const models::LlamaConfig whole = bench.model;
   if (bench.end_to_end)
     bench.model.layers = line.has("layers") ? line.integer("layers", 1, whole.layers)
                                             : layers_that_fit(*backend, bench);
   const TrainBenchResult r = bench_train(*backend, bench);
+  if (!comm->first()) return;
 
   const double tokens = static_cast<double>(bench.batch * bench.seq_len);
   const double rate = r.flops / r.step_s;
   const std::string trained_widths = train::to_string({bench.widths});
-  fmt::print("{}, {}, {}, {} x {} tokens a step on {}\n", name,
+  fmt::print("{}, {}, {}, {} x {} tokens a step on {}{}\n", name,
              bench.end_to_end ? fmt::format("end to end, {} of {} layers, teacher included",
                                             bench.model.layers, whole.layers)
                               : std::string("one block"),
-             trained_widths, bench.batch, bench.seq_len, backend->device_name());
-  fmt::print("  step       {:9.3f} ms  {:.1f} ktok/s  {:.1f} TFLOP/s, {:.1f} % of {:.1f} by GEMM\n",
-             1e3 * r.step_s, tokens / r.step_s / 1e3, rate / 1e12, 100 * rate / r.gemm_peak,
-             r.gemm_peak / 1e12);
+             trained_widths, bench.batch, bench.seq_len,
+             ranks > 1 ? fmt::format("{} ranks, each ", ranks) : "", backend->device_name());
+  fmt::print(
+      "  step       {:9.3f} ms  {:.1f} ktok/s  {:.1f} TFLOP/s{}, {:.1f} % of {:.1f} by GEMM\n",
+      1e3 * r.step_s, tokens / r.step_s / 1e3, rate / 1e12, ranks > 1 ? " a rank" : "",
+      100 * rate / r.gemm_peak, r.gemm_peak / 1e12);
   fmt::print("  quantize   {:9.3f} ms\n  forward    {:9.3f} ms\n  backward   {:9.3f} ms\n",
              1e3 * r.quantize_s, 1e3 * r.forward_s, 1e3 * r.backward_s);
   fmt::print("  optimizer  {:9.3f} ms\n", 1e3 * r.optimizer_s);
@@ -94,6 +120,7 @@ int bench_train_command(const Arguments& arguments) {
   fmt::print("  memory     {:.2f} GiB at most\n", static_cast<double>(r.peak_bytes) / (1 << 30));
   ordered_json json = {{"model", name},
                        {"device", backend->device_name()},
+                       {"ranks", ranks},
                        {"end_to_end", bench.end_to_end},
                        {"layers", bench.end_to_end ? bench.model.layers : 1},
                        {"widths", trained_widths},
@@ -122,7 +149,6 @@ int bench_train_command(const Arguments& arguments) {
     json["scaled_tokens_per_s"] = tokens / scaled;
   }
   write_json(line, json);
-  return 0;
 }
 
 }  // namespace

@@ -37,9 +37,12 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   config.samples = kBatches * bench.batch;
   config.memory.recompute = bench.recompute;
   config.memory.teacher = train::TeacherStates::Beside;
+  config.comm = bench.comm;
   if (bench.end_to_end) {
     config.e2e_steps = steps;
     config.e2e_batch = bench.batch;
+    config.e2e_micro_batch = bench.micro_batch;
+    config.e2e_moments = bench.moments;
     config.bits = bench.widths.weight_bits;
     config.act_bits = bench.widths.activation_bits;
   } else {
@@ -88,7 +91,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
 
   TrainBenchResult result;
   result.flops = training_flops_per_token(model, bench.seq_len, bench.end_to_end) *
-                 static_cast<double>(bench.batch * bench.seq_len);
+                 static_cast<double>(bench.batch * bench.seq_len / bench.comm->size());
   train::BlockMemory memory;  // end to end: only its PhaseMemory part is set
   if (bench.end_to_end)
     static_cast<train::PhaseMemory&>(memory) =
@@ -101,6 +104,8 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
       engine::GemmTuning tuning =
           train::stored_gemm_tuning(backend, bench.gemm_file, memory.recorded_bytes, bench.say);
       tuning.step_runs = kLongRun;
+      if (!bench.comm->first()) tuning.keep = nullptr;
+      bench.comm->barrier();  // all have read the same choices
       tuned.emplace(backend, std::move(tuning));
     }
     backend.reset_memory_peak();
@@ -110,6 +115,7 @@ TrainBenchResult bench_train(Backend& backend, const TrainBench& bench) {
     const auto measure = [&](StepPart last) {
       probe.rewind();
       const auto replay = probe.record(last);
+      bench.comm->barrier();
       if (last == StepPart::Optimizer) result.kernels = replay->kernels();
       return measure_seconds(backend, repeats, [&] { replay->run(); });
     };
@@ -146,6 +152,8 @@ int64_t layers_that_fit(Backend& backend, const TrainBench& bench) {
     const int64_t layers = std::min(2 * most, (most + beyond) / 2);
     (fits(layers) ? most : beyond) = layers;
   }
+  for (const std::vector<double>& of_rank : bench.comm->gather({static_cast<double>(most)}))
+    most = std::min(most, static_cast<int64_t>(of_rank[0]));
   return most;
 }
 

@@ -267,8 +267,8 @@ class BlockPhase {
 Rehearsal rehearse_blocks(engine::CountingBackend& backend, const Checkpoint& source,
                           const TrainConfig& config, models::Recompute recompute,
                           const StreamPlan& streams) {
-  DryRun<BlockPhase> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
-                         streams);
+  DryRun<BlockPhase> dry(backend, source, blank_windows(config), without_comm(config),
+                         {.quiet = true}, recompute, streams);
   dry.phase.rehearse();
   return {backend.recorded_bytes(), dry.phase.trainer().state_bytes()};
 }

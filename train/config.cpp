@@ -304,6 +304,9 @@ void resolve_end_to_end(TrainConfig& c, const models::LlamaConfig& model,
   want(c.e2e_snap != Snap::On || all, "--e2e-snap on moves masters: it needs --e2e-train all");
   want(all || (c.e2e_average == 0 && c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
        "--e2e-average, --e2e-damping and --e2e-freeze are for masters: they need --e2e-train all");
+  want(c.e2e_moments == Moments::Wide ||
+           (c.e2e_freeze == Freeze::None && c.optimizer == autograd::UpdateRule::AdamW),
+       "--e2e-moments 8bit is for --optimizer adamw, without --e2e-freeze");
   const auto few_bits = [&](const Stage& s) {
     want(s.weight_bits <= 4 || (c.e2e_damping == 0 && c.e2e_freeze == Freeze::None),
          cat("--e2e-damping and --e2e-freeze are for weights of at most 4 bits, not for ", s));
@@ -395,6 +398,13 @@ bool trains_blocks(const TrainConfig& config) {
 
 bool adapts_blocks(const TrainConfig& config, size_t stage) {
   return config.lora_rank > 0 && stage > 0;
+}
+
+bool shards_whole(const TrainConfig& config, size_t stage) {
+  // Muon's steps need whole matrices; what else trains is small or has whole weights beside it.
+  return config.comm->size() > 1 && config.e2e_train == EndToEndTrain::All &&
+         config.quantizer != Quantizer::Lc && config.optimizer == autograd::UpdateRule::AdamW &&
+         !learns_whole_grid(config) && !adapts_whole(config, stage);
 }
 
 bool adapts_whole(const TrainConfig& config, size_t stage) {

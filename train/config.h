@@ -71,6 +71,8 @@ enum class GridTrain { None, Scales, ScalesZeros, Ratios };
 enum class EndToEndTrain { Auto, Scales, All };
 enum class EmbeddingTrain { Keep, Train };  // and head and final norm; only with All
 enum class Freeze { None, Flips };
+// How moments of the end-to-end phase are stored (autograd::Moments).
+using autograd::Moments;
 enum class Snap { Auto, On, Off };  // moves masters to the middle of their bins at the start
 // What becomes of low-rank adapters at the end of their stage: they are added to the masters, or
 // dropped.
@@ -171,6 +173,7 @@ struct TrainConfig {
   double e2e_jsd_beta = 0.5;  // of JensenShannon: the teacher's share of the mixture
   EndToEndTrain e2e_train = EndToEndTrain::Auto;
   EmbeddingTrain e2e_embedding = EmbeddingTrain::Keep;  // resolved: Keep if there is no use for it
+  Moments e2e_moments = Moments::Wide;
   std::vector<double> e2e_lr;  // per stage, or one for all; empty: by model width and stage
   Snap e2e_snap = Snap::Auto;
   // Codes that oscillate (Backend::average, dampen, freeze_flips).
@@ -216,6 +219,9 @@ bool trains_blocks(const TrainConfig& config);
 // Do adapters train in this stage of the blocks, or of the whole model?
 bool adapts_blocks(const TrainConfig& config, size_t stage);
 bool adapts_whole(const TrainConfig& config, size_t stage);
+// Are the weights that a stage of the whole model trains sharded over the ranks, with gradients and
+// moments? Otherwise every rank has all.
+bool shards_whole(const TrainConfig& config, size_t stage);
 // Optimizer steps of one pass of the end-to-end phase over the samples; at least 1.
 int64_t steps_per_pass(const TrainConfig& config);
 // This rank's part: windows of a batch of blocks, of a step of the end-to-end phase, and of those

@@ -231,6 +231,10 @@ void visit_stored(Config& c, const Visitor& v) {
                       kEndToEnd,
                       "of --e2e-train all: keep embedding, head and final norm, or train them too",
                       {"keep, train"}});
+  v(c.e2e_moments, {"e2e-moments",
+                    kEndToEnd,
+                    "moments of the optimizer: wide (6 bytes a weight), or 8bit (2 bytes)",
+                    {"wide, 8bit"}});
   v(c.e2e_lr, {"e2e-lr", kEndToEnd, "one rate, or one a stage; default: by the model's width",
                kRates, "auto"});
   v(c.e2e_snap, {"e2e-snap", kEndToEnd,

@@ -15,7 +15,7 @@ struct DryRun {
   template <typename... Rest>
   DryRun(Backend& backend, const Checkpoint& source, const data::Windows& windows,
          const TrainConfig& of, const Observer& observed_by, Rest&&... rest)
-      : config(without_comm(of)),
+      : config(of),
         recipe(config, source.config()),
         run(config.out),
         observer(observed_by),

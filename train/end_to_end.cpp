@@ -8,6 +8,7 @@
 #include "autograd/ops.h"
 #include "train/dry_run.h"
 #include "train/loss_weights.h"
+#include "train/oscillation.h"
 #include "train/run_file.h"
 #include "train/step_loop.h"
 #include "train/step_probe.h"
@@ -47,17 +48,15 @@ class EndToEnd {
     load(source, start, caches_teacher(config, steps_, states) ? states : TeacherStates::Beside);
     optimizer_.emplace(student_.parameters(), student_.quantizer(), engine::AdamWSpec{},
                        schedule_of(recipe.whole_stages()[stage].lr, steps_));
+    oscillation_.emplace(backend, config, student_);
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
-                  config.save_every);
+                  config.save_every, is_sharded(state()) ? config.comm.get() : nullptr);
     loss_ = backend.empty({1}, backend.real());
     const std::vector<double> factors = batches_->loss_factors();
     masked_ = !factors.empty();
     gradients_.emplace(*config.comm, student_.parameters());
     const size_t precisions = Recipe::precisions(config);
     if (precisions > 1 || masked_) weights_.emplace(backend, precisions, steps_, factors);
-    const Tensor& masters = student_.parameters().masters();
-    if (config.e2e_average > 0) average_ = backend.empty(masters.shape(), backend.real());
-    if (config.e2e_freeze == Freeze::Flips) flips_ = backend.zeros(masters.shape(), DType::U8);
   }
 
   void run() {
@@ -67,8 +66,8 @@ class EndToEnd {
     if (const std::optional<SavedState> saved = run_.resume_whole(stage_, steps_)) {
       saved->load(backend_, state());
       at = saved->position();
-    } else if (average_.defined()) {
-      backend_.copy(average_, student_.parameters().masters());
+    } else {
+      oscillation_->start();
     }
     rewind(at.step);
     student_.prepare();
@@ -81,8 +80,9 @@ class EndToEnd {
       return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", stage_}};
     };
     hooks.save = [this](const Position& position) {
-      if (run_.writes())
-        save_state(run_.e2e_state_file(), run_.checksum(), position, backend_, state());
+      if (run_.writes() || is_sharded(state()))
+        save_state(run_.writes() ? run_.e2e_state_file() : "", run_.checksum(), position, backend_,
+                   state());
     };
     hooks.show = [&](const Position& position, float loss) {
       char note[32];  // "loss -1.234e-38" at the longest
@@ -96,10 +96,9 @@ class EndToEnd {
     const StepLoop::Outcome outcome = loop_->run(steps, at, steps_, hooks);
     BBB_CHECK(outcome.skipped < steps_, "end to end, ", name,
               ": every step was skipped, its loss or gradient was not finite");
-    if (average_.defined()) backend_.copy(student_.parameters().masters(), average_);
-    if (!run_.writes()) return;
-    student_.write_result(run_);
-    std::filesystem::remove(run_.e2e_state_file());
+    oscillation_->finish();
+    if (run_.writes() || is_sharded(state())) student_.write_result(run_);
+    if (run_.writes()) std::filesystem::remove(run_.e2e_state_file());
   }
 
   // Sets both cursors, so that the next step is `step`.
@@ -118,8 +117,7 @@ class EndToEnd {
   // All tensors that steps change.
   NamedTensors state() const {
     NamedTensors state = optimizer_state(student_.parameters(), *optimizer_);
-    if (average_.defined()) state.emplace_back("average", average_);
-    if (flips_.defined()) state.emplace_back("flips", flips_);
+    oscillation_->add_state(state);
     return state;
   }
 
@@ -140,32 +138,24 @@ class EndToEnd {
     if (weights_) step_weights_ = weights_->at(loop_->cursor());
     const int64_t batch = own_e2e_batch(config_), micro = own_micro_batch(config_);
     for (int64_t done = 0; done < batch; done += micro)
-      accumulate(done == 0 ? Write::Overwrite : Write::Add, done + micro == batch, last);
+      accumulate({done == 0, done + micro == batch}, last);
     if (last < StepPart::Backward) return;
     if (masked_) backend_.scale(loss_, step_weights_.slice(0, 1));  // the first precision's: factor
     gradients_->join();
     student_.finish_backward();
     if (last == StepPart::Backward) return;
-    autograd::ParameterSet& parameters = student_.parameters();
     gradients_->finish(loss_);
-    const Tensor& masters = parameters.masters();
-    if (config_.e2e_damping > 0)
-      backend_.dampen(parameters.grads(), masters, student_.quantizer()->weights(),
-                      config_.e2e_damping);
-    if (flips_.defined())
-      backend_.freeze_flips(flips_, parameters.grads(), parameters.m(),
-                            student_.quantizer()->weights(), optimizer_->control());
+    oscillation_->change_gradients(optimizer_->control());
     optimizer_->step(loss_);
-    if (average_.defined())
-      backend_.average(average_, masters, optimizer_->control(), config_.e2e_average);
+    oscillation_->average(optimizer_->control());
     loop_->end_step(*optimizer_);
   }
 
-  // `ends`: it is the last of the step.
-  void accumulate(Write mode, bool ends, StepPart last) {
+  // `of_step`: the micro-batch's place in the step.
+  void accumulate(GradientAverage::Pass of_step, StepPart last) {
     const int64_t seq = config_.seq_len, tokens = own_micro_batch(config_) * seq;
     const TokenBatches::Batch batch = batches_->next(teacher_ ? teacher_->states() : Tensor());
-    if (last == StepPart::Quantize) return;
+    if (last == StepPart::Quantize) return student_.join();
 
     Tensor teacher_h;
     for (size_t p = 0; p < Recipe::precisions(config_); ++p) {
@@ -175,6 +165,7 @@ class EndToEnd {
         if (teacher_ && p == 0) teacher_h = teacher_->hidden(batch);
       };
       const auto student_forward = [&] {
+        student_.join();
         if (Recipe::precisions(config_) > 1) student_.select_precision(p);
         h = autograd::reshape(
             tape, student_.model().forward(tape, batch.ids, nullptr, recompute_, batch.first_key),
@@ -193,9 +184,10 @@ class EndToEnd {
           Tensor(), config_.e2e_jsd_beta,
           weights_ ? step_weights_.slice(static_cast<int64_t>(p), 1) : Tensor());
       if (last == StepPart::Forward) continue;
-      if (ends && p + 1 == Recipe::precisions(config_)) gradients_->last_pass();
+      const bool starts = of_step.first && p == 0;
+      gradients_->begin_pass({starts, of_step.last && p + 1 == Recipe::precisions(config_)});
       tape.backward(loss);
-      backend_.sum(loss_, loss.value(), 1.0, p == 0 ? mode : Write::Add);
+      backend_.sum(loss_, loss.value(), 1.0, starts ? Write::Overwrite : Write::Add);
     }
   }
 
@@ -213,12 +205,11 @@ class EndToEnd {
   std::optional<Teacher> teacher_;
   std::optional<GradientAverage> gradients_;  // over the ranks
   std::optional<autograd::Optimizer> optimizer_;
+  std::optional<Oscillation> oscillation_;
   std::optional<StepLoop> loop_;
   std::optional<TokenBatches> batches_;
-  Tensor loss_;          // real (1): the loss of the whole step, over all precisions
-  Tensor average_;       // real: of the masters; undefined without --e2e-average
-  Tensor flips_;         // U8: of the masters (Backend::freeze_flips); undefined without it
-  bool masked_ = false;  // some token of some step does not count
+  Tensor loss_;                         // real (1): the loss of the whole step, over all precisions
+  bool masked_ = false;                 // some token of some step does not count
   std::optional<LossWeights> weights_;  // of several precisions, or of a masked loss
   Tensor step_weights_;                 // real (precisions): those of the step that is recorded
 };
@@ -236,8 +227,8 @@ Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint
   Rehearsal most;
   const size_t stages = Recipe(config, source.config()).whole_stages().size();
   for (size_t stage = 0; stage < stages; ++stage) {
-    DryRun<EndToEnd> dry(backend, source, blank_windows(config), config, {.quiet = true}, recompute,
-                         states, stage, start_of(source));
+    DryRun<EndToEnd> dry(backend, source, blank_windows(config), without_comm(config),
+                         {.quiet = true}, recompute, states, stage, start_of(source));
     dry.phase.student().prepare();
     const auto step = dry.phase.record(StepPart::Optimizer);
     step->run();

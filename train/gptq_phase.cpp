@@ -187,7 +187,8 @@ class GptqPhase {
 
 Rehearsal rehearse_gptq(engine::CountingBackend& backend, const Checkpoint& source,
                         const TrainConfig& config, const StreamPlan& streams) {
-  DryRun<GptqPhase> dry(backend, source, blank_windows(config), config, {.quiet = true}, streams);
+  DryRun<GptqPhase> dry(backend, source, blank_windows(config), without_comm(config),
+                        {.quiet = true}, streams);
   dry.phase.rehearse();
   return {};
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "train/run_file.h"
 
@@ -12,6 +13,7 @@ using data::FileDType;
 using data::SafeTensor;
 using data::SafeTensorsWriter;
 using engine::DType;
+using engine::Shape;
 using engine::Tensor;
 
 constexpr const char* kPosition = "position";
@@ -50,10 +52,22 @@ std::vector<T> values_of(const SafeTensor& tensor, FileDType dtype, const std::s
 
 }  // namespace
 
+// In a state.
+static Shape shape_of(const NamedTensor& of) {
+  return of.set != nullptr ? Shape{of.set->whole_entries(of.tensor)} : of.tensor.shape();
+}
+
 int64_t bytes_of(const NamedTensors& tensors) {
   int64_t bytes = 0;
-  for (const auto& [name, tensor] : tensors) bytes += tensor.bytes();
+  for (const NamedTensor& of : tensors)
+    bytes += engine::numel_of(shape_of(of)) * engine::size_bytes(of.tensor.dtype());
   return bytes;
+}
+
+bool is_sharded(const NamedTensors& tensors) {
+  return std::ranges::any_of(tensors, [](const NamedTensor& of) {
+    return of.set != nullptr && of.set->sharded_elements() > 0;
+  });
 }
 
 void save_state(const std::string& path, uint64_t run, const Position& position,
@@ -63,26 +77,35 @@ void save_state(const std::string& path, uint64_t run, const Position& position,
   std::vector<SafeTensorsWriter::Entry> entries{{kPosition, FileDType::I64, {3}}};
   if (!losses.empty())
     entries.push_back({kValidation, FileDType::F64, {static_cast<int64_t>(losses.size())}});
-  for (const auto& [name, tensor] : tensors)
-    entries.push_back({name, file_dtype(tensor), tensor.shape()});
+  for (const NamedTensor& of : tensors)
+    entries.push_back({of.name, file_dtype(of.tensor), shape_of(of)});
 
-  RunFileWriter writer(path, run, entries);
-  writer.add(kPosition, where.data(), bytes_of(where));
-  if (!losses.empty()) writer.add(kValidation, losses.data(), bytes_of(losses));
+  std::optional<RunFileWriter> writer;
+  if (!path.empty()) {
+    writer.emplace(path, run, entries);
+    writer->add(kPosition, where.data(), bytes_of(where));
+    if (!losses.empty()) writer->add(kValidation, losses.data(), bytes_of(losses));
+  }
   // In pieces: the host may not have room for the weights of a whole model.
   constexpr int64_t kPieceBytes = int64_t{64} << 20;
   std::vector<uint8_t> host;
-  for (const auto& [name, tensor] : tensors) {
-    const Tensor flat = tensor.view({tensor.numel()});
-    const int64_t piece = kPieceBytes / engine::size_bytes(tensor.dtype());
-    for (int64_t begin = 0; begin < flat.numel(); begin += piece) {
-      const Tensor part = flat.slice(begin, std::min(piece, flat.numel() - begin));
-      host.resize(static_cast<size_t>(part.bytes()));
-      backend.download(host.data(), part);
-      writer.add(name, host.data(), bytes_of(host));
-    }
+  for (const NamedTensor& of : tensors) {
+    const int64_t piece = kPieceBytes / engine::size_bytes(of.tensor.dtype());
+    const auto add = [&](const Tensor& flat) {
+      if (!writer) return;
+      for (int64_t begin = 0; begin < flat.numel(); begin += piece) {
+        const Tensor part = flat.slice(begin, std::min(piece, flat.numel() - begin));
+        host.resize(static_cast<size_t>(part.bytes()));
+        backend.download(host.data(), part);
+        writer->add(of.name, host.data(), bytes_of(host));
+      }
+    };
+    if (of.set != nullptr)
+      of.set->visit_whole(of.tensor, add);
+    else
+      add(of.tensor);
   }
-  writer.finish();
+  if (writer) writer->finish();
 }
 
 SavedState::SavedState(const std::string& path, uint64_t run)
@@ -99,12 +122,16 @@ SavedState::SavedState(const std::string& path, uint64_t run)
 }
 
 void SavedState::load(engine::Backend& backend, const NamedTensors& tensors) const {
-  for (const auto& [name, tensor] : tensors) {
+  for (const NamedTensor& of : tensors) {
+    const auto& [name, tensor, set] = of;
     const SafeTensor& saved = file_.at(name);
-    BBB_CHECK(saved.shape == tensor.shape(), path_, ": ", name, " is of another model");
+    BBB_CHECK(saved.shape == shape_of(of), path_, ": ", name, " is of another model");
     BBB_CHECK(saved.dtype == file_dtype(tensor), path_, ": ", name, " is a ", name_of(saved.dtype),
               ", but must be ", name_of(file_dtype(tensor)), "; delete it to go on without it");
-    backend.upload(tensor, saved.data);
+    if (set != nullptr)
+      set->upload_whole(tensor, saved.data);
+    else
+      backend.upload(tensor, saved.data);
   }
 }
 

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "autograd/parameter.h"
 #include "data/safetensors.h"
 #include "engine/backend.h"
 
@@ -25,11 +26,20 @@ struct Position {
   std::vector<double> validation;  // before training, then after each epoch
 };
 
-using NamedTensors = std::vector<std::pair<std::string, engine::Tensor>>;  // act or real
-int64_t bytes_of(const NamedTensors& tensors);
+struct NamedTensor {
+  std::string name;
+  engine::Tensor tensor;  // act, real or U8
+  // If not null, the tensor is a flat buffer of this set. A state holds the whole one, whatever
+  // part this rank has. So any number of ranks continues from it.
+  const autograd::ParameterSet* set = nullptr;
+};
+using NamedTensors = std::vector<NamedTensor>;
+int64_t bytes_of(const NamedTensors& tensors);  // in a state
+bool is_sharded(const NamedTensors& tensors);
 
 // Replaces the file at `path` completely or not at all. The work that computes the tensors must
-// have finished. Throws, naming path and cause, if the file cannot be written.
+// have finished. Throws, naming path and cause, if the file cannot be written. Of sharded tensors
+// every rank calls it, and those without a path write nothing.
 void save_state(const std::string& path, uint64_t run, const Position& position,
                 engine::Backend& backend, const NamedTensors& tensors);
 

@@ -176,7 +176,7 @@ StepHooks StageTrainer::step_hooks(size_t t, const Position& start) {
 
 NamedTensors StageTrainer::state(size_t t) const {
   NamedTensors state = optimizer_state(parameters_, *stages_[t].optimizer);
-  state.emplace_back("best", best_);
+  state.push_back({"best", best_});
   return state;
 }
 
@@ -265,7 +265,7 @@ void StageTrainer::step(size_t t, size_t input, StepPart last) {
               .value(),
           1.0, engine::Write::Add);
     if (last == StepPart::Forward) continue;
-    if (p + 1 == streams_.precisions()) average_->last_pass();
+    average_->begin_pass({p == 0, p + 1 == streams_.precisions()});
     tape.backward(loss);
     if (weights_)
       backend_.sum(loss_, loss.value(), 1.0,

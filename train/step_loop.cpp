@@ -12,7 +12,8 @@ using engine::DType;
 using Clock = std::chrono::steady_clock;
 
 StepLoop::StepLoop(Backend& backend, const RunDirectory& run, int64_t total,
-                   int64_t tokens_per_step, models::Recompute recompute, int64_t save_every)
+                   int64_t tokens_per_step, models::Recompute recompute, int64_t save_every,
+                   engine::Comm* together)
     : backend_(backend),
       run_(run),
       tokens_per_step_(tokens_per_step),
@@ -20,7 +21,13 @@ StepLoop::StepLoop(Backend& backend, const RunDirectory& run, int64_t total,
       window_(backend.device() == engine::DeviceType::Cuda ? 20 : 1),
       cursor_(backend.zeros({1}, DType::I32)),
       log_(backend.empty({total, engine::kControlSize}, backend.real())),
-      timer_(save_every) {}
+      timer_(save_every),
+      together_(save_every == 0 ? together : nullptr) {}
+
+bool StepLoop::save_is_due(int64_t step) const {
+  const bool due = timer_.due(step);
+  return together_ == nullptr ? due : together_->gather({due ? 1.0 : 0.0})[0][0] != 0;
+}
 
 void StepLoop::rewind(int64_t step) const {
   const int32_t value = static_cast<int32_t>(step);
@@ -41,7 +48,7 @@ StepLoop::Outcome StepLoop::run(const std::vector<std::unique_ptr<engine::Replay
     if (hooks.feed) hooks.feed(at.step);
     steps[static_cast<size_t>(at.step) % steps.size()]->run();
     ++at.step;
-    const bool last = at.step == end, save_now = !last && timer_.due(at.step);
+    const bool last = at.step == end, save_now = !last && save_is_due(at.step);
     if (last || save_now || at.step % window_ == 0) {
       backend_.synchronize();
       const double seconds = std::chrono::duration<double>(Clock::now() - since).count();
@@ -98,32 +105,61 @@ int64_t StepLoop::read_log(int64_t begin, int64_t end, double seconds, const Ste
 GradientAverage::GradientAverage(engine::Comm& comm, autograd::ParameterSet& parameters)
     : comm_(comm), parameters_(parameters), started_(parameters.parameters().size()) {
   if (comm.size() == 1) return;
-  for (size_t i = 0; i < started_.size(); ++i) {
-    autograd::Parameter& parameter = *parameters.parameters()[i];
-    parameter.on_gradient = [this, i, &parameter] {
-      if (!last_) return;
-      comm_.start_all_reduce(parameter.grad, engine::Reduce::Mean);
-      started_[i] = true;
+  for (const auto& parameter : parameters.parameters())
+    parameter->on_gradient = [this, of = parameter.get()] {
+      if (of->sharded)
+        start_sharded(*of);
+      else if (pass_.last && !of->frozen)
+        start(*of);
     };
-  }
+}
+
+void GradientAverage::start(const autograd::Parameter& parameter) {
+  comm_.start_all_reduce(parameter.grad, engine::Reduce::Mean);
+  started_[static_cast<size_t>(parameter.slot)] = true;
+}
+
+void GradientAverage::start_sharded(const autograd::Parameter& parameter) {
+  BBB_ASSERT(reducing_ == nullptr || (reducing_->slot - parameter.slot) % 2 != 0);  // other buffer
+  take_part();
+  parameters_.clear_padding(parameter);
+  comm_.start_reduce_scatter(parameters_.gradient_parts(parameter), engine::Reduce::Mean);
+  reducing_ = &parameter;
+  take_mode_ = pass_.first ? engine::Write::Overwrite : engine::Write::Add;
+}
+
+void GradientAverage::take_part() {
+  if (reducing_ == nullptr) return;
+  comm_.join();
+  Backend& backend = parameters_.backend();
+  const Tensor part = comm_.part_of(parameters_.gradient_parts(*reducing_));
+  const Tensor gradient = parameters_.own_part(parameters_.grads(), *reducing_);
+  if (take_mode_ == engine::Write::Add)
+    backend.add(gradient, gradient, part);
+  else if (gradient.dtype() == part.dtype())
+    backend.copy(gradient, part);
+  else
+    backend.cast(gradient, part);
+  reducing_ = nullptr;
 }
 
 void GradientAverage::join() {
+  take_part();
   comm_.join();
-  last_ = false;
 }
 
-// In as few pieces as the parameters that have started leave.
+// In as few pieces as the parameters that need nothing leave.
 void GradientAverage::finish(const Tensor& loss) {
   if (comm_.size() == 1) return;
   const Tensor& grads = parameters_.grads();
-  int64_t begin = 0;
+  int64_t begin = parameters_.sharded_elements();
   const auto reduce_up_to = [&](int64_t end) {
     if (begin < end) comm_.all_reduce(grads.slice(begin, end - begin), engine::Reduce::Mean);
   };
   for (size_t i = 0; i < started_.size(); ++i) {
-    if (!std::exchange(started_[i], false)) continue;
     const autograd::Parameter& parameter = *parameters_.parameters()[i];
+    const bool done = std::exchange(started_[i], false) || parameter.derived || parameter.frozen;
+    if (!done || parameter.sharded) continue;
     reduce_up_to(parameters_.offset(parameter));
     begin = parameters_.offset(parameter) + quant::padded_elements(parameter.grad.numel());
   }
@@ -133,9 +169,9 @@ void GradientAverage::finish(const Tensor& loss) {
 
 NamedTensors optimizer_state(const autograd::ParameterSet& parameters,
                              const autograd::Optimizer& optimizer) {
-  return {{"masters", parameters.masters()},
-          {"m", parameters.m()},
-          {"v", parameters.v()},
+  return {{"masters", parameters.masters(), &parameters},
+          {"m", parameters.m(), &parameters},
+          {"v", parameters.v(), &parameters},
           {"control", optimizer.control()}};
 }
 

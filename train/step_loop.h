@@ -32,9 +32,10 @@ struct StepHooks {
 class StepLoop {
  public:
   // `total`: the number of steps, rows of the log on the device. backend and run must outlive the
-  // loop. save_every as in TrainConfig.
+  // loop. save_every as in TrainConfig. together: null, or the ranks that save at the same steps,
+  // those that the first one's clock chooses.
   StepLoop(Backend& backend, const RunDirectory& run, int64_t total, int64_t tokens_per_step,
-           models::Recompute recompute, int64_t save_every);
+           models::Recompute recompute, int64_t save_every, engine::Comm* together = nullptr);
 
   const Tensor& cursor() const { return cursor_; }            // I32 (1): the step, on the device
   void rewind(int64_t step) const;                            // the next step will be `step`
@@ -54,6 +55,7 @@ class StepLoop {
  private:
   int64_t read_log(int64_t begin, int64_t end, double seconds, const StepHooks& hooks);
   void save(const Position& at, const StepHooks& hooks);
+  bool save_is_due(int64_t step) const;
 
   Backend& backend_;
   const RunDirectory& run_;
@@ -63,31 +65,47 @@ class StepLoop {
   Tensor cursor_;
   Tensor log_;  // real (total, kControlSize)
   SaveTimer timer_;
+  engine::Comm* together_;
   float last_loss_ = 0;
 };
 
 // GradientAverage: gradients and loss of a step become their means over the ranks, of which each
 // has the mean over its equal part of the batch. Recorded.
 //
-//   passes of backward, last_pass() in front of the last | join() | finish_backward | finish(loss)
+//   begin_pass() backward | begin_pass() backward | .. | join() | finish_backward | finish(loss)
 //
 // The reduction of a weight's gradient starts in the last pass, and runs beside the rest of it.
-// finish_backward computes more gradients, linear in those: of a mean they are the mean already,
-// and finish() changes nothing but their last bits. With one rank nothing happens.
+// What finish_backward makes of these gradients, which is linear in them, is a mean already. With
+// one rank nothing happens.
+//
+// The gradient of a sharded parameter is reduced in every pass, while that of the next one is
+// computed in the other buffer; then this rank's part goes to the flat gradients:
+//
+//   compute   dW 6 | dW 5 | take 6, dW 4 | take 5, dW 3 | ..
+//   ranks          | reduce 6 | reduce 5 | reduce 4     | ..
 class GradientAverage {
  public:
-  // Sets on_gradient of the parameters, which must be declared; all must outlive this.
+  // Sets on_gradient of the parameters, which must be allocated; all must outlive this.
   GradientAverage(engine::Comm& comm, autograd::ParameterSet& parameters);
 
-  void last_pass() { last_ = true; }
+  struct Pass {
+    bool first, last;  // of the step
+  };
+  void begin_pass(Pass pass) { pass_ = pass; }
   void join();
   void finish(const Tensor& loss);  // loss: real (1)
 
  private:
+  void start(const autograd::Parameter& parameter);
+  void start_sharded(const autograd::Parameter& parameter);
+  void take_part();  // of the last parameter that start_sharded() got
+
   engine::Comm& comm_;
   autograd::ParameterSet& parameters_;
-  bool last_ = false;
-  std::vector<char> started_;  // of each parameter
+  Pass pass_{true, true};
+  std::vector<char> started_;  // of each parameter: nothing is left to reduce
+  const autograd::Parameter* reducing_ = nullptr;
+  engine::Write take_mode_ = engine::Write::Overwrite;
 };
 
 // All tensors that optimizer steps change.

@@ -19,10 +19,13 @@ Student::Student(engine::Backend& backend, const models::Checkpoint& source,
       recipe_(recipe),
       stage_(stage),
       model_(backend, source, models::HeadRounding::BFloat16),
-      parameters_(backend, config.e2e_batch == config.e2e_micro_batch && config.comm->size() == 1 &&
-                                   Recipe::precisions(config) == 1
-                               ? GradientPasses::One
-                               : GradientPasses::Several) {}
+      parameters_(backend,
+                  own_e2e_batch(config) == own_micro_batch(config) &&
+                          (config.comm->size() == 1 || shards_whole(config, stage)) &&
+                          Recipe::precisions(config) == 1
+                      ? GradientPasses::One
+                      : GradientPasses::Several,
+                  shards_whole(config, stage) ? config.comm.get() : nullptr, config.e2e_moments) {}
 
 void Student::load(const StartOfModel& start, const std::function<void(int64_t layers)>& loaded) {
   const bool all = config_.e2e_train == EndToEndTrain::All;
@@ -125,6 +128,10 @@ void Student::quantize() {
   quantizer_->quantize();
 }
 
+void Student::join() const {
+  if (quantizer_) quantizer_->join();
+}
+
 void Student::select_precision(size_t i) {
   for (auto& block : model_.blocks()) block->select_precision(i);
 }
@@ -150,11 +157,15 @@ void Student::write_result(const RunDirectory& run) {
     models::declare_layer(entries, block->layer(), model, formats(*block), content, config_.range);
   const models::LoadOuter outer = this->outer();
   if (outer) models::declare_outer(entries, model);
-  RunFileWriter writer(run.whole_stage_file(recipe_, stage_), run.checksum(), entries);
-  for (auto& block : model_.blocks())
-    models::add_layer(writer, block->layer(), model, block->result(content), content);
-  if (outer) models::add_outer(writer, model, outer);
-  writer.finish();
+  std::optional<RunFileWriter> writer;
+  if (run.writes()) writer.emplace(run.whole_stage_file(recipe_, stage_), run.checksum(), entries);
+  for (auto& block : model_.blocks()) {
+    const models::LayerResult result = block->result(content);  // of the parts of all ranks
+    if (writer) models::add_layer(*writer, block->layer(), model, result, content);
+  }
+  if (!writer) return;
+  if (outer) models::add_outer(*writer, model, outer);
+  writer->finish();
 }
 
 void Student::snap() {

@@ -3,7 +3,7 @@
 //   all      the blocks' linears, behind the quantizer, and their norms. With --e2e-embedding train
 //            also embedding, head and final norm; forward() reads embedding and head rounded to
 //            BF16, as they are exported. With --grid-train each group's scale, scale and zero
-//            point, or ratio trains, too
+//            point, or ratio trains, too. Several ranks shard the linears (shards_whole())
 //   scales   one sigma per group over frozen codes; norms are constant
 #pragma once
 
@@ -44,16 +44,19 @@ class Student {
   }
 
   // Both quantize the parameters. quantize() may replace prepare() if only the optimizer has
-  // written parameters since: at the start of a step.
+  // written parameters since: at the start of a step. Behind quantize(), join() must precede the
+  // first forward().
   void prepare();
   void quantize();
+  void join() const;
   // Of several precisions that train together (QuantLinear::select_precision).
   void select_precision(size_t i);
   void finish_backward();
   void snap();  // moves masters to the middle of their bins; only if all train
   // The weights outside of the layers as they are now; null if they are the source's own.
   models::LoadOuter outer() const;
-  // The stage's result. Discards adapters, if the configuration asks for it.
+  // Writes the stage's result, if the run writes. Discards adapters, if the configuration asks for
+  // it. If the weights are sharded, every rank calls it; otherwise those that write suffice.
   void write_result(const RunDirectory& run);
 
  private:

@@ -4,12 +4,16 @@
 //
 //     m = b1 m + (1 - b1) g';  v = b2 v + (1 - b2) g'^2
 //     w -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
+//
+// Moments of 8 bits (quant/moments.h) are packed after the step has used them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numbers>
 
 #include "engine/cpu/cpu_backend.h"
 #include "engine/cpu/vector_math.h"
+#include "quant/moments.h"
 
 namespace bbb::engine {
 
@@ -73,6 +77,48 @@ void CpuBackend<T>::do_muon_momentum(const Tensor& x, const Tensor& m, const Ten
   });
 }
 
+namespace {
+
+// Moments of 8 bits of one block, unpacked: its new ones are packed behind it.
+template <typename T>
+struct MomentBlock {
+  uint8_t *first_codes, *second_codes;
+  T first[quant::kTileAlign], second[quant::kTileAlign];
+
+  // The block that holds element `begin`.
+  MomentBlock(uint8_t* m, uint8_t* v, int64_t begin)
+      : first_codes(m + quant::moment_bytes(begin)), second_codes(v + quant::moment_bytes(begin)) {
+    const float first_scale = scale_of(first_codes), second_scale = scale_of(second_codes);
+    for (int64_t i = 0; i < quant::kTileAlign; ++i) {
+      first[i] = static_cast<T>(quant::first_moment(first_codes[i], first_scale));
+      second[i] = static_cast<T>(quant::second_moment(second_codes[i], second_scale));
+    }
+  }
+  void pack(uint32_t step) {
+    float first_scale = 0, second_scale = 0;
+    for (int64_t i = 0; i < quant::kTileAlign; ++i) {
+      first_scale = std::max(first_scale, std::abs(static_cast<float>(first[i])));
+      second_scale = std::max(second_scale, static_cast<float>(second[i]));
+    }
+    for (int i = 0; i < quant::kTileAlign; ++i) {
+      const quant::MomentCodes codes = quant::moment_codes(
+          static_cast<float>(first[i]), static_cast<float>(second[i]), first_scale, second_scale,
+          step, i, {first_codes[i], second_codes[i]});
+      first_codes[i] = codes.first;
+      second_codes[i] = codes.second;
+    }
+    std::memcpy(first_codes + quant::kTileAlign, &first_scale, sizeof first_scale);
+    std::memcpy(second_codes + quant::kTileAlign, &second_scale, sizeof second_scale);
+  }
+  static float scale_of(const uint8_t* codes) {
+    float scale;
+    std::memcpy(&scale, codes + quant::kTileAlign, sizeof scale);
+    return scale;
+  }
+};
+
+}  // namespace
+
 template <typename T>
 void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, const Tensor& g,
                              const Tensor& control, const ParameterTable& table,
@@ -86,7 +132,10 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
   const T unbias1 = static_cast<T>(1 / (1 - std::pow(spec.beta1, t)));
   const T unbias2 = static_cast<T>(1 / (1 - std::pow(spec.beta2, t)));
   const T eps = static_cast<T>(spec.epsilon);
-  T *weight = data(w), *first = data(m), *second = data(v);
+  const bool packed = m.dtype() == DType::U8;
+  T *weight = data(w), *first = packed ? nullptr : data(m), *second = packed ? nullptr : data(v);
+  auto *const first_codes = static_cast<uint8_t*>(m.raw()), *const second_codes =
+                                                                static_cast<uint8_t*>(v.raw());
   const T* gradient = data(g);
   const auto* clipped = q.clipped.data<uint8_t>();
   const auto* tiles = static_cast<const quant::WeightTile*>(table.tiles.raw());
@@ -100,6 +149,22 @@ void CpuBackend<T>::do_adamw(const Tensor& w, const Tensor& m, const Tensor& v, 
       if (rule.direct != 0) {
         for (int64_t i = begin; i < begin + tiles[tile].count; ++i)
           weight[i] -= lr * (gradient[i] + decay * weight[i]);
+        continue;
+      }
+      if (packed) {
+        for (int64_t at = begin; at < begin + tiles[tile].count; at += quant::kTileAlign) {
+          MomentBlock<T> block(first_codes, second_codes, at);
+          for (int64_t j = 0; j < quant::kTileAlign; ++j) {
+            const int64_t i = at + j;
+            const T grad = clipped != nullptr && bit_of(clipped, i) ? T{0} : scale * gradient[i];
+            // Fused like the GPU's, so that codes are equal.
+            const T mean = block.first[j] = std::fma(b1, block.first[j], rest1 * grad);
+            const T square = block.second[j] = std::fma(b2, block.second[j], rest2 * grad * grad);
+            weight[i] -=
+                lr * (mean * unbias1 / (std::sqrt(square * unbias2) + eps) + decay * weight[i]);
+          }
+          block.pack(static_cast<uint32_t>(t));
+        }
         continue;
       }
       for (int64_t i = begin; i < begin + tiles[tile].count; ++i) {
