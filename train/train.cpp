@@ -57,10 +57,12 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
         count(Tier::Host), count(Tier::File), kept);
   }
   if (end_to_end != nullptr)
-    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s\n",
-                gigabytes(end_to_end->device_bytes),
-                gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
-                describe(end_to_end->recompute));
+    std::printf(
+        "end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s\n",
+        gigabytes(end_to_end->device_bytes),
+        gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
+        describe(end_to_end->recompute),
+        shards_whole(config, 0) ? cat("; linears in ", config.comm->size(), " parts").c_str() : "");
   const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
                                  end_to_end != nullptr ? end_to_end->state_bytes : 0);
   std::printf("results: %.2f GB in %s, and at most %.2f GB of states while it trains",
