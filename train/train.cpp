@@ -325,6 +325,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     };
     comm.barrier();  // all read the same choices; what is missing each rank times for itself
     engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(), memory_bytes, say);
+    comm.barrier();  // before the first rank adds to them
     if (!run.writes()) own.keep = nullptr;
     own.step_runs = step_runs;
     own.product_runs = product_runs;
