@@ -47,7 +47,7 @@ class Comm {
   virtual void all_reduce(const Tensor& /*x*/, Reduce) {}
   // The same, perhaps beside the work that follows on the stream. Until join() nothing may use x.
   virtual void start_all_reduce(const Tensor& x, Reduce op) { all_reduce(x, op); }
-  // The same for this rank's part of x alone. Afterwards the other parts hold anything.
+  // The same for this rank's part of x alone. Afterwards the other parts are undefined.
   virtual void start_reduce_scatter(const Tensor& /*x*/, Reduce) {}
   // Every part of x = that of its own rank. Likewise beside other work; any dtype.
   virtual void start_all_gather(const Tensor& /*x*/) {}

@@ -443,8 +443,9 @@ LinearResult QuantLinear::quantized() const {
   LinearResult result;
   result.format = format_;
   result.bias = bias();
+  const Tensor codes = current_codes();
   if (backend_.computes())
-    result.store(download_bytes(backend_, current_codes()), download_bytes(backend_, quantized_.e),
+    result.store(download_bytes(backend_, codes), download_bytes(backend_, quantized_.e),
                  download_bytes(backend_, quantized_.z),
                  download_floats(backend_, quantized_.s)[0]);
   return result;

@@ -76,6 +76,8 @@ expect 1 'long.txt:2: the prompt has' "$bbb" decode --model "$model" --prompts "
 expect 1 'empty.txt: no prompt' "$bbb" decode --model "$model" --prompts "$work/empty.txt" --device cpu
 expect 1 'fewer than one window' "$bbb" train --model "$model" --data "$work/short.txt" --seq-len 64 --out "$work/run" --device cpu
 expect 2 'e2e-batch is 9' "$bbb" train --model "$model" --data "$work/short.txt" --samples 8 --e2e-batch 9 --out "$work/run" --device cpu
+expect 2 'e2e-moments 8bit is for' "$bbb" train --model "$model" --data "$work/short.txt" --samples 8 --e2e-batch 4 --e2e-moments 8bit --optimizer muon --out "$work/run" --device cpu
+expect 2 'micro-batch needs --e2e' "$bbb" bench train --synthetic smollm2-135m --device cpu --micro-batch 1
 expect 2 '3 ranks cannot share --e2e-batch 4' "$bbb" train --model "$model" --data "$work/short.txt" --samples 8 --e2e-batch 4 --out "$work/run" --device cpu --ranks 3
 expect 2 'with --device cpu give --ranks' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --device cpu --gpus 2
 expect 1 'run' "$bbb" export --run "$work/nowhere" --out "$work/x" --device cpu

@@ -64,6 +64,10 @@ const Options kOnePass = {{"stages", ""},           {"e2e-batch", "6"},
 const Options kPrecisions = {
     {"stages", ""}, {"e2e-stages", "w8a16:2"}, {"any-precision", "8,4,2"}, {"e2e-steps", "4"}};
 const Options kPacked = {{"stages", ""}, {"e2e-moments", "8bit"}, {"e2e-steps", "4"}};
+// Algorithm 2: a stage leaves some blocks at 16 bits.
+const Options kSwitched = {{"stages", "w8a16,w2a16"}, {"block-schedule", "prefix"},
+                           {"first-ratio", "0.5"},    {"lr", "1e-3"},
+                           {"epochs", "1"},           {"e2e-steps", "0"}};
 const Options kLora = {{"lora-rank", "4"}, {"lora-match", "none"}};
 const Options kGptq = {{"method", "gptq"}, {"stages", "w2a16"}};
 const Options kBlockAp = {{"method", "block-ap"}, {"stages", "w2a16"}, {"lr", "1e-3"}};
@@ -94,9 +98,10 @@ void spill_streams(train::TrainConfig& config, Backend& device, const std::strin
 // Trains in `out` with `ranks` threads, each with its own backend, from the same model and windows.
 std::vector<std::string> train_on(int ranks, const std::string& out, const Options& options = {},
                                   const train::Observer& observed = {},
-                                  const std::string& scratch = "") {
+                                  const std::string& scratch = "",
+                                  const models::LlamaConfig& model = tiny_config()) {
   return on_ranks(ranks, [&](const Ranks& comm) {
-    const Fixture fixture;
+    const Fixture fixture(model);
     const auto device = engine::make_cpu_backend(1);
     train::TrainConfig config = shared_run(out);
     apply(config, options);
@@ -151,8 +156,8 @@ std::vector<double> losses_of(const std::string& run) {
 
 // The order of sums changes a gradient by a few ulps. A step of AdamW is a gradient divided by its
 // root mean square, so an element that is nearly 0 may move by another part of the rate. Measured
-// below: losses 6e-8, masters 1e-5.
-constexpr double kLosses = 1e-6, kMasters = 1e-4;
+// below, on three kinds of CPUs: losses 6e-8 to 6e-6, masters 1e-5.
+constexpr double kLosses = 1e-4, kMasters = 1e-4;
 
 static void check_close(const std::string& run, const std::string& other, double losses = kLosses,
                         double masters = kMasters, double codes = 0) {
@@ -174,6 +179,7 @@ TEST_CASE("two and three ranks train what one trains, up to the order of sums", 
                                       {"whole", kWhole},
                                       {"one pass", kOnePass},
                                       {"precisions", kPrecisions},
+                                      {"switched", kSwitched},
                                       {"lora", kLora},
                                       {"gptq", kGptq},
                                       {"block-ap", kBlockAp}}) {
@@ -186,6 +192,18 @@ TEST_CASE("two and three ranks train what one trains, up to the order of sums", 
       check_close(run, dir / "1");
     }
   }
+}
+
+// The last gradient of a pass and the first one of the next are in the same buffer.
+TEST_CASE("ranks shard an odd number of linears", "[train][ranks]") {
+  models::LlamaConfig model = tiny_config();
+  model.layers = 3;
+  const TempDir dir;
+  const Options options = {{"stages", ""}, {"e2e-steps", "3"}};
+  for (const int ranks : {1, 2})
+    REQUIRE(train_on(ranks, dir / std::to_string(ranks), options, {}, "", model) ==
+            no_errors(ranks));
+  check_close(dir / "2", dir / "1");
 }
 
 // Each of LC's first codes takes the errors of those before it, so that one flip has others follow.

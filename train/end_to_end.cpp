@@ -232,6 +232,10 @@ Rehearsal rehearse_end_to_end(engine::CountingBackend& backend, const Checkpoint
     dry.phase.student().prepare();
     const auto step = dry.phase.record(StepPart::Optimizer);
     step->run();
+    if (learns_whole_grid(config))  // the result is codes, of one linear after another
+      for (const models::QuantLinear* linear :
+           dry.phase.student().model().blocks().front()->linears())
+        linear->quantized();
     most.recorded_bytes = std::max(most.recorded_bytes, backend.recorded_bytes());
     most.state_bytes = std::max(most.state_bytes, bytes_of(dry.phase.state()));
   }

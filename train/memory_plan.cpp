@@ -156,6 +156,9 @@ PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
   });
   std::string advice = "lower --seq-len or --e2e-micro-batch";
   if (config.e2e_embedding == EmbeddingTrain::Train) advice += ", take --e2e-embedding keep";
+  if (config.e2e_moments == Moments::Wide && config.optimizer == autograd::UpdateRule::AdamW &&
+      config.e2e_freeze == Freeze::None)
+    advice += ", take --e2e-moments 8bit";
   if (config.e2e_train == EndToEndTrain::All && config.quantizer != Quantizer::Lc)
     advice += ", take --e2e-train scales";
   if (config.memory.recompute && *config.memory.recompute != Recompute::Block)

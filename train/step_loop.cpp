@@ -114,6 +114,12 @@ GradientAverage::GradientAverage(engine::Comm& comm, autograd::ParameterSet& par
     };
 }
 
+// The first gradient of a pass may take the buffer of the last one of the pass before.
+void GradientAverage::begin_pass(Pass pass) {
+  take_part();
+  pass_ = pass;
+}
+
 void GradientAverage::start(const autograd::Parameter& parameter) {
   comm_.start_all_reduce(parameter.grad, engine::Reduce::Mean);
   started_[static_cast<size_t>(parameter.slot)] = true;

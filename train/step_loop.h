@@ -91,7 +91,7 @@ class GradientAverage {
   struct Pass {
     bool first, last;  // of the step
   };
-  void begin_pass(Pass pass) { pass_ = pass; }
+  void begin_pass(Pass pass);
   void join();
   void finish(const Tensor& loss);  // loss: real (1)
 

@@ -62,11 +62,15 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
     const bool cached = std::ranges::any_of(stages, [&](const WholeStage& stage) {
       return caches_teacher(config, stage.steps, end_to_end->teacher);
     });
-    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s\n",
+    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s%s
+",
                 gigabytes(end_to_end->device_bytes),
                 gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
                 describe(end_to_end->recompute),
-                cached ? "; the teacher's last hidden states kept" : "");
+                cached ? "; the teacher's last hidden states kept" : "",
+                shards_whole(config, 0)
+                    ? cat("; linears in ", config.comm->size(), " parts").c_str()
+                    : "");
   }
   const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
                                  end_to_end != nullptr ? end_to_end->state_bytes : 0);
@@ -331,6 +335,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     };
     comm.barrier();  // all read the same choices; what is missing each rank times for itself
     engine::GemmTuning own = stored_gemm_tuning(backend, run.gemm_file(), memory_bytes, say);
+    comm.barrier();  // before the first rank adds to them
     if (!run.writes()) own.keep = nullptr;
     own.step_runs = step_runs;
     own.product_runs = product_runs;
