@@ -42,7 +42,7 @@ constexpr Anchor kNested{1e-3, 1e-5};     // several precisions at once, end to 
 constexpr Anchor kStageLow{1e-3, 2e-5};   // 2 bits
 constexpr Anchor kAllFirst{2e-3, 2e-5};   // 2 bits, from rounding or from snapped blocks
 constexpr Anchor kAllLater{1e-3, 1e-5};   // behind a stage of the whole model, or another run
-constexpr Anchor kScales{1e-4, 1e-5};
+constexpr Anchor kScales{1e-3, 1e-5};
 // Block training leaves many masters on a decision threshold. At this rate or above, the first
 // steps would flip them all at once and destroy the model, unless the masters are snapped first.
 constexpr Anchor kSnapFrom{5e-5, 5e-6};

@@ -62,15 +62,12 @@ void print_plan(const Backend& backend, const models::LlamaConfig& model, const 
     const bool cached = std::ranges::any_of(stages, [&](const WholeStage& stage) {
       return caches_teacher(config, stage.steps, end_to_end->teacher);
     });
-    std::printf("end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s%s
-",
-                gigabytes(end_to_end->device_bytes),
-                gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
-                describe(end_to_end->recompute),
-                cached ? "; the teacher's last hidden states kept" : "",
-                shards_whole(config, 0)
-                    ? cat("; linears in ", config.comm->size(), " parts").c_str()
-                    : "");
+    std::printf(
+        "end to end: %.3f GB of tensors, at most %.2f GB of the device; %s%s%s\n",
+        gigabytes(end_to_end->device_bytes),
+        gigabytes(allocated_bytes(backend, end_to_end->device_bytes)),
+        describe(end_to_end->recompute), cached ? "; the teacher's last hidden states kept" : "",
+        shards_whole(config, 0) ? cat("; linears in ", config.comm->size(), " parts").c_str() : "");
   }
   const int64_t state = std::max(blocks != nullptr ? blocks->state_bytes : 0,
                                  end_to_end != nullptr ? end_to_end->state_bytes : 0);
