@@ -10,7 +10,10 @@
 // transpose; a channel sums the gradients of its copies, times f. All sums are FP32, rounded once.
 //
 // Thread mapping. A block takes one row at a time, row after row. Its threads take the row in
-// pieces of eight consecutive positions, so a group is G / 8 lanes of one warp.
+// pieces of eight consecutive positions, so a group is G / 8 lanes of one warp. Few rows, as in a
+// decoding step, leave multiprocessors free. Then the blocks of a cluster share a row: each writes
+// every so-many-th piece of its threads, and the blocks exchange their maxima. A row that is staged
+// is staged by all of them.
 //
 //   forward    row -> values -> [staged -> gathered] -> ranges -> maximum over the block -> levels
 //   backward   gradients -> masked, rotated -> [staged -> gathered] -> gradients
@@ -49,6 +52,7 @@ constexpr int kBlocksPerProcessor = 2;   // that must fit into the registers
 constexpr int64_t kNarrowPieces = 1024;  // up to here kNarrowThreads: more blocks, shorter waits
 constexpr int kNarrowThreads = 256;
 constexpr int64_t kMaxSmemBytes = 224 * 1024;
+constexpr int kMaxCluster = 8;  // blocks that share a row, as many as every GPU takes
 
 using Piece = uint4;  // kWide bf16, kept packed: half the registers
 static_assert(sizeof(Piece) == kWide * sizeof(bf16));
@@ -412,15 +416,54 @@ struct OperandShape {
   bool quantizes;
 };
 
+// The blocks that share a row: each takes every `blocks`-th piece of a thread from `rank` on.
+struct RowCluster {
+  int rank = 0, blocks = 1;
+
+  __device__ __forceinline__ RowCluster() {
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+#endif
+  }
+  // By all threads. Writes before arrive() are visible behind the wait() of every block.
+  __device__ __forceinline__ void arrive() const {
+#if __CUDA_ARCH__ >= 900
+    if (blocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+    if (blocks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+  }
+  // Writes to the shared memory of block `to`, which has arrived once. `p` is the address of the
+  // same object in this block.
+  __device__ __forceinline__ void store(unsigned* p, int to, unsigned value) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.u32 [remote], %2;\n"
+        "}" ::"r"(shared_address(p)),
+        "r"(to), "r"(value)
+        : "memory");
+#endif
+  }
+};
+
 // Shared memory: the staged row if the block gathers; then `pieces` slots a thread for its gathered
 // pieces, as many for their ranges if it quantizes, and as many for each input if it copies.
 template <typename Rows, int kGroup>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     operand_kernel(OperandOutputs out, Rows from, OperandView v, int64_t rows, OperandShape shape) {
   __shared__ unsigned maxima[2][2][kMaxWarps];  // of alternate rows
+  __shared__ unsigned cluster_maxima[kMaxCluster][2];
   __shared__ float sums[32];
   start_next_kernel();
-  wait_for_previous_kernel();
+  const RowCluster cluster;
+  cluster.arrive();
   constexpr int kInputs = Rows::kInputs;
   const int threads = static_cast<int>(blockDim.x), pieces = shape.pieces;
   const int columns = static_cast<int>(v.stored_k), k = from.layout.k;
@@ -433,6 +476,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
                                       (shape.copies ? kInputs * pieces * threads : 0)) +
       threadIdx.x;
   const auto column = [&](int p) { return (p * threads + static_cast<int>(threadIdx.x)) * kWide; };
+
+  if (shape.gathers)
+    for (int p = cluster.rank; p < pieces; p += cluster.blocks)
+      if (column(p) < columns) prefetch_to_l2(v.channels + column(p));
+  if constexpr (Rows::kNormalizes)
+    for (int p = 0; p < pieces; ++p)
+      if (column(p) < k) prefetch_to_l2(from.w + column(p));
+  wait_for_previous_kernel();
 
   const auto start_copy = [&](int64_t row) {
     if (!shape.copies || row >= rows) return;
@@ -452,9 +503,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
                             : from.layout.load(from.input(i) + row * k, column(p));
   };
 
-  start_copy(blockIdx.x);
+  const int64_t row_step = gridDim.x / cluster.blocks;
+  start_copy(blockIdx.x / cluster.blocks);
   int parity = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, parity ^= 1) {
+  for (int64_t row = blockIdx.x / cluster.blocks; row < rows; row += row_step, parity ^= 1) {
     if (shape.copies) cp_async_wait<0>();
     Piece raw[kInputs];
     float r = 0.0f;
@@ -466,10 +518,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
         sum = from.add_squares(sum, raw[0]);
       }
       r = from.inverse_rms(block_sum(sum, sums));
-      if (threadIdx.x == 0) from.inv_rms[row] = r;
+      if (threadIdx.x == 0 && cluster.rank == 0) from.inv_rms[row] = r;
     }
+    // All of the row where it is staged, else the block's part.
+    const int first = shape.gathers ? 0 : cluster.rank, step = shape.gathers ? 1 : cluster.blocks;
 #pragma unroll 1
-    for (int p = 0; p < pieces; ++p) {
+    for (int p = first; p < pieces; p += step) {
       load_piece(raw, row, p);
       const Piece values = from.values(raw, column(p), r);
       if (shape.gathers)
@@ -477,7 +531,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
       else
         held[p * threads] = values;
     }
-    start_copy(row + gridDim.x);
+    start_copy(row + row_step);
     if (shape.gathers) __syncthreads();
     const auto first_look = [&](float(&x)[kWide], int p) {
       Piece values;
@@ -491,7 +545,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
 
     if (!shape.quantizes) {
 #pragma unroll 1
-      for (int p = 0; p < pieces; ++p) {
+      for (int p = cluster.rank; p < pieces; p += cluster.blocks) {
         float x[kWide];
         first_look(x, p);
         if (column(p) < columns) out.store(row * columns + column(p), x, 0u);
@@ -502,7 +556,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
 
     float most = 0.0f, most_outlier = 0.0f;
 #pragma unroll 1
-    for (int p = 0; p < pieces; ++p) {
+    for (int p = cluster.rank; p < pieces; p += cluster.blocks) {
       float x[kWide];
       first_look(x, p);
       const Range<float> range = quant::group_range<kGroup>(x);
@@ -524,10 +578,25 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
       return __uint_as_float(
           __reduce_max_sync(kFullWarp, lane < threads / 32 ? maxima[parity][kind][lane] : 0u));
     };
-    const RowScales scales = row_scales(block_most(0), block_most(1), v.grid.bits);
+    float row_most = block_most(0), row_most_outlier = block_most(1);
+    if (cluster.blocks > 1) {  // they take this row alone
+      cluster.wait();          // the other blocks run
+      if (threadIdx.x < cluster.blocks) {
+        cluster.store(&cluster_maxima[cluster.rank][0], lane, __float_as_uint(row_most));
+        cluster.store(&cluster_maxima[cluster.rank][1], lane, __float_as_uint(row_most_outlier));
+      }
+      cluster.arrive();
+      cluster.wait();
+      const auto cluster_most = [&](int kind) {
+        return __uint_as_float(
+            __reduce_max_sync(kFullWarp, lane < cluster.blocks ? cluster_maxima[lane][kind] : 0u));
+      };
+      row_most = cluster_most(0), row_most_outlier = cluster_most(1);
+    }
+    const RowScales scales = row_scales(row_most, row_most_outlier, v.grid.bits);
     const GroupQuantizer quantizer(scales.s, v.grid.bits);
 #pragma unroll 1
-    for (int p = 0; p < pieces; ++p) {
+    for (int p = cluster.rank; p < pieces; p += cluster.blocks) {
       if (column(p) - lane * kWide >= columns) break;  // the whole warp
       float x[kWide];
       finish_piece<kGroup>(x, held[p * threads], v, column(p));
@@ -616,11 +685,12 @@ struct RowShape {
   int threads;
 };
 
-// Launches as many blocks as the GPU holds at once, each for every so many rows.
+// Launches as many blocks as the GPU holds at once, each for every so many rows; or a cluster for
+// each row, of which there are then no more than processors.
 template <typename... Params, typename... Args>
 void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads, int64_t smem_bytes,
-                 bool early, void (*kernel)(Params...), Args&&... args) {
-  int64_t blocks = rows;
+                 bool early, int cluster, void (*kernel)(Params...), Args&&... args) {
+  int64_t blocks = rows * cluster;
   if (rows > processors) {
     int resident = 1;
     if (smem_bytes > 48 * 1024)
@@ -634,7 +704,7 @@ void launch_rows(cudaStream_t stream, int processors, int64_t rows, int threads,
   }
   launch(stream,
          {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), smem_bytes,
-          early},
+          early, static_cast<unsigned>(cluster)},
          kernel, std::forward<Args>(args)...);
 }
 
@@ -647,7 +717,7 @@ void check_aligned(const char* op, std::initializer_list<const Tensor*> tensors)
 
 template <typename Source>
 void launch_operand(cudaStream_t stream, int processors, const OperandRows& out, const Source& from,
-                    const OperandSpec& spec, int64_t rows, bool early) {
+                    const OperandSpec& spec, int64_t rows, bool few_rows) {
   check_aligned("operand", {&out.x, &out.codes, &spec.channels});
   const OperandView& view = spec.view;
   const OperandOutputs outputs{bf16_of(out.x), out.clipped.data<uint8_t>(),
@@ -663,8 +733,9 @@ void launch_operand(cudaStream_t stream, int processors, const OperandRows& out,
   const int64_t copy_bytes = Source::kInputs * slots * int64_t{sizeof(Piece)};
   shape.copies = shape.copies && smem_bytes + copy_bytes <= kMaxSmemBytes;
   if (shape.copies) smem_bytes += copy_bytes;
+  const int cluster = few_rows ? std::min(row.pieces, kMaxCluster) : 1;
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, smem_bytes, early,
+    launch_rows(stream, processors, rows, row.threads, smem_bytes, few_rows, cluster,
                 operand_kernel<Source, group>, outputs, from, view, rows, shape);
   });
 }
@@ -678,7 +749,7 @@ void launch_operand_backward(cudaStream_t stream, int processors, const Gradient
   const RowShape row(view.stored_k);
   const int64_t words = view.positions != nullptr ? padded(view.stored_k) + 1 : 0;
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)}, false,
+    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)}, false, 1,
                 operand_backward_kernel<Gradient, group>, to, bf16_of(dout),
                 clipped.data<uint8_t>(), view, rows, row.pieces);
   });

@@ -471,10 +471,19 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     Operand::read_fixed(raw, x, at, end);
     Operand::read(raw, x, shape.m, at, end, lane);
     mbarrier_wait(barriers + slice * 8, 0);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      // Tiles that the block lacks are computed from whatever is there, and not written.
+    const auto multiply = [&](int i) {
       multiply_tile<kManyRows>(sum[i], smem + slot + i * kTileBytes, operand, tile_lane);
+    };
+    // The last two of many tiles are behind a branch. Otherwise the compiler has so many tiles in
+    // flight that it spills. Tiles that the block lacks are computed from whatever is there, and
+    // not written.
+    constexpr int kTogether = kTiles > 4 ? kTiles - 2 : kTiles;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) multiply(i);
+    if (tiles > kTogether) {
+#pragma unroll
+      for (int i = kTogether; i < kTiles; ++i) multiply(i);
+    }
     __syncwarp();
     if (slice + shape.slots < slices && lane == 0) start_copy(slice + shape.slots, slot);
     if (last) break;
