@@ -450,7 +450,7 @@ Var anchor(Tape& tape, Anchor kind, const Var& x, const Tensor& y, double weight
 }
 
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
-              const Teacher& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
+              const TeacherHead& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
               double jsd_beta, const Tensor& weight) {
   Backend& backend = tape.backend();
   const int64_t m = h.value().dim(0);

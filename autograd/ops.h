@@ -58,7 +58,7 @@ struct HeadChunks {
 };
 
 // The hidden states h (M, D) and the head act (V, D) whose logits a loss compares with, constants.
-struct Teacher {
+struct TeacherHead {
   Tensor h, head;
 };
 
@@ -71,7 +71,7 @@ struct Teacher {
 // device, a factor of the gradients. A gradient of the head is real: chunks are added to it. They
 // are added in this call, not in Tape::backward(), because only here are the logits held.
 Var head_loss(Tape& tape, LossKind kind, const Var& h, const Var& head, const Tensor& targets,
-              const Teacher& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
+              const TeacherHead& teacher, double scale, HeadChunks chunks, const Tensor& row_loss,
               double jsd_beta = 0.5, const Tensor& weight = Tensor());
 
 }  // namespace bbb::autograd

@@ -31,8 +31,8 @@ void Optimizer::start_step(const Tensor& loss) {
   // The first rank also counts what all have alike. A norm of norms is that of all elements.
   engine::Comm& comm = *parameters_.comm();
   const int64_t own = comm.first() ? gradients.numel() : sharded;
-  backend.step_control(own_control_, loss, gradients.slice(0, own), clipped.slice(0, own / 8),
-                       schedule_);
+  backend.step_control(own_control_, loss, gradients.slice(0, own),
+                       clipped.defined() ? clipped.slice(0, own / 8) : clipped, schedule_);
   const Tensor norms = norms_.slice(0, comm.size());
   backend.copy(comm.part_of(norms), own_control_.slice(engine::kGradNorm, 1));
   comm.start_all_gather(norms);

@@ -49,6 +49,7 @@ void ParameterSet::allocate() {
     total += padded_elements(counts.back());
     if (!parameter->frozen) moved_elements_ = total;
   }
+  BBB_ASSERT(sharded_elements_ == 0 || moved_elements_ == total);  // entries() relies on it
   shapes_ = std::move(shapes);
   const bool one = passes_ == GradientPasses::One, wide = moments_ == Moments::Wide;
   const int64_t stored = quant::moment_bytes(moved_elements_);

@@ -38,7 +38,7 @@ struct Parameter {
   // are 0.
   bool frozen = false;
   bool sharded = false;  // set it before allocate()
-  // The gradient is made of that of another parameter, at the end of a step.
+  // finish_backward() computes the gradient from another parameter's, which is averaged already.
   bool derived = false;
   // If set, called in every backward pass as soon as it has added to `grad` what it adds there.
   // Only of weights whose products write `grad`.
@@ -106,6 +106,8 @@ class ParameterSet {
     int64_t begin, end;
   };
   Range own_range(const Parameter& parameter) const;
+  // real: one of the gradient buffers, free outside of backward passes.
+  const Tensor& spare_buffer() const { return gradient_buffers_[0]; }
   // `count` elements in all from equal parts of each rank. Every rank calls it. The result is in
   // a gradient buffer: use it before the next call, and not within a step.
   Tensor gather(const Tensor& part, int64_t count) const;

@@ -45,9 +45,9 @@ void WeightQuantizer::make_sections() {
     engine::QuantizedWeights& q = sections_.emplace_back();
     if (section.sharded == nullptr) continue;
     const int64_t slot = section.sharded->slot, elements = section.count * comm().size();
-    parts_.push_back(backend.empty({elements}, backend.act()));
+    parts_.push_back(backend.zeros({elements}, backend.act()));
     for (std::vector<Tensor>& parts : nested_parts_)
-      parts.push_back(backend.empty({elements}, backend.act()));
+      parts.push_back(backend.zeros({elements}, backend.act()));
     q = weights_;
     q.tiles = section.table.tiles;
     q.wq = comm().part_of(parts_.back());
@@ -123,7 +123,7 @@ Adapters WeightQuantizer::add_adapters(Parameter& parameter, Parameter& a, Param
 void WeightQuantizer::adapt(bool adapters) {
   adapts_ = adapters;
   for (const Adapted& adapted : adapted_)  // without moments it cannot train
-    BBB_ASSERT(adapters || parameters_.offset(*adapted.parameter) < parameters_.m().numel());
+    BBB_ASSERT(adapters || parameters_.offset(*adapted.parameter) < parameters_.moved_elements());
   for (const Adapted& adapted : adapted_) {
     const auto& [a, b, base, alpha] = adapted.adapters;
     adapted.parameter->frozen = adapters;
@@ -138,7 +138,7 @@ void WeightQuantizer::finish_backward(const Parameter& parameter, const Adapters
   backend.lora_weight_backward(adapters.a->grad, adapters.b->grad, parameter.grad,
                                weights_.clipped.slice(begin / 8, count / 8), adapters.a->master,
                                adapters.b->master, adapters.alpha);
-  if (begin < parameters_.m().numel()) backend.zero(parameter.grad);  // a step reads it
+  if (begin < parameters_.moved_elements()) backend.zero(parameter.grad);  // a step reads it
 }
 
 void WeightQuantizer::set_bits(const Parameter& parameter, int bits) {

@@ -5,8 +5,8 @@
 //
 // Every rank calls the same functions in the same order. Sums have a fixed order: the results are
 // the same bytes on every rank, and in every repetition. This class itself moves nothing. With one
-// rank that is all there is to do. With more it is for rehearsals, which count what one of them
-// takes (engine/counting_backend.h).
+// rank that is all there is to do. With more it is for rehearsals and dry runs, which count
+// (engine/counting_backend.h) or time what one of them does.
 #pragma once
 
 #include <cstdint>

@@ -23,9 +23,9 @@ struct LcStart {
   uint64_t seed = 0;        // of the signs
 };
 
-// Host memory of a site's start while the factor of its K features is made: a copy of the moments in
-// double, and them or half of the factor in float.
-constexpr int64_t lc_factor_bytes(int64_t k) { return 12 * k * k; }
+// Host memory of the factor of a site's K features while it is made, beside the moments: a copy of
+// them in double.
+constexpr int64_t lc_factor_bytes(int64_t k) { return 8 * k * k; }
 
 // The first map (4, 5).
 std::vector<float> lc_first_map(bool scalar);

@@ -169,7 +169,7 @@ constexpr autograd::LossKind kLossKinds[] = {
     autograd::LossKind::CrossEntropy, autograd::LossKind::Kl, autograd::LossKind::JensenShannon};
 
 // A teacher (F64) of `rows` hidden states of width 6, with a head of its own of 11 words.
-static autograd::Teacher teacher_of(autograd::LossKind kind, int64_t rows) {
+static autograd::TeacherHead teacher_of(autograd::LossKind kind, int64_t rows) {
   if (kind == autograd::LossKind::CrossEntropy) return {};
   Rng rng(16);
   Backend& cpu = oracle_f64();
@@ -337,7 +337,7 @@ HeadResult run_head(Backend& b, const HeadCase& c, TapeMode mode, HeadChunks chu
   const Shape rows{HeadCase::kRows, HeadCase::kWidth};
   const Tensor h = make(b, rows, b.act(), c.h);
   const Tensor table = make(b, {HeadCase::kWords, HeadCase::kWidth}, b.act(), c.table);
-  autograd::Teacher teacher;
+  autograd::TeacherHead teacher;
   if (c.kind != autograd::LossKind::CrossEntropy)
     teacher = {make(b, rows, b.act(), c.teacher), table};
   const Tensor targets = make_ids(b, {HeadCase::kRows}, c.targets);
@@ -424,7 +424,7 @@ TEST_CASE("head_loss: its memory does not grow with a vocabulary in chunks", "[a
     std::vector<int64_t> held;
     for (const int64_t v : {int64_t{16384}, int64_t{32768}, int64_t{50000}}) {
       const Tensor table = b.zeros({v, d}, b.act());
-      autograd::Teacher teacher;
+      autograd::TeacherHead teacher;
       if (kind != autograd::LossKind::CrossEntropy) teacher = {h, table};
       b.reset_memory_peak();
       const int64_t before = b.memory_peak_bytes();

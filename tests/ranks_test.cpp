@@ -157,7 +157,7 @@ std::vector<double> losses_of(const std::string& run) {
 // The order of sums changes a gradient by a few ulps. A step of AdamW is a gradient divided by its
 // root mean square, so an element that is nearly 0 may move by another part of the rate. Measured
 // below, on three kinds of CPUs: losses 6e-8 to 6e-6, masters 1e-5.
-constexpr double kLosses = 1e-4, kMasters = 1e-4;
+constexpr double kLosses = 2e-5, kMasters = 1e-4;
 
 static void check_close(const std::string& run, const std::string& other, double losses = kLosses,
                         double masters = kMasters, double codes = 0) {
@@ -215,7 +215,7 @@ TEST_CASE("ranks start LC from the moments of all windows", "[train][ranks]") {
   const TempDir dir;
   REQUIRE(train_on(1, dir / "1", kLc) == no_errors(1));
   REQUIRE(train_on(3, dir / "3", kLc) == no_errors(3));
-  check_close(dir / "3", dir / "1", 0.05, 0.5, 0.3);
+  check_close(dir / "3", dir / "1", 0.03, 0.3, 0.15);  // measured 0.012, 0.16, 0.08
 }
 
 TEST_CASE("ranks repeat their run byte for byte, wherever streams are", "[train][ranks]") {
@@ -540,7 +540,7 @@ TEST_CASE("two processes train what one trains", "[train][ranks]") {
     REQUIRE(failure_of(dir, dir / name, 2, Task::Train) == "");
   CHECK(results(dir / "2") == results(dir / "again"));
   // In BF16: measured 0.07.
-  check_close(dir / "2", dir / "1", on_cuda() ? 0.01 : kLosses, on_cuda() ? 0.2 : kMasters);
+  check_close(dir / "2", dir / "1", on_cuda() ? 0.01 : kLosses, on_cuda() ? 0.1 : kMasters);
 }
 
 TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[train][ranks]") {

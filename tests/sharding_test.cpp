@@ -6,6 +6,7 @@
 #include "engine/rng.h"
 #include "tests/on_ranks.h"
 #include "tests/support.h"
+#include "train/step_loop.h"
 
 namespace bbb::tests {
 namespace {
@@ -18,6 +19,18 @@ std::vector<std::string> no_errors(int size) {
   return std::vector<std::string>(static_cast<size_t>(size));
 }
 
+// Normal values of every parameter of a set that is not sharded, times `scale`; padding is 0.
+std::vector<float> random_values(autograd::ParameterSet& set, uint64_t seed, double scale) {
+  engine::Rng rng(seed);
+  std::vector<float> values(static_cast<size_t>(set.masters().numel()));
+  for (const auto& parameter : set.parameters()) {
+    const auto begin = static_cast<size_t>(set.offset(*parameter));
+    for (int64_t i = 0; i < parameter->master.numel(); ++i)
+      values[begin + static_cast<size_t>(i)] = static_cast<float>(scale * rng.normal());
+  }
+  return values;
+}
+
 // Two weights, of which no number of ranks divides the second, between norms.
 struct Parameters {
   Parameters(Backend& backend, Comm* comm) : set(backend, autograd::GradientPasses::Several, comm) {
@@ -26,7 +39,6 @@ struct Parameters {
                                       {"second", Shape{7, 96}},
                                       {"last norm", Shape{96}}}) {
       set.add(name, shape).sharded = comm != nullptr && shape.size() == 2;
-      names.emplace_back(name);
     }
     set.allocate();
   }
@@ -37,7 +49,6 @@ struct Parameters {
   }
 
   autograd::ParameterSet set;
-  std::vector<std::string> names;  // as declared
 };
 
 std::vector<double> whole_of(Backend& backend, const autograd::ParameterSet& set,
@@ -84,13 +95,7 @@ TEST_CASE("a part is reduced for its rank, and parts are gathered by all", "[com
 
 TEST_CASE("a whole buffer is the same for any number of ranks", "[sharding]") {
   Parameters alone(oracle(), nullptr);
-  engine::Rng rng(3);
-  std::vector<float> values(static_cast<size_t>(alone.set.masters().numel()));
-  for (const auto& parameter : alone.set.parameters()) {  // padding is 0
-    const auto begin = static_cast<size_t>(alone.set.offset(*parameter));
-    for (int64_t i = 0; i < parameter->master.numel(); ++i)
-      values[begin + static_cast<size_t>(i)] = static_cast<float>(rng.normal());
-  }
+  const std::vector<float> values = random_values(alone.set, 3, 1);
   alone.set.upload_whole(alone.set.masters(), values.data());
   const std::vector<double> expected = whole_of(oracle(), alone.set, alone.set.masters());
   CHECK(expected == std::vector<double>(values.begin(), values.end()));
@@ -113,6 +118,45 @@ TEST_CASE("a whole buffer is the same for any number of ranks", "[sharding]") {
         const double wanted = held ? expected[first + static_cast<size_t>(begin) + i] : 0;
         BBB_CHECK(part[i] == wanted, "element ", i);
       }
+    });
+    CHECK(errors == no_errors(size));
+  }
+}
+
+// The clip acts in the first step alone, so that a norm of one rank's part would change the
+// moments.
+TEST_CASE("sharded steps are those of one rank", "[sharding]") {
+  Parameters alone(oracle(), nullptr);
+  const std::vector<float> masters = random_values(alone.set, 5, 1);
+  const std::vector<std::vector<float>> gradients{random_values(alone.set, 6, 3.0),
+                                                  random_values(alone.set, 7, 1e-3)};
+  struct Result {
+    std::vector<double> masters, norms;
+  };
+  const auto train = [&](Backend& device, autograd::ParameterSet& set) {
+    Result result;
+    autograd::Optimizer optimizer(set, nullptr, {}, train::schedule_of(0.1, 4));
+    const Tensor loss = device.zeros({1}, device.real());
+    set.upload_whole(set.masters(), masters.data());
+    for (const std::vector<float>& gradient : gradients) {
+      set.upload_whole(set.grads(), gradient.data());
+      optimizer.step(loss);
+      result.norms.push_back(values_of(device, optimizer.control())[engine::kGradNorm]);
+    }
+    result.masters = whole_of(device, set, set.masters());
+    return result;
+  };
+  const Result expected = train(oracle(), alone.set);
+  CHECK(expected.norms[0] > 100);
+  CHECK(expected.norms[1] < 1);
+  for (const int size : {2, 3}) {
+    CAPTURE(size);
+    const auto errors = on_ranks(size, [&](const Ranks& comm) {
+      const auto device = engine::make_cpu_backend(1);
+      Parameters shared(*device, comm.get());
+      const Result result = train(*device, shared.set);
+      BBB_CHECK(relative_error(result.norms, expected.norms) < 1e-6, "norms");
+      BBB_CHECK(relative_error(result.masters, expected.masters) < 1e-6, "masters");
     });
     CHECK(errors == no_errors(size));
   }

@@ -323,6 +323,7 @@ TEST_CASE("train config: typed options that decide nothing are named", "[config]
       {{"--e2e-train", "scales", "--e2e-embedding", "train"}, "--e2e-embedding is unused"},
       {{"--ste", "all", "--ste-trust", "2"}, "--ste-trust is unused: --ste is not trust"},
       {{"--e2e-train", "scales", "--ste", "all"}, "--ste is unused: --e2e-train scales"},
+      {{"--e2e-loss", "ce", "--teacher", "cached"}, "--teacher is unused: --e2e-loss ce"},
   };
   const tools::Arguments train = {"train", "--model", "absent", "--data", "absent", "--out", "out"};
   for (const auto& c : cases) {

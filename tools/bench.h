@@ -36,8 +36,7 @@ struct TrainBench {
 struct TrainBenchResult {
   double step_s = 0;
   double quantize_s = 0, forward_s = 0, backward_s = 0, optimizer_s = 0;  // their sum is step_s
-  double flops = 0;                                                       // useful ones, of a
-                                                                          // rank's step
+  double flops = 0;      // useful ones, of a rank's step
   double gemm_peak = 0;  // flops per second, measured after the step
   int64_t kernels = 0;   // per step, in one graph; 0 on the CPU
   int64_t peak_bytes = 0;

@@ -125,6 +125,8 @@ void bench_as_rank(const CommandLine& line, TrainBench bench, std::shared_ptr<en
                        {"layers", bench.end_to_end ? bench.model.layers : 1},
                        {"widths", trained_widths},
                        {"batch", bench.batch},
+                       {"micro_batch", bench.micro_batch},  // 0: by device
+                       {"moments", bench.moments == train::Moments::Wide ? "wide" : "8bit"},
                        {"seq_len", bench.seq_len},
                        {"step_ms", 1e3 * r.step_s},
                        {"quantize_ms", 1e3 * r.quantize_s},

@@ -32,6 +32,11 @@ train::TrainConfig config_for(const Backend& backend, const TrainBench& bench) {
   constexpr int64_t kBatches = 4;
   const Repeats repeats = repeats_for(backend, bench);
   const int64_t steps = repeats.warmup + repeats.groups * repeats.calls;
+  const int64_t ranks = bench.comm->size(), micro = bench.micro_batch;
+  if (bench.batch % ranks != 0)
+    throw UsageError(cat(ranks, " ranks cannot share --batch ", bench.batch));
+  if (micro > 0 && bench.batch % micro != 0)
+    throw UsageError(cat("--micro-batch ", micro, " does not divide --batch ", bench.batch));
   train::TrainConfig config = bench.grid;
   config.seq_len = bench.seq_len;
   config.samples = kBatches * bench.batch;

@@ -3,7 +3,7 @@
 //   bbb COMMAND --ranks N        starts N - 1 processes of itself on this host; this one is rank 0
 //   LAUNCHER bbb COMMAND [..]    the launcher has started them, here and perhaps on other hosts
 //
-// Commands: train, ppl, eval.
+// Commands: train, ppl, eval, bench train.
 //
 // What a launcher says, the first that is set:
 //   RANK, WORLD_SIZE, LOCAL_RANK                                torchrun, and the processes above

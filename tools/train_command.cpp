@@ -104,6 +104,10 @@ std::string reason_unused(const train::TrainConfig& config, const train::Field& 
   if (name == "grid-lr" && config.grid_train == train::GridTrain::None &&
       config.method != train::Method::BlockAp)
     return "no grid trains without --grid-train";
+  if (name == "teacher" && config.e2e_steps == 0 && !algorithm2)
+    return "there is no end-to-end phase";
+  if (name == "teacher" && config.e2e_loss == train::EndToEndLoss::CrossEntropy)
+    return "--e2e-loss ce has no teacher";
   if (name == "first-ratio" && !algorithm2)
     return "--block-schedule all switches all blocks at once";
   if (name == "depth-bias" && config.block_schedule != train::BlockSchedule::Stochastic)
@@ -140,7 +144,8 @@ void name_unused(const train::TrainConfig& config, const CommandLine& line) {
   });
 }
 
-// Whether the end-to-end phase fits, with as much recomputed as can be, and either teacher.
+// Whether the end-to-end phase fits, with as much recomputed as can be, and either teacher unless
+// one is set.
 bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source,
                       const train::TrainConfig& config) {
   const train::TrainConfig resolved = train::resolve(config, source.config(), backend.device());
@@ -149,6 +154,7 @@ bool whole_model_fits(engine::Backend& backend, const models::Checkpoint& source
                                           models::Recompute::Block, teacher)
                .device_bytes <= train::tensor_room(backend, resolved.memory);
   };
+  if (resolved.memory.teacher) return fits(*resolved.memory.teacher);
   return fits(train::TeacherStates::Beside) || fits(train::TeacherStates::Cached);
 }
 

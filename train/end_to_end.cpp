@@ -50,7 +50,7 @@ class EndToEnd {
                        schedule_of(recipe.whole_stages()[stage].lr, steps_));
     oscillation_.emplace(backend, config, student_);
     loop_.emplace(backend, run, steps_, config.e2e_batch * config.seq_len, recompute,
-                  config.save_every, is_sharded(state()) ? config.comm.get() : nullptr);
+                  config.save_every, is_sharded() ? config.comm.get() : nullptr);
     loss_ = backend.empty({1}, backend.real());
     const std::vector<double> factors = batches_->loss_factors();
     masked_ = !factors.empty();
@@ -80,7 +80,7 @@ class EndToEnd {
       return Json{{"phase", "e2e"}, {"stage", name}, {"stage_number", stage_}};
     };
     hooks.save = [this](const Position& position) {
-      if (run_.writes() || is_sharded(state()))
+      if (run_.writes() || is_sharded())
         save_state(run_.writes() ? run_.e2e_state_file() : "", run_.checksum(), position, backend_,
                    state());
     };
@@ -97,7 +97,7 @@ class EndToEnd {
     BBB_CHECK(outcome.skipped < steps_, "end to end, ", name,
               ": every step was skipped, its loss or gradient was not finite");
     oscillation_->finish();
-    if (run_.writes() || is_sharded(state())) student_.write_result(run_);
+    if (run_.writes() || is_sharded()) student_.write_result(run_);
     if (run_.writes()) std::filesystem::remove(run_.e2e_state_file());
   }
 
@@ -113,6 +113,7 @@ class EndToEnd {
   }
 
   Student& student() { return student_; }
+  bool is_sharded() { return student_.parameters().sharded_elements() > 0; }
 
   // All tensors that steps change.
   NamedTensors state() const {
@@ -175,7 +176,7 @@ class EndToEnd {
       const LossKind kind = !teacher_                              ? LossKind::CrossEntropy
                             : config_.e2e_loss == EndToEndLoss::Kl ? LossKind::Kl
                                                                    : LossKind::JensenShannon;
-      autograd::Teacher teacher;
+      autograd::TeacherHead teacher;
       if (teacher_) teacher = {teacher_h, teacher_->head()};
       const double scale = 1.0 / static_cast<double>(own_e2e_batch(config_) * (seq - 1));
       const Var loss = autograd::head_loss(

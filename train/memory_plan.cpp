@@ -54,20 +54,24 @@ PhaseMemory count_block_memory(const Backend& backend, const LlamaConfig& model,
   return memory;
 }
 
-// Host memory of the largest factor that the phase makes: of GPTQ's Hessians or of LC's start,
-// which holds the moments of all sites beside it.
-int64_t factor_bytes(const LlamaConfig& model, const TrainConfig& config) {
+// Host memory of the largest factor of GPTQ's Hessians.
+int64_t hessian_bytes(const LlamaConfig& model, const TrainConfig& config) {
   int64_t most = 0;
-  std::array<int64_t, models::kSites> moments{};
   if (config.method == Method::Gptq && block_stages(config) > 0)
     for (const quant::LinearFormat& format :
          Recipe(config, model).stage_formats(Recipe::widest_layer(config, model), 0))
       most = std::max(most, models::hessian_factor_bytes(format.stored_k()));
-  if (Recipe::needs_starts(config))
-    for (const models::LinearShape& shape : models::block_linears(model)) {
-      most = std::max(most, models::lc_factor_bytes(shape.k));
-      moments[static_cast<size_t>(shape.site)] = 4 * shape.k * shape.k;
-    }
+  return most;
+}
+
+// Host memory of LC's start: the moments of all sites, and the largest factor of one.
+int64_t lc_start_bytes(const LlamaConfig& model) {
+  int64_t most = 0;
+  std::array<int64_t, models::kSites> moments{};
+  for (const models::LinearShape& shape : models::block_linears(model)) {
+    most = std::max(most, models::lc_factor_bytes(shape.k));
+    moments[static_cast<size_t>(shape.site)] = 4 * shape.k * shape.k;
+  }
   return std::accumulate(moments.begin(), moments.end(), most);
 }
 
@@ -80,7 +84,7 @@ StreamRoom room_off_device(const Backend& backend, const LlamaConfig& model,
       (2 + static_cast<int64_t>(config.stages.size())) * block_parameters(model) * 4;
   room.host_bytes =
       std::max<int64_t>(0, engine::HostMemory::available_bytes() / config.memory.sharers / 5 * 4 -
-                               weights_bytes - factor_bytes(model, config));
+                               weights_bytes - hessian_bytes(model, config));
   if (backend.device() == engine::DeviceType::Cpu)  // one memory for both
     room.host_bytes = std::max<int64_t>(0, room.host_bytes - tensor_room(backend, config.memory));
   if (config.memory.host_bytes > 0)
@@ -163,6 +167,7 @@ PhaseMemory plan_end_to_end_memory(Backend& backend, const LlamaConfig& model,
     advice += ", take --e2e-train scales";
   if (config.memory.recompute && *config.memory.recompute != Recompute::Block)
     advice += ", take --recompute block";
+  if (config.memory.teacher) advice += ", leave out --teacher";
   if (block_stages(config) > 0) advice += ", or leave the phase out with --e2e-steps 0";
   check_memory(backend, memory.device_bytes, config.memory,
                cat("end-to-end training of ", own_micro_batch(config), " windows of ",
@@ -182,7 +187,8 @@ int64_t count_statistics_memory(const Backend& backend, const LlamaConfig& model
 }
 
 void check_factor_memory(const LlamaConfig& model, const TrainConfig& config) {
-  const int64_t bytes = factor_bytes(model, config);
+  const int64_t bytes = std::max(hessian_bytes(model, config),
+                                 Recipe::needs_starts(config) ? lc_start_bytes(model) : 0);
   const int64_t room = engine::HostMemory::available_bytes() / config.memory.sharers;
   BBB_CHECK(bytes <= room, "the factor of the inputs' second moments needs about ",
             (bytes >> 20) + 1, " MiB of host memory, but ", room >> 20, " MiB are left");

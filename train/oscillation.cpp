@@ -5,7 +5,7 @@ namespace bbb::train {
 Oscillation::Oscillation(engine::Backend& backend, const TrainConfig& config, Student& student)
     : backend_(backend), config_(config), student_(student) {
   const engine::Tensor& masters = student.parameters().masters();
-  if (config.e2e_average > 0) average_ = backend.empty(masters.shape(), backend.real());
+  if (config.e2e_average > 0) average_ = backend.zeros(masters.shape(), backend.real());
   if (config.e2e_freeze == Freeze::Flips)
     flips_ = backend.zeros(masters.shape(), engine::DType::U8);
 }

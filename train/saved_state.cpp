@@ -64,12 +64,6 @@ int64_t bytes_of(const NamedTensors& tensors) {
   return bytes;
 }
 
-bool is_sharded(const NamedTensors& tensors) {
-  return std::ranges::any_of(tensors, [](const NamedTensor& of) {
-    return of.set != nullptr && of.set->sharded_elements() > 0;
-  });
-}
-
 void save_state(const std::string& path, uint64_t run, const Position& position,
                 engine::Backend& backend, const NamedTensors& tensors) {
   const std::vector<int64_t> where{position.block, position.stage, position.step};

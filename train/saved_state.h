@@ -35,7 +35,6 @@ struct NamedTensor {
 };
 using NamedTensors = std::vector<NamedTensor>;
 int64_t bytes_of(const NamedTensors& tensors);  // in a state
-bool is_sharded(const NamedTensors& tensors);
 
 // Replaces the file at `path` completely or not at all. The work that computes the tensors must
 // have finished. Throws, naming path and cause, if the file cannot be written. Of sharded tensors

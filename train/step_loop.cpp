@@ -154,13 +154,27 @@ void GradientAverage::join() {
   comm_.join();
 }
 
+// Sums in real, also of gradients that are act.
+void GradientAverage::reduce(const Tensor& gradients) {
+  Backend& backend = parameters_.backend();
+  if (gradients.dtype() == backend.real()) return comm_.all_reduce(gradients, engine::Reduce::Mean);
+  const Tensor& buffer = parameters_.spare_buffer();
+  for (int64_t begin = 0; begin < gradients.numel(); begin += buffer.numel()) {
+    const int64_t count = std::min(buffer.numel(), gradients.numel() - begin);
+    const Tensor piece = gradients.slice(begin, count), sum = buffer.slice(0, count);
+    backend.cast(sum, piece);
+    comm_.all_reduce(sum, engine::Reduce::Mean);
+    backend.cast(piece, sum);
+  }
+}
+
 // In as few pieces as the parameters that need nothing leave.
 void GradientAverage::finish(const Tensor& loss) {
   if (comm_.size() == 1) return;
   const Tensor& grads = parameters_.grads();
   int64_t begin = parameters_.sharded_elements();
   const auto reduce_up_to = [&](int64_t end) {
-    if (begin < end) comm_.all_reduce(grads.slice(begin, end - begin), engine::Reduce::Mean);
+    if (begin < end) reduce(grads.slice(begin, end - begin));
   };
   for (size_t i = 0; i < started_.size(); ++i) {
     const autograd::Parameter& parameter = *parameters_.parameters()[i];

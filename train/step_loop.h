@@ -81,8 +81,8 @@ class StepLoop {
 // The gradient of a sharded parameter is reduced in every pass, while that of the next one is
 // computed in the other buffer; then this rank's part goes to the flat gradients:
 //
-//   compute   dW 6 | dW 5 | take 6, dW 4 | take 5, dW 3 | ..
-//   ranks          | reduce 6 | reduce 5 | reduce 4     | ..
+//   compute   dW 6 | dW 5 | copy part 6, dW 4 | copy part 5, dW 3 | ..
+//   ranks          | reduce 6 | reduce 5      | reduce 4          | ..
 class GradientAverage {
  public:
   // Sets on_gradient of the parameters, which must be allocated; all must outlive this.
@@ -99,6 +99,7 @@ class GradientAverage {
   void start(const autograd::Parameter& parameter);
   void start_sharded(const autograd::Parameter& parameter);
   void take_part();  // of the last parameter that start_sharded() got
+  void reduce(const Tensor& gradients);
 
   engine::Comm& comm_;
   autograd::ParameterSet& parameters_;

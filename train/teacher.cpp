@@ -27,7 +27,8 @@ Teacher::Teacher(engine::Backend& backend, const models::Checkpoint& source,
 // over some windows again.
 void Teacher::cache(const TokenBatches& batches, const TrainConfig& config,
                     const Observer& observer) {
-  const int64_t count = batches.windows(), micro = std::min(own_micro_batch(config), count);
+  const int64_t count = batches.windows(), micro = own_micro_batch(config);
+  BBB_ASSERT(micro <= count);
   states_ = backend_.empty({count, config.seq_len * d_model_}, backend_.act());
   engine::Progress progress = observer.progress("teacher", count, engine::Progress::kPatience_s);
   for (int64_t begin = 0; begin < count; begin += micro) {

@@ -1,9 +1,7 @@
 // Teacher: the full-precision model, whose distribution the end-to-end phase learns.
 //
 //   beside   its forward pass is a part of every step
-//   cached   one pass over this rank's windows, in front of the steps, keeps its last hidden
-//   states;
-//            its blocks are freed
+//   cached   one pass over this rank's windows keeps its last hidden states; its blocks are freed
 //
 // Both give a step the same bits.
 #pragma once
