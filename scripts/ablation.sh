@@ -150,7 +150,7 @@ case $table in
     for range in minmax search; do
       run "GPTQ, $range" "$data" $few --method gptq --range $range --rotate none --e2e-steps 0
     done
-    scales="--e2e-stages w2a16:1 --e2e-loss ce --e2e-lr 1e-4"
+    scales="--e2e-stages w2a16:1 --e2e-loss ce"
     run "GPTQ, search, then scales" "$data" $few --method gptq --rotate none $scales
     block_ap="$few --method block-ap --range minmax --rotate none --batch 2 --lr 2e-4 --grid-lr 1e-4"
     run "Block-AP" "$data" $block_ap --e2e-steps 0
