@@ -8,6 +8,7 @@
 #include "data/files.h"
 #include "data/gzip.h"
 #include "data/json.h"
+#include "engine/cpu/thread_pool.h"
 #include "quant/check.h"
 
 namespace bbb::data {
@@ -103,30 +104,48 @@ static void append_chat(TokenStream& stream, const Tokenizer& tokenizer, const R
 
 TokenStream training_tokens(const Tokenizer& tokenizer, const std::vector<Document>& documents,
                             int32_t doc_end, const std::vector<int32_t>& stop_ids,
-                            const std::string& model) {
+                            const std::string& model, int threads) {
   BBB_CHECK(doc_end >= 0 && doc_end < tokenizer.vocab_size(), "the document end ", doc_end,
             " is outside the vocabulary of ", tokenizer.vocab_size());
   std::optional<TrainingChats> chats;
+  if (!std::ranges::all_of(documents, [](const Document& d) { return d.messages.empty(); }))
+    chats.emplace(tokenizer, model);
   std::vector<int32_t> stops = tokenizer.end_of_turn();
   stops.insert(stops.end(), stop_ids.begin(), stop_ids.end());
-  TokenStream stream;
-  for (const Document& document : documents) {
+  const auto tokens_of = [&](const Document& document) {
+    TokenStream tokens;
     const bool chat = !document.messages.empty();
-    stream.starts.push_back(static_cast<int64_t>(stream.ids.size()));
     if (chat) {
-      if (!chats) chats.emplace(tokenizer, model);
-      try {
-        append_chat(stream, tokenizer, chats->render(document.messages), stops);
-      } catch (const Error& error) {
-        throw Error(cat("document ", stream.starts.size(), ": ", error.what()));
-      }
+      append_chat(tokens, tokenizer, chats->render(document.messages), stops);
     } else {
-      if (tokenizer.add_bos() && tokenizer.bos()) stream.ids.push_back(*tokenizer.bos());
+      if (tokenizer.add_bos() && tokenizer.bos()) tokens.ids.push_back(*tokenizer.bos());
       const std::vector<int32_t> ids = tokenizer.encode(document.text, SpecialText::AsText);
-      stream.ids.insert(stream.ids.end(), ids.begin(), ids.end());
+      tokens.ids.insert(tokens.ids.end(), ids.begin(), ids.end());
     }
-    if (!chat || stream.ids.back() != doc_end) stream.ids.push_back(doc_end);
-    stream.counted.resize(stream.ids.size(), chat ? 0 : 1);
+    if (!chat || tokens.ids.back() != doc_end) tokens.ids.push_back(doc_end);
+    tokens.counted.resize(tokens.ids.size(), chat ? 0 : 1);
+    return tokens;
+  };
+  constexpr int64_t kAtOnce = 8;  // documents that a thread takes
+  const auto count = static_cast<int64_t>(documents.size());
+  std::vector<TokenStream> parts(documents.size());
+  std::vector<std::string> errors(documents.size());  // so that the first document's is thrown
+  engine::ThreadPool(threads).parallel_for(count, kAtOnce, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      try {
+        parts[i] = tokens_of(documents[i]);
+      } catch (const Error& error) {
+        errors[i] = error.what();
+      }
+    }
+  });
+  TokenStream stream;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    BBB_CHECK(errors[i].empty(), "document ", i + 1, ": ", errors[i]);
+    const TokenStream part = std::move(parts[i]);
+    stream.starts.push_back(static_cast<int64_t>(stream.ids.size()));
+    stream.ids.insert(stream.ids.end(), part.ids.begin(), part.ids.end());
+    stream.counted.insert(stream.counted.end(), part.counted.begin(), part.counted.end());
   }
   return stream;
 }

@@ -45,10 +45,11 @@ struct TokenStream {
 // For training: each document's ids, then `doc_end`, unless a chat ends with it already. With the
 // tokenizer's add_bos, BOS before each document. A chat is rendered in the model's own format; of
 // its tokens those of the assistant's answers count, each answer up to the token that ends its
-// turn: the first of end_of_turn() and `stop_ids`. Throws as render_chat() does, with `model`.
+// turn: the first of end_of_turn() and `stop_ids`. Throws as render_chat() does, with `model`; what
+// a document is the cause of, with its number. threads: 0: all cores.
 TokenStream training_tokens(const Tokenizer& tokenizer, const std::vector<Document>& documents,
                             int32_t doc_end, const std::vector<int32_t>& stop_ids = {},
-                            const std::string& model = "the model");
+                            const std::string& model = "the model", int threads = 0);
 
 // For perplexity: documents joined by exactly two newlines and tokenized as one text, after one BOS
 // if the tokenizer adds it.

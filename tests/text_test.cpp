@@ -142,6 +142,15 @@ TEST_CASE("training ends each document, evaluation joins them", "[text]") {
   }
   CHECK(with_bos->add_bos());
   CHECK(!plain->add_bos());
+  std::vector<data::Document> many;
+  for (int i = 0; i < 100; ++i) many.push_back({cat("document ", i, std::string(i % 7, '.'))});
+  const auto tokens_on = [&](int threads) {
+    return data::training_tokens(*plain, many, plain->document_end(), {}, "", threads);
+  };
+  const data::TokenStream one = tokens_on(1), four = tokens_on(4);
+  CHECK(four.ids == one.ids);
+  CHECK(four.starts == one.starts);
+  CHECK(four.counted == one.counted);
   for (const int64_t id : {int64_t{-1}, plain->vocab_size()})
     CHECK_THROWS_AS(
         data::training_tokens(*plain, as_documents(documents), static_cast<int32_t>(id)), Error);

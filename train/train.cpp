@@ -90,7 +90,7 @@ data::TokenStream training_tokens(const Checkpoint& source, const data::Tokenize
     throw UsageError(
         cat("--doc-end ", doc_end, " is no token of a vocabulary of ", source.config().vocab));
   return data::training_tokens(tokenizer, data::read_documents(config.data), doc_end,
-                               source.stop_ids(), source.path());
+                               source.stop_ids(), source.path(), config.threads);
 }
 
 namespace {
