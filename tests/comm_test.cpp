@@ -21,10 +21,6 @@ using engine::Comm;
 using engine::Reduce;
 using Ranks = std::shared_ptr<Comm>;
 
-std::vector<std::string> no_errors(int size) {
-  return std::vector<std::string>(static_cast<size_t>(size));
-}
-
 // Values of one rank that differ in size, so that another order of adding shows.
 std::vector<double> values_of_rank(int rank, int64_t count) {
   engine::Rng rng(static_cast<uint64_t>(rank) + 1);

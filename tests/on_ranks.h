@@ -41,4 +41,9 @@ inline std::vector<std::string> on_ranks(
   return errors;
 }
 
+// What on_ranks() returns if none threw.
+inline std::vector<std::string> no_errors(int size) {
+  return std::vector<std::string>(static_cast<size_t>(size));
+}
+
 }  // namespace bbb::tests

@@ -80,10 +80,6 @@ void apply(train::TrainConfig& config, const Options& options) {
   });
 }
 
-std::vector<std::string> no_errors(int ranks) {
-  return std::vector<std::string>(static_cast<size_t>(ranks));
-}
-
 // Leaves too little memory for the streams between blocks: files in `scratch` hold some of them.
 void spill_streams(train::TrainConfig& config, Backend& device, const std::string& scratch) {
   config.memory.recompute = models::Recompute::None;

@@ -15,10 +15,6 @@ using engine::Comm;
 using engine::Reduce;
 using Ranks = std::shared_ptr<Comm>;
 
-std::vector<std::string> no_errors(int size) {
-  return std::vector<std::string>(static_cast<size_t>(size));
-}
-
 // Normal values of every parameter of a set that is not sharded, times `scale`; padding is 0.
 std::vector<float> random_values(autograd::ParameterSet& set, uint64_t seed, double scale) {
   engine::Rng rng(seed);
