@@ -127,6 +127,13 @@ void CudaBackend::packed_products(const PackedProducts& products, const Tiled& t
   if (!in_tiles.empty()) tiled(in_tiles);
 }
 
+// Whether that is faster for m rows, of weights of 3, 4 or 8 bits.
+static bool on_tensor_cores(const quant::LinearFormat& format, int64_t m) {
+  const int bits = format.weight.bits;
+  return m >= (bits == 8 ? kMinGemmRows : kMinCodeRows) ||
+         format.n * format.stored_k() >= (bits == 3 ? 2 * kManyCodes : kManyCodes);
+}
+
 void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
   check_aligned(x, "x");
   const int64_t m = x.dim(0);
@@ -139,9 +146,9 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         const quant::LinearFormat& format = product.weight.format;
-        const int bits = format.weight.bits;
-        if (takes_slice_pairs(format) && m >= (bits == 8 ? kMinGemmRows : kMinCodeRows))
-          return with_pairs[static_cast<size_t>(bits)].push_back(tiled_product(product));
+        if (takes_slice_pairs(format) && on_tensor_cores(format, m))
+          return with_pairs[static_cast<size_t>(format.weight.bits)].push_back(
+              tiled_product(product));
         quant::launch_packed_gemv(stream_, y_bf16, y_f32, bf16_of(x), view_of(product.weight),
                                   bf16_of(product.addend), m);
       });

@@ -94,9 +94,11 @@ void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProdu
 // the same number of bits.
 constexpr int64_t kMinGemmRows = 5;
 // Weights as in the file: of 3 and 4 bits faster from kMinCodeRows on, of 8 bits, which it rounds
-// to bf16, used from kMinGemmRows on. With more than kMostCodeRows a GEMM of the unpacked weight is
-// as fast.
+// to bf16, used from kMinGemmRows on. Large matrices for any number of rows: of one row, 14336 x
+// 4096 takes 17 to 20 us instead of 28 to 30 on an H200. With more than kMostCodeRows a GEMM of the
+// unpacked weight is as fast.
 constexpr int64_t kMinCodeRows = 2, kMostCodeRows = 1024;
+constexpr int64_t kManyCodes = int64_t{1} << 24;  // of a large matrix; of 3 bits twice as many
 void launch_packed_gemm(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m);
 

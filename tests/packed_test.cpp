@@ -40,10 +40,11 @@ TEST_CASE("unpacked weights are exact", "[packed]") {
 int64_t most_rows(const WeightGrid& grid, int64_t k) {
   return backend().max_packed_rows({.n = 1, .k = k, .weight = grid});
 }
-// Whether bf16 tensor cores multiply them by so many rows.
-bool on_tensor_cores(const WeightGrid& grid, int64_t k, int64_t m) {
+// Whether bf16 tensor cores multiply n x k of them by so many rows.
+bool on_tensor_cores(const WeightGrid& grid, int64_t k, int64_t m, int64_t n = 1) {
   const int64_t least = grid.bits == 3 || grid.bits == 4 ? 2 : 5;
-  return on_cuda() && most_rows(grid, k) > Backend::kMaxPackedRows && m >= least;
+  const bool large = grid.bits != 2 && n * k >= int64_t{1} << (grid.bits == 3 ? 25 : 24);
+  return on_cuda() && most_rows(grid, k) > Backend::kMaxPackedRows && (m >= least || large);
 }
 // Whether weights of this grid are in tiles.
 bool in_tiles(const WeightGrid& grid) {
@@ -63,8 +64,8 @@ double half_unit(const WeightGrid& grid, int64_t m) {
 // adds at most K / 32 of the K products, and 16 more sums join lanes, warps and the addend. Each
 // rounding is by half an epsilon. bf16 tensor cores add 16 products at a time: K / 16 roundings,
 // each by up to an epsilon.
-double roundings(const WeightGrid& grid, int64_t k, int64_t m) {
-  return static_cast<double>(k) / (on_tensor_cores(grid, 128, m) ? 16 : 32) + 16;
+double roundings(const WeightGrid& grid, int64_t k, int64_t m, int64_t n = 1) {
+  return static_cast<double>(k) / (on_tensor_cores(grid, 128, m, n * k / 128) ? 16 : 32) + 16;
 }
 
 // Whether m rows are more than products with weights of this grid and K columns take on this
@@ -117,7 +118,7 @@ void check_product(const Values& got, const PackedMatrix& matrix, const Product&
   // Products are exact in FP32 for b <= 4 and rounded once for b = 8. A partial sum is at most the
   // sum of the terms' magnitudes. The output is rounded once more.
   const double sum_error =
-      roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) * want.magnitude;
+      roundings(matrix.grid, matrix.k, m, matrix.n) * epsilon_of(DType::F32) * want.magnitude;
   for (size_t i = 0; i < got.size(); ++i)
     REQUIRE(std::abs(got[i] - want.y[i]) <=
             sum_error + want.split_error[i] + epsilon_of(y_dtype) * std::abs(want.y[i]));
@@ -125,7 +126,7 @@ void check_product(const Values& got, const PackedMatrix& matrix, const Product&
 
 // On tensor cores, levels of 8 bits are rounded to bf16, as unpack rounds them.
 void round_levels(PackedMatrix& matrix, int64_t m) {
-  if (matrix.grid.bits == 8 && on_tensor_cores(matrix.grid, matrix.k, m))
+  if (matrix.grid.bits == 8 && on_tensor_cores(matrix.grid, matrix.k, m, matrix.n))
     matrix.levels = round_bf16(matrix.levels);
 }
 
@@ -221,6 +222,11 @@ TEST_CASE("packed_gemv of many rows with 3, 4 and 8 bits", "[packed][rows]") {
   }
 }
 
+TEST_CASE("packed_gemv of one row with large matrices of 3, 4 and 8 bits", "[packed][large]") {
+  engine::Rng rng(59);
+  for (const auto& [bits, n] : {std::pair<int, int64_t>{3, 4099}, {4, 2100}, {8, 2049}})
+    check_gemv(rng, n, 8192, {bits, 32}, 1, bits == 4, backend().act());
+}
 TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[packed][rows]") {
   engine::Rng rng(50);
   Backend& b = backend();
