@@ -4,8 +4,9 @@
 //
 // Shapes: o, q (B, 1, H, d); k, v (B, 1, K, d); caches bf16 (B, Tmax, K, d); start I32 (B).
 //
-// A cluster of R blocks takes up to 16 query heads of one kv-head, which are the rows of its mma
-// fragments. Tiles of 16 keys are dealt to its warps: tile t to rank t % R, warp t / R % kWarps.
+// A cluster of R blocks takes up to eight query heads of one kv-head, which are the columns of its
+// mma fragments. Tiles of 16 keys are dealt to its warps: tile t to rank t % R, warp t / R %
+// kWarps.
 //
 //     before the wait   the first tiles of every warp; the rotations
 //     after             rotate the queries; rotate the new key, put it and its value into the last
@@ -33,7 +34,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kQueryRows = 16;  // query heads of a cluster
+constexpr int kQueryRows = 8;  // query heads of a cluster
 constexpr int kTileKeys = 16;
 constexpr int kMaxCluster = 8;  // blocks, as many as every GPU takes
 // A block fits on a multiprocessor beside one of the product in front, which takes half of the
@@ -55,7 +56,7 @@ struct StepArgs {
 };
 
 // Shared memory of a block. Slots of tiles come first: each warp has its own, one or more. At the
-// end its first slot takes its result, 16 x D floats.
+// end its first slot takes its result, 8 x D floats.
 template <int D>
 struct StepMemory {
   static constexpr int kTileBytes = 2 * kTileKeys * D * 2;  // keys, then values
@@ -70,10 +71,10 @@ struct StepMemory {
   float2 rotations[D / 2];
   uint64_t received;  // a barrier that counts what the blocks send
 
-  // A warp's result: rows of D, groups of eight columns swizzled so that a fragment's four rows are
-  // in different banks.
+  // A warp's result: rows of D, groups of eight columns swizzled so that what the lanes of a warp
+  // write, eight columns of four rows, is in different banks.
   __device__ float* result(int warp, int row, int column) {
-    return reinterpret_cast<float*>(slots[warp]) + row * D + (column ^ (row & 3) * 8);
+    return reinterpret_cast<float*>(slots[warp]) + row * D + (column ^ (row / 2 & 3) * 8);
   }
 };
 
@@ -133,10 +134,11 @@ __global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs arg
   };
   const auto load_tile = [&](int which, int slot) {
     if (which <= last_tile) {
+      const int own_lane = recomputed(lane);
       load_tile_async<D, kTileKeys, 32>(keys(slot), args.k_cache + cache_at, stride,
-                                        which * kTileKeys, start, D, lane);
+                                        which * kTileKeys, start, D, own_lane);
       load_tile_async<D, kTileKeys, 32>(values(slot), args.v_cache + cache_at, stride,
-                                        which * kTileKeys, start, D, lane);
+                                        which * kTileKeys, start, D, own_lane);
     }
     cp_async_commit();
   };
@@ -188,10 +190,12 @@ __global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs arg
     }
   }
   __syncthreads();
-  const SmemTile<D> queries{shared_address(memory.queries)};
-
+  uint32_t q[D / 32][4];
+#pragma unroll
+  for (int kk = 0; kk < D / 32; ++kk)
+    load_b_32(q[kk], SmemTile<D>{shared_address(memory.queries)}, kk * 32, lane);
   const float scale_log2 = score_scale(D) * kLog2E;
-  OnlineSoftmax<D> softmax;
+  OnlineSoftmaxOfFew<D> softmax;
   int slot = 0;
   for (; tile <= last_tile; tile += step) {
     // The copies to the warp's other slots stay in flight.
@@ -213,22 +217,23 @@ __global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs arg
     __syncwarp();
     float s[2][4] = {};
 #pragma unroll
-    for (int kk = 0; kk < D / 16; ++kk) {
-      uint32_t q[4], k_pairs[4];
-      load_a(q, queries, 0, kk * 16, lane);
-      load_b(k_pairs, keys(slot), 0, kk * 16, lane);
-      mma_bf16(s[0], q, k_pairs[0], k_pairs[1]);
-      mma_bf16(s[1], q, k_pairs[2], k_pairs[3]);
+    for (int kk = 0; kk < D / 32; ++kk) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t k[4];
+        load_a(k, keys(slot), 0, kk * 32 + half * 16, lane);
+        mma_bf16(s[half], k, q[kk][2 * half], q[kk][2 * half + 1]);
+      }
     }
-    softmax.weigh(s, tile * kTileKeys, first_key, start + 1, scale_log2, lane);
-    uint32_t p[4];
-    pack_a(p, s[0], s[1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[0][i] += s[1][i];
+    uint32_t p[2];
+    softmax.weigh(p, s[0], tile * kTileKeys, first_key, start + 1, scale_log2, lane);
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
-      uint32_t v_pairs[4];
-      load_b_rows(v_pairs, values(slot), 0, n * 16, lane);
-      mma_bf16(softmax.acc[2 * n], p, v_pairs[0], v_pairs[1]);
-      mma_bf16(softmax.acc[2 * n + 1], p, v_pairs[2], v_pairs[3]);
+      uint32_t v[4];
+      load_a_rows(v, values(slot), 0, n * 16, lane);
+      mma_bf16(softmax.acc[n], v, p[0], p[1]);
     }
     __syncwarp();
     load_tile(tile + slots * step, slot);
@@ -239,15 +244,16 @@ __global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs arg
   cp_async_wait<0>();
   __syncwarp();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = g + 8 * half;
-    const float sum = quad_sum(softmax.row_sum[half]);
+  for (int i = 0; i < 2; ++i) {
+    const int row = pair + i;
+    const float sum = softmax.total(i);
     if (row >= rows) continue;
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<float2*>(memory.result(warp, row, n * 8 + pair)) =
-          make_float2(softmax.acc[n][2 * half], softmax.acc[n][2 * half + 1]);
-    if (pair == 0) memory.warp_stats[warp][row] = make_float2(softmax.row_max[half], sum);
+    for (int n = 0; n < D / 16; ++n) {
+      *memory.result(warp, row, n * 16 + g) = softmax.acc[n][i];
+      *memory.result(warp, row, n * 16 + 8 + g) = softmax.acc[n][2 + i];
+    }
+    if (g == 0) memory.warp_stats[warp][row] = make_float2(softmax.row_max[i], sum);
   }
   // Each block combines a share of the outputs, `own` of them. All send it their parts.
   const unsigned own = static_cast<unsigned>(rows * D / ranks);

@@ -50,6 +50,12 @@ __device__ inline void load_a(uint32_t (&a)[4], SmemTile<D> tile, int row0, int 
   ldmatrix(a, tile.at(row0 + (lane & 15), k0 / 8 + (lane >> 4)));
 }
 
+// A[m][k] = tile[k0 + k][m0 + m].
+template <int D>
+__device__ inline void load_a_rows(uint32_t (&a)[4], SmemTile<D> tile, int k0, int m0, int lane) {
+  ldmatrix_trans(a, tile.at(k0 + (lane & 7) + ((lane >> 4) << 3), m0 / 8 + ((lane >> 3) & 1)));
+}
+
 // B[k][n] = tile[n0 + n][k0 + k], 16 x 16: b[0], b[1] for n < 8, b[2], b[3] for the rest.
 template <int D>
 __device__ inline void load_b(uint32_t (&b)[4], SmemTile<D> tile, int n0, int k0, int lane) {
@@ -101,6 +107,12 @@ __device__ inline void store_tile(__nv_bfloat16* target, int64_t stride, int glo
       *reinterpret_cast<uint4*>(target + (global_row0 + row) * stride + chunk * 8) =
           *reinterpret_cast<const uint4*>(smem + SmemTile<D>::offset_bytes(row0 + row, chunk));
   }
+}
+
+// B[k][n] = tile[n][k0 + k], 32 x 8: b[0], b[1] for k < 16, b[2], b[3] for the rest.
+template <int D>
+__device__ inline void load_b_32(uint32_t (&b)[4], SmemTile<D> tile, int k0, int lane) {
+  ldmatrix(b, tile.at(lane & 7, k0 / 8 + (lane >> 3)));
 }
 
 // Sum and maximum over the four lanes that share a row of a C fragment.

@@ -55,5 +55,59 @@ struct OnlineSoftmax {
   }
 };
 
+// The same for up to eight query rows, with the keys as rows of the products: scores^T = K q^T and
+// acc^T = V^T p^T take half as many products and registers as 16 rows. A lane (g, t) has queries 2t
+// and 2t + 1.
+template <int D>
+struct OnlineSoftmaxOfFew {
+  float acc[D / 16][4] = {};  // C fragments of acc^T: columns 16 n + g and 16 n + g + 8
+  float row_max[2] = {-INFINITY, -INFINITY};  // of the raw scores
+  float row_sum[2] = {0.0f, 0.0f};            // of this lane's terms
+
+  // From the raw scores of a tile, a C fragment of scores^T, p^T as the B fragment. Else as above.
+  __device__ __forceinline__ void weigh(uint32_t (&p)[2], float (&s)[4], int key0, int first_key,
+                                        int end_key, float scale_log2, int lane) {
+    bool rescale = false;
+    float correction[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float maximum = row_max[i];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = key0 + lane / 4 + 8 * half;
+        float& score = s[2 * half + i];
+        if (key < first_key || key >= end_key) score = -INFINITY;
+        maximum = fmaxf(maximum, score);
+      }
+#pragma unroll
+      for (int apart = 4; apart < 32; apart *= 2)
+        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, apart));
+      const float base = maximum * scale_log2;
+      correction[i] = exp2_approx(row_max[i] * scale_log2 - base);
+      rescale |= maximum != row_max[i];
+      row_max[i] = maximum;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        s[2 * half + i] = exp2_approx(s[2 * half + i] * scale_log2 - base);
+      row_sum[i] = row_sum[i] * correction[i] + (s[i] + s[2 + i]);
+    }
+    p[0] = transpose(pack_bf16(s[0], s[1]));
+    p[1] = transpose(pack_bf16(s[2], s[3]));
+    if (!__any_sync(0xffffffffu, rescale)) return;
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i % 2];
+  }
+
+  // The sum of a query's terms over all lanes.
+  __device__ __forceinline__ float total(int i) const {
+    float sum = row_sum[i];
+#pragma unroll
+    for (int apart = 4; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+    return sum;
+  }
+};
+
 }  // namespace bbb::cuda
 #endif

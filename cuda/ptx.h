@@ -63,6 +63,14 @@ __device__ inline void ldmatrix_trans(uint32_t (&r)[4], uint32_t row_address) {
                : "memory");
 }
 
+// Transposes an 8 x 8 matrix: each lane gives elements (g, 2t), (g, 2t + 1) and gets elements
+// (2t, g), (2t + 1, g).
+__device__ inline uint32_t transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 // c += a b, FP32 accumulation.
 __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
