@@ -224,6 +224,17 @@ __device__ inline void copy_bytes(uint32_t dst, const void* src, int bytes, uint
       : "memory");
 }
 
+// The same of what is read once: the L2 cache drops it before all else.
+__device__ inline void copy_bytes_once(uint32_t dst, const void* src, int bytes, uint32_t barrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // To the L2 cache; `bytes` a multiple of 16, src aligned to 16.
 __device__ inline void prefetch_bytes_to_l2(const void* src, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(src)),

@@ -352,8 +352,8 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   const int slice_bytes = tiles * kTileBytes;
   const auto start_copy = [&](int slice, int slot) {
     mbarrier_expect(barriers + slice * 8, slice_bytes);
-    copy_bytes(shared_address(smem) + slot, source + slice * source_pitch, slice_bytes,
-               barriers + slice * 8);
+    copy_bytes_once(shared_address(smem) + slot, source + slice * source_pitch, slice_bytes,
+                    barriers + slice * 8);
   };
   if (lane == 0 && warp < warps) {
 #pragma unroll 1
