@@ -150,7 +150,9 @@ void ParameterSet::clear_padding(const Parameter& parameter) const {
 }
 
 ParameterSet::Range ParameterSet::own_range(const Parameter& parameter) const {
-  const int64_t part = this->part(parameter), count = parameter.grad.numel();
+  const int64_t count = parameter.grad.numel();
+  if (!parameter.sharded) return {0, count};
+  const int64_t part = this->part(parameter);
   return {std::min(count, comm_->rank() * part), std::min(count, (comm_->rank() + 1) * part)};
 }
 
@@ -194,13 +196,11 @@ void ParameterSet::upload_whole(const Tensor& flat, const void* whole) const {
   if (sharded_elements_ == 0) return backend_.upload(flat, whole);
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& parameter = *parameters_[i];
-    const int64_t count = padded_elements(parameter.grad.numel());
-    const int64_t held = parameter.sharded ? part(parameter) : count;
-    const int64_t begin = parameter.sharded ? std::min(count, comm_->rank() * held) : 0;
-    const int64_t end = std::min(count, begin + held);
+    const auto [begin, end] = own_range(parameter);
     if (begin == end) continue;
     const int64_t from = entries(flat, whole_offsets_[i] + begin);
-    backend_.upload(flat.slice(entries(flat, offsets_[i]), entries(flat, end - begin)),
+    const int64_t count = entries(flat, padded_elements(end) - begin);  // begin is aligned
+    backend_.upload(flat.slice(entries(flat, offsets_[i]), count),
                     static_cast<const uint8_t*>(whole) + from * engine::size_bytes(flat.dtype()));
   }
 }

@@ -93,6 +93,13 @@ class ParameterSet {
   const std::vector<Section>& sections() const { return sections_; }
   int64_t sharded_elements() const { return sharded_elements_; }  // of a flat buffer
 
+  // Elements [begin, end) of a parameter that this rank holds: all, or of a sharded one perhaps
+  // none.
+  struct Range {
+    int64_t begin, end;
+  };
+  Range own_range(const Parameter& parameter) const;
+
   // --- of a sharded parameter ---
   int64_t part(const Parameter& parameter) const;  // elements
   // All parts of its gradient, and padding behind it that is 0 after clear_padding().
@@ -101,11 +108,6 @@ class ParameterSet {
   Tensor own_part(const Tensor& flat, const Parameter& parameter) const {
     return flat.slice(offset(parameter), part(parameter));
   }
-  // Elements [begin, end) of the parameter that this rank holds; perhaps none.
-  struct Range {
-    int64_t begin, end;
-  };
-  Range own_range(const Parameter& parameter) const;
   // real: one of the gradient buffers, free outside of backward passes.
   const Tensor& spare_buffer() const { return gradient_buffers_[0]; }
   // `count` elements in all from equal parts of each rank. Every rank calls it. The result is in

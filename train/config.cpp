@@ -400,11 +400,14 @@ bool adapts_blocks(const TrainConfig& config, size_t stage) {
   return config.lora_rank > 0 && stage > 0;
 }
 
+// A rank updates and quantizes its part of a matrix element by element, group by group. Muon's
+// steps need whole matrices; LC, learned grids and adapters make weights and gradients from them.
 bool shards_whole(const TrainConfig& config, size_t stage) {
-  // Muon's steps need whole matrices; what else trains is small or has whole weights beside it.
-  return config.comm->size() > 1 && config.e2e_train == EndToEndTrain::All &&
-         config.quantizer != Quantizer::Lc && config.optimizer == autograd::UpdateRule::AdamW &&
-         !learns_whole_grid(config) && !adapts_whole(config, stage);
+  const bool whole_steps = config.optimizer == autograd::UpdateRule::Muon;
+  const bool whole_weights =
+      config.quantizer == Quantizer::Lc || learns_whole_grid(config) || adapts_whole(config, stage);
+  return config.comm->size() > 1 && config.e2e_train == EndToEndTrain::All && !whole_steps &&
+         !whole_weights;
 }
 
 bool adapts_whole(const TrainConfig& config, size_t stage) {
