@@ -35,6 +35,7 @@ std::string temporary_name(const std::string& path, int attempt) {
 }
 
 constexpr int kAttempts = 1000;
+constexpr int64_t kPieceBytes = int64_t{64} << 20;
 
 // Locks a new temporary. Returns false if a cleaner has taken it for a leftover, and removes it. A
 // file system without locks has no cleaners either.
@@ -219,12 +220,12 @@ void AtomicFile::write(const void* data, int64_t bytes) {
   BBB_ASSERT(file_.is_open() && bytes >= 0);
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
-    const ssize_t n =
-        ::write(file_.fd(), p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)));
+    const ssize_t n = ::write(file_.fd(), p, static_cast<size_t>(std::min(bytes, kPieceBytes)));
     if (n < 0 && errno == EINTR) continue;
     BBB_CHECK(n > 0, "cannot write ", path_, ": ", cause());
     p += n;
     bytes -= n;
+    start_sync(n);
   }
 }
 
@@ -233,13 +234,25 @@ void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
     const ssize_t n =
-        ::pwrite(file_.fd(), p, static_cast<size_t>(std::min<int64_t>(bytes, 1 << 30)), offset);
+        ::pwrite(file_.fd(), p, static_cast<size_t>(std::min(bytes, kPieceBytes)), offset);
     if (n < 0 && errno == EINTR) continue;
     BBB_CHECK(n > 0, "cannot write ", path_, ": ", cause());
     p += n;
     offset += n;
     bytes -= n;
+    start_sync(n);
   }
+}
+
+void AtomicFile::start_sync(int64_t written) {
+  unsynced_bytes_ += written;
+  if (unsynced_bytes_ < kPieceBytes) return;
+  unsynced_bytes_ = 0;
+  // Some file systems cannot start: then commit() syncs all.
+  BBB_CHECK(::sync_file_range(file_.fd(), 0, 0,
+                              SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE) == 0 ||
+                errno == ENOSYS || errno == EINVAL || errno == EOPNOTSUPP,
+            "cannot write ", path_, ": ", cause());
 }
 
 void AtomicFile::commit() {

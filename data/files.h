@@ -76,8 +76,9 @@ class Descriptor {
 // was killed; the next writer of the same path removes it.
 
 // A file that is written piece by piece under a temporary name next to `path`. commit() syncs and
-// renames it; without commit() the destructor removes it. Throws, naming path and cause, on any I/O
-// error.
+// renames it; without commit() the destructor removes it. The disk takes the data as they come, at
+// most 128 MiB behind: so no call takes long without progress. Throws, naming path and cause, on
+// any I/O error.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);
@@ -91,9 +92,12 @@ class AtomicFile {
   const std::string& temporary() const { return temporary_; }  // readable before commit()
 
  private:
+  void start_sync(int64_t written);
+
   std::string path_;
   std::string temporary_;
   Descriptor file_;
+  int64_t unsynced_bytes_ = 0;
   bool committed_ = false;
 };
 
