@@ -9,6 +9,7 @@
 
 #include "cuda/device_code.h"
 #include "cuda/gemm.h"
+#include "cuda/host_waits.h"
 #include "cuda/reduce.h"
 #include "cuda/transfers.h"
 
@@ -231,7 +232,10 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
 }
 
 void CudaBackend::synchronize() {
-  BBB_CUDA(cudaStreamSynchronize(stream_));
+  ++host_waits;
+  const cudaError_t status = cudaStreamSynchronize(stream_);
+  ++host_waits;
+  BBB_CUDA(status);
   check_faults();
 }
 

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,13 @@
 namespace bbb::engine {
 
 enum class Reduce { Sum, Mean, Max };
+
+// What shows that a GPU works on what its host has submitted.
+struct DeviceSigns {
+  int64_t collectives = 0;  // that it has come to
+  int64_t waits = 0;        // begun and ended by the host: odd while the host waits for the GPU
+  bool operator==(const DeviceSigns&) const = default;
+};
 
 class Comm {
  public:
@@ -56,6 +64,10 @@ class Comm {
   virtual std::vector<std::string> exchange(const std::string& bytes) {
     return std::vector<std::string>(static_cast<size_t>(size_), bytes);
   }
+
+  // Lets a watch over lost ranks ask for the signs of this rank's GPU, on a thread of its own.
+  // Empty: no longer.
+  virtual void watch_device(std::function<DeviceSigns()> /*ask*/) {}
 
   void barrier() { exchange(""); }  // returns when every rank has called it
   // The values of every rank, in the order of ranks. Each has as many.

@@ -5,6 +5,7 @@
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -24,7 +25,9 @@ using Clock = std::chrono::steady_clock;
 constexpr char kMagic[8] = {'b', 'b', 'b', 'r', 'a', 'n', 'k', '1'};
 constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of a reduction, at once
 constexpr int64_t kHelloPatience_ms = 5000;
-// Messages on control. Behind kLeaving: the text's length, U32, and the text.
+constexpr double kWorks = 0.01;  // the part of a core that a rank uses at least while it works
+// Messages on control. Behind kBeat: a Standing. Behind kLeaving: the text's length, U32, and the
+// text.
 constexpr char kBeat = 'h', kLeaving = 'x', kDone = 'b';
 constexpr int64_t kReduce = 1, kExchange = 2, kGather = 3;
 
@@ -35,6 +38,13 @@ struct Hello {
   char magic[sizeof kMagic];
   int32_t rank, size, channel;
 };
+
+double cpu_seconds(const rusage& used) {
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return seconds(used.ru_utime) + seconds(used.ru_stime);
+}
 
 Clock::duration seconds(double s) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s));
@@ -222,6 +232,7 @@ SocketComm::~SocketComm() {
 }
 
 std::vector<int64_t> SocketComm::enter(int64_t kind, int64_t bytes) {
+  ++collectives_;
   const int64_t own[2] = {kind, bytes};
   std::vector<int64_t> counts;
   for (const Peer& peer : peers_) {
@@ -311,6 +322,11 @@ std::vector<std::string> SocketComm::exchange(const std::string& bytes) {
   return all;
 }
 
+void SocketComm::watch_device(std::function<DeviceSigns()> ask) {
+  const std::lock_guard lock(mutex_);
+  ask_device_ = std::move(ask);
+}
+
 void SocketComm::send(const Peer& peer, const void* bytes, int64_t count) {
   if (!send_all(peer.data.fd(), bytes, count)) throw_lost(peer.rank);
 }
@@ -382,7 +398,11 @@ void SocketComm::hear(Peer& peer) {
   peer.inbox.append(bytes.data(), static_cast<size_t>(got));
   while (!peer.inbox.empty()) {
     size_t used = 1;
-    if (peer.inbox[0] == kLeaving) {
+    if (peer.inbox[0] == kBeat) {
+      used += sizeof peer.standing;
+      if (peer.inbox.size() < used) return;
+      std::memcpy(&peer.standing, peer.inbox.data() + 1, sizeof peer.standing);
+    } else if (peer.inbox[0] == kLeaving) {
       uint32_t length = 0;
       if (peer.inbox.size() < 1 + sizeof length) return;
       std::memcpy(&length, peer.inbox.data() + 1, sizeof length);
@@ -397,15 +417,61 @@ void SocketComm::hear(Peer& peer) {
   }
 }
 
-// Silence counts in beats of this process, so that one that was stopped itself accuses nobody.
-void SocketComm::beat() {
-  tell({kBeat});
-  for (Peer& peer : peers_) {
-    if (peer.gone || ++peer.silent <= patience_.silent_beats) continue;
-    lose(cat("rank ", peer.rank, " does not answer for ", patience_.beat_s * patience_.silent_beats,
-             " s; the same command continues the run"),
-         false);
+SocketComm::Standing SocketComm::own_standing() {
+  rusage process{}, own_thread{};
+  getrusage(RUSAGE_SELF, &process);
+  getrusage(RUSAGE_THREAD, &own_thread);
+  const double cpu_s = cpu_seconds(process) - cpu_seconds(own_thread);
+  const int64_t disk = process.ru_majflt + process.ru_inblock + process.ru_oublock;
+  DeviceSigns device;
+  {
+    const std::lock_guard lock(mutex_);
+    if (ask_device_) device = ask_device_();
   }
+  const bool spins = device.waits % 2 != 0;
+  const bool works =
+      device != device_ || disk != disk_ || (!spins && cpu_s - cpu_s_ > kWorks * patience_.beat_s);
+  cpu_s_ = cpu_s;
+  disk_ = disk;
+  device_ = device;
+  return {works ? 0 : standing_.idle + 1, device.collectives, collectives_};
+}
+
+// Silence and idleness count in beats of their own processes, so that one that was stopped itself
+// accuses nobody.
+void SocketComm::beat() {
+  standing_ = own_standing();
+  std::string message(1, kBeat);
+  message.append(reinterpret_cast<const char*>(&standing_), sizeof standing_);
+  tell(message);
+  for (Peer& peer : peers_)
+    if (!peer.gone && ++peer.silent > patience_.beats)
+      lose(cat("rank ", peer.rank, " does not answer for ", patience_.beat_s * patience_.beats,
+               " s; the same command continues the run"),
+           false);
+  if (first()) find_stuck();
+}
+
+// A GPU comes to its collectives behind its host, so its count decides first.
+void SocketComm::find_stuck() {
+  const auto order = [](const Standing& s) {
+    return std::pair(s.device_collectives, s.collectives);
+  };
+  int stuck = 0;
+  auto least = order(standing_), most = least;
+  int64_t idle = standing_.idle;
+  for (const Peer& peer : peers_) {
+    idle = std::min(idle, peer.gone ? 0 : peer.standing.idle);
+    const auto theirs = order(peer.standing);
+    if (theirs < least) stuck = peer.rank;
+    least = std::min(least, theirs);
+    most = std::max(most, theirs);
+  }
+  if (idle < patience_.beats) return;
+  const std::string fate = least == most ? "no rank has made" : cat("rank ", stuck, " has made no");
+  lose(cat(fate, " progress for ", patience_.beat_s * patience_.beats,
+           " s; the same command continues the run"),
+       false);
 }
 
 void SocketComm::watch() {

@@ -4,14 +4,23 @@
 // Rank 0 is the hub: it has two connections to every other rank.
 //
 //   data      collectives: rank 0 receives from rank 1, 2, .., adds in this order, sends the result
-//   control   a thread of its own on either side: a beat every 5 s, and the reason why a rank ends
+//   control   a thread of its own on either side: a beat every 3 s, and the reason why a rank ends
 //
 // A rank is lost if its control connection closes, or is silent for 30 s: its process has ended,
-// hangs as a whole, or cannot be reached. Then every collective throws RankLost. Where a thread
-// does not come to a collective within 15 s, for instance because a GPU waits for the lost rank,
-// the process prints the reason and ends.
+// is stopped, or cannot be reached.
+//
+// A rank is idle while it uses no core for 1 % of the time, reads and writes no disk, and its GPU
+// comes to no further collective. A host that waits for its GPU uses a core, which does not count.
+// Waiting for other ranks is idle, computing is not, however long it takes. If all ranks are idle
+// for 30 s, then the one is lost that has come to the fewest collectives: all others wait for it.
+// It hangs, for instance in a file system or on its GPU.
+//
+// Once a rank is lost, every collective throws RankLost. Where a thread does not come to a
+// collective within 10 s, for instance because a GPU waits for the lost rank, the process prints
+// the reason and ends.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -71,9 +80,9 @@ struct RankKeeper {
 
 struct RankPatience {
   double connect_s = 50;  // for all ranks to connect
-  double beat_s = 5;
-  int silent_beats = 6;  // then a rank is lost
-  double leave_s = 15;   // then the process ends, though its main thread has not noticed
+  double beat_s = 3;
+  int beats = 10;       // silent, or with all ranks idle: then a rank is lost
+  double leave_s = 10;  // then the process ends, though its main thread has not noticed
 };
 
 class SocketComm final : public Comm {
@@ -91,6 +100,7 @@ class SocketComm final : public Comm {
   void start_reduce_scatter(const Tensor& x, Reduce op) override { all_reduce(x, op); }
   void start_all_gather(const Tensor& x) override;
   std::vector<std::string> exchange(const std::string& bytes) override;
+  void watch_device(std::function<DeviceSigns()> ask) override;
 
   // How many lower ranks are on this host: the index of this rank's GPU there.
   int host_rank() const { return host_rank_; }
@@ -99,9 +109,15 @@ class SocketComm final : public Comm {
   bool leave(const std::string& why) noexcept;
 
  private:
+  // What a beat says of its rank.
+  struct Standing {
+    int64_t idle = 0;  // beats without a sign of work
+    int64_t device_collectives = 0, collectives = 0;
+  };
   struct Peer {
     int rank = 0;
     Socket data, control;
+    Standing standing;
     int silent = 0;  // beats without a byte
     bool gone = false;
     std::string inbox;  // bytes of control that are no whole message yet
@@ -119,6 +135,8 @@ class SocketComm final : public Comm {
 
   void watch();  // the control thread
   void beat();
+  Standing own_standing();
+  void find_stuck();
   void hear(Peer& peer);
   void lose(const std::string& why, bool said);
   void tell(const std::string& message) noexcept;  // to every peer that is there
@@ -128,11 +146,19 @@ class SocketComm final : public Comm {
   const RankKeeper keeper_;
   std::vector<Peer> peers_;  // of rank 0: ranks 1, 2, ..; of the others: rank 0
   int host_rank_ = 0;
+  std::atomic<int64_t> collectives_{0};  // entered
+
+  // Of the control thread: its last look at this process.
+  Standing standing_;
+  DeviceSigns device_;
+  double cpu_s_ = 0;
+  int64_t disk_ = 0;
 
   std::mutex mutex_;  // of what follows, and of writing to control
   std::condition_variable changed_;
   bool stopping_ = false, lost_ = false, said_ = false;
   std::string why_;
+  std::function<DeviceSigns()> ask_device_;
   Socket wake_read_, wake_write_;  // a pipe that wakes the thread
   std::thread thread_;
 };

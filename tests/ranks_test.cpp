@@ -10,6 +10,9 @@
 #include <csignal>
 #include <cstdlib>
 
+#ifdef BBB_HAS_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "cuda/nccl_comm.h"
 #include "data/half.h"
 #include "tests/on_ranks.h"
@@ -369,7 +372,10 @@ enum class Task : int {
   Reduce,
   Whole,
   KilledWhole,
-  FullDiskWhole
+  FullDiskWhole,
+  Stopped,  // by a signal
+  Hangs,    // its main thread
+  GpuHangs
 };
 
 bool has_two_devices() {
@@ -468,6 +474,15 @@ void check_reductions(Backend& device, engine::Comm& comm) {
   comm.barrier();  // no rank leaves while another one reads its memory
 }
 
+// What the GPU does from now on waits for a call that does not return.
+void hang([[maybe_unused]] Backend& device) {
+#ifdef BBB_HAS_CUDA
+  const cudaStream_t stream = dynamic_cast<cuda::CudaBackend&>(device).stream();
+  BBB_CUDA(cudaLaunchHostFunc(
+      stream, [](void*) { pause(); }, nullptr));
+#endif
+}
+
 void train_with_fault(Task task, const std::string& out, Backend& device, const Ranks& comm) {
   const Fixture fixture;
   train::TrainConfig config = shared_run(out);
@@ -485,7 +500,14 @@ void train_with_fault(Task task, const std::string& out, Backend& device, const 
     if (comm->rank() == 1) limit_files(10'000);
   }
   if (task == Task::FullDisk && comm->first()) limit_files(100'000);
-  if (task >= Task::Whole) {
+  if (task >= Task::Stopped && comm->rank() == 1)
+    observer.after_block_step = [&](int64_t block, int64_t, int64_t step) {
+      if (block != 1 || step != 3) return;
+      if (task == Task::Stopped) raise(SIGSTOP);
+      if (task == Task::Hangs) pause();
+      if (task == Task::GpuHangs) hang(device);
+    };
+  if (task >= Task::Whole && task <= Task::FullDiskWhole) {
     config.stages.clear();
     config.save_every = 1;
   }
@@ -508,14 +530,17 @@ TEST_CASE("a process of ranks_test", "[.rank-child]") {
   REQUIRE(out != nullptr);
   const auto task = static_cast<Task>(std::atoi(std::getenv(kTaskVariable)));
   const int ranks = std::atoi(std::getenv(kRanksVariable));
+  const auto body = [&](const Ranks& host, int local_rank) {
+    const auto device = on_cuda() ? engine::make_cuda_backend(cuda::gpu_of_rank(local_rank))
+                                  : engine::make_cpu_backend(1);
+    const Ranks comm = on_cuda() && host->size() > 1 ? cuda::make_nccl_comm(*device, host) : host;
+    if (task == Task::Reduce) return check_reductions(*device, *comm);
+    train_with_fault(task, out, *device, comm);
+  };
   try {
-    tools::run_as_rank(ranks, kChildTest, {}, [&](const Ranks& host, int local_rank) {
-      const auto device = on_cuda() ? engine::make_cuda_backend(cuda::gpu_of_rank(local_rank))
-                                    : engine::make_cpu_backend(1);
-      const Ranks comm = on_cuda() && host->size() > 1 ? cuda::make_nccl_comm(*device, host) : host;
-      if (task == Task::Reduce) return check_reductions(*device, *comm);
-      train_with_fault(task, out, *device, comm);
-    });
+    engine::RankPatience patience;
+    if (task >= Task::Stopped) patience = {.beat_s = 0.3, .leave_s = 2};
+    tools::run_as_rank(ranks, kChildTest, {}, body, patience);
   } catch (const Error& error) {
     std::printf("%s\n", error.what());  // Catch would wrap the line
     throw;
@@ -551,6 +576,24 @@ TEST_CASE("a failing rank ends the job with one error, and the run resumes", "[t
              Contains("rank 1 was killed by signal 9 (Killed); the same command continues"));
   CHECK(results(out).size() < results(whole).size());
   REQUIRE(failure_of(dir, out, 2, Task::Train) == "");
+  CHECK(results(out) == results(whole));
+}
+
+TEST_CASE("a rank that hangs ends the job with its name, and the run resumes", "[train][ranks]") {
+  if (!has_two_devices()) return;
+  const int ranks = on_cuda() ? 2 : 3;
+  const TempDir dir;
+  const std::string whole = dir / "whole", out = dir / "run";
+  REQUIRE(failure_of(dir, whole, ranks, Task::Train) == "");
+  std::vector<std::pair<Task, std::string>> faults = {
+      {Task::Stopped, "rank 1 does not answer for 3 s; the same command continues"},
+      {Task::Hangs, "rank 1 has made no progress for 3 s; the same command continues"}};
+  if (on_cuda()) faults.emplace_back(Task::GpuHangs, faults.back().second);
+  for (const auto& [task, says] : faults) {
+    CHECK_THAT(failure_of(dir, out, ranks, task), Contains(says));
+    CHECK(results(out).size() < results(whole).size());
+  }
+  REQUIRE(failure_of(dir, out, ranks, Task::Train) == "");
   CHECK(results(out) == results(whole));
 }
 

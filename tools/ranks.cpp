@@ -103,10 +103,7 @@ RankProcesses::RankProcesses(int size, int port, const std::string& command,
 }
 
 RankProcesses::~RankProcesses() {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
-  for (size_t i = 0; i < processes_.size(); ++i)
-    while (fate(static_cast<int>(i) + 1).empty() && std::chrono::steady_clock::now() < deadline)
-      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  await_all();
   kill_all();
 }
 
@@ -122,13 +119,17 @@ std::string RankProcesses::fate(int rank) {
   return process.fate;
 }
 
+void RankProcesses::await_all() {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  for (size_t i = 0; i < processes_.size(); ++i)
+    while (fate(static_cast<int>(i) + 1).empty() && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
 void RankProcesses::kill_all() {
-  for (Process& process : processes_) {
-    if (process.ended) continue;
-    kill(process.id, SIGKILL);
-    waitpid(process.id, nullptr, 0);
-    process.ended = true;
-  }
+  for (const Process& process : processes_)
+    if (!process.ended) kill(process.id, SIGKILL);
+  await_all();  // one that hangs in a file system does not end
 }
 
 void add_rank_options(CommandLine& line) {
@@ -173,7 +174,7 @@ std::vector<double> from_all_ranks(engine::Comm& comm, const std::vector<double>
 }
 
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
-                const RankBody& body) {
+                const RankBody& body, const engine::RankPatience& patience) {
   const auto said = rank_place([](const char* name) { return std::getenv(name); });
   const bool launched = said.has_value() && said->size > 1 && ranks != 1;
   RankPlace place;
@@ -194,7 +195,8 @@ int run_as_rank(int ranks, const std::string& command, const Arguments& argument
     if (rank > 0) {
       BBB_CHECK(std::freopen("/dev/null", "w", stdout) != nullptr,
                 "no /dev/null: ", std::strerror(errno));
-      comm = std::make_shared<engine::SocketComm>(place.address, place.port, rank, place.size);
+      comm = std::make_shared<engine::SocketComm>(place.address, place.port, rank, place.size,
+                                                  patience);
     } else {
       using Reach = engine::Listener::Reach;
       listener.emplace(launched ? Reach::AnyHost : Reach::ThisHost, launched ? place.port : 0);
@@ -203,7 +205,8 @@ int run_as_rank(int ranks, const std::string& command, const Arguments& argument
         others.emplace(place.size, listener->port(), command, arguments);
         keeper = {[&](int of) { return others->fate(of); }, [&] { others->kill_all(); }};
       }
-      comm = std::make_shared<engine::SocketComm>(*listener, place.size, std::move(keeper));
+      comm =
+          std::make_shared<engine::SocketComm>(*listener, place.size, std::move(keeper), patience);
     }
     body(comm, place.local_rank.value_or(comm->host_rank()));
     comm->barrier();  // until rank 0 has written everything

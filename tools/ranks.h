@@ -44,9 +44,10 @@ class RankProcesses {
   RankProcesses& operator=(const RankProcesses&) = delete;
 
   std::string fate(int rank);  // how it ended; "" while it runs
-  void kill_all();
+  void kill_all();             // and waits for them, at most 5 s
 
  private:
+  void await_all();
   struct Process {
     pid_t id = 0;
     bool ended = false;
@@ -68,7 +69,7 @@ std::string rank_device(const CommandLine& line);
 // Other ranks than 0 have no standard output. If one fails, rank 0 prints its error.
 using RankBody = std::function<void(const std::shared_ptr<engine::Comm>& comm, int local_rank)>;
 int run_as_rank(int ranks, const std::string& command, const Arguments& arguments,
-                const RankBody& body);
+                const RankBody& body, const engine::RankPatience& patience = {});
 
 // A rank's backend: on its own GPU, or with its part of the host's cores. `threads` as --threads.
 std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, int threads,

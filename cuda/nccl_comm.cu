@@ -1,6 +1,4 @@
 #ifdef BBB_HAS_CUDA
-#include "cuda/nccl_comm.h"
-
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -9,6 +7,8 @@
 #include <utility>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/host_waits.h"
+#include "cuda/nccl_comm.h"
 
 namespace bbb::cuda {
 namespace {
@@ -83,6 +83,9 @@ int op_of(engine::Reduce op) {
   return op == engine::Reduce::Mean ? kNcclAverage : kNcclSum;
 }
 
+// What the host sees of the count is in page-locked memory.
+__global__ void count_kernel(int64_t* count, volatile int64_t* seen) { *seen = ++*count; }
+
 // Its kernels come first where an SM is free, though products are queued that would fill all.
 StreamHandle make_urgent_stream() {
   int least = 0, most = 0;
@@ -98,7 +101,11 @@ class NcclComm final : public engine::Comm {
       : Comm(host->rank(), host->size(), host->host_ranks()),
         backend_(backend),
         host_(std::move(host)),
-        stream_(make_urgent_stream()) {
+        stream_(make_urgent_stream()),
+        count_(backend.zeros({sizeof(int64_t)}, DType::U8)) {
+    void* seen = nullptr;
+    BBB_CUDA(cudaMallocHost(&seen, sizeof(int64_t)));
+    seen_.reset(new (seen) int64_t{0});
     NcclId id{};
     if (first()) BBB_NCCL(Nccl::library().get_unique_id(&id));
     const std::string bytes = host_->exchange({id.bytes, sizeof id.bytes})[0];
@@ -112,9 +119,15 @@ class NcclComm final : public engine::Comm {
     start_all_gather(x);
     join();
     backend_.synchronize();
+    host_->watch_device([this] {
+      return engine::DeviceSigns{std::atomic_ref(*seen_).load(), host_waits};
+    });
   }
   // Not ncclCommDestroy, which waits for ranks that may be lost. No reduction is left.
-  ~NcclComm() override { Nccl::library().abort(communicator_); }
+  ~NcclComm() override {
+    host_->watch_device({});
+    Nccl::library().abort(communicator_);
+  }
 
   void all_reduce(const Tensor& x, engine::Reduce op) override {
     start_all_reduce(x, op);
@@ -150,6 +163,8 @@ class NcclComm final : public engine::Comm {
   void fork() {
     follow(stream_.get(), backend_.stream());
     forked_ = true;
+    launch(stream_.get(), {dim3(1), dim3(1)}, count_kernel, static_cast<int64_t*>(count_.raw()),
+           seen_.get());
   }
   // What is submitted to `stream` from now on waits for all that is on `other`.
   static void follow(cudaStream_t stream, cudaStream_t other) {
@@ -161,6 +176,8 @@ class NcclComm final : public engine::Comm {
   CudaBackend& backend_;
   const std::shared_ptr<engine::Comm> host_;
   const StreamHandle stream_;
+  const Tensor count_;                   // I64 (1): of the collectives that the GPU has come to
+  Handle<int64_t*, cudaFreeHost> seen_;  // the same, for the host: page-locked
   bool forked_ = false;
   NcclCommunicator communicator_ = nullptr;
 };
