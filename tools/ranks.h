@@ -14,6 +14,7 @@
 
 #include <sys/types.h>
 
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -74,6 +75,17 @@ int run_as_rank(int ranks, const std::string& command, const Arguments& argument
 // A rank's backend: on its own GPU, or with its part of the host's cores. `threads` as --threads.
 std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, int threads,
                                                    const engine::Comm& comm, int local_rank);
+
+// Those of rank 0, on every rank.
+template <typename T>
+std::vector<T> from_first_rank(engine::Comm& comm, const std::vector<T>& values) {
+  const auto* const bytes = reinterpret_cast<const char*>(values.data());
+  const std::string first =
+      comm.exchange(comm.first() ? std::string(bytes, values.size() * sizeof(T)) : "")[0];
+  std::vector<T> all(first.size() / sizeof(T));
+  if (!all.empty()) std::memcpy(all.data(), first.data(), first.size());
+  return all;
+}
 
 // Of `count` values in all, each rank has its own (Comm), in order. Returns all, in order.
 std::vector<double> from_all_ranks(engine::Comm& comm, const std::vector<double>& own,

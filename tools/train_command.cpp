@@ -222,6 +222,20 @@ int train_command(const Arguments& arguments) {
 
 namespace {
 
+// The text's tokens, which the first rank makes on all cores, of a model that it finds finite.
+data::TokenStream tokens_for_all(const models::Checkpoint& source, const data::Tokenizer& tokenizer,
+                                 const train::TrainConfig& config) {
+  engine::Comm& comm = *config.comm;
+  data::TokenStream tokens;
+  if (comm.first()) {
+    source.check_finite();
+    tokens = train::training_tokens(source, tokenizer, config);
+  }
+  if (comm.size() == 1 || config.dry_run) return tokens;
+  return {from_first_rank(comm, tokens.ids), from_first_rank(comm, tokens.counted),
+          from_first_rank(comm, tokens.starts)};
+}
+
 void train_as_rank(const CommandLine& line, train::TrainConfig config,
                    std::shared_ptr<engine::Comm> comm, int local_rank) {
   const bool starts_from = !config.from.empty();
@@ -259,8 +273,7 @@ void train_as_rank(const CommandLine& line, train::TrainConfig config,
   // What is impossible with any text is refused before the text is read.
   train::resolve(train::fit_to_data(config, typed, positions, INT64_MAX), source->config(),
                  backend->device());
-  source->check_finite();
-  const data::TokenStream tokens = train::training_tokens(*source, *tokenizer, config);
+  const data::TokenStream tokens = tokens_for_all(*source, *tokenizer, config);
   const auto count = static_cast<int64_t>(tokens.ids.size());
   const bool by_default = !line.has("stages") && !line.has("method") && !line.has("grid-train") &&
                           !line.has("schedule") && !line.has("e2e-stages") &&

@@ -257,6 +257,7 @@ Allocation allocate_sites(Backend& backend, const models::Checkpoint& source,
   collect_layouts(
       backend, source, windows, config,
       [&](int64_t layer, const auto& original, std::vector<LayerStatistics> of_layer) {
+        if (!config.comm->first()) return;
         std::vector<std::vector<LinearFormat>> formats;  // of each choice
         for (size_t c = 0; c < choices; ++c)
           formats.push_back(formats_of(config, one_layer, of_layer[layout_of(c)], bits_of(c)));
@@ -278,6 +279,8 @@ Allocation allocate_sites(Backend& backend, const models::Checkpoint& source,
         layouts.push_back(std::move(of_layer));
         progress(layer + 1);
       });
+
+  if (!config.comm->first()) return {};
 
   Sensitivity sensitivity(backend, source, windows, config);
   for (int64_t layer = 0; layer < model.layers; ++layer) {

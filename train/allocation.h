@@ -60,6 +60,7 @@ struct Allocation {
   int64_t cost = 0;
   double loss = 0, least_bits_loss = 0;  // predicted KL; the same with every site at 2 bits
 };
+// Statistics are sums over the ranks. The first rank allocates; for the others nothing is returned.
 // progress(done): of twice the layers.
 Allocation allocate_sites(engine::Backend& backend, const models::Checkpoint& source,
                           const data::Windows& windows, const TrainConfig& config,
