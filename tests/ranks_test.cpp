@@ -90,7 +90,8 @@ void spill_streams(train::TrainConfig& config, Backend& device, const std::strin
   const train::BlockMemory memory =
       train::plan_block_memory(device, model, train::resolve(config, model, device.device()));
   config.memory.device_bytes = train::allocated_bytes(device, memory.device_bytes - 1);
-  config.memory.host_bytes = 150'000;  // for the batches on their way
+  // For the batches on their way.
+  config.memory.host_bytes = 37'500 * engine::size_bytes(device.act());
   config.memory.scratch = scratch;
 }
 
