@@ -366,6 +366,12 @@ TEST_CASE("allocation: runs survive every kill, and an export holds what was cho
     const auto checkpoint = models::open_checkpoint(
         export_of(fixture, config, models::ExportFormat::Packed, "_packed"));
     CHECK(checkpoint->bits_per_weight() == recipe.bits_per_weight());
+    if (stored.method == train::Method::Gptq) {  // codes on the disk: of as many bits as are chosen
+      int64_t bytes = 0;
+      for (const auto& layer : formats)
+        for (const LinearFormat& format : layer) bytes += format.bytes();
+      CHECK(train::result_bytes(model, stored) >= bytes);
+    }
     CHECK(checkpoint->bits_per_weight() <= stored.target_bits);
     CHECK(checkpoint->bits_per_weight() > 0.9 * stored.target_bits);
     const std::vector<LinearShape> shapes = models::block_linears(model);

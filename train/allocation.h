@@ -27,8 +27,6 @@
 
 namespace bbb::train {
 
-inline constexpr int kAllocatedBits[] = {2, 3, 4};
-
 struct CostedOption {
   int64_t cost;
   double loss;

@@ -31,9 +31,11 @@ int64_t part_of(double ratio, int64_t k) {
 LayerStatistics nominal_statistics(const TrainConfig& config, const LlamaConfig& model,
                                    int64_t layer) {
   LayerStatistics statistics;
-  for (const LinearShape& linear : models::block_linears(model))
-    statistics[static_cast<size_t>(linear.site)] =
-        nominal_site(config, Recipe::layouts(config, model, layer, linear.k).back());
+  for (const LinearShape& linear : models::block_linears(model)) {
+    models::SiteStatistics& site = statistics[static_cast<size_t>(linear.site)];
+    site = nominal_site(config, Recipe::layouts(config, model, layer, linear.k).back());
+    if (allocates(config)) site.bits = *std::ranges::max_element(kAllocatedBits);
+  }
   return statistics;
 }
 

@@ -26,6 +26,9 @@ struct WholeStage {
   std::string name;  // "w2a16"
 };
 
+// The widths from which an allocation chooses.
+inline constexpr int kAllocatedBits[] = {2, 3, 4};
+
 // How many channels of an input are split, and how many are outliers.
 struct SiteLayout {
   int64_t split = 0, outliers = 0;
@@ -40,8 +43,8 @@ using LayerStart = std::function<models::LayerResult(
 class Recipe {
  public:
   // `config` must be resolved. Both must outlive the recipe. Without statistics the channels of an
-  // order are nominal: for sizes alone. `starts`: if the configuration needs them; null: weights
-  // start from their nearest codes.
+  // order, and the widths of an allocation, are nominal: for sizes alone. `starts`: if the
+  // configuration needs them; null: weights start from their nearest codes.
   Recipe(const TrainConfig& config, const models::LlamaConfig& model,
          std::vector<models::LayerStatistics> statistics = {}, LayerStart starts = nullptr);
 
