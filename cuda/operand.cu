@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
   __shared__ float sums[32];
   start_next_kernel();
   const RowCluster cluster;
-  cluster.arrive();
+  if (shape.quantizes) cluster.arrive();  // every arrival has its wait() below
   constexpr int kInputs = Rows::kInputs;
   const int threads = static_cast<int>(blockDim.x), pieces = shape.pieces;
   const int columns = static_cast<int>(v.stored_k), k = from.layout.k;
