@@ -169,13 +169,6 @@ struct WideMoments {
   }
 };
 
-__device__ float warp_largest(float x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    x = fmaxf(x, __shfl_xor_sync(quant::kFullWarp, x, lanes));
-  return x;
-}
-
 // All threads of a warp call load() and store() together.
 struct PackedMoments {
   uint8_t *m, *v;
@@ -218,7 +211,8 @@ struct PackedMoments {
       most = fmaxf(most, fabsf(first[j]));
       most_square = fmaxf(most_square, second[j]);
     }
-    most = warp_largest(most), most_square = warp_largest(most_square);
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    most = warp_reduce(most, larger), most_square = warp_reduce(most_square, larger);
     const uint8_t of_m[kWide] = {before.m.x, before.m.y, before.m.z, before.m.w};
     const uint8_t of_v[kWide] = {before.v.x, before.v.y, before.v.z, before.v.w};
     quant::MomentCodes made[kWide];

@@ -27,11 +27,16 @@ void finish_sum(cudaStream_t stream, float* out, const float* partials, int64_t 
                 engine::Write mode);
 
 #ifdef __CUDACC__
-// Every lane gets the sum: the butterfly adds the same pairs in every lane.
-__device__ inline float warp_sum(float x) {
+// Every lane gets x of all lanes combined: the butterfly takes the same pairs in every lane.
+template <typename Combine>
+__device__ inline float warp_reduce(float x, const Combine& combine) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  for (int offset = 16; offset > 0; offset /= 2)
+    x = combine(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
+}
+__device__ inline float warp_sum(float x) {
+  return warp_reduce(x, [](float a, float b) { return a + b; });
 }
 
 // Every thread gets the sum over a block of whole warps. `shared` holds 32 floats and is reusable
