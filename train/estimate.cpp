@@ -98,6 +98,7 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
                              const data::Windows& windows, const TrainConfig& config,
                              const PhaseMemory& memory) {
   PhaseEstimate estimate;
+  double teacher_s = 0;
   const Recipe recipe(config, source.config());
   for (const WholeStage& stage : recipe.whole_stages()) {
     TrainConfig few = few_steps(config);
@@ -113,15 +114,19 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
     few.bits = widths.weight_bits;
     few.act_bits = widths.activation_bits;
     PhaseMemory of_stage = memory;
-    if (!caches_teacher(config, stage.steps, memory.teacher))
-      of_stage.teacher = TeacherStates::Beside;
-    const double step =
-        step_seconds(backend, probe_end_to_end_step(backend, source, windows, few, of_stage),
-                     StepPart::Optimizer);
+    const bool caches = caches_teacher(config, stage.steps, memory.teacher);
+    if (!caches) of_stage.teacher = TeacherStates::Beside;
+    const StepProbe probe = probe_end_to_end_step(backend, source, windows, few, of_stage);
+    const double step = step_seconds(backend, probe, StepPart::Optimizer);
     estimate.steps += stage.steps;
     estimate.total_s += static_cast<double>(stage.steps) * step;
+    // The teacher's pass over the windows takes about as long as the student's.
+    if (caches)
+      teacher_s += static_cast<double>(steps_per_pass(config)) *
+                   step_seconds(backend, probe, StepPart::Forward);
   }
   if (estimate.steps > 0) estimate.step_s = estimate.total_s / static_cast<double>(estimate.steps);
+  estimate.total_s += teacher_s;
   return estimate;
 }
 
