@@ -49,7 +49,9 @@ template <typename... Params, typename... Args>
 void launch(cudaStream_t stream, const LaunchShape& shape, void (*kernel)(Params...),
             Args&&... args) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
-  if (shape.smem_bytes > 48 * 1024)
+  // 48 KiB need no permission. Static shared memory is part of them.
+  constexpr int64_t kStatic = 8 * 1024;
+  if (shape.smem_bytes > 48 * 1024 - kStatic)
     BBB_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shape.smem_bytes)));
