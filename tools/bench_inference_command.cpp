@@ -40,6 +40,7 @@ auto text_option(const char* otherwise) { return text_option()->default_value(ot
 
 constexpr double kMostSplit = 0.9;
 constexpr const char* kSplitHelp = "ratio of the input channels that are split";
+const std::vector<std::string> kRotations = {"none", "group"};
 
 // The products of a block of --synthetic, or `otherwise`.
 std::vector<GemvShape> shapes_of(const CommandLine& line, std::span<const GemvShape> otherwise) {
@@ -87,6 +88,8 @@ void add_model_options(CommandLine& line) {
       ("head-bits", "with --synthetic: of the head and a tied embedding: 16, 8 or 4",  //
        text_option("16"))                                                              //
       ("ocs-ratio", cat("with --synthetic: ", kSplitHelp), text_option("0"))           //
+      ("rotate", "with --synthetic: inputs inside of groups: none or group",           //
+       text_option("none"))                                                            //
       ("model", "directory or GGUF file", text_option())                               //
       ("bits", CommandLine::kNestedBitsHelp, text_option())                            //
       ("json", "write the result to this file too", text_option());
@@ -106,12 +109,15 @@ struct BenchModel {
       name = fmt::format("{}, w{}a{}, head of {} bits", line.text("synthetic"), widths.weight_bits,
                          widths.activation_bits, head_bits[head]);
       if (split > 0) name += fmt::format(", {:.0f} % of the channels split", 100 * split);
-      model = models::Llama::synthetic(backend, models::synthetic_config(line.text("synthetic")),
-                                       {.weight = {.bits = widths.weight_bits},
-                                        .input = {.bits = widths.activation_bits},
-                                        .head_bits = head_bits[head],
-                                        .split = split},
-                                       1);
+      const bool rotated = line.choice("rotate", kRotations) == 1;
+      if (rotated) name += ", rotated";
+      model =
+          models::Llama::synthetic(backend, models::synthetic_config(line.text("synthetic")),
+                                   {.weight = {.bits = widths.weight_bits},
+                                    .input = {.bits = widths.activation_bits, .hadamard = rotated},
+                                    .head_bits = head_bits[head],
+                                    .split = split},
+                                   1);
     } else {
       const ModelFiles files(line, backend);
       name = files.path;
@@ -122,13 +128,14 @@ struct BenchModel {
   static void check(const CommandLine& line) {
     if (line.has("synthetic") == line.has("model"))
       throw UsageError("give either --synthetic or --model");
-    for (const char* option : {"widths", "head-bits", "ocs-ratio"})
+    for (const char* option : {"widths", "head-bits", "ocs-ratio", "rotate"})
       if (line.has(option) && line.has("model"))
         throw UsageError(cat("--", option, " needs --synthetic: a model has its own"));
     if (line.has("bits") && line.has("synthetic")) throw UsageError("--bits needs --model");
     parsed_widths(line);
     line.choice("head-bits", {"16", "8", "4"});
     line.real("ocs-ratio", 0, kMostSplit);
+    line.choice("rotate", kRotations);
     if (line.has("synthetic")) models::synthetic_config(line.text("synthetic"));
   }
 
