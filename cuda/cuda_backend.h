@@ -118,6 +118,7 @@ class CudaBackend final : public engine::Backend {
   // Whether they are as in the file, with what products of many rows need beside it.
   bool takes_slice_pairs(const quant::LinearFormat& format) const;
   bool all_in_tiles(const PackedProducts& products) const;
+  bool makes_rows(const PackedProducts& products, const OperandSpec* spec, int64_t m) const;
   template <typename Tiled, typename Other>
   void packed_products(const PackedProducts& products, const Tiled& tiled,
                        const Other& other) const;

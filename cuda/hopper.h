@@ -318,6 +318,20 @@ __device__ inline void store_to_block(uint32_t address, int rank, float2 value, 
       : "memory");
 }
 
+// 16 bytes.
+__device__ inline void store_to_block(uint32_t address, int rank, uint4 value, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, counter;\n"
+      "mapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [remote], {%3, %4, %5, %6}, "
+      "[counter];\n"
+      "}" ::"r"(address),
+      "r"(barrier), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
+}
+
 // Copies `bytes`, a multiple of 16, of this block's shared memory to another block of the cluster,
 // which has arrived once. They count towards that block's `barrier`. `dst` and `barrier` are
 // addresses of the same objects in this block. Neither block may end before. Ordinary writes of

@@ -4,6 +4,7 @@
 // scales and zero points once more behind it, for products of many rows (quant/slice_pairs.h).
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/packed_gemv.h"
@@ -134,15 +135,53 @@ static bool on_tensor_cores(const quant::LinearFormat& format, int64_t m) {
          format.n * format.stored_k() >= (bits == 3 ? 2 * kManyCodes : kManyCodes);
 }
 
-void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
+// An operand of which x alone is written.
+static OperandRows only(const Tensor& x) {
+  OperandRows rows;
+  rows.x = x;
+  return rows;
+}
+
+// Whether one kernel makes the rows, or one row's operand, and multiplies them. If not, a kernel in
+// front makes them.
+bool CudaBackend::makes_rows(const PackedProducts& products, const OperandSpec* spec,
+                             int64_t m) const {
+  if (!all_in_tiles(products)) return false;
+  if (spec == nullptr) return m < kMinGemmRows;
+  const quant::OperandView& v = spec->view;
+  const bool rotates_all = v.rotated_begin == 0 && v.rotated_end == v.stored_k;
+  return m == 1 && v.k % 8 == 0 && (v.channels == nullptr ? rotates_all : spec->offsets.defined());
+}
+static std::optional<LaneOperand> lane_operand(const OperandSpec* spec) {
+  if (spec == nullptr) return std::nullopt;
+  check_aligned(spec->offsets, "the channel order");
+  return LaneOperand(spec->view, reinterpret_cast<const uint16_t*>(spec->offsets.data<uint8_t>()));
+}
+static const LaneOperand* pointer_to(const std::optional<LaneOperand>& operand) {
+  return operand ? &*operand : nullptr;
+}
+
+void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x,
+                                 const OperandSpec* spec) {
   check_aligned(x, "x");
   const int64_t m = x.dim(0);
+  if (spec != nullptr) {
+    if (makes_rows(products, spec, m))
+      return launch_packed_gemv(product_launch(stream_, properties_), tiled_products(products),
+                                bf16_of(x), m, pointer_to(lane_operand(spec)));
+    const Tensor operand = do_empty({m, spec->view.stored_k}, act());
+    do_operand(only(operand), x, *spec);
+    return do_packed_gemv(products, operand, nullptr);
+  }
   std::array<std::vector<TiledProduct>, 9> with_pairs;  // of each number of bits
   packed_products(
       products,
       [&](const std::vector<TiledProduct>& tiled) {
-        const auto launch_it = m < kMinGemmRows ? launch_packed_gemv : launch_packed_gemm;
-        launch_it(product_launch(stream_, properties_), tiled, bf16_of(x), m);
+        const ProductLaunch at = product_launch(stream_, properties_);
+        if (m < kMinGemmRows)
+          launch_packed_gemv(at, tiled, bf16_of(x), m, nullptr);
+        else
+          launch_packed_gemm(at, tiled, bf16_of(x), m);
       },
       [&](const PackedProduct& product, bf16* y_bf16, float* y_f32) {
         const quant::LinearFormat& format = product.weight.format;
@@ -157,29 +196,37 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
 }
 
 void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
-                                        const Tensor& w, double eps) {
+                                        const Tensor& w, double eps, const OperandSpec* spec) {
   check_aligned(x, "x");
   check_aligned(w, "the norm's weight");
   const int64_t m = x.dim(0);
-  if (all_in_tiles(products) && m < kMinGemmRows)
+  if (makes_rows(products, spec, m))
     return launch_packed_gemv_normed(product_launch(stream_, properties_), tiled_products(products),
-                                     bf16_of(x), w.data<float>(), static_cast<float>(eps), m);
-  const Tensor normed = do_empty(x.shape(), act());
-  do_rms_norm(normed, do_empty({m}, real()), x, w, eps);
-  do_packed_gemv(products, normed);
+                                     bf16_of(x), w.data<float>(), static_cast<float>(eps), m,
+                                     pointer_to(lane_operand(spec)));
+  const Tensor normed = do_empty({m, products[0].weight.format.stored_k()}, act());
+  const Tensor inv_rms = do_empty({m}, real());
+  if (spec != nullptr)
+    do_rms_norm_operand(only(normed), inv_rms, x, w, eps, *spec);
+  else
+    do_rms_norm(normed, inv_rms, x, w, eps);
+  do_packed_gemv(products, normed, nullptr);
 }
 
 void CudaBackend::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
-                                       const Tensor& up) {
+                                       const Tensor& up, const OperandSpec* spec) {
   check_aligned(gate, "gate");
   check_aligned(up, "up");
   const int64_t m = gate.dim(0);
-  if (all_in_tiles(products) && m < kMinGemmRows)
+  if (makes_rows(products, spec, m))
     return launch_packed_gemv_gated(product_launch(stream_, properties_), tiled_products(products),
-                                    bf16_of(gate), bf16_of(up), m);
-  const Tensor h = do_empty(gate.shape(), act());
-  do_swiglu(h, gate, up);
-  do_packed_gemv(products, h);
+                                    bf16_of(gate), bf16_of(up), m, pointer_to(lane_operand(spec)));
+  const Tensor h = do_empty({m, products[0].weight.format.stored_k()}, act());
+  if (spec != nullptr)
+    do_swiglu_operand(only(h), gate, up, *spec);
+  else
+    do_swiglu(h, gate, up);
+  do_packed_gemv(products, h, nullptr);
 }
 
 void CudaBackend::do_quantized_gemv(const PackedProducts& products, const OperandRows& x) {

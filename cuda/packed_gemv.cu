@@ -6,6 +6,9 @@
 //   .._normed        the same, x = rms_norm(x', w)                        x' bf16, w FP32
 //   .._gated         the same, x = silu(gate) up                          gate, up bf16
 //
+// x in bf16 may also be a row that is gathered by a channel order, rotated inside of groups, or
+// both (cuda/lane_operand.h).
+//
 // A launch takes up to three products of the same x, such as those of q, k and v.
 //
 // Each octet of lanes makes a sub-group of 32 positions of a row of x into integers and one unit:
@@ -34,6 +37,11 @@
 // reads its slices of it, and refills the slots that it has read. The one more warp then makes r of
 // the norm from the other warps' sums of squares.
 //
+// A row that is gathered is made in shared memory first: x, the norm's x w, or silu(gate) up, in
+// bf16. The blocks of a cluster each make half of it, for both. Then a lane reads its positions of
+// a slice by their offsets in the row, which are on their way to L2 while the kernel in front runs.
+// Groups are rotated in registers: the lanes of a warp hold all of each.
+//
 // Scales and zero points of codes are copied to shared memory first, by the whole block. They are
 // a few lines of the L2 cache, which answers one request for a line after another: a request of
 // each warp and slice of every block would take longer than the product.
@@ -47,6 +55,7 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/early_start.h"
 #include "cuda/hopper.h"
+#include "cuda/lane_operand.h"
 #include "cuda/packed_gemv.h"
 #include "cuda/reduce.h"
 #include "cuda/tile_product.h"
@@ -104,46 +113,74 @@ __device__ __forceinline__ void exchange_positions(Levels& levels, int lane, con
   levels.second_pair = middle ? from_a : from_b;
 }
 
+// Of four bf16 values.
+__device__ __forceinline__ Levels levels_of(uint2 pairs) {
+  uint32_t most = __vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu);
+#pragma unroll
+  for (int lanes = 1; lanes < 8; lanes *= 2)
+    most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, lanes));
+  const uint32_t largest = max(most & 0xFFFFu, most >> 16);
+  const IntegerUnit integers(largest);
+  const auto shifted = [&](uint32_t bits) { return integers.shifted(__uint_as_float(bits)); };
+  return {__byte_perm(shifted(pairs.x << 16), shifted(pairs.x & 0xFFFF0000u), 0x5410),
+          __byte_perm(shifted(pairs.y << 16), shifted(pairs.y & 0xFFFF0000u), 0x5410),
+          integers.unit};
+}
+
+// Where rows of x come from. A lane reads Raw, four positions: load_fixed() what no kernel writes,
+// load() the rest. levels() makes them integers; the whole warp takes part. A row that is gathered
+// is read in pieces of eight channels, kPieces of a thread at a time.
+
 // Rows of bf16.
 struct PlainRows {
-  static constexpr bool kNormed = false, kHasGrids = false;
-  using Raw = uint2;  // what a lane reads
-  const bf16* x;      // (M, K)
+  static constexpr bool kNormed = false, kHasGrids = false, kGathered = false, kManyRows = true;
+  static constexpr int kPieces = 4;
+  using Raw = uint2;
+  using Piece = uint4;
+  const bf16* x;  // (M, K)
   int k;
 
-  // Reads what no kernel writes.
-  __device__ static void load_fixed(Raw&, int) {}
-  __device__ void load(Raw& raw, int row, int at) const { raw = four_of(x, row, at); }
-  __device__ uint2 four_of(const bf16* from, int row, int at) const {
-    return load_past_l1(reinterpret_cast<const uint2*>(from + row * k + at));
+  __host__ __device__ int columns() const { return k; }
+  template <typename T>
+  __device__ void load_fixed(T&, int) const {}
+  template <typename T>
+  __device__ void load(T& raw, int row, int at) const {
+    raw = load_from<T>(x, row, at);
   }
-  __device__ static Levels levels(const Raw& raw) {
-    uint32_t most = __vmaxu2(raw.x & 0x7FFF7FFFu, raw.y & 0x7FFF7FFFu);
-#pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2)
-      most = __vmaxu2(most, __shfl_xor_sync(kAllLanes, most, lanes));
-    const uint32_t largest = max(most & 0xFFFFu, most >> 16);
-    const IntegerUnit integers(largest);
-    const auto shifted = [&](uint32_t bits) { return integers.shifted(__uint_as_float(bits)); };
-    return {__byte_perm(shifted(raw.x << 16), shifted(raw.x & 0xFFFF0000u), 0x5410),
-            __byte_perm(shifted(raw.y << 16), shifted(raw.y & 0xFFFF0000u), 0x5410), integers.unit};
+  template <typename T>
+  __device__ T load_from(const bf16* from, int row, int at) const {
+    return load_past_l1(reinterpret_cast<const T*>(from + row * k + at));
   }
+  template <typename T>
+  __device__ static T values(const T& raw) {
+    return raw;
+  }
+  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(raw); }
 };
 
 // Rows of silu(gate) up.
 struct GatedRows : PlainRows {
-  struct Raw {
-    uint2 gate, up;
+  static constexpr int kPieces = 3;
+  template <typename T>
+  struct Both {
+    T gate, up;
   };
+  using Raw = Both<uint2>;
+  using Piece = Both<uint4>;
   const bf16* up;  // (M, K); x: gate
 
-  __device__ static void load_fixed(Raw&, int) {}
-  __device__ void load(Raw& raw, int row, int at) const {
-    raw = {four_of(x, row, at), four_of(up, row, at)};
+  template <typename T>
+  __device__ void load(Both<T>& raw, int row, int at) const {
+    raw = {load_from<T>(x, row, at), load_from<T>(up, row, at)};
   }
-  __device__ static Levels levels(const Raw& raw) {
-    return PlainRows::levels({gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y)});
+  __device__ static uint2 values(const Raw& raw) {
+    return {gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y)};
   }
+  __device__ static uint4 values(const Piece& raw) {
+    return {gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y), gated(raw.gate.z, raw.up.z),
+            gated(raw.gate.w, raw.up.w)};
+  }
+  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(values(raw)); }
 
  private:
   __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
@@ -159,9 +196,14 @@ struct GatedRows : PlainRows {
 // Rows of x w, whose products are then multiplied by r = 1 / sqrt(mean(x^2) + eps).
 struct NormedRows : PlainRows {
   static constexpr bool kNormed = true;
+  static constexpr int kPieces = 2;
   struct Raw {
     uint2 x;
     float4 w;
+  };
+  struct Piece {
+    uint4 x;
+    float4 w, w_behind;
   };
   const float* w;  // (K)
   float eps;
@@ -169,13 +211,26 @@ struct NormedRows : PlainRows {
   __device__ void load_fixed(Raw& raw, int at) const {
     raw.w = *reinterpret_cast<const float4*>(w + at);
   }
-  __device__ void load(Raw& raw, int row, int at) const { raw.x = four_of(x, row, at); }
-  __device__ static Levels levels(const Raw& raw) {
-    return PlainRows::levels(
-        {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w)});
+  __device__ void load_fixed(Piece& raw, int at) const {
+    raw.w = *reinterpret_cast<const float4*>(w + at);
+    raw.w_behind = *reinterpret_cast<const float4*>(w + at + 4);
   }
-  // Of a lane's four values of x.
+  __device__ void load(Raw& raw, int row, int at) const { raw.x = load_from<uint2>(x, row, at); }
+  __device__ void load(Piece& raw, int row, int at) const { raw.x = load_from<uint4>(x, row, at); }
+  __device__ static uint2 values(const Raw& raw) {
+    return {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w)};
+  }
+  __device__ static uint4 values(const Piece& raw) {
+    return {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w),
+            weighted(raw.x.z, raw.w_behind.x, raw.w_behind.y),
+            weighted(raw.x.w, raw.w_behind.z, raw.w_behind.w)};
+  }
+  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(values(raw)); }
+  // Of the values of x.
   __device__ static float squares(const Raw& raw) { return square(raw.x.x) + square(raw.x.y); }
+  __device__ static float squares(const Piece& raw) {
+    return square(raw.x.x) + square(raw.x.y) + (square(raw.x.z) + square(raw.x.w));
+  }
   __device__ float factor(float squares) const {
     return 1.0f / sqrtf(squares / static_cast<float>(k) + eps);
   }
@@ -191,9 +246,88 @@ struct NormedRows : PlainRows {
   }
 };
 
+// A row of another source, all groups of it rotated.
+template <typename Source>
+struct RotatedRow : Source {
+  static constexpr bool kManyRows = false;
+  LaneOperand operand;
+
+  __device__ Levels levels(const typename Source::Raw& raw, int, int lane) const {
+    return levels_of(rotate(Source::values(raw), operand, lane));
+  }
+};
+
+// A row of another source, gathered from shared memory, which it is the first part of.
+template <typename Source>
+struct GatheredRow : Source {
+  static constexpr bool kGathered = true, kManyRows = false;
+  using Of = Source;
+  LaneOperand operand;
+  using Raw = uint2;  // offsets in the row
+
+  __host__ __device__ int columns() const { return operand.stored_k; }
+  __device__ void load_fixed(Raw& raw, int at) const {
+    raw = *reinterpret_cast<const uint2*>(operand.offsets + at);
+  }
+  __device__ void load(Raw&, int, int) const {}
+  __device__ Levels levels(const Raw& raw, int at, int lane) const {
+    const uint2 pairs = gather(reinterpret_cast<const unsigned char*>(dynamic_smem()), raw);
+    return levels_of(finish_positions(pairs, operand, at, lane));
+  }
+  // Each thread of the launch prefetches one line of offsets.
+  __device__ void prefetch_offsets() const {
+    constexpr int kLine = 128 / sizeof(uint16_t);
+    const int first = static_cast<int>(threadIdx.x * gridDim.x + blockIdx.x) * kLine;
+    if (first < columns()) prefetch_to_l2(operand.offsets + first);
+  }
+};
+
+constexpr int kPieceChannels = 8;  // 16 bytes
+
+// Where part `rank` of the pieces of a row begins, of `split` parts, one or two.
+__device__ __forceinline__ int staged_pieces(int k, int rank, int split) {
+  return k / kPieceChannels * rank >> (split - 1);
+}
+
+// Makes part `rank` of a row in shared memory, once the kernel in front has ended, and in a cluster
+// of two in that of the other block too, where its bytes count towards `barrier`. Returns this
+// thread's sum of squares, if the row has a norm.
+template <typename Source>
+__device__ __forceinline__ float make_row(const Source& x, int thread, int threads, int rank,
+                                          int split, uint32_t barrier) {
+  const int first = staged_pieces(x.k, rank, split), last = staged_pieces(x.k, rank + 1, split);
+  const uint32_t row = shared_address(dynamic_smem());
+  typename Source::Piece pieces[Source::kPieces];
+  const auto each = [&](int from, const auto& use) {
+#pragma unroll
+    for (int i = 0; i < Source::kPieces; ++i)
+      if (from + i * threads < last) use(pieces[i], from + i * threads);
+  };
+  const auto load_fixed = [&](auto& piece, int at) { x.load_fixed(piece, at * kPieceChannels); };
+  int from = first + thread;
+  each(from, load_fixed);
+  wait_for_previous_kernel();
+  if (split > 1) cluster_wait();  // the other block runs
+  float squares = 0.0f;
+#pragma unroll 1
+  while (from < last) {
+    each(from, [&](auto& piece, int at) { x.load(piece, 0, at * kPieceChannels); });
+    each(from, [&](const auto& piece, int at) {
+      const uint4 values = Source::values(piece);
+      dynamic_smem()[at] = values;
+      if (split > 1) store_to_block(row + at * 16, rank ^ 1, values, barrier);
+      if constexpr (Source::kNormed) squares += Source::squares(piece);
+    });
+    from += Source::kPieces * threads;
+    each(from, load_fixed);
+  }
+  if (thread == 0) dynamic_smem()[x.k / kPieceChannels] = {};
+  return squares;
+}
+
 // Rows of an operand's codes.
 struct CodedRows {
-  static constexpr bool kNormed = false, kHasGrids = true;
+  static constexpr bool kNormed = false, kHasGrids = true, kGathered = false, kManyRows = true;
   struct Raw {
     uint32_t codes;
     uint2 grid;  // from shared memory
@@ -203,6 +337,7 @@ struct CodedRows {
   const float* scales;   // (M, K / G)
   int k, group_log2;
 
+  __host__ __device__ int columns() const { return k; }
   __device__ static void load_fixed(Raw&, int) {}
   __device__ void load(Raw& raw, int row, int at) const {
     raw.codes = load_past_l1(reinterpret_cast<const uint32_t*>(codes + row * k + at));
@@ -213,7 +348,7 @@ struct CodedRows {
     return {load_past_l1(reinterpret_cast<const uint32_t*>(scales + group)),
             load_past_l1(zeros + group)};
   }
-  __device__ static Levels levels(const Raw& raw) {
+  __device__ static Levels levels(const Raw& raw, int, int) {
     const uint32_t shift = ((128 - raw.grid.y) & 0xFFFFu) * 0x00010001u;
     return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
             __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), __uint_as_float(raw.grid.x)};
@@ -261,11 +396,13 @@ struct OperandMaker : SliceOperand<kManyRows> {
     for (int i = 0; i < kLoads; ++i)
       if (at + i * quant::kSubgroup < end) x.load(raw.of[i], row, at + i * quant::kSubgroup);
   }
-  __device__ __forceinline__ void make(const Raw& raw, int lane, const LaneRole& role) {
+  // at: as in read().
+  __device__ __forceinline__ void make(const Raw& raw, const Input& x, int at, int lane,
+                                       const LaneRole& role) {
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      Levels levels = Input::levels(raw.of[i]);
+      Levels levels = x.levels(raw.of[i], at, lane);
       exchange_positions(levels, lane, role);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
@@ -303,12 +440,12 @@ struct GemvShape {
   int in_flight;   // slices of the first copies, at most slots
 };
 
-// kTiles: the most row tiles of a block. Shared memory: the ring; the master scale and three words
-// of padding; r of the norm (rows of x); of the cluster's second block the sums (outputs, rows of
-// x), then the squares (rows of x); of NormedRows the squares (warps, rows of x); the barriers of
-// the second block's sums and squares, and one for each slice; of CodedRows scale and zero point of
-// each sub-group (rows of x, slices, 4). At the end the last slot that a warp has read holds its
-// sums (kTiles, 2, 32 lanes).
+// kTiles: the most row tiles of a block. Shared memory: a row that is gathered; the ring; the
+// master scale and three words of padding; r of the norm (rows of x); of the cluster's second block
+// the sums (outputs, rows of x), then the squares (rows of x); of NormedRows the squares (warps,
+// rows of x); the barriers of the second block's sums and squares, of the other block's part of the
+// row, and one for each slice; of CodedRows scale and zero point of each sub-group (rows of x,
+// slices, 4). At the end the last slot that a warp has read holds its sums (kTiles, 2, 32 lanes).
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     packed_gemv_kernel(const __grid_constant__ SharedProducts products, Input x, GemvShape shape) {
@@ -318,7 +455,11 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   constexpr int kRows = kManyRows ? kTokens : 1;  // of x, in shared memory
   constexpr int kOutputs = kTiles * kTileRows * kRows;
   start_next_kernel();
-  unsigned char* const smem = reinterpret_cast<unsigned char*>(dynamic_smem());
+  unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
+  if constexpr (Input::kGathered) {
+    x.prefetch_offsets();
+    smem += staged_bytes(x.k);
+  }
   const unsigned thread = threadIdx.x, threads = blockDim.x - 32;  // the last warp copies
   const int lane = thread & 31, warps = threads >> 5;
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(thread >> 5), 0);  // uniform
@@ -342,9 +483,10 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   float* const squares = other_squares + (split - 1) * kTokens;
   const uint32_t sums_barrier = shared_address(squares + (Input::kNormed ? kMaxWarps * kRows : 0));
   const uint32_t squares_barrier = sums_barrier + 8;
-  const uint32_t barriers = squares_barrier + 8;  // of slices
+  const uint32_t row_barrier = squares_barrier + 8;
+  const uint32_t barriers = row_barrier + 8;  // of slices
   uint2* const grids =
-      reinterpret_cast<uint2*>(squares + (Input::kNormed ? kMaxWarps * kRows : 0)) + 2 + slices;
+      reinterpret_cast<uint2*>(squares + (Input::kNormed ? kMaxWarps * kRows : 0)) + 3 + slices;
 
   const unsigned char* const source =
       product.w.tiles + (int64_t{first_slice} * all_tiles + first_tile) * kTileBytes;
@@ -364,6 +506,12 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       if (rank == 0) {
         mbarrier_expect(sums_barrier, tiles * kTileRows * kRows * 4);
         if (Input::kNormed) mbarrier_expect(squares_barrier, shape.m * 4);
+      }
+      if constexpr (Input::kGathered) {
+        mbarrier_init(row_barrier, 1);
+        mbarrier_expect(
+            row_barrier,
+            (staged_pieces(x.k, (rank ^ 1) + 1, split) - staged_pieces(x.k, rank ^ 1, split)) * 16);
       }
     }
     mbarrier_init_fence();
@@ -411,7 +559,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 
   // A lane's positions: of the slice that it multiplies next.
   const int step = warps * kTileColumns;
-  const int end = min(x.k, (first_slice + slices) * kTileColumns);
+  const int end = min(x.columns(), (first_slice + slices) * kTileColumns);
   int at = (first_slice + warp) * kTileColumns + Operand::first_at(lane);
   typename Operand::Raw raw;
   Operand::read_fixed(raw, x, at, end);
@@ -423,9 +571,27 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
                ? load_past_l1(product.addend + int64_t{part} * n + row)
                : __float2bfloat16_rn(0.0f);
   };
+  float own_squares = 0.0f;
+  const auto give_squares = [&] {
+    // Of all lanes, or of an octet, which has a row of x.
+    constexpr int kLanes = kManyRows ? 8 : 32;
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2)
+      own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
+    if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
+    named_arrive(2, threads + 32);
+  };
+  if constexpr (Input::kGathered)
+    own_squares = make_row<typename Input::Of>(x, thread, threads, rank, split, row_barrier);
   const LaneRole role(lane);
   const TileLane tile_lane(lane);
-  wait_for_previous_kernel();
+  if constexpr (Input::kGathered) {
+    named_sync(3, threads);
+    if (split > 1) mbarrier_wait(row_barrier, 0);
+    if constexpr (Input::kNormed) give_squares();
+  } else {
+    wait_for_previous_kernel();
+  }
 
   Operand::read(raw, x, shape.m, at, end, lane);
   bf16 addend = addend_of(thread);
@@ -439,7 +605,6 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     }
     named_sync(1, threads);
   }
-  float own_squares = 0.0f;
   float sum[kTiles][2] = {};
   int slice = warp, slot = warp * kSlotBytes;
 #pragma unroll 1
@@ -453,19 +618,11 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       for (int i = 0; i < Operand::kLoads; ++i) raw.of[i].grid = from[i];
     }
     Operand operand;
-    operand.make(raw, lane, role);
-    if constexpr (Input::kNormed) {
+    operand.make(raw, x, at, lane, role);
+    if constexpr (Input::kNormed && !Input::kGathered) {
 #pragma unroll
       for (int i = 0; i < Operand::kLoads; ++i) own_squares += Input::squares(raw.of[i]);
-      if (last) {
-        // Of all lanes, or of an octet, which has a row of x.
-        constexpr int kLanes = kManyRows ? 8 : 32;
-#pragma unroll
-        for (int lanes = 1; lanes < kLanes; lanes *= 2)
-          own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
-        if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
-        named_arrive(2, threads + 32);
-      }
+      if (last) give_squares();
     }
     at += step;
     Operand::read_fixed(raw, x, at, end);
@@ -502,7 +659,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   if (first_sums < 0) first_sums += ring_bytes;
   cp_async_wait<0>();
   named_sync(1, Input::kNormed ? threads + 32 : threads);
-  if (rank > 0) cluster_wait();  // the first block runs
+  if (rank > 0 && !Input::kGathered) cluster_wait();  // the first block runs
 #pragma unroll 1
   for (unsigned i = thread; i < tiles * kTileRows * 4u; i += threads) {
     float4 total{};  // of the sub-groups of one row of x, or of four rows of x
@@ -611,12 +768,14 @@ template <bool kManyRows, int kTiles, typename Input>
 void launch_shape(const ProductLaunch& at, const SharedProducts& products, const Input& x,
                   int64_t m, const Division& by) {
   constexpr int64_t kRows = kManyRows ? kTokens : 1;
-  const int64_t all_slices = quant::column_slices(x.k), slices = ceil_div(all_slices, by.split);
+  const int64_t all_slices = quant::column_slices(x.columns()),
+                slices = ceil_div(all_slices, by.split);
   const int64_t other_bytes =
       (4 + kTokens + (by.split - 1) * (kTiles * kTileRows * kRows + kTokens) +
        (Input::kNormed ? kMaxWarps * kRows : 0)) *
           4 +
-      (2 + slices) * 8 + (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
+      (3 + slices) * 8 + (Input::kGathered ? staged_bytes(x.k) : 0) +
+      (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
   const int64_t slot_bytes = kTiles * kTileBytes, blocks = by.all_shares() * by.split;
   const int64_t bytes = block_bytes(at, products.items[0].of.addend != nullptr);
   const int64_t slots = std::min(slices, (bytes - other_bytes) / slot_bytes);
@@ -642,6 +801,13 @@ NormedRows rows_from(const NormedRows& x, int64_t row) {
 CodedRows rows_from(const CodedRows& x, int64_t row) {
   const int64_t g = row * (x.k >> x.group_log2);
   return {x.codes + row * x.k, x.zeros + g, x.scales + g, x.k, x.group_log2};
+}
+
+template <typename Input>
+Input rows_from(const Input& x, int64_t row) {
+  static_assert(!Input::kManyRows);
+  BBB_ASSERT(row == 0);
+  return x;
 }
 
 // Up to kMaxProducts products of up to kTokens rows from row `row` of x on.
@@ -677,28 +843,47 @@ void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, c
         Products(all).subspan(i, std::min<size_t>(all.size() - i, kMaxProducts));
     if (m == 1) {
       launch_rows<false>(at, products, x, 0, m);
-      continue;
+    } else if constexpr (Input::kManyRows) {
+      for (int64_t row = 0; row < m; row += kTokens)
+        launch_rows<true>(at, products, x, row, std::min<int64_t>(m - row, kTokens));
     }
-    for (int64_t row = 0; row < m; row += kTokens)
-      launch_rows<true>(at, products, x, row, std::min<int64_t>(m - row, kTokens));
   }
+}
+
+// The same of an operand of x.
+template <typename Source>
+void launch_operand(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                    const Source& x, int64_t m, const LaneOperand* operand) {
+  if (operand == nullptr)
+    launch_all(at, products, x, m);
+  else if (operand->offsets != nullptr)
+    launch_all(at, products, GatheredRow<Source>{x, *operand}, m);
+  else
+    launch_all(at, products, RotatedRow<Source>{x, *operand}, m);
+}
+
+int row_channels(const std::vector<TiledProduct>& products, const LaneOperand* operand) {
+  return operand != nullptr ? operand->k : static_cast<int>(products[0].w.k);
 }
 
 }  // namespace
 
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                        const bf16* x, int64_t m) {
-  launch_all(at, products, PlainRows{x, static_cast<int>(products[0].w.k)}, m);
+                        const bf16* x, int64_t m, const LaneOperand* operand) {
+  launch_operand(at, products, PlainRows{x, row_channels(products, operand)}, m, operand);
 }
 
 void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                               const bf16* x, const float* w, float eps, int64_t m) {
-  launch_all(at, products, NormedRows{{x, static_cast<int>(products[0].w.k)}, w, eps}, m);
+                               const bf16* x, const float* w, float eps, int64_t m,
+                               const LaneOperand* operand) {
+  launch_operand(at, products, NormedRows{{x, row_channels(products, operand)}, w, eps}, m,
+                 operand);
 }
 
 void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                              const bf16* gate, const bf16* up, int64_t m) {
-  launch_all(at, products, GatedRows{{gate, static_cast<int>(products[0].w.k)}, up}, m);
+                              const bf16* gate, const bf16* up, int64_t m,
+                              const LaneOperand* operand) {
+  launch_operand(at, products, GatedRows{{gate, row_channels(products, operand)}, up}, m, operand);
 }
 
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,

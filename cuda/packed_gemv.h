@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/cuda_backend.h"
+#include "cuda/lane_operand.h"
 #include "quant/format.h"
 
 namespace bbb::cuda {
@@ -76,15 +77,20 @@ struct ProductLaunch {
 // ended: no kernel that writes these may be in flight.
 //
 // Products of m rows x with weights of the same K and group. x and codes are aligned to 16 bytes.
+// With an operand, m = 1 and x is a row of operand->k channels, of which the product makes the
+// operand itself. Without offsets, all groups of it are rotated. No kernel that writes the offsets
+// may be in flight.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                        const bf16* x, int64_t m);
+                        const bf16* x, int64_t m, const LaneOperand* operand = nullptr);
 // The same of the rows of rms_norm(x, w) and of silu(gate) up, where x w and silu(gate) up are
 // rounded to bf16. gate, up and w are aligned to 16 bytes; no kernel that writes w may be in
 // flight.
 void launch_packed_gemv_normed(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                               const bf16* x, const float* w, float eps, int64_t m);
+                               const bf16* x, const float* w, float eps, int64_t m,
+                               const LaneOperand* operand = nullptr);
 void launch_packed_gemv_gated(const ProductLaunch& at, const std::vector<TiledProduct>& products,
-                              const bf16* gate, const bf16* up, int64_t m);
+                              const bf16* gate, const bf16* up, int64_t m,
+                              const LaneOperand* operand = nullptr);
 // The same from the codes of an operand: codes (m, K), zeros and scales (m, K/G). x is then (codes
 // - zeros) scales.
 void launch_quantized_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 
 #include "engine/cpu/thread_pool.h"
 #include "quant/grid.h"
@@ -224,6 +225,20 @@ class Op {
                 " channels in ", view.stored_k, " positions of groups of ", view.group);
     is_or_undefined("channels", spec.channels, DType::I32, {view.stored_k});
     is_or_undefined("positions", spec.positions, DType::I32, {view.k});
+    is_or_undefined("offsets", spec.offsets, DType::U8, {2 * view.stored_k});
+  }
+
+  // K of the rows of which products with weights of this format make their operand.
+  int64_t row_channels(const quant::LinearFormat& format, const OperandSpec* operand) const {
+    if (operand == nullptr) return format.stored_k();
+    layout(*operand);
+    const quant::OperandView& view = operand->view;
+    BBB_CHECK(view.grid.bits == 16, name_, ": an operand of ", view.grid.bits,
+              " bits is multiplied as codes");
+    BBB_CHECK(view.stored_k == format.stored_k() && view.group == format.weight.group, name_,
+              ": an operand of ", view.stored_k, " positions in groups of ", view.group,
+              ", weights of ", format.stored_k(), " in groups of ", format.weight.group);
+    return view.k;
   }
 
   // q (B, T, H, d) against k and v (B, S, K, d).
@@ -445,6 +460,13 @@ OperandSpec upload_operand(Backend& backend, const quant::LinearFormat& format) 
     spec.positions = backend.empty({order.k()}, DType::I32);
     backend.upload(spec.channels, order.channels().data());
     backend.upload(spec.positions, order.positions().data());
+    if (2 * order.k() <= std::numeric_limits<uint16_t>::max()) {
+      std::vector<uint16_t> offsets;
+      for (const int64_t channel : order.channels())
+        offsets.push_back(static_cast<uint16_t>(2 * (channel < 0 ? order.k() : channel)));
+      spec.offsets = backend.empty({2 * order.stored_k()}, DType::U8);
+      backend.upload(spec.offsets, offsets.data());
+    }
   }
   spec.view =
       quant::operand_view(format, spec.channels.data<int32_t>(), spec.positions.data<int32_t>());
@@ -1186,36 +1208,38 @@ void Backend::unpack(const Tensor& wq, const PackedWeight& w) {
   do_unpack(wq, w);
 }
 
-void Backend::packed_gemv(const PackedProducts& products, const Tensor& x) {
+void Backend::packed_gemv(const PackedProducts& products, const Tensor& x,
+                          const OperandSpec* operand) {
   const Op op(*this, "packed_gemv");
   op.rank("x", x, 2);
   const quant::LinearFormat& format = op.products(products, x.dim(0));
   for (const PackedProduct& product : products)
-    op.few_rows("x", x, max_packed_rows(product.weight.format));
-  op.is("x", x, act(), {x.dim(0), format.stored_k()});
-  do_packed_gemv(products, x);
+    op.few_rows("x", x,
+                operand != nullptr ? kMaxPackedRows : max_packed_rows(product.weight.format));
+  op.is("x", x, act(), {x.dim(0), op.row_channels(format, operand)});
+  do_packed_gemv(products, x, operand);
 }
 
 void Backend::packed_gemv_normed(const PackedProducts& products, const Tensor& x, const Tensor& w,
-                                 double eps) {
+                                 double eps, const OperandSpec* operand) {
   const Op op(*this, "packed_gemv_normed");
   op.rank("x", x, 2);
   op.few_rows("x", x, kMaxPackedRows);
-  const quant::LinearFormat& format = op.products(products, x.dim(0));
-  op.is("x", x, act(), {x.dim(0), format.stored_k()});
-  op.is("w", w, real(), {format.stored_k()});
-  do_packed_gemv_normed(products, x, w, eps);
+  const int64_t k = op.row_channels(op.products(products, x.dim(0)), operand);
+  op.is("x", x, act(), {x.dim(0), k});
+  op.is("w", w, real(), {k});
+  do_packed_gemv_normed(products, x, w, eps, operand);
 }
 
 void Backend::packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
-                                const Tensor& up) {
+                                const Tensor& up, const OperandSpec* operand) {
   const Op op(*this, "packed_gemv_gated");
   op.rank("gate", gate, 2);
   op.few_rows("gate", gate, kMaxPackedRows);
   const quant::LinearFormat& format = op.products(products, gate.dim(0));
-  op.is("gate", gate, act(), {gate.dim(0), format.stored_k()});
+  op.is("gate", gate, act(), {gate.dim(0), op.row_channels(format, operand)});
   op.like("up", up, act(), gate.shape());
-  do_packed_gemv_gated(products, gate, up);
+  do_packed_gemv_gated(products, gate, up, operand);
 }
 
 void Backend::quantized_gemv(const PackedProducts& products, const OperandRows& x) {

@@ -146,6 +146,9 @@ using PackedProducts = std::vector<PackedProduct>;
 struct OperandSpec {
   quant::OperandView view = {};
   Tensor channels, positions;  // I32 (K'), (K); undefined: the order is the identity
+  // The order as products read it, U8 (2 K'): of each position, in 16 bits, twice its channel, or 2
+  // K for padding. Undefined too where 2 K takes more bits.
+  Tensor offsets = {};
   Rounding rounding = Rounding::Nearest;
 };
 // For linears of this format.
@@ -558,16 +561,22 @@ class Backend {
   // widths) and a Hopper GPU (2-bit codes, M <= 4) take x as 16-bit integers: y is within 1e-4
   // relative RMS before rounding (numerics.md section 2), and an infinity in x makes its row of y
   // NaN.
-  void packed_gemv(const PackedProducts& products, const Tensor& x);
+  //
+  // With `operand`, x act (M, operand->view.k), M <= kMaxPackedRows: x is made into that operand,
+  // of 16 bits, first. On a Hopper GPU with 2-bit codes, M = 1, K a multiple of 8 and, of a channel
+  // order, offsets, one kernel does both; elsewhere operand() is in front of the product.
+  void packed_gemv(const PackedProducts& products, const Tensor& x,
+                   const OperandSpec* operand = nullptr);
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {
     packed_gemv({{y, w, addend}}, x);
   }
   // packed_gemv of the rows of rms_norm(x, w, eps), w real (K), and of swiglu(gate, up), for M <=
   // kMaxPackedRows. The rows may be rounded to act, those of rms_norm before 1 / rms multiplies
-  // them or after.
+  // them or after; in both cases before they become an operand.
   void packed_gemv_normed(const PackedProducts& products, const Tensor& x, const Tensor& w,
-                          double eps);
-  void packed_gemv_gated(const PackedProducts& products, const Tensor& gate, const Tensor& up);
+                          double eps, const OperandSpec* operand = nullptr);
+  void packed_gemv_gated(const PackedProducts& products, const Tensor& gate, const Tensor& up,
+                         const OperandSpec* operand = nullptr);
   // At least kMaxPackedRows, or kAnyRows: with more rows a weight is unpacked for a GEMM. On a GPU,
   // levels of 8 bits may be rounded to act for more than four rows, as unpack rounds them.
   virtual int64_t max_packed_rows(const quant::LinearFormat& format) const = 0;

@@ -77,9 +77,9 @@ using quant::KvFormat;
 #define BBB_OP_lc_output Arg, Arg, Arg, Arg, Arg
 #define BBB_OP_repack Arg, const PackedWeight&
 #define BBB_OP_unpack Arg, const PackedWeight&
-#define BBB_OP_packed_gemv const PackedProducts&, Arg
-#define BBB_OP_packed_gemv_normed const PackedProducts&, Arg, Arg, double
-#define BBB_OP_packed_gemv_gated const PackedProducts&, Arg, Arg
+#define BBB_OP_packed_gemv const PackedProducts&, Arg, const OperandSpec*
+#define BBB_OP_packed_gemv_normed const PackedProducts&, Arg, Arg, double, const OperandSpec*
+#define BBB_OP_packed_gemv_gated const PackedProducts&, Arg, Arg, const OperandSpec*
 #define BBB_OP_quantized_gemv const PackedProducts&, const OperandRows&
 #define BBB_OP_average Arg, Arg, Arg, double
 #define BBB_OP_dampen Arg, Arg, const QuantizedWeights&, double

@@ -48,13 +48,30 @@ LinearInput Operand::whole(Var x) {
 }
 
 Var LinearInput::whole(Tape& tape) const {
-  if (norm.defined()) return autograd::rms_norm(tape, x, norm, eps);
-  if (up.defined()) return autograd::swiglu(tape, x, up);
-  return x;
+  if (norm.defined())
+    return operand ? autograd::rms_norm_operand(tape, x, norm, eps, *operand)
+                   : autograd::rms_norm(tape, x, norm, eps);
+  if (up.defined())
+    return operand ? autograd::swiglu_operand(tape, x, up, *operand)
+                   : autograd::swiglu(tape, x, up);
+  return operand ? autograd::operand(tape, x, *operand) : x;
+}
+
+LinearInput Operand::unmade(Var x) const {
+  LinearInput input = whole(std::move(x));
+  if (!exact()) {
+    input.operand = &*spec_;
+    input.shape.back() = spec_->view.stored_k;
+  }
+  return input;
 }
 
 bool Operand::few_rows(const Tape& tape, const Tensor& x) const {
   return packed_ && !tape.recording() && x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
+}
+
+bool Operand::product_makes(const Tape& tape, const Tensor& x) const {
+  return few_rows(tape, x) && (exact() || spec_->view.grid.bits == 16);
 }
 
 bool Operand::takes_codes(const Tape& tape, const Tensor& x) const {
@@ -78,13 +95,13 @@ LinearInput Operand::codes(Tape& tape, const Tensor& x, const Write& write) cons
 
 LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
   if (u_.defined()) return lc(tape, autograd::rms_norm(tape, x, w, eps));
-  if (exact()) {
-    if (!few_rows(tape, x.value())) return whole(autograd::rms_norm(tape, x, w, eps));
-    LinearInput input = whole(x);
+  if (product_makes(tape, x.value())) {
+    LinearInput input = unmade(x);
     input.norm = w;
     input.eps = eps;
     return input;
   }
+  if (exact()) return whole(autograd::rms_norm(tape, x, w, eps));
   if (!takes_codes(tape, x.value()))
     return whole(autograd::rms_norm_operand(tape, x, w, eps, *spec_));
   return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
@@ -96,12 +113,12 @@ LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps
 
 LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
   if (u_.defined()) return lc(tape, autograd::swiglu(tape, gate, up));
-  if (exact()) {
-    if (!few_rows(tape, gate.value())) return whole(autograd::swiglu(tape, gate, up));
-    LinearInput input = whole(gate);
+  if (product_makes(tape, gate.value())) {
+    LinearInput input = unmade(gate);
     input.up = up;
     return input;
   }
+  if (exact()) return whole(autograd::swiglu(tape, gate, up));
   if (!takes_codes(tape, gate.value()))
     return whole(autograd::swiglu_operand(tape, gate, up, *spec_));
   return codes(tape, gate.value(), [&](Backend& backend, const engine::OperandRows& out) {
@@ -111,7 +128,7 @@ LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
 
 LinearInput Operand::plain(Tape& tape, const Var& x) const {
   if (u_.defined()) return lc(tape, x);
-  if (exact()) return whole(x);
+  if (exact() || product_makes(tape, x.value())) return unmade(x);
   if (!takes_codes(tape, x.value())) return whole(autograd::operand(tape, x, *spec_));
   return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
     backend.operand(out, rows_of(x.value()), *spec_);

@@ -18,13 +18,15 @@ namespace bbb::models {
 struct LinearInput {
   autograd::Var x;
   engine::OperandRows codes;     // undefined tensors, or codes, zeros and scales, and no x
-  engine::Shape shape;           // of x
+  engine::Shape shape;           // of what is multiplied, (..., K')
   engine::Tensor constant = {};  // of packed LC: real (rows), which every sum of a row lacks
-  // What multiplies rms_norm(x, norm, eps) or swiglu(x, up), if `norm` or `up` is defined.
+  // The rows are x, or rms_norm(x, norm, eps) or swiglu(x, up) if `norm` or `up` is defined. With
+  // `operand`, the site's, their operand is multiplied.
   autograd::Var norm = {}, up = {};
   double eps = 0;
+  const engine::OperandSpec* operand = nullptr;
 
-  // The rows to multiply, as a tensor.
+  // What is multiplied, as a tensor.
   autograd::Var whole(autograd::Tape& tape) const;
 };
 
@@ -52,6 +54,9 @@ class Operand {
 
  private:
   static LinearInput whole(Var x);
+  // Rows of which the product makes what it multiplies.
+  LinearInput unmade(Var x) const;
+  bool product_makes(const Tape& tape, const engine::Tensor& x) const;
   LinearInput lc(Tape& tape, const Var& x) const;
   // Codes where integers are multiplied, else nothing: `write` fills them.
   template <typename Write>

@@ -529,15 +529,15 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
     products.push_back(
         {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
   }
-  const auto rows = [&](const Var& of) { return of.value().view({m, k}); };
+  const auto rows = [&](const Var& of) { return of.value().view({m, of.value().dim(-1)}); };
   if (x.codes.codes.defined())
     backend.quantized_gemv(products, x.codes);
   else if (x.norm.defined())
-    backend.packed_gemv_normed(products, rows(x.x), x.norm.value(), x.eps);
+    backend.packed_gemv_normed(products, rows(x.x), x.norm.value(), x.eps, x.operand);
   else if (x.up.defined())
-    backend.packed_gemv_gated(products, rows(x.x), rows(x.up));
+    backend.packed_gemv_gated(products, rows(x.x), rows(x.up), x.operand);
   else
-    backend.packed_gemv(products, rows(x.x));
+    backend.packed_gemv(products, rows(x.x), x.operand);
   for (size_t i = 0; i < site.size(); ++i)
     if (site[i]->bias_.defined() && (residual.defined() || !products[i].addend.defined()))
       backend.add_bias(products[i].y, site[i]->bias_);

@@ -9,6 +9,7 @@
 
 #include "quant/host.h"
 #include "tests/op_test.h"
+#include "tests/operand_formula.h"
 #include "tests/quantizer_formula.h"
 
 namespace bbb::tests {
@@ -47,28 +48,6 @@ std::string difference(const Bytes& got, const Bytes& want, int64_t columns) {
 
 Values as_act(Backend& b, Values values) {
   return b.act() == DType::BF16 ? round_bf16(std::move(values)) : values;
-}
-
-enum class Order { None, Split, Outliers, Both };
-constexpr Order kOrders[] = {Order::None, Order::Split, Order::Outliers, Order::Both};
-
-// A site's format: a tenth of the channels split, a group or two of outliers.
-LinearFormat site(engine::Rng& rng, int64_t k, int group, InputGrid input, Order order,
-                  SplitSide side = SplitSide::Weight) {
-  LinearFormat format{.n = 1, .k = k, .weight = {.bits = 2, .group = group}, .input = input};
-  if (order == Order::None) return format;
-  const std::vector<int32_t> drawn = rng.permutation(k);
-  int64_t outliers = order == Order::Split ? 0 : k >= 4 * group ? 2 * group : group;
-  if (outliers > k) outliers = 0;
-  const int64_t split = order == Order::Outliers ? 0 : std::min((k + 9) / 10, k - outliers);
-  const auto begin = drawn.begin();
-  std::vector<int32_t> first(begin, begin + outliers);
-  std::vector<int32_t> second(begin + outliers, begin + outliers + split);
-  std::sort(first.begin(), first.end());
-  std::sort(second.begin(), second.end());
-  format.input.outliers = static_cast<int>(outliers);
-  format.order = std::make_shared<ChannelOrder>(k, group, first, second, side);
-  return format;
 }
 
 // Rows of bf16 values: channels of different magnitude, some of them large; among the rows one of
@@ -158,37 +137,6 @@ void check_same(Backend& b, const Made& got, const Made& want, const LinearForma
 
 // --- the written formula
 // --------------------------------------------------------------------------
-
-// Gathered, in double: rotated by the definition of the Hadamard matrix.
-Values gather_by_formula(const LinearFormat& format, const Values& x, int64_t rows) {
-  const ChannelOrder order = format.channel_order();
-  const int64_t columns = order.stored_k(), group = format.weight.group;
-  Values out(static_cast<size_t>(rows * columns), 0.0);
-  for (int64_t row = 0; row < rows; ++row) {
-    double* to = out.data() + row * columns;
-    for (int64_t p = 0; p < columns; ++p) {
-      const int32_t channel = order.channels()[static_cast<size_t>(p)];
-      if (channel < 0) continue;
-      const bool half = order.side() == SplitSide::Activation && p >= order.pairs_begin() &&
-                        p < order.pairs_end();
-      to[p] = x[static_cast<size_t>(row * format.k + channel)] * (half ? 0.5 : 1.0);
-    }
-    if (!format.input.hadamard) continue;
-    const double scale = group == 128 ? 1.0 / 16 : 1.0 / 8;
-    for (int64_t begin = order.rotated_begin(); begin < order.rotated_end(); begin += group) {
-      Values rotated;
-      for (int64_t i = 0; i < group; ++i) {
-        double sum = 0;
-        for (int64_t j = 0; j < group; ++j)
-          sum +=
-              std::popcount(static_cast<uint64_t>(i & j)) % 2 == 0 ? to[begin + j] : -to[begin + j];
-        rotated.push_back(scale * sum);
-      }
-      std::copy(rotated.begin(), rotated.end(), to + begin);
-    }
-  }
-  return out;
-}
 
 float tree_sum(const std::vector<float>& terms, size_t begin, size_t count) {
   if (count == 1) return terms[begin];

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "quant/packed_tiles.h"
+#include "tests/operand_formula.h"
 #include "tests/packed_matrix.h"
 
 namespace bbb::tests {
@@ -338,10 +339,11 @@ TEST_CASE("packed_gemv of 2-bit weights is as exact as a product in bf16", "[pac
 }
 
 // Products of rows that are made on the way. Most kernels round them to act: each term is then off
-// by up to half an epsilon.
+// by up to half an epsilon. `sizes`, if any: what the errors of the rows' values are relative to.
 void check_made_rows(const Values& got, const PackedMatrix& matrix, const Values& rows,
-                     const Values& addend, int64_t m, DType y_dtype) {
-  const Product want = multiply(matrix, rows, addend, m);
+                     const Values& addend, int64_t m, DType y_dtype, const Values& sizes = {}) {
+  Product want = multiply(matrix, rows, addend, m);
+  if (!sizes.empty()) want.magnitude = multiply(matrix, sizes, {}, m).magnitude;
   // The factor of a row is a sum of K squares, and a few more roundings.
   const double terms =
       2 * roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32) + act_epsilon();
@@ -394,6 +396,122 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
         check_made_rows(values_of(b, y2.tensor()), second, gated, {}, m, b.real());
         CHECK((y.untouched() && y2.untouched()));
       }
+}
+
+TEST_CASE("products of few rows make the operand of their rows", "[packed][made_operands]") {
+  engine::Rng rng(59);
+  Backend& b = backend();
+  constexpr double kEps = 1e-5;
+  struct Case {
+    WeightGrid grid;
+    int64_t k, n;
+    std::vector<int64_t> rows;
+  };
+  // On a GPU: weights in tiles, and as in the file; K' within a slice of positions; blocks alone
+  // and in clusters; rows of several pieces a thread; K that is no multiple of 8; two rounds of
+  // slices; a row that is not staged.
+  const std::vector<Case> cases = {
+      {{2, 32}, 96, 17, {1, 2, 8}}, {{2, 32}, 576, 33, {1, 2, 3, 4, 5}},
+      {{2, 64}, 576, 65, {1, 3}},   {{2, 128}, 576, 65, {1, 4}},
+      {{2, 32}, 1536, 576, {1}},    {{2, 128}, 1536, 40, {1}},
+      {{2, 64}, 4096, 200, {1, 2}}, {{2, 32}, 4096, 65, {1}},
+      {{2, 32}, 100, 20, {1, 2}},   {{2, 32}, 14336, 65, {1}},
+      {{2, 64}, 256, 2200, {1}},    {{2, 32}, 32800, 17, {1}},
+      {{2, 32}, 8192, 17, {1, 2}},  {{4, 32}, 576, 33, {1, 3}},
+      {{8, 64}, 320, 20, {1}}};
+  for (const Case& c : cases)
+    for (const Order order : kOrders)
+      for (const bool hadamard : {false, true})
+        for (const auto side : {quant::SplitSide::Weight, quant::SplitSide::Activation}) {
+          if (side == quant::SplitSide::Activation && order != Order::Split && order != Order::Both)
+            continue;
+          const quant::LinearFormat format =
+              site(rng, c.k, c.grid.group, {.hadamard = hadamard}, order, side);
+          const engine::OperandSpec spec = engine::upload_operand(b, format);
+          const int64_t k = c.k, stored_k = format.stored_k(), n = c.n;
+          const PackedMatrix first(rng, n, stored_k, c.grid), second(rng, 17, stored_k, c.grid),
+              third(rng, 5, stored_k, c.grid);
+          const PackedWeight weight = first.on(b), other = second.on(b), last = third.on(b);
+          for (const int64_t m : c.rows) {
+            CAPTURE(c.grid.bits, c.grid.group, m, n, k, static_cast<int>(order), hadamard,
+                    side == quant::SplitSide::Activation);
+            Values x = activations(rng, m * k), up = activations(rng, m * k),
+                   w = normal(rng, k, 1.0);
+            for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
+            for (double& value : w) value = static_cast<float>(value);
+            const Values addend = activations(rng, m * n, 4.0);
+            const Tensor given = make(b, {m, n}, b.act(), addend);
+            const Tensor in = make(b, {m, k}, b.act(), x), gate_up = make(b, {m, k}, b.act(), up);
+            Values normed, gated;
+            for (int64_t i = 0; i < m; ++i) {
+              double squares = 0;
+              for (int64_t j = 0; j < k; ++j)
+                squares += std::pow(x[static_cast<size_t>(i * k + j)], 2);
+              const double r = 1 / std::sqrt(squares / static_cast<double>(k) + kEps);
+              for (int64_t j = 0; j < k; ++j) {
+                const auto at = static_cast<size_t>(i * k + j);
+                normed.push_back(x[at] * r * w[static_cast<size_t>(j)]);
+                gated.push_back(x[at] / (1 + std::exp(-x[at])) * up[at]);
+              }
+            }
+            const Guarded y(b, {m, n}, b.act()), y2(b, {m, 17}, b.real()), y3(b, {m, 5}, b.real());
+            const engine::PackedProducts products = {
+                {y.tensor(), weight, given}, {y2.tensor(), other, {}}, {y3.tensor(), last, {}}};
+            const auto check = [&](const Values& rows) {
+              const Values want = gather_by_formula(format, rows, m),
+                           sizes = gather_by_formula(format, rows, m, true);
+              check_made_rows(values_of(b, y.tensor()), first, want, addend, m, b.act(), sizes);
+              check_made_rows(values_of(b, y2.tensor()), second, want, {}, m, b.real(), sizes);
+              check_made_rows(values_of(b, y3.tensor()), third, want, {}, m, b.real(), sizes);
+              for (const Guarded* out : {&y, &y2, &y3}) {
+                CHECK(out->untouched());
+                b.zero(out->tensor());
+              }
+            };
+            b.packed_gemv(products, in, &spec), check(x);
+            b.packed_gemv_normed(products, in, make(b, {k}, b.real(), w), kEps, &spec);
+            check(normed);
+            b.packed_gemv_gated(products, in, gate_up, &spec), check(gated);
+          }
+        }
+}
+
+TEST_CASE("products that make an operand: NaN, repeated, and refused", "[packed][made_operands]") {
+  engine::Rng rng(60);
+  Backend& b = backend();
+  constexpr int64_t kN = 40, kK = 576;
+  for (const Order order : {Order::None, Order::Both}) {
+    const quant::LinearFormat format = site(rng, kK, 32, {.hadamard = true}, order);
+    engine::OperandSpec spec = engine::upload_operand(b, format);
+    const PackedWeight weight = PackedMatrix(rng, kN, format.stored_k(), {2, 32}).on(b);
+    const Tensor y = b.empty({1, kN}, b.act()), w = make(b, {kK}, b.real(), Values(kK, 1.0));
+    const Values values = activations(rng, kK);
+    const Tensor x = make(b, {1, kK}, b.act(), values);
+    const auto products = [&](const Tensor& in) {
+      std::vector<Values> all;
+      b.packed_gemv({{y, weight, {}}}, in, &spec), all.push_back(values_of(b, y));
+      b.packed_gemv_normed({{y, weight, {}}}, in, w, 1e-5, &spec), all.push_back(values_of(b, y));
+      b.packed_gemv_gated({{y, weight, {}}}, in, in, &spec), all.push_back(values_of(b, y));
+      return all;
+    };
+    const std::vector<Values> first = products(x);
+    for (int run = 0; run < 3; ++run) CHECK(products(x) == first);
+    for (const size_t at : {0, 77, 575}) {
+      Values bad = values;
+      bad[at] = std::numeric_limits<double>::quiet_NaN();
+      for (const Values& y_values : products(make(b, {1, kK}, b.act(), bad)))
+        CHECK(std::ranges::all_of(y_values, [](double v) { return std::isnan(v); }));
+    }
+    const int64_t m = Backend::kMaxPackedRows + 1;
+    CHECK_THROWS_AS(
+        b.packed_gemv({{b.empty({m, kN}, b.act()), weight, {}}}, b.zeros({m, kK}, b.act()), &spec),
+        Error);
+    CHECK_THROWS_AS(products(b.zeros({1, kK - 32}, b.act())), Error);
+    const PackedWeight wider = PackedMatrix(rng, kN, format.stored_k() + 32, {2, 32}).on(b);
+    CHECK_THROWS_AS(b.packed_gemv({{y, wider, {}}}, x, &spec), Error);
+    spec.view.grid.bits = 4;
+    CHECK_THROWS_AS(products(x), Error);
+  }
 }
 
 TEST_CASE("packed_gemv_normed and packed_gemv_gated of NaN and of too many rows",

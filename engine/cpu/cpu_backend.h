@@ -86,6 +86,8 @@ class CpuBackend final : public Backend {
   // Activations: rows of T, or a quantized operand's.
   template <typename Activations>
   void packed_products(const PackedProducts& products, const Activations& x, int64_t m);
+  void operand_products(const PackedProducts& products, const T* x, int64_t rows,
+                        const OperandSpec* spec);
   // attention_cached of one query a sequence.
   void attend_step(const Tensor& o, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                    const int32_t* start, const AttentionSpec& spec, KvFormat format);

@@ -123,14 +123,29 @@ void CpuBackend<T>::packed_products(const PackedProducts& products, const Activa
   }
 }
 
+// Products of `rows` rows x of K channels, or of their operand.
 template <typename T>
-void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor& x) {
-  packed_products(products, static_cast<const T*>(data(x)), x.dim(0));
+void CpuBackend<T>::operand_products(const PackedProducts& products, const T* x, int64_t rows,
+                                     const OperandSpec* spec) {
+  if (spec == nullptr) return packed_products(products, x, rows);
+  static thread_local std::vector<T> buffer;
+  T* const operand = scratch(buffer, rows * spec->view.stored_k);
+  parallel_for(rows, row_grain(spec->view.stored_k), [&](int64_t begin, int64_t end) {
+    host::operand(operand, static_cast<uint8_t*>(nullptr), host::QuantizedRows<T>{}, x,
+                  {begin, end}, spec->view, spec->rounding);
+  });
+  packed_products(products, static_cast<const T*>(operand), rows);
+}
+
+template <typename T>
+void CpuBackend<T>::do_packed_gemv(const PackedProducts& products, const Tensor& x,
+                                   const OperandSpec* spec) {
+  operand_products(products, data(x), x.dim(0), spec);
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const Tensor& x,
-                                          const Tensor& w, double eps) {
+                                          const Tensor& w, double eps, const OperandSpec* spec) {
   const int64_t rows = x.dim(0), d = x.dim(1);
   static thread_local std::vector<T> buffer;
   T* const normed = scratch(buffer, rows * d);
@@ -138,18 +153,18 @@ void CpuBackend<T>::do_packed_gemv_normed(const PackedProducts& products, const 
     for (int64_t m = begin; m < end; ++m)
       rms_norm_row(normed + m * d, data(x) + m * d, data(w), d, static_cast<T>(eps));
   });
-  packed_products(products, static_cast<const T*>(normed), rows);
+  operand_products(products, normed, rows, spec);
 }
 
 template <typename T>
 void CpuBackend<T>::do_packed_gemv_gated(const PackedProducts& products, const Tensor& gate,
-                                         const Tensor& up) {
+                                         const Tensor& up, const OperandSpec* spec) {
   static thread_local std::vector<T> buffer;
   T* const h = scratch(buffer, gate.numel());
   parallel_for(gate.numel(), kElementGrain, [&](int64_t begin, int64_t end) {
     swiglu_run(h + begin, data(gate) + begin, data(up) + begin, end - begin);
   });
-  packed_products(products, static_cast<const T*>(h), gate.dim(0));
+  operand_products(products, h, gate.dim(0), spec);
 }
 
 template <typename T>
