@@ -17,7 +17,7 @@
 //
 // What is loaded before the wait is older than the kernel that set `start`, and that kernel lets
 // none start early (cuda/early_start.h). All sums have a fixed order. Bytes: the visible keys and
-// values once.
+// values once for each eight query heads of their kv-head.
 #include <cfloat>
 
 #include "cuda/attention.h"
@@ -88,7 +88,7 @@ __device__ inline void rotate_packed(uint32_t& low, uint32_t& high, const float2
   high = pack_bf16(b.x, b.y);
 }
 
-// grid (cluster, K * ceil(H / K / 16), B)
+// grid (cluster, K * ceil(H / K / 8), B)
 template <int D>
 __global__ void __maxnreg__(kRegisters) attention_step_kernel(const StepArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -232,10 +232,8 @@ int64_t CudaBackend::scratch_bytes(engine::ScratchOp op, const Shape& shape) con
 }
 
 void CudaBackend::synchronize() {
-  ++host_waits;
-  const cudaError_t status = cudaStreamSynchronize(stream_);
-  ++host_waits;
-  BBB_CUDA(status);
+  const HostWait wait;
+  BBB_CUDA(cudaStreamSynchronize(stream_));
   check_faults();
 }
 
@@ -335,6 +333,7 @@ Tensor CudaBackend::do_empty(Shape shape, DType dtype) {
 
 void CudaBackend::do_upload(const Tensor& dst, const void* src) {
   BBB_CHECK(!is_capturing(stream_), "host memory cannot be read in a recorded step");
+  const HostWait wait;  // a copy from or to pageable memory waits for what is in front of it
   BBB_CUDA(cudaMemcpyAsync(dst.raw(), src, static_cast<size_t>(dst.bytes()), cudaMemcpyHostToDevice,
                            stream_));
   synchronize();
@@ -342,6 +341,7 @@ void CudaBackend::do_upload(const Tensor& dst, const void* src) {
 
 void CudaBackend::do_download(void* dst, const Tensor& src) {
   BBB_CHECK(!is_capturing(stream_), "host memory cannot be written in a recorded step");
+  const HostWait wait;
   BBB_CUDA(cudaMemcpyAsync(dst, src.raw(), static_cast<size_t>(src.bytes()), cudaMemcpyDeviceToHost,
                            stream_));
   synchronize();

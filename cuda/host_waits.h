@@ -1,5 +1,4 @@
-// The waits of this process for its GPU, begun and ended: odd within a wait. Another thread may
-// read it.
+// The waits of this process's threads for its GPU, for a thread that watches (engine/comm.h).
 #pragma once
 
 #include <atomic>
@@ -7,6 +6,16 @@
 
 namespace bbb::cuda {
 
-inline std::atomic<int64_t> host_waits{0};
+inline std::atomic<int64_t> host_waits{0};   // begun
+inline std::atomic<int> waiting_threads{0};  // now
+
+// A wait for the GPU lasts as long as this.
+class HostWait {
+ public:
+  HostWait() { ++host_waits, ++waiting_threads; }
+  ~HostWait() { --waiting_threads; }
+  HostWait(const HostWait&) = delete;
+  HostWait& operator=(const HostWait&) = delete;
+};
 
 }  // namespace bbb::cuda

@@ -102,10 +102,10 @@ class NcclComm final : public engine::Comm {
         backend_(backend),
         host_(std::move(host)),
         stream_(make_urgent_stream()),
-        count_(backend.zeros({sizeof(int64_t)}, DType::U8)) {
+        counts_(backend.zeros({2 * sizeof(int64_t)}, DType::U8)) {
     void* seen = nullptr;
-    BBB_CUDA(cudaMallocHost(&seen, sizeof(int64_t)));
-    seen_.reset(new (seen) int64_t{0});
+    BBB_CUDA(cudaMallocHost(&seen, 2 * sizeof(int64_t)));
+    seen_.reset(new (seen) int64_t[2]{0, 0});
     NcclId id{};
     if (first()) BBB_NCCL(Nccl::library().get_unique_id(&id));
     const std::string bytes = host_->exchange({id.bytes, sizeof id.bytes})[0];
@@ -120,7 +120,9 @@ class NcclComm final : public engine::Comm {
     join();
     backend_.synchronize();
     host_->watch_device([this] {
-      return engine::DeviceSigns{std::atomic_ref(*seen_).load(), host_waits};
+      return engine::DeviceSigns{std::atomic_ref(seen_.get()[kCollectives]).load(),
+                                 std::atomic_ref(seen_.get()[kPasses]).load(), host_waits,
+                                 waiting_threads > 0};
     });
   }
   // Not ncclCommDestroy, which waits for ranks that may be lost. No reduction is left.
@@ -158,13 +160,17 @@ class NcclComm final : public engine::Comm {
   std::vector<std::string> exchange(const std::string& bytes) override {
     return host_->exchange(bytes);
   }
+  void show_work() override { count(backend_.stream(), kPasses); }
 
  private:
   void fork() {
     follow(stream_.get(), backend_.stream());
     forked_ = true;
-    launch(stream_.get(), {dim3(1), dim3(1)}, count_kernel, static_cast<int64_t*>(count_.raw()),
-           seen_.get());
+    count(stream_.get(), kCollectives);
+  }
+  void count(cudaStream_t stream, int what) {
+    launch(stream, {dim3(1), dim3(1)}, count_kernel, static_cast<int64_t*>(counts_.raw()) + what,
+           seen_.get() + what);
   }
   // What is submitted to `stream` from now on waits for all that is on `other`.
   static void follow(cudaStream_t stream, cudaStream_t other) {
@@ -176,7 +182,9 @@ class NcclComm final : public engine::Comm {
   CudaBackend& backend_;
   const std::shared_ptr<engine::Comm> host_;
   const StreamHandle stream_;
-  const Tensor count_;                   // I64 (1): of the collectives that the GPU has come to
+  // What the GPU has come to. Each is counted on a stream of its own.
+  static constexpr int kCollectives = 0, kPasses = 1;
+  const Tensor counts_;                  // I64 (2)
   Handle<int64_t*, cudaFreeHost> seen_;  // the same, for the host: page-locked
   bool forked_ = false;
   NcclCommunicator communicator_ = nullptr;

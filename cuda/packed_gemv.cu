@@ -307,6 +307,7 @@ __device__ __forceinline__ float make_row(const Source& x, int thread, int threa
   int from = first + thread;
   each(from, load_fixed);
   wait_for_previous_kernel();
+  __syncwarp();
   if (split > 1) cluster_wait();  // the other block runs
   float squares = 0.0f;
 #pragma unroll 1

@@ -2,6 +2,7 @@
 #ifdef BBB_HAS_CUDA
 #include "cuda/transfers.h"
 
+#include "cuda/host_waits.h"
 #include "quant/launch.h"
 
 namespace bbb::cuda {
@@ -14,7 +15,10 @@ class EventFence final : public engine::Fence {
     BBB_CUDA(cudaEventRecord(event(), stream));
   }
 
-  void wait() override { BBB_CUDA(cudaEventSynchronize(event())); }
+  void wait() override {
+    const HostWait wait;
+    BBB_CUDA(cudaEventSynchronize(event()));
+  }
   cudaEvent_t event() const { return event_.get(); }
 
  private:

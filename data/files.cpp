@@ -248,11 +248,10 @@ void AtomicFile::start_sync(int64_t written) {
   unsynced_bytes_ += written;
   if (unsynced_bytes_ < kPieceBytes) return;
   unsynced_bytes_ = 0;
-  // Some file systems cannot start: then commit() syncs all.
-  BBB_CHECK(::sync_file_range(file_.fd(), 0, 0,
-                              SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE) == 0 ||
-                errno == ENOSYS || errno == EINVAL || errno == EOPNOTSUPP,
-            "cannot write ", path_, ": ", cause());
+  if (::sync_file_range(file_.fd(), 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE) == 0)
+    return;
+  const bool cannot_start = errno == ENOSYS || errno == EINVAL || errno == EOPNOTSUPP;
+  BBB_CHECK(cannot_start && ::fdatasync(file_.fd()) == 0, "cannot write ", path_, ": ", cause());
 }
 
 void AtomicFile::commit() {

@@ -77,8 +77,8 @@ class Descriptor {
 
 // A file that is written piece by piece under a temporary name next to `path`. commit() syncs and
 // renames it; without commit() the destructor removes it. The disk takes the data as they come, at
-// most 128 MiB behind: so no call takes long without progress. Throws, naming path and cause, on
-// any I/O error.
+// most 128 MiB behind, if the file system heeds that: so no call takes long without progress.
+// Throws, naming path and cause, on any I/O error.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);

@@ -578,7 +578,8 @@ class Backend {
   void packed_gemv_gated(const PackedProducts& products, const Tensor& gate, const Tensor& up,
                          const OperandSpec* operand = nullptr);
   // At least kMaxPackedRows, or kAnyRows: with more rows a weight is unpacked for a GEMM. On a GPU,
-  // levels of 8 bits may be rounded to act for more than four rows, as unpack rounds them.
+  // levels of 8 bits may be rounded to act for more than four rows, or for any number if the matrix
+  // is large, as unpack rounds them.
   virtual int64_t max_packed_rows(const quant::LinearFormat& format) const = 0;
   static constexpr int64_t kMaxPackedRows = 8, kAnyRows = std::numeric_limits<int64_t>::max();
   // The same from the codes of an operand, M <= kMaxPackedRows: each group's sum is an exact

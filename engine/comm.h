@@ -24,7 +24,9 @@ enum class Reduce { Sum, Mean, Max };
 // What shows that a GPU works on what its host has submitted.
 struct DeviceSigns {
   int64_t collectives = 0;  // that it has come to
-  int64_t waits = 0;        // begun and ended by the host: odd while the host waits for the GPU
+  int64_t passes = 0;       // that it has come to: show_work()
+  int64_t waits = 0;        // begun by the host
+  bool waiting = false;     // the host, for the GPU
   bool operator==(const DeviceSigns&) const = default;
 };
 
@@ -68,6 +70,9 @@ class Comm {
   // Lets a watch over lost ranks ask for the signs of this rank's GPU, on a thread of its own.
   // Empty: no longer.
   virtual void watch_device(std::function<DeviceSigns()> /*ask*/) {}
+  // A sign, in the order of what is submitted, that this rank's GPU works. For passes without a
+  // collective.
+  virtual void show_work() {}
 
   void barrier() { exchange(""); }  // returns when every rank has called it
   // The values of every rank, in the order of ranks. Each has as many.

@@ -22,8 +22,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr char kMagic[8] = {'b', 'b', 'b', 'r', 'a', 'n', 'k', '1'};
-constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of a reduction, at once
+constexpr char kMagic[8] = {'b', 'b', 'b', 'r', 'a', 'n', 'k', '2'};
+constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of a reduction or a message, at once
 constexpr int64_t kHelloPatience_ms = 5000;
 constexpr double kWorks = 0.01;  // the part of a core that a rank uses at least while it works
 // Messages on control. Behind kBeat: a Standing. Behind kLeaving: the text's length, U32, and the
@@ -328,11 +328,20 @@ void SocketComm::watch_device(std::function<DeviceSigns()> ask) {
 }
 
 void SocketComm::send(const Peer& peer, const void* bytes, int64_t count) {
-  if (!send_all(peer.data.fd(), bytes, count)) throw_lost(peer.rank);
+  for (int64_t at = 0; at < count; at += kPieceBytes) {
+    const int64_t piece = std::min(count - at, kPieceBytes);
+    if (!send_all(peer.data.fd(), static_cast<const char*>(bytes) + at, piece))
+      throw_lost(peer.rank);
+    moved_bytes_ += piece;
+  }
 }
 
 void SocketComm::receive(const Peer& peer, void* bytes, int64_t count) {
-  if (!receive_all(peer.data.fd(), bytes, count)) throw_lost(peer.rank);
+  for (int64_t at = 0; at < count; at += kPieceBytes) {
+    const int64_t piece = std::min(count - at, kPieceBytes);
+    if (!receive_all(peer.data.fd(), static_cast<char*>(bytes) + at, piece)) throw_lost(peer.rank);
+    moved_bytes_ += piece;
+  }
 }
 
 // The control thread learns the reason, perhaps a little later.
@@ -423,14 +432,17 @@ SocketComm::Standing SocketComm::own_standing() {
   getrusage(RUSAGE_THREAD, &own_thread);
   const double cpu_s = cpu_seconds(process) - cpu_seconds(own_thread);
   const int64_t disk = process.ru_majflt + process.ru_inblock + process.ru_oublock;
-  DeviceSigns device;
+  DeviceSigns device = device_;  // what one that is no longer watched had come to
+  device.waiting = false;
   {
     const std::lock_guard lock(mutex_);
     if (ask_device_) device = ask_device_();
   }
-  const bool spins = device.waits % 2 != 0;
+  const int64_t moved_bytes = moved_bytes_;
+  const bool computes = !device.waiting && cpu_s - cpu_s_ > kWorks * patience_.beat_s;
   const bool works =
-      device != device_ || disk != disk_ || (!spins && cpu_s - cpu_s_ > kWorks * patience_.beat_s);
+      computes || device != device_ || disk != disk_ || moved_bytes != last_moved_bytes_;
+  last_moved_bytes_ = moved_bytes;
   cpu_s_ = cpu_s;
   disk_ = disk;
   device_ = device;

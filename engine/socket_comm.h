@@ -9,11 +9,12 @@
 // A rank is lost if its control connection closes, or is silent for 30 s: its process has ended,
 // is stopped, or cannot be reached.
 //
-// A rank is idle while it uses no core for 1 % of the time, reads and writes no disk, and its GPU
-// comes to no further collective. A host that waits for its GPU uses a core, which does not count.
-// Waiting for other ranks is idle, computing is not, however long it takes. If all ranks are idle
-// for 30 s, then the one is lost that has come to the fewest collectives: all others wait for it.
-// It hangs, for instance in a file system or on its GPU.
+// A rank is idle while it uses no core for 1 % of the time, reads and writes no disk, moves no
+// bytes of a collective, begins no wait for its GPU, and its GPU comes to no further collective or
+// pass. A host that waits for its GPU uses a core, which does not count. Waiting for other ranks is
+// idle, computing is not, however long it takes. If all ranks are idle for 30 s, then the one is
+// lost that has come to the fewest collectives: all others wait for it. It hangs, for instance in a
+// file system or on its GPU.
 //
 // Once a rank is lost, every collective throws RankLost. Where a thread does not come to a
 // collective within 10 s, for instance because a GPU waits for the lost rank, the process prints
@@ -147,12 +148,13 @@ class SocketComm final : public Comm {
   std::vector<Peer> peers_;  // of rank 0: ranks 1, 2, ..; of the others: rank 0
   int host_rank_ = 0;
   std::atomic<int64_t> collectives_{0};  // entered
+  std::atomic<int64_t> moved_bytes_{0};  // of collectives
 
   // Of the control thread: its last look at this process.
   Standing standing_;
   DeviceSigns device_;
   double cpu_s_ = 0;
-  int64_t disk_ = 0;
+  int64_t disk_ = 0, last_moved_bytes_ = 0;
 
   std::mutex mutex_;  // of what follows, and of writing to control
   std::condition_variable changed_;

@@ -540,7 +540,7 @@ TEST_CASE("a process of ranks_test", "[.rank-child]") {
   };
   try {
     engine::RankPatience patience;
-    if (task >= Task::Stopped) patience = {.beat_s = 0.3, .leave_s = 2};
+    if (task >= Task::Stopped) patience = {.beat_s = 0.6, .leave_s = 2};
     tools::run_as_rank(ranks, kChildTest, {}, body, patience);
   } catch (const Error& error) {
     std::printf("%s\n", error.what());  // Catch would wrap the line

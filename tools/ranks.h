@@ -80,8 +80,9 @@ std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, in
 template <typename T>
 std::vector<T> from_first_rank(engine::Comm& comm, const std::vector<T>& values) {
   const auto* const bytes = reinterpret_cast<const char*>(values.data());
-  const std::string first =
-      comm.exchange(comm.first() ? std::string(bytes, values.size() * sizeof(T)) : "")[0];
+  std::vector<std::string> of_ranks =
+      comm.exchange(comm.first() ? std::string(bytes, values.size() * sizeof(T)) : "");
+  const std::string first = std::move(of_ranks[0]);
   std::vector<T> all(first.size() / sizeof(T));
   if (!all.empty()) std::memcpy(all.data(), first.data(), first.size());
   return all;

@@ -118,6 +118,7 @@ GradientAverage::GradientAverage(engine::Comm& comm, autograd::ParameterSet& par
 void GradientAverage::begin_pass(Pass pass) {
   take_part();
   pass_ = pass;
+  comm_.show_work();
 }
 
 void GradientAverage::start(const autograd::Parameter& parameter) {
