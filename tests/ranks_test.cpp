@@ -587,8 +587,8 @@ TEST_CASE("a rank that hangs ends the job with its name, and the run resumes", "
   const std::string whole = dir / "whole", out = dir / "run";
   REQUIRE(failure_of(dir, whole, ranks, Task::Train) == "");
   std::vector<std::pair<Task, std::string>> faults = {
-      {Task::Stopped, "rank 1 does not answer for 3 s; the same command continues"},
-      {Task::Hangs, "rank 1 has made no progress for 3 s; the same command continues"}};
+      {Task::Stopped, "rank 1 does not answer for 6 s; the same command continues"},
+      {Task::Hangs, "rank 1 has made no progress for 6 s; the same command continues"}};
   if (on_cuda()) faults.emplace_back(Task::GpuHangs, faults.back().second);
   for (const auto& [task, says] : faults) {
     CHECK_THAT(failure_of(dir, out, ranks, task), Contains(says));
