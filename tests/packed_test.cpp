@@ -225,7 +225,7 @@ TEST_CASE("packed_gemv of many rows with 3, 4 and 8 bits", "[packed][rows]") {
 
 // Only a GPU has another kernel for them.
 TEST_CASE("packed_gemv of one row with large matrices of 3, 4 and 8 bits", "[packed][large]") {
-  if (!on_cuda()) return;
+  if (!needs_cuda()) return;
   engine::Rng rng(59);
   for (const auto& [bits, n] : {std::pair<int, int64_t>{3, 4099}, {4, 2100}, {8, 2049}})
     check_gemv(rng, n, 8192, {bits, 32}, 1, bits == 4, backend().act());
