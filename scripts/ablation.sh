@@ -158,6 +158,7 @@ case $table in
     for map in scalar orthonormal learned; do
       whole "LC, $map" "$data" $few --quantizer lc --lc-map $map
     done
+    whole "LC, windows that come once" "$all" $(windows 6144) --quantizer lc --e2e-stages w2a16:1
     for bits in 2.57 2.61; do
       whole "allocated, $bits bits" "$data" $few --target-bits $bits
     done
@@ -176,7 +177,9 @@ case $table in
     done
     run "w8 w4 w2 by blocks that a stage draws" "$data" $few $blocks --schedule A \
       --block-schedule stochastic
-    run "w8 w4 w2, adapters of rank 8" "$data" $few $blocks --schedule A --lora-rank 8
+    for lr in 1e-3 5e-3; do
+      run "w8 w4 w2, adapters of rank 8, $lr" "$data" $few $blocks --schedule A --lora-rank 8 --lr $lr
+    done
     whole "SEQ" "$data" $few --quantizer seq
     whole "Muon" "$data" $few --optimizer muon --e2e-lr 2e-3
     w2a2="--e2e-stages w2a16:3,w2a2:3 --act-outliers 32"

@@ -42,7 +42,8 @@ StageTrainer::StageTrainer(Backend& backend, const models::LlamaConfig& model,
       observer_(observer),
       hooks_(std::move(hooks)),
       steps_per_epoch_(config.samples / config.batch),
-      parameters_(backend, streams.precisions() == 1 && config.comm->size() == 1
+      // The mean of two ranks' act is rounded once, as the gradient of one rank is.
+      parameters_(backend, streams.precisions() == 1 && config.comm->size() <= 2
                                ? autograd::GradientPasses::One
                                : autograd::GradientPasses::Several),
       block_(backend, model, 0, std::move(inv_freq)) {

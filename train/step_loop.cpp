@@ -155,10 +155,12 @@ void GradientAverage::join() {
   comm_.join();
 }
 
-// Sums in real, also of gradients that are act.
+// Sums in real, also of gradients that are act, but for those of two ranks: their sum is rounded
+// once either way.
 void GradientAverage::reduce(const Tensor& gradients) {
   Backend& backend = parameters_.backend();
-  if (gradients.dtype() == backend.real()) return comm_.all_reduce(gradients, engine::Reduce::Mean);
+  if (gradients.dtype() == backend.real() || comm_.size() == 2)
+    return comm_.all_reduce(gradients, engine::Reduce::Mean);
   const Tensor& buffer = parameters_.spare_buffer();
   for (int64_t begin = 0; begin < gradients.numel(); begin += buffer.numel()) {
     const int64_t count = std::min(buffer.numel(), gradients.numel() - begin);
