@@ -355,10 +355,39 @@ void check_made_rows(const Values& got, const PackedMatrix& matrix, const Values
                                                 epsilon_of(y_dtype) * std::abs(want.y[i]));
 }
 
+// Rows that products make on the way: inputs, and by the formulas in F64 what is multiplied.
+struct MadeRows {
+  static constexpr double kEps = 1e-5;
+  Values x, up, w, normed, gated;
+  Tensor in, gate_up, norm;  // x, up and w on the device
+
+  MadeRows(engine::Rng& rng, Backend& b, int64_t m, int64_t k)
+      : x(activations(rng, m * k)), up(activations(rng, m * k)), w(normal(rng, k, 1.0)) {
+    // A few features are large, as in real models; so is the middle of a row, where a cluster
+    // divides it.
+    for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
+    for (int64_t i = 0; i < m * k; ++i)
+      if (i % k / 32 == k / 64) x[static_cast<size_t>(i)] *= 16;
+    for (double& value : w) value = static_cast<float>(value);
+    in = make(b, {m, k}, b.act(), x);
+    gate_up = make(b, {m, k}, b.act(), up);
+    norm = make(b, {k}, b.real(), w);
+    for (int64_t i = 0; i < m; ++i) {
+      double squares = 0;
+      for (int64_t j = 0; j < k; ++j) squares += std::pow(x[static_cast<size_t>(i * k + j)], 2);
+      const double r = 1 / std::sqrt(squares / static_cast<double>(k) + kEps);
+      for (int64_t j = 0; j < k; ++j) {
+        const auto at = static_cast<size_t>(i * k + j);
+        normed.push_back(x[at] * r * w[static_cast<size_t>(j)]);
+        gated.push_back(x[at] / (1 + std::exp(-x[at])) * up[at]);
+      }
+    }
+  }
+};
+
 TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][made_rows]") {
   engine::Rng rng(57);
   Backend& b = backend();
-  constexpr double kEps = 1e-5;
   for (const WeightGrid grid : {WeightGrid{2, 32}, WeightGrid{2, 128}, WeightGrid{4, 32}})
     for (int64_t m = 1; m <= Backend::kMaxPackedRows; ++m)
       for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
@@ -367,36 +396,18 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
         CAPTURE(grid.bits, grid.group, m, n, k);
         const PackedMatrix first(rng, n, k, grid), second(rng, 17, k, grid);
         const PackedWeight weight = first.on(b), other = second.on(b);
-        // A few features are large, as in real models.
-        Values x = activations(rng, m * k), up = activations(rng, m * k), w = normal(rng, k, 1.0);
-        for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
-        // So is the middle of a row, where a cluster divides it.
-        for (int64_t i = 0; i < m * k; ++i)
-          if (i % k / 32 == k / 64) x[static_cast<size_t>(i)] *= 16;
-        for (double& value : w) value = static_cast<float>(value);
+        const MadeRows rows(rng, b, m, k);
         const Values addend = activations(rng, m * n, 4.0);
         const Tensor given = make(b, {m, n}, b.act(), addend);
-        const Tensor in = make(b, {m, k}, b.act(), x), gate_up = make(b, {m, k}, b.act(), up);
-
-        Values normed, gated;
-        for (int64_t i = 0; i < m; ++i) {
-          double squares = 0;
-          for (int64_t j = 0; j < k; ++j) squares += std::pow(x[static_cast<size_t>(i * k + j)], 2);
-          const double r = 1 / std::sqrt(squares / static_cast<double>(k) + kEps);
-          for (int64_t j = 0; j < k; ++j) {
-            const auto at = static_cast<size_t>(i * k + j);
-            normed.push_back(x[at] * r * w[static_cast<size_t>(j)]);
-            gated.push_back(x[at] / (1 + std::exp(-x[at])) * up[at]);
-          }
-        }
         const Guarded y(b, {m, n}, b.act()), y2(b, {m, 17}, b.real());
-        b.packed_gemv_normed({{y.tensor(), weight, given}, {y2.tensor(), other, {}}}, in,
-                             make(b, {k}, b.real(), w), kEps);
-        check_made_rows(values_of(b, y.tensor()), first, normed, addend, m, b.act());
-        check_made_rows(values_of(b, y2.tensor()), second, normed, {}, m, b.real());
-        b.packed_gemv_gated({{y.tensor(), weight, given}, {y2.tensor(), other, {}}}, in, gate_up);
-        check_made_rows(values_of(b, y.tensor()), first, gated, addend, m, b.act());
-        check_made_rows(values_of(b, y2.tensor()), second, gated, {}, m, b.real());
+        const engine::PackedProducts products = {{y.tensor(), weight, given},
+                                                 {y2.tensor(), other, {}}};
+        const auto check = [&](const Values& want) {
+          check_made_rows(values_of(b, y.tensor()), first, want, addend, m, b.act());
+          check_made_rows(values_of(b, y2.tensor()), second, want, {}, m, b.real());
+        };
+        b.packed_gemv_normed(products, rows.in, rows.norm, MadeRows::kEps), check(rows.normed);
+        b.packed_gemv_gated(products, rows.in, rows.gate_up), check(rows.gated);
         CHECK((y.untouched() && y2.untouched()));
       }
 }
@@ -404,7 +415,6 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
 TEST_CASE("products of few rows make the operand of their rows", "[packed][made_operands]") {
   engine::Rng rng(59);
   Backend& b = backend();
-  constexpr double kEps = 1e-5;
   struct Case {
     WeightGrid grid;
     int64_t k, n;
@@ -438,25 +448,9 @@ TEST_CASE("products of few rows make the operand of their rows", "[packed][made_
           for (const int64_t m : c.rows) {
             CAPTURE(c.grid.bits, c.grid.group, m, n, k, static_cast<int>(order), hadamard,
                     side == quant::SplitSide::Activation);
-            Values x = activations(rng, m * k), up = activations(rng, m * k),
-                   w = normal(rng, k, 1.0);
-            for (int64_t i = 0; i < m * k; i += 97) x[static_cast<size_t>(i)] *= 32;
-            for (double& value : w) value = static_cast<float>(value);
+            const MadeRows made(rng, b, m, k);
             const Values addend = activations(rng, m * n, 4.0);
             const Tensor given = make(b, {m, n}, b.act(), addend);
-            const Tensor in = make(b, {m, k}, b.act(), x), gate_up = make(b, {m, k}, b.act(), up);
-            Values normed, gated;
-            for (int64_t i = 0; i < m; ++i) {
-              double squares = 0;
-              for (int64_t j = 0; j < k; ++j)
-                squares += std::pow(x[static_cast<size_t>(i * k + j)], 2);
-              const double r = 1 / std::sqrt(squares / static_cast<double>(k) + kEps);
-              for (int64_t j = 0; j < k; ++j) {
-                const auto at = static_cast<size_t>(i * k + j);
-                normed.push_back(x[at] * r * w[static_cast<size_t>(j)]);
-                gated.push_back(x[at] / (1 + std::exp(-x[at])) * up[at]);
-              }
-            }
             const Guarded y(b, {m, n}, b.act()), y2(b, {m, 17}, b.real()), y3(b, {m, 5}, b.real());
             const engine::PackedProducts products = {
                 {y.tensor(), weight, given}, {y2.tensor(), other, {}}, {y3.tensor(), last, {}}};
@@ -471,10 +465,10 @@ TEST_CASE("products of few rows make the operand of their rows", "[packed][made_
                 b.zero(out->tensor());
               }
             };
-            b.packed_gemv(products, in, &spec), check(x);
-            b.packed_gemv_normed(products, in, make(b, {k}, b.real(), w), kEps, &spec);
-            check(normed);
-            b.packed_gemv_gated(products, in, gate_up, &spec), check(gated);
+            b.packed_gemv(products, made.in, &spec), check(made.x);
+            b.packed_gemv_normed(products, made.in, made.norm, MadeRows::kEps, &spec);
+            check(made.normed);
+            b.packed_gemv_gated(products, made.in, made.gate_up, &spec), check(made.gated);
           }
         }
 }
