@@ -74,8 +74,9 @@ class ParameterSet {
   // What a step moves: the first elements of masters and gradients, as many as there are moments.
   Tensor moved(const Tensor& flat) const { return flat.slice(0, moved_elements_); }
   int64_t moved_elements() const { return moved_elements_; }
-  // act: a mean over about ten steps. A step moves it by a tenth, so rounding cannot freeze it, and
-  // the rounding error is below the noise of a gradient.
+  // act: a mean over about ten steps, of Muon a sum over twenty. A step moves it by a tenth or a
+  // twentieth, so rounding cannot freeze it, and the rounding error is below the noise of a
+  // gradient.
   const Tensor& m() const { return m_; }
   const Tensor& v() const { return v_; }  // real: a step changes less than half an ulp of act
   Tensor moment_slice(const Tensor& moments, int64_t begin, int64_t count) const;

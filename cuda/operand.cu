@@ -52,7 +52,8 @@ constexpr int kBlocksPerProcessor = 2;   // that must fit into the registers
 constexpr int64_t kNarrowPieces = 1024;  // up to here kNarrowThreads: more blocks, shorter waits
 constexpr int kNarrowThreads = 256;
 constexpr int64_t kMaxSmemBytes = 224 * 1024;
-constexpr int kMaxCluster = 8;  // blocks that share a row, as many as every GPU takes
+constexpr int64_t kStaticSmemBytes = 1024;  // more than the kernels declare
+constexpr int kMaxCluster = 8;              // blocks that share a row, as many as every GPU takes
 
 using Piece = uint4;  // kWide bf16, kept packed: half the registers
 static_assert(sizeof(Piece) == kWide * sizeof(bf16));
@@ -685,6 +686,17 @@ struct RowShape {
   int threads;
 };
 
+// Dynamic shared memory that a block may have.
+int64_t most_smem_bytes(const cudaDeviceProp& gpu) {
+  return std::min(kMaxSmemBytes,
+                  static_cast<int64_t>(gpu.sharedMemPerBlockOptin) - kStaticSmemBytes);
+}
+
+void check_smem(int64_t columns, int64_t bytes, const cudaDeviceProp& gpu) {
+  BBB_CHECK(bytes <= most_smem_bytes(gpu), "an input of ", columns, " positions needs ", bytes,
+            " bytes of shared memory, and a block on ", gpu.name, " has ", most_smem_bytes(gpu));
+}
+
 // Launches as many blocks as the GPU holds at once, each for every so many rows; or a cluster for
 // each row, of which there are then no more than processors.
 template <typename... Params, typename... Args>
@@ -716,8 +728,8 @@ void check_aligned(const char* op, std::initializer_list<const Tensor*> tensors)
 }
 
 template <typename Source>
-void launch_operand(cudaStream_t stream, int processors, const OperandRows& out, const Source& from,
-                    const OperandSpec& spec, int64_t rows, bool few_rows) {
+void launch_operand(cudaStream_t stream, const cudaDeviceProp& gpu, const OperandRows& out,
+                    const Source& from, const OperandSpec& spec, int64_t rows, bool few_rows) {
   check_aligned("operand", {&out.x, &out.codes, &spec.channels});
   const OperandView& view = spec.view;
   const OperandOutputs outputs{bf16_of(out.x), out.clipped.data<uint8_t>(),
@@ -731,25 +743,28 @@ void launch_operand(cudaStream_t stream, int processors, const OperandRows& out,
   if (shape.gathers) smem_bytes += staged_words(view.k) * int64_t{sizeof(uint32_t)};
   if (quantizes) smem_bytes += slots * int64_t{sizeof(Range<float>)};
   const int64_t copy_bytes = Source::kInputs * slots * int64_t{sizeof(Piece)};
-  shape.copies = shape.copies && smem_bytes + copy_bytes <= kMaxSmemBytes;
+  shape.copies = shape.copies && smem_bytes + copy_bytes <= most_smem_bytes(gpu);
   if (shape.copies) smem_bytes += copy_bytes;
+  check_smem(view.stored_k, smem_bytes, gpu);
   const int cluster = few_rows ? std::min(row.pieces, kMaxCluster) : 1;
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, smem_bytes, few_rows, cluster,
+    launch_rows(stream, gpu.multiProcessorCount, rows, row.threads, smem_bytes, few_rows, cluster,
                 operand_kernel<Source, group>, outputs, from, view, rows, shape);
   });
 }
 
 template <typename Gradient>
-void launch_operand_backward(cudaStream_t stream, int processors, const Gradient& to,
+void launch_operand_backward(cudaStream_t stream, const cudaDeviceProp& gpu, const Gradient& to,
                              const Tensor& dout, const Tensor& clipped, const OperandSpec& spec,
                              int64_t rows) {
   check_aligned("operand_backward", {&dout});
   const OperandView& view = spec.view;
   const RowShape row(view.stored_k);
   const int64_t words = view.positions != nullptr ? padded(view.stored_k) + 1 : 0;
+  const int64_t smem_bytes = words * int64_t{sizeof(float)};
+  check_smem(view.stored_k, smem_bytes, gpu);
   quant::with_group(view.group, [&](auto group) {
-    launch_rows(stream, processors, rows, row.threads, words * int64_t{sizeof(float)}, false, 1,
+    launch_rows(stream, gpu.multiProcessorCount, rows, row.threads, smem_bytes, false, 1,
                 operand_backward_kernel<Gradient, group>, to, bf16_of(dout),
                 clipped.data<uint8_t>(), view, rows, row.pieces);
   });
@@ -763,14 +778,14 @@ RowLayout layout_of(const OperandSpec& spec, const Tensors&... tensors) {
 }  // namespace
 
 void CudaBackend::do_operand(const OperandRows& out, const Tensor& x, const OperandSpec& spec) {
-  launch_operand(stream_, properties_.multiProcessorCount, out,
-                 PlainRows{layout_of(spec, x), bf16_of(x)}, spec, x.dim(0), starts_early(x.dim(0)));
+  launch_operand(stream_, properties_, out, PlainRows{layout_of(spec, x), bf16_of(x)}, spec,
+                 x.dim(0), starts_early(x.dim(0)));
 }
 
 void CudaBackend::do_rms_norm_operand(const OperandRows& out, const Tensor& inv_rms,
                                       const Tensor& x, const Tensor& w, double eps,
                                       const OperandSpec& spec) {
-  launch_operand(stream_, properties_.multiProcessorCount, out,
+  launch_operand(stream_, properties_, out,
                  NormRows{layout_of(spec, x, w), bf16_of(x), w.data<float>(), inv_rms.data<float>(),
                           static_cast<float>(eps)},
                  spec, x.dim(0), starts_early(x.dim(0)));
@@ -778,14 +793,14 @@ void CudaBackend::do_rms_norm_operand(const OperandRows& out, const Tensor& inv_
 
 void CudaBackend::do_swiglu_operand(const OperandRows& out, const Tensor& gate, const Tensor& up,
                                     const OperandSpec& spec) {
-  launch_operand(stream_, properties_.multiProcessorCount, out,
+  launch_operand(stream_, properties_, out,
                  SwigluRows{layout_of(spec, gate, up), bf16_of(gate), bf16_of(up)}, spec,
                  gate.dim(0), starts_early(gate.dim(0)));
 }
 
 void CudaBackend::do_operand_backward(const Tensor& dx, const Tensor& dout, const Tensor& clipped,
                                       const OperandSpec& spec) {
-  launch_operand_backward(stream_, properties_.multiProcessorCount,
+  launch_operand_backward(stream_, properties_,
                           PlainGradient{layout_of(spec, dx, spec.positions), bf16_of(dx)}, dout,
                           clipped, spec, dx.dim(0));
 }
@@ -794,7 +809,7 @@ void CudaBackend::do_swiglu_operand_backward(const Tensor& dgate, const Tensor& 
                                              const Tensor& dout, const Tensor& clipped,
                                              const Tensor& gate, const Tensor& up,
                                              const OperandSpec& spec) {
-  launch_operand_backward(stream_, properties_.multiProcessorCount,
+  launch_operand_backward(stream_, properties_,
                           SwigluGradient{layout_of(spec, dgate, dup, gate, up, spec.positions),
                                          bf16_of(dgate), bf16_of(dup), bf16_of(gate), bf16_of(up)},
                           dout, clipped, spec, gate.dim(0));

@@ -237,7 +237,11 @@ class BpeTokenizer final : public Tokenizer {
     const bool byte_level = pre_tokenizer_.byte_level();
     byte_ids_.fill(-1);
     fallback_ids_.fill(-1);
+    BBB_CHECK(vocabulary.is_object() && !vocabulary.empty(), where,
+              ": \"vocab\" is no object with tokens");
     for (const auto& [text, id] : vocabulary.items()) {
+      BBB_CHECK(id.is_number_integer(), where, ": the id of the token ", printable(text),
+                " is no whole number");
       const int32_t number = static_cast<int32_t>(id.get<int64_t>());
       const std::optional<std::string> bytes = byte_level ? bytes_of_text(text) : text;
       store(id.get<int64_t>(), text, byte_level ? bytes.value_or(text) : decoder_(text), false);
@@ -261,6 +265,7 @@ class BpeTokenizer final : public Tokenizer {
   }
 
   void read_merges(const json& merges, const std::string& where) {
+    BBB_CHECK(merges.is_array(), where, ": \"merges\" is no array");
     merges_.reserve(merges.size());
     int32_t rank = 0;
     for (const json& merge : merges) {
@@ -274,6 +279,7 @@ class BpeTokenizer final : public Tokenizer {
         left = text.substr(0, space);
         right = text.substr(space + 1);
       } else {
+        BBB_CHECK(merge.is_array() && merge.size() == 2, where, ": a merge is not a pair");
         left = merge.at(0).get<std::string>();
         right = merge.at(1).get<std::string>();
       }

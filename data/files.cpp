@@ -202,6 +202,12 @@ bool Descriptor::close() {
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   std::error_code error;
   BBB_CHECK(!fs::is_directory(path_, error), "cannot write ", path_, ": it is a directory");
+  if (fs::exists(path_, error) && !fs::is_regular_file(path_, error)) {
+    BBB_CHECK(::access(path_.c_str(), W_OK) == 0, "cannot write ", path_, ": ", cause());
+    direct_ = committed_ = true;
+    return;
+  }
+  if (fs::is_symlink(path_, error)) path_ = fs::weakly_canonical(path_).string();
   remove_leftovers(path_);
   for (int attempt = 0; !file_.is_open(); ++attempt) {
     temporary_ = temporary_name(path_, attempt);
@@ -216,7 +222,14 @@ AtomicFile::~AtomicFile() {
   if (!committed_) ::unlink(temporary_.c_str());
 }
 
+void AtomicFile::open_directly() {
+  if (!direct_ || file_.is_open()) return;
+  file_ = Descriptor(::open(path_.c_str(), O_WRONLY | O_CLOEXEC));
+  BBB_CHECK(file_.is_open(), "cannot write ", path_, ": ", cause());
+}
+
 void AtomicFile::write(const void* data, int64_t bytes) {
+  open_directly();
   BBB_ASSERT(file_.is_open() && bytes >= 0);
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
@@ -230,6 +243,7 @@ void AtomicFile::write(const void* data, int64_t bytes) {
 }
 
 void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
+  open_directly();
   BBB_ASSERT(file_.is_open() && offset >= 0 && bytes >= 0);
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
@@ -246,7 +260,7 @@ void AtomicFile::write_at(int64_t offset, const void* data, int64_t bytes) {
 
 void AtomicFile::start_sync(int64_t written) {
   unsynced_bytes_ += written;
-  if (unsynced_bytes_ < kPieceBytes) return;
+  if (unsynced_bytes_ < kPieceBytes || direct_) return;
   unsynced_bytes_ = 0;
   if (::sync_file_range(file_.fd(), 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE) == 0)
     return;
@@ -255,6 +269,11 @@ void AtomicFile::start_sync(int64_t written) {
 }
 
 void AtomicFile::commit() {
+  if (direct_) {
+    open_directly();
+    BBB_CHECK(file_.close(), "cannot write ", path_, ": ", cause());
+    return;
+  }
   BBB_ASSERT(file_.is_open());
   BBB_CHECK(::fsync(file_.fd()) == 0, "cannot write ", path_, ": ", cause());
   const Descriptor lock(::dup(file_.fd()));  // until the temporary has its name

@@ -78,7 +78,8 @@ class Descriptor {
 // A file that is written piece by piece under a temporary name next to `path`. commit() syncs and
 // renames it; without commit() the destructor removes it. The disk takes the data as they come, at
 // most 128 MiB behind, if the file system heeds that: so no call takes long without progress.
-// Throws, naming path and cause, on any I/O error.
+// Throws, naming path and cause, on any I/O error. The file behind a symbolic link is replaced, not
+// the link. A device or a pipe is written to directly.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);
@@ -93,12 +94,14 @@ class AtomicFile {
 
  private:
   void start_sync(int64_t written);
+  void open_directly();
 
   std::string path_;
   std::string temporary_;
   Descriptor file_;
   int64_t unsynced_bytes_ = 0;
   bool committed_ = false;
+  bool direct_ = false;  // path_ is no regular file, and is opened by the first write()
 };
 
 // A directory that is filled under a temporary name next to `path`. commit() renames it into place;

@@ -93,8 +93,8 @@ Json parse(const char* begin, const char* end, const std::string& where) {
   try {
     return Json::parse(begin, end, watch);
   } catch (const nlohmann::json::parse_error& e) {
-    throw Error(cat(where, ": malformed JSON at byte ", e.byte,
-                    e.byte > view.size() ? kCutShort : ""));
+    throw Error(
+        cat(where, ": malformed JSON at byte ", e.byte, e.byte > view.size() ? kCutShort : ""));
   } catch (const nlohmann::json::exception&) {  // a number out of range
     throw Error(cat(where, ": malformed JSON"));
   }

@@ -115,7 +115,7 @@ std::string join(const std::string& directory, const std::string& name) {
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused
   BBB_CHECK(fd >= 0, "cannot open ", path, ": ", std::strerror(errno));
   struct stat info = {};
   const bool known = ::fstat(fd, &info) == 0;

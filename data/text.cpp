@@ -8,14 +8,35 @@
 #include "data/files.h"
 #include "data/gzip.h"
 #include "data/json.h"
+#include "data/pre_tokenizer.h"
 #include "engine/cpu/thread_pool.h"
 #include "quant/check.h"
 
 namespace bbb::data {
 
+namespace {
+
+// Throws if these bytes are no text: other encodings and packed files. A text that was cut may end
+// inside of a character.
+void check_utf8(std::string_view text, const std::string& path) {
+  size_t valid = 0;
+  for (const auto& [run, is_utf8] : utf8_runs(text.substr(0, text.find('\0')))) {
+    if (!is_utf8) break;
+    valid += run.size();
+  }
+  constexpr size_t kCharacter = 4;  // bytes, at most
+  BBB_CHECK(text.size() - valid < kCharacter, path, ": byte ", valid + 1,
+            " is not UTF-8, so this is no text; of packed files, .gz alone is unpacked");
+}
+
+}  // namespace
+
 std::string read_text(const std::string& path) {
   std::string content = read_file(path);
-  return is_gzip(content) ? gunzip(content, path) : content;
+  if (is_gzip(content)) content = gunzip(content, path);
+  constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+  if (content.starts_with(kByteOrderMark)) content.erase(0, kByteOrderMark.size());
+  return content;
 }
 
 bool is_jsonl(const std::string& path) {
@@ -50,7 +71,7 @@ static std::string text_of(const nlohmann::json& object, const std::string& wher
 std::vector<std::string> read_texts(const std::string& path) {
   std::vector<std::string> texts;
   if (!is_jsonl(path))
-    texts.push_back(read_text(path));
+    check_utf8(texts.emplace_back(read_text(path)), path);
   else
     read_lines(path, [&](const nlohmann::json& object, const std::string& where) {
       texts.push_back(text_of(object, where));

@@ -146,7 +146,10 @@ class DirectoryCheckpoint : public Checkpoint {
   std::string generation_config_json() const override {
     const std::string file = join(path_, "generation_config.json");
     std::error_code error;
-    return fs::exists(file, error) ? data::read_file(file) : "";
+    if (!fs::exists(file, error)) return "";
+    const std::string text = data::read_file(file);
+    BBB_CHECK(!text.empty(), file, ": is empty");
+    return text;
   }
 
  protected:

@@ -161,12 +161,9 @@ TEST_CASE("bench: decoding and prefill of a random model") {
         Approx(10 * 2 * (2 * block + 2 * 10 * 4 * 64) + 2 * 53 * 64));
 }
 
-TEST_CASE("bench: bandwidths of reading and copying") {
-  // A copy moves at least as many bytes a second as are read alone, within a wide margin.
+TEST_CASE("bench: the bandwidth of reading") {
   const double reading = tools::measure_read_bandwidth(backend());
-  const double copying = tools::measure_bandwidth(backend());
   CHECK((reading > 1e8 && reading < 1e14));
-  CHECK((copying > reading / 8 && copying < reading * 8));
 }
 
 TEST_CASE("bench: a median is the middle, and random tensors fill their shape") {

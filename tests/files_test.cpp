@@ -2,12 +2,14 @@
 #include "data/files.h"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <csignal>
 #include <filesystem>
+#include <thread>
 
 #include "quant/check.h"
 #include "tests/model_files.h"
@@ -188,6 +190,23 @@ TEST_CASE("files: a disk without room is an error before anything is written") {
   CHECK_NOTHROW(data::check_disk(dir.path(), 1));
   CHECK_THROWS_WITH(data::check_disk(dir / "not/there/yet", INT64_MAX),
                     Contains("not/there/yet: needs") && Contains("MiB free"));
+}
+
+TEST_CASE("files: a link keeps its place, and what is no file is written to") {
+  const TempDir dir;
+  data::write_file_atomic(dir / "file", "old");
+  fs::create_symlink("file", dir / "link");
+  data::write_file_atomic(dir / "link", "new");
+  CHECK(fs::is_symlink(dir / "link"));
+  CHECK(data::read_file(dir / "file") == "new");
+  data::write_file_atomic("/dev/null", "nothing");
+  CHECK(fs::is_character_file("/dev/null"));
+  REQUIRE(::mkfifo((dir / "pipe").c_str(), 0600) == 0);
+  std::string read;
+  std::thread reader([&] { read = data::read_file(dir / "pipe"); });
+  data::write_file_atomic(dir / "pipe", "through");
+  reader.join();
+  CHECK(read == "through");
 }
 
 TEST_CASE("files: a Git LFS pointer is no content") {

@@ -74,6 +74,18 @@ TEST_CASE("bad texts name the file and the line", "[text]") {
   CHECK_THROWS_WITH(documents_of("a.jsonl", "[1]\n"), Contains("a.jsonl:1"));
   CHECK_THROWS_WITH(data::read_texts("/nowhere/a.txt"), Contains("/nowhere/a.txt"));
   CHECK_THROWS_WITH(documents_of("a.jsonl", "{\"messages\": []}\n"), Contains("no \"text\""));
+  using namespace std::string_literals;
+  CHECK_THROWS_WITH(documents_of("a.txt", "a\0b\0c\0d\0"s), Contains("a.txt: byte 2"));  // UTF-16
+  CHECK_THROWS_WITH(documents_of("a.txt",
+                                 "\xFD"
+                                 "7zXZ and so on"),
+                    Contains("a.txt: byte 1"));
+}
+
+TEST_CASE("a text may begin with a byte order mark and end inside of a character", "[text]") {
+  CHECK(documents_of("a.txt",
+                     "\xEF\xBB\xBF"
+                     "caf\xC3") == std::vector<std::string>{"caf\xC3"});
 }
 
 TEST_CASE("gzip files are read as what they hold", "[text]") {

@@ -155,10 +155,6 @@ void bench_as_rank(const CommandLine& line, TrainBench bench, std::shared_ptr<en
 
 }  // namespace
 
-void check_writable(const CommandLine& line, const char* option) {
-  if (line.has(option)) const data::AtomicFile probe(line.text(option));
-}
-
 void write_json(const CommandLine& line, const ordered_json& json) {
   if (line.has("json")) data::write_file_atomic(line.text("json"), json.dump(2) + "\n");
 }

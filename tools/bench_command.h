@@ -12,8 +12,6 @@ int bench_gemm_command(const Arguments& arguments);
 int bench_decode_command(const Arguments& arguments);
 int bench_prefill_command(const Arguments& arguments);
 
-// Refuses a file that cannot be written, before the work starts.
-void check_writable(const CommandLine& line, const char* option);
 // To --json, if it was given.
 void write_json(const CommandLine& line, const nlohmann::ordered_json& json);
 

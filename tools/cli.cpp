@@ -5,8 +5,11 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <new>
 
+#include "data/files.h"
+#include "engine/cpu/thread_pool.h"
 #include "tools/nearest.h"
 
 namespace bbb::tools {
@@ -78,7 +81,7 @@ bool CommandLine::parse(const Arguments& arguments) {
     throw UsageError(
         cat("unexpected argument '", result_.unmatched().front(), "'; options begin with --"));
   choice("device", {"auto", "cpu", "cuda"});
-  threads();
+  engine::set_default_threads(threads());
   return true;
 }
 
@@ -204,6 +207,18 @@ int dispatch(int argc, char** argv) {
 }  // namespace
 
 std::span<const Command> commands() { return kCommands; }
+
+void check_writable(const CommandLine& line, const char* option) {
+  if (!line.has(option)) return;
+  const std::string path = line.text(option);
+  for (const char* input :
+       {"model", "text", "text-file", "prompts", "messages", "before", "after"}) {
+    std::error_code error;
+    if (line.has(input) && std::filesystem::equivalent(path, line.text(input), error))
+      throw UsageError(cat("--", option, " is the same file as --", input));
+  }
+  const data::AtomicFile probe(path);
+}
 
 int run(int argc, char** argv) {
   try {

@@ -67,6 +67,10 @@ class CommandLine {
   cxxopts::ParseResult result_;
 };
 
+// Refuses the file that an option names if it cannot be written, or is what the command reads,
+// before the work starts.
+void check_writable(const CommandLine& line, const char* option);
+
 struct Command {
   const char* name;
   const char* summary;

@@ -3,8 +3,8 @@
 // Prefill runs a prompt through the model once and fills its part of the key-value cache. After
 // that, each run of one recorded step makes a token of every sequence (models/generator.h). A
 // sequence that ends gives its place to the next prompt. Bytes per step: every weight of the blocks
-// and the head as stored, plus the keys and values so far. The device's bandwidth is measured by a
-// large copy, not taken from a data sheet.
+// and the head as stored, plus the keys and values so far. The device's bandwidth is measured by
+// reading, not taken from a data sheet.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -99,7 +99,7 @@ struct Report {
 };
 
 void print_report(const Report& r, Backend& backend, const CommandLine& line) {
-  const double step = r.step(), bandwidth = measure_bandwidth(backend);
+  const double step = r.step(), bandwidth = measure_read_bandwidth(backend);
   const double rate = step > 0 ? (r.weight_bytes + r.tokens_per_step() * r.kv_bytes) / step : 0;
   const double tokens_per_s = step > 0 ? r.tokens_per_step() / step : 0;
   if (r.prompt_tokens > 0)
@@ -109,7 +109,7 @@ void print_report(const Report& r, Backend& backend, const CommandLine& line) {
     fmt::print(
         stderr,
         "decode {} tokens, median {:.3f} ms a step of {}, {:.1f} tokens/s, {:.1f} GB/s of "
-        "{:.0f} measured by copying ({:.1f} %), {:.1f} KB of keys and values a token, on {}\n",
+        "{:.0f} measured by reading ({:.1f} %), {:.1f} KB of keys and values a token, on {}\n",
         r.step_tokens, 1e3 * step, r.batch, tokens_per_s, rate / 1e9, bandwidth / 1e9,
         100 * rate / bandwidth, static_cast<double>(r.token_kv_bytes) / 1e3, backend.device_name());
   if (!line.has("json")) return;
@@ -285,7 +285,7 @@ void generate(Report& report, models::Generator& generator, const ModelFiles& fi
     const std::string piece = to.append(token, files);
     if (!report.listed) return stream.put(piece);
     for (; printed < sequences.size() && !sequences[printed].answer.running(); ++printed) {
-      fmt::print("[{}] {}\n", printed, sequences[printed].answer.text);
+      fmt::print("[{}] {}\n", printed, whole_characters(sequences[printed].answer.text));
       std::fflush(stdout);
     }
   };
@@ -314,7 +314,8 @@ void generate(Report& report, models::Generator& generator, const ModelFiles& fi
     if (running == 0) break;
     StepTimes times(report);
     generator.run(steps, [&](const std::vector<int32_t>& tokens) {
-      times.arrived(std::ranges::count_if(places, [](Answer* a) { return a != nullptr; }));
+      const auto waiting = std::ranges::count_if(places, [](Answer* a) { return a != nullptr; });
+      if (waiting > 0) times.arrived(waiting);  // else: begun before the last sequence ended
       bool all = true;
       for (size_t b = 0; b < places.size(); ++b) {
         if (places[b] == nullptr) continue;
@@ -404,6 +405,7 @@ int decode_command(const Arguments& arguments) {
   add_sampling_options(line);
   if (!line.parse(arguments)) return 0;
   const int64_t max_tokens = line.integer("max-tokens", 1, 1 << 20);
+  check_writable(line, "json");
   for (const char* name :
        {"model", "bits", "prompt", "prompts", "special", "chat", "system", "messages"})
     if (line.has("synthetic") && line.has(name))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -57,6 +58,7 @@ std::vector<EvalTask> chosen_tasks(const std::string& list) {
 // named it.
 std::vector<LoadedTask> load_tasks(const std::vector<EvalTask>& tasks, bool named,
                                    const std::string& directory, int64_t limit) {
+  BBB_CHECK(std::filesystem::is_directory(directory), directory, " is no directory");
   std::vector<LoadedTask> loaded;
   std::vector<std::string> missing;
   for (const EvalTask& task : tasks) {
@@ -139,6 +141,7 @@ void measure_tasks(const CommandLine& line, engine::Comm& comm, int local_rank) 
   const quant::KvFormat kv = line.kv_format();
   const std::vector<EvalTask> chosen =
       chosen_tasks(line.has("tasks") ? line.required("tasks") : "");
+  if (comm.first()) check_writable(line, "json");
 
   // First: a missing GPU should not cost a long read.
   const auto backend = make_rank_backend(rank_device(line), line.threads(), comm, local_rank);

@@ -52,6 +52,8 @@ int export_command(const Arguments& arguments) {
   const int head_widths[] = {models::kDenseBits, 8, 4};
   const ExportFormat format = formats[line.choice("format", {"bbb", "hf", "gptq", "gguf"})];
   const int head_bits = head_widths[line.choice("head-bits", {"16", "8", "4"})];
+  if (out.ends_with(".gguf") && format != ExportFormat::Gguf)
+    throw UsageError(cat("--out ", out, " names a GGUF file: add --format gguf"));
   if (head_bits != models::kDenseBits && format != ExportFormat::Packed)
     throw UsageError("--head-bits needs --format bbb: no other format holds a quantized head");
   models::ExportOptions options(format, head_bits);

@@ -1,6 +1,7 @@
 #include "tools/generation.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "data/files.h"
 #include "tools/load_model.h"
@@ -24,7 +25,14 @@ size_t complete_utf8(const std::string& bytes) {
   return end;
 }
 
+constexpr const char* kReplacement = "\uFFFD";  // of an unfinished character
+
 }  // namespace
+
+std::string whole_characters(const std::string& text) {
+  const size_t n = complete_utf8(text);
+  return n == text.size() ? text : text.substr(0, n) + kReplacement;
+}
 
 void add_sampling_options(CommandLine& line) {
   line.options()  //
@@ -107,8 +115,7 @@ void TextStream::put(const std::string& piece) {
 }
 
 void TextStream::finish() {
-  std::fwrite(pending_.data(), 1, pending_.size(), out_);
-  pending_.clear();
+  if (!std::exchange(pending_, {}).empty()) std::fputs(kReplacement, out_);
   std::fputc('\n', out_);
   std::fflush(out_);
 }

@@ -56,12 +56,15 @@ struct Answer {
   std::string append(int32_t token, const ModelFiles& files);
 };
 
+// An unfinished UTF-8 character at the end of a text becomes U+FFFD.
+std::string whole_characters(const std::string& text);
+
 // Writes pieces to a file, whole UTF-8 characters at a time.
 class TextStream {
  public:
   explicit TextStream(std::FILE* out) : out_(out) {}
   void put(const std::string& piece);
-  void finish();  // writes what is left, and a new line
+  void finish();  // U+FFFD if a character is unfinished, and a new line
 
  private:
   std::FILE* out_;

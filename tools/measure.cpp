@@ -39,17 +39,6 @@ double measure_gemm(Backend& backend, const GemmShape& shape) {
 
 double median(std::vector<double> values) { return engine::median(std::move(values)); }
 
-double measure_bandwidth(Backend& backend) {
-  const bool gpu = is_gpu(backend);
-  const int64_t bytes =
-      std::min<int64_t>(gpu ? 1 << 30 : 1 << 28, backend.memory_available_bytes() / 8);
-  const Tensor from = backend.zeros({bytes}, DType::U8), to = backend.zeros({bytes}, DType::U8);
-  Repeats repeats;
-  repeats.calls = gpu ? 20 : 1;
-  const double seconds = measure_seconds(backend, repeats, [&] { backend.copy(to, from); });
-  return 2.0 * static_cast<double>(bytes) / seconds;
-}
-
 double measure_read_bandwidth(Backend& backend) {
   const bool gpu = is_gpu(backend);
   const int64_t bytes =

@@ -18,8 +18,6 @@ using engine::Repeats;
 
 double median(std::vector<double> values);  // the upper of two middle values; 0 if there is none
 
-// Bytes per second, read plus written, of a copy far larger than any cache.
-double measure_bandwidth(engine::Backend& backend);
 // Bytes per second of a sum over a tensor far larger than any cache.
 double measure_read_bandwidth(engine::Backend& backend);
 

@@ -69,6 +69,7 @@ void measure(const CommandLine& line, engine::Comm& comm, int local_rank) {
   int64_t seq_len = line.integer("seq-len", 2);
   const int64_t limit = line.integer("max-windows", 0);
   const quant::KvFormat kv = line.kv_format();
+  if (comm.first()) check_writable(line, "json");
 
   // First: a missing GPU should not cost a long read.
   const auto backend = make_rank_backend(rank_device(line), line.threads(), comm, local_rank);

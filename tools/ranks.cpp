@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "cuda/nccl_comm.h"
+#include "engine/cpu/thread_pool.h"
 
 extern char** environ;
 
@@ -156,6 +157,7 @@ std::unique_ptr<engine::Backend> make_rank_backend(const std::string& device, in
   if (comm.host_ranks() > 1) {
     if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
     threads = std::max(1, threads / comm.host_ranks());
+    engine::set_default_threads(threads);
   }
   return CommandLine::make_backend(device, threads,
                                    comm.size() > 1 ? cuda::gpu_of_rank(local_rank) : 0);

@@ -1,6 +1,8 @@
 // bbb report: a run as one page for a browser.
 #include <fmt/format.h>
 
+#include <filesystem>
+
 #include "data/files.h"
 #include "quant/check.h"
 #include "tools/cli.h"
@@ -19,6 +21,11 @@ int report_command(const Arguments& arguments) {
       ("out", "HTML file to write", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   const std::string run = line.required("run"), out = line.required("out");
+  check_writable(line, "out");
+  const std::filesystem::path file = std::filesystem::weakly_canonical(out);
+  if (std::filesystem::exists(file) && file.extension() != ".html" &&
+      file.string().starts_with(std::filesystem::weakly_canonical(run).string() + "/"))
+    throw UsageError(cat("--out ", out, " is a file of the run"));
   Report report = read_report(run);
   if (line.has("before")) report.before = read_perplexity(line.required("before"));
   if (line.has("after")) report.after = read_perplexity(line.required("after"));

@@ -251,7 +251,7 @@ Allocation allocate_sites(Backend& backend, const models::Checkpoint& source,
   const LlamaConfig one_layer = one_layer_of(model);
   const std::vector<LinearShape> shapes = models::block_linears(model);
   const size_t choices = budget.costs[0].size();
-  engine::ThreadPool pool(0);
+  engine::ThreadPool pool(config.comm->first() ? 0 : 1);
   std::vector<std::vector<LayerStatistics>> layouts;  // of each layer
   std::vector<std::vector<double>> errors;            // of each site: those of its choices
   collect_layouts(

@@ -16,9 +16,15 @@ struct Rule {
   bool (*accepts)(double) = nullptr;  // a number, or each one of a list; null: accepts all
   double unit = 1;                    // the field's value = unit x the number in the text
 };
-inline constexpr Rule kNatural{"a whole number of at least 0", [](double x) { return x >= 0; }};
-inline constexpr Rule kPositive{"a whole number of at least 1", [](double x) { return x >= 1; }};
-inline constexpr Rule kTwoOrMore{"a whole number of at least 2", [](double x) { return x >= 2; }};
+// Sums and products of two of them do not overflow.
+inline constexpr double kMostCounted = 2147483647;
+inline constexpr Rule kNatural{"a whole number from 0 to 2147483647",
+                               [](double x) { return x >= 0 && x <= kMostCounted; }};
+inline constexpr Rule kPositive{"a whole number from 1 to 2147483647",
+                                [](double x) { return x >= 1 && x <= kMostCounted; }};
+inline constexpr Rule kTwoOrMore{"a whole number from 2 to 2147483647",
+                                 [](double x) { return x >= 2 && x <= kMostCounted; }};
+inline constexpr Rule kSeed{"a whole number of at least 0", [](double x) { return x >= 0; }};
 inline constexpr Rule kTokenId{"a token id from 0 to 2147483647", kNatural.accepts};
 inline constexpr Rule kGroupSize{"32, 64 or 128",
                                  [](double x) { return x == 32 || x == 64 || x == 128; }};
@@ -202,7 +208,7 @@ void visit_stored(Config& c, const Visitor& v) {
      "stochastic, prefix: the part of the blocks that the first stage switches", kRatio});
   v(c.depth_bias, {"depth-bias", kBlocks,
                    "stochastic: block j of B is drawn with weight (B + 1 - j)^X", kNotNegative});
-  v(c.seed, {"seed", kRun, "of every shuffle", kNatural});
+  v(c.seed, {"seed", kRun, "of every shuffle", kSeed});
   v(c.e2e_stages,
     {"e2e-stages", kEndToEnd,
      "widths and passes over the samples: w2a16:6,w2a2:4; default: one stage at the blocks' widths",

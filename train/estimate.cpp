@@ -103,6 +103,7 @@ PhaseEstimate estimate_whole(Backend& backend, const Checkpoint& source,
   for (const WholeStage& stage : recipe.whole_stages()) {
     TrainConfig few = few_steps(config);
     few.samples = std::min(config.samples, kBatches * config.e2e_batch);
+    if (!learns_whole_grid(config)) few.grid_train = GridTrain::None;  // it asks for no blocks
     few.stages.clear();
     few.block_schedule = BlockSchedule::All;
     ModelStage widths{stage.widths.back(), kSteps + 1};

@@ -103,6 +103,9 @@ models::ExportSummary export_rtn(Backend& backend, const Checkpoint& source,
   if (reads_text) {
     const data::Windows windows =
         data::make_windows(tokens, config.seq_len, config.data, config.pack);
+    BBB_CHECK(config.samples <= windows.count || !typed || !typed("samples"), config.data,
+              ": holds ", windows.count, " windows of ", config.seq_len,
+              " tokens, but --samples asks for ", config.samples);
     config.samples = std::min(config.samples, windows.count);
     check_factor_memory(model, config);
     engine::Progress progress("statistics", (allocates(config) ? 2 : 1) * model.layers,

@@ -1,6 +1,7 @@
 #include "train/fit.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "quant/check.h"
 #include "train/run_directory.h"
@@ -31,15 +32,16 @@ TrainConfig fit_to_data(TrainConfig c, const Typed& is_typed, int64_t max_positi
   }
   if (!typed("samples"))
     c.samples = std::clamp<int64_t>(windows - c.val_samples, 1, std::max<int64_t>(1, c.samples));
-  const auto shared = [&](int64_t batch) {  // evenly, by all ranks
-    const int64_t ranks = c.comm->size();
-    return batch < ranks ? batch : batch - batch % ranks;
+  // Evenly, by all ranks and micro-batches.
+  const auto shared = [&](int64_t batch, int64_t micro = 1) {
+    const int64_t unit = std::lcm(c.comm->size(), micro);
+    return batch < unit ? batch : batch - batch % unit;
   };
   if (!typed("batch")) c.batch = shared(std::min(c.batch, c.samples));
   if (!typed("e2e-batch")) {
-    c.e2e_batch = shared(std::min(c.e2e_batch, c.samples));
-    if (c.e2e_micro_batch > 0 && c.e2e_micro_batch <= c.e2e_batch)
-      c.e2e_batch -= c.e2e_batch % c.e2e_micro_batch;
+    const bool divided = c.e2e_micro_batch > 0 && c.e2e_micro_batch <= c.e2e_batch;
+    c.e2e_batch =
+        shared(std::min(c.e2e_batch, c.samples), divided ? c.e2e_micro_batch : int64_t{1});
   }
   return c;
 }

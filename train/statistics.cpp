@@ -349,9 +349,10 @@ void collect_lc_starts(Backend& backend, const models::Checkpoint& source,
   Collector collector(backend, source, windows, config);
   for (int64_t layer = 0; layer < source.config().layers; ++layer) {
     const models::LayerResult original = models::full_precision(source, layer);
-    add(layer,
-        models::lc_layer_start(source.config(), original, recipe.result_formats(layer),
-                               collector.second_moments(layer, original), recipe.lc_start(layer)));
+    const auto moments = collector.second_moments(layer, original);
+    if (config.comm->first())
+      add(layer, models::lc_layer_start(source.config(), original, recipe.result_formats(layer),
+                                        moments, recipe.lc_start(layer)));
   }
 }
 

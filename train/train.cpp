@@ -161,9 +161,16 @@ std::vector<models::LayerStatistics> statistics_of(
     const TrainConfig& config, const RunDirectory& run, const std::optional<EarlierRun>& from,
     const std::optional<SiteBudget>& budget, const Observer& observer) {
   if (!Recipe::needs_statistics(config)) return {};
-  std::vector<models::LayerStatistics> layers = run.statistics(source.config());
+  const auto read = [&] {
+    std::vector<models::LayerStatistics> layers = run.statistics(source.config());
+    BBB_CHECK(!layers.empty(), run.statistics_file(), ": rank ", config.comm->rank(),
+              " does not see what rank 0 has written");
+    return layers;
+  };
   // As the first rank sees it, which writes the file.
-  if (config.comm->gather({layers.empty() ? 0.0 : 1.0})[0][0] != 0) return layers;
+  const bool saved = std::filesystem::exists(run.statistics_file());
+  if (config.comm->gather({saved ? 1.0 : 0.0})[0][0] != 0) return read();
+  std::vector<models::LayerStatistics> layers;
   if (from && same_orders(config, from->identity().config)) layers = from->statistics();
   std::optional<Allocation> allocation;
   if (layers.empty()) {
@@ -185,7 +192,7 @@ std::vector<models::LayerStatistics> statistics_of(
     writer.finish();
   }
   config.comm->barrier();  // all take the same choices: those of the file
-  return run.writes() ? layers : run.statistics(source.config());
+  return run.writes() ? layers : read();
 }
 
 // The start of every layer's weights, which the run saves; null if the configuration needs none.
@@ -242,8 +249,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   config.threads = static_cast<int>(comm.gather({1.0 * config.threads})[0][0]);  // as it is saved
   const int64_t wanted = config.samples + (trains_blocks(config) ? config.val_samples : 0);
   BBB_CHECK(windows.seq_len == config.seq_len && windows.count >= wanted, config.data, ": holds ",
-            windows.count, " windows of ", windows.seq_len,
-            " tokens, but --samples and --val-samples ask for ", wanted);
+            windows.count, " windows of ", windows.seq_len, " tokens, but --samples ",
+            trains_blocks(config) ? "and --val-samples ask" : "asks", " for ", wanted);
   BBB_CHECK(windows.first_key.empty() == (config.pack == Packing::Stream), config.data,
             ": was cut into windows with another --pack");
   for (int32_t id : windows.ids)
@@ -327,6 +334,8 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
   const auto tune_for = [&](int64_t step_runs, int64_t product_runs, int64_t memory_bytes) {
     tuning.reset();
     if (config.gemm_algorithms != GemmAlgorithms::Timed) return;
+    // Products make Muon's steps, which must be the same on every rank.
+    if (config.optimizer == UpdateRule::Muon && comm.size() > 1) return;
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };

@@ -5,6 +5,7 @@
 //   gemm.json                     algorithms of matrix products, if they were timed
 //   log.jsonl                     one line a step
 //   statistics.safetensors        of the input sites, if the grid needs them, and their allocation
+//   start.safetensors             where the weights of LC start
 //   lock                          held by the process that trains
 //   blocks/block_000_stage_0.safetensors  a finished stage of a block: its masters
 //   blocks/state.safetensors      the newest state of the stage that is being trained

@@ -29,16 +29,23 @@ bool spin(std::chrono::microseconds limit, const Done& done) {
   return false;
 }
 
-int cores() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
+std::atomic<int> default_threads{0};
+
+int threads_by_default() {
+  const int threads = default_threads;
+  return threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
 }  // namespace
+
+void set_default_threads(int threads) { default_threads = threads; }
 
 int threads_for(int64_t bytes, int64_t piece_bytes) {
   const int64_t pieces = bytes / piece_bytes + (bytes % piece_bytes != 0);
-  return static_cast<int>(std::clamp<int64_t>(pieces, 1, cores()));
+  return static_cast<int>(std::clamp<int64_t>(pieces, 1, threads_by_default()));
 }
 
 ThreadPool::ThreadPool(int threads) {
-  if (threads <= 0) threads = cores();
+  if (threads <= 0) threads = threads_by_default();
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
 }
 

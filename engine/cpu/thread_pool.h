@@ -21,15 +21,18 @@
 
 namespace bbb::engine {
 
+// The threads of this process that pools take by default; 0, the initial value: all cores.
+void set_default_threads(int threads);
+
 // How many threads a loop over `bytes` of memory deserves: bytes / piece_bytes, rounded up, at
-// least 1, at most all cores.
+// least 1, at most the default.
 int threads_for(int64_t bytes, int64_t piece_bytes);
 
 class ThreadPool {
  public:
   using Range = std::function<void(int64_t begin, int64_t end)>;
 
-  explicit ThreadPool(int threads);  // 0: all cores; the caller is one of them
+  explicit ThreadPool(int threads);  // 0: the default; the caller is one of them
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
