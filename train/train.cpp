@@ -335,7 +335,7 @@ void train_windows(Backend& backend, const Checkpoint& source, const data::Windo
     tuning.reset();
     if (config.gemm_algorithms != GemmAlgorithms::Timed) return;
     // Products make Muon's steps, which must be the same on every rank.
-    if (config.optimizer == UpdateRule::Muon && comm.size() > 1) return;
+    if (config.optimizer == autograd::UpdateRule::Muon && comm.size() > 1) return;
     const auto say = [&](const std::string& line) {
       if (!observer.quiet) std::printf("%s\n", line.c_str());
     };
