@@ -193,7 +193,7 @@ TEST_CASE("files: a disk without room is an error before anything is written") {
 }
 
 TEST_CASE("files: a link keeps its place, and what is no file is written to") {
-  const TempDir dir;
+  const tests::TempDir dir;
   data::write_file_atomic(dir / "file", "old");
   fs::create_symlink("file", dir / "link");
   data::write_file_atomic(dir / "link", "new");
