@@ -64,6 +64,13 @@ expect 1 'bench gemm .* GPU' "$bbb" bench gemm --device cpu
 expect 1 'bench prefill .* GPU' "$bbb" bench prefill --synthetic smollm2-135m --device cpu
 expect 1 'nowhere' "$bbb" bench gemv --device cpu --json "$work/nowhere/gemv.json"
 expect 1 'nowhere' "$bbb" ppl --model "$model" --text "$work/nowhere"
+expect 1 'nowhere' "$bbb" ppl --model "$model" --text "$work/short.txt" --json "$work/nowhere/ppl.json"
+expect 1 'byte 6 is not UTF-8' "$bbb" ppl --model "$model" --text "$model" --device cpu
+expect 2 'json is the same file as --text' "$bbb" ppl --model "$model" --text "$work/short.txt" --json "$work/short.txt"
+expect 2 'json is the same file as --model' "$bbb" decode --model "$model" --prompt x --json "$model"
+expect 2 'add --format gguf' "$bbb" export --model "$model" --rtn --out "$work/x.gguf"
+expect 2 'val-samples.*2147483647' "$bbb" train --model "$model" --data "$work/short.txt" --out "$work/run" --val-samples 9223372036854775807
+expect 1 'nowhere is no directory' "$bbb" eval --model "$model" --data "$work/nowhere" --device cpu
 expect 1 'key|hidden_size' "$bbb" inspect --model "$work/nokey"
 expect 1 'cut.gguf' "$bbb" inspect --model "$work/cut.gguf"
 expect 1 'cut2.gguf' "$bbb" inspect --model "$work/cut2.gguf"

@@ -20,6 +20,7 @@ int tokenize_command(const Arguments& arguments) {
       ("json", "write ids and pieces to this file, not to standard output",
        cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
+  check_writable(line, "json");
   const std::string model = line.required("model");
   std::string text = data::read_text(line.required("text-file"));
   const auto tokenizer = data::load_tokenizer(model);

@@ -168,7 +168,8 @@ std::vector<models::LayerStatistics> statistics_of(
     return layers;
   };
   // As the first rank sees it, which writes the file.
-  const bool saved = std::filesystem::exists(run.statistics_file());
+  std::error_code error;
+  const bool saved = std::filesystem::exists(run.statistics_file(), error);
   if (config.comm->gather({saved ? 1.0 : 0.0})[0][0] != 0) return read();
   std::vector<models::LayerStatistics> layers;
   if (from && same_orders(config, from->identity().config)) layers = from->statistics();
