@@ -102,7 +102,7 @@ TEST_CASE("chat: a turn in the cache answers like the whole chat decoded anew", 
   const std::string second =
       chat_text(generator, files, messages, "Tell me more\r\n/exit\r\nNobody reads this\n");
   REQUIRE(messages.size() == 5);
-  CHECK(second == messages[4].content + "\n");
+  CHECK(second == tools::whole_characters(messages[4].content) + "\n");
 
   if (on_cuda()) return;  // a longer prefill rounds differently in bf16
   models::Generator fresh(*llama, 1, 400, spec);
@@ -141,10 +141,10 @@ TEST_CASE("text is written in whole characters", "[chat]") {
       const bool whole = at == text.size() || (static_cast<unsigned char>(text[at]) & 0xC0) != 0x80;
       CHECK(written == (whole ? at : static_cast<size_t>(before)));
     }
-    stream.put("\xe6");  // cut: written at the end
+    stream.put("\xe6");  // cut
     stream.finish();
   });
-  CHECK(bytes == text + "\xe6\n");
+  CHECK(bytes == text + "\uFFFD\n");
 }
 
 TEST_CASE("decode: a batch gives every prompt the text that it gets alone", "[chat]") {

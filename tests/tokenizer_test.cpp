@@ -254,7 +254,10 @@ TEST_CASE("bad tokenizer files are one-line errors that name the cause", "[token
   CHECK_THAT(changed("/model/merges/0", "single"), Contains("single"));
   CHECK_THAT(changed("/model/vocab/a", 2'000'000'000), Contains("2000000000"));
   CHECK_THAT(changed("/model/vocab/a", -7), Contains("-7"));
-  CHECK_THAT(changed("/model/vocab", "text"), Contains("malformed"));
+  CHECK_THAT(changed("/model/vocab", "text"), Contains("\"vocab\""));
+  CHECK_THAT(changed("/model/vocab/a", 1.5), Contains("no whole number"));
+  CHECK_THAT(changed("/model/merges", nullptr), Contains("\"merges\""));
+  CHECK_THAT(changed("/model/merges/0", {"a", "b", "c"}), Contains("not a pair"));
   CHECK_THAT(changed("/added_tokens/0/single_word", true), Contains("single_word"));
   // Texts from the file do not break the line.
   CHECK_THAT(changed("/pre_tokenizer", {{"type", "a\nb"}}), Contains("a\\x0ab"));

@@ -21,6 +21,7 @@ int report_command(const Arguments& arguments) {
       ("out", "HTML file to write", cxxopts::value<std::string>());
   if (!line.parse(arguments)) return 0;
   const std::string run = line.required("run"), out = line.required("out");
+  data::Parents parents(out);
   check_writable(line, "out");
   const std::filesystem::path file = std::filesystem::weakly_canonical(out);
   if (std::filesystem::exists(file) && file.extension() != ".html" &&
@@ -33,7 +34,6 @@ int report_command(const Arguments& arguments) {
     BBB_CHECK(report.before->tokens == report.after->tokens, report.before->file, " measured ",
               report.before->tokens, " tokens and ", report.after->file, " ", report.after->tokens,
               ": only equal windows of one text compare");
-  data::Parents parents(out);
   data::write_file_atomic(out, report_page(report));
   parents.keep();
   fmt::print("{}: {}, {}\n", out, run, report.state);
