@@ -277,7 +277,7 @@ class Prequantizer {
   // range ratio.
   __device__ void take(const float (&weight)[kWide], int ratio, uint32_t i) {
     if (bits_ == quant::kNotQuantized) return;
-    quant::Range<float> range = quant::group_range<kGroup>(weight).of(rule_.levels);
+    quant::Range<float> range = quant::group_range(weight, kGroup).of(rule_.levels);
     if (q_.ratios != nullptr) range = range.scaled(quant::range_ratio<float>(ratio));
     most_ = quant::max_nan(most_, range.width());
     if (scale_ != 0.0f) quantize(weight, range, i);

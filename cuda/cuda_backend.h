@@ -119,6 +119,9 @@ class CudaBackend final : public engine::Backend {
   bool takes_slice_pairs(const quant::LinearFormat& format) const;
   bool all_in_tiles(const PackedProducts& products) const;
   bool makes_rows(const PackedProducts& products, const OperandSpec* spec, int64_t m) const;
+  template <typename Make>
+  void multiply_operand(const PackedProducts& products, int64_t m, const OperandSpec& spec,
+                        const Make& make);
   template <typename Tiled, typename Other>
   void packed_products(const PackedProducts& products, const Tiled& tiled,
                        const Other& other) const;

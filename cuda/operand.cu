@@ -31,17 +31,15 @@
 #include "cuda/early_start.h"
 #include "cuda/ptx.h"
 #include "cuda/reduce.h"
+#include "cuda/row_grid.h"
 #include "cuda/swiglu.h"
 #include "cuda/vector.h"
-#include "quant/group_range.h"
 
 namespace bbb::cuda {
 namespace {
 
-using quant::GroupQuantizer;
 using quant::kFullWarp;
 using quant::OperandView;
-using quant::QuantizedGroup;
 using quant::Range;
 
 constexpr int kWide = 8;  // positions of a piece
@@ -298,57 +296,6 @@ __device__ __forceinline__ void finish_piece(float (&x)[kWide], const Piece& pie
   rotate_where_asked<kGroup>(x, v, position);
 }
 
-// The index of the ratio of least squared error; of equal errors the larger ratio. The terms are
-// added as a binary tree over positions: in the thread, then over lanes. The whole warp takes part.
-template <int kGroup>
-__device__ __forceinline__ int best_ratio(const float (&x)[kWide], const Range<float>& range,
-                                          const GroupQuantizer& quantizer, float master_scale) {
-  int best = 0;
-  float least = 0.0f;
-#pragma unroll 1  // fewer registers: other warps hide the latency
-  for (int c = 0; c < quant::kRangeRatios; ++c) {
-    const QuantizedGroup group = quantizer(range.scaled(quant::range_ratio<float>(c)));
-    const float step = group.levels.scale() * master_scale;  // exact
-    float terms[kWide];
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-      // floor(x / s + 1/2), by rounding down a sum whose last bit is 1: exact below 2^22.
-      constexpr float kInteger = 0x1.8p23f;
-      const float steps = __fadd_rd(group.levels.quotient(x[i]) + 0.5f, kInteger) - kInteger;
-      // (q - z) s is exact, so this equals the difference of x^ and x.
-      const float d = fmaf(group.levels.clamped(steps), step, -x[i]);
-      terms[i] = d * d;
-    }
-#pragma unroll
-    for (int stride = 1; stride < kWide; stride *= 2)
-#pragma unroll
-      for (int i = 0; i < kWide; i += 2 * stride) terms[i] = terms[i] + terms[i + stride];
-    float error = terms[0];
-#pragma unroll
-    for (int lanes = 1; lanes < kGroup / kWide; lanes *= 2)
-      error = error + __shfl_xor_sync(kFullWarp, error, lanes);
-    if (c == 0 || error < least) {
-      least = error;
-      best = c;
-    }
-  }
-  return best;
-}
-
-// The master scales of a row.
-struct RowScales {
-  float s, s8;
-};
-
-// From the maximum group ranges of the block's row, of plain and of outlier groups. Even lanes
-// compute S, odd ones S8.
-__device__ __forceinline__ RowScales row_scales(float most, float most_outlier, int bits) {
-  const bool odd = threadIdx.x % 2 != 0;
-  const float raw = quant::raw_scale(odd ? most_outlier : most, odd ? quant::kOutlierBits : bits);
-  const float scale = odd ? quant::outlier_master_scale_of(raw) : quant::master_scale_of(raw);
-  return {__shfl_sync(kFullWarp, scale, 0), __shfl_sync(kFullWarp, scale, 1)};
-}
-
 struct OperandOutputs {
   bf16* x;                 // (M, K')
   uint8_t* clipped;        // (M, K' / 8)
@@ -365,43 +312,30 @@ struct OperandOutputs {
 // Quantizes and stores one piece. The whole warp takes part.
 template <int kGroup>
 __device__ __forceinline__ void quantize_piece(const OperandOutputs& out, const float (&x)[kWide],
-                                               Range<float> range, const OperandView& v,
-                                               const RowScales& scales,
-                                               const GroupQuantizer& quantizer, int64_t row,
-                                               int position) {
-  const bool outlier = position < v.outliers;
-  if (quant::is_searched(v.grid.range, v.grid.bits)) {
-    const int ratio = best_ratio<kGroup>(x, range, quantizer, scales.s);
-    if (!outlier) range = range.scaled(quant::range_ratio<float>(ratio));
-  }
-  QuantizedGroup group = quantizer(range);
-  if (outlier) {
-    group.params = quant::outlier_params(range, scales.s8);
-    group.levels = quant::GroupLevels(group.params.e, 1.0f / scales.s8);
-    group.levels.set_zero_point(float(group.params.z), float(quant::max_code(quant::kOutlierBits)));
-  }
+                                               const Range<float>& range, const OperandView& v,
+                                               const RowGrid& grid, int64_t row, int position) {
+  const ScaledGroup group = grid.group<Quotient::Nearest>(x, range, position < v.outliers, kGroup);
+  const quant::GroupLevels& levels = group.levels;
   if (position >= v.stored_k) return;
-  const float step = group.levels.scale() * (outlier ? scales.s8 : scales.s);
   const int64_t at = row * v.stored_k + position;
   float values[kWide];
   unsigned mask = 0;
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
-    const float steps = group.levels.steps(x[j]);
-    mask |= group.levels.is_clipped(steps) ? 1u << j : 0u;
-    values[j] = group.levels.clamped(steps) * step;
+    const float steps = levels.steps(x[j]);
+    mask |= levels.is_clipped(steps) ? 1u << j : 0u;
+    values[j] = levels.clamped(steps) * group.step;
   }
   out.store(at, values, mask);
   if (out.codes == nullptr) return;
   unsigned codes[2] = {};
 #pragma unroll
   for (int j = 0; j < kWide; ++j)
-    codes[j / 4] |= static_cast<unsigned>(group.levels.code(group.levels.steps(x[j])))
-                    << (j % 4 * 8);
+    codes[j / 4] |= static_cast<unsigned>(levels.code(levels.steps(x[j]))) << (j % 4 * 8);
   *reinterpret_cast<uint2*>(out.codes + at) = {codes[0], codes[1]};
   if (position % kGroup != 0) return;
-  out.zeros[at / kGroup] = group.params.z;
-  out.scales[at / kGroup] = step;
+  out.zeros[at / kGroup] = static_cast<uint8_t>(levels.zero_point());
+  out.scales[at / kGroup] = group.step;
 }
 
 // The words of shared memory of a staged row of K channels: whole pieces.
@@ -560,7 +494,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
     for (int p = cluster.rank; p < pieces; p += cluster.blocks) {
       float x[kWide];
       first_look(x, p);
-      const Range<float> range = quant::group_range<kGroup>(x);
+      const Range<float> range = quant::group_range(x, kGroup);
       ranges[p * threads] = range;
       if (column(p) < v.outliers)
         most_outlier = quant::max_nan(most_outlier, range.width());
@@ -594,14 +528,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerProcessor)
       };
       row_most = cluster_most(0), row_most_outlier = cluster_most(1);
     }
-    const RowScales scales = row_scales(row_most, row_most_outlier, v.grid.bits);
-    const GroupQuantizer quantizer(scales.s, v.grid.bits);
+    const RowGrid grid(row_most, row_most_outlier, v.grid);
 #pragma unroll 1
     for (int p = cluster.rank; p < pieces; p += cluster.blocks) {
       if (column(p) - lane * kWide >= columns) break;  // the whole warp
       float x[kWide];
       finish_piece<kGroup>(x, held[p * threads], v, column(p));
-      quantize_piece<kGroup>(out, x, ranges[p * threads], v, scales, quantizer, row, column(p));
+      quantize_piece<kGroup>(out, x, ranges[p * threads], v, grid, row, column(p));
     }
     // The next row is staged only now, and every gather was before the barrier above.
   }

@@ -135,11 +135,13 @@ static bool on_tensor_cores(const quant::LinearFormat& format, int64_t m) {
          format.n * format.stored_k() >= (bits == 3 ? 2 * kManyCodes : kManyCodes);
 }
 
-// An operand of which x alone is written.
-static OperandRows only(const Tensor& x) {
-  OperandRows rows;
-  rows.x = x;
-  return rows;
+static std::optional<LaneOperand> lane_operand(const OperandSpec* spec) {
+  if (spec == nullptr) return std::nullopt;
+  check_aligned(spec->offsets, "the channel order");
+  return LaneOperand(spec->view, reinterpret_cast<const uint16_t*>(spec->offsets.data<uint8_t>()));
+}
+static const LaneOperand* pointer_to(const std::optional<LaneOperand>& operand) {
+  return operand ? &*operand : nullptr;
 }
 
 // Whether one kernel makes the rows, or one row's operand, and multiplies them. If not, a kernel in
@@ -150,15 +152,28 @@ bool CudaBackend::makes_rows(const PackedProducts& products, const OperandSpec* 
   if (spec == nullptr) return m < kMinGemmRows;
   const quant::OperandView& v = spec->view;
   const bool rotates_all = v.rotated_begin == 0 && v.rotated_end == v.stored_k;
-  return m == 1 && v.k % 8 == 0 && (v.channels == nullptr ? rotates_all : spec->offsets.defined());
+  if (m > 1 || v.k % 8 != 0 || (v.channels != nullptr && !spec->offsets.defined())) return false;
+  if (!spec->quantizes()) return v.channels != nullptr || rotates_all;
+  return quantizes_in_product(product_launch(stream_, properties_), tiled_products(products),
+                              *lane_operand(spec));
 }
-static std::optional<LaneOperand> lane_operand(const OperandSpec* spec) {
-  if (spec == nullptr) return std::nullopt;
-  check_aligned(spec->offsets, "the channel order");
-  return LaneOperand(spec->view, reinterpret_cast<const uint16_t*>(spec->offsets.data<uint8_t>()));
-}
-static const LaneOperand* pointer_to(const std::optional<LaneOperand>& operand) {
-  return operand ? &*operand : nullptr;
+
+// Multiplies the operand of m rows that make(rows) writes, by a kernel in front: x, or codes.
+template <typename Make>
+void CudaBackend::multiply_operand(const PackedProducts& products, int64_t m,
+                                   const OperandSpec& spec, const Make& make) {
+  const int64_t k = spec.view.stored_k, groups = k / spec.view.group;
+  OperandRows rows;
+  if (!spec.quantizes()) {
+    rows.x = do_empty({m, k}, act());
+    make(rows);
+    return do_packed_gemv(products, rows.x, nullptr);
+  }
+  rows.codes = do_empty({m, k}, DType::U8);
+  rows.zeros = do_empty({m, groups}, DType::U8);
+  rows.scales = do_empty({m, groups}, real());
+  make(rows);
+  do_quantized_gemv(products, rows);
 }
 
 void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x,
@@ -169,9 +184,8 @@ void CudaBackend::do_packed_gemv(const PackedProducts& products, const Tensor& x
     if (makes_rows(products, spec, m))
       return launch_packed_gemv(product_launch(stream_, properties_), tiled_products(products),
                                 bf16_of(x), m, pointer_to(lane_operand(spec)));
-    const Tensor operand = do_empty({m, spec->view.stored_k}, act());
-    do_operand(only(operand), x, *spec);
-    return do_packed_gemv(products, operand, nullptr);
+    return multiply_operand(products, m, *spec,
+                            [&](const OperandRows& rows) { do_operand(rows, x, *spec); });
   }
   std::array<std::vector<TiledProduct>, 9> with_pairs;  // of each number of bits
   packed_products(
@@ -204,12 +218,13 @@ void CudaBackend::do_packed_gemv_normed(const PackedProducts& products, const Te
     return launch_packed_gemv_normed(product_launch(stream_, properties_), tiled_products(products),
                                      bf16_of(x), w.data<float>(), static_cast<float>(eps), m,
                                      pointer_to(lane_operand(spec)));
-  const Tensor normed = do_empty({m, products[0].weight.format.stored_k()}, act());
   const Tensor inv_rms = do_empty({m}, real());
   if (spec != nullptr)
-    do_rms_norm_operand(only(normed), inv_rms, x, w, eps, *spec);
-  else
-    do_rms_norm(normed, inv_rms, x, w, eps);
+    return multiply_operand(products, m, *spec, [&](const OperandRows& rows) {
+      do_rms_norm_operand(rows, inv_rms, x, w, eps, *spec);
+    });
+  const Tensor normed = do_empty({m, x.dim(1)}, act());
+  do_rms_norm(normed, inv_rms, x, w, eps);
   do_packed_gemv(products, normed, nullptr);
 }
 
@@ -221,11 +236,12 @@ void CudaBackend::do_packed_gemv_gated(const PackedProducts& products, const Ten
   if (makes_rows(products, spec, m))
     return launch_packed_gemv_gated(product_launch(stream_, properties_), tiled_products(products),
                                     bf16_of(gate), bf16_of(up), m, pointer_to(lane_operand(spec)));
-  const Tensor h = do_empty({m, products[0].weight.format.stored_k()}, act());
   if (spec != nullptr)
-    do_swiglu_operand(only(h), gate, up, *spec);
-  else
-    do_swiglu(h, gate, up);
+    return multiply_operand(products, m, *spec, [&](const OperandRows& rows) {
+      do_swiglu_operand(rows, gate, up, *spec);
+    });
+  const Tensor h = do_empty({m, gate.dim(1)}, act());
+  do_swiglu(h, gate, up);
   do_packed_gemv(products, h, nullptr);
 }
 

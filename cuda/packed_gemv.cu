@@ -7,7 +7,7 @@
 //   .._gated         the same, x = silu(gate) up                          gate, up bf16
 //
 // x in bf16 may also be a row that is gathered by a channel order, rotated inside of groups, or
-// both (cuda/lane_operand.h).
+// both (cuda/lane_operand.h), and quantized (cuda/row_grid.h).
 //
 // A launch takes up to three products of the same x, such as those of q, k and v.
 //
@@ -42,6 +42,13 @@
 // a slice by their offsets in the row, which are on their way to L2 while the kernel in front runs.
 // Groups are rotated in registers: the lanes of a warp hold all of each.
 //
+// A row that is quantized is made in shared memory too. That of a norm each block makes for itself,
+// because its values need r. Lanes then keep the operand of their slices in FP32 in shared memory.
+// The block finds the largest range of a group, and exchanges it with the cluster's other block.
+// A lane quantizes its positions when it multiplies their slice. As cuda/operand.cu, this file is
+// compiled without contraction. A code may still differ from its, where x lies on a threshold: r is
+// a sum in another order, and silu an approximation.
+//
 // Scales and zero points of codes are copied to shared memory first, by the whole block. They are
 // a few lines of the L2 cache, which answers one request for a line after another: a request of
 // each warp and slice of every block would take longer than the product.
@@ -58,6 +65,7 @@
 #include "cuda/lane_operand.h"
 #include "cuda/packed_gemv.h"
 #include "cuda/reduce.h"
+#include "cuda/row_grid.h"
 #include "cuda/tile_product.h"
 #include "quant/packed_tiles.h"
 
@@ -76,6 +84,8 @@ constexpr int64_t kSplitInFlight = 16 * 1024;  // the same in a cluster
 constexpr int kTokens = 4;                     // rows of x of a launch
 constexpr int kBlocks = 2;                     // that fit on a multiprocessor
 constexpr int kSubgroups = kTileColumns / quant::kSubgroup;
+// Of a slice that is quantized in the product: its values in FP32, and the ranges of its groups.
+constexpr int kHeldBytes = 4 * kTileColumns + 8 * kSubgroups;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // Four positions of x as integers, v + 128 in 16 bits each, and the unit of the octet.
@@ -131,10 +141,15 @@ __device__ __forceinline__ Levels levels_of(uint2 pairs) {
 // load() the rest. levels() makes them integers; the whole warp takes part. A row that is gathered
 // is read in pieces of eight channels, kPieces of a thread at a time.
 
+// What levels() needs to know of the whole row.
+struct NoGrid {};
+
 // Rows of bf16.
 struct PlainRows {
-  static constexpr bool kNormed = false, kHasGrids = false, kGathered = false, kManyRows = true;
-  static constexpr int kPieces = 4;
+  static constexpr bool kNormed = false, kHasGrids = false, kGathered = false, kManyRows = true,
+                        kQuantized = false;
+  using Grid = NoGrid;
+  static constexpr int kPieces = 2;
   using Raw = uint2;
   using Piece = uint4;
   const bf16* x;  // (M, K)
@@ -155,7 +170,7 @@ struct PlainRows {
   __device__ static T values(const T& raw) {
     return raw;
   }
-  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(raw); }
+  __device__ static Levels levels(const Raw& raw, int, int, NoGrid) { return levels_of(raw); }
 };
 
 // Rows of silu(gate) up.
@@ -180,7 +195,9 @@ struct GatedRows : PlainRows {
     return {gated(raw.gate.x, raw.up.x), gated(raw.gate.y, raw.up.y), gated(raw.gate.z, raw.up.z),
             gated(raw.gate.w, raw.up.w)};
   }
-  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(values(raw)); }
+  __device__ static Levels levels(const Raw& raw, int, int, NoGrid) {
+    return levels_of(values(raw));
+  }
 
  private:
   __device__ static uint32_t gated(uint32_t gate, uint32_t up) {
@@ -220,12 +237,15 @@ struct NormedRows : PlainRows {
   __device__ static uint2 values(const Raw& raw) {
     return {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w)};
   }
-  __device__ static uint4 values(const Piece& raw) {
-    return {weighted(raw.x.x, raw.w.x, raw.w.y), weighted(raw.x.y, raw.w.z, raw.w.w),
-            weighted(raw.x.z, raw.w_behind.x, raw.w_behind.y),
-            weighted(raw.x.w, raw.w_behind.z, raw.w_behind.w)};
+  // Of x r w, r of the norm or 1.
+  __device__ static uint4 values(const Piece& raw, float r = 1.0f) {
+    return {weighted(raw.x.x, raw.w.x, raw.w.y, r), weighted(raw.x.y, raw.w.z, raw.w.w, r),
+            weighted(raw.x.z, raw.w_behind.x, raw.w_behind.y, r),
+            weighted(raw.x.w, raw.w_behind.z, raw.w_behind.w, r)};
   }
-  __device__ static Levels levels(const Raw& raw, int, int) { return levels_of(values(raw)); }
+  __device__ static Levels levels(const Raw& raw, int, int, NoGrid) {
+    return levels_of(values(raw));
+  }
   // Of the values of x.
   __device__ static float squares(const Raw& raw) { return square(raw.x.x) + square(raw.x.y); }
   __device__ static float squares(const Piece& raw) {
@@ -236,9 +256,9 @@ struct NormedRows : PlainRows {
   }
 
  private:
-  __device__ static uint32_t weighted(uint32_t pair, float first, float second) {
+  __device__ static uint32_t weighted(uint32_t pair, float first, float second, float r = 1.0f) {
     const float2 v = unpack_bf16(pair);
-    return pack_bf16(v.x * first, v.y * second);
+    return pack_bf16(v.x * r * first, v.y * r * second);
   }
   __device__ static float square(uint32_t pair) {
     const float2 v = unpack_bf16(pair);
@@ -252,7 +272,7 @@ struct RotatedRow : Source {
   static constexpr bool kManyRows = false;
   LaneOperand operand;
 
-  __device__ Levels levels(const typename Source::Raw& raw, int, int lane) const {
+  __device__ Levels levels(const typename Source::Raw& raw, int, int lane, NoGrid) const {
     return levels_of(rotate(Source::values(raw), operand, lane));
   }
 };
@@ -270,9 +290,9 @@ struct GatheredRow : Source {
     raw = *reinterpret_cast<const uint2*>(operand.offsets + at);
   }
   __device__ void load(Raw&, int, int) const {}
-  __device__ Levels levels(const Raw& raw, int at, int lane) const {
+  __device__ Levels levels(const Raw& raw, int at, int lane, NoGrid) const {
     const uint2 pairs = gather(reinterpret_cast<const unsigned char*>(dynamic_smem()), raw);
-    return levels_of(finish_positions(pairs, operand, at, lane));
+    return levels_of(finish_positions<uint2>(pairs, operand, at, lane));
   }
   // Each thread of the launch prefetches one line of offsets.
   __device__ void prefetch_offsets() const {
@@ -282,11 +302,68 @@ struct GatheredRow : Source {
   }
 };
 
+// A row of another source, gathered where there is a channel order, rotated where asked, and
+// quantized. Each value is held in FP32 before the first product.
+template <typename Source>
+struct QuantizedRow : Source {
+  static constexpr bool kNormed = false, kGathered = true, kManyRows = false, kQuantized = true;
+  using Of = Source;
+  LaneOperand operand;
+  using Grid = RowGrid;
+  struct Raw {
+    float4 values;
+    float2 range;  // of their group
+  };
+
+  __host__ __device__ int columns() const { return operand.stored_k; }
+  __device__ void load_fixed(Raw&, int) const {}
+  __device__ void load(Raw&, int, int) const {}
+  __device__ void prefetch_offsets() const {}
+  // Starts the copy of the offsets of four positions to shared memory, where the lane finds them.
+  __device__ void start_offsets(float4* to, int at) const {
+    if (operand.offsets != nullptr)
+      cp_async_8(shared_address(to), operand.offsets + at, at < columns());
+  }
+  // The values of these positions from the row in shared memory, 0 behind its end.
+  __device__ float4 finish(const float4* held, int at, int lane) const {
+    uint2 pairs{};
+    const auto* const row = reinterpret_cast<const unsigned char*>(dynamic_smem());
+    if (at < columns()) {
+      if (operand.offsets != nullptr)
+        pairs = gather(row, *reinterpret_cast<const uint2*>(held));
+      else if (at < this->k)
+        pairs = *reinterpret_cast<const uint2*>(row + 2 * at);
+    }
+    return finish_positions<float4>(pairs, operand, at, lane);
+  }
+  __device__ Levels levels(const Raw& raw, int at, int, const Grid& grid) const {
+    const float x[4] = {raw.values.x, raw.values.y, raw.values.z, raw.values.w};
+    // The kernel then has no code for scales that are rounded up, as those of 8 bits are.
+    __builtin_assume(operand.grid.bits <= kMostQuantizedBits);
+    const ScaledGroup group = grid.group<Quotient::Near>(x, {raw.range.x, raw.range.y},
+                                                         at < operand.pairs_begin, operand.group);
+    const auto shifted = [&](float value) {
+      return __float_as_uint(group.levels.clamped(group.levels.steps(value)) + kShiftedInteger);
+    };
+    return {__byte_perm(shifted(x[0]), shifted(x[1]), 0x5410),
+            __byte_perm(shifted(x[2]), shifted(x[3]), 0x5410), group.step};
+  }
+};
+
 constexpr int kPieceChannels = 8;  // 16 bytes
 
 // Where part `rank` of the pieces of a row begins, of `split` parts, one or two.
 __device__ __forceinline__ int staged_pieces(int k, int rank, int split) {
   return k / kPieceChannels * rank >> (split - 1);
+}
+
+// Calls use(piece, number) for a thread's pieces of a row: `from`, and so on by `threads`.
+template <typename Piece, int kPieces, typename Use>
+__device__ __forceinline__ void each_piece(Piece (&pieces)[kPieces], int from, int threads,
+                                           int last, const Use& use) {
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i)
+    if (from + i * threads < last) use(pieces[i], from + i * threads);
 }
 
 // Makes part `rank` of a row in shared memory, once the kernel in front has ended, and in a cluster
@@ -299,9 +376,7 @@ __device__ __forceinline__ float make_row(const Source& x, int thread, int threa
   const uint32_t row = shared_address(dynamic_smem());
   typename Source::Piece pieces[Source::kPieces];
   const auto each = [&](int from, const auto& use) {
-#pragma unroll
-    for (int i = 0; i < Source::kPieces; ++i)
-      if (from + i * threads < last) use(pieces[i], from + i * threads);
+    each_piece(pieces, from, threads, last, use);
   };
   const auto load_fixed = [&](auto& piece, int at) { x.load_fixed(piece, at * kPieceChannels); };
   int from = first + thread;
@@ -326,9 +401,95 @@ __device__ __forceinline__ float make_row(const Source& x, int thread, int threa
   return squares;
 }
 
+// Makes the row of a norm in shared memory, x r w in bf16, once the kernel in front has ended.
+// `sums`: a float for each warp.
+template <typename Source>
+__device__ __forceinline__ void make_normed_row(const Source& x, int thread, int threads, int split,
+                                                float* sums) {
+  const int last = x.k / kPieceChannels, lane = thread % 32;
+  uint4* const row = dynamic_smem();
+  typename Source::Piece pieces[Source::kPieces];
+  const auto each = [&](int from, const auto& use) {
+    each_piece(pieces, from, threads, last, use);
+  };
+  const auto load_fixed = [&](auto& piece, int at) { x.load_fixed(piece, at * kPieceChannels); };
+  each(thread, load_fixed);
+  wait_for_previous_kernel();
+  __syncwarp();
+  if (split > 1) cluster_wait();  // the other block runs
+  float squares = 0.0f;
+#pragma unroll 1
+  for (int from = thread; from < last; from += Source::kPieces * threads) {
+    each(from, [&](auto& piece, int at) { x.load(piece, 0, at * kPieceChannels); });
+    each(from, [&](const auto& piece, int at) {
+      row[at] = piece.x;
+      squares += Source::squares(piece);
+    });
+  }
+  squares = warp_sum(squares);
+  if (lane == 0) sums[thread / 32] = squares;
+  named_sync(3, threads);
+  const float r = x.factor(warp_sum(lane < threads / 32 ? sums[lane] : 0.0f));
+#pragma unroll 1
+  for (int from = thread; from < last; from += Source::kPieces * threads) {
+    if (from > thread) each(from, load_fixed);
+    each(from, [&](auto& piece, int at) {
+      piece.x = row[at];
+      row[at] = Source::values(piece, r);
+    });
+  }
+  if (thread == 0) row[last] = {};
+}
+
+// Makes the operand of a block's slices, held (slices, 32 lanes), from the row in shared memory,
+// and the ranges of its groups (slices, 4). Returns the grid of the whole row. `maxima`: two words
+// for each warp, and two from the other block of a cluster, whose bytes count towards `barrier`.
+template <typename Input>
+__device__ __forceinline__ RowGrid hold_operand(const Input& x, float4* held, float2* ranges,
+                                                uint2* maxima, int first_slice, int slices,
+                                                int warp, int lane, int warps, int rank, int split,
+                                                uint32_t barrier) {
+  float most = 0.0f, most_outlier = 0.0f;
+#pragma unroll 1
+  for (int i = warp; i < slices; i += warps) {
+    const int at = (first_slice + i) * kTileColumns + lane * 4;
+    float4* const own = held + i * 32 + lane;
+    const float4 values = x.finish(own, at, lane);
+    *own = values;
+    const float four[4] = {values.x, values.y, values.z, values.w};
+    const quant::Range<float> range = quant::group_range(four, x.operand.group);
+    if (lane % 8 == 0) ranges[i * kSubgroups + lane / 8] = {range.mn, range.mx};
+    if (at < x.operand.pairs_begin)
+      most_outlier = quant::max_nan(most_outlier, range.width());
+    else
+      most = quant::max_nan(most, range.width());
+  }
+  // As unsigned integers, the bits of such floats are in order, NaN last.
+  const auto largest = [](uint2 of) {
+    return uint2{__reduce_max_sync(kAllLanes, of.x), __reduce_max_sync(kAllLanes, of.y)};
+  };
+  uint2 all = largest({__float_as_uint(most), __float_as_uint(most_outlier)});
+  if (lane == 0) maxima[warp] = all;
+  named_sync(3, warps * 32);
+  all = largest(lane < warps ? maxima[lane] : uint2{});
+  if (split > 1) {
+    uint2* const other = maxima + kMaxWarps;
+    if (warp == 0 && lane == 0)
+      store_to_block(shared_address(other), rank ^ 1,
+                     make_float2(__uint_as_float(all.x), __uint_as_float(all.y)), barrier);
+    __syncwarp();
+    mbarrier_wait(barrier, 0);
+    __syncwarp();
+    all = {max(all.x, other->x), max(all.y, other->y)};
+  }
+  return RowGrid(__uint_as_float(all.x), __uint_as_float(all.y), x.operand.grid);
+}
+
 // Rows of an operand's codes.
 struct CodedRows {
-  static constexpr bool kNormed = false, kHasGrids = true, kGathered = false, kManyRows = true;
+  static constexpr bool kNormed = false, kHasGrids = true, kGathered = false, kManyRows = true,
+                        kQuantized = false;
+  using Grid = NoGrid;
   struct Raw {
     uint32_t codes;
     uint2 grid;  // from shared memory
@@ -349,7 +510,7 @@ struct CodedRows {
     return {load_past_l1(reinterpret_cast<const uint32_t*>(scales + group)),
             load_past_l1(zeros + group)};
   }
-  __device__ static Levels levels(const Raw& raw, int, int) {
+  __device__ static Levels levels(const Raw& raw, int, int, NoGrid) {
     const uint32_t shift = ((128 - raw.grid.y) & 0xFFFFu) * 0x00010001u;
     return {__vadd2(__byte_perm(raw.codes, 0, 0x4140), shift),
             __vadd2(__byte_perm(raw.codes, 0, 0x4342), shift), __uint_as_float(raw.grid.x)};
@@ -398,12 +559,13 @@ struct OperandMaker : SliceOperand<kManyRows> {
       if (at + i * quant::kSubgroup < end) x.load(raw.of[i], row, at + i * quant::kSubgroup);
   }
   // at: as in read().
-  __device__ __forceinline__ void make(const Raw& raw, const Input& x, int at, int lane,
+  __device__ __forceinline__ void make(const Raw& raw, const Input& x,
+                                       const typename Input::Grid& grid, int at, int lane,
                                        const LaneRole& role) {
     const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      Levels levels = x.levels(raw.of[i], at, lane);
+      Levels levels = x.levels(raw.of[i], at, lane, grid);
       exchange_positions(levels, lane, role);
       uint32_t columns[2];
       make_columns(columns, levels, lane);
@@ -441,20 +603,41 @@ struct GemvShape {
   int in_flight;   // slices of the first copies, at most slots
 };
 
-// kTiles: the most row tiles of a block. Shared memory: a row that is gathered; the ring; the
-// master scale and three words of padding; r of the norm (rows of x); of the cluster's second block
-// the sums (outputs, rows of x), then the squares (rows of x); of NormedRows the squares (warps,
-// rows of x); the barriers of the second block's sums and squares, of the other block's part of the
-// row, and one for each slice; of CodedRows scale and zero point of each sub-group (rows of x,
-// slices, 4). At the end the last slot that a warp has read holds its sums (kTiles, 2, 32 lanes).
+// Words of a block's shared memory for what its warps exchange: the squares of a norm, or the
+// maxima of a grid and, before these, its norm's squares.
+template <typename Input, bool kManyRows>
+__host__ __device__ constexpr int partial_words() {
+  return Input::kQuantized ? 2 * (kMaxWarps + 1)
+         : Input::kNormed  ? kMaxWarps * (kManyRows ? kTokens : 1)
+                           : 0;
+}
+// Whether each block of a cluster makes a part of the row.
+template <typename Input>
+__host__ __device__ constexpr bool shares_row() {
+  if constexpr (Input::kQuantized)
+    return !Input::Of::kNormed;
+  else
+    return Input::kGathered;
+}
+
+// kTiles: the most row tiles of a block. Shared memory: a row that is gathered; the values that are
+// held (slices, 32 lanes, 4) and their ranges (slices, 4, 2); the ring; the master scale and three
+// words of padding; r of the norm (rows of x); of the cluster's second block the sums (outputs,
+// rows of x), then the squares (rows of x); of NormedRows the squares (warps, rows of x), of
+// QuantizedRow the maxima (warps + 1, 2); the barriers of the second block's sums and squares, of
+// the other block's part of the row, and one for each slice; of CodedRows scale and zero point of
+// each sub-group (rows of x, slices, 4). At the end the last slot that a warp has read holds its
+// sums (kTiles, 2, 32 lanes).
 template <typename Input, bool kManyRows, int kTiles>
 __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     packed_gemv_kernel(const __grid_constant__ SharedProducts products, Input x, GemvShape shape) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Operand = OperandMaker<Input, kManyRows>;
+  constexpr bool kShares = shares_row<Input>();
   constexpr int kSlotBytes = kTiles * kTileBytes;
   constexpr int kRows = kManyRows ? kTokens : 1;  // of x, in shared memory
   constexpr int kOutputs = kTiles * kTileRows * kRows;
+  constexpr int kPartialWords = partial_words<Input, kManyRows>();
   start_next_kernel();
   unsigned char* smem = reinterpret_cast<unsigned char*>(dynamic_smem());
   if constexpr (Input::kGathered) {
@@ -476,18 +659,22 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
   const int first_tile = share * products.items[p].tiles + min(share, wider);
   const int n = static_cast<int>(product.w.n), all_tiles = (n + kTileRows - 1) / kTileRows;
 
+  const int held_slices = (shape.slices + split - 1) >> shape.split_log2;
+  float4* const held = reinterpret_cast<float4*>(smem);
+  float2* const ranges = reinterpret_cast<float2*>(held + held_slices * 32);
+  // In both blocks of a cluster the same bytes, so that addresses agree.
+  if constexpr (Input::kQuantized) smem += held_slices * kHeldBytes;
   const int ring_bytes = shape.slots * kSlotBytes;
   float* const master_scale = reinterpret_cast<float*>(smem + ring_bytes);
   float* const factors = master_scale + 4;
   float* const other_sums = factors + kTokens;  // of the cluster's second block
   float* const other_squares = other_sums + (split - 1) * kOutputs;
-  float* const squares = other_squares + (split - 1) * kTokens;
-  const uint32_t sums_barrier = shared_address(squares + (Input::kNormed ? kMaxWarps * kRows : 0));
-  const uint32_t squares_barrier = sums_barrier + 8;
-  const uint32_t row_barrier = squares_barrier + 8;
+  float* const partial = other_squares + (split - 1) * kTokens;
+  const uint32_t sums_barrier = shared_address(partial + kPartialWords);
+  const uint32_t partial_barrier = sums_barrier + 8;
+  const uint32_t row_barrier = partial_barrier + 8;
   const uint32_t barriers = row_barrier + 8;  // of slices
-  uint2* const grids =
-      reinterpret_cast<uint2*>(squares + (Input::kNormed ? kMaxWarps * kRows : 0)) + 3 + slices;
+  uint2* const grids = reinterpret_cast<uint2*>(partial + kPartialWords) + 3 + slices;
 
   const unsigned char* const source =
       product.w.tiles + (int64_t{first_slice} * all_tiles + first_tile) * kTileBytes;
@@ -503,12 +690,13 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
     for (int i = warp; i < slices; i += warps) mbarrier_init(barriers + i * 8, 1);
     if (split > 1 && warp == 0) {
       mbarrier_init(sums_barrier, 1);
-      mbarrier_init(squares_barrier, 1);
+      mbarrier_init(partial_barrier, 1);
       if (rank == 0) {
         mbarrier_expect(sums_barrier, tiles * kTileRows * kRows * 4);
-        if (Input::kNormed) mbarrier_expect(squares_barrier, shape.m * 4);
+        if (Input::kNormed) mbarrier_expect(partial_barrier, shape.m * 4);
       }
-      if constexpr (Input::kGathered) {
+      if constexpr (Input::kQuantized) mbarrier_expect(partial_barrier, sizeof(uint2));
+      if constexpr (kShares) {
         mbarrier_init(row_barrier, 1);
         mbarrier_expect(
             row_barrier,
@@ -538,16 +726,17 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       __syncwarp();
       named_sync(2, threads + 32);  // all warps have their sums of squares
       float all = 0.0f;             // lane i: of row i % kRows
-      for (int i = lane; i < warps * kRows; i += 32) all += squares[i];
+#pragma unroll 1
+      for (int i = lane; i < warps * kRows; i += 32) all += partial[i];
 #pragma unroll
       for (int lanes = kRows; lanes < 32; lanes *= 2) all += __shfl_xor_sync(kAllLanes, all, lanes);
       if (rank > 0) {
         cluster_wait();  // the first block runs
         if (lane < shape.m)
-          store_to_block(shared_address(other_squares + lane), 0, all, squares_barrier);
+          store_to_block(shared_address(other_squares + lane), 0, all, partial_barrier);
       } else if (lane < shape.m) {
         if (split > 1) {
-          mbarrier_wait(squares_barrier, 0);
+          mbarrier_wait(partial_barrier, 0);
           all += other_squares[lane];
         }
         factors[lane] = x.factor(all);
@@ -579,17 +768,30 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 #pragma unroll
     for (int lanes = 1; lanes < kLanes; lanes *= 2)
       own_squares += __shfl_xor_sync(kAllLanes, own_squares, lanes);
-    if (lane % kLanes == 0) squares[warp * kRows + lane / kLanes] = own_squares;
+    if (lane % kLanes == 0) partial[warp * kRows + lane / kLanes] = own_squares;
     named_arrive(2, threads + 32);
   };
-  if constexpr (Input::kGathered)
+  if constexpr (Input::kQuantized) {
+#pragma unroll 1
+    for (int i = warp; i < slices; i += warps)
+      x.start_offsets(held + i * 32 + lane, (first_slice + i) * kTileColumns + lane * 4);
+    cp_async_commit();
+  }
+  if constexpr (kShares)
     own_squares = make_row<typename Input::Of>(x, thread, threads, rank, split, row_barrier);
+  else if constexpr (Input::kGathered)
+    make_normed_row<typename Input::Of>(x, thread, threads, split, partial);
   const LaneRole role(lane);
   const TileLane tile_lane(lane);
+  typename Input::Grid grid;
   if constexpr (Input::kGathered) {
+    if constexpr (Input::kQuantized) cp_async_wait<0>();
     named_sync(3, threads);
-    if (split > 1) mbarrier_wait(row_barrier, 0);
+    if (kShares && split > 1) mbarrier_wait(row_barrier, 0);
     if constexpr (Input::kNormed) give_squares();
+    if constexpr (Input::kQuantized)
+      grid = hold_operand(x, held, ranges, reinterpret_cast<uint2*>(partial), first_slice, slices,
+                          warp, lane, warps, rank, split, partial_barrier);
   } else {
     wait_for_previous_kernel();
   }
@@ -618,8 +820,10 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
 #pragma unroll
       for (int i = 0; i < Operand::kLoads; ++i) raw.of[i].grid = from[i];
     }
+    if constexpr (Input::kQuantized)
+      raw.of[0] = {held[slice * 32 + lane], ranges[slice * kSubgroups + lane / 8]};
     Operand operand;
-    operand.make(raw, x, at, lane, role);
+    operand.make(raw, x, grid, at, lane, role);
     if constexpr (Input::kNormed && !Input::kGathered) {
 #pragma unroll
       for (int i = 0; i < Operand::kLoads; ++i) own_squares += Input::squares(raw.of[i]);
@@ -698,7 +902,7 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, kManyRows ? 1 : kBlocks)
       value += other_sums[output];
     }
     if constexpr (Input::kNormed) value *= factors[shared_row];
-    value = value * *master_scale + to_float(addend);
+    value = fmaf(value, *master_scale, to_float(addend));
     addend = addend_of(i + threads);
     const int row = first_tile * kTileRows + i / 4;
     if (row >= n || part >= written) continue;
@@ -765,21 +969,28 @@ int64_t block_bytes(const ProductLaunch& at, bool with_addend) {
   return at.block_bytes(kBlocks) + (with_addend ? kMargin : -kMargin);
 }
 
+// The slots that fit into a block's ring, of kTiles = by.tiles; 0 or less if none does.
+template <bool kManyRows, typename Input>
+int64_t ring_slots(int64_t bytes, const Input& x, int64_t m, const Division& by) {
+  constexpr int64_t kRows = kManyRows ? kTokens : 1;
+  const int64_t slices = ceil_div(quant::column_slices(x.columns()), by.split);
+  const int64_t other_bytes =
+      (4 + kTokens + (by.split - 1) * (by.tiles * kTileRows * kRows + kTokens) +
+       partial_words<Input, kManyRows>()) *
+          4 +
+      (3 + slices) * 8 + (Input::kGathered ? staged_bytes(x.k) : 0) +
+      (Input::kQuantized ? slices * kHeldBytes : 0) +
+      (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
+  return std::min(slices, (bytes - other_bytes) / (by.tiles * kTileBytes));
+}
+
 template <bool kManyRows, int kTiles, typename Input>
 void launch_shape(const ProductLaunch& at, const SharedProducts& products, const Input& x,
                   int64_t m, const Division& by) {
-  constexpr int64_t kRows = kManyRows ? kTokens : 1;
-  const int64_t all_slices = quant::column_slices(x.columns()),
-                slices = ceil_div(all_slices, by.split);
-  const int64_t other_bytes =
-      (4 + kTokens + (by.split - 1) * (kTiles * kTileRows * kRows + kTokens) +
-       (Input::kNormed ? kMaxWarps * kRows : 0)) *
-          4 +
-      (3 + slices) * 8 + (Input::kGathered ? staged_bytes(x.k) : 0) +
-      (Input::kHasGrids ? m * slices * kSubgroups * 8 : 0);
+  const int64_t all_slices = quant::column_slices(x.columns());
   const int64_t slot_bytes = kTiles * kTileBytes, blocks = by.all_shares() * by.split;
   const int64_t bytes = block_bytes(at, products.items[0].of.addend != nullptr);
-  const int64_t slots = std::min(slices, (bytes - other_bytes) / slot_bytes);
+  const int64_t slots = ring_slots<kManyRows>(bytes, x, m, by);
   const int64_t warps = std::min(by.warps, slots);
   BBB_ASSERT(warps > 0);
   launch(at.stream,
@@ -836,19 +1047,24 @@ void launch_rows(const ProductLaunch& at, Products products, const Input& x, int
   (std::make_integer_sequence<int, kMaxTiles>());
 }
 
+// Calls fn with the products of each launch.
+template <typename Fn>
+void each_launch(const std::vector<TiledProduct>& all, const Fn& fn) {
+  for (size_t i = 0; i < all.size(); i += kMaxProducts)
+    fn(Products(all).subspan(i, std::min<size_t>(all.size() - i, kMaxProducts)));
+}
+
 template <typename Input>
 void launch_all(const ProductLaunch& at, const std::vector<TiledProduct>& all, const Input& x,
                 int64_t m) {
-  for (size_t i = 0; i < all.size(); i += kMaxProducts) {
-    const Products products =
-        Products(all).subspan(i, std::min<size_t>(all.size() - i, kMaxProducts));
+  each_launch(all, [&](Products products) {
     if (m == 1) {
       launch_rows<false>(at, products, x, 0, m);
     } else if constexpr (Input::kManyRows) {
       for (int64_t row = 0; row < m; row += kTokens)
         launch_rows<true>(at, products, x, row, std::min<int64_t>(m - row, kTokens));
     }
-  }
+  });
 }
 
 // The same of an operand of x.
@@ -857,6 +1073,8 @@ void launch_operand(const ProductLaunch& at, const std::vector<TiledProduct>& pr
                     const Source& x, int64_t m, const LaneOperand* operand) {
   if (operand == nullptr)
     launch_all(at, products, x, m);
+  else if (operand->quantizes())
+    launch_all(at, products, QuantizedRow<Source>{x, *operand}, m);
   else if (operand->offsets != nullptr)
     launch_all(at, products, GatheredRow<Source>{x, *operand}, m);
   else
@@ -868,6 +1086,17 @@ int row_channels(const std::vector<TiledProduct>& products, const LaneOperand* o
 }
 
 }  // namespace
+
+bool quantizes_in_product(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                          const LaneOperand& operand) {
+  bool fits = operand.grid.bits <= kMostQuantizedBits;
+  each_launch(products, [&](Products of) {
+    const Division by = divide(of, at.processors);
+    const QuantizedRow<PlainRows> x{{nullptr, operand.k}, operand};
+    fits &= ring_slots<false>(block_bytes(at, of[0].addend != nullptr), x, 1, by) >= by.warps;
+  });
+  return fits;
+}
 
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m, const LaneOperand* operand) {

@@ -77,11 +77,17 @@ struct ProductLaunch {
 // ended: no kernel that writes these may be in flight.
 //
 // Products of m rows x with weights of the same K and group. x and codes are aligned to 16 bytes.
-// With an operand, m = 1 and x is a row of operand->k channels, of which the product makes the
-// operand itself. Without offsets, all groups of it are rotated. No kernel that writes the offsets
-// may be in flight.
+// With an operand, m = 1 and x is a row of operand->k channels, a multiple of 8, of which the
+// product makes the operand itself. Without offsets, either all groups of it are rotated, or it is
+// quantized, which wants quantizes_in_product(). No kernel that writes the offsets may be in
+// flight.
 void launch_packed_gemv(const ProductLaunch& at, const std::vector<TiledProduct>& products,
                         const bf16* x, int64_t m, const LaneOperand* operand = nullptr);
+// Whether it has at most kMostQuantizedBits, and its row and values in FP32 fit into a block's
+// shared memory.
+constexpr int kMostQuantizedBits = 4;
+bool quantizes_in_product(const ProductLaunch& at, const std::vector<TiledProduct>& products,
+                          const LaneOperand& operand);
 // The same of the rows of rms_norm(x, w) and of silu(gate) up, where x w and silu(gate) up are
 // rounded to bf16. gate, up and w are aligned to 16 bytes; no kernel that writes w may be in
 // flight.

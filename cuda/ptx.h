@@ -24,11 +24,17 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 (or 4) bytes from global to shared memory. If not valid, writes zeros and does not read
-// src. Both addresses are aligned to the size.
+// Copies 16 (or 8, or 4) bytes from global to shared memory. If not valid, writes zeros and does
+// not read src. Both addresses are aligned to the size.
 __device__ inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),
                "l"(__cvta_generic_to_global(src)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void cp_async_8(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(dst),
+               "l"(__cvta_generic_to_global(src)), "r"(valid ? 8 : 0)
                : "memory");
 }
 

@@ -12,6 +12,8 @@
 namespace bbb::cuda {
 
 constexpr unsigned kOnes = 0x01010101u;
+// 1.5 2^23 + 128: the low 16 bits of a sum with it are those of the integer and 128.
+constexpr float kShiftedInteger = 12583040.0f;
 
 // bf16 values as integers, x = unit v with |v| < 2^15.
 struct IntegerUnit {
@@ -24,9 +26,9 @@ struct IntegerUnit {
     unit = __uint_as_float(largest < 0x7F80u ? (exponent - 14) << 23 : 0x7FC00000u);
     inverse = __uint_as_float((268 - exponent) << 23);
   }
-  // The bits of 1.5 2^23 + 128 + v: the low 16 bits are those of v + 128.
+  // In its low 16 bits, v + 128.
   __device__ __forceinline__ uint32_t shifted(float x) const {
-    return __float_as_uint(fmaf(x, inverse, 12583040.0f));
+    return __float_as_uint(fmaf(x, inverse, kShiftedInteger));
   }
 };
 

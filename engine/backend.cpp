@@ -233,8 +233,8 @@ class Op {
     if (operand == nullptr) return format.stored_k();
     layout(*operand);
     const quant::OperandView& view = operand->view;
-    BBB_CHECK(view.grid.bits == 16, name_, ": an operand of ", view.grid.bits,
-              " bits is multiplied as codes");
+    BBB_CHECK(!operand->quantizes() || operand->rounding == Rounding::Nearest, name_,
+              ": codes of an operand are rounded to nearest");
     BBB_CHECK(view.stored_k == format.stored_k() && view.group == format.weight.group, name_,
               ": an operand of ", view.stored_k, " positions in groups of ", view.group,
               ", weights of ", format.stored_k(), " in groups of ", format.weight.group);

@@ -150,6 +150,8 @@ struct OperandSpec {
   // K for padding. Undefined too where 2 K takes more bits.
   Tensor offsets = {};
   Rounding rounding = Rounding::Nearest;
+
+  bool quantizes() const { return view.grid.bits < 16; }
 };
 // For linears of this format.
 OperandSpec upload_operand(Backend& backend, const quant::LinearFormat& format);
@@ -562,9 +564,10 @@ class Backend {
   // relative RMS before rounding (numerics.md section 2), and an infinity in x makes its row of y
   // NaN.
   //
-  // With `operand`, x act (M, operand->view.k), M <= kMaxPackedRows: x is made into that operand,
-  // of 16 bits, first. On a Hopper GPU with 2-bit codes, M = 1, K a multiple of 8 and, of a channel
-  // order, offsets, one kernel does both; elsewhere operand() is in front of the product.
+  // With `operand`, x act (M, operand->view.k), M <= kMaxPackedRows: x is made into that operand
+  // first, whose codes are multiplied if it is quantized. On a Hopper GPU with 2-bit codes, M = 1,
+  // K a multiple of 8 and, of a channel order, offsets, one kernel does both, as long as the row
+  // fits into its shared memory; elsewhere operand() is in front of the product.
   void packed_gemv(const PackedProducts& products, const Tensor& x,
                    const OperandSpec* operand = nullptr);
   void packed_gemv(const Tensor& y, const Tensor& x, const PackedWeight& w, const Tensor& addend) {

@@ -66,31 +66,8 @@ LinearInput Operand::unmade(Var x) const {
   return input;
 }
 
-bool Operand::few_rows(const Tape& tape, const Tensor& x) const {
-  return packed_ && !tape.recording() && x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
-}
-
 bool Operand::product_makes(const Tape& tape, const Tensor& x) const {
-  return few_rows(tape, x) && (exact() || spec_->view.grid.bits == 16);
-}
-
-bool Operand::takes_codes(const Tape& tape, const Tensor& x) const {
-  return few_rows(tape, x) && spec_->view.grid.bits < 16;
-}
-
-template <typename Write>
-LinearInput Operand::codes(Tape& tape, const Tensor& x, const Write& write) const {
-  Backend& backend = tape.backend();
-  const quant::OperandView& view = spec_->view;
-  const int64_t rows = x.numel() / x.dim(-1);
-  LinearInput input;
-  input.shape = x.shape();
-  input.shape.back() = view.stored_k;
-  input.codes.codes = backend.empty({rows, view.stored_k}, engine::DType::U8);
-  input.codes.zeros = backend.empty({rows, view.stored_k / view.group}, engine::DType::U8);
-  input.codes.scales = backend.empty({rows, view.stored_k / view.group}, backend.real());
-  write(backend, input.codes);
-  return input;
+  return packed_ && !tape.recording() && x.numel() / x.dim(-1) <= Backend::kMaxPackedRows;
 }
 
 LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps) const {
@@ -101,14 +78,8 @@ LinearInput Operand::rms_norm(Tape& tape, const Var& x, const Var& w, double eps
     input.eps = eps;
     return input;
   }
-  if (exact()) return whole(autograd::rms_norm(tape, x, w, eps));
-  if (!takes_codes(tape, x.value()))
-    return whole(autograd::rms_norm_operand(tape, x, w, eps, *spec_));
-  return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
-    const Tensor in = rows_of(x.value());
-    backend.rms_norm_operand(out, backend.empty({in.dim(0)}, backend.real()), in, w.value(), eps,
-                             *spec_);
-  });
+  return whole(exact() ? autograd::rms_norm(tape, x, w, eps)
+                       : autograd::rms_norm_operand(tape, x, w, eps, *spec_));
 }
 
 LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
@@ -118,21 +89,14 @@ LinearInput Operand::swiglu(Tape& tape, const Var& gate, const Var& up) const {
     input.up = up;
     return input;
   }
-  if (exact()) return whole(autograd::swiglu(tape, gate, up));
-  if (!takes_codes(tape, gate.value()))
-    return whole(autograd::swiglu_operand(tape, gate, up, *spec_));
-  return codes(tape, gate.value(), [&](Backend& backend, const engine::OperandRows& out) {
-    backend.swiglu_operand(out, rows_of(gate.value()), rows_of(up.value()), *spec_);
-  });
+  return whole(exact() ? autograd::swiglu(tape, gate, up)
+                       : autograd::swiglu_operand(tape, gate, up, *spec_));
 }
 
 LinearInput Operand::plain(Tape& tape, const Var& x) const {
   if (u_.defined()) return lc(tape, x);
   if (exact() || product_makes(tape, x.value())) return unmade(x);
-  if (!takes_codes(tape, x.value())) return whole(autograd::operand(tape, x, *spec_));
-  return codes(tape, x.value(), [&](Backend& backend, const engine::OperandRows& out) {
-    backend.operand(out, rows_of(x.value()), *spec_);
-  });
+  return whole(autograd::operand(tape, x, *spec_));
 }
 
 }  // namespace bbb::models

@@ -13,11 +13,10 @@
 
 namespace bbb::models {
 
-// What a site's linears multiply: x (..., K'). For few rows of packed weights: its codes, or what
-// the product makes x from.
+// What a site's linears multiply: x (..., K'). For few rows of packed weights: what the product
+// makes it from.
 struct LinearInput {
   autograd::Var x;
-  engine::OperandRows codes;     // undefined tensors, or codes, zeros and scales, and no x
   engine::Shape shape;           // of what is multiplied, (..., K')
   engine::Tensor constant = {};  // of packed LC: real (rows), which every sum of a row lacks
   // The rows are x, or rms_norm(x, norm, eps) or swiglu(x, up) if `norm` or `up` is defined. With
@@ -54,16 +53,10 @@ class Operand {
 
  private:
   static LinearInput whole(Var x);
-  // Rows of which the product makes what it multiplies.
+  // Rows of which the product makes what it multiplies: few, of packed weights, in inference.
   LinearInput unmade(Var x) const;
   bool product_makes(const Tape& tape, const engine::Tensor& x) const;
   LinearInput lc(Tape& tape, const Var& x) const;
-  // Codes where integers are multiplied, else nothing: `write` fills them.
-  template <typename Write>
-  LinearInput codes(Tape& tape, const engine::Tensor& x, const Write& write) const;
-  bool takes_codes(const Tape& tape, const engine::Tensor& x) const;
-  // Few rows of packed weights in inference.
-  bool few_rows(const Tape& tape, const engine::Tensor& x) const;
 
   std::optional<engine::OperandSpec> spec_;   // none: exact
   std::optional<quant::ChannelOrder> order_;  // of spec_

@@ -506,8 +506,7 @@ std::vector<Var> QuantLinear::forward(Tape& tape, const std::vector<QuantLinear*
 bool QuantLinear::multiplies_codes(const LinearInput& x) const {
   if (!holds<PackedLinear>()) return false;
   const int64_t rows = engine::numel_of(x.shape) / columns();
-  return rows <=
-         (x.codes.codes.defined() ? Backend::kMaxPackedRows : backend_.max_packed_rows(format_));
+  return rows <= backend_.max_packed_rows(format_);
 }
 
 std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<QuantLinear*>& site,
@@ -530,9 +529,7 @@ std::vector<Var> QuantLinear::forward_packed(Tape& tape, const std::vector<Quant
         {outputs.back().value().view({m, n}), linear->get<PackedLinear>().weight, addend});
   }
   const auto rows = [&](const Var& of) { return of.value().view({m, of.value().dim(-1)}); };
-  if (x.codes.codes.defined())
-    backend.quantized_gemv(products, x.codes);
-  else if (x.norm.defined())
+  if (x.norm.defined())
     backend.packed_gemv_normed(products, rows(x.x), x.norm.value(), x.eps, x.operand);
   else if (x.up.defined())
     backend.packed_gemv_gated(products, rows(x.x), rows(x.up), x.operand);

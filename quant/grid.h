@@ -104,23 +104,40 @@ BBB_HD Real raw_scale(Real width, int bits, Levels levels = Levels::MinMax) {
   return width / Real(range_steps(bits, levels));
 }
 
-// The smallest power of two P with 256 m P >= largest, for m = 1 + mantissa / 2^52. 1 for 0; NaN
+template <typename Real>
+struct FloatFormat {
+  using Bits = std::conditional_t<sizeof(Real) == 4, uint32_t, uint64_t>;
+  static constexpr int kMantissa = sizeof(Real) == 4 ? 23 : 52;
+  static constexpr int kBias = sizeof(Real) == 4 ? 127 : 1023;
+  static constexpr Bits kMantissaMask = (Bits{1} << kMantissa) - 1;
+};
+
+// The smallest power of two P with 256 m P >= largest, for m = 1 + mantissa / 2^23. 1 for 0; NaN
 // for NaN and infinity. Not below 2^-126, so that P and its products with E4M3 are exact in FP32.
 template <typename Real>
-BBB_HD Real power_of_two_over(Real largest, uint64_t mantissa) {
-  const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(largest));
-  int exponent = static_cast<int>(bits >> 52 & 0x7FF) - 1023;  // `largest` is not negative
-  if (exponent == 1024) return std::bit_cast<float>(0x7FC00000u);
+BBB_HD Real power_of_two_over(Real largest, uint32_t mantissa) {
+  using Format = FloatFormat<Real>;
+  using Bits = typename Format::Bits;
+  const Bits bits = std::bit_cast<Bits>(largest);  // not negative
+  int exponent = static_cast<int>(bits >> Format::kMantissa) - Format::kBias;
+  if (exponent > Format::kBias) return std::bit_cast<float>(0x7FC00000u);
   if (bits == 0) return Real(1);
-  exponent -= (bits & 0x000FFFFFFFFFFFFFull) > mantissa ? 7 : 8;
+  exponent -= (bits & Format::kMantissaMask) > Bits{mantissa} << (Format::kMantissa - 23) ? 7 : 8;
   if (exponent < -126) exponent = -126;
   return static_cast<Real>(std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23));
 }
 
 // S = 2^ceil(log2(largest / 448)), 448 = 1.75 * 2^8.
+constexpr uint32_t kMasterMantissa = 0x600000u;
 template <typename Real>
 BBB_HD Real master_scale_of(Real largest) {
-  return power_of_two_over(largest, 0x000C000000000000ull);
+  return power_of_two_over(largest, kMasterMantissa);
+}
+
+// 1 / S, exact: S is a power of two from 2^-126 on, or NaN.
+BBB_HD float inverse_master_scale(float s) {
+  const uint32_t bits = std::bit_cast<uint32_t>(s);
+  return s == s ? std::bit_cast<float>(0x7F000000u - bits) : s;
 }
 
 // S8 = 2^ceil(log2(largest / 256)), of the outlier groups of a row of activations.
@@ -169,11 +186,12 @@ BBB_HD GroupParams group_params(const Range<Real>& range, Real master_scale, int
 // [2^-9, 2^8], so that (q - z) e has 8 significant bits.
 template <typename Real>
 BBB_HD GroupParams outlier_params(const Range<Real>& range, Real master_scale) {
-  const Real ratio = raw_scale(range.width() / master_scale, kOutlierBits);
-  const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(ratio));
-  int exponent = static_cast<int>(bits >> 52 & 0x7FF) - 1023;
-  const bool finite = exponent != 1024;
-  exponent += (bits & 0x000FFFFFFFFFFFFFull) != 0;
+  using Format = FloatFormat<Real>;
+  const auto bits = std::bit_cast<typename Format::Bits>(
+      raw_scale(range.width() / master_scale, kOutlierBits));  // not negative
+  int exponent = static_cast<int>(bits >> Format::kMantissa) - Format::kBias;
+  const bool finite = exponent <= Format::kBias;
+  exponent += (bits & Format::kMantissaMask) != 0;
   exponent = exponent < -9 ? -9 : exponent > 8 ? 8 : exponent;
   // 2^-9 .. 2^-7 are subnormal codes 1, 2, 4; from 2^-6 on the mantissa is 0.
   const uint8_t e = !finite         ? kE4m3Nan
@@ -296,6 +314,7 @@ BBB_HD constexpr int weight_rotation_shift(int group) { return group == 32 ? 2 :
 // range was scaled by a ratio.
 class GroupLevels {
  public:
+  GroupLevels() = default;
   BBB_HD GroupLevels(uint8_t e, float inverse_master)
       : inverse_master_(inverse_master),
         scale_(e4m3_decode(e)),
@@ -325,6 +344,10 @@ class GroupLevels {
     return std::fma(std::fma(-q, scale_, scaled), inverse_scale_, q);
   }
   BBB_HD float steps(float x) const { return round_half_up(quotient(x)); }
+  // x / s + addend, within two units in the last place of x / s, rounded once.
+  BBB_HD float near_quotient_plus(float x, float addend) const {
+    return std::fma(x * inverse_master_, inverse_scale_, addend);
+  }
   // Replaces x by its level; returns whether it takes no gradient.
   template <typename Rule>
   BBB_HD bool replace(float& x, const Rule& rule) const {
@@ -339,9 +362,10 @@ class GroupLevels {
   BBB_HD float level(float steps) const { return clamped(steps) * scale_; }
   BBB_HD float code(float steps) const { return clamped(steps) - lowest_; }
   BBB_HD float scale() const { return scale_; }
+  BBB_HD float zero_point() const { return 0.0f - lowest_; }
 
  private:
-  float inverse_master_, scale_, inverse_scale_;
+  float inverse_master_ = 1, scale_ = 1, inverse_scale_ = 1;
   float lowest_ = 0, highest_ = 0;  // the steps of the codes 0 and 2^b - 1
 };
 
@@ -372,7 +396,7 @@ class GroupQuantizer {
  public:
   GroupQuantizer() = default;
   BBB_HD GroupQuantizer(float master_scale, int bits)
-      : inverse_master_(1.0f / master_scale),
+      : inverse_master_(inverse_master_scale(master_scale)),
         top_(float(max_code(bits))),
         inverse_top_(1.0f / top_),
         bits_(bits) {}

@@ -40,20 +40,28 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return most;
 }
 
+// Calls exchange(lanes) for the strides 1, 2, 4 .. of a butterfly over the lanes of a group.
+template <int kPerThread, typename Exchange>
+__device__ __forceinline__ void each_stride(int group, const Exchange& exchange) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32 / kPerThread; lanes *= 2) exchange(lanes);
+  if (group > 32) exchange(32 / kPerThread);
+  if (group > 64) exchange(64 / kPerThread);
+}
+
 // The range of this lane's group; the whole warp takes part.
-template <int kGroup, int kPerThread>
-__device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread]) {
+template <int kPerThread>
+__device__ __forceinline__ Range<float> group_range(const float (&x)[kPerThread], int group) {
   Range<float> range;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     range.mn = min_nan(range.mn, x[i]);
     range.mx = max_nan(range.mx, x[i]);
   }
-#pragma unroll
-  for (int lanes = 1; lanes < kGroup / kPerThread; lanes *= 2) {
+  each_stride<kPerThread>(group, [&](int lanes) {
     range.mn = min_nan(range.mn, __shfl_xor_sync(kFullWarp, range.mn, lanes));
     range.mx = max_nan(range.mx, __shfl_xor_sync(kFullWarp, range.mx, lanes));
-  }
+  });
   return range;
 }
 

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   float most = 0.0f;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    Range<float> range = group_range<kGroup>(x[r]).of(levels);
+    Range<float> range = group_range(x[r], kGroup).of(levels);
     if (ratios != nullptr) range = range.scaled(range_ratio<float>(ratio[r]));
     most = max_nan(most, range.width());
   }
@@ -143,7 +143,7 @@ __device__ __forceinline__ void quantize_tile(
   Range<float> range;
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const Range<float> joined = group_range<kGroup>(x[r]);
+    const Range<float> joined = group_range(x[r], kGroup);
     if (r == own_round) range = joined;
   }
   range = range.of(rule.levels);
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = thread_index();
   float x[kPerThread];
   load_quad(x, w, i, quads);
-  const Range<float> range = group_range<kGroup>(x).of(levels);
+  const Range<float> range = group_range(x, kGroup).of(levels);
   float raw = 0.0f;
   if (i < quads && i % kLanes == 0) {
     const float within = learned_ratio(ratio[i / kLanes]);
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = thread_index();
   float x[kPerThread];
   load_quad(x, w, i, quads);
-  const Range<float> range = group_range<kGroup>(x).of(levels);
+  const Range<float> range = group_range(x, kGroup).of(levels);
   if (i >= quads) return;
   const QuantizedGroup group = GroupQuantizer(*s, bits)(range.scaled(ratio[i / kLanes]), levels);
   if (i % kLanes == 0) {
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = thread_index();
   float x[kPerThread];
   load_quad(x, w, i, quads);
-  const Range<float> range = group_range<kGroup>(x).of(levels);
+  const Range<float> range = group_range(x, kGroup).of(levels);
   float sum = 0.0f;
   if (i < quads) {
     const float zero = zero_point<float>(z[i / kLanes], bits, levels);

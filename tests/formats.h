@@ -63,7 +63,7 @@ inline void lay_out(quant::LinearFormat& format, const Layout& layout) {
 
 inline models::LinearInput input_of(autograd::Var x) {
   engine::Shape shape = x.value().shape();
-  return {.x = std::move(x), .codes = {}, .shape = std::move(shape)};
+  return {.x = std::move(x), .shape = std::move(shape)};
 }
 
 }  // namespace bbb::tests

@@ -412,18 +412,20 @@ TEST_CASE("packed_gemv_normed and packed_gemv_gated make their rows", "[packed][
       }
 }
 
+// Weights (n, k) of a grid, and numbers of rows.
+struct OperandCase {
+  WeightGrid grid;
+  int64_t k, n;
+  std::vector<int64_t> rows;
+};
+
 TEST_CASE("products of few rows make the operand of their rows", "[packed][made_operands]") {
   engine::Rng rng(59);
   Backend& b = backend();
-  struct Case {
-    WeightGrid grid;
-    int64_t k, n;
-    std::vector<int64_t> rows;
-  };
   // On a GPU: weights in tiles, and as in the file; K' within a slice of positions; blocks alone
   // and in clusters; rows of several pieces a thread; K that is no multiple of 8; two rounds of
   // slices; a row that is not staged.
-  const std::vector<Case> cases = {
+  const std::vector<OperandCase> cases = {
       {{2, 32}, 96, 17, {1, 2, 8}}, {{2, 32}, 576, 33, {1, 2, 3, 4, 5}},
       {{2, 64}, 576, 65, {1, 3}},   {{2, 128}, 576, 65, {1, 4}},
       {{2, 32}, 1536, 576, {1}},    {{2, 128}, 1536, 40, {1}},
@@ -432,7 +434,7 @@ TEST_CASE("products of few rows make the operand of their rows", "[packed][made_
       {{2, 64}, 256, 2200, {1}},    {{2, 32}, 32800, 17, {1}},
       {{2, 32}, 8192, 17, {1, 2}},  {{4, 32}, 576, 33, {1, 3}},
       {{8, 64}, 320, 20, {1}}};
-  for (const Case& c : cases)
+  for (const OperandCase& c : cases)
     for (const Order order : kOrders)
       for (const bool hadamard : {false, true})
         for (const auto side : {quant::SplitSide::Weight, quant::SplitSide::Activation}) {
@@ -473,17 +475,151 @@ TEST_CASE("products of few rows make the operand of their rows", "[packed][made_
         }
 }
 
+// What an op of operands makes of m rows, (codes - zeros) scales.
+template <typename Make>
+Values quantized_values(Backend& b, const engine::OperandSpec& spec, int64_t m, const Make& make) {
+  const int64_t k = spec.view.stored_k, groups = k / spec.view.group;
+  engine::OperandRows rows;
+  rows.codes = b.empty({m, k}, DType::U8);
+  rows.zeros = b.empty({m, groups}, DType::U8);
+  rows.scales = b.empty({m, groups}, b.real());
+  make(rows);
+  const Bytes codes = bytes_of(b, rows.codes), zeros = bytes_of(b, rows.zeros);
+  const Values scales = values_of(b, rows.scales);
+  Values values;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const size_t group = i / static_cast<size_t>(spec.view.group);
+    values.push_back((double(codes[i]) - zeros[group]) * scales[group]);
+  }
+  return values;
+}
+
+TEST_CASE("products of few rows quantize their rows", "[packed][made_operands][quantized_rows]") {
+  engine::Rng rng(61);
+  Backend& b = backend();
+  // As above; an odd number of slices in a cluster; a row that does not fit beside a ring of
+  // weights.
+  const std::vector<OperandCase> cases = {
+      {{2, 32}, 96, 17, {1, 2, 8}}, {{2, 32}, 576, 33, {1, 3}}, {{2, 64}, 576, 65, {1, 4}},
+      {{2, 128}, 640, 65, {1}},     {{2, 32}, 1536, 576, {1}},  {{2, 32}, 4096, 2200, {1}},
+      {{2, 64}, 4096, 65, {1}},     {{2, 32}, 4224, 65, {1}},   {{2, 32}, 100, 20, {1, 2}},
+      {{2, 32}, 7168, 65, {1}},     {{2, 32}, 14336, 65, {1}},  {{2, 32}, 28672, 17, {1}},
+      {{4, 32}, 576, 33, {1, 3}},   {{8, 64}, 320, 20, {1}}};
+  int turn = 0;
+  for (const OperandCase& c : cases)
+    for (const Order order : kOrders)
+      for (const bool hadamard : {false, true})
+        for (const auto range : {quant::RangeRule::MinMax, quant::RangeRule::Search}) {
+          constexpr int kBits[] = {2, 4, 2, 3, 8};
+          const int bits = kBits[turn++ % 5];
+          const quant::LinearFormat format =
+              site(rng, c.k, c.grid.group, {.bits = bits, .range = range, .hadamard = hadamard},
+                   order, turn % 3 == 0 ? quant::SplitSide::Activation : quant::SplitSide::Weight);
+          const engine::OperandSpec spec = engine::upload_operand(b, format);
+          const int64_t k = c.k, n = c.n;
+          const PackedMatrix first(rng, n, format.stored_k(), c.grid),
+              second(rng, 17, format.stored_k(), c.grid), third(rng, 5, format.stored_k(), c.grid);
+          const PackedWeight weight = first.on(b), other = second.on(b), last = third.on(b);
+          for (const int64_t m : c.rows) {
+            CAPTURE(c.grid.bits, c.grid.group, m, n, k, static_cast<int>(order), hadamard, bits,
+                    range == quant::RangeRule::Search);
+            const MadeRows made(rng, b, m, k);
+            const Values addend = turn % 2 == 0 ? activations(rng, m * n, 4.0) : Values();
+            const Tensor given = addend.empty() ? Tensor() : make(b, {m, n}, b.act(), addend);
+            const Guarded y(b, {m, n}, b.act()), y2(b, {m, 17}, b.real()), y3(b, {m, 5}, b.real()),
+                y4(b, {m, 17}, b.act());  // of another launch
+            const engine::PackedProducts products = {{y.tensor(), weight, given},
+                                                     {y2.tensor(), other, {}},
+                                                     {y3.tensor(), last, {}},
+                                                     {y4.tensor(), other, {}}};
+            const auto check = [&](const Guarded& out, const PackedMatrix& matrix,
+                                   const Values& rows, const Values& added, DType dtype) {
+              const Product want = multiply(matrix, rows, added, m);
+              const double sums = roundings(matrix.grid, matrix.k, m) * epsilon_of(DType::F32);
+              const Values got = values_of(b, out.tensor());
+              for (size_t i = 0; i < got.size(); ++i)
+                REQUIRE(std::abs(got[i] - want.y[i]) <=
+                        sums * want.magnitude + epsilon_of(dtype) * std::abs(want.y[i]));
+              CHECK(out.untouched());
+              b.zero(out.tensor());
+            };
+            const auto check_all = [&](const auto& make_operand) {
+              const Values rows = quantized_values(b, spec, m, make_operand);
+              check(y, first, rows, addend, b.act());
+              check(y2, second, rows, {}, b.real());
+              check(y3, third, rows, {}, b.real());
+              check(y4, second, rows, {}, b.act());
+            };
+            b.packed_gemv(products, made.in, &spec);
+            check_all([&](const engine::OperandRows& out) { b.operand(out, made.in, spec); });
+            b.packed_gemv_normed(products, made.in, made.norm, MadeRows::kEps, &spec);
+            check_all([&](const engine::OperandRows& out) {
+              b.rms_norm_operand(out, b.empty({m}, b.real()), made.in, made.norm, MadeRows::kEps,
+                                 spec);
+            });
+            b.packed_gemv_gated(products, made.in, made.gate_up, &spec);
+            check_all([&](const engine::OperandRows& out) {
+              b.swiglu_operand(out, made.in, made.gate_up, spec);
+            });
+          }
+        }
+}
+
+TEST_CASE("products that quantize give the same bytes whichever threads are delayed",
+          "[packed][quantized_rows][stress]") {
+  if (!needs_cuda()) return;
+#ifdef BBB_STRESS
+  constexpr int kRuns = 20;
+#else
+  constexpr int kRuns = 3;
+#endif
+  constexpr int kInARow = 8;
+  engine::Rng rng(62);
+  Backend& b = backend();
+  // One block and clusters, rings that wrap, and an odd number of slices.
+  for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{
+           {3000, 576}, {300, 4224}, {70, 14336}, {9000, 4096}})
+    for (const Order order : {Order::None, Order::Both}) {
+      CAPTURE(n, k, static_cast<int>(order));
+      const quant::LinearFormat format =
+          site(rng, k, 32, {.bits = 2, .range = quant::RangeRule::Search, .hadamard = true}, order);
+      const engine::OperandSpec spec = engine::upload_operand(b, format);
+      const PackedWeight weight = PackedMatrix(rng, n, format.stored_k(), {2, 32}).on(b);
+      const MadeRows made(rng, b, 1, k);
+      std::vector<Values> first;
+      for (int run = 0; run < kRuns; ++run) {
+        std::deque<Guarded> y;
+        for (int i = 0; i < 3 * kInARow; ++i) y.emplace_back(b, Shape{1, n}, b.real());
+        for (int i = 0; i < 3 * kInARow; i += 3) {
+          const auto out = [&](int of) {
+            return engine::PackedProducts{{y[static_cast<size_t>(i + of)].tensor(), weight, {}}};
+          };
+          b.packed_gemv(out(0), made.in, &spec);
+          b.packed_gemv_normed(out(1), made.in, made.norm, MadeRows::kEps, &spec);
+          b.packed_gemv_gated(out(2), made.in, made.gate_up, &spec);
+        }
+        for (size_t i = 0; i < y.size(); ++i) {
+          const Values got = values_of(b, y[i].tensor());
+          if (first.size() < 3) first.push_back(got);
+          REQUIRE(got == first[i % 3]);
+          REQUIRE(y[i].untouched());
+        }
+      }
+    }
+}
+
 TEST_CASE("products that make an operand: NaN, repeated, and refused", "[packed][made_operands]") {
   engine::Rng rng(60);
   Backend& b = backend();
-  constexpr int64_t kN = 40, kK = 576;
-  for (const Order order : {Order::None, Order::Both}) {
-    const quant::LinearFormat format = site(rng, kK, 32, {.hadamard = true}, order);
-    engine::OperandSpec spec = engine::upload_operand(b, format);
+  constexpr int64_t kN = 40;
+  const auto check = [&](int64_t k, const Order order, const quant::InputGrid& grid) {
+    const quant::LinearFormat format = site(rng, k, 32, grid, order);
+    const engine::OperandSpec spec = engine::upload_operand(b, format);
     const PackedWeight weight = PackedMatrix(rng, kN, format.stored_k(), {2, 32}).on(b);
-    const Tensor y = b.empty({1, kN}, b.act()), w = make(b, {kK}, b.real(), Values(kK, 1.0));
-    const Values values = activations(rng, kK);
-    const Tensor x = make(b, {1, kK}, b.act(), values);
+    const Tensor y = b.empty({1, kN}, b.act()),
+                 w = make(b, {k}, b.real(), Values(static_cast<size_t>(k), 1.0));
+    const Values values = activations(rng, k);
+    const Tensor x = make(b, {1, k}, b.act(), values);
     const auto products = [&](const Tensor& in) {
       std::vector<Values> all;
       b.packed_gemv({{y, weight, {}}}, in, &spec), all.push_back(values_of(b, y));
@@ -493,22 +629,42 @@ TEST_CASE("products that make an operand: NaN, repeated, and refused", "[packed]
     };
     const std::vector<Values> first = products(x);
     for (int run = 0; run < 3; ++run) CHECK(products(x) == first);
-    for (const size_t at : {0, 77, 575}) {
-      Values bad = values;
-      bad[at] = std::numeric_limits<double>::quiet_NaN();
-      for (const Values& y_values : products(make(b, {1, kK}, b.act(), bad)))
-        CHECK(std::ranges::all_of(y_values, [](double v) { return std::isnan(v); }));
-    }
+    const auto all = [&](const Values& in, const auto& is) {
+      for (const Values& y_values : products(make(b, {1, k}, b.act(), in)))
+        CHECK(std::ranges::all_of(y_values, is));
+    };
+    // Of the places one is an outlier's, if there are outliers; one is in each half of a row.
+    const int64_t outlier = format.channel_order().channels()[0];
+    for (const int64_t at : {int64_t{0}, int64_t{77}, k - 1, outlier})
+      for (const double value :
+           {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+        if (std::isinf(value) && !spec.quantizes()) continue;  // in F64 it stays one
+        Values bad = values;
+        bad[static_cast<size_t>(at)] = value;
+        all(bad, [](double v) { return std::isnan(v); });
+      }
+    all(Values(static_cast<size_t>(k)), [](double v) { return v == 0; });
     const int64_t m = Backend::kMaxPackedRows + 1;
     CHECK_THROWS_AS(
-        b.packed_gemv({{b.empty({m, kN}, b.act()), weight, {}}}, b.zeros({m, kK}, b.act()), &spec),
+        b.packed_gemv({{b.empty({m, kN}, b.act()), weight, {}}}, b.zeros({m, k}, b.act()), &spec),
         Error);
-    CHECK_THROWS_AS(products(b.zeros({1, kK - 32}, b.act())), Error);
+    CHECK_THROWS_AS(products(b.zeros({1, k - 32}, b.act())), Error);
     const PackedWeight wider = PackedMatrix(rng, kN, format.stored_k() + 32, {2, 32}).on(b);
     CHECK_THROWS_AS(b.packed_gemv({{y, wider, {}}}, x, &spec), Error);
-    spec.view.grid.bits = 4;
-    CHECK_THROWS_AS(products(x), Error);
-  }
+  };
+  for (const int64_t k : {576, 4224})
+    for (const Order order : {Order::None, Order::Both}) {
+      CAPTURE(k, static_cast<int>(order));
+      check(k, order, {.hadamard = true});
+      check(k, order, {.bits = 2, .range = quant::RangeRule::Search, .hadamard = true});
+    }
+  const quant::LinearFormat format = site(rng, 64, 32, {.bits = 2}, Order::None);
+  engine::OperandSpec unrounded = engine::upload_operand(b, format);
+  unrounded.rounding = engine::Rounding::Identity;
+  const PackedWeight weight = PackedMatrix(rng, kN, 64, {2, 32}).on(b);
+  CHECK_THROWS_AS(b.packed_gemv({{b.empty({1, kN}, b.act()), weight, {}}},
+                                b.zeros({1, 64}, b.act()), &unrounded),
+                  Error);
 }
 
 TEST_CASE("packed_gemv_normed and packed_gemv_gated of NaN and of too many rows",

@@ -86,7 +86,8 @@ GemvResult bench_gemv(engine::Backend& backend, const quant::LinearFormat& forma
                       int64_t rotation_bytes);
 
 // The same for any number of rows: `packed` and `quantized` are the forward of a model's packed
-// linear, from a finished operand of 16 bits and of as many as the weight has.
+// linear, from a finished operand of 16 bits and of as many as the weight has. With at most
+// Backend::kMaxPackedRows rows, the time holds the quantization.
 GemvResult bench_gemm(engine::Backend& backend, const quant::LinearFormat& format, int64_t rows,
                       int64_t rotation_bytes, const PeakProducts& peak);
 

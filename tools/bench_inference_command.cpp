@@ -41,6 +41,7 @@ auto text_option(const char* otherwise) { return text_option()->default_value(ot
 constexpr double kMostSplit = 0.9;
 constexpr const char* kSplitHelp = "ratio of the input channels that are split";
 const std::vector<std::string> kRotations = {"none", "group"};
+const std::vector<std::string> kRanges = {"minmax", "search"};
 
 // The products of a block of --synthetic, or `otherwise`.
 std::vector<GemvShape> shapes_of(const CommandLine& line, std::span<const GemvShape> otherwise) {
@@ -90,6 +91,8 @@ void add_model_options(CommandLine& line) {
       ("ocs-ratio", cat("with --synthetic: ", kSplitHelp), text_option("0"))           //
       ("rotate", "with --synthetic: inputs inside of groups: none or group",           //
        text_option("none"))                                                            //
+      ("act-range", "with --synthetic: of activations: minmax or search",              //
+       text_option("minmax"))                                                          //
       ("model", "directory or GGUF file", text_option())                               //
       ("bits", CommandLine::kNestedBitsHelp, text_option())                            //
       ("json", "write the result to this file too", text_option());
@@ -111,13 +114,17 @@ struct BenchModel {
       if (split > 0) name += fmt::format(", {:.0f} % of the channels split", 100 * split);
       const bool rotated = line.choice("rotate", kRotations) == 1;
       if (rotated) name += ", rotated";
-      model =
-          models::Llama::synthetic(backend, models::synthetic_config(line.text("synthetic")),
-                                   {.weight = {.bits = widths.weight_bits},
-                                    .input = {.bits = widths.activation_bits, .hadamard = rotated},
-                                    .head_bits = head_bits[head],
-                                    .split = split},
-                                   1);
+      const bool searched = line.choice("act-range", kRanges) == 1;
+      if (searched) name += ", activations searched";
+      model = models::Llama::synthetic(
+          backend, models::synthetic_config(line.text("synthetic")),
+          {.weight = {.bits = widths.weight_bits},
+           .input = {.bits = widths.activation_bits,
+                     .range = searched ? quant::RangeRule::Search : quant::RangeRule::MinMax,
+                     .hadamard = rotated},
+           .head_bits = head_bits[head],
+           .split = split},
+          1);
     } else {
       const ModelFiles files(line, backend);
       name = files.path;
@@ -128,7 +135,7 @@ struct BenchModel {
   static void check(const CommandLine& line) {
     if (line.has("synthetic") == line.has("model"))
       throw UsageError("give either --synthetic or --model");
-    for (const char* option : {"widths", "head-bits", "ocs-ratio", "rotate"})
+    for (const char* option : {"widths", "head-bits", "ocs-ratio", "rotate", "act-range"})
       if (line.has(option) && line.has("model"))
         throw UsageError(cat("--", option, " needs --synthetic: a model has its own"));
     if (line.has("bits") && line.has("synthetic")) throw UsageError("--bits needs --model");
@@ -136,6 +143,7 @@ struct BenchModel {
     line.choice("head-bits", {"16", "8", "4"});
     line.real("ocs-ratio", 0, kMostSplit);
     line.choice("rotate", kRotations);
+    line.choice("act-range", kRanges);
     if (line.has("synthetic")) models::synthetic_config(line.text("synthetic"));
   }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <numeric>
+#include <optional>
 
 #include "engine/cpu/thread_pool.h"
 #include "engine/measure.h"
@@ -102,19 +103,18 @@ double bytes_of_a_bit(const LlamaConfig& model) {
   return static_cast<double>(model.linear_parameters()) / 8;
 }
 
-// Picoseconds of one row's products with packed weights of these formats, one launch as in a model.
+// Picoseconds of one row's products with packed weights of these formats, from the row as a model
+// has it: they make its operand.
 int64_t time_site(Backend& backend, const std::vector<LinearFormat>& formats,
                   int64_t rotation_bytes) {
   const LinearFormat& first = formats[0];
   int64_t bytes = 0;
   for (const LinearFormat& format : formats) bytes += format.bytes();
   const int64_t copies = engine::copies_for(bytes, rotation_bytes);
-  const bool quantized = first.input.bits < 16;
-  engine::OperandRows operand;
-  if (quantized)
-    operand = engine::random_operand(backend, 1, first, first.input.bits);
-  else
-    operand.x = engine::random_activations(backend, {1, first.stored_k()}, 1);
+  std::optional<engine::OperandSpec> spec;
+  if (!first.exact_input()) spec = engine::upload_operand(backend, first);
+  const engine::Tensor x =
+      engine::random_activations(backend, {1, spec ? first.k : first.stored_k()}, 1);
   std::vector<std::vector<engine::PackedWeight>> weights;
   std::vector<engine::Tensor> y;
   for (const LinearFormat& format : formats) {
@@ -127,10 +127,7 @@ int64_t time_site(Backend& backend, const std::vector<LinearFormat>& formats,
     engine::PackedProducts products;
     for (size_t i = 0; i < formats.size(); ++i)
       products.push_back({y[i], weights[i][static_cast<size_t>(copy)], {}});
-    if (quantized)
-      backend.quantized_gemv(products, operand);
-    else
-      backend.packed_gemv(products, operand.x);
+    backend.packed_gemv(products, x, spec ? &*spec : nullptr);
   });
   const bool gpu = backend.device() == engine::DeviceType::Cuda;
   const double seconds =

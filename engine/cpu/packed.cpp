@@ -129,12 +129,25 @@ void CpuBackend<T>::operand_products(const PackedProducts& products, const T* x,
                                      const OperandSpec* spec) {
   if (spec == nullptr) return packed_products(products, x, rows);
   static thread_local std::vector<T> buffer;
-  T* const operand = scratch(buffer, rows * spec->view.stored_k);
-  parallel_for(rows, row_grain(spec->view.stored_k), [&](int64_t begin, int64_t end) {
-    host::operand(operand, static_cast<uint8_t*>(nullptr), host::QuantizedRows<T>{}, x,
-                  {begin, end}, spec->view, spec->rounding);
+  static thread_local std::vector<uint8_t> bytes;
+  const int64_t k = spec->view.stored_k, groups = k / spec->view.group;
+  host::QuantizedRows<T> codes;
+  T* operand = nullptr;
+  if (spec->quantizes()) {
+    codes.codes = scratch(bytes, rows * (k + groups));
+    codes.zeros = codes.codes + rows * k;
+    codes.scales = scratch(buffer, rows * groups);
+  } else {
+    operand = scratch(buffer, rows * k);
+  }
+  parallel_for(rows, row_grain(k), [&](int64_t begin, int64_t end) {
+    host::operand(operand, static_cast<uint8_t*>(nullptr), codes, x, {begin, end}, spec->view,
+                  spec->rounding);
   });
-  packed_products(products, static_cast<const T*>(operand), rows);
+  if (spec->quantizes())
+    packed_products(products, codes, rows);
+  else
+    packed_products(products, static_cast<const T*>(operand), rows);
 }
 
 template <typename T>
