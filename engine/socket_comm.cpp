@@ -88,6 +88,23 @@ bool readable(int fd, int timeout_ms) {
 }
 
 // One attempt; not open if nobody answers.
+// A line about a wait that takes long, once.
+class Notice {
+ public:
+  explicit Notice(const RankPatience& patience)
+      : due_(Clock::now() + seconds(patience.notice_s)), most_s_(patience.connect_s) {}
+  void waits_for(const std::string& what) {
+    if (said_ || Clock::now() < due_) return;
+    said_ = true;
+    std::fprintf(stderr, "%s, up to %g s from the start\n", what.c_str(), most_s_);
+  }
+
+ private:
+  Clock::time_point due_;
+  double most_s_;
+  bool said_ = false;
+};
+
 Socket connect_once(const std::string& address, int port) {
   addrinfo hints{}, *found = nullptr;
   hints.ai_socktype = SOCK_STREAM;
@@ -130,6 +147,7 @@ SocketComm::SocketComm(const Listener& listener, int size, RankKeeper keeper,
     : Comm(0, size), patience_(patience), keeper_(std::move(keeper)) {
   for (int rank = 1; rank < size; ++rank) peers_.emplace_back().rank = rank;
   const auto deadline = Clock::now() + seconds(patience.connect_s);
+  Notice notice(patience);
   const auto missing = [&] {
     return std::ranges::find_if(
         peers_, [](const Peer& p) { return !p.data.is_open() || !p.control.is_open(); });
@@ -142,6 +160,7 @@ SocketComm::SocketComm(const Listener& listener, int size, RankKeeper keeper,
     if (Clock::now() > deadline)
       throw RankLost(cat("rank ", absent, " has not connected within ", patience.connect_s, " s"),
                      false);
+    notice.waits_for(cat("rank 0 waits at port ", listener.port(), " for rank ", absent));
     if (!readable(listener.fd(), 100)) continue;
     Socket socket(accept4(listener.fd(), nullptr, nullptr, SOCK_CLOEXEC));
     if (!socket.is_open()) continue;
@@ -167,11 +186,13 @@ SocketComm::SocketComm(const std::string& address, int port, int rank, int size,
   BBB_ASSERT(rank > 0 && rank < size);
   Peer& hub = peers_.emplace_back();
   const auto deadline = Clock::now() + seconds(patience.connect_s);
+  Notice notice(patience);
   for (const Channel channel : {kData, kControl}) {
     Socket& socket = channel == kData ? hub.data : hub.control;
     while (!(socket = connect_once(address, port)).is_open()) {
       if (Clock::now() > deadline)
         throw RankLost(cat("rank ", rank, " cannot reach rank 0 at ", address, ":", port), false);
+      notice.waits_for(cat("rank ", rank, " waits for rank 0 at ", address, ":", port));
       std::this_thread::sleep_for(std::chrono::milliseconds(100));
     }
     set_options(socket.fd(), 0);

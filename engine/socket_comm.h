@@ -81,6 +81,7 @@ struct RankKeeper {
 
 struct RankPatience {
   double connect_s = 50;  // for all ranks to connect
+  double notice_s = 5;    // then a rank that still waits for others says so, once
   double beat_s = 3;
   int beats = 10;       // silent, or with all ranks idle: then a rank is lost
   double leave_s = 10;  // then the process ends, though its main thread has not noticed

@@ -10,6 +10,7 @@
 
 #include "engine/rng.h"
 #include "tests/on_ranks.h"
+#include "tests/printed.h"
 #include "tests/support.h"
 #include "tools/ranks.h"
 
@@ -201,6 +202,19 @@ TEST_CASE("a rank that does not come is named", "[comm]") {
   const int nobody = engine::Listener(engine::Listener::Reach::ThisHost, 0).port();
   CHECK_THROWS_WITH(engine::SocketComm("127.0.0.1", nobody, 1, 2, {.connect_s = 0.2}),
                     Contains("rank 1 cannot reach rank 0 at 127.0.0.1"));
+}
+
+TEST_CASE("ranks that wait for long say for whom, once", "[comm]") {
+  const engine::RankPatience patience{.connect_s = 0.6, .notice_s = 0.2};
+  const engine::Listener listener(engine::Listener::Reach::ThisHost, 0);
+  const auto said = [](const auto& wait) {
+    return printed_by([&] { CHECK_THROWS_AS(wait(), engine::RankLost); }).err;
+  };
+  CHECK(said([&] { engine::SocketComm(listener, 2, {}, patience); }) ==
+        cat("rank 0 waits at port ", listener.port(), " for rank 1, up to 0.6 s from the start\n"));
+  const int nobody = engine::Listener(engine::Listener::Reach::ThisHost, 0).port();
+  CHECK(said([&] { engine::SocketComm("127.0.0.1", nobody, 1, 2, patience); }) ==
+        cat("rank 1 waits for rank 0 at 127.0.0.1:", nobody, ", up to 0.6 s from the start\n"));
 }
 
 TEST_CASE("the place of a process is read from what its launcher sets", "[comm]") {
