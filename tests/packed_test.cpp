@@ -260,17 +260,19 @@ TEST_CASE("packed_gemv of many rows repeats bit for bit and propagates NaN", "[p
   }
 }
 
+// Of the tests of delayed threads: repetitions, and products in a row.
+#ifdef BBB_STRESS
+constexpr int kRuns = 20;
+#else
+constexpr int kRuns = 3;
+#endif
+constexpr int kInARow = 8;
+
 // Products in a row overlap: each starts while the one in front still runs. With -DBBB_STRESS=ON,
 // threads also pause at random points. Copies, warps and clusters that are in order only by luck
 // then go out of order.
 TEST_CASE("products give the same bytes whichever threads are delayed", "[packed][rows][stress]") {
   if (!needs_cuda()) return;
-#ifdef BBB_STRESS
-  constexpr int kRuns = 20;
-#else
-  constexpr int kRuns = 3;
-#endif
-  constexpr int kInARow = 8;
   engine::Rng rng(57);
   Backend& b = backend();
   // Of each range of rows one small matrix, and one whose K wraps all rings.
@@ -568,12 +570,6 @@ TEST_CASE("products of few rows quantize their rows", "[packed][made_operands][q
 TEST_CASE("products that quantize give the same bytes whichever threads are delayed",
           "[packed][quantized_rows][stress]") {
   if (!needs_cuda()) return;
-#ifdef BBB_STRESS
-  constexpr int kRuns = 20;
-#else
-  constexpr int kRuns = 3;
-#endif
-  constexpr int kInARow = 8;
   engine::Rng rng(62);
   Backend& b = backend();
   // One block and clusters, rings that wrap, and an odd number of slices.
